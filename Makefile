@@ -1,0 +1,55 @@
+# Two commands on a machine that has Python >= 3.11 and make:
+#   make run     the README's job: .venv, installation, every arm, the table
+#   make test    ruff, then every test that is not slow
+# Also test-fast, test-slow, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
+# PIP_FLAGS to pip: on Linux the index's torch brings CUDA with it, and an extra index that PyTorch's
+# own installation page names has the small CPU build.
+
+PYTHON ?= python3
+VENV ?= .venv
+FLAGS ?=
+PIP_FLAGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+  --constraint constraints.txt
+
+# No built-in rules; a recipe that fails leaves no stamp behind.
+MAKEFLAGS += --no-builtin-rules
+.DELETE_ON_ERROR:
+.PHONY: run test test-fast test-slow lint clean
+
+run: $(VENV)/.installed
+	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow and not medium" -n $(WORKERS) --dist loadfile
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow --durations 10
+
+lint: $(VENV)/.installed-test
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: installed once, and again when the requirements change.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is older than Python 3.11: name a newer one, as in make PYTHON=python3.11"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[test,math]'
+	touch $@ $(VENV)/.installed

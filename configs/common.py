@@ -1,0 +1,128 @@
+"""Shared pieces of configs: the argument string and the blocks most stages have in common."""
+
+import ml_collections
+
+
+def parse_arg(arg, **defaults):
+  """`config.py:seed=1,tiny` -> a ConfigDict of the defaults' types; unknown names are refused.
+
+  Only for what moves several settings at once or names the run; everything else is a flat override
+  on the command line, `--config.stages.reverse_kl.optim.lr=1e-4`.
+  """
+  parsed = ml_collections.ConfigDict(defaults)
+  for item in filter(None, (arg or "").split(",")):
+    name, given, value = item.partition("=")
+    if name not in defaults:
+      raise ValueError(f"the config's argument {name!r} is unknown: use {', '.join(defaults)}.")
+    kind = type(defaults[name])
+    if kind is bool:
+      if given and value.lower() not in ("true", "1", "false", "0"):
+        raise ValueError(f"the config's argument {name} is {value!r}: use true or false.")
+      parsed[name] = not given or value.lower() in ("true", "1")
+    elif not value or kind is int and not value.lstrip("-").isdecimal():
+      raise ValueError(f"the config's argument {name} is {value!r}: give it as in "
+                       f"{name}={defaults[name]}.")
+    else:
+      parsed[name] = kind(value)
+  return parsed
+
+
+def sampling(samples_per_prompt, max_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
+             min_tokens=0):
+  """How to sample; the defaults sample the model's own distribution."""
+  return {"samples_per_prompt": samples_per_prompt, "temperature": temperature, "top_p": top_p,
+          "top_k": top_k, "min_p": min_p, "max_tokens": max_tokens, "min_tokens": min_tokens}
+
+
+def adamw(lr, warmup=0, decay="constant", clip=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+  """AdamW; warmup counts optimizer updates."""
+  return {"lr": lr, "warmup": warmup, "decay": decay, "clip": clip, "weight_decay": weight_decay,
+          "b1": b1, "b2": b2, "eps": eps}
+
+
+def stage(steps, prompts, sampling, optim, epochs=1, minibatches=1, microbatches=1, mean="token",
+          block=4096, eval_every=0, save_every=50, log_samples=4):
+  """What every row of the recipe reads.
+
+  A step draws `prompts` problems; `mean` is "token" or "sequence"; `block` is how many tokens'
+  logits exist at once; `eval_every` 0 never evaluates on the way. The blocks are copied: a
+  ConfigDict keeps a dict that stands in two places as one, and an override would change both.
+  """
+  return {"steps": steps, "prompts": prompts, "sampling": dict(sampling), "optim": dict(optim),
+          "epochs": epochs, "minibatches": minibatches, "microbatches": microbatches, "mean": mean,
+          "block": block, "eval_every": eval_every, "save_every": save_every,
+          "log_samples": log_samples}
+
+
+def grpo(advantages="group", clip_low=0.2, clip_high=0.2, kl="none", kl_coef=0.0):
+  """What a row with rewards reads besides: advantages "group" (divided by std) or "centred"."""
+  return {"advantages": advantages, "clip_low": clip_low, "clip_high": clip_high, "kl": kl,
+          "kl_coef": kl_coef}
+
+
+def shrink(config):
+  """Makes a config small enough to try in seconds: few steps, few samples, short answers."""
+  for hp in config.stages.values():
+    hp.update({"steps": 4, "prompts": 4, "save_every": 2, "minibatches": 1, "microbatches": 1})
+    hp.sampling.update({"samples_per_prompt": 4, "max_tokens": min(32, hp.sampling.max_tokens)})
+    hp.optim.warmup = min(1, hp.optim.warmup)
+  config.validation.problems = 4
+  config.evaluation.update({"prompts": 16, "draws": 50, "ks": (1, 2)})
+  config.evaluation.sampling.samples_per_prompt = 2
+  for block in (config.validation, config.evaluation):
+    block.sampling.max_tokens = min(32, block.sampling.max_tokens)
+  config.mesh = (1, 1, 1)
+
+
+def math(arg):
+  """The settings the two mathematics configs share, after the paper's tables 8 and 9 (v4).
+
+  `arg` has seed, data (a folder) and tiny. Printed in the paper: AdamW at 1e-6, clip 0.2, KL
+  coefficient 5e-4, gradient clip 1, mini-batches of 8 (GRPO) and 64 (transfer) prompts, one row a
+  device in GRPO, 10 epochs (GRPO) and 1 (transfer), read as passes over the prompts, prompts of at
+  most 3,072 tokens (GRPO; 2,048 in transfer, where we keep the one window), answers of at most
+  16,384, 8 rollouts a prompt at temperature 1 (transfer), bfloat16, 16 devices, avg@16. Not
+  printed, so chosen, with the authors' public code as the guide: 8 rollouts a prompt and 64 prompts
+  a step in GRPO, k3 as the KL, advantages divided by the group's std, means over tokens, weight
+  decay 0.1, no warmup, evaluation at temperature 0.7, top-p 0.8, top-k 20. A half arm makes as many
+  updates as a full one, and so twice the passes over its half.
+  """
+  config = ml_collections.ConfigDict()
+  config.seed = arg.seed
+  config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
+  config.task = "math"
+  # Score another set by name: --config.evaluation.split=aime24 (finished stages are kept).
+  config.data = {"labelled": f"{arg.data}/dapo_math_17k.jsonl",
+                 "validation": f"{arg.data}/validation.jsonl",
+                 "math500": f"{arg.data}/math500.jsonl", "aime24": f"{arg.data}/aime24.jsonl",
+                 "aime25": f"{arg.data}/aime25.jsonl"}
+  config.half_seed = 0
+  config.template = {}
+  config.prompt_tokens = 3072
+  config.dtype = "bfloat16"
+  config.remat = "block"
+  config.mesh = (1, 16, 1)
+
+  T, epoch = 16_384, 271  # tokens of an answer; steps of 64 in DAPO-Math-17K's 17,398 problems
+  optim = adamw(1e-6, weight_decay=0.1)
+  def rl():
+    return stage(10 * epoch, 64, sampling(8, T), optim, minibatches=8, microbatches=4, block=1024,
+                 save_every=10, eval_every=50) | grpo(kl="k3", kl_coef=5e-4)
+  def transfer(samples, **memory):
+    return stage(epoch, 64, sampling(samples, T), optim, save_every=10, eval_every=50, **memory)
+  bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
+  config.stages = {
+      "teacher_grpo": rl(), "teacher_sft": transfer(1, microbatches=4, block=1024),
+      "forward_kl": transfer(8, **bridge), "sft": transfer(8, **bridge),
+      "reverse_kl": transfer(8, **bridge), "student_grpo": rl()}
+  decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+  config.validation = {"split": "validation", "problems": 32,
+                       "sampling": sampling(1, T, **decoding)}
+  config.evaluation = {"split": "math500", "prompts": 32, "sampling": sampling(16, T, **decoding),
+                       "ks": (1, 4, 16), "draws": 2000, "level": 0.95, "log_samples": 64}
+  if arg.tiny:
+    config.prompt_tokens = 256
+    config.dtype = "float32"
+    shrink(config)
+    config.stages.teacher_sft.sampling.samples_per_prompt = 1
+  return config

@@ -1,0 +1,19 @@
+"""Llama-3.3-70B teaches Llama-3.1-8B mathematics: the paper's Llama block (arXiv 2605.12483).
+
+  python -m s2d_jax.main --config=configs/llama_math.py:models=/models,data=/data --workdir=...
+
+The paper prints no hyperparameters for this block, so they are those of the Qwen block. Needs the
+folders Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct under `models`, and the data of
+`common.math`. Not yet run at this size here; `:tiny` as in qwen3_math.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+  """The config, locked."""
+  arg = common.parse_arg(arg, seed=0, models="models", data="data", tiny=False)
+  config = common.math(arg)
+  config.teacher = f"{arg.models}/Llama-3.3-70B-Instruct"
+  config.student = f"{arg.models}/Llama-3.1-8B-Instruct"
+  return config.lock()

@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# The one spec every launcher runs. Sourced, never run; each value can be set in the environment.
+# The YAML launchers say the same in their own words, and a test compares them with this file.
+
+CONFIG="${CONFIG:-configs/arithmetic.py}"
+WORKDIR="${WORKDIR:-runs/arithmetic}"
+PYTHON="${PYTHON:-python}"
+
+# main leaves with EX_TEMPFAIL of sysexits.h after a preemption notice, its state saved: the same
+# command then goes on from there. Any other code but 0 is a fault that a restart would only repeat.
+RETRY_CODE=75
+MAX_RESTARTS="${MAX_RESTARTS:-20}"
+RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
+
+# Sets the array JOB: the command line of one process of the job. Arguments: further flags of main.
+# shellcheck disable=SC2034  # the launchers read it
+set_job() {
+  JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
+}
+
+# Prints its arguments as one line that a shell reads back as the same words.
+quote() {
+  local word line="" escaped="'\\''"
+  for word in "$@"; do
+    if [[ ! "$word" =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then word="'${word//\'/"$escaped"}'"; fi
+    line+="$word "
+  done
+  printf '%s\n' "${line% }"
+}
+
+# Runs its arguments again while they leave with RETRY_CODE, at most MAX_RESTARTS times more, and
+# returns their last code.
+retry() {
+  local code restarts=0
+  while true; do
+    code=0
+    "$@" || code=$?
+    if ((code != RETRY_CODE)); then return "$code"; fi
+    if ((restarts >= MAX_RESTARTS)); then
+      echo "Gave up after $restarts restarts; raise MAX_RESTARTS or run the same command again." >&2
+      return "$code"
+    fi
+    restarts=$((restarts + 1))
+    echo "Preempted with its state saved; restart $restarts of at most $MAX_RESTARTS." >&2
+    sleep "$RESTART_DELAY"
+  done
+}
+
+# Stops unless WORKDIR is one that every host reaches.
+require_shared_workdir() {
+  case "$WORKDIR" in
+    gs://* | s3://*) ;;
+    *)
+      echo "All hosts must share the work folder, not $WORKDIR: set WORKDIR=gs://bucket/run." >&2
+      exit 64
+      ;;
+  esac
+}

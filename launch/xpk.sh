@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The job as an xpk workload on a GKE cluster of TPUs.
+#   WORKDIR=gs://bucket/run IMAGE=... bash launch/xpk.sh [--dry-run] CLUSTER NAME TPU_TYPE [flags]
+# IMAGE holds this repository as its working folder, installed with '.[tpu,gcs]' (launch/README.md).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/spec.sh
+
+dry_run=0
+if [[ "${1:-}" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+if (($# < 3)) || [[ -z "${IMAGE:-}" ]]; then
+  echo "usage: WORKDIR=gs://bucket/run IMAGE=image $0 [--dry-run] CLUSTER NAME TPU_TYPE [flags]" >&2
+  exit 64
+fi
+cluster="$1"
+name="$2"
+tpu_type="$3"
+shift 3
+require_shared_workdir
+
+set_job --distributed "$@"
+command=(
+  xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$tpu_type"
+  "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--restart-on-exit-codes=$RETRY_CODE"
+  "--command=$(quote "${JOB[@]}")"
+)
+if ((dry_run)); then quote "${command[@]}"; else "${command[@]}"; fi

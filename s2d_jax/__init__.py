@@ -1,0 +1,1 @@
+"""Sparse-to-dense post-training in JAX: see README.md."""

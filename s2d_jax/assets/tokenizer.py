@@ -1,0 +1,55 @@
+"""The embedded world's tokenizer: one token per character, and markers for who speaks."""
+
+import json
+from pathlib import Path
+
+PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+SPECIAL = (PAD, END, UNKNOWN, "<|system|>", "<|user|>", "<|assistant|>")
+VOCABULARY = SPECIAL + tuple("0123456789+-*=;# \n")  # 24, so no id is without a token
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|' + message.role + '|>' + message.content -}}
+{%- if message.role == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def write(folder, max_length):
+  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for `AutoTokenizer`."""
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  every_character = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated"}
+  tokenizer = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [
+      {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(SPECIAL)
+    ],
+    "normalizer": None,
+    "pre_tokenizer": {**every_character, "invert": False},
+    "post_processor": None,
+    "decoder": {"type": "Fuse"},
+    "model": {
+      "type": "WordLevel",
+      "vocab": {token: i for i, token in enumerate(VOCABULARY)},
+      "unk_token": UNKNOWN,
+    },
+  }
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": PAD,
+    "eos_token": END,
+    "unk_token": UNKNOWN,
+    "model_max_length": max_length,
+    "clean_up_tokenization_spaces": False,
+  }
+  _dump(folder / "tokenizer.json", tokenizer)
+  _dump(folder / "tokenizer_config.json", config)
+  (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _dump(path, tree):
+  path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

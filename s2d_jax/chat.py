@@ -1,0 +1,99 @@
+"""Tokenizer and chat template of a Hugging Face folder; the only run-time import of transformers.
+
+Text is turned into ids here and nowhere else, so training, sampling and scoring read the same ones.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import transformers
+
+
+class Chat:
+  """The tokenizer of a local folder, its chat template, and the ids that end a response.
+
+  `template` holds the template's own arguments, `enable_thinking=False` for Qwen3. Nothing is
+  downloaded and no code of the folder is run. ValueError where the folder has no tokenizer, no
+  template, no padding id, or asks for its own code.
+  """
+
+  def __init__(self, folder, **template):
+    self.folder = Path(folder)
+    self._template = template
+    self._tokenizer = _load(self.folder)
+    self.eos_ids = _eos_ids(self.folder, self._tokenizer)
+    self.pad_id = self._tokenizer.pad_token_id
+    if self.pad_id is None:  # Llama's folders name none; padding is masked, so any id will do
+      self.pad_id = self.eos_ids[0]
+    self.vocabulary = self._tokenizer.get_vocab()  # {token: id}, added tokens included
+    self.chat_template = self._tokenizer.get_chat_template()
+
+  def render(self, messages):
+    """Ids of [{"role", "content"}, ...] up to and including the header of the assistant's turn."""
+    encoded = self._tokenizer.apply_chat_template(
+      messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self._template
+    )
+    return [int(i) for i in encoded["input_ids"]]
+
+  def encode_response(self, text):
+    """Ids of a response the assistant might have given, its end token included."""
+    ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [int(i) for i in ids] + [self.eos_ids[0]]
+
+  def decode(self, ids):
+    """Text of ids, special tokens left out; `decode(encode_response(x)) == x`."""
+    return self._tokenizer.decode(
+      [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+  def fingerprint(self):
+    """SHA-256 of everything that decides which ids a text becomes: what a manifest records."""
+    facts = (sorted(self.vocabulary.items()), self.eos_ids, self.chat_template, self._template)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def same_tokenizer(teacher, student):
+  """ValueError, naming the first difference, unless two `Chat`s make the same ids of any text."""
+  a, b = teacher.vocabulary, student.vocabulary
+  places = f"{teacher.folder} and {student.folder}"
+  remedy = "take a teacher and a student that share one tokenizer"
+  if a != b:
+    token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
+    raise ValueError(
+      f"the vocabularies of {places} differ (the token {token!r} is {a.get(token, 'absent')} and "
+      f"{b.get(token, 'absent')}): {remedy}."
+    )
+  if teacher.eos_ids != student.eos_ids:
+    raise ValueError(
+      f"the end tokens of {places} differ ({teacher.eos_ids} and {student.eos_ids}): {remedy}."
+    )
+  if teacher.chat_template != student.chat_template:
+    raise ValueError(f"the chat templates of {places} differ: {remedy}, or copy one template over.")
+
+
+def _load(folder):
+  path = folder / "tokenizer_config.json"
+  if not path.is_file():
+    raise ValueError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
+  if "auto_map" in json.loads(path.read_text()):
+    raise ValueError(f"{path} asks for code of its own (auto_map), which is never run: remove it.")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    folder, local_files_only=True, trust_remote_code=False
+  )
+  if tokenizer.chat_template is None:
+    raise ValueError(f"{folder} has no chat template: add a chat_template.jinja to it.")
+  return tokenizer
+
+
+def _eos_ids(folder, tokenizer):
+  """Ids that end a response, the tokenizer's own first, then those of generation_config.json."""
+  ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+  path = folder / "generation_config.json"
+  if path.is_file():
+    named = json.loads(path.read_text()).get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    ids += [i for i in named if i is not None and i not in ids]
+  if not ids:
+    raise ValueError(f"{folder} names no end token: add eos_token to its tokenizer_config.json.")
+  return tuple(ids)

@@ -1,0 +1,50 @@
+"""The console entry point: `s2d-jax run | report | preflight | doctor`, each with its own flags."""
+
+import os
+import runpy
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from s2d_jax import recipe
+
+COMMANDS = {
+    "run": "train and score the arms of a config",
+    "report": "print the table of finished run folders",
+    "preflight": "compile every program and say what memory it needs",
+    "doctor": "check a config, its models, tokenizers and data",
+}
+MODULES = {"run": "s2d_jax.main", "report": "s2d_jax.report", "preflight": "s2d_jax.preflight"}
+
+
+def main():
+  """Runs a command with the rest of the command line."""
+  if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+    sys.exit("usage: s2d-jax COMMAND [flags]\n" +
+             "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
+  command = sys.argv.pop(1)
+  sys.path.insert(0, os.getcwd())  # config files import their neighbours, as with python -m
+  if command in MODULES:
+    runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
+  else:
+    config = config_flags.DEFINE_config_file("config", None, "A file with get_config().")
+    flags.mark_flags_as_required(["config"])
+    app.run(lambda argv: print(diagnosis(config.value)))
+
+
+def diagnosis(config):
+  """What `recipe.plan` finds of a config, in words; exits with the first thing that is wrong."""
+  try:
+    made = recipe.plan(config, recipe.task(config))
+  except ValueError as error:
+    sys.exit(f"s2d_jax: {error}")
+  lines = [f"{role}: {base['folder']} ({base['identity'][:12]})"
+           for role, base in made.bases.items()]
+  for split, prompts in made.prompts.items():
+    longest = max(len(p.tokens) for p in prompts)
+    lines.append(f"{split}: {len(prompts)} problems, prompts of at most {longest} tokens; the "
+                 f"window is {config.prompt_tokens}")
+  for arm, names in made.arms.items():
+    lines.append(f"{arm}: {' -> '.join(names) or 'nothing to train'}")
+  return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Where problems come from: sources of them, and which ones each step draws."""

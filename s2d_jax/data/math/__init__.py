@@ -1,0 +1,1 @@
+"""Any JSONL of problems and answers as a TFDS data set."""

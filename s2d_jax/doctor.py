@@ -1,0 +1,174 @@
+"""What is wrong with this config, these weights, this tokenizer pair, before a chip is rented.
+
+Every check raises ValueError with one sentence that names the thing and the remedy. The recipe
+calls them all before it writes anything.
+
+  s2d-jax doctor --config=configs/qwen3_math.py
+"""
+
+from s2d_jax import chat, models, objectives, optim, rollout, train, update
+from s2d_jax.models import hf
+
+TOP = ("seed", "arms", "task", "data", "half_seed", "teacher", "student", "template",
+       "prompt_tokens", "dtype", "remat", "mesh", "stages", "validation", "evaluation")
+SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
+            "min_tokens")
+VALIDATION = ("split", "problems", "sampling")
+EVALUATION = ("split", "prompts", "sampling", "ks", "draws", "level", "log_samples")
+
+
+def check_config(config, stages):
+  """Holds a config's keys against those that are read: none missing, none unknown.
+
+  Args:
+    config: the ConfigDict; stages: {row name: recipe.Stage}.
+  """
+  _keys("config", config, TOP)
+  for place, wanted in (("validation", VALIDATION), ("evaluation", EVALUATION)):
+    _keys(f"config.{place}", config[place], wanted)
+    _check_sampling(f"config.{place}.sampling", config[place].sampling)
+  _positive("config.validation", config.validation, "problems")
+  _positive("config.evaluation", config.evaluation, "prompts", "draws")
+  if not 0 < config.evaluation.level < 1:
+    raise ValueError(f"config.evaluation.level is {config.evaluation.level}: choose it between 0 "
+                     "and 1.")
+  samples = config.evaluation.sampling.samples_per_prompt
+  if not all(1 <= k <= samples for k in config.evaluation.ks):
+    raise ValueError(f"config.evaluation.ks is {tuple(config.evaluation.ks)} and {samples} samples "
+                     "are drawn: choose each k between 1 and "
+                     "config.evaluation.sampling.samples_per_prompt.")
+  for name, hp in config.stages.items():
+    if name not in stages:
+      raise ValueError(f"config.stages.{name} is no row of the recipe: remove it, or choose from "
+                       f"{', '.join(stages)}.")
+    _check_stage(f"config.stages.{name}", hp, stages[name])
+
+
+def _check_stage(place, hp, stage):
+  """One stage's block: its keys, and that its numbers divide."""
+  reads = objectives.READS.get(stage.objective)
+  if reads is not None:  # a user's own objective reads what it likes
+    advantages = ("advantages",) if stage.reward else ()
+    _keys(place, hp, (*train.READS, *update.READS, *reads, *advantages, "optim"))
+  _keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
+  _check_sampling(f"{place}.sampling", hp.sampling)
+  _positive(place, hp, "steps", "prompts", "epochs", "minibatches", "microbatches", "save_every",
+            *(("block",) if reads is not None else ()))
+  rollout.token_weights((1,), hp.mean)  # its own check
+  if stage.reward and hp.advantages not in objectives.ADVANTAGES:
+    raise ValueError(f"{place}.advantages is {hp.advantages!r}: choose one of "
+                     f"{', '.join(objectives.ADVANTAGES)}.")
+  if stage.objective is objectives.clipped_surrogate:
+    objectives.check_penalty(hp)
+  if stage.actor == "given" and hp.sampling.samples_per_prompt != 1:
+    raise ValueError(f"{place}.sampling.samples_per_prompt is {hp.sampling.samples_per_prompt} and "
+                     "a problem has one given solution: set it to 1.")
+  rows = hp.prompts * hp.sampling.samples_per_prompt
+  if rows % (hp.minibatches * hp.microbatches):
+    raise ValueError(f"{place} draws {rows} rows a step, which minibatches x microbatches = "
+                     f"{hp.minibatches} x {hp.microbatches} does not divide: change one of them.")
+  optim.make(train.optim_config(hp), {})  # its own checks
+
+
+def _check_sampling(place, sampling):
+  """A sampling block: its keys, and that something can be sampled that way."""
+  _keys(place, sampling, SAMPLING)
+  _positive(place, sampling, "samples_per_prompt", "max_tokens")
+  ranges = {"temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < sampling.top_p <= 1, "above 0, up to 1 (off)"),
+            "top_k": (sampling.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= sampling.min_p <= 1, "0 (off) to 1"),
+            "min_tokens": (0 <= sampling.min_tokens <= sampling.max_tokens, "0 to max_tokens")}
+  for key, (fits, wanted) in ranges.items():
+    if not fits:
+      raise ValueError(f"{place}.{key} is {sampling[key]}: choose {wanted}.")
+
+
+def _positive(place, block, *keys):
+  for key in keys:
+    if block[key] < 1:
+      raise ValueError(f"{place}.{key} is {block[key]}: set it to 1 or more.")
+
+
+def _keys(place, got, wanted):
+  missing, extra = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+  if missing:
+    raise ValueError(f"{place} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
+                     "them all).")
+  if extra:
+    raise ValueError(f"{place} has the key {extra[0]!r}, which nothing reads: remove it, or "
+                     "correct its spelling.")
+
+
+def check_pair(config):
+  """The pair's shared Chat and each base's identity; tokenizers and vocabularies must agree.
+
+  Raises:
+    ValueError: what `hf.load` and `chat.Chat` refuse, two tokenizers or vocabularies, more tokens
+      than embeddings, an unknown dtype or remat.
+  """
+  bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
+           for role in ("teacher", "student")}
+  for role in bases:
+    hf.check(config[role])
+    models.read_config(hf.read_json(config[role]), dtype=config.dtype, remat=config.remat)
+  talk = chat.Chat(config.teacher, **config.template)
+  chat.same_tokenizer(talk, chat.Chat(config.student, **config.template))
+  sizes = [hf.read_json(config[role])["vocab_size"] for role in ("teacher", "student")]
+  if sizes[0] != sizes[1]:
+    raise ValueError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
+                     "model's vocabulary to the larger's.")
+  last = max(talk.vocabulary.values())
+  if last >= sizes[0]:
+    raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
+                     f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
+  return talk, bases
+
+
+def check_problems(config, task, talk):
+  """Reads and renders every split the config names.
+
+  Returns:
+    ({split: [Prompt]}, {id: problem}) over `labelled` and the validation and evaluation splits.
+
+  Raises:
+    ValueError: an empty split, an id or a problem that two splits share, a prompt longer than
+      config.prompt_tokens.
+  """
+  prompts, problems, seen = {}, {}, {}
+  for split in dict.fromkeys(("labelled", config.validation.split, config.evaluation.split)):
+    source = task.source(split)
+    if not len(source):
+      raise ValueError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
+    prompts[split] = []
+    for problem in (source[i] for i in range(len(source))):
+      for key in (problem["problem"], problem["id"]):  # an absent id is made from the problem
+        if key in seen:
+          shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
+          raise ValueError(f"{shown} stands in {seen[key]} and again in {split}: every split needs "
+                           "ids and problems of its own.")
+        seen[key] = split
+      tokens = tuple(talk.render(task.messages(problem)))
+      if len(tokens) > config.prompt_tokens:
+        raise ValueError(f"problem {problem['id']} of {split} takes {len(tokens)} tokens and its "
+                         f"window is {config.prompt_tokens}: raise config.prompt_tokens.")
+      problems[problem["id"]] = problem
+      prompts[split].append(rollout.Prompt(problem["id"], tokens))
+  return prompts, problems
+
+
+def check_solutions(place, max_tokens, prompts, problems, talk):
+  """That each of the prompts' problems has a solution, of at most `max_tokens` tokens.
+
+  Args:
+    place: the stage's config, by name; prompts, problems: as `check_problems` returns them.
+  """
+  for prompt in prompts:
+    solution = problems[prompt.id].get("solution")
+    if solution is None:
+      raise ValueError(f"problem {prompt.id} has no solution and {place} learns from it: add one, "
+                       "or drop the arm.")
+    tokens = len(talk.encode_response(solution))
+    if tokens > max_tokens:
+      raise ValueError(f"the solution of problem {prompt.id} takes {tokens} tokens and "
+                       f"{place}.sampling.max_tokens is {max_tokens}: raise it.")

@@ -1,0 +1,253 @@
+"""The decoder-only transformer that Qwen3 and Llama 3 both are, and its cache.
+
+Shapes live in names, here and everywhere in the package:
+
+  P prompts · G samples per prompt · B = P·G sequences · T tokens · S cache slots · V vocabulary ·
+  D width · N query heads · K key/value heads · R = N/K · H head width · F MLP width · L layers
+
+Parameters are a plain nested dict; the layers are stacked on a leading L axis and scanned.
+Norms, softmax and RoPE are float32 whatever the type of the activations.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from s2d_jax import sharding
+from s2d_jax.models import attention
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMATS = ("none", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1's stretch of RoPE: frequencies `factor` times slower where the wave is long."""
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A decoder's shape and numbers; `dtype` and `remat` say how to run it, not what it is."""
+  architecture: str  # "qwen3" or "llama": whose weight table
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  mlp: int
+  norm_eps: float
+  rope_theta: float
+  rope_scaling: RopeScaling | None
+  qk_norm: bool  # RMSNorm on every query and key head (Qwen3)
+  tied: bool  # the embedding is also the unembedding
+  max_positions: int
+  dtype: str = "float32"  # of the activations
+  remat: str = "none"  # "block": recompute each layer on the way back
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(f"{self.heads} query heads do not share {self.kv_heads} key heads evenly: "
+                       "num_attention_heads must be a multiple of num_key_value_heads.")
+    if self.head_width % 2:
+      raise ValueError(f"head_dim {self.head_width} is odd and RoPE turns pairs: use an even one.")
+    if self.dtype not in DTYPES or self.remat not in REMATS:
+      raise ValueError(f"dtype {self.dtype!r} with remat {self.remat!r} is unknown: choose dtype "
+                       f"from {', '.join(DTYPES)} and remat from {', '.join(REMATS)}.")
+
+
+class Cache(NamedTuple):
+  """Keys and values of what was read so far; slot s of a row holds one token, segment 0 none."""
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  positions_BS: jax.Array
+  segments_BS: jax.Array
+  slot: jax.Array  # int32 scalar: the next one to write, the same in every row
+
+
+def empty_cache(config, batch, slots, dtype=jnp.float32):
+  """A cache of `slots` empty slots for each of `batch` sequences."""
+  def zeros():
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+    return sharding.constrain(
+        jnp.zeros(shape, dtype), "layer", "batch", "cache", "kv_heads", "head")
+  def labels():
+    return sharding.constrain(jnp.zeros((batch, slots), jnp.int32), "batch", "cache")
+  return Cache(zeros(), zeros(), labels(), labels(), jnp.zeros((), jnp.int32))
+
+
+def rms_norm(x, scale, eps):
+  """x / √(mean(x²) + eps) · scale over the last axis (https://arxiv.org/abs/1910.07467)."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return (x32 * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
+def rope_frequencies(head_width, theta, scaling):
+  """Radians per position of each of the H/2 pairs: theta^(−2i/H), stretched by `scaling`.
+
+  RoPE (https://arxiv.org/abs/2104.09864). Llama 3.1 (https://arxiv.org/abs/2407.21783) divides
+  by `factor` the frequencies whose wave is longer than original/low, keeps those whose wave is
+  shorter than original/high and blends the ones between.
+  """
+  frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+  if scaling is None:
+    return frequency
+  waves = scaling.original_max_positions * frequency / (2 * jnp.pi)  # in the original window
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+  return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rope(x_BTNH, angle_BTH2):
+  """Turns the pair (x_i, x_{i+H/2}) of each head by the angle of its position, in float32."""
+  angle_BTNH2 = jnp.broadcast_to(
+      angle_BTH2[:, :, None], x_BTNH.shape[:-1] + angle_BTH2.shape[-1:])
+  cos, sin = jnp.cos(angle_BTNH2), jnp.sin(angle_BTNH2)
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x_BTNH.dtype)
+
+
+def normal(fan_in):
+  """Draws of standard deviation 1/√fan_in, which keep the size of what they multiply."""
+  return nn.initializers.normal(fan_in**-0.5)
+
+
+def project(x_BTD, weight):
+  """x · weight over the width, as one product of two matrices: [B, T, D], [D, …] -> [B, T, …].
+
+  Rows and times are one axis and so are the outputs: on CPU the gradient of the same einsum with
+  its axes apart spends as long copying transposes as multiplying.
+  """
+  D, *out = weight.shape
+  return (x_BTD.reshape(-1, D) @ weight.reshape(D, -1)).reshape(*x_BTD.shape[:2], *out)
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention, with its layer's part of the cache when there is one."""
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BTD, layer, angle_BTH2, mask_BTS, slot, kv):
+    c, dtype = self.config, x_BTD.dtype
+    D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
+    wq_DNH = self.param("q", normal(D), (D, N, H)).astype(dtype)
+    wk_DKH = self.param("k", normal(D), (D, K, H)).astype(dtype)
+    wv_DKH = self.param("v", normal(D), (D, K, H)).astype(dtype)
+    wo_NHD = self.param("o", normal(N * H * 2 * c.layers), (N, H, D)).astype(dtype)
+
+    q_BTNH = project(x_BTD, wq_DNH)
+    k_BTKH = project(x_BTD, wk_DKH)
+    v_BTKH = project(x_BTD, wv_DKH)
+    if c.qk_norm:
+      q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
+      k_BTKH = rms_norm(k_BTKH, self.param("k_norm", nn.initializers.ones, (H,)), c.norm_eps)
+    q_BTNH = sharding.constrain(rope(q_BTNH, angle_BTH2), "batch", "time", "heads", "head")
+    k_BTKH = sharding.constrain(rope(k_BTKH, angle_BTH2), "batch", "time", "kv_heads", "head")
+    v_BTKH = sharding.constrain(v_BTKH, "batch", "time", "kv_heads", "head")
+
+    if kv is None:
+      k_BSKH, v_BSKH = k_BTKH, v_BTKH
+    else:
+      kv = tuple(
+          jax.lax.dynamic_update_slice(old_LBSKH, new_BTKH.astype(old_LBSKH.dtype)[None],
+                                       (layer, 0, slot, 0, 0))
+          for old_LBSKH, new_BTKH in zip(kv, (k_BTKH, v_BTKH), strict=True))
+      k_BSKH, v_BSKH = (
+          sharding.constrain(jax.lax.dynamic_index_in_dim(x_LBSKH, layer, keepdims=False),
+                             "batch", "cache", "kv_heads", "head").astype(dtype)
+          for x_LBSKH in kv)
+    out_BTNH = attention.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
+    out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
+    return project(out_BTM, wo_NHD.reshape(N * H, D)), kv
+
+
+class MLP(nn.Module):
+  """SwiGLU: down(silu(gate x) · up x) (https://arxiv.org/abs/2002.05202)."""
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    c, dtype = self.config, x_BTD.dtype
+    D, F = c.width, c.mlp
+    gate_DF = self.param("gate", normal(D), (D, F)).astype(dtype)
+    up_DF = self.param("up", normal(D), (D, F)).astype(dtype)
+    down_FD = self.param("down", normal(F * 2 * c.layers), (F, D)).astype(dtype)
+    hidden_BTF = nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
+    hidden_BTF = sharding.constrain(hidden_BTF, "batch", "time", "mlp")
+    return project(hidden_BTF, down_FD)
+
+
+class Block(nn.Module):
+  """One layer, residual around attention and around the MLP; the carry holds the cache."""
+  config: Config
+
+  @nn.compact
+  def __call__(self, carry, layer, angle_BTH2, mask_BTS, slot):
+    c = self.config
+    x_BTD, kv = carry
+    scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
+    y_BTD, kv = Attention(c, name="attn")(
+        rms_norm(x_BTD, scale_D, c.norm_eps), layer, angle_BTH2, mask_BTS, slot, kv)
+    x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
+    scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
+    y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
+    x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
+    return (x_BTD, kv), None
+
+
+class Decoder(nn.Module):
+  """Tokens to the features after the final norm; `unembed` times those are the logits."""
+  config: Config
+
+  @nn.compact
+  def __call__(self, tokens_BT, positions_BT, segments_BT, cache=None):
+    c = self.config
+    embed_VD = self.param("embed", normal(c.width), (c.vocab_size, c.width))
+    if not c.tied:
+      self.param("unembed", normal(c.width), (c.vocab_size, c.width))
+    # Whole rows before the look-up, or XLA would replicate its result to split it by rows.
+    table_VD = sharding.constrain(embed_VD, "vocab", "embed")
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[c.dtype])
+    x_BTD = sharding.constrain(x_BTD, "batch", "time", "embed")
+
+    kv = slot = None
+    keys = positions_BT, segments_BT
+    if cache is not None:
+      cache = _label(cache, positions_BT, segments_BT)
+      kv, slot = (cache.k_LBSKH, cache.v_LBSKH), cache.slot
+      keys = cache.positions_BS, cache.segments_BS
+    mask_BTS = attention.visible(positions_BT, segments_BT, *keys)
+    frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
+    angle_BTH2 = jnp.einsum("BT,h->BTh", positions_BT.astype(jnp.float32), frequency)
+
+    block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
+    layers = nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
+    (x_BTD, kv), _ = layers(c, name="layers")(
+        (x_BTD, kv), jnp.arange(c.layers), angle_BTH2, mask_BTS, slot)
+    if cache is not None:
+      cache = cache._replace(k_LBSKH=kv[0], v_LBSKH=kv[1], slot=slot + tokens_BT.shape[1])
+    scale_D = self.param("norm", nn.initializers.ones, (c.width,))
+    return sharding.constrain(rms_norm(x_BTD, scale_D, c.norm_eps), "batch", "time", "embed"), cache
+
+
+def _label(cache, positions_BT, segments_BT):
+  """The cache with the next T slots labelled by what is about to be written there."""
+  T, S = positions_BT.shape[1], cache.positions_BS.shape[1]
+  if T > S:
+    raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
+  def write(old_BS, new_BT):
+    return jax.lax.dynamic_update_slice(old_BS, new_BT.astype(jnp.int32), (0, cache.slot))
+  return cache._replace(positions_BS=write(cache.positions_BS, positions_BT),
+                        segments_BS=write(cache.segments_BS, segments_BT))

@@ -1,0 +1,89 @@
+"""Compiles every program of every stage ahead of time: does it fit, what will it cost.
+
+  python -m s2d_jax.preflight --config=configs/qwen3_math.py [--topology=v5p:2x2x2]
+
+Needs the two model folders' config.json and tokenizer, no weights, no data and, with `--topology`
+(needs libtpu), no chip. Memory is the compiled program's own account, per device.
+"""
+
+import sys
+import zlib
+from typing import NamedTuple
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from s2d_jax import chat, doctor, models, objectives, optim, recipe, sharding, train, update
+from s2d_jax.models import hf
+
+
+class Cost(NamedTuple):
+  """What one program needs on each device, in bytes."""
+  stage: str
+  program: str
+  arguments: int
+  temporaries: int
+  output: int
+
+
+def abstract_role(config, role, mesh):
+  """A base model with the shapes and layouts of its weights, from its config.json alone."""
+  model = models.get(hf.read_json(config[role]), dtype=config.dtype, remat=config.remat)
+  shapes = models.shapes(model.config)
+  layout = sharding.weight_shardings(mesh, models.axes(model.config), shapes)
+  return train.Role(model, sharding.laid_out(shapes, layout))
+
+
+def costs(config, stages=recipe.STAGES):
+  """Yields a Cost for every program of every stage in config.stages, on the current mesh."""
+  table, mesh = {row.name: row for row in stages}, sharding.current_mesh()
+  doctor.check_config(config, table)
+  stop_ids = chat.Chat(config.student, **config.template).eos_ids
+  for name, hp in config.stages.items():
+    row = table[name]
+    learner = abstract_role(config, row.learner, mesh)
+    frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
+    penalised = row.guide != "reference" or (hp.kl != "none" and hp.kl_coef > 0)
+    optimizer = optim.make(train.optim_config(hp), models.axes(learner.model.config))
+    work = train.Work(
+        name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
+        width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
+        actor=None if row.actor in ("given", row.learner)
+        else abstract_role(config, row.actor, mesh),
+        guide=abstract_role(config, frozen[row.guide], mesh) if row.guide and penalised else None,
+        given=() if row.actor == "given" else None, reward=None, advantages=None,
+        objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
+        validate=None, text=None)
+    programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
+    found = {"score": programs.score, "update": programs.step}
+    if programs.draw is not None:
+      found = {"sample": programs.draw.compiled, **found}
+    for program, compiled in found.items():
+      memory = compiled.memory_analysis()
+      yield Cost(name, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+                 memory.output_size_in_bytes)
+
+
+def main(config, topology):
+  """Prints a line per program: bytes of arguments, temporaries and outputs on each device."""
+  devices = None
+  if topology:
+    from jax.experimental import topologies  # needs libtpu, which only this option asks for
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  try:
+    with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
+      print("bytes on each device")
+      print(f"{'stage':<16}{'program':<10}{'arguments':>14}{'temporaries':>14}{'output':>14}")
+      for cost in costs(config):
+        print(f"{cost.stage:<16}{cost.program:<10}{cost.arguments:>14,}{cost.temporaries:>14,}"
+              f"{cost.output:>14,}", flush=True)
+  except ValueError as error:
+    sys.exit(f"s2d_jax: {error}")
+
+
+if __name__ == "__main__":
+  CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().")
+  TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU to compile for, such as v5e:4x4.")
+  flags.mark_flags_as_required(["config"])
+  app.run(lambda argv: main(CONFIG.value, TOPOLOGY.value))

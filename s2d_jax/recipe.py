@@ -1,0 +1,314 @@
+"""The recipe as tables, Stage, Arm and Task, and the walk over stages that makes an arm.
+
+A stage says who samples, who learns and who guides, and by which objective. An arm is a short list
+of stages, each with the labels it may use. A stage's folder is named by a hash of all that
+determines its result, so arms that share a prefix share the work, a finished stage is skipped and
+an unfinished one goes on. A user's own data, reward, stages or arms are arguments of `run`.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from s2d_jax import chat, checkpoint, doctor, manifest, objectives, stage, train
+from s2d_jax.data import prompts as order
+from s2d_jax.data import sources
+from s2d_jax.rewards import arithmetic as arithmetic_reward
+from s2d_jax.rewards import math as math_reward
+
+
+class Stage(NamedTuple):
+  """One row of the recipe."""
+  name: str
+  actor: str           # whose samples: "teacher", "student", or "given" solutions
+  learner: str         # whose weights move: "teacher" or "student"
+  guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
+  objective: Callable
+  reward: bool         # True where the samples' rewards are consulted, and so labels are spent
+
+
+class Task(NamedTuple):
+  """The problems, how they are asked and how answers are checked."""
+  source: Callable    # split -> sequence of {"id", "problem", "answer"[, "solution"]}
+  messages: Callable  # problem -> chat messages
+  reward: Callable    # (problem, text) -> float
+
+
+STAGES = (
+    Stage("teacher_grpo", "teacher", "teacher", "reference", objectives.clipped_surrogate, True),
+    Stage("teacher_sft", "given", "teacher", None, objectives.negative_log_likelihood, False),
+    Stage("forward_kl", "teacher", "student", "teacher", objectives.forward_kl, False),
+    Stage("sft", "teacher", "student", None, objectives.negative_log_likelihood, False),
+    Stage("reverse_kl", "student", "student", "teacher", objectives.reverse_kl, False),
+    Stage("student_grpo", "student", "student", "reference", objectives.clipped_surrogate, True),
+)
+
+# Each row with the labelled problems it draws: "all", or the fixed halves "1h" and "2h".
+ARMS = {
+    "untrained": (),
+    "cold_grpo": (("student_grpo", "all"),),
+    "raw_bridge": (("forward_kl", "all"), ("reverse_kl", "all")),
+    "bridge": (("teacher_grpo", "all"), ("forward_kl", "all"), ("reverse_kl", "all")),
+    "half_bridge_grpo_2h": (("teacher_grpo", "1h"), ("forward_kl", "1h"), ("reverse_kl", "1h"),
+                            ("student_grpo", "2h")),
+}
+
+def arithmetic(config):
+  """Chained addition modulo 100, prepared under config.data.dir the first time."""
+  folder = os.path.expanduser(config.data.dir)
+  return Task(lambda split: sources.tfds_source("arithmetic", split, folder),
+              lambda problem: [{"role": "user", "content": problem["problem"]}],
+              arithmetic_reward.reward)
+
+
+def math(config):
+  """Problems of JSON-lines files, config.data[split], answered in the last \\boxed{}."""
+  ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+  def source(split):
+    if split not in config.data:
+      raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
+                       f"{', '.join(config.data)}.")
+    return sources.jsonl(config.data[split])
+  return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
+              math_reward.reward)
+
+
+TASKS = {"arithmetic": arithmetic, "math": math}  # what config.task may say
+
+
+def task(config):
+  """The Task that config.task names; a task of your own goes to `run` directly.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if config.task not in TASKS:
+    raise ValueError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
+                     "recipe.run with a Task of your own.")
+  return TASKS[config.task](config)
+
+
+# What a stage's result does not depend on, up to rounding and logging.
+UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")
+
+
+class Node(NamedTuple):
+  """A stage in its place. A role is "teacher" or "student" (the base), or a node's name."""
+  name: str            # of its folder: the row and a hash of `inputs`
+  stage: Stage
+  split: str
+  actor: str | None    # None: the learner samples, or solutions are given
+  learner: str
+  guide: str | None
+  inputs: dict
+
+
+class Plan(NamedTuple):
+  """A checked config, and all that follows from it before anything runs or is written."""
+  config: Any
+  task: Task
+  chat: chat.Chat
+  prompts: dict   # split -> [rollout.Prompt]; "all", "1h" and "2h" are the labelled ones
+  problems: dict  # id -> problem, over all splits
+  bases: dict     # "teacher", "student" -> {"folder", "identity"}
+  nodes: dict     # name -> Node, parents first
+  arms: dict      # arm -> names of its nodes
+  rows: dict      # arm -> {label: role}: whose weights the arm's rows in the table score
+
+  def reward(self, prompt_id, ids):
+    """The task's reward of a response, from a problem's id and the response's tokens."""
+    return float(self.task.reward(self.problems[prompt_id], self.chat.decode(ids)))
+
+  def task_identity(self):
+    """What names the task's questions and checks: their functions, by name and source."""
+    return [self.config.task, *map(source_of, (self.task.messages, self.task.reward))]
+
+  def identity(self, role):
+    """What names a role's weights: the base folder's identity, or the stage's name."""
+    return self.bases[role]["identity"] if role in self.bases else role
+
+  def base(self, role):
+    """The base folder that a role's weights descend from, and its identity."""
+    return self.bases[role if role in self.bases else self.nodes[role].stage.learner]
+
+  def ancestors(self, role):
+    """Names of every stage behind a role's weights, parents first, itself last."""
+    if role in self.bases or role is None:
+      return []
+    node, found = self.nodes[role], []
+    for parent in (node.actor, node.guide, node.learner):
+      found += [name for name in self.ancestors(parent) if name not in found]
+    return [*found, role]
+
+
+def plan(config, task, stages=STAGES, arms=ARMS):
+  """Checks everything that can be wrong before anything is written, and lays out the walk.
+
+  Args:
+    config: an ml_collections ConfigDict such as configs/arithmetic.py makes.
+    task: the problems; stages, arms: the tables, ours or a user's.
+
+  Raises:
+    ValueError: one sentence that names what is wrong and the remedy.
+  """
+  table = {row.name: row for row in stages}
+  doctor.check_config(config, table)
+  chosen = list(dict.fromkeys(a.strip() for a in config.arms.split(",") if a.strip()))
+  for arm in chosen:
+    if arm not in arms:
+      raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
+    for row, _ in arms[arm]:
+      if row not in config.stages:
+        raise ValueError(f"the arm {arm} needs config.stages.{row}: add it, or drop the arm.")
+  if not chosen:
+    raise ValueError(f"config.arms is empty: choose from {', '.join(arms)}.")
+  talk, bases = doctor.check_pair(config)
+  prompts, problems = doctor.check_problems(config, task, talk)
+  prompts |= _halves(prompts["labelled"], config.half_seed)
+  made = Plan(config, task, talk, prompts, problems, bases, {}, {}, {})
+  for arm in chosen:
+    at = {"teacher": "teacher", "student": "student"}
+    made.arms[arm] = [_place(made, table[row], split, at) for row, split in arms[arm]]
+    made.rows[arm] = {arm: at["student"]}
+  if "untrained" in chosen:
+    shaped = {f"teacher after {node.stage.name} ({node.split})": name
+              for name, node in made.nodes.items() if node.stage.learner == "teacher"}
+    made.rows["untrained"] = {"untrained student": "student", "untrained teacher": "teacher",
+                              **shaped}
+  return made
+
+
+def source_of(function):
+  """A function's module, name and source text (its own, not what it calls), for a hash."""
+  try:
+    text = inspect.getsource(function)
+  except (OSError, TypeError):  # built in, or typed at a prompt
+    text = ""
+  return [function.__module__, function.__qualname__, text]
+
+
+def _halves(labelled, seed):
+  """{"all", "1h", "2h"}: the labelled prompts and their halves by a seeded hash of the id."""
+  first = order.half(np.array([p.id for p in labelled]), seed)
+  split = {"all": labelled, "1h": [p for p, f in zip(labelled, first, strict=True) if f],
+           "2h": [p for p, f in zip(labelled, first, strict=True) if not f]}
+  for name, prompts in split.items():
+    if not prompts:
+      raise ValueError(f"the split {name} has no problems: label more of them.")
+  return split
+
+
+def _place(made, row, split, at):
+  """Adds a row's node to the plan, moves its learner in `at`, and returns the node's name."""
+  hp, config, prompts = made.config.stages[row.name], made.config, made.prompts[split]
+  if hp.prompts > len(prompts):
+    raise ValueError(f"config.stages.{row.name}.prompts is {hp.prompts} and the split {split} has "
+                     f"{len(prompts)} problems: lower it.")
+  if row.actor == "given":
+    doctor.check_solutions(f"config.stages.{row.name}", hp.sampling.max_tokens, prompts,
+                           made.problems, made.chat)
+  learner = at[row.learner]
+  actor = None if row.actor in ("given", row.learner) else at[row.actor]
+  guide = at.get(row.guide)
+  if row.guide == "reference" and row.objective is not objectives.clipped_surrogate:
+    guide = learner
+  elif row.guide == "reference":
+    guide = learner if hp.kl_coef > 0 and hp.kl != "none" else None
+  facts = [(p.id, p.tokens, made.problems[p.id]["answer"] if row.reward else None,
+            made.problems[p.id].get("solution") if row.actor == "given" else None)
+           for p in prompts]
+  inputs = {
+      "row": [row.name, row.actor, row.learner, row.guide],
+      "objective": source_of(row.objective), "task": made.task_identity() if row.reward else None,
+      "config": {k: v for k, v in hp.to_dict().items() if k not in UNHASHED},
+      "seed": config.seed, "dtype": config.dtype, "tokenizer": made.chat.fingerprint(),
+      "split": {"name": split, "problems": manifest.digest(facts)},
+      "parents": {name: role and made.identity(role) for name, role in
+                  (("actor", actor), ("learner", learner), ("guide", guide))}}
+  name = manifest.name(row.name, inputs)
+  made.nodes.setdefault(name, Node(name, row, split, actor, learner, guide, inputs))
+  at[row.learner] = name
+  return name
+
+
+def run(config, workdir, task, stages=STAGES, arms=ARMS):
+  """Makes every arm of config.arms under `workdir` and scores it; returns the Plan.
+
+  The same call again skips what is finished and goes on with what is not. Runs on the mesh of
+  `jax.set_mesh`.
+
+  Raises:
+    ValueError: from `plan` and `check_folders`, before anything is written;
+      then what `train.run` raises.
+  """
+  made = plan(config, task, stages, arms)
+  check_folders(made, workdir)
+  walk(made, workdir)
+  return made
+
+
+def check_folders(made, workdir):
+  """Holds every folder of the plan that is there already against its name.
+
+  Raises:
+    ValueError: a manifest disagrees with its folder's name.
+  """
+  for name in made.nodes:
+    manifest.read(epath.Path(workdir) / name)
+
+
+def walk(made, workdir):
+  """Trains what is not finished, checks the labels spent, scores every row of every arm.
+
+  Raises:
+    SystemExit: code `train.RETRY`, told to stop, with everything saved.
+  """
+  workdir = epath.Path(workdir)
+  with train.termination() as stop:
+    for name, node in made.nodes.items():
+      if manifest.read(workdir / name) is not None:
+        checkpoint.drop_steps(workdir / name)  # where a kill came between the manifest and this
+      else:
+        stage.train_node(made, node, workdir, stop)
+      _leave(stop)
+    for arm in made.arms:
+      _check_labels(made, arm, workdir)
+      rows = []
+      for label, role in made.rows[arm].items():
+        rows.append({"label": label, "score": stage.evaluate(made, role, workdir),
+                     "stages": made.ancestors(role)})
+        _leave(stop)
+      entry = {"arm": arm, "seed": made.config.seed, "rows": rows}
+      path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
+      if checkpoint.leader() and not path.exists():  # its age is its place in the report
+        checkpoint.write_json(path, entry)
+    checkpoint.barrier("arms")
+
+
+def _leave(stop):
+  if stop():
+    raise SystemExit(train.RETRY)
+
+
+def _check_labels(made, arm, workdir):
+  """Asserts from the ledgers that no stage used a label outside its split, nor 2H before its turn.
+
+  Raises:
+    ValueError: a ledger breaks the arm's split.
+  """
+  held_out = {p.id for p in made.prompts["2h"]}
+  for name in made.arms[arm]:
+    node, spent = made.nodes[name], checkpoint.read_json(workdir / name / "ledger.json")
+    stray = set(spent["labels"]) - {p.id for p in made.prompts[node.split]}
+    if stray:
+      raise ValueError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
+                       f"{node.split}: delete the stage's folder and run it again.")
+    for parent in made.ancestors(name)[:-1] if node.split == "2h" else ():
+      leaked = held_out & set(checkpoint.read_json(workdir / parent / "ledger.json")["labels"])
+      if leaked:
+        raise ValueError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "
+                         f"config.arms {arm} is not a half_* arm, so give it another split.")

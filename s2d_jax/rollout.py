@@ -1,0 +1,234 @@
+"""Rollouts and batches on the host: padding, weights, packing and the one shift. NumPy only.
+
+Nothing outside this file aligns inputs with targets, and nothing outside it decides which tokens
+count. Token ids stay ids from the sampler to the loss: text is never tokenized a second time.
+"""
+
+import hashlib
+import io
+from typing import NamedTuple
+
+import numpy as np
+
+FINISHED = ("length", "stop")  # what finish_reason 0 and 1 mean
+
+
+class Prompt(NamedTuple):
+  """One rendered problem: a stable integer id and its token ids, chat template applied."""
+  id: int
+  tokens: tuple
+
+
+class Rollout(NamedTuple):
+  """What a sampler wrote: B = P·G rows, a prompt's samples side by side."""
+  prompt_id_B: np.ndarray        # int64
+  sample_index_B: np.ndarray     # int32; (prompt id, sample index) names a row for ever
+  prompt_BT: np.ndarray          # int32, right-padded
+  prompt_length_B: np.ndarray    # int32 tokens
+  response_BT: np.ndarray        # int32, right-padded; a stop token belongs to the response
+  response_length_B: np.ndarray  # int32 tokens
+  sampler_logp_BT: np.ndarray    # float32 nats, of each response token under the whole model
+  finish_reason_B: np.ndarray    # int32 index into FINISHED
+  weight_version: int            # optimizer updates behind the weights that sampled
+
+  def response(self, row):
+    """The ids row `row` generated, a stop token included."""
+    return self.response_BT[row, : self.response_length_B[row]]
+
+
+class Batch(NamedTuple):
+  """Index t of every field: having read inputs[: t + 1], predict targets[t]."""
+  inputs_BT: np.ndarray        # int32 token ids
+  targets_BT: np.ndarray       # int32, inputs shifted left by one
+  positions_BT: np.ndarray     # int32, from 0 in every segment
+  segments_BT: np.ndarray      # int32; 0 is padding, other values mark sequences that share a row
+  weight_BT: np.ndarray        # float32; 0 on prompt and padding
+  advantage_BT: np.ndarray     # float32; constant along a response
+  old_logp_BT: np.ndarray      # float32 nats, from the trainer's own forward pass
+  sampler_logp_BT: np.ndarray  # float32 nats, as sampled
+  sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
+
+
+def token_weights(length_B, mean):
+  """What one response token weighs, float32 [B]: the kind of mean is data, not a flag in a loss.
+
+  `token`: 1, so that sum / count is the mean over tokens (DAPO, https://arxiv.org/abs/2503.14476).
+  `sequence`: 1 / response length, the mean over sequences of token means (GRPO, eq. 3 of
+  https://arxiv.org/abs/2402.03300).
+  """
+  kinds = {"token": np.ones(len(length_B)), "sequence": 1 / np.maximum(length_B, 1)}
+  if mean not in kinds:
+    raise ValueError(f"mean is {mean!r}: set it to one of {sorted(kinds)}.")
+  return kinds[mean].astype(np.float32)
+
+
+def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
+  """One row per sequence, [B, prompt width + response width − 1]: the shift, the mask, the weights.
+
+  Args:
+    rollout: what to train on.
+    mean: see `token_weights`.
+    advantage_B: float32, one number a sequence; zeros where the objective needs none.
+    row_weight_B: float32 factor on each sequence's weight; 0 drops a row without moving a shape.
+
+  Returns:
+    A Batch whose `old_logp_BT` is zero until the trainer has scored it.
+  """
+  B, prompt_width = rollout.prompt_BT.shape
+  width = prompt_width + rollout.response_BT.shape[1]
+  length_B = rollout.prompt_length_B + rollout.response_length_B
+  tokens = np.zeros((B, width), np.int32)
+  weight, logp = np.zeros((B, width), np.float32), np.zeros((B, width), np.float32)
+  per_token_B = token_weights(rollout.response_length_B, mean)
+  if row_weight_B is not None:
+    per_token_B = per_token_B * row_weight_B
+  for b in range(B):
+    p, n = rollout.prompt_length_B[b], length_B[b]
+    tokens[b, :p] = rollout.prompt_BT[b, :p]
+    tokens[b, p:n] = rollout.response(b)
+    weight[b, p:n] = per_token_B[b]
+    logp[b, p:n] = rollout.sampler_logp_BT[b, : n - p]
+  place_T = np.arange(width - 1, dtype=np.int32)
+  # Having read token t, predict token t + 1: inputs lose the last column, all the rest the first.
+  inside_BT = place_T[None] < length_B[:, None] - 1
+  response_BT = inside_BT & (place_T[None] >= rollout.prompt_length_B[:, None] - 1)
+  advantage_B = np.zeros(B, np.float32) if advantage_B is None else advantage_B
+  return Batch(
+      inputs_BT=np.where(inside_BT, tokens[:, :-1], 0),
+      targets_BT=np.where(inside_BT, tokens[:, 1:], 0),
+      positions_BT=np.where(inside_BT, place_T[None], 0),
+      segments_BT=inside_BT.astype(np.int32),
+      weight_BT=weight[:, 1:],
+      advantage_BT=np.where(response_BT, advantage_B[:, None], 0).astype(np.float32),
+      old_logp_BT=np.zeros_like(logp[:, 1:]),
+      sampler_logp_BT=logp[:, 1:],
+      sequence_BT=np.where(response_BT, np.arange(B, dtype=np.int32)[:, None], np.int32(-1)))
+
+
+def pack(batch_, width):
+  """Puts several sequences in a row of `width` tokens, first fit, longest first; each a segment.
+
+  Shapes stay [B, width]: rows that are left over are padding, so a fixed B compiles once and
+  attention, told by `segments_BT`, never crosses from one sequence to the next.
+
+  Raises:
+    ValueError: a sequence is longer than `width`.
+  """
+  length_B = (batch_.segments_BT > 0).sum(axis=1)
+  if length_B.max(initial=0) > width:
+    raise ValueError(f"a sequence of {length_B.max()} tokens does not fit a packed row of {width}: "
+                     "widen the row.")
+  B = len(length_B)
+  used, segments = np.zeros(B, np.int64), np.zeros(B, np.int64)
+  packed = Batch(*(np.zeros((B, width), x.dtype) for x in batch_))
+  packed.sequence_BT[:] = -1
+  for b in sorted(range(B), key=lambda i: (-length_B[i], i)):
+    n = length_B[b]
+    row = int(np.argmax(used + n <= width))
+    for to, x in zip(packed, batch_, strict=True):
+      to[row, used[row]: used[row] + n] = x[b, :n]
+    segments[row] += 1
+    packed.segments_BT[row, used[row]: used[row] + n] = segments[row]
+    used[row] += n
+  return packed
+
+
+def minibatches(batch_, count, seed):
+  """`count` equal slices of shuffled rows; the shuffle is a function of `seed`, a tuple of ints.
+
+  Raises:
+    ValueError: `count` does not divide the rows.
+  """
+  B = len(batch_.inputs_BT)
+  if B % count:
+    raise ValueError(f"{B} rows do not split into {count} minibatches: "
+                     "choose prompts x samples_per_prompt as a multiple of minibatches.")
+  order = np.random.default_rng(seed).permutation(B) if count > 1 else np.arange(B)
+  for rows in np.split(order, count):
+    yield Batch(*(x[rows] for x in batch_))
+
+
+def row_key(seed, prompt_id, sample_index):
+  """Two uint32 words that name a row's randomness: a hash of (seed…, prompt id, sample index).
+
+  A row's samples then depend on nothing else: not on its neighbours, its place or the devices.
+  """
+  text = ",".join(str(int(s)) for s in (*seed, prompt_id, sample_index))
+  return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
+
+
+def concatenate(rollouts):
+  """Rollouts of equal widths, one after the other."""
+  first = rollouts[0]
+  arrays = [np.concatenate(xs) for xs in zip(*(r[:-1] for r in rollouts), strict=True)]
+  return Rollout(*arrays, first.weight_version)
+
+
+def take(rollout, rows):
+  """The named rows, in that order."""
+  return Rollout(*(x[rows] for x in rollout[:-1]), rollout.weight_version)
+
+
+def to_bytes(rollout):
+  """A rollout as one compressed .npz, the same bytes for the same rollout."""
+  out = io.BytesIO()
+  np.savez_compressed(out, **rollout._asdict())
+  return out.getvalue()
+
+
+def from_bytes(data):
+  """The rollout `to_bytes` wrote."""
+  with np.load(io.BytesIO(data), allow_pickle=False) as f:
+    fields = {name: f[name] for name in Rollout._fields}
+  return Rollout(**{**fields, "weight_version": int(fields["weight_version"])})
+
+
+def given(prompts, responses, prompt_width, width):
+  """A Rollout of responses nobody sampled: one row (a list of ids) a prompt, sample index 0."""
+  B = len(prompts)
+  prompt_BT, response_BT = np.zeros((B, prompt_width), np.int32), np.zeros((B, width), np.int32)
+  for b, (prompt, ids) in enumerate(zip(prompts, responses, strict=True)):
+    prompt_BT[b, : len(prompt.tokens)] = prompt.tokens
+    response_BT[b, : len(ids)] = ids
+  return Rollout(
+      np.array([p.id for p in prompts], np.int64), np.zeros(B, np.int32), prompt_BT,
+      np.array([len(p.tokens) for p in prompts], np.int32), response_BT,
+      np.array([len(ids) for ids in responses], np.int32), np.zeros((B, width), np.float32),
+      np.ones(B, np.int32), 0)
+
+
+class Store:
+  """A frozen actor's rollouts on disk, keyed by (prompt id, sample index); parts are never changed.
+
+  Stages that share an actor, its prompts' rendering, the sampling and the seed share the folder, so
+  a response is sampled once however many stages learn from it.
+  """
+
+  def __init__(self, folder, write):
+    """Opens `folder` (an epath.Path); `write(path, bytes)` must write whole files or none."""
+    self._folder, self._write, self._where, self._parts = folder, write, {}, {}
+    if folder.exists():
+      for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
+        self._index(path.stem, from_bytes(path.read_bytes()))
+
+  def _index(self, name, part):
+    self._parts[name] = part
+    keys = zip(part.prompt_id_B.tolist(), part.sample_index_B.tolist(), strict=True)
+    for row, key in enumerate(keys):
+      self._where.setdefault(key, (name, row))
+
+  def missing(self, prompts, samples):
+    """The prompts that lack one of the `samples` (indices)."""
+    return [p for p in prompts if any((p.id, int(g)) not in self._where for g in samples)]
+
+  def add(self, name, part, leader):
+    """Keeps a rollout under `name`, which says who sampled it; the leading process writes it."""
+    if leader:
+      self._write(self._folder / f"{name}.npz", to_bytes(part))
+    self._index(name, part)
+
+  def get(self, prompts, samples):
+    """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
+    rows = [self._where[p.id, int(g)] for p in prompts for g in samples]
+    whole = concatenate([take(self._parts[name], slice(row, row + 1)) for name, row in rows])
+    return whole, [name for name, _ in rows]

@@ -1,0 +1,134 @@
+"""The mesh, and the only file that knows its axes.
+
+Models and losses speak of logical axes ("batch", "heads", "vocab"); the two tables below say
+which mesh axis carries each. To try another layout, change a table. Parameters are split over
+`fsdp` and `tensor`, activations over `data` and `fsdp` (rows) and `tensor` (heads, vocabulary).
+"""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Two tables, because a weight's "embed" is split over fsdp and an activation's must not be:
+# its batch already uses that axis. None is replication, written down, so a misspelt name raises.
+WEIGHT_RULES = {
+    "layer": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "head": None,
+    "mlp": "tensor", "vocab": "tensor",
+}
+ACTIVATION_RULES = {
+    "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
+    "kv_heads": "tensor", "group": None, "head": None, "mlp": "tensor", "vocab": "tensor",
+    "cache": None, "layer": None,
+}
+
+
+def make_mesh(shape=(1, 1, 1), devices=None):
+  """A (data, fsdp, tensor) mesh of Auto axes over `devices`, by default the first that suffice.
+
+  Raises:
+    ValueError: `shape` asks for more devices than there are.
+  """
+  devices = jax.devices() if devices is None else devices
+  need = int(np.prod(shape))
+  if len(shape) != len(AXES) or need > len(devices):
+    raise ValueError(
+        f"mesh {tuple(shape)} needs {need} devices on the axes {AXES} and {len(devices)} are here: "
+        "set config.mesh to three sizes whose product is at most that.")
+  if jax.process_count() > 1 and need != len(devices):
+    raise ValueError(f"mesh {tuple(shape)} leaves {len(devices) - need} of {len(devices)} devices "
+                     "idle, and every process needs its own in it: set config.mesh to use all.")
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:need])
+
+
+def _fits(size, axis, mesh_shape):
+  """The mesh axis where it divides `size`, else None: fewer KV heads than `tensor` replicate."""
+  names = (axis,) if isinstance(axis, str) else axis or ()
+  return axis if size % int(np.prod([mesh_shape[n] for n in names])) == 0 else None
+
+
+def spec(rules, names, shape, mesh_shape):
+  """PartitionSpec of an array of `shape` whose axes are called `names`."""
+  return PartitionSpec(*(_fits(s, rules[n], mesh_shape) for n, s in zip(names, shape, strict=True)))
+
+
+def constrain(x, *names):
+  """Pins an activation's layout inside `jit`; without a mesh (`jax.set_mesh`) it is `x`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(ACTIVATION_RULES, names, x.shape, mesh.shape))
+
+
+def current_mesh():
+  """The mesh of `with jax.set_mesh(...)`, or None."""
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else mesh
+
+
+def abstract(tree):
+  """Shapes, dtypes and layouts of arrays, to compile for before, or without, having them."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def laid_out(shapes, shardings):
+  """Shapes and dtypes of `shapes` with the layouts of `shardings`."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                      shapes, shardings)
+
+
+def gather(tree, mesh):
+  """The arrays whole on every device, so that each process can read all of them."""
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
+def weight_sharding(mesh, names, shape):
+  """Where one weight lives: logical `names` (a tuple, one per axis of `shape`) -> NamedSharding."""
+  return NamedSharding(mesh, spec(WEIGHT_RULES, names, shape, mesh.shape))
+
+
+def weight_shardings(mesh, axes, shapes):
+  """`weight_sharding` over a parameter tree; `axes` holds the names, `shapes` the shapes."""
+  return jax.tree.map(lambda s, a: weight_sharding(mesh, a, s.shape), shapes, axes)
+
+
+def batch_sharding(mesh, shape, names=("batch",)):
+  """Where a batch array of `shape` lives; axes beyond `names` are whole on every device."""
+  names = tuple(names) + ("time",) * (len(shape) - len(names))
+  return NamedSharding(mesh, spec(ACTIVATION_RULES, names, shape, mesh.shape))
+
+
+def replicated(mesh):
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put(x, sharding):
+  """A global array from a host value that is the same on every process."""
+  x = np.asarray(x)
+  if jax.process_count() == 1:
+    return jax.device_put(x, sharding)
+  return from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def from_callback(shape, sharding, part):
+  """A global array of which each process makes, by part(index), what its own devices hold."""
+  made, arrays = {}, []
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    key = str(index)  # replicas are made once
+    if key not in made:
+      made[key] = part(index)
+    arrays.append(jax.device_put(made[key], device))
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def put_batch(tree, mesh):
+  """`put` of every leaf, rows split over `data` and `fsdp`."""
+  return jax.tree.map(lambda x: put(x, batch_sharding(mesh, np.shape(x))), tree)
+
+
+def fetch(tree):
+  """NumPy copies of replicated (or single-host) arrays; every process gets the same."""
+  return jax.device_get(tree)

@@ -1,0 +1,166 @@
+"""One node of the walk on disk: a stage's folder from its roles to its manifest, or a score's.
+
+It turns a node of `recipe.Plan` into what `train.run` takes, and leaves the folder finished: final
+weights, a Hugging Face folder, the ledger, and last the manifest.
+"""
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+import zlib
+
+from s2d_jax import (
+  checkpoint,
+  evals,
+  manifest,
+  metrics,
+  models,
+  objectives,
+  optim,
+  rollout,
+  sampler,
+  sharding,
+  train,
+)
+from s2d_jax.models import hf
+
+
+def train_node(made, node, workdir, stop):
+  """Runs one stage to its end and leaves its folder finished: the manifest is written last."""
+  mesh, folder = sharding.current_mesh(), workdir / node.name
+  with checkpoint.only_writer(folder) as (beat, left):
+    work = _work(made, node, workdir, mesh)
+    params, totals = train.run(work, beat, left, stop)
+    checkpoint.save_final(folder, params)
+    whole = sharding.gather(params, mesh)
+    lineage = {"stage": node.name, "parents": made.ancestors(node.name)[:-1],
+               "bases": {r: b["identity"] for r, b in made.bases.items()},
+               "revision": manifest.revision()}
+    if checkpoint.leader():
+      _export(folder / "hf", work.learner.model, whole, made.base(node.name)["folder"], lineage)
+      checkpoint.write_json(folder / "ledger.json", totals)
+      checkpoint.write_json(folder / "manifest.json", metrics.plain({
+          "inputs": node.inputs, "config": made.config.to_dict(), "bases": made.bases,
+          **manifest.provenance(mesh)}))
+    checkpoint.barrier(node.name)
+    checkpoint.drop_steps(folder)
+
+
+def _validation(made, learner):
+  """validate(params), its sampler compiled; for a stage that asks for it."""
+  config = made.config.validation
+  draw = sampler.make(learner.model, learner.params,
+                      train.sampling(config.sampling, made.chat.eos_ids), config.problems,
+                      made.config.prompt_tokens)
+  return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
+                          (made.config.seed, zlib.crc32(b"validation")))
+
+
+def _export(folder, *saved):
+  """`hf.save`; to an object store by way of a local folder, since a store knows no rename."""
+  if "://" not in os.fspath(folder):
+    hf.save(folder, *saved)
+    return
+  with tempfile.TemporaryDirectory() as scratch:
+    for path in hf.save(pathlib.Path(scratch) / "hf", *saved).iterdir():
+      checkpoint.write(folder / path.name, path.read_bytes())
+
+
+def _work(made, node, workdir, mesh):
+  """Everything `train.run` needs to know of a node."""
+  config, row = made.config, node.stage
+  hp, seed = config.stages[row.name], config.seed
+  learner = _load(made, node.learner, workdir, mesh)
+  frozen = {role: _load(made, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
+  return train.Work(
+      name=row.name, folder=workdir / node.name, hp=hp, seed=seed, prompts=made.prompts[node.split],
+      width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
+      actor=frozen.get(node.actor), guide=frozen.get(node.guide),
+      given=_given(made, hp) if row.actor == "given" else None,
+      reward=made.reward if row.reward else None,
+      advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
+      objective=row.objective, logp=objectives.logp,
+      optimizer=optim.make(train.optim_config(hp), models.axes(learner.model.config)),
+      store=lambda: rollout.Store(workdir / _rollouts(made, node), checkpoint.write),
+      validate=_validation(made, learner) if hp.eval_every else None,
+      text=made.chat.decode)
+
+
+def _load(made, role, workdir, mesh):
+  """A role's model and weights, in a copy of its own: the learner's buffers are donated."""
+  how = {"dtype": made.config.dtype, "remat": made.config.remat}
+  folder = made.base(role)["folder"]
+  if role in made.bases:
+    model, params = hf.load(folder, mesh)
+    return train.Role(models.build(dataclasses.replace(model.config, **how)), params)
+  model = models.get(hf.read_json(folder), **how)
+  shapes = models.shapes(model.config)
+  abstract = sharding.laid_out(shapes, sharding.weight_shardings(
+      mesh, models.axes(model.config), shapes))
+  return train.Role(model, checkpoint.load_final(workdir / role, abstract))
+
+
+def _rollouts(made, node):
+  """The folder of a frozen actor's rollouts; samples_per_prompt does not name a row, so is out."""
+  how = made.config.stages[node.stage.name].sampling.to_dict()
+  how.pop("samples_per_prompt")
+  return manifest.name("rollouts", {
+      "actor": made.identity(node.actor), "sampling": how, "seed": made.config.seed,
+      "prompts": manifest.digest(made.prompts["all"]),
+      "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype})
+
+
+def _given(made, hp):
+  """draw(prompts) -> Rollout of the problems' own solutions, one a problem, end token included."""
+  def draw(picked):
+    T = hp.sampling.max_tokens
+    rows = [made.chat.encode_response(made.problems[p.id]["solution"]) for p in picked]
+    return rollout.given(picked, rows, made.config.prompt_tokens, T)
+  return draw
+
+
+def evaluate(made, role, workdir):
+  """Scores a role's weights on the evaluation split, once; returns the folder's name."""
+  config, mesh = made.config.evaluation, sharding.current_mesh()
+  prompts = made.prompts[config.split]
+  inputs = {"weights": made.identity(role), "evaluation": config.to_dict(),
+            "dtype": made.config.dtype, "seed": made.config.seed,
+            "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
+            "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
+                                         for p in prompts])}
+  folder = workdir / manifest.name("eval", inputs)
+  if manifest.read(folder) is None:
+    learner = _load(made, role, workdir, mesh)
+    result, samples = _scores(made, learner, prompts)
+    if checkpoint.leader():
+      checkpoint.write_json(folder / "result.json", result)
+      checkpoint.write_json(folder / "samples.json", samples)
+      checkpoint.write_json(folder / "manifest.json",
+                            {"inputs": inputs, **manifest.provenance(mesh)})
+    checkpoint.barrier(folder.name)
+  return folder.name
+
+
+def _scores(made, learner, prompts):
+  """(result, samples) of one model: greedy, avg@k and pass@k, with the matrix behind them."""
+  config, seed = made.config.evaluation, (made.config.seed, zlib.crc32(b"evaluation"))
+  sampled = train.sampling(config.sampling, made.chat.eos_ids)
+  greedy = sampled._replace(samples_per_prompt=1, temperature=0.0)
+  matrices, found = {}, {}
+  for name, how in (("sampled", sampled), ("greedy", greedy)):
+    draw = sampler.make(learner.model, learner.params, how, config.prompts,
+                        made.config.prompt_tokens)
+    matrices[name], rows = evals.solve(draw, learner.params, prompts, made.reward, seed)
+    if name == "sampled":
+      found["response_length"] = float(rows.response_length_B.mean())
+      samples = [{"prompt_id": int(rows.prompt_id_B[b]), "text": made.chat.decode(rows.response(b)),
+                  "reward": float(matrices[name].reshape(-1)[b])}
+                 for b in range(0, len(rows.prompt_id_B), sampled.samples_per_prompt)]
+  bootstrap = (made.config.seed, config.draws, config.level)
+  greedy_scores = dict(evals.scores(matrices["greedy"], (), *bootstrap))
+  found["scores"] = {"greedy": greedy_scores["avg@1"],
+                     **dict(evals.scores(matrices["sampled"], config.ks, *bootstrap))}
+  found["correct"] = matrices["sampled"].astype(int).tolist()
+  found["greedy"] = matrices["greedy"].astype(int)[:, 0].tolist()
+  return found, samples[: config.log_samples]

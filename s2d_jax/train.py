@@ -1,0 +1,348 @@
+"""One stage's loop, and the only `for step`: draw, score, update, account, survive.
+
+A step is one rollout batch. In order: evaluate the old state when due, save *before* the draw,
+draw prompts and samples, score the text, build the batch, take the trainer's own log-probabilities
+once, then epochs × minibatches optimizer updates. Everything but the TrainState is a function of
+(seed, stage, step), so a stage that was killed goes on as if it had not been.
+"""
+
+import contextlib
+import itertools
+import signal
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from s2d_jax import checkpoint, ledger, metrics, rollout, sampler, sharding, update
+from s2d_jax.data import prompts as order
+
+RETRY = 75  # EX_TEMPFAIL: told to stop, saved, start the same command again
+READS = ("steps", "prompts", "sampling", "mean", "epochs", "minibatches", "eval_every",
+         "save_every", "log_samples")
+
+
+class Role(NamedTuple):
+  """A model with weights."""
+  model: Any
+  params: Any
+
+
+class Work(NamedTuple):
+  """What one stage is made of; every field is plain data or a plain function."""
+  name: str                # the row's name: it seeds the order of prompts and the samples
+  folder: Any              # the stage's folder
+  hp: Any                  # the stage's config
+  seed: int
+  prompts: list            # rollout.Prompt of every problem the stage may draw
+  width: int               # tokens of the longest prompt's window
+  stop_ids: tuple
+  learner: Role
+  actor: Role | None       # None: the learner samples
+  guide: Role | None
+  given: Callable | None   # prompt ids -> Rollout of given solutions; then nobody samples
+  reward: Callable | None  # (prompt id, response ids) -> float; None: no label is spent
+  advantages: Callable     # reward_PG -> advantage_PG
+  objective: Callable
+  logp: Callable           # as `update.score` takes it
+  optimizer: Any
+  store: Callable          # () -> rollout.Store of a frozen actor
+  validate: Callable       # params -> iterable of (name, value)
+  text: Callable           # ids -> str, for the samples log
+
+
+class Programs(NamedTuple):
+  """Everything a stage runs on the device, compiled before the first step."""
+  draw: Callable | None
+  score: Callable
+  step: Callable
+
+
+def sampling(hp, stop_ids):
+  """The Sampling of a stage's or an evaluation's config."""
+  return sampler.Sampling(stop_ids=tuple(stop_ids), stop_strings=(), **hp.to_dict())
+
+
+def optim_config(hp):
+  """A stage's optim block with the number of optimizer updates that its steps make."""
+  return type(hp.optim)({**hp.optim.to_dict(), "steps": hp.steps * hp.epochs * hp.minibatches})
+
+
+def run(work, beat, left, stop):
+  """Trains one stage from its newest checkpoint, or from the start, to its last step.
+
+  Args:
+    work: the stage; beat, left: as `checkpoint.only_writer` yields them; stop: as `termination`
+      yields it.
+
+  Returns:
+    (params, totals): the learner's final weights, and the ledger's totals with device-seconds.
+
+  Raises:
+    FloatingPointError: a loss or gradient is not finite; names the step, keeps the last checkpoint.
+    RuntimeError: a program compiled after the stage's start.
+    SystemExit: code RETRY after a termination signal, once the state is saved.
+  """
+  began, mesh = time.monotonic(), sharding.current_mesh()
+  steps = checkpoint.Steps(work.folder)
+  try:
+    state = update.init(work.optimizer, mesh, work.learner.params)
+    start = steps.latest() or 0
+    lost = _lost_seconds(work.folder, start, left)
+    if start:
+      state = steps.load(sharding.abstract(state))
+    logs = {name: metrics.Log(work.folder, name, start)
+            for name in ("metrics", "ledger", "timing", "samples")}
+    metrics.cut_tensorboard(work.folder, start)
+    programs = compile_programs(work, state, mesh)
+    logs["timing"].add({"step": start, "seconds": time.monotonic() - began})
+    state = _loop(work, programs, state, start, steps, logs, beat, stop, mesh)
+  finally:
+    steps.close()
+  totals = ledger.total(logs["ledger"].rows)
+  return state.params, {**totals, **ledger.seconds(logs["timing"].rows, lost, mesh.size)}
+
+
+def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
+  """The steps themselves. Saves fall only between them."""
+  hp = work.hp
+  store = None if work.actor is None else work.store()
+  began, saved = start, start or None
+  with metrics.compilations() as compiled, metrics.bar(work.name, start, hp.steps) as bar:
+    for step in range(start, hp.steps):
+      clock = time.monotonic()
+      beat()
+      row = {"step": step}
+      if hp.eval_every and step % hp.eval_every == 0:
+        row |= dict(work.validate(state.params))
+      if step % hp.save_every == 0 and step != began:
+        _save(work.folder, steps, logs, step, state)
+        saved = step
+      if stop():
+        if saved != step and step != began:
+          _save(work.folder, steps, logs, step, state)
+        raise SystemExit(RETRY)
+      before = compiled()  # on several hosts the checkpointer compiles its own barriers
+      state, new = _step(work, programs, store, state, step, logs, mesh)
+      row |= new
+      _check(work, step, saved, row, compiled() - before)
+      logs["metrics"].add(row)
+      seconds = time.monotonic() - clock
+      logs["timing"].add({"step": step, "seconds": seconds,
+                          "tokens_per_second": row["tokens"] / seconds})
+      bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "kl", "loss") if k in row}
+                      | {"tokens/s": f"{row['tokens'] / seconds:.0f}"}, refresh=False)
+      bar.update()
+  _save(work.folder, steps, logs, hp.steps, state)
+  return state
+
+
+def _step(work, programs, store, state, step, logs, mesh):
+  """One rollout batch: returns the new state and the step's metrics."""
+  hp = work.hp
+  rows, reused = _draw(work, programs, store, state, step)
+  problems = list(dict.fromkeys(rows.prompt_id_B.tolist()))
+  row, reward_B, advantage_B = {}, None, None
+  if work.reward is not None:
+    reward_B = _rewards(work.reward, rows)
+    reward_PG = reward_B.reshape(len(problems), -1)
+    advantage_B = np.asarray(work.advantages(reward_PG), np.float32).reshape(-1)
+    mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
+    row |= {"reward": reward_B.mean(), "mixed_groups": mixed_P.mean()}
+  batch = rollout.batch(rows, hp.mean, advantage_B)
+  actor = state.params if work.actor is None else work.actor.params
+  logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
+  response_BT = batch.sequence_BT >= 0
+  if work.given is None:
+    row |= _gap(logp_BT, batch.sampler_logp_BT, response_BT)
+  batch = batch._replace(old_logp_BT=np.where(response_BT, logp_BT, np.float32(0)))
+  state, losses = _updates(work, programs, state, step, batch, mesh)
+  length_B = rows.prompt_length_B + rows.response_length_B
+  row |= losses | {"tokens": int(rows.response_length_B.sum()),
+                   "response_length": rows.response_length_B.mean(),
+                   "stopped": (rows.finish_reason_B == 1).mean()}
+  logs["ledger"].add(_spent(work, step, problems, rows, length_B, reused))
+  for b in range(min(hp.log_samples, len(length_B))):
+    logs["samples"].add({
+        "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
+        "tokens": rows.response(b), "text": work.text(rows.response(b)),
+        "logp": rows.sampler_logp_BT[b, : rows.response_length_B[b]],
+        "finish_reason": rollout.FINISHED[rows.finish_reason_B[b]],
+        "reward": None if reward_B is None else reward_B[b]})
+  return state, row
+
+
+def _draw(work, programs, store, state, step):
+  """The step's rollout, and how many of its tokens were sampled before."""
+  hp = work.hp
+  G = hp.sampling.samples_per_prompt
+  picked = [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
+                                              hp.prompts)]
+  if work.given is not None:
+    return work.given(picked), 0
+  if store is None:
+    seed = (work.seed, zlib.crc32(work.name.encode()), step, 0)
+    version = step * hp.epochs * hp.minibatches
+    return programs.draw(state.params, picked, seed, weight_version=version), 0
+  first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
+  samples = range(first, first + G)
+  missing, mine = store.missing(picked, samples), f"{epath.Path(work.folder).name}-{step:08d}"
+  if missing:
+    new = programs.draw(work.actor.params, missing, (work.seed,), first_sample=first)
+    store.add(mine, new, checkpoint.leader())
+  rows, parts = store.get(picked, samples)
+  # By the part's name, not by what was missing: a killed step, done again, is charged the same.
+  reused_B = np.array([part != mine for part in parts])
+  return rows, int(rows.response_length_B[reused_B].sum())
+
+
+def _rewards(reward, rows):
+  """float32 [B]: every host scores its share of the rows, and reads the others'."""
+  hosts, here = jax.process_count(), jax.process_index()
+  B = len(rows.prompt_id_B)
+  mine = np.zeros(B, np.float32)
+  for b in range(here, B, hosts):
+    mine[b] = reward(int(rows.prompt_id_B[b]), rows.response(b))
+  return _summed_over_hosts(mine)
+
+
+def _summed_over_hosts(mine_B):
+  """The sum of every host's array of this shape, on every host; itself on one."""
+  if jax.process_count() == 1:
+    return mine_B
+  with jax.transfer_guard("allow"):  # asked for: it goes through the devices
+    return multihost_utils.process_allgather(mine_B).sum(axis=0)
+
+
+def _updates(work, programs, state, step, batch, mesh):
+  """epochs × minibatches optimizer updates; returns the state and the means of their metrics."""
+  hp, seen = work.hp, []
+  guide = None if work.guide is None else work.guide.params
+  for epoch in range(hp.epochs):
+    seed = (work.seed, zlib.crc32(work.name.encode()), step, epoch)
+    for part in rollout.minibatches(batch, hp.minibatches, seed):
+      state, values = programs.step(state, guide, sharding.put_batch(part, mesh))
+      seen.append({k: float(v) for k, v in sharding.fetch(values).items()})
+  means = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
+  return state, means | {"finite": min(s["finite"] for s in seen)}
+
+
+def _gap(logp_BT, sampler_logp_BT, response_BT):
+  """How far the sampler's log-probabilities are from the trainer's on the same tokens, in nats."""
+  gap = np.abs(logp_BT - sampler_logp_BT)[response_BT]
+  return {"logp_gap_mean": gap.mean(), "logp_gap_max": gap.max()}
+
+
+def _spent(work, step, problems, rows, length_B, reused):
+  """The step's ledger row."""
+  hp, tokens = work.hp, int(rows.response_length_B.sum())
+  learner = ledger.forward_flops(work.learner.model.config, length_B)
+  actor = learner if work.actor is None else ledger.forward_flops(work.actor.model.config, length_B)
+  guide = 0.0 if work.guide is None else ledger.forward_flops(work.guide.model.config, length_B)
+  sampled = 0 if work.given is not None else tokens - reused
+  share = sampled / max(tokens, 1)
+  return ledger.row(
+      step, problems, work.reward is not None or work.given is not None, sequences=len(length_B),
+      tokens_sampled=sampled, tokens_reused=reused, tokens_discarded=0,
+      tokens_trained=hp.epochs * tokens,
+      tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
+      flops=actor * (share + 1) + hp.epochs * (3 * learner + guide))
+
+
+def _save(folder, steps, logs, step, state):
+  """Logs first, then the checkpoint that makes them count."""
+  for name, log in logs.items():
+    start, new = log.flush(step)
+    if name == "metrics":
+      metrics.write_tensorboard(folder, start, new)
+  steps.save(step, state)
+
+
+def _check(work, step, saved, row, compiled):
+  if not row["finite"]:
+    raise FloatingPointError(
+        f"{work.name} met a loss or gradient that is not finite at step {step}; "
+        f"{'no checkpoint was due yet' if saved is None else f'the checkpoint of step {saved}'} in "
+        f"{work.folder}{'' if saved is None else ' is kept'}: lower the learning rate or look at "
+        "its samples.")
+  if compiled:
+    raise RuntimeError(f"{work.name} compiled {compiled} programs after its start, seen at step "
+                       f"{step}: a shape or layout changed, and every shape must be fixed.")
+
+
+def compile_programs(work, state, mesh):
+  """Every program of a stage, ahead of time, for shapes that never change.
+
+  Args:
+    work: of which hp, width, stop_ids, the roles, given, objective, logp and optimizer are read;
+      the roles' weights may be abstract (`sharding.abstract`).
+    state: the TrainState, or its `update.abstract`.
+  """
+  hp, actor = work.hp, work.actor or work.learner
+  params = state.params if work.actor is None else work.actor.params
+  how = sampling(hp.sampling, work.stop_ids)
+  draw = None
+  if work.given is None:
+    draw = sampler.make(actor.model, params, how, hp.prompts, work.width)
+  rows = hp.prompts * how.samples_per_prompt
+  width = work.width + how.max_tokens - 1
+  _summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
+  score = update.score(actor.model, work.logp, hp)
+  step = update.make(work.learner.model, None if work.guide is None else work.guide.model,
+                     work.objective, work.optimizer, hp, update.shardings(state))
+  guide = None if work.guide is None else sharding.abstract(work.guide.params)
+  return Programs(
+      draw,
+      score.lower(sharding.abstract(params), _abstract_batch(rows, width, mesh)).compile(),
+      step.lower(sharding.abstract(state), guide,
+                 _abstract_batch(rows // hp.minibatches, width, mesh)).compile())
+
+
+def _abstract_batch(rows, width, mesh):
+  types = {"weight_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT"}
+  where = sharding.batch_sharding(mesh, (rows, width))
+  return rollout.Batch(*(
+      jax.ShapeDtypeStruct((rows, width), np.float32 if f in types else np.int32, sharding=where)
+      for f in rollout.Batch._fields))
+
+
+def _lost_seconds(folder, start, left):
+  """Seconds of work that kills have cost this stage so far; notes this start for the next one.
+
+  `left` is the last sign of life of a writer that died, or None. What it did since the newest
+  checkpoint, or since its own start where that is later, is done again.
+  """
+  folder = epath.Path(folder)
+  starts = [checkpoint.read_json(path) for path in checkpoint.parts(folder / "starts")]
+  lost = 0.0
+  if left is not None and starts:
+    saved = folder / "checkpoints" / str(start)
+    since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
+    lost = max(0.0, left - since)
+  if checkpoint.leader():
+    checkpoint.write_json(folder / "starts" / f"{len(starts):08d}.json",
+                          {"at": time.time(), "step": start, "lost": lost})
+  return lost + sum(s["lost"] for s in starts)
+
+
+@contextlib.contextmanager
+def termination():
+  """Yields stop() -> bool: was this process told to stop (SIGTERM), agreed by all hosts?
+
+  On several hosts every call must be made by all of them: it is a meeting point.
+  """
+  told, calls, alone = [], itertools.count(), jax.process_count() == 1
+  before = signal.signal(signal.SIGTERM, lambda *_: told.append(True)) if alone else None
+  try:
+    if alone:
+      yield lambda: bool(told)
+    else:
+      yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+  finally:
+    if alone:
+      signal.signal(signal.SIGTERM, before)

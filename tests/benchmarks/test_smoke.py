@@ -1,0 +1,129 @@
+"""Every benchmark runs at its smoke size and leaves a result that says what, where and how."""
+
+import importlib
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure
+
+ROOT = Path(__file__).parents[2]
+COMMON = {"benchmark", "command", "revision", "date", "machine", "load_average", "sizes"}
+MACHINE = {"system", "processor", "cores", "python", "jax", "platform", "device", "devices"}
+TIMED = {"seconds", "repeats", "first"}
+COMPILED = {"compile_seconds", "argument_bytes", "temporary_bytes", "output_bytes", "alias_bytes"}
+RATES = {"tokens_per_second", "flops", "share_of_peak", "matmul_peak"}
+WAYS = {"blockwise", "direct", "gradients_apart"}
+KEYS = {
+    "step": TIMED | COMPILED | RATES,
+    "sampler": TIMED | COMPILED | RATES | {"seconds_per_decode_step"},
+    "loss": {"logits_bytes", "negative_log_likelihood", "forward_kl", "reverse_kl", "matmul_peak"},
+    "loading": {"seconds", "repeats", "peak_before_bytes", "peak_bytes", "peak_above_start",
+                "parameter_bytes", "stored_bytes", "bytes_per_second"},
+}
+
+
+def smoke(name, folder, *flags):
+  """The result of a benchmark at its smoke size."""
+  argv = ["--smoke", f"--results={folder}", *flags]
+  path = importlib.import_module(f"benchmarks.{name}").main(argv)
+  assert path.parent == folder and re.fullmatch(rf"{name}-[a-z0-9-]+\.json", path.name)
+  result = json.loads(path.read_text())
+  assert set(result) == COMMON | KEYS[name]
+  assert set(result["machine"]) == MACHINE
+  assert result["command"] == " ".join(["python -m", f"benchmarks.{name}", *argv])
+  if "matmul_peak" in result:
+    assert set(result["matmul_peak"]) == TIMED | {"size", "dtype", "flops_per_second"}
+    assert result["matmul_peak"]["flops_per_second"] > 0
+  return result
+
+
+def test_every_benchmark_is_known():
+  scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+  assert scripts - {"__init__", "measure"} == set(KEYS)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("objective", ["clipped_surrogate", "reverse_kl"])
+def test_step(objective, tmp_path):
+  result = smoke("step", tmp_path, f"--objective={objective}", "--repeats=2")
+  assert result["sizes"]["objective"] == objective and len(result["repeats"]) == 2
+  # Each of 2 × 8 tokens: 2 FLOPs a weight, which are 1 layer of q, o 16 × 16, k, v 16 × 8 and 3 of
+  # 16 × 16, and 64 × 16 unembedded. Each of 36 pairs a row: 4 × 2 heads of 8. Thrice that for the
+  # update, and the guide's once more.
+  forward = 2 * 8 * 2 * (2 * 256 + 2 * 128 + 3 * 256 + 1024) + 2 * 36 * 4 * 2 * 8
+  assert result["flops"] == forward * (4 if objective == "reverse_kl" else 3)
+  assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
+  # Both slots of AdamW and the weights are donated, and 4 bytes each.
+  assert result["alias_bytes"] >= 3 * 4 * (2 * 256 + 2 * 128 + 3 * 256 + 1024)
+
+
+@pytest.mark.medium
+def test_sampler(tmp_path):
+  result = smoke("sampler", tmp_path)
+  weights = 2 * 256 + 2 * 128 + 3 * 256
+  # 2 prompts of 4 tokens, 10 pairs and 1 unembedding each; 4 rows of 4 more, all unembedded, and
+  # 36 − 10 pairs.
+  prefill = 2 * (4 * 2 * weights + 2 * 1024 + 10 * 64)
+  decode = 4 * (4 * 2 * (weights + 1024) + 26 * 64)
+  assert result["flops"] == prefill + decode
+  assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
+
+
+@pytest.mark.medium
+def test_loss(tmp_path):
+  result = smoke("loss", tmp_path)
+  assert result["logits_bytes"] == 2 * 8 * 32 * 4
+  for name in ("negative_log_likelihood", "forward_kl", "reverse_kl"):
+    assert set(result[name]) == WAYS
+    assert result[name]["gradients_apart"] < 1e-5  # float32, sums of 16 tokens
+    for way in ("blockwise", "direct"):
+      assert set(result[name][way]) == TIMED | COMPILED
+    assert result[name]["direct"]["temporary_bytes"] > result["logits_bytes"]
+
+
+@pytest.mark.medium
+def test_loading(tmp_path):
+  result = smoke("loading", tmp_path)
+  weights = 2 * 256 + 2 * 128 + 3 * 256 + 64 * 16
+  norms = 3 * 16 + 2 * 8
+  assert result["parameter_bytes"] == 4 * (weights + norms)  # float32 from bfloat16
+  assert 0 < result["stored_bytes"] - 2 * (weights + norms) < 2000  # the file's header
+  assert result["peak_bytes"] >= result["peak_before_bytes"] > 0
+
+
+def test_the_median_is_of_the_repeats_and_not_of_the_first_run(monkeypatch):
+  clock = iter([0.0, 100.0, 0.0, 1.0, 0.0, 5.0, 0.0, 2.0])
+  monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+  assert measure.timed(lambda: (), 3) == {"seconds": 2.0, "repeats": [1.0, 5.0, 2.0],
+                                          "first": 100.0}
+
+
+def test_flags_move_one_size_and_unknown_ones_are_refused(capsys):
+  parse = measure.parser("What.", {"rows": 8, "shape": "large"}, {"rows": 1, "shape": "small"})
+  assert vars(parse([]).sizes) == {"rows": 8, "shape": "large"}
+  assert vars(parse(["--smoke", "--rows=3"]).sizes) == {"rows": 3, "shape": "small"}
+  with pytest.raises(SystemExit):
+    parse(["--cows=3"])
+  assert "--cows" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="there is no shape 'huge': choose qwen3-29m or"):
+    measure.model("huge")
+
+
+def test_the_named_shape_is_what_it_says():
+  shape = measure.SHAPES["qwen3-29m"]
+  keys = ("hidden_size", "vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
+          "num_key_value_heads")
+  D, V, F, H, N, K = (shape[key] for key in keys)
+  assert (D, V, F, H, N, K) == (512, 32_000, 1536, 64, 8, 4)
+  layer = D * H * (2 * N + 2 * K) + 3 * D * F
+  assert math.isclose(V * D + 4 * layer, 29e6, rel_tol=0.02)
+
+
+def test_the_readme_names_every_command():
+  readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+  for name in KEYS:
+    assert f"python -m benchmarks.{name}" in readme

@@ -1,0 +1,154 @@
+"""Every config builds, is locked and sound; its keys are reviewed; the numbers are the paper's."""
+
+import importlib
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import common
+from s2d_jax import doctor, recipe
+
+ROOT = Path(__file__).parents[2]
+KEYS = Path(__file__).with_name("keys.json")
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py")
+               if path.stem not in ("__init__", "common"))
+MATH = ["qwen3_math", "llama_math"]
+
+
+def build(name, arg=""):
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def blocks(config, place="config"):
+  """{dotted place: block} of a config and every block in it."""
+  found = {place: config}
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found |= blocks(value, f"{place}.{key}")
+  return found
+
+
+def keys(config):
+  """{place: "its keys, in order"}, blocks in their places."""
+  return {place: " ".join(sorted(block)) for place, block in blocks(config).items()}
+
+
+def test_all_are_here():
+  assert {"arithmetic", *MATH} <= set(NAMES)
+
+
+@pytest.mark.parametrize("arg", ["", "tiny", "seed=3,tiny=false"])
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_locked_and_sound(name, arg):
+  config = build(name, arg)
+  assert all(block.is_locked for block in blocks(config).values())
+  with pytest.raises(AttributeError):
+    config.stages.teacher_grpo.banana = 1
+  doctor.check_config(config, {row.name: row for row in recipe.STAGES})
+  assert config.seed == (3 if "seed" in arg else 0)
+  assert set(config.arms.split(",")) <= set(recipe.ARMS)
+  assert config.task in recipe.TASKS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_is_the_same_config_smaller(name):
+  config, tiny = build(name), build(name, "tiny")
+  assert keys(config) == keys(tiny)
+  for place, block in blocks(config).items():
+    for key in {"steps", "prompts", "problems", "samples_per_prompt", "max_tokens"} & set(block):
+      assert blocks(tiny)[place][key] <= block[key], f"{place}.{key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_override_moves_one_place(name):
+  # A dict that stands in two places becomes one block, and then both move.
+  found = blocks(build(name))
+  places = {}
+  for place, block in found.items():
+    places.setdefault(id(block), []).append(place)
+  assert [shared for shared in places.values() if len(shared) > 1] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_are_the_reviewed_ones(name):
+  reviewed = json.loads(KEYS.read_text())
+  assert keys(build(name)) == reviewed.get(name), (
+      "the keys of this config changed: if every new one is needed, rewrite the snapshot with "
+      "`PYTHONPATH=. python tests/configs/test_configs.py` and review the difference")
+
+
+def test_the_snapshot_has_no_config_that_is_gone():
+  assert sorted(json.loads(KEYS.read_text())) == NAMES
+
+
+def test_an_argument_moves_several_settings():
+  parsed = common.parse_arg("seed=7,tiny,models=a=b", seed=0, tiny=False, models="models")
+  assert (parsed.seed, parsed.tiny, parsed.models) == (7, True, "a=b")
+  for text, tiny in (("tiny=true", True), ("tiny=0", False), ("tiny=False", False), ("", False),
+                     (None, False), ("tiny=1,", True)):
+    assert common.parse_arg(text, tiny=False).tiny is tiny
+  assert common.parse_arg("seed=-1", seed=0).seed == -1
+
+
+@pytest.mark.parametrize("arg, said", [
+    ("sede=1", "the config's argument 'sede' is unknown: use seed, tiny, data."),
+    ("seed=1, tiny", "the config's argument ' tiny' is unknown"),
+    ("tiny=yes", "the config's argument tiny is 'yes': use true or false."),
+    ("tiny=", "the config's argument tiny is '': use true or false."),
+    ("seed=one", "the config's argument seed is 'one': give it as in seed=0."),
+    ("seed", "the config's argument seed is '': give it as in seed=0."),
+    ("data=", "the config's argument data is '': give it as in data=here."),
+])
+def test_a_bad_argument_is_refused(arg, said):
+  with pytest.raises(ValueError) as error:
+    common.parse_arg(arg, seed=0, tiny=False, data="here")
+  assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("name", MATH)
+def test_the_papers_numbers(name):
+  # arXiv 2605.12483 v4, tables 8 (GRPO, direct and last stage) and 9 (transfer); the paper prints
+  # none for the Llama block.
+  config, prompts = build(name), 17_398  # distinct problems of DAPO-Math-17K
+  devices = 2 * 8
+  assert config.dtype == "bfloat16" and config.prompt_tokens == 3072
+  assert config.mesh[0] * config.mesh[1] * config.mesh[2] == devices
+  for row in ("teacher_grpo", "student_grpo"):
+    hp = config.stages[row]
+    rows = hp.prompts * hp.sampling.samples_per_prompt
+    assert hp.prompts / hp.minibatches == 8  # mini-batch, in prompts
+    assert rows / hp.minibatches / hp.microbatches / devices == 1  # micro-batch per GPU
+    assert hp.steps * hp.prompts / prompts == pytest.approx(10, rel=0.01)  # epochs
+    assert (hp.clip_low, hp.clip_high, hp.kl_coef) == (0.2, 0.2, 5e-4)
+    assert hp.kl != "none" and hp.advantages == "group"
+  for row in ("forward_kl", "reverse_kl", "sft"):
+    hp = config.stages[row]
+    assert hp.prompts / hp.minibatches == 64
+    assert hp.steps * hp.prompts / prompts == pytest.approx(1, rel=0.01)
+    assert hp.sampling.samples_per_prompt == 8  # rollouts per prompt
+  for hp in config.stages.values():
+    assert (hp.optim.lr, hp.optim.clip) == (1e-6, 1.0)
+    assert hp.sampling.max_tokens == 16_384
+    # Printed: top-k −1, which is our 0.
+    assert (hp.sampling.temperature, hp.sampling.top_p, hp.sampling.top_k) == (1.0, 1.0, 0)
+  assert config.evaluation.sampling.samples_per_prompt == 16  # avg@16
+  assert {"math500", "aime24", "aime25"} <= set(config.data)
+
+
+@pytest.mark.parametrize("name, pair, template", [
+    ("qwen3_math", ("Qwen3-8B", "Qwen3-1.7B"), {"enable_thinking": False}),
+    ("llama_math", ("Llama-3.3-70B-Instruct", "Llama-3.1-8B-Instruct"), {}),
+])
+def test_the_papers_models_and_arms(name, pair, template):
+  config = build(name, "models=/elsewhere,data=/rows")
+  assert (config.teacher, config.student) == tuple(f"/elsewhere/{folder}" for folder in pair)
+  assert config.template.to_dict() == template
+  assert config.data.labelled == "/rows/dapo_math_17k.jsonl"
+  assert {"untrained", "cold_grpo", "raw_bridge", "bridge", "half_bridge_grpo_2h"} == set(
+      config.arms.split(","))
+
+
+if __name__ == "__main__":
+  KEYS.write_text(json.dumps({name: keys(build(name)) for name in NAMES}, indent=1) + "\n")

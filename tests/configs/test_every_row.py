@@ -1,0 +1,288 @@
+"""Each config, tiny, runs every row of the recipe on random weights; every key of it is read."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import string
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from s2d_jax import chat, checkpoint, doctor, models, recipe, sampler, sharding
+from s2d_jax.assets import tokenizer
+from s2d_jax.models import hf
+
+pytestmark = pytest.mark.slow
+TORCH = importlib.util.find_spec("torch") is not None  # absent: the folders are read by hf alone
+ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "sft", "reverse_kl", "student_grpo")
+ARMS = {"every_row": tuple((row, "1h") for row in ROWS[:-1]) + (("student_grpo", "2h"),)}
+BENCHMARKS = ("math500", "aime24", "aime25")
+# As Qwen3's: with thinking switched off, the assistant's turn opens with a thought that is empty.
+SWITCH = """\
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif -%}
+"""
+PRINTABLE = (*tokenizer.SPECIAL, *string.printable[:95], "\n")
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 12, "rms_norm_eps": 1e-6,
+         "rope_theta": 1e4, "max_position_embeddings": 512, "hidden_act": "silu"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+# What the published pairs are, in small: Qwen3-8B has a head of its own and Qwen3-1.7B has not.
+FAMILIES = {
+    "arithmetic": ({"model_type": "qwen3", "tie_word_embeddings": True},
+                   {"num_hidden_layers": 1}),
+    "qwen3_math": ({"model_type": "qwen3", "tie_word_embeddings": False},
+                   {"num_hidden_layers": 1, "tie_word_embeddings": True}),
+    "llama_math": ({"model_type": "llama", "rope_scaling": LLAMA3, "tie_word_embeddings": False},
+                   {"num_key_value_heads": 1, "hidden_size": 12}),
+}
+
+
+# What a run asks for: dotted keys of its config; keys of an optim block, which is read through a
+# copy that has the number of updates too; fields of the Sampling that a sampling block becomes.
+READS, OPTIM, SAMPLING = set(), set(), set()
+
+
+class Recorded(ml_collections.ConfigDict):
+  """A config that notes each key it is asked for, except while it is copied whole."""
+  _quiet, _place = 0, None
+
+  def __getitem__(self, key):
+    if not Recorded._quiet:
+      if self._place is None:
+        OPTIM.add(key)
+      else:
+        READS.add(f"{self._place}.{key}")
+    return super().__getitem__(key)
+
+  def to_dict(self, *args, **kwargs):
+    with quiet():
+      return super().to_dict(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def quiet():
+  Recorded._quiet += 1
+  yield
+  Recorded._quiet -= 1
+
+
+class Sampling(sampler.Sampling):
+  """A Sampling that notes which of its fields are asked for."""
+
+  def __getattribute__(self, name):
+    if name in sampler.Sampling._fields:
+      SAMPLING.add(name)
+    return super().__getattribute__(name)
+
+
+def recorded(block, place="config"):
+  """A Recorded copy of a config, its blocks as they are named."""
+  with quiet():
+    copy = Recorded({key: recorded(value, f"{place}.{key}")
+                     if isinstance(value, ml_collections.ConfigDict) else value
+                     for key, value in block.items()}, convert_dict=False)
+    object.__setattr__(copy, "_place", place)
+  return copy
+
+
+def unread(block, place="config"):
+  """The dotted keys of a Recorded config that nobody asked for."""
+  found = []
+  for key in block:
+    with quiet():
+      value = block[key]
+    kind = place.rpartition(".")[2]
+    elsewhere = {"optim": OPTIM, "sampling": SAMPLING}.get(kind, ())
+    if f"{place}.{key}" not in READS and key not in elsewhere:
+      found.append(f"{place}.{key}")
+    elif isinstance(value, Recorded):
+      found += unread(value, f"{place}.{key}")
+  return found
+
+
+def tokenize(folder, family):
+  """A per-character tokenizer of printable ASCII, set up as the family's own folders are."""
+  tokenizer.write(folder, max_length=512)
+  tree = json.loads((folder / "tokenizer.json").read_text())
+  tree["model"]["vocab"] = {token: i for i, token in enumerate(PRINTABLE)}
+  (folder / "tokenizer.json").write_text(json.dumps(tree))
+  if family == "qwen3":
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template + SWITCH)
+  else:  # Llama's folders have no padding token, and end tokens beside the tokenizer's own
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+
+
+def write_pair(config, name):
+  """Random weights, config.json and tokenizer in the two folders that the config names."""
+  teacher, student = FAMILIES[name]
+  arithmetic = config.task == "arithmetic"
+  size = len(tokenizer.VOCABULARY if arithmetic else PRINTABLE)
+  for seed, (folder, changes) in enumerate(((config.teacher, {}), (config.student, student))):
+    model = models.get(SHAPE | teacher | changes | {"vocab_size": size})
+    rng = np.random.default_rng(seed)
+    folder = hf.save(folder, model, jax.tree.map(
+        lambda x, rng=rng: rng.normal(0, 0.3, x.shape).astype(np.float32),
+        models.shapes(model.config)))
+    if arithmetic:
+      tokenizer.write(folder, max_length=512)
+    else:
+      tokenize(folder, teacher["model_type"])
+
+
+def write_data(data):
+  """JSON lines of problem and answer, without ids: what a user has; solutions where rows learn."""
+  for first, (split, path) in enumerate(sorted(data.items())):
+    count = 12 if split == "labelled" else 2
+    rows = [{"problem": f"{first}{i}+1=?", "answer": f"{first}{i + 1}"} for i in range(count)]
+    if split == "labelled":
+      rows = [row | {"solution": "=" + row["answer"]} for row in rows]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tiny(name, folder):
+  """The config as `:tiny` makes it, smaller still by flat overrides, on folders made for it."""
+  module = importlib.import_module(f"configs.{name}")
+  smaller = {"arms": "every_row", "prompt_tokens": 112, "evaluation.prompts": 2,
+             "evaluation.draws": 5, "evaluation.sampling.max_tokens": 4,
+             "validation.problems": 2, "validation.sampling.max_tokens": 4}
+  for row in ROWS:
+    samples = 1 if row == "teacher_sft" else 2
+    smaller |= {f"stages.{row}.{key}": value for key, value in {
+        "steps": 2, "prompts": 2, "save_every": 1, "eval_every": 2, "block": 64, "microbatches": 2,
+        "sampling.samples_per_prompt": samples, "sampling.max_tokens": 5}.items()}
+  if name == "arithmetic":
+    config = module.get_config("tiny")
+    smaller |= {"teacher": str(folder / "teacher"), "student": str(folder / "student"),
+                "data.dir": str(folder / "data"), "prompt_tokens": 16,
+                "stages.teacher_sft.sampling.max_tokens": 24}
+  else:
+    config = module.get_config(f"tiny,models={folder / 'models'},data={folder}")
+  config.update_from_flattened_dict(smaller)
+  write_pair(config, name)
+  if config.task == "math":
+    write_data(config.data)
+  return config
+
+
+def odd(task):
+  """The task with a reward that random weights get now and then: some groups are then mixed."""
+  return task._replace(reward=lambda problem, text: max(
+      task.reward(problem, text), float(sum(map(ord, text)) % 2)))
+
+
+class Ran(NamedTuple):
+  """A finished run."""
+  name: str
+  plans: dict    # evaluation split -> recipe.Plan
+  workdir: Path
+  unread: list   # keys of the config
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """Compiling takes nearly all of these runs' time: XLA is told to try less hard."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def ran(request, quick_compiles, tmp_path_factory):
+  """Every row of one config, run once, its evaluation on every benchmark it names."""
+  folder = tmp_path_factory.mktemp(request.param)
+  config = tiny(request.param, folder)
+  with config.unlocked():
+    for block in (config, config.stages.sft, config.stages.forward_kl.optim, config.evaluation):
+      block.banana = 1
+  config = recorded(config)
+  for reads in (READS, OPTIM, SAMPLING):
+    reads.clear()
+  plans = {}
+  with pytest.MonkeyPatch.context() as patch, jax.set_mesh(sharding.make_mesh(config.mesh)):
+    patch.setattr(doctor, "check_config", lambda *_: None)  # its reading a key is no use of it
+    patch.setattr(sampler, "Sampling", Sampling)
+    for split in BENCHMARKS if config.task == "math" else (config.evaluation.split,):
+      config.evaluation.split = split
+      with jax.transfer_guard("disallow"):
+        plans[split] = recipe.run(config, folder / "run", odd(recipe.task(config)), arms=ARMS)
+  return Ran(request.param, plans, folder / "run", unread(config))
+
+
+def test_every_key_is_read(ran):
+  # The planted keys show that the record sees one that is not.
+  assert sorted(ran.unread) == [
+      "config.banana", "config.evaluation.banana", "config.stages.forward_kl.optim.banana",
+      "config.stages.sft.banana"]
+
+
+@functools.cache
+def ours(model):
+  """Jitted (params, ids, places) -> logits of one of our models."""
+  def logits(params, ids, places):
+    features_BTD, _ = model.apply(params, ids, places, jnp.ones_like(places))
+    return jnp.einsum("BTD,VD->BTV", features_BTD, model.unembed(params))
+  return jax.jit(logits)
+
+
+def theirs(folder, ids):
+  """transformers' logits of a folder's model."""
+  import torch
+  import transformers
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  with torch.no_grad():
+    return model(torch.tensor(ids)).logits.numpy()
+
+
+def test_every_row_leaves_a_model_that_others_load(ran):
+  plan = next(iter(ran.plans.values()))
+  assert [node.stage.name for node in plan.nodes.values()] == list(ROWS)
+  ids = np.random.default_rng(0).integers(0, 24, (2, 9))
+  places = np.tile(np.arange(9, dtype=np.int32), (2, 1))
+  for name, node in plan.nodes.items():
+    folder = ran.workdir / name
+    model, params = hf.load(folder / "hf")
+    shapes, mesh = models.shapes(model.config), sharding.make_mesh()
+    final = checkpoint.load_final(folder, sharding.laid_out(
+        shapes, sharding.weight_shardings(mesh, models.axes(model.config), shapes)))
+    jax.tree.map(np.testing.assert_array_equal, params, final)
+    base, start = hf.load(plan.bases[node.stage.learner]["folder"])
+    assert model is base
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, start)
+    assert any(jax.tree.leaves(moved)), f"{name} has the weights of its base"
+    if TORCH:  # two layers in float32
+      np.testing.assert_allclose(ours(model)(params, ids.astype(np.int32), places),
+                                 theirs(folder / "hf", ids), atol=1e-4)
+    assert json.loads((folder / "hf" / "lineage.json").read_text())["stage"] == name
+    assert chat.Chat(folder / "hf", **plan.config.template).fingerprint() == plan.chat.fingerprint()
+
+
+def test_another_benchmark_keeps_what_is_finished(ran):
+  first, *others = ran.plans.values()
+  for plan in others:
+    assert list(plan.nodes) == list(first.nodes)
+  for name in first.nodes:
+    assert len(list((ran.workdir / name / "starts").iterdir())) == 1
+  # The student that every row has taught, on each benchmark.
+  assert len(list(ran.workdir.glob("eval-*/result.json"))) == len(ran.plans)
+  assert len(list(ran.workdir.glob("arms/every_row-*.json"))) == len(ran.plans)
+
+
+def test_prompts_are_the_familys(ran):
+  for split, plan in ran.plans.items():
+    ids = [p.id for p in (*plan.prompts["all"], *plan.prompts["validation"], *plan.prompts[split])]
+    assert len(set(ids)) == len(plan.problems) == len(ids)
+    text = plan.chat.decode(plan.prompts[split][0].tokens)
+    assert ("\\boxed{}" in text) == ("math" in ran.name)
+    assert text.endswith("<think></think>") == (ran.name == "qwen3_math")

@@ -1,0 +1,132 @@
+"""A tiny job with every row of the recipe, run in processes of its own by the tests beside it.
+
+  python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N] [--process I --port P] [--arm NAME]
+
+With --kill-in it kills itself (SIGKILL) at the N-th event inside the stage ROW, or inside a score
+where ROW is `evaluate`: an event is a file or checkpoint about to be written, just written, or in
+the middle of being written, or an optimizer update.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+import threading
+
+import jax
+import numpy as np
+from etils import epath
+
+from configs import arithmetic
+from s2d_jax import checkpoint, models, recipe, rollout, sharding, stage, train
+from s2d_jax.assets import tokenizer
+from s2d_jax.models import hf
+
+ARMS = recipe.ARMS | {
+    "every_row": (("teacher_sft", "1h"), ("teacher_grpo", "1h"), ("forward_kl", "1h"),
+                  ("sft", "1h"), ("reverse_kl", "1h"), ("student_grpo", "2h")),
+}
+
+
+def bases(folder):
+  """Random bases of the arithmetic world's shape, much smaller: {"teacher", "student"} folders."""
+  shape = {"model_type": "qwen3", "vocab_size": len(tokenizer.VOCABULARY), "head_dim": 8,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+           "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 64}
+  for role, width, layers in (("teacher", 16, 2), ("student", 8, 1)):
+    model = models.get(shape | {"hidden_size": width, "intermediate_size": 2 * width,
+                                "num_hidden_layers": layers})
+    rng = np.random.default_rng(width)
+    params = jax.tree.map(
+        lambda x, rng=rng: np.asarray(rng.normal(size=x.shape) / 4, np.float32),
+        models.shapes(model.config))
+    hf.save(pathlib.Path(folder) / role, model, params)
+    tokenizer.write(pathlib.Path(folder) / role, 64)
+
+
+def config(bases, arm, data):
+  """The tiny arithmetic config on those bases: two or three steps of every row."""
+  made = arithmetic.get_config("tiny")
+  with made.unlocked():
+    made.arms, made.teacher, made.student = arm, f"{bases}/teacher", f"{bases}/student"
+    made.data.dir = str(data)
+    for hp in made.stages.values():
+      hp.steps, hp.save_every, hp.sampling.max_tokens = 3, 1, 8
+    made.stages.teacher_sft.sampling.max_tokens = 32
+    made.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
+    made.stages.student_grpo.eval_every = 2
+    made.validation.sampling.max_tokens = made.evaluation.sampling.max_tokens = 8
+  return made
+
+
+def deadly(row, n):
+  """Makes this process kill itself at the n-th event inside the stage `row`, or inside a score."""
+  left, inside = [n], [False]
+
+  def enter(function, entered):
+    def wrapped(made, node, *args):
+      inside[0] = entered(node)
+      try:
+        return function(made, node, *args)
+      finally:
+        inside[0] = False
+    return wrapped
+
+  stage.train_node = enter(stage.train_node, lambda node: node.stage.name == row)
+  stage.evaluate = enter(stage.evaluate, lambda role: row == "evaluate")
+
+  def event():
+    left[0] -= inside[0]
+    if inside[0] and left[0] == 0:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  def around(function):
+    def wrapped(*args, **kwargs):
+      event()
+      left[0] -= inside[0]
+      if inside[0] and left[0] == 0:  # in the middle, or just after
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGKILL)).start()
+      result = function(*args, **kwargs)
+      event()
+      return result
+    return wrapped
+
+  # A file is whole under its temporary name and not yet in place.
+  local = type(epath.Path("/"))
+  replace = local.replace
+  local.replace = lambda self, target: (event(), replace(self, target))[1]
+  for place, name in ((checkpoint, "write_json"), (checkpoint, "save_final"), (hf, "save"),
+                      (checkpoint, "drop_steps"), (checkpoint.Steps, "save"),
+                      (rollout.Store, "add"), (train, "_updates")):
+    setattr(place, name, around(getattr(place, name)))
+
+
+def main():
+  """Runs the job."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument("workdir")
+  parser.add_argument("bases")
+  parser.add_argument("--kill-in")
+  parser.add_argument("--process", type=int)
+  parser.add_argument("--port", type=int)
+  parser.add_argument("--arm", default="every_row")
+  parser.add_argument("--mesh", default="1,1,1")
+  args = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_compilation_cache_dir", f"{args.bases}/xla")
+  if args.process is not None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{args.port}", 2, args.process)
+  jax.config.update("jax_transfer_guard", "disallow")
+  made = config(args.bases, args.arm, f"{args.bases}/data")
+  if args.kill_in:
+    row, n = args.kill_in.split(":")
+    deadly(row, int(n))
+  with jax.set_mesh(sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))):
+    # Random models never add right; an arbitrary reward gives their groups a gradient.
+    task = recipe.task(made)._replace(reward=lambda problem, text: float(len(text) % 2))
+    recipe.run(made, args.workdir, task, arms=ARMS)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,97 @@
+"""kill -9 at any moment in every stage row, then the same command: the same bytes in the end."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.end_to_end import job
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "sft", "reverse_kl", "student_grpo")
+# Wall-clock, and what depends on it: kept apart from everything else for this reason.
+CLOCKS = ("timing", "starts", "tensorboard", "writer.lock")
+
+
+def start(workdir, bases, *flags):
+  """Runs the job to its end, or its death; returns the exit status and what it printed."""
+  done = subprocess.run([sys.executable, "-m", "tests.end_to_end.job", workdir, bases, *flags],
+                        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+  return done.returncode, done.stdout + done.stderr
+
+
+def facts(workdir):
+  """{relative path: bytes} of everything that must not depend on a kill."""
+  found = {}
+  for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
+    name = path.relative_to(workdir)
+    # A hidden file is what a killed write left behind; nothing reads it.
+    if set(name.parts) & set(CLOCKS) or "checkpoints" in name.parts or path.name.startswith("."):
+      continue
+    data = path.read_bytes()
+    if path.name == "ledger.json":
+      data = {k: v for k, v in json.loads(data).items() if not k.startswith("device_seconds")}
+    found[str(name)] = data
+  return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """(bases, workdir) of a job that nobody killed; the compiled programs are cached beside it."""
+  folder = tmp_path_factory.mktemp("undisturbed")
+  job.bases(folder / "bases")
+  status, printed = start(folder / "work", folder / "bases")
+  assert status == 0, printed
+  return folder / "bases", folder / "work"
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(undisturbed, tmp_path):
+  bases, reference = undisturbed
+  rng, work = random.Random(0), tmp_path / "work"
+  for row in (*ROWS, "evaluate"):
+    # Early, then, gone on from there, late: a row has more events than these two together.
+    for events in (range(1, 21), range(8, 18)):
+      status, printed = start(work, bases, "--kill-in", f"{row}:{rng.choice(events)}")
+      assert status == -signal.SIGKILL, (row, printed)
+      folders = list(work.glob(f"{'eval' if row == 'evaluate' else row}-*"))
+      assert folders and not all((f / "manifest.json").exists() for f in folders), row
+  status, printed = start(work, bases)
+  assert status == 0, printed
+  want, got = facts(reference), facts(work)
+  assert sorted(want) == sorted(got)
+  for name, value in want.items():
+    assert got[name] == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_a_finished_stage_left_what_it_owes(undisturbed, row):
+  (folder,) = undisturbed[1].glob(f"{row}-*")
+  names = {p.name for p in folder.iterdir()}
+  assert {"manifest.json", "ledger.json", "metrics", "ledger", "timing", "samples", "tensorboard",
+          "checkpoints", "hf"} <= names
+  assert "writer.lock" not in names
+  assert [p.name for p in (folder / "checkpoints").iterdir()] == ["final"]
+  spent = json.loads((folder / "ledger.json").read_text())
+  assert spent["prompt_uses"] == 12 and spent["device_seconds_used"] > 0
+  labelled = row in ("teacher_sft", "teacher_grpo", "student_grpo")
+  assert bool(spent["labels_distinct"]) == labelled
+  rows = [json.loads(line) for part in sorted((folder / "metrics").iterdir())
+          for line in part.read_text().splitlines()]
+  assert [r["step"] for r in rows] == [0, 1, 2]
+  assert all("logp_gap_max" in r for r in rows) == (row != "teacher_sft")
+  assert all(r.get("logp_gap_max", 0) < 1e-5 for r in rows)
+
+
+@pytest.mark.slow
+def test_the_same_command_again_changes_nothing(undisturbed):
+  bases, workdir = undisturbed
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name == "manifest.json"}
+  status, printed = start(workdir, bases)
+  assert status == 0, printed
+  assert before == {p: p.stat().st_mtime_ns for p in before}

@@ -1,0 +1,73 @@
+"""Two processes joined by jax.distributed run every row of `bridge` with the samples of one."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from s2d_jax import metrics, rollout
+from tests.end_to_end import job
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROWS = ("teacher_grpo", "forward_kl", "reverse_kl")
+
+
+def launch(workdir, bases, *flags):
+  return subprocess.Popen(
+      [sys.executable, "-m", "tests.end_to_end.job", workdir, bases, "--arm", "bridge", *flags],
+      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Work folders of one process on (1,1,1) and of two on (2,1,1)."""
+  folder = tmp_path_factory.mktemp("processes")
+  job.bases(folder / "bases")
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  alone = launch(folder / "one", folder / "bases")
+  printed = alone.communicate(timeout=600)[0]
+  assert alone.returncode == 0, printed
+  both = [launch(folder / "two", folder / "bases", "--mesh", "2,1,1", "--process", i,
+                 "--port", port) for i in "01"]
+  for process in both:
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, printed
+  return folder / "one", folder / "two"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_the_same_samples(runs, row):
+  logs = [metrics.read(next(run.glob(f"{row}-*")), "samples") for run in runs]
+  assert len(logs[0]) == len(logs[1]) >= 8
+  for one, two in zip(*logs, strict=True):
+    assert one["tokens"] == two["tokens"] and one["prompt_id"] == two["prompt_id"]
+    assert one["reward"] == two["reward"]
+    np.testing.assert_allclose(one["logp"], two["logp"], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_the_same_steps_to_rounding(runs, row):
+  logs = [metrics.read(next(run.glob(f"{row}-*")), "metrics") for run in runs]
+  assert len(logs[0]) == len(logs[1]) == 3
+  for one, two in zip(*logs, strict=True):
+    for key in ("loss", "grad_norm", "response_length"):
+      np.testing.assert_allclose(one[key], two[key], rtol=1e-3, atol=1e-5, err_msg=key)
+    assert two["logp_gap_max"] < 1e-5
+  ledgers = [metrics.read(next(run.glob(f"{row}-*")), "ledger") for run in runs]
+  assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.slow
+def test_the_frozen_teachers_rollouts_are_the_same(runs):
+  parts = [sorted(run.glob("rollouts-*/*.npz")) for run in runs]
+  assert [p.name for p in parts[0]] == [p.name for p in parts[1]] != []
+  for one, two in zip(*parts, strict=True):
+    one, two = rollout.from_bytes(one.read_bytes()), rollout.from_bytes(two.read_bytes())
+    np.testing.assert_array_equal(one.response_BT, two.response_BT)

@@ -1,0 +1,119 @@
+"""Group advantages and the clipped surrogate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from s2d_jax.losses import grpo, tokens
+
+LOW, HIGH = 0.2, 0.28
+
+
+def test_group_advantages_by_hand():
+  # Rewards 1, 0, 0, 0: mean 1/4, variance (9 + 1 + 1 + 1)/16/4 = 3/16, std √3/4 = 0.433013.
+  # (3/4)/0.433013 = √3 = 1.732051 and (−1/4)/0.433013 = −1/√3 = −0.577350.
+  reward_PG = np.array([[1.0, 0.0, 0.0, 0.0]])
+  np.testing.assert_allclose(grpo.group_advantages(reward_PG),
+                             [[1.732051, -0.577350, -0.577350, -0.577350]], atol=1e-6)
+  np.testing.assert_allclose(grpo.group_advantages_centred(reward_PG),
+                             [[0.75, -0.25, -0.25, -0.25]], atol=1e-12)
+
+
+@pytest.mark.parametrize("advantages", [grpo.group_advantages, grpo.group_advantages_centred])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_constant_group_gives_exactly_zero(advantages, dtype):
+  # The float mean of three times 0.1 is not 0.1, so subtracting it leaves something to divide.
+  reward_PG = np.array([[0.1, 0.1, 0.1], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype)
+  got_PG = advantages(reward_PG)
+  assert got_PG.dtype == dtype
+  np.testing.assert_array_equal(got_PG[:2], 0.0)
+  assert np.all(got_PG[2] != 0)
+
+
+def test_a_group_of_one_gives_zero():
+  np.testing.assert_array_equal(grpo.group_advantages(np.array([[1.0], [0.0]])), 0.0)
+
+
+@pytest.mark.parametrize("advantages", [grpo.group_advantages, grpo.group_advantages_centred])
+def test_groups_are_rows(advantages):
+  reward_PG = np.random.default_rng(0).normal(size=(3, 4))
+  got_PG = advantages(reward_PG)
+  np.testing.assert_allclose(got_PG.sum(axis=1), 0.0, atol=1e-12)
+  for p in range(3):  # a group does not see its neighbours
+    np.testing.assert_allclose(got_PG[p], advantages(reward_PG[p:p + 1])[0], rtol=1e-12)
+
+
+def test_divided_advantages_have_mean_square_one_and_ignore_scale():
+  reward_PG = np.random.default_rng(1).normal(size=(3, 4))
+  got_PG = grpo.group_advantages(reward_PG)
+  np.testing.assert_allclose((got_PG ** 2).mean(axis=1), 1.0, rtol=1e-12)
+  np.testing.assert_allclose(grpo.group_advantages(5 * reward_PG + 2), got_PG, rtol=1e-9)
+
+
+def test_jax_rewards_work_too():
+  reward_PG = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], np.float32)
+  for advantages in (grpo.group_advantages, grpo.group_advantages_centred):
+    got_PG = jax.jit(advantages)(jnp.asarray(reward_PG))
+    np.testing.assert_allclose(got_PG, advantages(reward_PG), atol=1e-6)
+
+
+def surrogate(ratio, advantage):
+  logp_BT = jnp.log(jnp.array([[ratio]], jnp.float32))
+  advantage_BT = jnp.array([[advantage]], jnp.float32)
+  def f(logp_BT):
+    return grpo.clipped_surrogate(logp_BT, jnp.zeros((1, 1)), advantage_BT, LOW, HIGH)[0, 0]
+  clipped_BT = grpo.clipped(logp_BT, jnp.zeros((1, 1)), advantage_BT, LOW, HIGH)
+  value, grad_BT = jax.value_and_grad(f)(logp_BT)
+  return float(value), float(grad_BT[0, 0]), bool(clipped_BT[0, 0])
+
+
+# −min(r·A, clip(r, 0.8, 1.28)·A); inside, the gradient in log π is −r·A.
+@pytest.mark.parametrize("ratio, advantage, value, grad, clipped", [
+    (1.0, 2.0, -2.0, -2.0, False),    # on policy
+    (1.25, 2.0, -2.5, -2.5, False),   # above 1.2, still inside: the upper side is 1.28
+    (1.5, 2.0, -2.56, 0.0, True),     # raised far enough: −1.28·2
+    (0.5, 2.0, -1.0, -1.0, False),    # a good token lost ground: the clip must not stop its return
+    (0.5, -2.0, 1.6, 0.0, True),      # lowered far enough: 0.8·2
+    (0.9, -2.0, 1.8, 1.8, False),
+    (1.5, -2.0, 3.0, 3.0, False),     # a bad token gained: nothing stops its way down
+    (1.5, 0.0, 0.0, 0.0, False),
+])
+def test_both_sides_of_the_clip_by_hand(ratio, advantage, value, grad, clipped):
+  got = surrogate(ratio, advantage)
+  np.testing.assert_allclose(got[:2], (value, grad), atol=1e-6)
+  assert got[2] == clipped
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
+  rng = np.random.default_rng(2)
+  logits_BTV = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
+  targets_BT = jnp.asarray(rng.integers(5, size=(2, 3)))
+  advantage_BT = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+  old_logp_BT = tokens.log_prob(logits_BTV, targets_BT)
+
+  def f(logits_BTV):
+    logp_BT = tokens.log_prob(logits_BTV, targets_BT)
+    return grpo.clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, LOW, HIGH).sum()
+
+  # −A·∇ log π = −A·(one-hot − softmax), softmax in float64.
+  p_BTV = np.exp(np.asarray(logits_BTV, np.float64))
+  p_BTV /= p_BTV.sum(axis=-1, keepdims=True)
+  want_BTV = -np.asarray(advantage_BT)[..., None] * (np.eye(5)[np.asarray(targets_BT)] - p_BTV)
+  np.testing.assert_allclose(jax.grad(f)(logits_BTV), want_BTV, atol=1e-6)
+
+
+def test_gradient_is_finite_differences_away_from_the_kinks():
+  logp_BT = jnp.log(jnp.array([[0.5, 0.9, 1.1, 1.6], [0.6, 0.95, 1.05, 1.5]]))
+  advantage_BT = jnp.array([[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0]])
+  def f(x):
+    return grpo.clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH)
+  check_grads(f, (logp_BT,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
+
+
+def test_bfloat16_log_probabilities_are_cast_at_the_door():
+  got_BT = grpo.clipped_surrogate(jnp.full((1, 1), -1.0, jnp.bfloat16), jnp.full((1, 1), -1.25),
+                                  jnp.ones((1, 1)), 0.5, 0.5)
+  assert got_BT.dtype == jnp.float32
+  np.testing.assert_allclose(got_BT, [[-np.exp(0.25)]], rtol=1e-6)

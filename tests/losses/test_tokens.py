@@ -1,0 +1,81 @@
+"""Log-probability, entropy and negative log-likelihood of one token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from s2d_jax.losses import tokens
+
+RNG = np.random.default_rng(0)
+LOGITS_BTV = RNG.normal(size=(2, 3, 5)) * 2
+TARGETS_BT = np.array([[0, 4, 2], [1, 1, 3]], np.int32)
+
+
+def reference(logits_BTV):
+  """Log-softmax in float64 NumPy, straight from the definition."""
+  exp_BTV = np.exp(logits_BTV)
+  return np.log(exp_BTV / exp_BTV.sum(axis=-1, keepdims=True))
+
+
+def test_by_hand():
+  # Probabilities (3/4, 1/4), logits ln 3 and 0. log π(0) = ln 3/4 = −0.287682; log π(1) = ln 1/4 =
+  # −1.386294. H = 3/4·0.287682 + 1/4·1.386294 = 0.562335 nats.
+  logits_BTV = jnp.log(jnp.array([[[3.0, 1.0], [3.0, 1.0]]]))
+  targets_BT = jnp.array([[0, 1]])
+  logp_BT = tokens.log_prob(logits_BTV, targets_BT)
+  np.testing.assert_allclose(logp_BT, [[-0.287682, -1.386294]], atol=1e-6)
+  nll_BT = tokens.negative_log_likelihood(logits_BTV, targets_BT)
+  np.testing.assert_allclose(nll_BT, [[0.287682, 1.386294]], atol=1e-6)
+  np.testing.assert_allclose(tokens.entropy(logits_BTV), [[0.562335] * 2], atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_equals_float64(wrap):
+  logp_BTV = reference(LOGITS_BTV)
+  want_BT = np.take_along_axis(logp_BTV, TARGETS_BT[..., None], axis=-1)[..., 0]
+  logits_BTV = jnp.asarray(LOGITS_BTV, jnp.float32)
+  np.testing.assert_allclose(wrap(tokens.log_prob)(logits_BTV, TARGETS_BT), want_BT, atol=2e-6)
+  want_BT = -(np.exp(logp_BTV) * logp_BTV).sum(axis=-1)
+  np.testing.assert_allclose(wrap(tokens.entropy)(logits_BTV), want_BT, atol=2e-6)
+
+
+def test_bfloat16_is_cast_at_the_door():
+  logits_BTV = jnp.asarray(LOGITS_BTV, jnp.bfloat16)
+  want_BTV = reference(np.asarray(logits_BTV.astype(jnp.float32), np.float64))
+  got_BT = tokens.log_prob(logits_BTV, TARGETS_BT)
+  assert got_BT.dtype == jnp.float32
+  want_BT = np.take_along_axis(want_BTV, TARGETS_BT[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(got_BT, want_BT, atol=2e-6)
+
+
+def test_large_logits_stay_finite():
+  # Two equal logits of 1e4: log π = ln 1/2 and H = ln 2, whatever their size.
+  logits_BTV = jnp.full((1, 1, 2), 1e4)
+  targets_BT = jnp.zeros((1, 1), jnp.int32)
+  np.testing.assert_allclose(tokens.log_prob(logits_BTV, targets_BT), [[-np.log(2)]], atol=1e-3)
+  np.testing.assert_allclose(tokens.entropy(logits_BTV), [[np.log(2)]], rtol=1e-5)
+
+
+def test_adding_a_constant_changes_nothing():
+  logits_BTV = jnp.asarray(LOGITS_BTV, jnp.float32)
+  for f in (lambda x: tokens.log_prob(x, TARGETS_BT), tokens.entropy):
+    np.testing.assert_allclose(f(logits_BTV + 3.0), f(logits_BTV), atol=2e-6)
+
+
+def test_uniform_logits_have_the_greatest_entropy():
+  np.testing.assert_allclose(tokens.entropy(jnp.zeros((1, 1, 7))), [[np.log(7)]], rtol=1e-6)
+
+
+def test_gradients_are_finite_differences():
+  logits_BTV = jnp.asarray(LOGITS_BTV, jnp.float32)
+  for f in (lambda x: tokens.log_prob(x, TARGETS_BT), tokens.entropy):
+    check_grads(f, (logits_BTV,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
+
+
+def test_gradient_of_nll_is_softmax_minus_one_hot():
+  grad_BTV = jax.grad(lambda x: tokens.negative_log_likelihood(x, TARGETS_BT).sum())(
+      jnp.asarray(LOGITS_BTV, jnp.float32))
+  np.testing.assert_allclose(
+      grad_BTV, np.exp(reference(LOGITS_BTV)) - np.eye(5)[TARGETS_BT], atol=1e-6)

@@ -1,0 +1,221 @@
+"""The decoder's parts against NumPy, and its paths against each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s2d_jax import models, sharding
+from s2d_jax.models import decoder
+
+T = 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_json, randomized):
+  """(model, params, jitted apply) of a tiny Qwen3."""
+  model = models.get(tiny_json("qwen3"))
+  return model, randomized(model), jax.jit(model.apply)
+
+
+def tokens(rows, length=T):
+  return np.random.default_rng(1).integers(0, 48, (rows, length)).astype(np.int32)
+
+
+def counted(rows, length=T):
+  return np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+
+
+def ones(rows, length=T):
+  return np.ones((rows, length), np.int32)
+
+
+def test_rms_norm_by_hand():
+  # mean(x²) = (9 + 16) / 2 = 12.5, and 12.5 + 3.5 = 16: x / 4 · scale.
+  got = decoder.rms_norm(jnp.array([[3.0, -4.0]]), jnp.array([1.0, 2.0]), 3.5)
+  np.testing.assert_allclose(got, [[0.75, -2.0]], rtol=1e-6)
+
+
+def test_rms_norm_is_float32_inside():
+  x = jnp.full((1, 4096), 300.0, jnp.bfloat16)  # the sum of squares of which bfloat16 cannot count
+  got = decoder.rms_norm(x, jnp.ones(4096), 1e-6)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got.astype(jnp.float32), np.ones((1, 4096)))
+
+
+def test_rope_turns_the_pairs_of_complex_numbers():
+  H, theta = 8, 100.0
+  x = np.random.default_rng(0).normal(size=(1, 5, 3, H)).astype(np.float32)
+  position = np.array([0, 1, 2, 7, 40])
+  frequency = theta ** (-np.arange(0, H, 2) / H)
+  turned = (x[..., : H // 2] + 1j * x[..., H // 2:]) * np.exp(
+      1j * np.outer(position, frequency))[None, :, None]
+  angle = jnp.asarray(np.outer(position, frequency)[None], jnp.float32)
+  np.testing.assert_allclose(decoder.rope(x, angle), np.concatenate(
+      [turned.real, turned.imag], axis=-1), atol=1e-5)
+  np.testing.assert_allclose(decoder.rope_frequencies(H, theta, None), frequency, rtol=1e-6)
+
+
+def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
+  scaling = decoder.RopeScaling(8.0, 1.0, 4.0, 8192)
+  plain = np.asarray(decoder.rope_frequencies(128, 500000.0, None), np.float64)
+  got = np.asarray(decoder.rope_frequencies(128, 500000.0, scaling), np.float64)
+  wave = 2 * np.pi / plain
+  short, long = wave < 8192 / 4.0, wave > 8192 / 1.0
+  np.testing.assert_allclose(got[short], plain[short], rtol=1e-6)
+  np.testing.assert_allclose(got[long], plain[long] / 8, rtol=1e-6)
+  between = ~short & ~long
+  assert between.any()
+  smooth = (8192 / wave[between] - 1.0) / (4.0 - 1.0)  # as Llama's own reference writes it
+  want = (1 - smooth) * plain[between] / 8 + smooth * plain[between]
+  np.testing.assert_allclose(got[between], want, rtol=1e-5)
+
+
+@pytest.mark.medium
+def test_initial_features_are_finite_and_logits_near_uniform(tiny):
+  model, _, apply = tiny
+  params = jax.jit(model.init)(jax.random.key(0))
+  features, _ = apply(params, tokens(2), counted(2), ones(2))
+  logits = np.asarray(features) @ np.asarray(model.unembed(params)).T
+  share = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+  entropy = -np.mean(np.sum(share * np.log(share), axis=-1))
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  assert 0.8 * np.log(48) < entropy < np.log(48)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_prefill_and_decode_are_one_forward(family, tiny_json, randomized):
+  model = models.get(tiny_json(family))
+  params, apply, rows = randomized(model), jax.jit(model.apply), 3
+  ids = tokens(rows)
+  want, _ = apply(params, ids, counted(rows), ones(rows))
+  cache = models.empty_cache(model.config, rows, T + 4)
+  first, cache = apply(params, ids[:, :7], counted(rows)[:, :7], ones(rows)[:, :7], cache)
+  got = [first]
+  for t in range(7, T):
+    one, cache = apply(params, ids[:, t:t + 1], counted(rows)[:, t:t + 1], ones(rows, 1), cache)
+    got.append(one)
+  np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5)
+  assert cache.slot == T
+  np.testing.assert_array_equal(cache.segments_BS, [[1] * T + [0] * 4] * rows)
+
+
+def test_slot_is_not_position(tiny):
+  # Left-padded prompts share the next slot; positions count from the first real token.
+  model, params, apply = tiny
+  ids, short = tokens(2), 5
+  want, _ = apply(params, ids, counted(2), ones(2))
+  pad = T - short
+  padded, positions, segments = ids.copy(), counted(2), ones(2)
+  padded[1], positions[1], segments[1] = 0, 0, 0
+  padded[1, pad:], positions[1, pad:], segments[1, pad:] = ids[1, :short], np.arange(short), 1
+  cache = models.empty_cache(model.config, 2, T + 1)
+  got, cache = apply(params, padded, positions, segments, cache)
+  np.testing.assert_allclose(got[0], want[0], atol=2e-5)
+  np.testing.assert_allclose(got[1, pad:], want[1, :short], atol=2e-5)
+  assert np.isfinite(got).all()
+  extra = np.stack([[3], ids[1, short:short + 1]]).astype(np.int32)
+  got, _ = apply(params, extra, np.array([[T], [short]], np.int32), ones(2, 1), cache)
+  np.testing.assert_allclose(got[1, 0], want[1, short], atol=2e-5)
+
+
+def test_a_cache_too_short_is_refused(tiny):
+  model, params, apply = tiny
+  with pytest.raises(ValueError, match="12 tokens do not fit a cache of 4 slots"):
+    apply(params, tokens(1), counted(1), ones(1), models.empty_cache(model.config, 1, 4))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_changes_nothing(side, tiny):
+  model, params, apply = tiny
+  ids, pad = tokens(2), 3
+  want, _ = apply(params, ids, counted(2), ones(2))
+  at = slice(0, T) if side == "right" else slice(pad, None)
+  def widened(x, fill):
+    wide = np.full((2, T + pad), fill, np.int32)
+    wide[:, at] = x
+    return wide
+  got, _ = apply(params, widened(ids, 7), widened(counted(2), 0), widened(ones(2), 0))
+  np.testing.assert_allclose(got[:, at], want, atol=2e-5)
+  assert np.isfinite(got).all()
+
+
+def test_packed_is_separate(tiny):
+  _, params, apply = tiny
+  ids, half = tokens(1), T // 2
+  positions = np.tile(np.arange(half, dtype=np.int32), (1, 2))
+  segments = np.repeat(np.array([[1, 2]], np.int32), half, axis=1)
+  packed, _ = apply(params, ids, positions, segments)
+  alone, _ = apply(params, ids.reshape(2, half), counted(2, half), ones(2, half))
+  np.testing.assert_allclose(packed, np.reshape(alone, packed.shape), atol=2e-5)
+
+
+@pytest.mark.medium
+def test_features_depend_on_their_past_alone(tiny):
+  model, params, _ = tiny
+  ids, t = np.arange(T, dtype=np.int32)[None], 6  # each token once, so embeddings are positions
+  def summed(embed):
+    features, _ = model.apply(params | {"embed": embed}, ids, counted(1), ones(1))
+    return jnp.sum(features[0, t] ** 3)
+  reach = np.abs(jax.jit(jax.grad(summed))(params["embed"])).sum(axis=1)
+  assert (reach[: t + 1] > 1e-3).all()
+  np.testing.assert_array_equal(reach[t + 1:], 0.0)
+
+
+@pytest.mark.medium
+def test_remat_changes_no_gradient(tiny):
+  model, params, _ = tiny
+  other = models.build(dataclasses.replace(model.config, remat="block"))
+  def loss(model, params):
+    return jnp.sum(model.apply(params, tokens(1), counted(1), ones(1))[0] ** 3)
+  assert "remat" not in str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(model, params))
+  assert "remat" in str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(other, params))
+  want, got = (jax.jit(jax.grad(loss, 1), static_argnums=0)(m, params) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_bfloat16_activations_are_near_float32(tiny):
+  model, params, apply = tiny
+  half = models.build(dataclasses.replace(model.config, dtype="bfloat16"))
+  want, _ = apply(params, tokens(2), counted(2), ones(2))
+  got, _ = jax.jit(half.apply)(params, tokens(2), counted(2), ones(2))
+  assert got.dtype == jnp.bfloat16
+  error = np.sqrt(np.mean((got.astype(jnp.float32) - want) ** 2) / np.mean(want**2))
+  assert error < 0.05  # a dozen roundings of 2⁻⁹, some amplified
+
+
+def on_meshes(model, params, what, *args):
+  """`what(params, *args)` under jit on one device and on eight, and the eight's parameters."""
+  results = []
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(shape)
+    with jax.set_mesh(mesh):
+      where = sharding.weight_shardings(
+          mesh, models.axes(model.config), models.shapes(model.config))
+      placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
+      results.append(jax.device_get(jax.jit(what)(placed, *sharding.put_batch(args, mesh))))
+  return *results, placed
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("K", [1, 2])
+def test_eight_devices_are_one(K, tiny_json, randomized):
+  model = models.get(tiny_json("qwen3", num_key_value_heads=K))
+  one, eight, placed = on_meshes(
+      model, randomized(model), lambda *args: model.apply(*args)[0], tokens(4), counted(4), ones(4))
+  kv = placed["layers"]["attn"]["k"].sharding.shard_shape((2, 32, K, 16))
+  assert kv == (2, 16, 1, 16)  # width over fsdp; two heads over tensor, one head replicated
+  np.testing.assert_allclose(eight, one, atol=2e-5)
+
+
+@pytest.mark.medium
+def test_gradients_on_eight_devices_are_those_on_one(tiny_json, randomized):
+  model = models.get(tiny_json("llama", num_key_value_heads=1))
+  def loss(params, *args):
+    return jnp.mean(model.apply(params, *args)[0] ** 3)
+  one, eight, _ = on_meshes(
+      model, randomized(model), jax.grad(loss), tokens(4), counted(4), ones(4))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one)

@@ -1,0 +1,348 @@
+"""Hugging Face folders: there and back, on meshes, whole or not at all, and what is refused."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from s2d_jax import models, sharding
+from s2d_jax.models import hf
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_json, randomized):
+  """(folder, model, params) of a tiny Llama that was saved."""
+  model = models.get(tiny_json("llama"))
+  params = randomized(model)
+  return hf.save(tmp_path / "model", model, params), model, params
+
+
+def edit_weights(folder, change):
+  """Rewrites the weights of a folder after `change` of the dict of them."""
+  path = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+
+
+def edit_config(folder, **changes):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder, other="model-00002-of-00002.safetensors"):
+  """Splits the weights of a folder in two, as large checkpoints are; `other` is in the index."""
+  tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  names = sorted(tensors)
+  parts = {"model-00001-of-00002.safetensors": names[::2],
+           "model-00002-of-00002.safetensors": names[1::2]}
+  for file, part in parts.items():
+    safetensors.numpy.save_file({n: tensors[n] for n in part}, folder / file)
+  weight_map = dict.fromkeys(names[::2], "model-00001-of-00002.safetensors")
+  (folder / "model.safetensors.index.json").write_text(
+      json.dumps({"weight_map": weight_map | dict.fromkeys(names[1::2], other)}))
+
+
+def assert_equal(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_there_and_back_is_exact(saved):
+  folder, model, params = saved
+  again, got = hf.load(folder)
+  assert again is model
+  assert_equal(got, params)
+
+
+def test_their_names_hold_our_weights(saved):
+  folder, _, params = saved
+  theirs = safetensors.numpy.load_file(folder / "model.safetensors")
+  x = np.random.default_rng(0).normal(size=32).astype(np.float32)
+  ours = params["layers"]["attn"]
+  q, o = (theirs[f"model.layers.1.self_attn.{n}_proj.weight"] for n in "qo")
+  # A Torch linear is W x with W [out, in]; its 64 outputs are 4 heads of 16, head by head.
+  np.testing.assert_allclose((q @ x).reshape(4, 16), np.einsum("D,DNH->NH", x, ours["q"][1]),
+                             rtol=1e-4, atol=1e-5)
+  heads = q @ x
+  np.testing.assert_allclose(
+      o @ heads, np.einsum("NH,NHD->D", heads.reshape(4, 16), ours["o"][1]), rtol=1e-4, atol=1e-5)
+
+
+def test_shards_and_their_index(saved):
+  folder, _, params = saved
+  shard(folder)
+  assert_equal(hf.load(folder)[1], params)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
+def test_a_mesh_gets_its_parts(shape, saved):
+  folder, model, params = saved
+  mesh = sharding.make_mesh(shape)
+  _, got = hf.load(folder, mesh)
+  assert_equal(jax.device_get(got), params)
+  want = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
+  assert jax.tree.map(lambda x: x.sharding, got) == want
+
+
+def test_what_is_on_a_mesh_is_saved_whole(saved, tmp_path):
+  folder, model, params = saved
+  _, placed = hf.load(folder, sharding.make_mesh((1, 2, 4)))
+  assert_equal(hf.load(hf.save(tmp_path / "again", model, placed))[1], params)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("wanted", ["bfloat16", None])
+def test_types(stored, wanted, saved, tmp_path):
+  _, model, params = saved
+  cast = jax.tree.map(lambda x: x.astype(stored), params)
+  folder = hf.save(tmp_path / "cast", model, cast)
+  assert json.loads((folder / "config.json").read_text())["dtype"] == stored
+  _, got = hf.load(folder, dtype=wanted)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(wanted or "float32")}
+  assert_equal(got, jax.tree.map(lambda x: x.astype(wanted or "float32"), cast))
+
+
+def test_loading_needs_no_implicit_transfer(saved):
+  folder, model, params = saved
+  with jax.transfer_guard("disallow"):
+    hf.load(folder, sharding.make_mesh((2, 2, 2)))
+    hf.save(folder, model, hf.load(folder)[1])
+
+
+def test_a_tied_head_stored_twice_is_dropped_if_equal(tiny_json, randomized, tmp_path):
+  # Qwen3-0.6B and 1.7B are published so.
+  model = models.get(tiny_json("qwen3", tie_word_embeddings=True))
+  params = randomized(model)
+  folder = hf.save(tmp_path / "tied", model, params)
+  def copy(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  edit_weights(folder, copy)
+  assert_equal(hf.load(folder)[1], params)
+  def differ(tensors):
+    tensors["lm_head.weight"][0, 0] += 1
+  edit_weights(folder, differ)
+  with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    hf.load(folder)
+
+
+def test_a_descendant_keeps_the_tokenizer_and_the_config_of_its_source(saved, tmp_path):
+  folder, model, params = saved
+  (folder / "tokenizer.json").write_text("{}")
+  (folder / "chat_template.jinja").write_text("{{ messages }}")
+  (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+  (folder / "README.md").write_text("not about the descendant")
+  edit_config(folder, eos_token_id=7, torch_dtype="bfloat16")
+  child = hf.save(tmp_path / "child", model, params, source=folder, lineage={"stage": "sft"})
+  assert sorted(p.name for p in child.iterdir()) == [
+      "SHA256SUMS", "chat_template.jinja", "config.json", "generation_config.json", "lineage.json",
+      "model.safetensors", "tokenizer.json"]
+  config = json.loads((child / "config.json").read_text())
+  assert (config["eos_token_id"], config["dtype"], "torch_dtype" in config) == (7, "float32", False)
+  assert json.loads((child / "lineage.json").read_text()) == {"stage": "sft"}
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(saved):
+  folder, model, params = saved
+  more = jax.tree.map(lambda x: x + 1, params)
+  hf.save(folder, model, more)
+  assert_equal(hf.load(folder)[1], more)
+  assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_save_cut_short_leaves_the_old_one(saved, monkeypatch):
+  folder, model, params = saved
+  def cut(*_):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(safetensors.numpy, "save_file", cut)
+  with pytest.raises(KeyboardInterrupt):
+    hf.save(folder, model, jax.tree.map(lambda x: x + 1, params))
+  assert_equal(hf.load(folder)[1], params)
+  monkeypatch.undo()
+  hf.save(folder, model, params)  # what was cut short is swept away
+  assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_same_weights_are_the_same_bytes_and_identity(saved, tmp_path):
+  folder, model, params = saved
+  copy = hf.save(tmp_path / "copy", model, params)
+  for path in folder.iterdir():
+    assert path.read_bytes() == (copy / path.name).read_bytes()
+  assert hf.identity(folder) == hf.identity(copy)
+
+
+def test_the_checksum_is_of_the_file(saved):
+  folder, _, _ = saved
+  want = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+  assert (folder / "SHA256SUMS").read_text() == f"{want}  model.safetensors\n"
+
+
+def test_identity_sees_values_header_size_config_index_and_download(saved, tmp_path):
+  folder, model, params = saved
+  seen = [hf.identity(folder)]
+  def look():
+    seen.append(hf.identity(folder))
+    assert len(set(seen)) == len(seen)
+  hf.save(folder, model, jax.tree.map(lambda x: x + 1, params))
+  look()  # through the checksum: same shapes, same size
+  edit_weights(folder, lambda tensors: tensors.update(extra=np.zeros(1, np.float32)))
+  look()
+  with open(folder / "model.safetensors", "ab") as f:
+    f.write(b"\0")
+  look()
+  edit_config(folder, rope_theta=5.0)
+  look()
+  record = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+  record.parent.mkdir(parents=True)
+  for etag in "ab":
+    record.write_text(f"commit\n{etag}\n0.0\n")
+    look()
+  hf.save(tmp_path / "sharded", model, params)
+  folder = tmp_path / "sharded"
+  shard(folder)
+  look()
+  index = folder / "model.safetensors.index.json"
+  index.write_text(index.read_text() + " ")
+  look()
+
+
+def test_identity_sees_the_blob_of_a_download(saved, tmp_path):
+  folder, _, _ = saved
+  before = hf.identity(folder)
+  (tmp_path / "blobs").mkdir()
+  (folder / "model.safetensors").rename(tmp_path / "blobs" / "d34db33f")
+  (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "d34db33f")
+  assert hf.identity(folder) != before
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="nowhere is not a folder"):
+    hf.load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="has no config.json"):
+    hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("door", [hf.load, hf.identity])
+def test_a_folder_without_weights_is_refused(door, saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors").unlink()
+  with pytest.raises(ValueError, match="has no weights: it needs model.safetensors"):
+    door(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_refused(name, saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors").rename(folder / name)
+  with pytest.raises(ValueError, match="pickled weights only.*convert them to safetensors"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("door", [hf.load, hf.identity])
+def test_code_is_refused(door, saved):
+  folder, _, _ = saved
+  edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+  with pytest.raises(ValueError, match="auto_map, code of its own"):
+    door(folder)
+
+
+def test_a_missing_weight_is_named(saved):
+  folder, _, _ = saved
+  edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+  with pytest.raises(ValueError, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight"):
+    hf.load(folder)
+
+
+def test_a_left_over_weight_is_named(saved):
+  folder, _, _ = saved
+  name = "model.layers.1.self_attn.q_norm.weight"
+  edit_weights(folder, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
+  with pytest.raises(ValueError, match=f"has the weight {name} .1 in all. that a llama"):
+    hf.load(folder)
+
+
+def test_a_wrong_shape_is_named(saved):
+  folder, _, _ = saved
+  edit_config(folder, intermediate_size=48)
+  with pytest.raises(ValueError, match=r"mlp.gate_proj.weight has shape \(40, 32\) and config.json "
+                                       r"asks for \(48, 32\)"):
+    hf.load(folder)
+
+
+def test_a_type_that_is_not_read_is_named(saved):
+  folder, _, _ = saved
+  def quantize(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+  edit_weights(folder, quantize)
+  with pytest.raises(ValueError, match="model.norm.weight is stored as I8"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("other", ["../model.safetensors", "/etc/model.safetensors",
+                                   "a/b.safetensors", "..\\x.safetensors", "weights.bin"])
+@pytest.mark.parametrize("door", [hf.load, hf.identity])
+def test_shards_may_not_leave_the_folder(other, door, saved):
+  folder, _, _ = saved
+  shard(folder, other)
+  with pytest.raises(ValueError, match="which is no safetensors file of this folder"):
+    door(folder)
+
+
+def test_a_missing_shard_is_named(saved):
+  folder, _, _ = saved
+  shard(folder, "model-00003-of-00003.safetensors")
+  with pytest.raises(ValueError, match="lacks the shard model-00003-of-00003.safetensors"):
+    hf.load(folder)
+
+
+def test_a_file_cut_short_is_refused(saved):
+  folder, _, _ = saved
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(ValueError, match="model.safetensors is not whole"):
+    hf.load(folder)
+
+
+def test_a_header_beyond_all_bounds_is_refused(saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+  with pytest.raises(ValueError, match="declares a header of 1152921504606846976 bytes"):
+    hf.identity(folder)
+
+
+def test_saving_over_something_else_is_refused(saved, tmp_path):
+  _, model, params = saved
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "chapter.tex").write_text("")
+  with pytest.raises(ValueError, match="thesis exists and holds no model.safetensors"):
+    hf.save(tmp_path / "thesis", model, params)
+  assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_saving_needs_the_models_own_tree(saved, tmp_path):
+  _, model, params = saved
+  with pytest.raises(ValueError, match="the parameter norm has shape none"):
+    hf.save(tmp_path / "x", model, {k: v for k, v in params.items() if k != "norm"})
+  with pytest.raises(ValueError, match=r"the parameter norm has shape \(31,\)"):
+    hf.save(tmp_path / "x", model, params | {"norm": params["norm"][1:]})
+  assert not (tmp_path / "x").exists()
+
+
+def test_saving_needs_one_type(saved, tmp_path):
+  _, model, params = saved
+  with pytest.raises(ValueError, match="parameters of several types"):
+    hf.save(tmp_path / "x", model, params | {"norm": params["norm"].astype(jnp.bfloat16)})
+
+
+def test_a_source_of_another_model_is_refused(saved, tmp_path, tiny_json):
+  folder, _, params = saved
+  other = models.get(tiny_json("llama", rope_theta=7.0))
+  with pytest.raises(ValueError, match="is another model than the one to save"):
+    hf.save(tmp_path / "x", other, params, source=folder)

@@ -1,0 +1,122 @@
+"""The table of architectures: names, counts, keys of config.json, and what is refused."""
+
+import jax
+import pytest
+
+from s2d_jax import models
+from s2d_jax.models import decoder, layout
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
+# Sums over the safetensors of https://huggingface.co/Qwen and /meta-llama, tied heads once.
+@pytest.mark.parametrize("name, count", [
+    ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976), ("qwen3-4b", 4_022_468_096),
+    ("qwen3-8b", 8_190_735_360), ("qwen3-14b", 14_768_307_200), ("qwen3-32b", 32_762_123_264),
+    ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496),
+    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824),
+    ("llama-3.3-70b", 70_553_706_496)])
+def test_published_parameter_counts(name, count):
+  shapes = models.shapes(models.get(name).config)
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_is_the_parameter_tree(family, tied, tiny_json):
+  config = models.get(tiny_json(family, tie_word_embeddings=tied)).config
+  shapes, table = models.shapes(config), models.weights(config)
+  assert table.keys() == layout.flat(shapes).keys()
+  assert ("unembed" in table) == (not tied)
+  is_axes = lambda x: isinstance(x, tuple)
+  assert jax.tree.structure(models.axes(config), is_leaf=is_axes) == jax.tree.structure(shapes)
+  sizes = {"layer": 2, "vocab": 48, "embed": 32, "heads": 4, "kv_heads": 2, "head": 16, "mlp": 40}
+  jax.tree.map(lambda x, axes: [sizes[a] for a in axes] == list(x.shape) or pytest.fail(str(axes)),
+               shapes, models.axes(config))
+
+
+def test_equal_configs_are_one_model(tiny_json):
+  assert models.get(tiny_json("qwen3")) is models.get(tiny_json("qwen3", unread=1))
+  assert models.get("qwen3-1.7b") is models.get("Qwen3-1.7B")
+  assert models.get("qwen3-1.7b") != models.get("qwen3-1.7b", dtype="bfloat16")
+  assert hash(models.get("qwen3-1.7b")) == hash(models.get("qwen3-1.7b"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_config_json_there_and_back(family, tiny_json):
+  config = models.get(tiny_json(family, tie_word_embeddings=True)).config
+  assert models.read_config(models.config_json(config)) == config
+
+
+def test_both_spellings_of_rope(tiny_json):
+  old = models.get(tiny_json("llama", rope_theta=500000.0, rope_scaling=LLAMA3))
+  new = tiny_json("llama", rope_parameters={"rope_theta": 500000.0} | LLAMA3)
+  del new["rope_theta"]
+  assert old is models.get(new)
+  assert old.config.rope_theta == 500000.0
+  assert old.config.rope_scaling == decoder.RopeScaling(8.0, 1.0, 4.0, 8192)
+  assert models.read_config(models.config_json(old.config)) == old.config
+
+
+def test_defaults_of_head_dim(tiny_json):
+  json = tiny_json("llama")
+  del json["head_dim"]
+  assert models.get(json).config.head_width == 8  # width 32 over 4 heads
+  assert models.get(json | {"model_type": "qwen3"}).config.head_width == 128  # Qwen3Config's own
+
+
+@pytest.mark.parametrize("family, key, value", [
+    ("qwen3", "use_sliding_window", True),
+    ("qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+    ("qwen3", "num_experts", 8),
+    ("qwen3", "attention_bias", True),
+    ("qwen3", "quantization_config", {"quant_method": "fp8"}),
+    ("qwen3", "hidden_act", "gelu"),
+    ("llama", "attention_bias", True),
+    ("llama", "mlp_bias", True),
+    ("llama", "hidden_act", "relu"),
+    ("llama", "pretraining_tp", 2)])
+def test_what_is_not_implemented_is_refused_by_its_key(family, key, value, tiny_json):
+  with pytest.raises(ValueError, match=f"config.json asks for {key}=.*not implemented"):
+    models.get(tiny_json(family, **{key: value}))
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic"}}])
+def test_unknown_rope_is_refused(rope, tiny_json):
+  with pytest.raises(ValueError, match="rope_type='(yarn|dynamic)', which is not implemented"):
+    models.get(tiny_json("qwen3", **rope))
+
+
+def test_partial_rope_is_refused(tiny_json):
+  with pytest.raises(ValueError, match="partial_rotary_factor=0.5"):
+    models.get(tiny_json("llama", partial_rotary_factor=0.5))
+
+
+def test_a_missing_key_is_named(tiny_json):
+  json = tiny_json("llama")
+  del json["intermediate_size"]
+  with pytest.raises(ValueError, match="no 'intermediate_size'"):
+    models.get(json)
+
+
+def test_unknown_names_and_families_say_what_there_is():
+  with pytest.raises(ValueError, match="no model is called 'qwen4-1b': choose from qwen3-0.6b"):
+    models.get("qwen4-1b")
+  with pytest.raises(ValueError, match="model_type='qwen3_moe', which is not implemented"):
+    models.get({"model_type": "qwen3_moe"})
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"num_key_value_heads": 3}, "4 query heads do not share 3 key heads"),
+    ({"head_dim": 15}, "head_dim 15 is odd")])
+def test_impossible_heads_are_refused(changes, sentence, tiny_json):
+  with pytest.raises(ValueError, match=sentence):
+    models.get(tiny_json("qwen3", **changes))
+
+
+def test_unknown_run_settings_are_refused():
+  with pytest.raises(ValueError, match="dtype 'float16' with remat 'none' is unknown"):
+    models.get("qwen3-0.6b", dtype="float16")

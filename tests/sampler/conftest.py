@@ -1,0 +1,33 @@
+"""Tiny models of both families; without torch, parity is left out of the collection, visibly."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from s2d_jax import models
+
+PARITY = ["test_parity.py"]
+collect_ignore = [] if importlib.util.find_spec("torch") else PARITY
+
+
+def pytest_report_collectionfinish():
+  return [f"not collected, torch is absent: tests/sampler/{name}" for name in collect_ignore]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """tiny(family, seed=0, **run): a model of 16 tokens and parameters far from uniform logits."""
+  def make(family, seed=0, **run):
+    model = models.get({
+        "model_type": family, "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 24, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": 64}, **run)
+    rng = np.random.default_rng(seed)
+    def draw(path, x):
+      centre = 1.0 if "norm" in path[-1].key else 0.0
+      return jax.device_put(rng.normal(centre, 0.3, x.shape).astype(np.float32))
+    return model, jax.tree_util.tree_map_with_path(draw, models.shapes(model.config))
+  return make

@@ -1,0 +1,161 @@
+"""Rows: what a sampled row depends on, how it ends, and that the trainer agrees on its tokens."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from s2d_jax import metrics, models, objectives, rollout, sampler, sharding, update
+from s2d_jax.sampler import scheduler
+
+G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
+STOPS = (3, 5)
+HOW = sampler.Sampling(samples_per_prompt=G, temperature=0.9, top_p=0.95, top_k=12, min_p=0.01,
+                       max_tokens=T, min_tokens=2, stop_ids=STOPS)
+
+
+def prompts(count):
+  """Prompts of 1 to 6 tokens, their ids far from their places."""
+  rng = np.random.default_rng(3)
+  return [rollout.Prompt(1000 - 7 * i, tuple(rng.integers(0, 16, 1 + i % WINDOW).tolist()))
+          for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def crowd(tiny):
+  """(draw, params, rows, compiled): ten prompts in calls of four; programs compiled on the way."""
+  model, params = tiny("qwen3")
+  draw = sampler.make(model, params, HOW, SIZE, WINDOW)
+  with metrics.compilations() as compiled:
+    rows = draw(params, prompts(10), SEED, weight_version=5)
+    count = compiled()
+  return draw, params, rows, count
+
+
+def same(got, want, atol=1e-5):
+  """The same tokens in the same rows; log-probabilities but for float32 sums in another order."""
+  for field in ("prompt_id_B", "sample_index_B", "response_BT", "response_length_B",
+                "finish_reason_B"):
+    np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
+  np.testing.assert_allclose(got.sampler_logp_BT, want.sampler_logp_BT, atol=atol)
+
+
+@pytest.mark.medium
+def test_rows_are_the_samples_of_each_prompt_in_order(crowd):
+  _, _, rows, _ = crowd
+  want = prompts(10)  # the third call has two prompts: its padding is not among the rows
+  np.testing.assert_array_equal(rows.prompt_id_B, np.repeat([p.id for p in want], G))
+  np.testing.assert_array_equal(rows.sample_index_B, np.tile(range(G), 10))
+  assert rows.response_BT.shape == (40, T) and rows.weight_version == 5
+  for b, prompt in enumerate(np.repeat(np.arange(10), G)):
+    tokens = rows.prompt_BT[b, : rows.prompt_length_B[b]]
+    np.testing.assert_array_equal(tokens, want[prompt].tokens)
+  assert len({tuple(row) for row in rows.response_BT.tolist()}) > 30
+
+
+@pytest.mark.medium
+def test_a_row_ends_at_its_stop_or_at_max_tokens(crowd):
+  _, _, rows, _ = crowd
+  for b in range(40):
+    response, stopped = rows.response(b), rollout.FINISHED[rows.finish_reason_B[b]] == "stop"
+    n = len(response)
+    assert not np.isin(response[:-1], STOPS).any()
+    assert (response[-1] in STOPS) == stopped
+    assert HOW.min_tokens < n <= T if stopped else n == T
+    assert not rows.response_BT[b, n:].any() and not rows.sampler_logp_BT[b, n:].any()
+    assert (rows.sampler_logp_BT[b, :n] < 0).all()
+  assert {0, 1} == set(rows.finish_reason_B)
+  assert rows.response_length_B.min() == HOW.min_tokens + 1
+
+
+@pytest.mark.medium
+def test_a_row_is_the_same_alone_and_in_any_order(crowd):
+  draw, params, rows, _ = crowd
+  some = prompts(10)[2:8]
+  for order in ([3], [5, 0, 4, 2, 1, 3]):
+    want = np.concatenate([np.arange(G) + (2 + i) * G for i in order])
+    same(draw(params, [some[i] for i in order], SEED), rollout.take(rows, want))
+  other = draw(params, some, (0, 12))
+  assert (other.response_BT != rows.response_BT[2 * G: 8 * G]).mean() > 0.3
+
+
+@pytest.mark.medium
+def test_a_fork_is_a_prompt_read_again_in_whatever_window(crowd, tiny):
+  _, params, rows, _ = crowd
+  one = HOW._replace(samples_per_prompt=1)
+  draw = sampler.make(tiny("qwen3")[0], params, one, SIZE, WINDOW + 5)
+  for g in range(G):
+    got = draw(params, prompts(10), SEED, first_sample=g)
+    same(got, rollout.take(rows, np.arange(g, 10 * G, G)))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_are_none(shape, crowd, tiny):
+  _, params, rows, _ = crowd
+  model, _ = tiny("qwen3")
+  mesh = sharding.make_mesh(shape)
+  with jax.set_mesh(mesh):
+    where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
+    placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
+    same(sampler.make(model, placed, HOW, SIZE, WINDOW)(placed, prompts(10), SEED), rows)
+
+
+@pytest.mark.medium
+def test_weights_are_an_argument_and_nothing_compiles_after_make(crowd, tiny):
+  draw, params, rows, compiled_at_first = crowd
+  model, other = tiny("qwen3", seed=1)
+  with metrics.compilations() as compiled:
+    again = sampler.make(model, other, HOW, SIZE, WINDOW)
+    got = draw(other, prompts(10), SEED)
+    assert again.compiled is draw.compiled and compiled_at_first == compiled() == 0
+  assert (got.response_BT != rows.response_BT).mean() > 0.3
+  same(again(params, prompts(10), SEED), rows, atol=0)
+
+
+def trainer_gap(model, params, rows):
+  """|trainer's − sampler's| log-probability of every response token, and the trainer's."""
+  batch = rollout.batch(rows)
+  score = update.score(model, objectives.logp, types.SimpleNamespace(microbatches=1, block=64))
+  logp_BT = np.asarray(score(params, jax.device_put(batch))[0])
+  response_BT = batch.sequence_BT >= 0
+  assert response_BT.sum() == rows.response_length_B.sum()
+  return np.abs(logp_BT - batch.sampler_logp_BT)[response_BT], logp_BT[response_BT]
+
+
+@pytest.mark.medium
+def test_log_probabilities_are_the_trainers(crowd, tiny):
+  _, params, rows, _ = crowd
+  gap, logp = trainer_gap(tiny("qwen3")[0], params, rows)
+  assert gap.max() < 1e-5 and logp.std() > 0.3
+
+
+@pytest.mark.medium
+def test_log_probabilities_are_the_trainers_for_llama(tiny):
+  model, params = tiny("llama")
+  how = HOW._replace(samples_per_prompt=2, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+  rows = sampler.sample(model, params, prompts(3), how, SEED)
+  assert len(rows.prompt_id_B) == 6
+  gap, logp = trainer_gap(model, params, rows)
+  assert gap.max() < 1e-5 and logp.std() > 0.3
+
+
+@pytest.mark.parametrize("bad, how, words", [
+    ([rollout.Prompt(1, (2,)), rollout.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
+    ([rollout.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
+    ([], HOW, "no prompts"),
+    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "stop_strings are not"),
+])
+def test_what_cannot_be_sampled_is_refused(bad, how, words):
+  with pytest.raises(ValueError, match=words):
+    scheduler.check(bad, how, WINDOW)
+
+
+@pytest.mark.medium
+def test_make_and_sample_refuse_too(crowd, tiny):
+  draw, params, _, _ = crowd
+  with pytest.raises(ValueError, match="prompt 77 has 7 tokens"):
+    draw(params, [rollout.Prompt(77, (1,) * 7)], SEED)
+  with pytest.raises(ValueError, match="no prompts"):
+    sampler.sample(*tiny("qwen3"), [], HOW, SEED)

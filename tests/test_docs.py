@@ -1,0 +1,56 @@
+"""The commands of docs/run.md and the README's Python run as they are written."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def blocks(path, language):
+  return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / path).read_text(), re.M | re.S)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """A folder in which the commands run as written, relative paths and all, and leave their runs."""
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  return tmp_path
+
+
+def run(folder, words):
+  done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
+                        check=False, timeout=900)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_run_page(checkout):
+  (block,) = blocks("docs/run.md", "sh")
+  printed = [run(checkout, line.split()[1:]) for line in block.splitlines() if line]
+  assert len(printed) == 2 and all("| bridge | 0 |" in text for text in printed)
+  made = checkout / "runs" / "tiny"
+  assert (made / "report.md").exists() and (made / "report.png").exists()
+  # Once more: everything is finished, so nothing trains and the table is the same.
+  again = run(checkout, block.splitlines()[0].split()[1:])
+  assert again == printed[0]
+
+
+@pytest.mark.slow
+def test_the_task_of_ones_own(checkout):
+  (block,) = blocks("README.md", "python")
+  run(checkout, ["-c", block])
+  assert list((checkout / "runs" / "mine" / "arms").iterdir())
+
+
+def test_the_readme_names_every_target_of_make():
+  text = (ROOT / "README.md").read_text()
+  (block, *_) = blocks("README.md", "sh")
+  makefile = (ROOT / "Makefile").read_text()
+  for target in re.findall(r"^make ([\w-]+)", block, re.M):
+    assert re.search(rf"^{target}:", makefile, re.M), target
+  assert "configs/arithmetic.py" in text

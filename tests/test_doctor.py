@@ -1,0 +1,259 @@
+"""Bad input at start: one sentence with the remedy, from `recipe.run`, and nothing is written."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import arithmetic
+from s2d_jax import models, recipe
+from s2d_jax.assets import tokenizer
+from s2d_jax.data.arithmetic import problems
+from s2d_jax.models import hf
+
+SHAPE = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8, "rms_norm_eps": 1e-6,
+         "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 64,
+         "vocab_size": len(tokenizer.VOCABULARY)}
+SPLITS = problems.splits(sizes={"labelled": 64, "validation": 8, "test": 8})
+
+
+def base(folder, **changes):
+  """A model folder with random weights and the arithmetic tokenizer."""
+  model = models.get(SHAPE | changes)
+  rng = np.random.default_rng(0)
+  hf.save(folder, model, jax.tree.map(
+      lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), models.shapes(model.config)))
+  tokenizer.write(folder, max_length=64)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("bases")
+  return {role: base(folder / role) for role in ("teacher", "student")}
+
+
+@pytest.fixture
+def config(bases):
+  """The shipped config in its tiny form with tiny bases, unlocked to be spoilt."""
+  config = arithmetic.get_config("tiny")
+  config.teacher, config.student = str(bases["teacher"]), str(bases["student"])
+  return config.unlock()
+
+
+@pytest.fixture
+def student(bases, config, tmp_path):
+  """A copy of the student's folder to spoil; the config names it."""
+  config.student = str(tmp_path / "student")
+  return pathlib.Path(shutil.copytree(bases["student"], config.student))
+
+
+def task(**splits):
+  splits = SPLITS | splits
+  return recipe.Task(splits.__getitem__,
+                     lambda problem: [{"role": "user", "content": problem["problem"]}],
+                     lambda problem, text: 0.0)
+
+
+def refused(config, tmp_path, given=None):
+  """The sentence `recipe.run` stops with; it is one, it ends, and the work folder is absent."""
+  workdir = tmp_path / "run"
+  with pytest.raises(ValueError) as error:
+    recipe.run(config, workdir, given or task())
+  assert not workdir.exists()
+  sentence = str(error.value)
+  assert re.fullmatch(r"[^\n]+[:,;] [^\n]+\.", sentence), "no remedy behind the complaint"
+  assert not re.search(r"[.!?] +[A-Z]", sentence), "more than one sentence"
+  return sentence
+
+
+def at(config, place):
+  """The block of a config at a dotted place; "" is the config itself."""
+  for key in filter(None, place.split(".")):
+    config = config[key]
+  return config
+
+
+def test_a_good_config_is_planned(config):
+  made = recipe.plan(config, task())
+  assert set(made.arms) == set(config.arms.split(","))
+
+
+BLOCKS = ["", "validation", "validation.sampling", "evaluation", "evaluation.sampling",
+          "stages.teacher_grpo", "stages.sft", "stages.reverse_kl.optim",
+          "stages.forward_kl.sampling"]
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_an_unknown_key_is_named(config, place, tmp_path):
+  at(config, place).banana = 1
+  name = f"config.{place}".rstrip(".")
+  assert f"{name} has the key 'banana', which nothing reads" in refused(config, tmp_path)
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_a_missing_key_is_named(config, place, tmp_path):
+  block = at(config, place)
+  for key in list(block):
+    value = block[key]
+    del block[key]
+    name = f"config.{place}".rstrip(".")
+    assert f"{name} lacks the key {key!r}: add it" in refused(config, tmp_path)
+    with config.ignore_type():
+      block[key] = value
+
+
+def test_keys_of_another_row_are_unknown(config, tmp_path):
+  config.stages.sft.kl_coef = 0.1  # a penalty without a reference
+  assert "config.stages.sft has the key 'kl_coef'" in refused(config, tmp_path)
+
+
+VALUES = [
+    ("arms", "bridge,brigde", "there is no arm 'brigde': choose config.arms from untr"),
+    ("arms", " , ", "config.arms is empty: choose from untrained"),
+    ("dtype", "float16", "dtype 'float16' with remat '(none|block)' is unknown: choose dtype from"),
+    ("remat", "all", "dtype 'float32' with remat 'all' is unknown"),
+    ("prompt_tokens", 6, r"of labelled takes \d+ tokens and its window is 6: raise config"),
+    ("validation.problems", 0, "config.validation.problems is 0: set it to 1 or more."),
+    ("validation.sampling.top_p", 0.0, r"config.validation.sampling.top_p is 0.0: choose"),
+    ("evaluation.ks", (1, 99), r"config.evaluation.ks is \(1, 99\) and 2 samples"),
+    ("evaluation.ks", (0,), r"config.evaluation.ks is \(0,\) and 2 samples"),
+    ("evaluation.draws", 0, "config.evaluation.draws is 0: set it to 1 or more."),
+    ("evaluation.prompts", 0, "config.evaluation.prompts is 0: set it to 1 or more."),
+    ("evaluation.level", 95.0, "config.evaluation.level is 95.0: choose it between 0 and 1."),
+    ("evaluation.sampling.max_tokens", 0, "evaluation.sampling.max_tokens is 0: set it"),
+    ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose one of"),
+    ("stages.teacher_grpo.kl", "k1", "k1 .* cannot be a loss, .*: choose kl = \"k2\" or \"k3\"."),
+    ("stages.teacher_grpo.kl", "k9", "kl = \"k9\" is not a penalty: choose"),
+    ("stages.reverse_kl.minibatches", 3, r"reverse_kl draws 16 rows a step, .* 3 x 1"),
+    ("stages.sft.microbatches", 32, r"config.stages.sft draws 16 rows a step, .* 1 x 32"),
+    ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to 1 or more."),
+    ("stages.sft.steps", 0, "config.stages.sft.steps is 0: set it to 1 or more."),
+    ("stages.sft.save_every", 0, "config.stages.sft.save_every is 0: set it to 1 or more."),
+    ("stages.sft.block", 0, "config.stages.sft.block is 0: set it to 1 or more."),
+    ("stages.sft.mean", "word", "mean is 'word': set it to one of"),
+    ("stages.sft.optim.lr", 0.0, "lr = 0.0 is out of range for AdamW: correct"),
+    ("stages.sft.optim.decay", "step", "decay = \"step\" is unknown: choose"),
+    ("stages.sft.optim.warmup", 4, "warmup = 4 does not fit in steps = 4 updates: shorten"),
+    ("stages.sft.sampling.temperature", -1.0, "sft.sampling.temperature is -1.0: choose"),
+    ("stages.sft.sampling.samples_per_prompt", 0, "samples_per_prompt is 0: set it to 1 or more."),
+    ("stages.teacher_sft.sampling.samples_per_prompt", 4, "a problem has one given solution"),
+    ("stages.cold_grpo", {}, "config.stages.cold_grpo is no row of the recipe: remove it"),
+    ("stages.teacher_grpo.prompts", 64, "prompts is 64 and the split 1h has .*: lower it."),
+]
+
+
+@pytest.mark.parametrize("place, value, said", VALUES)
+def test_a_value_out_of_range_is_named(config, place, value, said, tmp_path):
+  block, _, key = place.rpartition(".")
+  with config.ignore_type():
+    at(config, block)[key] = value
+  assert re.search(said, refused(config, tmp_path))
+
+
+def test_an_arm_needs_its_rows(config, tmp_path):
+  del config.stages.reverse_kl
+  assert "arm raw_bridge needs config.stages.reverse_kl: add it" in refused(config, tmp_path)
+
+
+def test_an_absent_folder(config, tmp_path):
+  config.teacher = str(tmp_path / "nowhere")
+  assert "nowhere is not a folder: give the path" in refused(config, tmp_path)
+
+
+def test_a_folder_without_weights(config, student, tmp_path):
+  (student / "model.safetensors").unlink()
+  assert "has no weights: it needs model.safetensors" in refused(config, tmp_path)
+  (student / "pytorch_model.bin").write_bytes(b"pickled")
+  assert "has pickled weights only, and unpickling runs code" in refused(config, tmp_path)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda w: w.pop("model.norm.weight"), "lacks the weight model.norm.weight"),
+    (lambda w: w.update(extra=np.zeros(1, np.float32)), "has the weight extra"),
+    (lambda w: w.update({"model.norm.weight": np.zeros(9, np.float32)}),
+     r"model.norm.weight has shape \(9,\) and config.json asks for \(8,\)"),
+])
+def test_weights_that_are_not_the_models(config, student, change, said, tmp_path):
+  path = student / "model.safetensors"
+  weights = safetensors.numpy.load_file(path)
+  change(weights)
+  safetensors.numpy.save_file(weights, path)
+  assert re.search(said, refused(config, tmp_path))
+
+
+def test_tokenizers_that_differ(config, student, tmp_path):
+  path = student / "tokenizer.json"
+  spoilt = json.loads(path.read_text())
+  vocabulary = spoilt["model"]["vocab"]
+  vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+  path.write_text(json.dumps(spoilt))
+  said = refused(config, tmp_path)
+  assert "the vocabularies of" in said and "(the token '+' is 16 and 17)" in said
+
+
+def test_embeddings_that_differ(config, tmp_path):
+  config.student = str(base(tmp_path / "student", vocab_size=32))
+  assert "teacher and student embed 24 and 32 tokens: pad" in refused(config, tmp_path)
+
+
+def test_more_tokens_than_embeddings(config, tmp_path):
+  for role in ("teacher", "student"):
+    config[role] = str(base(tmp_path / role, vocab_size=16))
+  assert "has the token id 23 and its model embeds 16 tokens" in refused(config, tmp_path)
+
+
+def test_a_split_without_problems(config, tmp_path):
+  assert "the split 'test' of task 'arithmetic' is empty: give it problems." in refused(
+      config, tmp_path, task(test=[]))
+  assert "the split 1h has no problems: label more of them." in refused(
+      config, tmp_path, task(labelled=SPLITS["labelled"][:1]))
+
+
+def test_splits_that_share_a_problem(config, tmp_path):
+  first = SPLITS["labelled"][0]
+  said = refused(config, tmp_path, task(test=[*SPLITS["test"], first | {"id": 10**6}]))
+  assert f"{first['problem']!r} stands in labelled and again in test" in said
+  said = refused(config, tmp_path, task(test=[*SPLITS["test"], first | {"problem": "1+1"}]))
+  assert f"{first['id']} stands in labelled and again in test" in said
+
+
+def test_solutions_that_are_needed(config, tmp_path):
+  arms = {"teach": (("teacher_sft", "all"),)}
+  config.arms = "teach"
+  labelled = [{k: v for k, v in row.items() if k != "solution"} for row in SPLITS["labelled"]]
+  for rows, said in ((labelled, "has no solution and config.stages.teacher_sft learns from it: "),
+                     ([row | {"solution": "1" * 64} for row in SPLITS["labelled"]],
+                      "takes 65 tokens and config.stages.teacher_sft.sampling.max_tokens is")):
+    with pytest.raises(ValueError, match=said):
+      recipe.run(config, tmp_path / "run", task(labelled=rows), arms=arms)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_manifest_that_disagrees_with_its_folder(config, tmp_path):
+  workdir, name = tmp_path / "run", next(iter(recipe.plan(config, task()).nodes))
+  (workdir / name).mkdir(parents=True)
+  (workdir / name / "manifest.json").write_text(json.dumps({"inputs": {"seed": 1}}))
+  with pytest.raises(ValueError, match="disagrees with its folder's name: .*, so delete the fold"):
+    recipe.run(config, workdir, task())
+  assert [path.name for path in workdir.iterdir()] == [name]
+
+
+def test_an_unknown_task(config):
+  config.task = "algebra"
+  with pytest.raises(ValueError, match="config.task is 'algebra': choose arithmetic or math"):
+    recipe.task(config)
+
+
+def test_a_split_that_the_data_does_not_name(config, tmp_path):
+  config.task, config.data = "math", {"labelled": str(tmp_path / "labelled.jsonl")}
+  (tmp_path / "labelled.jsonl").write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
+  config.prompt_tokens = 200
+  said = refused(config, tmp_path, recipe.task(config))
+  assert "config.data names no split 'validation': add its file" in said

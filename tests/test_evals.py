@@ -1,0 +1,67 @@
+"""Which samples solve which problems, with a sampler that writes what it is told."""
+
+import numpy as np
+import pytest
+
+from s2d_jax import evals, rollout
+
+PROMPTS = [rollout.Prompt(30, (1, 2)), rollout.Prompt(20, (3,))]
+RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
+
+
+class Told:
+  """draw(params, prompts, seed) -> RESPONSES, with 99 behind every end; remembers its calls."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __call__(self, params, prompts, seed):
+    self.calls.append((params, prompts, seed))
+    repeated = [p for p in prompts for _ in range(3)]
+    rows = rollout.given(repeated, RESPONSES, 2, 4)
+    beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
+    return rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
+
+
+def reward(prompt_id, ids):
+  """Problem 30 is solved by an answer that ends in 7, problem 20 by one that ends in 8."""
+  assert 99 not in ids
+  return float(ids[-1] == {30: 7, 20: 8}[prompt_id])
+
+
+def test_solve_by_hand():
+  draw = Told()
+  correct_PG, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
+  np.testing.assert_array_equal(correct_PG, [[1, 0, 1], [1, 0, 1]])
+  assert correct_PG.dtype == np.float32
+  assert draw.calls == [("weights", PROMPTS, (4, 2))]
+  assert [rows.response(b).tolist() for b in range(6)] == RESPONSES
+
+
+def test_scores_by_hand():
+  # Of 4 samples 1 and 2 are right: 3/8; of the 6 pairs 3 and 5 hold a right one; all four do.
+  correct_PG = np.array([[1, 0, 0, 0], [1, 1, 0, 0]])
+  found = dict(evals.scores(correct_PG, (1, 2, 4), seed=0, draws=200, level=0.9))
+  assert list(found) == ["avg@4", "pass@1", "pass@2", "pass@4"]
+  np.testing.assert_allclose([v.estimate for v in found.values()], [3 / 8, 3 / 8, 2 / 3, 1])
+  assert all(v.low <= v.estimate <= v.high for v in found.values())
+  assert found["avg@4"].low < 3 / 8 < found["avg@4"].high
+  wider = dict(evals.scores(correct_PG, (), seed=0, draws=200, level=0.99))
+  assert list(wider) == ["avg@4"] and wider["avg@4"].low < found["avg@4"].low
+  assert dict(evals.scores(correct_PG, (), 1, 200, 0.9)) != dict(
+      evals.scores(correct_PG, (), 0, 200, 0.9))
+
+
+def test_more_tries_than_samples_are_refused():
+  with pytest.raises(ValueError, match="pass@5 needs"):
+    dict(evals.scores(np.zeros((2, 4)), (5,), 0, 10, 0.9))
+
+
+def test_validation_by_hand():
+  draw = Told()
+  validate = evals.validation(draw, PROMPTS, reward, (1,))
+  assert dict(validate("old")) == {"validation/avg@3": np.float32(4 / 6),
+                                   "validation/response_length": 11 / 6}
+  assert dict(validate("new")) == dict(validate("old"))  # always the same draws
+  assert [call[0] for call in draw.calls] == ["old", "new", "old"]
+  assert {call[2] for call in draw.calls} == {(1,)}

@@ -1,0 +1,153 @@
+"""The arrows between the package's files, read from its imports: they point down, and stay few."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "s2d_jax"
+
+# Who may call whom, nearest first; who may call a file may also import what lies below it. A file
+# or folder that is not named here imports nothing of ours.
+ARROWS = {
+  "cli": {"main", "report", "preflight", "doctor"},
+  "main": {"recipe", "tasks", "report"},
+  "tasks": {"data", "rewards"},
+  "preflight": {"recipe"},
+  "assets": {"recipe"},  # the script that trained them
+  "recipe": {"doctor", "stage", "report"},
+  "doctor": {"train", "objectives"},
+  "stage": {"train", "objectives", "manifest"},
+  "train": {"update", "sampler", "evals", "rewards", "data", "chat", "checkpoint", "metrics",
+            "ledger", "optim"},
+  "update": {"rollout", "sharding"},
+  "evals": {"sampler", "stats"},
+  "sampler": {"models", "chat", "rollout"},
+  "objectives": {"losses"},
+  "losses": {"sharding"},
+  "models": {"sharding"},
+  # What they write is written whole or not at all, by one process.
+  "metrics": {"checkpoint"},
+  "manifest": {"checkpoint"},
+  "report": {"stats", "metrics", "ledger"},
+}
+# train and update are handed functions: they know no loss and no model.
+NEVER = {unit: {"models", "losses", "objectives"} for unit in ("train", "update")}
+# A library with opinions is imported in one place.
+HOMES = {
+  "flax": "models",
+  "orbax": "checkpoint",
+  "transformers": "chat",
+  "tensorflow_datasets": "data",
+  "safetensors": "models",
+  "tensorboardX": "metrics",
+  "math_verify": "rewards",
+}
+NOWHERE = {"torch", "tensorflow", "grain", "chex"}
+
+
+def below(unit):
+  """Every unit that lies below this one along the arrows."""
+  found, ahead = set(), [unit]
+  while ahead:
+    new = ARROWS.get(ahead.pop(), set()) - found
+    found |= new
+    ahead += new
+  return found
+
+
+def allowed(unit):
+  return below(unit) - NEVER.get(unit, set()) | {unit}
+
+
+def unit_of(path, package=PACKAGE):
+  """The top-level file or folder of the package that holds a file; the package itself is ''."""
+  first = path.relative_to(package).parts[0].removesuffix(".py")
+  return "" if first == "__init__" else first
+
+
+def imported_by(path):
+  """The dotted names a file imports anywhere in it, each as far as the statement spells it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno}: write the import out from s2d_jax"
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def units_imported_by(path):
+  """The units of the package a file imports; '' stands for the package itself."""
+  parts = [name.split(".") for name in imported_by(path)]
+  return {(part[1:] or [""])[0] for part in parts if part[0] == "s2d_jax"}
+
+
+def wrong_arrows(path, package=PACKAGE):
+  unit = unit_of(path, package)
+  return {f"{unit or 's2d_jax'} -> {other or 's2d_jax'}"
+          for other in units_imported_by(path) - allowed(unit)}
+
+
+def strangers(path, package=PACKAGE):
+  """The libraries a file imports although they live elsewhere, or nowhere, in the package."""
+  libraries = {name.split(".")[0] for name in imported_by(path)}
+  unit = unit_of(path, package)
+  return {name for name in libraries if name in NOWHERE or HOMES.get(name, unit) != unit}
+
+
+def modules():
+  return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_arrows_point_down():
+  wrong = {str(path.relative_to(ROOT)): wrong_arrows(path) for path in modules()}
+  assert {path: arrows for path, arrows in wrong.items() if arrows} == {}
+
+
+def test_the_arrows_themselves_make_no_circle():
+  assert [unit for unit in ARROWS if unit in below(unit)] == []
+
+
+def test_a_library_with_opinions_has_one_home():
+  wrong = {str(path.relative_to(ROOT)): strangers(path) for path in modules()}
+  assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def test_configs_import_ml_collections_alone():
+  for path in sorted((ROOT / "configs").glob("*.py")):
+    libraries = {name.split(".")[0] for name in imported_by(path)} - sys.stdlib_module_names
+    assert libraries <= {"ml_collections", "configs"}, path
+
+
+@pytest.mark.parametrize("file, line, arrow", [
+  ("train.py", "from s2d_jax import models", "train -> models"),
+  ("train.py", "from s2d_jax.losses import kl", "train -> losses"),
+  ("update.py", "import s2d_jax.objectives", "update -> objectives"),
+  ("losses/kl.py", "from s2d_jax.losses import tokens\nfrom s2d_jax import rollout",
+   "losses -> rollout"),
+  ("models/hf.py", "def f():\n  from s2d_jax.chat import Chat", "models -> chat"),
+  ("sharding.py", "import s2d_jax", "sharding -> s2d_jax"),
+  ("recipe.py", "from s2d_jax import main", "recipe -> main"),
+])
+def test_a_wrong_arrow_is_seen(tmp_path, file, line, arrow):
+  path = tmp_path / file
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(line)
+  assert wrong_arrows(path, tmp_path) == {arrow}
+
+
+@pytest.mark.parametrize("file, line, names", [
+  ("train.py", "import flax.linen as nn", {"flax"}),
+  ("models/hf.py", "import torch, flax", {"torch"}),
+  ("chat.py", "from transformers import AutoTokenizer", set()),
+  ("data/sources.py", "from orbax.checkpoint import v1", {"orbax"}),
+])
+def test_a_stranger_is_seen(tmp_path, file, line, names):
+  path = tmp_path / file
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(line)
+  assert strangers(path, tmp_path) == names

@@ -1,0 +1,94 @@
+"""Folder names are hashes of all that goes in, and manifests are held against them."""
+
+import json
+import os
+import subprocess
+
+import jax
+import pytest
+
+from s2d_jax import checkpoint, manifest, sharding
+
+INPUTS = {"row": ["reverse_kl", "teacher"], "config": {"steps": 100, "optim": {"lr": 1e-3}},
+          "seed": 0, "parents": {"guide": "teacher_grpo-1", "actor": None}}
+
+
+def test_equal_inputs_have_one_name():
+  name = manifest.name("reverse_kl", INPUTS)
+  row, _, digest = name.rpartition("-")
+  assert row == "reverse_kl" and len(digest) == 12 and int(digest, 16) >= 0
+  backwards = {k: INPUTS[k] for k in reversed(INPUTS)} | {"row": ("reverse_kl", "teacher")}
+  assert manifest.name("reverse_kl", backwards) == name
+  assert manifest.name("reverse_kl", json.loads(json.dumps(INPUTS))) == name
+
+
+def test_the_digest_is_that_of_sha256sum():
+  # printf '{"a": [1, 2.5, null], "b": "c"}' | sha256sum
+  assert manifest.digest({"b": "c", "a": (1, 2.5, None)}) == (
+      "318a0882fd0ef969926a228ba3e44a5fb10f557f377f8be140d8cc0fe3da8659")
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": 1}, {"row": ["reverse_kl", "student"]}, {"config": {"steps": 101}}, {"extra": None},
+    {"config": {"steps": 100, "optim": {"lr": 1.0001e-3}}}, {"parents": {"guide": None}}])
+def test_any_other_input_has_another_name(change):
+  assert manifest.name("x", INPUTS | change) != manifest.name("x", INPUTS)
+  assert manifest.name("y", INPUTS) != manifest.name("x", INPUTS)
+
+
+def test_a_manifest_is_read_back_and_an_edited_one_refused(tmp_path):
+  folder = tmp_path / manifest.name("student_grpo", INPUTS)
+  assert manifest.read(folder) is None
+  written = {"inputs": INPUTS, "revision": "abc"}
+  checkpoint.write_json(folder / "manifest.json", written)
+  assert manifest.read(folder) == written
+  moved = folder.rename(tmp_path / "student_grpo-0123456789ab")
+  with pytest.raises(ValueError, match="disagrees with its folder's name"):
+    manifest.read(moved)
+  folder = moved.rename(folder)
+  checkpoint.write_json(folder / "manifest.json", {"inputs": INPUTS | {"seed": 1}})
+  with pytest.raises(ValueError, match="disagrees with its folder's name") as error:
+    manifest.read(folder)
+  assert str(folder / "manifest.json") in str(error.value)
+
+
+def test_provenance_says_where_it_ran_and_keeps_secrets(monkeypatch):
+  monkeypatch.setenv("API_TOKEN", "a secret that nobody should find")
+  found = manifest.provenance(sharding.make_mesh((2, 2, 2)))
+  text = json.dumps(found)
+  assert "API_TOKEN" not in text and "a secret" not in text
+  assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert (found["devices"], found["platform"], found["processes"]) == (8, "cpu", 1)
+  assert found["packages"]["jax"] == jax.__version__
+  assert set(found) == {"revision", "python", "packages", "device", "platform", "devices",
+                        "processes", "mesh"}
+  assert set(found["packages"]) == set(manifest.PACKAGES)
+
+
+def git(folder, *words):
+  identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
+              "GIT_COMMITTER_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": os.devnull}
+  done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True,
+                        env=os.environ | identity)
+  return done.stdout.strip()
+
+
+def test_the_revision_is_the_checkouts(tmp_path, monkeypatch):
+  source = tmp_path / "package" / "manifest.py"
+  source.parent.mkdir()
+  source.write_text("a = 1\n")
+  (tmp_path / "notes.md").write_text("beside the package\n")
+  monkeypatch.setattr(manifest, "__file__", str(source))
+  monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+  assert manifest.revision() == "unknown"
+  git(tmp_path, "init", "--quiet")
+  git(tmp_path, "add", ".")
+  git(tmp_path, "commit", "--quiet", "--message", "one")
+  commit = git(tmp_path, "rev-parse", "HEAD")
+  assert len(commit) == 40 and manifest.revision() == commit
+  (tmp_path / "notes.md").write_text("and no part of it\n")
+  assert manifest.revision() == commit
+  source.write_text("a = 2\n")
+  assert manifest.revision() == commit + "+"
+  monkeypatch.setenv("PATH", "")
+  assert manifest.revision() == "unknown"

@@ -1,0 +1,77 @@
+"""The jitted step of every row, on one device and on meshes of eight: equal to float32 rounding."""
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from s2d_jax import models, objectives, rollout, sharding, update
+
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
+TEACHER = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 32, "head_dim": 8,
+           "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+           "tie_word_embeddings": True, "max_position_embeddings": 64}
+STUDENT = TEACHER | {"hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 1,
+                     "intermediate_size": 32}
+
+
+def params(model, seed, mesh):
+  rng = np.random.default_rng(seed)
+  tree = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape) / 4, np.float32),
+                      models.shapes(model.config))
+  return jax.tree.map(sharding.put, tree,
+                      sharding.weight_shardings(mesh, models.axes(model.config), tree))
+
+
+def batch():
+  """Sixteen rows of random prompts and responses, of unequal lengths."""
+  rng = np.random.default_rng(0)
+  B = 16
+  length_B = rng.integers(1, 8, B).astype(np.int32)
+  rows = rollout.Rollout(
+      np.arange(B), np.zeros(B, np.int32), rng.integers(0, 32, (B, 4)).astype(np.int32),
+      rng.integers(1, 5, B).astype(np.int32), rng.integers(0, 32, (B, 8)).astype(np.int32),
+      length_B, rng.normal(size=(B, 8)).astype(np.float32) - 3, np.ones(B, np.int32), 0)
+  made = rollout.batch(rows, "sequence", rng.normal(size=B).astype(np.float32))
+  return made._replace(old_logp_BT=made.sampler_logp_BT)
+
+
+def step(shape, objective, guided):
+  """(metrics, new parameters, slots' shardings agree) of one update with momentum on a mesh."""
+  mesh, student, teacher = sharding.make_mesh(shape), models.get(STUDENT), models.get(TEACHER)
+  hp = ml_collections.ConfigDict(common.stage(1, 16, {}, {}, microbatches=2, block=64) |
+                                 common.grpo(kl="k3", kl_coef=0.1))
+  with jax.set_mesh(mesh):
+    optimizer = optax.sgd(0.5, momentum=0.9)
+    state = update.init(optimizer, mesh, params(student, 1, mesh))
+    run = update.make(student, teacher if guided else None, objective, optimizer, hp,
+                      update.shardings(state))
+    guide = params(teacher, 2, mesh) if guided else None
+    before = jax.device_get(guide)
+    data = sharding.put_batch(batch(), mesh)
+    new, metrics = run(state, guide, data)
+    new, metrics = run(new, guide, data)
+    assert run._cache_size() == 1  # the second step found the first one's program
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(guide))
+    assert update.shardings(new) == update.shardings(
+        update.abstract(optimizer, mesh, new.params))
+    return jax.device_get(metrics), jax.device_get(new.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, guided", [
+    (objectives.clipped_surrogate, True), (objectives.forward_kl, True),
+    (objectives.reverse_kl, True), (objectives.negative_log_likelihood, False)])
+def test_one_step_on_every_mesh(objective, guided):
+  metrics, params = step(MESHES[0], objective, guided)
+  assert metrics["grad_norm"] > 1e-3 and metrics["finite"] == 1
+  for shape in MESHES[1:]:
+    others, new = step(shape, objective, guided)
+    for name, value in metrics.items():
+      np.testing.assert_allclose(others[name], value, rtol=2e-5, atol=1e-6,
+                                 err_msg=f"{name} {shape}")
+    jax.tree.map(lambda a, b, shape=shape: np.testing.assert_allclose(
+        a, b, rtol=2e-5, atol=2e-6, err_msg=str(shape)), new, params)

@@ -1,0 +1,56 @@
+"""Logs are cut back to the checkpoint's step, and compilations are counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax import metrics
+
+
+def test_a_killed_log_is_cut_back_and_continues_to_the_same_bytes(tmp_path):
+  def steps(log, start, stop, every):
+    for step in range(start, stop):
+      if step % every == 0 and step > start:
+        log.flush(step)
+      log.add({"step": step, "x": np.float32(step) / 3})
+  whole = metrics.Log(tmp_path / "a", "metrics", 0)
+  steps(whole, 0, 6, 2)
+  whole.flush(6)
+  killed = metrics.Log(tmp_path / "b", "metrics", 0)
+  steps(killed, 0, 6, 2)  # the last flush never came; parts 0 and 2 are there
+  resumed = metrics.Log(tmp_path / "b", "metrics", 2)  # and the checkpoint of step 4 was lost
+  assert [r["step"] for r in resumed.rows] == [0, 1]
+  steps(resumed, 2, 6, 2)
+  resumed.flush(6)
+  files = [sorted(p.name for p in (tmp_path / d / "metrics").iterdir()) for d in "ab"]
+  assert files[0] == files[1] == ["00000000.jsonl", "00000002.jsonl", "00000004.jsonl"]
+  for name in files[0]:
+    assert (tmp_path / "a/metrics" / name).read_bytes() == \
+        (tmp_path / "b/metrics" / name).read_bytes()
+  assert metrics.read(tmp_path / "b", "metrics") == resumed.rows
+
+
+def test_numbers_that_json_lacks_become_strings():
+  assert metrics.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
+      "a": ["inf", 1.0], "b": [0, 1]}
+
+
+def test_tensorboard_files_are_written_and_cut(tmp_path):
+  metrics.write_tensorboard(tmp_path, 0, [{"step": 0, "loss": 1.0}])
+  metrics.write_tensorboard(tmp_path, 2, [{"step": 2, "loss": 0.5}])
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+  metrics.cut_tensorboard(tmp_path, 2)
+  left = list((tmp_path / "tensorboard").iterdir())
+  assert [p.name[:8] for p in left] == ["00000000"] and b"loss" in left[0].read_bytes()
+
+
+def test_compilations_are_counted():
+  x = jnp.ones(3)
+  with metrics.compilations() as count:
+    f = jax.jit(lambda x: x * 3 + 1)
+    f(x)
+    assert count() == 1
+    f(x)
+    assert count() == 1
+  jax.jit(lambda x: x * 5)(x)
+  assert count() == 1  # closed

@@ -1,0 +1,125 @@
+"""Schedule, clipping and decay against their formulas and against a hand-written AdamW."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from s2d_jax import optim
+
+AXES = {"embed": ("vocab", "embed"), "layers": {"mlp": ("layer", "embed", "mlp"),
+                                                "norm": ("layer", "embed")}, "norm": ("embed",)}
+HP = dict(lr=0.1, warmup=4, decay="cosine", steps=12, clip=1.0, weight_decay=0.5, b1=0.8, b2=0.9,
+          eps=1e-6)
+
+
+def hp(**changes):
+  return ConfigDict({**HP, **changes})
+
+
+def filled(value):
+  return {"embed": jnp.full((3, 2), value), "norm": jnp.full((2,), value),
+          "layers": {"mlp": jnp.full((2, 2, 2), value), "norm": jnp.full((2, 2), value)}}
+
+
+def rates(**changes):
+  lr = optim.schedule(hp(**changes))
+  return np.array([lr(jnp.int32(i)) for i in range(14)])
+
+
+def test_warmup_by_hand():
+  # Four updates of warmup: quarters of 0.1, the first one already moving.
+  np.testing.assert_allclose(rates()[:4], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay, middle", [("constant", 0.1), ("linear", 0.05), ("cosine", 0.05)])
+def test_decay_by_hand(decay, middle):
+  got = rates(decay=decay)
+  np.testing.assert_allclose(got[4], 0.1, rtol=1e-6)       # warm, nothing decayed
+  np.testing.assert_allclose(got[8], middle, rtol=1e-5)    # half of the eight updates left
+  last = {"constant": 0.1, "linear": 0.0, "cosine": 0.0}[decay]
+  np.testing.assert_allclose(got[12:], last, atol=1e-8)    # and it stays there
+
+
+def test_cosine_and_linear_differ_off_the_middle():
+  # A quarter on: linear 3/4, cosine (1 + cos(π/4))/2 = 0.853553.
+  np.testing.assert_allclose(rates(decay="linear")[6], 0.075, rtol=1e-5)
+  np.testing.assert_allclose(rates(decay="cosine")[6], 0.0853553, rtol=1e-5)
+
+
+def test_no_warmup_starts_at_the_full_rate():
+  np.testing.assert_allclose(rates(warmup=0, decay="constant"), 0.1, rtol=1e-6)
+
+
+def test_matrices_decay_and_norm_scales_do_not():
+  assert optim.matrices(AXES) == {"embed": True, "layers": {"mlp": True, "norm": False},
+                                  "norm": False}
+  params = filled(2.0)
+  optimizer = optim.make(hp(warmup=0, decay="constant"), AXES)
+  updates, _ = optimizer.update(filled(0.0), optimizer.init(params), params)
+  # Without a gradient only decay acts: −0.1·0.5·2 = −0.1.
+  np.testing.assert_allclose(updates["embed"], -0.1, rtol=1e-6)
+  np.testing.assert_allclose(updates["layers"]["mlp"], -0.1, rtol=1e-6)
+  np.testing.assert_array_equal(updates["layers"]["norm"], 0.0)
+  np.testing.assert_array_equal(updates["norm"], 0.0)
+
+
+def adamw(grads, w, h, lr):
+  """AdamW of Loshchilov & Hutter, algorithm 2, on one float64 array."""
+  m = v = np.zeros_like(w)
+  for t, (g, rate) in enumerate(zip(grads, lr, strict=False), start=1):
+    m, v = h.b1 * m + (1 - h.b1) * g, h.b2 * v + (1 - h.b2) * g ** 2
+    step = (m / (1 - h.b1 ** t)) / (np.sqrt(v / (1 - h.b2 ** t)) + h.eps)
+    w = w - rate * (step + h.weight_decay * w)
+  return w
+
+
+def test_four_updates_equal_adamw_in_float64():
+  h = hp(clip=float("inf"))
+  grads = np.random.default_rng(0).normal(size=(4, 3, 2))
+  w = np.random.default_rng(1).normal(size=(3, 2))
+  optimizer = optim.make(h, {"w": ("vocab", "embed")})
+  params = {"w": jnp.asarray(w, jnp.float32)}
+  state = optimizer.init(params)
+  for g in grads:
+    updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["w"], adamw(grads, w, h, [0.025, 0.05, 0.075, 0.1]), rtol=1e-5)
+
+
+def test_clipping_is_by_the_global_norm():
+  # Norm of 20 entries of 3: √180 = 13.4; clipped to 1 they are the same gradient at 1/√20 each.
+  # Adam forgets scale, so look at its first moment: (1 − b1)/√20.
+  params = filled(1.0)
+  optimizer = optim.make(hp(), AXES)
+  _, state = optimizer.update(filled(3.0), optimizer.init(params), params)
+  mu = optax.tree.get(state, "mu")
+  np.testing.assert_allclose(mu["norm"], 0.2 / np.sqrt(20), rtol=1e-5)
+  _, state = optimizer.update(filled(0.01), optimizer.init(params), params)  # short: left alone
+  np.testing.assert_allclose(optax.tree.get(state, "mu")["norm"], 0.2 * 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(decay="exponential"), "decay = \"exponential\" is unknown"),
+    (dict(warmup=12), "warmup = 12 does not fit in steps = 12"),
+    (dict(lr=0.0), "lr = 0.0 is out of range"),
+    (dict(clip=0.0), "clip = 0.0 is out of range"),
+    (dict(b2=1.0), "b2 = 1.0 is out of range"),
+    (dict(weight_decay=-0.1), "weight_decay = -0.1 is out of range"),
+])
+def test_bad_values_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    optim.make(hp(**changes), AXES)
+
+
+def test_it_reads_exactly_the_keys_it_declares():
+  read = set()
+
+  class Spy:
+    def __getattr__(self, key):
+      read.add(key)
+      return HP[key]
+
+  optim.make(Spy(), AXES).init(filled(1.0))
+  assert read == set(optim.READS)

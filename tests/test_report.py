@@ -1,0 +1,207 @@
+"""The ladder from run folders written by hand: its numbers, its verdicts, what it will not mix."""
+
+import os
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from s2d_jax import checkpoint, report
+
+REVISION = "0123456789abcdef" * 2 + "01234567"
+COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_trained": 0, "tokens_guide": 0,
+          "flops": 0.0, "device_seconds_used": 0.0, "device_seconds_lost": 0.0}
+
+
+def stage(run, name, labels=(), revision=REVISION, metrics=(), **counts):
+  checkpoint.write_json(run / name / "ledger.json",
+                        {**COUNTS, "labels": list(labels), "label_uses": len(labels), **counts})
+  checkpoint.write_json(run / name / "manifest.json", {"inputs": {}, "revision": revision})
+  if metrics:
+    lines = "".join(f"{row}\n".replace("'", '"') for row in metrics)
+    checkpoint.write(run / name / "metrics" / "00000000.jsonl", lines)
+  return name
+
+
+def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="test", seed=0):
+  """An evaluation's folder: the scores are what stands here, the matrix is `correct`."""
+  samples = len(correct[0])
+  scores = {"greedy": [0.25, 0.2, 0.3], f"avg@{samples}": [0.5, 0.4, 0.625],
+            f"pass@{samples}": [0.75, 0.7, 0.8], "pass@1": [0.5, 0.4, 0.6]}
+  checkpoint.write_json(run / name / "result.json", {
+      "scores": scores, "correct": correct, "response_length": 12.345})
+  evaluation = {"split": split, "level": 0.95,
+                "sampling": {"samples_per_prompt": samples, "temperature": 1.0}}
+  checkpoint.write_json(run / name / "manifest.json", {
+      "inputs": {"weights": name, "seed": seed, "evaluation": evaluation, "dtype": "float32",
+                 "tokenizer": "t", "problems": problems}, "revision": revision})
+  return name
+
+
+def arm(run, name, rows, seed=0, at=0):
+  """rows: (label, folders of its stages, its score's folder); `at` orders the arms."""
+  path = run / "arms" / f"{name}-{seed}.json"
+  checkpoint.write_json(path, {"arm": name, "seed": seed, "rows": [
+      {"label": label, "stages": stages, "score": scored} for label, stages, scored in rows]})
+  os.utime(path, (at, at))
+
+
+RIGHT = [[1, 1], [1, 1], [0, 1]]
+WRONG = [[0, 0], [0, 0], [0, 1]]
+
+
+@pytest.fixture
+def ladder(tmp_path):
+  """A run of two arms, the later name first in time, that share a stage and two labels."""
+  teacher = stage(tmp_path, "teacher_grpo-1", [3, 5, 9], label_uses=7, tokens_sampled=1000,
+                  tokens_trained=2000, flops=2.5e12, device_seconds_used=10.4,
+                  device_seconds_lost=0.6, metrics=[{"step": 0, "reward": 0.25},
+                                                    {"step": 1, "reward": 0.5}])
+  bridge = stage(tmp_path, "reverse_kl-1", tokens_sampled=234, tokens_guide=56,
+                 device_seconds_used=1.0, metrics=[{"step": 0, "kl": 0.125},
+                                                   {"step": 1, "kl": "nan"}])
+  cold = stage(tmp_path, "student_grpo-1", [5, 9, 11], flops=7e12)
+  arm(tmp_path, "untrained", [("untrained student", [], score(tmp_path, "eval-0", WRONG))], at=1)
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [cold], score(tmp_path, "eval-1", WRONG))], at=3)
+  arm(tmp_path, "bridge", [("bridge", [teacher, bridge], score(tmp_path, "eval-2", RIGHT))], at=2)
+  arm(tmp_path, "half", [("both", [teacher, cold], score(tmp_path, "eval-3", RIGHT))], at=4)
+  return tmp_path
+
+
+def table(text):
+  """The cells of every line of a table, split where Markdown splits them."""
+  lines = [line for line in text.splitlines() if line.startswith("|") and "|---" not in line]
+  return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_the_table_by_hand(ladder):
+  head, *rows = table(report.markdown(report.read([ladder])))
+  assert head == ["arm", "seed", "greedy", "avg@2", "pass@1", "pass@2", "response tokens",
+                  "labels: distinct", "uses", "tokens sampled", "trained", "by the guide",
+                  "TFLOPs", "device-s", "lost"]
+  scores = ["25.0 [20.0, 30.0]", "50.0 [40.0, 62.5]", "50.0 [40.0, 60.0]", "75.0 [70.0, 80.0]"]
+  assert rows[0] == ["untrained student", "0", *scores, "12.3", *"00000", "0.0", "0", "0"]
+  assert rows[1] == ["bridge", "0", *scores, "12.3", "3", "7", "1,234", "2,000", "56", "2.5", "11",
+                     "1"]
+  assert rows[2] == ["cold_grpo", "0", *scores, "12.3", "3", "3", *"000", "7.0", "0", "0"]
+  # Labels 3 5 9 and 5 9 11: six spent, or ten uses, of four distinct ones.
+  assert rows[3][7:9] == ["4", "10"]
+
+
+def test_the_words_around_the_table(ladder):
+  text = report.markdown(report.read([ladder]))
+  assert "Split test, 3 problems (f00dfeed), 2 samples each at temperature 1.0 in float32" in text
+  assert "Code: 0123456789ab.\n" in text and "mixes" not in text
+
+
+def verdicts(run):
+  """{difference: (points, verdict)} of the second table."""
+  return {row[0]: (row[2], row[3]) for row in table(report.markdown(report.read([run])))
+          if " − " in row[0]}
+
+
+def test_paired_differences_have_a_sign(tmp_path):
+  # Over 40 problems: bridge right on all, cold GRPO on none; raw bridge on half of them, as half
+  # the bridge is, so that those two cannot be told apart from each other.
+  half = np.tile([[1, 0]], (40, 1)).tolist()
+  for name, correct in (("bridge", [[0, 0]] * 40), ("cold_grpo", [[1, 1]] * 40),
+                        ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
+    arm(tmp_path, name, [(name, [], score(tmp_path, f"eval-{name}", correct))])
+  found = verdicts(tmp_path)
+  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]", "disagrees")
+  points, verdict = found["cold_grpo − raw_bridge"]
+  assert verdict == "agrees" and points.startswith("50.0 [")
+  assert found["half_bridge_grpo_2h − cold_grpo"][1] == "disagrees"
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-9", half))])
+  points, verdict = verdicts(tmp_path)["cold_grpo − raw_bridge"]
+  assert verdict == "not resolved" and points.startswith("0.0 [-")
+  assert len(found) == 5
+
+
+def test_seeds_are_compared_with_themselves(tmp_path):
+  other = tmp_path / "other"
+  for run, seed, right in ((tmp_path, 0, RIGHT), (other, 1, WRONG)):
+    arm(run, "bridge", [("bridge", [], score(run, "eval-a", right, seed=seed))], seed)
+    arm(run, "cold_grpo", [("cold_grpo", [], score(run, "eval-b", RIGHT, seed=seed))], seed)
+  text = report.write([tmp_path, other])
+  rows = [row for row in table(text) if " − " in row[0]]
+  # RIGHT is 5 of 6 and WRONG 1 of 6: no difference, and −4/6.
+  assert [(row[1], row[2].split()[0]) for row in rows] == [("0", "0.0"), ("1", "-66.7")]
+  assert text.count("| arm |") == 1
+  assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
+
+
+def test_without_contrasts_it_says_so(tmp_path):
+  arm(tmp_path, "mine", [("mine", [], score(tmp_path, "eval-0", RIGHT))])
+  text = report.markdown(report.read([tmp_path]))
+  assert "No two arms of the paper's contrasts are here." in text
+
+
+def test_mixed_revisions_are_flagged(tmp_path):
+  one = stage(tmp_path, "a-1")
+  arm(tmp_path, "x", [("x", [one], score(tmp_path, "eval-0", RIGHT, revision=REVISION + "+"))])
+  text = report.markdown(report.read([tmp_path]))
+  assert "Code: 0123456789ab, 0123456789ab+. **This table mixes revisions.**" in text
+
+
+@pytest.mark.parametrize("unlike", [{"split": "aime24"}, {"problems": "deadbeef"},
+                                    {"correct": [[1, 1, 0]] * 3}])
+def test_unlike_scores_have_tables_of_their_own(unlike, tmp_path):
+  arm(tmp_path, "bridge", [("bridge", [], score(tmp_path, "eval-0", RIGHT))], at=1)
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(
+      tmp_path, "eval-1", **{"correct": RIGHT, "revision": "b" * 40} | unlike))], at=2)
+  text = report.markdown(report.read([tmp_path]))
+  rows = table(text)
+  assert [row[0] for row in rows] == ["arm", "bridge", "arm", "cold_grpo"]
+  assert " − " not in text and "mixes" not in text
+
+
+def test_text_from_outside_does_nothing(tmp_path):
+  label = "a|b <img src=x>\n`c` [d](e) *f* $\\frac$ & \\"
+  arm(tmp_path, "x", [(label, [], score(tmp_path, "eval-0", RIGHT, split="t`<b>"))])
+  three = [[1, 1, 0]] * 3  # another avg@k, so another table, but the same figure
+  arm(tmp_path, "y", [("y", [], score(tmp_path, "eval-1", three))], seed=1, at=1)
+  text = report.write([tmp_path])
+  head, row, *_ = table(text)
+  assert len(head) == len(row)
+  assert row[0] == r"a\|b \<img src=x\> \`c\` \[d\](e) \*f\* $\\frac$ \& \\"
+  assert r"Split t\`\<b\>, 3" in text
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "arms").mkdir(),
+                                  lambda path: checkpoint.write(path / "arms/.a.json.7", "{")])
+def test_a_folder_without_arms_is_refused(make, tmp_path, monkeypatch):
+  make(tmp_path)
+  sentence = f"{tmp_path} has no finished arm: run the recipe with --workdir={tmp_path}."
+  with pytest.raises(ValueError) as error:
+    report.read([tmp_path])
+  assert str(error.value) == sentence
+  monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+  with pytest.raises(SystemExit, match="^s2d_jax: .* has no finished arm"):
+    report.main()
+  assert not (tmp_path / "report.md").exists()
+
+
+def test_the_figure_by_hand(ladder, monkeypatch):
+  charts = []
+
+  class Kept(report.Figure):
+    def savefig(self, *args, **kwargs):
+      charts.append(self)
+      super().savefig(*args, **kwargs)
+
+  monkeypatch.setattr(report, "Figure", Kept)
+  report.write([ladder])
+  data = (ladder / "report.png").read_bytes()
+  assert data[:8] == b"\x89PNG\r\n\x1a\n"
+  assert struct.unpack(">II", data[16:24]) == (1800, 540)
+  bars, reward, kl = charts[0].axes
+  assert [bar.get_width() for bar in bars.patches] == [50.0] * 4
+  ends = bars.collections[0].get_segments()[0][:, 0]
+  np.testing.assert_allclose(ends, [40.0, 62.5])
+  assert [t.get_text() for t in bars.get_yticklabels()] == [
+      "untrained student · seed 0", "bridge · seed 0", "cold_grpo · seed 0", "both · seed 0"]
+  (line,) = reward.lines  # of the stage that two arms share, once
+  np.testing.assert_allclose(line.get_xydata(), [[0, 0.25], [1, 0.5]])
+  np.testing.assert_array_equal(kl.lines[0].get_ydata(), [0.125, np.nan])

@@ -1,0 +1,167 @@
+"""One stage's loop: the order of things, epochs and minibatches, stopping and failing in order."""
+
+import os
+import signal
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import common
+from s2d_jax import checkpoint, metrics, models, objectives, optim, sharding, train
+from s2d_jax.losses import grpo
+from s2d_jax.rollout import Prompt
+
+CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
+          "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+          "tie_word_embeddings": True, "max_position_embeddings": 64}
+PROGRAMS = {}  # compiled once for all the tests of one setting
+
+
+def params_of(model, seed, mesh):
+  rng = np.random.default_rng(seed)
+  tree = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape) / 2, np.float32),
+                      models.shapes(model.config))
+  return jax.tree.map(sharding.put, tree,
+                      sharding.weight_shardings(mesh, models.axes(model.config), tree))
+
+
+def odd(prompt_id, ids):
+  """A reward that varies within a group: the parity of the response's ids."""
+  del prompt_id
+  return float(ids.sum() % 2)
+
+
+def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
+  """A student_grpo stage of four steps on eight prompts, saved every two."""
+  model = models.get(CONFIG)
+  hp = ml_collections.ConfigDict(
+      common.stage(4, 4, common.sampling(4, 6), common.adamw(1e-2), save_every=2) | common.grpo())
+  hp.update(changes)
+  return train.Work(
+      name="student_grpo", folder=folder, hp=hp, seed=0,
+      prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
+      learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, given=None,
+      reward=reward, advantages=grpo.group_advantages, objective=objectives.clipped_surrogate,
+      logp=objectives.logp, optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
+      store=None, validate=validate, text=str)
+
+
+@pytest.fixture
+def mesh(monkeypatch):
+  """One device, and compiled programs shared between tests of equal settings."""
+  compile_programs = train.compile_programs
+
+  def cached(work, state, mesh):
+    key = work.hp.epochs, work.hp.minibatches, work.hp.clip_low
+    if key not in PROGRAMS:
+      PROGRAMS[key] = compile_programs(work, state, mesh)
+    return PROGRAMS[key]
+
+  monkeypatch.setattr(train, "compile_programs", cached)
+  mesh = sharding.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def run(work):
+  with checkpoint.only_writer(work.folder) as (beat, left):
+    with train.termination() as stop:
+      return train.run(work, beat, left, stop)
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.medium
+def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
+  run(make(tmp_path / "one", mesh))
+  for row in metrics.read(tmp_path / "one", "metrics"):
+    assert abs(row["ratio_mean"] - 1) < 1e-6 and row["clip_fraction"] == 0
+    assert row["logp_gap_max"] < 1e-5 and 0 <= row["mixed_groups"] <= 1
+  work = make(tmp_path / "many", mesh, epochs=3, minibatches=2, clip_low=1e-4, clip_high=1e-4)
+  run(work)
+  rows = metrics.read(tmp_path / "many", "metrics")
+  assert max(row["clip_fraction"] for row in rows) > 0.1
+  assert max(abs(row["ratio_mean"] - 1) for row in rows) > 1e-4
+  ledger = metrics.read(tmp_path / "many", "ledger")
+  assert [r["tokens_trained"] for r in ledger] == [3 * r["tokens_sampled"] for r in ledger]
+
+
+@pytest.mark.medium
+def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
+  events = []
+  save, step = checkpoint.Steps.save, train._step
+  monkeypatch.setattr(checkpoint.Steps, "save", lambda self, at, state: (
+      events.append(("save", at)), save(self, at, state)))
+  monkeypatch.setattr(train, "_step", lambda *args: (events.append(("draw", args[4])),
+                                                     step(*args))[1])
+  run(make(tmp_path, mesh, eval_every=2,
+           validate=lambda params: (events.append(("evaluate",)), [("validation/x", 1.0)])[1]))
+  assert events == [("evaluate",), ("draw", 0), ("draw", 1), ("evaluate",), ("save", 2),
+                    ("draw", 2), ("draw", 3), ("save", 4)]
+  assert [("validation/x" in r) for r in metrics.read(tmp_path, "metrics")] == [
+      True, False, True, False]
+
+
+@pytest.mark.medium
+def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path, mesh):
+  whole, totals = run(make(tmp_path / "whole", mesh))
+  told = []
+
+  def stopping(prompt_id, ids):
+    if not told and len(metrics.read(tmp_path / "cut", "metrics")) == 0:
+      told.append(os.kill(os.getpid(), signal.SIGTERM))
+    return odd(prompt_id, ids)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(SystemExit) as stop:
+    run(make(tmp_path / "cut", mesh, reward=stopping))
+  assert stop.value.code == train.RETRY == 75
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert len(metrics.read(tmp_path / "cut", "metrics")) == 1  # step 0, saved between two saves
+  again, totals_again = run(make(tmp_path / "cut", mesh))
+  equal(whole, again)
+  for log in ("metrics", "ledger", "samples"):
+    assert metrics.read(tmp_path / "whole", log) == metrics.read(tmp_path / "cut", log)
+  seconds = ("device_seconds_used", "device_seconds_lost")
+  assert {k: v for k, v in totals.items() if k not in seconds} == \
+      {k: v for k, v in totals_again.items() if k not in seconds}
+
+
+@pytest.mark.medium
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, mesh):
+  seen = []
+
+  def poison(prompt_id, ids):
+    seen.append(prompt_id)
+    return np.nan if len(seen) > 3 * 16 else odd(prompt_id, ids)
+
+  with pytest.raises(FloatingPointError, match=r"step 3; the checkpoint of step 2 in .* is kept"):
+    run(make(tmp_path, mesh, reward=poison))
+  steps = checkpoint.Steps(tmp_path)
+  assert steps.latest() == 2
+  steps.close()
+
+
+@pytest.mark.medium
+def test_a_compilation_after_the_start_is_an_error(tmp_path, mesh):
+  late = jax.jit(lambda x: x % 2)
+
+  def compiling(prompt_id, ids):
+    return float(late(np.float32(ids.sum())))
+
+  with pytest.raises(RuntimeError, match="compiled 1 programs after its start, seen at step 0"):
+    run(make(tmp_path, mesh, reward=compiling))
+
+
+@pytest.mark.medium
+def test_nothing_compiles_after_the_start(tmp_path, mesh):
+  with metrics.compilations() as count:
+    counts = []
+    run(make(tmp_path, mesh, eval_every=1,
+             validate=lambda params: (counts.append(count()), [])[1]))
+  assert len(counts) == 4 and counts[0] == counts[-1] == count()

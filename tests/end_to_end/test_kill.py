@@ -54,8 +54,9 @@ def test_killed_again_and_again(undisturbed, tmp_path):
   bases, reference = undisturbed
   rng, work = random.Random(0), tmp_path / "work"
   for row in (*ROWS, "evaluate"):
-    # Early, then, gone on from there, late: a row has more events than these two together.
-    for events in (range(1, 21), range(8, 18)):
+    # Early, then, gone on from there, late: a row has more events than these two together, and a
+    # score, which starts afresh, has twelve.
+    for events in (range(1, 21), range(8, 18)) if row in ROWS else (range(1, 6), range(6, 10)):
       status, printed = start(work, bases, "--kill-in", f"{row}:{rng.choice(events)}")
       assert status == -signal.SIGKILL, (row, printed)
       folders = list(work.glob(f"{'eval' if row == 'evaluate' else row}-*"))

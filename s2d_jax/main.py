@@ -7,34 +7,18 @@ Exit codes: 0 done; 2 something is wrong with what was asked, in one sentence; 1
 """
 
 import os
-import re
 import sys
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from s2d_jax import recipe, report, sharding
+from s2d_jax import cli, recipe, report, sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
                                          lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where runs are kept.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU slice).")
-
-
-def parse(argv):
-  """absl's flag parsing with one sentence, and code 2, where a flag or a config key is wrong."""
-  try:
-    rest = flags.FLAGS(argv)
-    CONFIG.value.arms  # noqa: B018  (a config file that did not load says so when it is first read)
-    return rest
-  except (AttributeError, KeyError) as error:  # ml_collections, of a key that the file has not
-    key = re.search(r"\w+", str(error.args[0]))[0]
-    what = f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file."
-  except (flags.Error, ValueError, OSError) as error:
-    what = str(error).strip().splitlines()[-1].strip() + ": correct the command line."
-  print(f"s2d_jax: {what}", file=sys.stderr)
-  sys.exit(2)
 
 
 def main(argv):
@@ -50,22 +34,18 @@ def main(argv):
   jax.config.update("jax_transfer_guard", "disallow")
   config, workdir = CONFIG.value, WORKDIR.value
   try:
-    mesh = sharding.make_mesh(config.mesh)
     made = recipe.plan(config, recipe.task(config))
+    mesh = sharding.make_mesh(config.mesh)
     recipe.check_folders(made, workdir)
-  except ValueError as error:
-    print(f"s2d_jax: {error}", file=sys.stderr)
-    sys.exit(2)
-  try:
     with jax.set_mesh(mesh):
       recipe.walk(made, workdir)
-  except FloatingPointError as error:
+  except (ValueError, FloatingPointError) as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(2 if isinstance(error, ValueError) else 1)
   if jax.process_index() == 0:
     print(report.write([workdir]))
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=cli.parse)

@@ -54,14 +54,18 @@ def read(folder):
   """The manifest of a finished folder, or None where there is none yet.
 
   Raises:
-    ValueError: the manifest does not hash to the folder's name.
+    ValueError: the manifest does not hash to the folder's name, or is none.
   """
   path = epath.Path(folder) / "manifest.json"
   if not path.exists():
     return None
-  found = checkpoint.read_json(path)
-  row = path.parent.name.rpartition("-")[0]
-  if name(row, found["inputs"]) != path.parent.name:
+  try:
+    found = checkpoint.read_json(path)
+    named = name(path.parent.name.rpartition("-")[0], found["inputs"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
+                     "right manifest back.") from error
+  if named != path.parent.name:
     raise ValueError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
                      "the folder, or put the right manifest back.")
   return found

@@ -86,8 +86,13 @@ def check_penalty(hp):
   """Refuses an hp.kl that is not a usable penalty.
 
   Raises:
-    ValueError: hp.kl is "k1" (its gradient is zero in expectation) or unknown.
+    ValueError: hp.kl is "k1" (its gradient is zero in expectation) or unknown, its weight or a
+      clip is out of range.
   """
+  for key, fits in (("kl_coef", hp.kl_coef >= 0), ("clip_low", 0 <= hp.clip_low <= 1),
+                    ("clip_high", hp.clip_high >= 0)):
+    if not fits:
+      raise ValueError(f"{key} is {hp[key]}: choose it at least 0, and clip_low at most 1.")
   if hp.kl == "k1":
     kl.k1_as_loss(None, None)
   if hp.kl != "none" and hp.kl not in KL_PENALTIES:

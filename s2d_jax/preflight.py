@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from s2d_jax import chat, doctor, models, objectives, optim, recipe, sharding, train, update
+from s2d_jax import chat, cli, doctor, models, objectives, optim, recipe, sharding, train, update
 from s2d_jax.models import hf
 
 
@@ -44,14 +44,13 @@ def costs(config, stages=recipe.STAGES):
     row = table[name]
     learner = abstract_role(config, row.learner, mesh)
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
-    penalised = row.guide != "reference" or (hp.kl != "none" and hp.kl_coef > 0)
     optimizer = optim.make(train.optim_config(hp), models.axes(learner.model.config))
     work = train.Work(
         name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
         width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
         actor=None if row.actor in ("given", row.learner)
         else abstract_role(config, row.actor, mesh),
-        guide=abstract_role(config, frozen[row.guide], mesh) if row.guide and penalised else None,
+        guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
         given=() if row.actor == "given" else None, reward=None, advantages=None,
         objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
         validate=None, text=None)
@@ -86,4 +85,4 @@ if __name__ == "__main__":
   CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().")
   TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU to compile for, such as v5e:4x4.")
   flags.mark_flags_as_required(["config"])
-  app.run(lambda argv: main(CONFIG.value, TOPOLOGY.value))
+  app.run(lambda argv: main(CONFIG.value, TOPOLOGY.value), flags_parser=cli.parse)

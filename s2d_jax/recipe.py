@@ -6,6 +6,7 @@ determines its result, so arms that share a prefix share the work, a finished st
 an unfinished one goes on. A user's own data, reward, stages or arms are arguments of `run`.
 """
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Task(NamedTuple):
   """The problems, how they are asked and how answers are checked."""
   source: Callable    # split -> sequence of {"id", "problem", "answer"[, "solution"]}
   messages: Callable  # problem -> chat messages
-  reward: Callable    # (problem, text) -> float
+  reward: Callable    # (problem, text) -> float; an evaluation calls 1 or more right
 
 
 STAGES = (
@@ -59,6 +60,7 @@ ARMS = {
 
 def arithmetic(config):
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
+  doctor.check_keys("config.data", config.data, ("dir",))
   folder = os.path.expanduser(config.data.dir)
   return Task(lambda split: sources.tfds_source("arithmetic", split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
@@ -84,8 +86,9 @@ def task(config):
   """The Task that config.task names; a task of your own goes to `run` directly.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a key that config or config.data lacks.
   """
+  doctor.check_keys("config", config, doctor.TOP)
   if config.task not in TASKS:
     raise ValueError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
                      "recipe.run with a Task of your own.")
@@ -183,11 +186,22 @@ def plan(config, task, stages=STAGES, arms=ARMS):
 
 
 def source_of(function):
-  """A function's module, name and source text (its own, not what it calls), for a hash."""
+  """A function's module, name and source text (its own, not what it calls), for a hash.
+
+  A partial is its function and arguments, another callable its class. Where there is no text (typed
+  at a prompt), the compiled code stands for it.
+  """
+  if isinstance(function, functools.partial):
+    return [source_of(function.func), repr(function.args), repr(sorted(function.keywords.items()))]
+  if not (inspect.isroutine(function) or inspect.isclass(function)):
+    function = type(function)
   try:
     text = inspect.getsource(function)
-  except (OSError, TypeError):  # built in, or typed at a prompt
+  except (OSError, TypeError):
     text = ""
+    if inspect.isfunction(function):
+      code = function.__code__
+      text = f"{code.co_code.hex()} {code.co_consts!r} {code.co_names!r}"
   return [function.__module__, function.__qualname__, text]
 
 
@@ -202,6 +216,12 @@ def _halves(labelled, seed):
   return split
 
 
+def guided(row, hp):
+  """Whether a row's objective looks at its guide: a KL penalty of no weight does not."""
+  penalty = row.guide == "reference" and row.objective is objectives.clipped_surrogate
+  return row.guide is not None and not (penalty and (hp.kl == "none" or hp.kl_coef == 0))
+
+
 def _place(made, row, split, at):
   """Adds a row's node to the plan, moves its learner in `at`, and returns the node's name."""
   hp, config, prompts = made.config.stages[row.name], made.config, made.prompts[split]
@@ -213,11 +233,9 @@ def _place(made, row, split, at):
                            made.problems, made.chat)
   learner = at[row.learner]
   actor = None if row.actor in ("given", row.learner) else at[row.actor]
-  guide = at.get(row.guide)
-  if row.guide == "reference" and row.objective is not objectives.clipped_surrogate:
-    guide = learner
-  elif row.guide == "reference":
-    guide = learner if hp.kl_coef > 0 and hp.kl != "none" else None
+  guide = learner if row.guide == "reference" else at.get(row.guide)
+  if not guided(row, hp):
+    guide = None
   facts = [(p.id, p.tokens, made.problems[p.id]["answer"] if row.reward else None,
             made.problems[p.id].get("solution") if row.actor == "given" else None)
            for p in prompts]
@@ -252,13 +270,15 @@ def run(config, workdir, task, stages=STAGES, arms=ARMS):
 
 
 def check_folders(made, workdir):
-  """Holds every folder of the plan that is there already against its name.
+  """Holds every folder of the plan that is there already, and every score, against its name.
 
   Raises:
-    ValueError: a manifest disagrees with its folder's name.
+    ValueError: a manifest disagrees with its folder's name, or is none.
   """
-  for name in made.nodes:
-    manifest.read(epath.Path(workdir) / name)
+  workdir = epath.Path(workdir)
+  scores = workdir.iterdir() if workdir.exists() else ()
+  for name in (*made.nodes, *(p.name for p in scores if p.name.startswith("eval-"))):
+    manifest.read(workdir / name)
 
 
 def walk(made, workdir):

@@ -222,7 +222,12 @@ class Store:
     return [p for p in prompts if any((p.id, int(g)) not in self._where for g in samples)]
 
   def add(self, name, part, leader):
-    """Keeps a rollout under `name`, which says who sampled it; the leading process writes it."""
+    """Keeps a rollout under `name`, which says who sampled it; the leading process writes it.
+
+    Rows that are here already are left out: each belongs to the part that had it first.
+    """
+    keys = zip(part.prompt_id_B.tolist(), part.sample_index_B.tolist(), strict=True)
+    part = take(part, [row for row, key in enumerate(keys) if key not in self._where])
     if leader:
       self._write(self._folder / f"{name}.npz", to_bytes(part))
     self._index(name, part)

@@ -28,11 +28,11 @@ def make_mesh(shape=(1, 1, 1), devices=None):
   """A (data, fsdp, tensor) mesh of Auto axes over `devices`, by default the first that suffice.
 
   Raises:
-    ValueError: `shape` asks for more devices than there are.
+    ValueError: `shape` is not three sizes of 1 or more, or asks for more devices than there are.
   """
   devices = jax.devices() if devices is None else devices
   need = int(np.prod(shape))
-  if len(shape) != len(AXES) or need > len(devices):
+  if len(shape) != len(AXES) or min(shape) < 1 or need > len(devices):
     raise ValueError(
         f"mesh {tuple(shape)} needs {need} devices on the axes {AXES} and {len(devices)} are here: "
         "set config.mesh to three sizes whose product is at most that.")

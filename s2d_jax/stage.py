@@ -107,7 +107,7 @@ def _rollouts(made, node):
   how.pop("samples_per_prompt")
   return manifest.name("rollouts", {
       "actor": made.identity(node.actor), "sampling": how, "seed": made.config.seed,
-      "prompts": manifest.digest(made.prompts["all"]),
+      "prompts": manifest.digest(made.prompts["all"]), "width": made.config.prompt_tokens,
       "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype})
 
 

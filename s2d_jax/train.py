@@ -45,7 +45,7 @@ class Work(NamedTuple):
   learner: Role
   actor: Role | None       # None: the learner samples
   guide: Role | None
-  given: Callable | None   # prompt ids -> Rollout of given solutions; then nobody samples
+  given: Callable | None   # prompts -> Rollout of given solutions; then nobody samples
   reward: Callable | None  # (prompt id, response ids) -> float; None: no label is spent
   advantages: Callable     # reward_PG -> advantage_PG
   objective: Callable

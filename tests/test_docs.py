@@ -1,5 +1,7 @@
 """The commands of docs/run.md and the README's Python run as they are written."""
 
+import importlib
+import math
 import pathlib
 import re
 import subprocess
@@ -45,6 +47,13 @@ def test_the_task_of_ones_own(checkout):
   (block,) = blocks("README.md", "python")
   run(checkout, ["-c", block])
   assert list((checkout / "runs" / "mine" / "arms").iterdir())
+
+
+def test_the_readmes_topology_holds_the_configs_mesh():
+  (name, arg, topology), = re.findall(r"configs/(\w+)\.py:(\S+) --topology=\w+:([\dx]+)",
+                                      (ROOT / "README.md").read_text())
+  mesh = importlib.import_module(f"configs.{name}").get_config(arg).mesh
+  assert math.prod(map(int, topology.split("x"))) == math.prod(mesh)
 
 
 def test_the_readme_names_every_target_of_make():

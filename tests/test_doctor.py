@@ -18,7 +18,7 @@ from s2d_jax.models import hf
 
 SHAPE = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8, "rms_norm_eps": 1e-6,
-         "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 64,
+         "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 512,
          "vocab_size": len(tokenizer.VOCABULARY)}
 SPLITS = problems.splits(sizes={"labelled": 64, "validation": 8, "test": 8})
 
@@ -119,6 +119,16 @@ VALUES = [
     ("arms", " , ", "config.arms is empty: choose from untrained"),
     ("dtype", "float16", "dtype 'float16' with remat '(none|block)' is unknown: choose dtype from"),
     ("remat", "all", "dtype 'float32' with remat 'all' is unknown"),
+    ("seed", -1, r"config.seed is -1: choose it from 0 to 2\*\*63 - 1."),
+    ("half_seed", -1, "config.half_seed is -1: choose it from 0"),
+    ("prompt_tokens", 500, r"prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "
+     "521 and the teacher has 512 positions .*: lower one."),
+    ("validation.split", "1h", "config.validation.split is '1h', which arms learn from: choose"),
+    ("evaluation.split", "labelled", "config.evaluation.split is 'labelled', which arms learn"),
+    ("stages.sft.eval_every", -5, "config.stages.sft.eval_every is -5: choose 0"),
+    ("stages.teacher_grpo.kl_coef", -0.1, "kl_coef is -0.1: choose it at least 0"),
+    ("stages.teacher_grpo.clip_low", 1.5, "clip_low is 1.5: choose it at least 0, and clip_low at"),
+    ("stages.student_grpo.clip_high", -3.0, "clip_high is -3.0: choose it at least 0"),
     ("prompt_tokens", 6, r"of labelled takes \d+ tokens and its window is 6: raise config"),
     ("validation.problems", 0, "config.validation.problems is 0: set it to 1 or more."),
     ("validation.sampling.top_p", 0.0, r"config.validation.sampling.top_p is 0.0: choose"),
@@ -245,9 +255,36 @@ def test_a_manifest_that_disagrees_with_its_folder(config, tmp_path):
   assert [path.name for path in workdir.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "{\"inputs\": {", "{\"inputs\": {\"seed\": 1}}"])
+@pytest.mark.parametrize("kind", ["stage", "eval"])
+def test_a_broken_manifest_of_a_stage_or_a_score(config, tmp_path, kind, text):
+  workdir, name = tmp_path / "run", next(iter(recipe.plan(config, task()).nodes))
+  folder = workdir / (name if kind == "stage" else "eval-0123456789ab")
+  folder.mkdir(parents=True)
+  (folder / "manifest.json").write_text(text)
+  with pytest.raises(ValueError, match="manifest.json .*: .*delete the folder, or put the right"):
+    recipe.run(config, workdir, task())
+  assert [path.name for path in workdir.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_broken_file_of_a_model_is_named(config, student, name, tmp_path):
+  (student / name).write_text('{"a": \n')
+  assert f"student/{name} is not JSON (" in refused(config, tmp_path)
+
+
 def test_an_unknown_task(config):
   config.task = "algebra"
   with pytest.raises(ValueError, match="config.task is 'algebra': choose arithmetic or math"):
+    recipe.task(config)
+
+
+def test_the_data_block_of_the_arithmetic_world(config, tmp_path):
+  config.data.banana = 1
+  with pytest.raises(ValueError, match="config.data has the key 'banana', which nothing reads"):
+    recipe.task(config)
+  config.data = {}
+  with pytest.raises(ValueError, match="config.data lacks the key 'dir': add it"):
     recipe.task(config)
 
 

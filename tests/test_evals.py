@@ -38,6 +38,12 @@ def test_solve_by_hand():
   assert [rows.response(b).tolist() for b in range(6)] == RESPONSES
 
 
+def test_right_is_a_reward_of_one_or_more():
+  graded = iter([0.0, 0.5, 0.99, 1.0, 2.0, -1.0])
+  correct_PG, _ = evals.solve(Told(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
+  np.testing.assert_array_equal(correct_PG, [[0, 0, 0], [1, 1, 0]])
+
+
 def test_scores_by_hand():
   # Of 4 samples 1 and 2 are right: 3/8; of the 6 pairs 3 and 5 hold a right one; all four do.
   correct_PG = np.array([[1, 0, 0, 0], [1, 1, 0, 0]])

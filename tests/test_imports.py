@@ -12,10 +12,9 @@ PACKAGE = ROOT / "s2d_jax"
 # Who may call whom, nearest first; who may call a file may also import what lies below it. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
-  "cli": {"main", "report", "preflight", "doctor"},
-  "main": {"recipe", "tasks", "report"},
-  "tasks": {"data", "rewards"},
-  "preflight": {"recipe"},
+  "main": {"cli", "recipe", "report"},
+  "preflight": {"cli", "recipe"},
+  "cli": {"recipe"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"doctor", "stage", "report"},
   "doctor": {"train", "objectives"},

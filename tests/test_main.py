@@ -1,10 +1,15 @@
 """The command line: every mistake is one sentence and exit code 2, and nothing is written."""
 
+import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
+
+from configs import arithmetic
+from s2d_jax import recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -35,6 +40,44 @@ def test_one_sentence_and_nothing_written(tmp_path, flag, says):
                     flag)
   assert code == 2 and len(lines) == 1 and says in lines[0], (code, lines)
   assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("key", ["mesh", "task", "arms"])
+def test_a_config_file_that_lacks_a_key(tmp_path, key):
+  file = tmp_path / "short.py"
+  file.write_text("from configs import arithmetic\ndef get_config():\n"
+                  "  config = arithmetic.get_config('tiny').unlock()\n"
+                  f"  del config[{key!r}]\n  return config\n")
+  code, lines = run("s2d_jax.main", f"--config={file}", f"--workdir={tmp_path / 'work'}")
+  assert code == 2 and lines == [f"s2d_jax: config lacks the key {key!r}: add it "
+                                 "(configs/arithmetic.py has them all)."], (code, lines)
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.medium
+def test_a_second_writer_is_one_sentence(tmp_path):
+  flags = ("--config=configs/arithmetic.py:tiny", "--config.arms=cold_grpo",
+           f"--config.data.dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'work'}")
+  config = arithmetic.get_config("tiny")
+  with config.unlocked():
+    config.arms, config.data.dir = "cold_grpo", str(tmp_path / "data")
+  (name,) = recipe.plan(config, recipe.task(config)).nodes
+  (tmp_path / "work" / name).mkdir(parents=True)
+  (tmp_path / "work" / name / "writer.lock").write_text(
+      json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time()}))
+  code, lines = run("s2d_jax.main", *flags)
+  assert code == 2 and len(lines) == 1 and "is being written by process 1 on elsewhere" in lines[0]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("command", ["doctor", "preflight"])
+def test_the_other_commands_take_flags_as_main_does(command):
+  program = f"import sys; sys.argv[1:1] = [{command!r}]; from s2d_jax import cli; cli.main()"
+  done = subprocess.run([sys.executable, "-c", program, "--config=configs/arithmetic.py:tiny",
+                         "--config.foo=1"], cwd=ROOT, capture_output=True, text=True, check=False,
+                        timeout=120)
+  assert done.returncode == 2 and "s2d_jax: config has no key 'foo'" in done.stderr
 
 
 @pytest.mark.medium

@@ -105,6 +105,24 @@ def test_store_asks_only_for_what_is_missing(tmp_path):
   assert parts == ["stage-00000001", "stage-00000000"]
 
 
+def test_store_leaves_a_row_with_the_part_that_had_it_first(tmp_path):
+  # Part "b" brings a prompt's sample 0; part "a", whose name sorts first, brings samples 0 and 1.
+  def write(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+  prompt = rollout.Prompt(10, (5, 6, 7))
+  both = two_rows()._replace(prompt_id_B=np.array([10, 10], np.int64),
+                             sample_index_B=np.array([0, 1], np.int32))
+  store = rollout.Store(tmp_path / "r", write)
+  store.add("b", rollout.take(both, [0]), leader=True)
+  assert store.missing([prompt], range(2)) == [prompt]
+  store.add("a", both, leader=True)
+  for opened in (store, rollout.Store(tmp_path / "r", write)):
+    rows, parts = opened.get([prompt], range(2))
+    assert parts == ["b", "a"]
+    np.testing.assert_array_equal(rows.sample_index_B, [0, 1])
+
+
 def test_given_rows():
   rows = rollout.given([rollout.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])

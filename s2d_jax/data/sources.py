@@ -110,8 +110,9 @@ def _row(place, line):
     if not isinstance(row.get(key), str) or not row[key]:
       raise ValueError(f'{place} has no text under "{key}": give every row problem and answer.')
   number = row.get("id", _text_id(row["problem"]))
-  if not isinstance(number, int) or isinstance(number, bool):
-    raise ValueError(f"{place} has id {number!r}: ids are integers, or left out.")
+  if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+    raise ValueError(f"{place} has id {number!r}: ids are integers from 0 to 2**63 - 1, or left "
+                     "out.")
   solution = {"solution": row["solution"]} if "solution" in row else {}
   if not all(isinstance(text, str) for text in solution.values()):
     raise ValueError(f"{place} has a solution that is not text: write it as a string.")

@@ -228,7 +228,8 @@ class Decoder(nn.Module):
       keys = cache.positions_BS, cache.segments_BS
     mask_BTS = attention.visible(positions_BT, segments_BT, *keys)
     frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
-    angle_BTH2 = jnp.einsum("BT,h->BTh", positions_BT.astype(jnp.float32), frequency)
+    # A product, not a dot: matrix units may round their operands.
+    angle_BTH2 = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
 
     block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
     layers = nn.scan(

@@ -135,17 +135,28 @@ def read_json(folder):
     raise ValueError(f"{folder} is not a folder: give the path of a model downloaded before.")
   if not (folder / "config.json").exists():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
-  config = json.loads((folder / "config.json").read_text())
+  config = _json(folder / "config.json")
   if "auto_map" in config:
     raise ValueError(f"{folder}/config.json has auto_map, code of its own, which is never run: "
                      "use a model that transformers knows by itself.")
   return config
 
 
+def _json(path):
+  """The object in a JSON file of a model's folder."""
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}): download it again.") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} is not a JSON object: download it again.")
+  return found
+
+
 def _files(folder):
   """The safetensors files of a folder, by its index where it has one."""
   if (folder / INDEX).exists():
-    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
   elif (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif any(next(folder.glob(pattern), None) for pattern in PICKLES):

@@ -51,7 +51,7 @@ def config(bases, arm, data):
     made.arms, made.teacher, made.student = arm, f"{bases}/teacher", f"{bases}/student"
     made.data.dir = str(data)
     for hp in made.stages.values():
-      hp.steps, hp.save_every, hp.sampling.max_tokens = 3, 1, 8
+      hp.steps, hp.save_every, hp.sampling.max_tokens, hp.log_samples = 3, 1, 8, 16
     made.stages.teacher_sft.sampling.max_tokens = 32
     made.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
     made.stages.student_grpo.eval_every = 2

@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("row", ROWS)
 def test_the_same_samples(runs, row):
   logs = [metrics.read(next(run.glob(f"{row}-*")), "samples") for run in runs]
-  assert len(logs[0]) == len(logs[1]) >= 8
+  assert len(logs[0]) == len(logs[1]) == 3 * 16  # every row of every step
   for one, two in zip(*logs, strict=True):
     assert one["tokens"] == two["tokens"] and one["prompt_id"] == two["prompt_id"]
     assert one["reward"] == two["reward"]
@@ -58,7 +58,7 @@ def test_the_same_steps_to_rounding(runs, row):
   assert len(logs[0]) == len(logs[1]) == 3
   for one, two in zip(*logs, strict=True):
     for key in ("loss", "grad_norm", "response_length"):
-      np.testing.assert_allclose(one[key], two[key], rtol=1e-3, atol=1e-5, err_msg=key)
+      np.testing.assert_allclose(one[key], two[key], rtol=1e-4, atol=1e-6, err_msg=key)
     assert two["logp_gap_max"] < 1e-5
   ledgers = [metrics.read(next(run.glob(f"{row}-*")), "ledger") for run in runs]
   assert ledgers[0] == ledgers[1]

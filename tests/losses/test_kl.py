@@ -187,3 +187,116 @@ def test_penalties(penalty):
   np.testing.assert_array_equal(pull(jnp.ones((1, 2)))[0], 0.0)
   got_BT = penalty(logp_BT.astype(jnp.bfloat16), reference_logp_BT)
   assert got_BT.dtype == jnp.float32
+
+
+# Whole sequences: two tokens of three, from tables of logits, all nine enumerated in float64. Row 0
+# of a table is the empty prefix, row 1 + v the prefix that is the token v.
+
+TABLE_SV, TEACHER_SV = np.random.default_rng(5).normal(size=(2, 4, 3)) * 1.5
+
+
+def differences(f, x):
+  """The gradient of a float64 function by central differences."""
+  steps = 1e-5 * np.eye(x.size).reshape(-1, *x.shape)
+  return np.array([(f(x + e) - f(x - e)) / 2e-5 for e in steps]).reshape(x.shape)
+
+
+def sequences():
+  """(probability, visited (prefix, token) pairs, their log-ratios) of every sequence."""
+  log_p_SV, log_q_SV = log_softmax(TABLE_SV), log_softmax(TEACHER_SV)
+  for a, b in np.ndindex(3, 3):
+    pairs = [(0, a), (1 + a, b)]
+    yield (np.exp(sum(log_p_SV[pair] for pair in pairs)), pairs,
+           [log_p_SV[pair] - log_q_SV[pair] for pair in pairs])
+
+
+def policy_gradient(discount):
+  """Σ_t E[∇log p(y_t | s_t) · Σ_{t' ≥ t} discount^(t' − t) · log p/q(y_t' | s_t')], [S, V]."""
+  grad_SV = np.zeros((4, 3))
+  for probability, pairs, ratios in sequences():
+    for t, (s, v) in enumerate(pairs):
+      score_V = np.eye(3)[v] - np.exp(log_softmax(TABLE_SV)[s])
+      ahead = sum(discount ** k * ratio for k, ratio in enumerate(ratios[t:]))
+      grad_SV[s] += probability * ahead * score_V
+  return grad_SV
+
+
+def sequence_kl(table_SV):
+  """KL of the table's sequences to the teacher's, in float64."""
+  def joint(log_SV):
+    return log_SV[0][:, None] + log_SV[1:]
+  return plain_kl(joint(log_softmax(table_SV)).ravel(), joint(log_softmax(TEACHER_SV)).ravel())
+
+
+def visited_gradient(prefixes):
+  """Gradient of reverse_kl summed over the prefixes a student visits, by their probabilities."""
+  def loss(table_SV):
+    reach_S = prefixes(jnp.concatenate([jnp.ones(1), jax.nn.softmax(table_SV[0])]))
+    value_BT = kl.reverse_kl(table_SV[None], jnp.asarray(TEACHER_SV, jnp.float32)[None])
+    return jnp.sum(reach_S * value_BT[0])
+  return jax.grad(loss)(jnp.asarray(TABLE_SV, jnp.float32))
+
+
+def test_gradient_over_sequences_weighs_a_token_by_all_that_follows():
+  want_SV = policy_gradient(discount=1)
+  np.testing.assert_allclose(differences(sequence_kl, TABLE_SV), want_SV, atol=1e-8)
+  np.testing.assert_allclose(visited_gradient(lambda reach_S: reach_S), want_SV, atol=2e-6)
+
+
+def test_with_its_prefixes_held_a_token_answers_for_itself_alone():
+  own_SV = policy_gradient(discount=0)
+  np.testing.assert_allclose(visited_gradient(jax.lax.stop_gradient), own_SV, atol=2e-6)
+  gap_SV = np.abs(policy_gradient(discount=1) - own_SV)
+  assert gap_SV[0].max() > 0.02 and gap_SV[1:].max() < 1e-12  # nothing follows the second token
+
+
+def test_divergence_from_the_teacher_splits_at_an_old_policy():
+  # −KL(p ‖ q) = E_p[log q/p_k] − KL(p ‖ p_k); where p = p_k the last gradient is zero, and the
+  # reward log q/p_k alone has the whole one.
+  old_BTV = jnp.asarray(np.random.default_rng(6).normal(size=(2, 3, 6)), jnp.float32)
+  log_p, log_q = log_softmax(STUDENT_BTV), log_softmax(TEACHER_BTV)
+  for k_BTV, still in ((old_BTV, False), (STUDENT_BTV, True)):
+    reward = log_q - log_softmax(k_BTV)
+    mean = (np.exp(log_p) * reward).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+        -kl.reverse_kl(STUDENT_BTV, TEACHER_BTV), mean[..., 0] - kl.reverse_kl(STUDENT_BTV, k_BTV),
+        rtol=1e-5, atol=2e-6)
+    last_BTV = gradient(kl.reverse_kl, STUDENT_BTV, k_BTV)
+    np.testing.assert_allclose(
+        -gradient(kl.reverse_kl), np.exp(log_p) * (reward - mean) - last_BTV, atol=4e-6)
+    assert np.any(last_BTV) != still
+
+
+def test_the_one_cancels_over_the_whole_vocabulary_and_not_over_a_part():
+  # ∇Σ p·log p/q = Σ ∇p·(log p/q + 1), and Σ ∇p is 0 over all four, but over the two likeliest, of
+  # mass 0.7, p·(1 − 0.7) for them and −0.7·p for the others.
+  p_V, q_V = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.25, 0.25, 0.25, 0.25])
+  slope_VV = np.diag(p_V) - np.outer(p_V, p_V)  # of p in its logits
+  ratio_V = np.log(p_V / q_V)
+  whole_BTV = gradient(kl.reverse_kl, jnp.log(jnp.asarray(p_V, jnp.float32))[None, None],
+                       jnp.zeros((1, 1, 4)))
+  for one in (0, 1):
+    np.testing.assert_allclose(whole_BTV[0, 0], (ratio_V + one) @ slope_VV, atol=1e-6)
+
+  def part(logits_V):
+    log_p_V = log_softmax(logits_V)[:2]
+    return plain_kl(log_p_V, np.log(q_V[:2]))
+
+  with_one_V = (ratio_V[:2] + 1) @ slope_VV[:2]
+  without_V = ratio_V[:2] @ slope_VV[:2]
+  np.testing.assert_allclose(differences(part, np.log(p_V)), with_one_V, atol=1e-8)
+  np.testing.assert_allclose(with_one_V - without_V, [0.12, 0.09, -0.14, -0.07], atol=1e-12)
+
+
+@BOTH
+def test_padded_ids_masked_on_both_sides_change_nothing(f):
+  def padded(logits_BTV, masked=-1e9):
+    return jnp.pad(logits_BTV, ((0, 0), (0, 0), (0, 2)), constant_values=masked)
+
+  student_BTV, teacher_BTV = padded(STUDENT_BTV), padded(TEACHER_BTV)
+  np.testing.assert_allclose(f(student_BTV, teacher_BTV), f(STUDENT_BTV, TEACHER_BTV), rtol=1e-6)
+  grad_BTV = gradient(f, student_BTV, teacher_BTV)
+  np.testing.assert_allclose(grad_BTV[..., :6], gradient(f), atol=1e-6)
+  np.testing.assert_array_equal(grad_BTV[..., 6:], 0.0)
+  one_sided_BT = f(padded(STUDENT_BTV, 0.0), teacher_BTV)
+  assert np.all(np.abs(one_sided_BT - f(STUDENT_BTV, TEACHER_BTV)) > 1e-3)

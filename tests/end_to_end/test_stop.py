@@ -1,0 +1,59 @@
+"""SIGTERM in the middle of a stage: saved, exit status 75, and the same command goes on to 0."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from s2d_jax import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 200
+
+
+def start(folder, log):
+  """The command, under way; what it prints, its progress bar too, goes to the file `log`."""
+  command = [sys.executable, "-m", "s2d_jax.main", "--config=configs/arithmetic.py:tiny",
+             "--config.arms=cold_grpo", f"--config.stages.student_grpo.steps={STEPS}",
+             f"--config.stages.student_grpo.save_every={STEPS}",
+             f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'work'}"]
+  with open(log, "w") as out:
+    return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={
+        "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")})
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_saves_and_the_same_command_finishes(tmp_path):
+  log = tmp_path / "first.txt"
+  process = start(tmp_path, log)
+  try:
+    # Nothing was due to be saved yet when the bar shows a step: what is found later, the signal
+    # saved.
+    while process.poll() is None and not re.search(rf"\b[1-9]\d*/{STEPS}\b", log.read_text()):
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, log.read_text()
+  finally:
+    process.kill()
+  (folder,) = (tmp_path / "work").iterdir()
+  names = {path.name for path in folder.iterdir()}
+  assert "checkpoints" in names and not {"manifest.json", "ledger.json", "writer.lock"} & names
+  done = len(metrics.read(folder, "metrics"))
+  assert 0 < done < STEPS
+  log = tmp_path / "second.txt"
+  process = start(tmp_path, log)
+  try:
+    assert process.wait(timeout=300) == 0, log.read_text()
+  finally:
+    process.kill()
+  starts = [json.loads(path.read_text()) for path in sorted((folder / "starts").iterdir())]
+  assert [(s["step"], s["lost"]) for s in starts] == [(0, 0.0), (done, 0.0)]
+  assert [row["step"] for row in metrics.read(folder, "metrics")] == list(range(STEPS))
+  assert json.loads((folder / "ledger.json").read_text())["label_uses"] == 4 * STEPS
+  assert "| cold_grpo | 0 |" in (tmp_path / "work" / "report.md").read_text()

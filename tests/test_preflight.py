@@ -1,0 +1,87 @@
+"""The preflight against bytes counted by hand from the weight files: which programs, how large."""
+
+import json
+import shutil
+import struct
+
+import jax
+import numpy as np
+import pytest
+
+from configs import arithmetic
+from s2d_jax import preflight, sharding
+
+SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def config(tmp_path):
+  """The tiny config on folders that have no weights, and no data anywhere."""
+  made = arithmetic.get_config("tiny")
+  for role in ("teacher", "student"):
+    made[role] = str(shutil.copytree(made[role], tmp_path / role,
+                                     ignore=shutil.ignore_patterns("*.safetensors")))
+  made.data.dir = str(tmp_path / "data")
+  return made
+
+
+def parameters(role):
+  """Numbers in a role's weight file, from its header."""
+  path = f"{arithmetic.get_config()[role]}/model.safetensors"
+  with open(path, "rb") as file:
+    header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+  return sum(int(np.prod(tensor["shape"])) for name, tensor in header.items()
+             if name != "__metadata__")
+
+
+def costs(config):
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    return {(cost.stage, cost.program): cost for cost in preflight.costs(config)}
+
+
+def check(config, expected):
+  """Holds the costs against {row: (actor or None, learner, guide or None)}: float32 throughout."""
+  found = costs(config)
+  size = {role: 4 * parameters(role) for role in ("teacher", "student")} | {None: 0}
+  floor = {}
+  for row, (actor, learner, guide) in expected.items():
+    floor[row, "score"] = size[actor or learner]
+    floor[row, "update"] = 3 * size[learner] + size[guide]  # weights and Adam's two slots
+    if row != "teacher_sft":
+      floor[row, "sample"] = size[actor or learner]
+  assert set(found) == set(floor)
+  for key, cost in found.items():
+    assert min(cost.arguments, cost.temporaries, cost.output) > 0, key
+    assert floor[key] <= cost.arguments < floor[key] + SLACK, key
+    if key[1] == "update":  # the new state comes out
+      assert 3 * size[expected[key[0]][1]] <= cost.output < floor[key] + SLACK, key
+
+
+@pytest.mark.medium
+def test_one_row_has_its_programs_alone(quick_compiles, config, tmp_path):
+  with config.unlocked():
+    config.stages = {"teacher_sft": config.stages.teacher_sft}
+  check(config, {"teacher_sft": (None, "teacher", None)})
+  assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_every_row_holds_its_models(quick_compiles, config):
+  config.stages.teacher_grpo.update({"kl": "k3", "kl_coef": 0.1})  # a penalty, so a reference
+  check(config, {
+      "teacher_grpo": (None, "teacher", "teacher"), "teacher_sft": (None, "teacher", None),
+      "forward_kl": ("teacher", "student", "teacher"), "sft": ("teacher", "student", None),
+      "reverse_kl": (None, "student", "teacher"), "student_grpo": (None, "student", None)})
+
+
+def test_a_wrong_config_ends_in_one_sentence(config):
+  config.stages.sft.steps = 0
+  with pytest.raises(SystemExit, match="^s2d_jax: config.stages.sft.steps is 0: set it to 1 or "):
+    preflight.main(config, None)

@@ -1,0 +1,165 @@
+"""The plan by hand: what names a stage's folder, who guides it, which labels a ledger may show."""
+
+import re
+
+import pytest
+
+from configs import arithmetic
+from s2d_jax import checkpoint, recipe
+
+ROWS = ("teacher_grpo", "teacher_sft", "forward_kl", "sft", "reverse_kl", "student_grpo")
+HALF = "half_bridge_grpo_2h"  # teacher_grpo 1h, forward_kl 1h, reverse_kl 1h, student_grpo 2h
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+  """plan(changes, arms): the shipped tiny config, changed, on the first 64 problems of a split."""
+  made = arithmetic.get_config("tiny")
+  made.data.dir = str(tmp_path_factory.mktemp("data"))
+  given, rows = recipe.task(made), {}
+
+  def source(split):
+    if split not in rows:
+      every = given.source(split)
+      rows[split] = [every[i] for i in range(64)]
+    return rows[split]
+
+  def plan(changes=None, arms=recipe.ARMS):
+    config = made.copy_and_resolve_references()
+    config.update_from_flattened_dict({"arms": ",".join(arms)} | (changes or {}))
+    return recipe.plan(config, given._replace(source=source), arms=arms)
+  return plan
+
+
+@pytest.fixture(scope="module")
+def shipped(plan):
+  return plan()
+
+
+# What names a stage's folder.
+
+
+def test_a_name_is_its_row_and_twelve_digits(shipped):
+  for arm, stages in recipe.ARMS.items():
+    assert [re.sub("-[0-9a-f]{12}$", "", name) for name in shipped.arms[arm]] == [
+        row for row, _ in stages]
+
+
+@pytest.mark.parametrize("key, value, renamed", [
+    ("seed", 1, {"cold_grpo": [0], "raw_bridge": [0, 1], "bridge": [0, 1, 2], HALF: [0, 1, 2, 3]}),
+    ("stages.student_grpo.optim.lr", 3e-4, {"cold_grpo": [0], HALF: [3]}),
+    ("stages.reverse_kl.optim.lr", 3e-4, {"raw_bridge": [1], "bridge": [2], HALF: [2, 3]}),
+    # A parent's is every descendant's, by way of the learner, the actor and the guide.
+    ("stages.forward_kl.optim.lr", 3e-4,
+     {"raw_bridge": [0, 1], "bridge": [1, 2], HALF: [1, 2, 3]}),
+    ("stages.teacher_grpo.sampling.temperature", 0.5, {"bridge": [0, 1, 2], HALF: [0, 1, 2, 3]}),
+    ("half_seed", 1, {HALF: [0, 1, 2, 3]}),
+    ("stages.sft.optim.lr", 3e-4, {}),  # a row of no arm here
+])
+def test_what_decides_a_result_renames_it_and_its_descendants(plan, shipped, key, value, renamed):
+  other = plan({key: value})
+  pairs = {arm: zip(shipped.arms[arm], other.arms[arm], strict=True) for arm in recipe.ARMS}
+  changed = {arm: [i for i, (a, b) in enumerate(both) if a != b] for arm, both in pairs.items()}
+  assert {arm: places for arm, places in changed.items() if places} == renamed
+
+
+@pytest.mark.parametrize("key, value", [
+    ("microbatches", 2), ("block", 32), ("save_every", 1), ("eval_every", 1), ("log_samples", 1)])
+def test_what_decides_no_result_keeps_every_name(plan, shipped, key, value):
+  other = plan({f"stages.{row}.{key}": value for row in ROWS})
+  assert all(other.config.stages[row][key] == value for row in ROWS)
+  assert other.arms == shipped.arms
+
+
+def test_the_mesh_keeps_every_name(plan, shipped):
+  assert plan({"mesh": (2, 1, 4)}).arms == shipped.arms
+
+
+def test_arms_share_the_stages_of_a_common_beginning(plan, shipped):
+  start = (("teacher_grpo", "all"), ("forward_kl", "all"))
+  made = plan(arms={"short": start, "long": (*start, ("reverse_kl", "all")),
+                    "bridge": recipe.ARMS["bridge"], "other_split": (("teacher_grpo", "1h"),)})
+  assert made.arms["long"][:2] == made.arms["short"]
+  assert made.arms["long"] == made.arms["bridge"] == shipped.arms["bridge"]
+  assert made.arms["other_split"] == shipped.arms[HALF][:1]
+  assert list(made.nodes) == [*made.arms["long"], *made.arms["other_split"]]
+  # The shipped arms begin with different rows, splits or teachers: 1 + 2 + 3 + 4 stages.
+  assert len(shipped.nodes) == 10
+
+
+# Who guides whom.
+
+
+@pytest.mark.parametrize("kl, coef, guided", [
+    ("none", 0.0, False), ("none", 0.1, False), ("k3", 0.0, False), ("k3", 0.1, True),
+    ("k2", 0.1, True)])
+def test_grpo_is_guided_by_its_start_where_it_pays_for_leaving_it(plan, kl, coef, guided):
+  made = plan({f"stages.{row}_grpo.{key}": value for row in ("teacher", "student")
+               for key, value in (("kl", kl), ("kl_coef", coef))})
+  starts = {made.arms["cold_grpo"][0]: "student", made.arms["bridge"][0]: "teacher",
+            made.arms[HALF][3]: made.arms[HALF][2]}
+  for name, start in starts.items():
+    node = made.nodes[name]
+    assert (node.actor, node.learner, node.guide) == (None, start, start if guided else None)
+
+
+@pytest.mark.parametrize("arm, teacher", [("raw_bridge", None), ("bridge", 0), (HALF, 0)])
+def test_the_bridge_follows_its_arms_own_teacher(shipped, arm, teacher):
+  names = shipped.arms[arm]
+  teacher = "teacher" if teacher is None else names[teacher]
+  (forward, reverse) = [name for name in names if "_kl-" in name]
+  node = shipped.nodes[forward]
+  assert (node.actor, node.learner, node.guide) == (teacher, "student", teacher)
+  node = shipped.nodes[reverse]
+  assert (node.actor, node.learner, node.guide) == (None, forward, teacher)
+
+
+# Which labels a ledger may show.
+
+
+def spend(workdir, made, arm, *labels):
+  """Writes the ledgers of an arm, by hand: each stage's labels in turn; returns the names."""
+  for name, spent in zip(made.arms[arm], labels, strict=True):
+    checkpoint.write_json(workdir / name / "ledger.json", {"labels": spent})
+  return made.arms[arm]
+
+
+def ids(made, split):
+  return sorted(prompt.id for prompt in made.prompts[split])
+
+
+@pytest.mark.parametrize("place, foreign", [(0, "2h"), (2, "2h"), (3, "1h")])
+def test_a_label_of_the_other_half_is_refused(shipped, tmp_path, place, foreign):
+  own = [ids(shipped, "1h")[:2], [], [], ids(shipped, "2h")[:2]]
+  spend(tmp_path, shipped, HALF, *own)
+  recipe._check_labels(shipped, HALF, tmp_path)
+  label, later = ids(shipped, foreign)[1:3]
+  own[place] = [*own[place], later, label]
+  names = spend(tmp_path, shipped, HALF, *own)
+  half = "2h" if foreign == "1h" else "1h"
+  with pytest.raises(ValueError, match=f"^{names[place]} of {HALF} spent the label {label}, which "
+                                       f"is not in its split {half}: delete the stage's folder"):
+    recipe._check_labels(shipped, HALF, tmp_path)
+
+
+def test_a_label_of_the_test_split_is_refused(shipped, tmp_path):
+  (label,) = ids(shipped, "test")[:1]
+  (name,) = spend(tmp_path, shipped, "cold_grpo", [label, *ids(shipped, "all")])
+  with pytest.raises(ValueError, match=f"^{name} of cold_grpo spent the label {label}, which is "
+                                       "not in its split all: "):
+    recipe._check_labels(shipped, "cold_grpo", tmp_path)
+
+
+def test_a_held_out_label_spent_before_its_turn_is_refused(plan, tmp_path):
+  # Every stage keeps to its own split, and yet the last one's labels are no longer fresh.
+  arms = {"leaky": (("teacher_grpo", "all"), ("forward_kl", "all"), ("student_grpo", "2h"))}
+  made = plan(arms=arms)
+  last = ids(made, "2h")[:4]
+  spend(tmp_path, made, "leaky", ids(made, "1h"), [], last)
+  recipe._check_labels(made, "leaky", tmp_path)
+  # Not only what the last stage uses itself: 2H as a whole is held out.
+  label, later = ids(made, "2h")[5:7]
+  names = spend(tmp_path, made, "leaky", [*ids(made, "1h"), later, label], [], last)
+  with pytest.raises(ValueError, match=f"^{names[0]} spent the held-out label {label} before "
+                                       f"{names[2]}: in config.arms leaky is not a half_"):
+    recipe._check_labels(made, "leaky", tmp_path)

@@ -37,14 +37,15 @@ def get_config(arg=""):
   T = 21      # tokens of the longest worked answer, its end included
   B = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
   rl, four, given = common.sampling(8, T), common.sampling(4, T), common.sampling(1, T)
-  optim = {lr: common.adamw(lr, warmup=5, decay="linear") for lr in (5e-4, 1e-3, 4e-3, 8e-3)}
+  optim = {lr: common.adamw(lr, warmup=5, decay="linear") for lr in (5e-4, 1e-3, 2e-3, 4e-3)}
   config.stages = {
       "teacher_grpo": common.stage(40, 32, rl, optim[1e-3], block=B) | common.grpo(),
       "teacher_sft": common.stage(40, 64, given, optim[5e-4], block=B),
-      "forward_kl": common.stage(120, 32, four, optim[8e-3], block=B),
-      "sft": common.stage(120, 32, four, optim[8e-3], block=B),
-      "reverse_kl": common.stage(60, 32, four, optim[4e-3], block=B),
-      "student_grpo": common.stage(100, 32, rl, optim[1e-3], block=B) | common.grpo(),
+      "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
+      "sft": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
+      "reverse_kl": common.stage(30, 64, four, optim[2e-3], minibatches=4, block=B),
+      "student_grpo": common.stage(100, 32, rl, optim[1e-3], minibatches=2, block=B)
+                      | common.grpo(),
   }
   config.validation = {"split": "validation", "problems": 64, "sampling": common.sampling(4, T)}
   config.evaluation = {"split": "test", "prompts": 64, "sampling": common.sampling(16, T),

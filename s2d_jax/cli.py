@@ -24,7 +24,9 @@ def parse(argv):
   try:
     rest = flags.FLAGS(argv)
     flags.FLAGS.config.keys()  # a config file that did not load says so when it is first read
-    return rest
+    if len(rest) == 1:
+      return rest
+    what = f"{rest[1]!r} is no flag: write --config.KEY=VALUE."
   except (AttributeError, KeyError) as error:  # ml_collections, of a key that the file has not
     key = re.search(r"\w+", str(error.args[0]))[0]
     what = f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file."
@@ -54,7 +56,8 @@ def diagnosis(config):
   try:
     made = recipe.plan(config, recipe.task(config))
   except ValueError as error:
-    sys.exit(f"s2d_jax: {error}")
+    print(f"s2d_jax: {error}", file=sys.stderr)
+    sys.exit(2)
   lines = [f"{role}: {base['folder']} ({base['identity'][:12]})"
            for role, base in made.bases.items()]
   for split, prompts in made.prompts.items():

@@ -9,12 +9,13 @@ calls them all before it writes anything.
 from s2d_jax import chat, models, objectives, optim, rollout, train, update
 from s2d_jax.models import hf
 
-TOP = ("seed", "arms", "task", "data", "half_seed", "teacher", "student", "template",
-       "prompt_tokens", "dtype", "remat", "mesh", "stages", "validation", "evaluation")
+TOP = ("seed", "arms", "task", "data", "label_share", "half_seed", "teacher", "student", "template",
+       "prompt_tokens", "dtype", "remat", "mesh", "stages", "validation", "probe", "evaluation")
 TRAINED = ("labelled", "all", "1h", "2h")  # a split of the data by one of these names is not scored
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
             "min_tokens")
 VALIDATION = ("split", "problems", "sampling")
+PROBE = ("split", "problems", "prompts", "sampling", "group", "top_k", "microbatches", "block")
 EVALUATION = ("split", "prompts", "sampling", "ks", "draws", "level", "log_samples")
 
 
@@ -25,18 +26,26 @@ def check_config(config, stages):
     config: the ConfigDict; stages: {row name: recipe.Stage}.
   """
   check_keys("config", config, TOP)
-  for place, wanted in (("validation", VALIDATION), ("evaluation", EVALUATION)):
+  for place, wanted in (("validation", VALIDATION), ("probe", PROBE), ("evaluation", EVALUATION)):
     check_keys(f"config.{place}", config[place], wanted)
     _check_sampling(f"config.{place}.sampling", config[place].sampling)
+  if len(config.mesh) != 3 or min(config.mesh) < 1:
+    raise ValueError(f"config.mesh is {tuple(config.mesh)}: give three sizes of at least 1, for "
+                     "data, fsdp and tensor.")
   for place, key in (("seed", config.seed), ("half_seed", config.half_seed)):
     if not 0 <= key < 2**63:
       raise ValueError(f"config.{place} is {key}: choose it from 0 to 2**63 - 1.")
-  for block in ("validation", "evaluation"):
+  for block in ("validation", "probe", "evaluation"):
     if config[block].split in TRAINED:
       raise ValueError(f"config.{block}.split is {config[block].split!r}, which arms learn from: "
                        "choose another split.")
   _positive("config.validation", config.validation, "problems")
+  _positive("config.probe", config.probe, "prompts", "group", "top_k", "microbatches", "block")
   _positive("config.evaluation", config.evaluation, "prompts", "draws")
+  if not 0 < config.label_share <= 1:
+    raise ValueError(f"config.label_share is {config.label_share}: choose it above 0, up to 1, "
+                     "which keeps every label.")
+  _check_probe(config.probe)
   if not 0 < config.evaluation.level < 1:
     raise ValueError(f"config.evaluation.level is {config.evaluation.level}: choose it between 0 "
                      "and 1.")
@@ -52,16 +61,33 @@ def check_config(config, stages):
     _check_stage(f"config.stages.{name}", hp, stages[name])
 
 
+def _check_probe(probe):
+  """That a probe's samples fill its groups, and its batches split."""
+  samples = probe.sampling.samples_per_prompt
+  if probe.group > samples:
+    raise ValueError(f"config.probe.group is {probe.group} and {samples} samples are drawn: raise "
+                     "config.probe.sampling.samples_per_prompt, or lower the group.")
+  if probe.problems < 0 or probe.problems % probe.prompts:
+    raise ValueError(f"config.probe.problems is {probe.problems}: make it a multiple of "
+                     f"config.probe.prompts = {probe.prompts}, or 0 to measure nothing.")
+  if probe.prompts * samples % probe.microbatches:
+    raise ValueError(f"config.probe scores {probe.prompts * samples} rows at once, which "
+                     f"microbatches = {probe.microbatches} does not divide: change one of them.")
+
+
 def _check_stage(place, hp, stage):
   """One stage's block: its keys, and that its numbers divide."""
   reads = objectives.READS.get(stage.objective)
   if reads is not None:  # a user's own objective reads what it likes
-    advantages = ("advantages",) if stage.reward else ()
-    check_keys(place, hp, (*train.READS, *update.READS, *reads, *advantages, "optim"))
+    more = ("advantages",) * stage.reward + ("pass_samples",) * (stage.weigh is not None)
+    check_keys(place, hp, (*train.READS, *update.READS, *reads, *more, "optim"))
   check_keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
   _check_sampling(f"{place}.sampling", hp.sampling)
-  _positive(place, hp, "steps", "prompts", "epochs", "minibatches", "microbatches", "save_every",
-            *(("block",) if reads is not None else ()))
+  _positive(place, hp, "prompts", "epochs", "minibatches", "microbatches", "save_every",
+            *(("block",) if reads is not None else ()), *(("pass_samples",) if stage.weigh else ()))
+  if hp.steps < 0:
+    raise ValueError(f"{place}.steps is {hp.steps}: set it to 1 or more, or to 0 to leave the row "
+                     "out of every arm.")
   if hp.eval_every < 0:
     raise ValueError(f"{place}.eval_every is {hp.eval_every}: choose 0 (never) or more.")
   rollout.token_weights((1,), hp.mean)  # its own check
@@ -77,7 +103,8 @@ def _check_stage(place, hp, stage):
   if rows % (hp.minibatches * hp.microbatches):
     raise ValueError(f"{place} draws {rows} rows a step, which minibatches x microbatches = "
                      f"{hp.minibatches} x {hp.microbatches} does not divide: change one of them.")
-  optim.make(train.optim_config(hp), {})  # its own checks
+  if hp.steps:
+    optim.make(train.optim_config(hp), {})  # its own checks
 
 
 def _check_sampling(place, sampling):
@@ -140,7 +167,7 @@ def check_pair(config):
 def _check_windows(config):
   """That a prompt and its answer fit in the positions both models were made for."""
   blocks = {f"stages.{name}": hp for name, hp in config.stages.items()}
-  blocks |= {name: config[name] for name in ("validation", "evaluation")}
+  blocks |= {name: config[name] for name in ("validation", "probe", "evaluation")}
   for role in ("teacher", "student"):
     held = hf.read_json(config[role]).get("max_position_embeddings")
     for place, block in blocks.items():
@@ -154,14 +181,16 @@ def check_problems(config, task, talk):
   """Reads and renders every split the config names.
 
   Returns:
-    ({split: [Prompt]}, {id: problem}) over `labelled` and the validation and evaluation splits.
+    ({split: [Prompt]}, {id: problem}) over `labelled` and the validation, probe and evaluation
+    splits.
 
   Raises:
     ValueError: an empty split, an id or a problem that two splits share, a prompt longer than
       config.prompt_tokens.
   """
   prompts, problems, seen = {}, {}, {}
-  for split in dict.fromkeys(("labelled", config.validation.split, config.evaluation.split)):
+  for split in dict.fromkeys(("labelled", config.validation.split, config.probe.split,
+                              config.evaluation.split)):
     source = task.source(split)
     if not len(source):
       raise ValueError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
@@ -179,6 +208,10 @@ def check_problems(config, task, talk):
                          f"window is {config.prompt_tokens}: raise config.prompt_tokens.")
       problems[problem["id"]] = problem
       prompts[split].append(rollout.Prompt(problem["id"], tokens))
+  held = len(prompts[config.probe.split])
+  if config.probe.problems > held:
+    raise ValueError(f"config.probe.problems is {config.probe.problems} and the split "
+                     f"{config.probe.split} has {held}: lower it.")
   return prompts, problems
 
 

@@ -39,6 +39,44 @@ def scores(correct_PG, ks, seed, draws, level):
                                               level)
 
 
+def mixed(correct_PG, group):
+  """Chance that `group` samples of a problem are neither all right nor all wrong, for each, [P].
+
+  Unbiased from the G ≥ group samples at hand, and 1 − p^g − (1 − p)^g in expectation: only such a
+  group gives GRPO a gradient.
+  """
+  G = correct_PG.shape[1]
+  right_P = np.asarray(correct_PG, np.int64).sum(axis=1)
+  return (stats.pass_at_k(G, right_P, group) + stats.pass_at_k(G, G - right_P, group)) - 1
+
+
+def text(correct_PG, rows, group):
+  """Yields (name, value) of a model's own samples: how often right, how mixed, how long.
+
+  stopped is the share that ended themselves; response_length is in tokens.
+  """
+  yield "pass_rate", float(np.mean(correct_PG))
+  yield "mixed_groups", float(mixed(correct_PG, group).mean())
+  yield "response_length", float(rows.response_length_B.mean())
+  yield "stopped", float((rows.finish_reason_B == 1).mean())
+
+
+def agreement(value_BT, weight_BT):
+  """Yields (name, value): means over response tokens of what `objectives.agreement` measures.
+
+  A gradient becomes its concentration: the share of the summed lengths that the worst 1 % of the
+  tokens have.
+  """
+  inside_BT = np.asarray(weight_BT) > 0
+  for name, values in value_BT.items():
+    value_N = np.asarray(values, np.float64)[inside_BT]
+    if name.endswith("_gradient"):
+      worst = np.sort(value_N)[::-1][: max(1, round(len(value_N) / 100))]
+      yield f"{name}_worst", float(worst.sum() / max(value_N.sum(), 1e-30))
+    else:
+      yield name, float(value_N.mean())
+
+
 def validation(draw, prompts, reward, seed):
   """validate(params) -> iterable of (name, value): the running score on `validation` problems."""
   def validate(params):

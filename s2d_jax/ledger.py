@@ -7,7 +7,7 @@ the same prompts and spends no label.
 
 import numpy as np
 
-COUNTS = ("label_uses", "prompt_uses", "sequences", "tokens_sampled", "tokens_reused",
+COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
           "tokens_discarded", "tokens_trained", "tokens_guide", "flops")
 
 
@@ -26,17 +26,17 @@ def forward_flops(config, length_B):
 
 
 def row(step, prompt_ids, labels, **counts):
-  """One step's entry: which problems were drawn, whether their labels were spent, and the counts.
+  """One step's entry: which problems were drawn, whose labels were spent, and the counts.
 
   Args:
     step: the step.
     prompt_ids: problem ids of the step, each once.
-    labels: True where the step consulted their answers.
-    **counts: the rest of COUNTS, in tokens and FLOPs.
+    labels: those of them whose answers the step consulted.
+    **counts: the rest of COUNTS, in sequences, updates, tokens and FLOPs.
   """
-  ids = [int(i) for i in prompt_ids]
-  entry = {"step": step, "prompts": ids, "labels": ids if labels else [],
-           "prompt_uses": len(ids), "label_uses": len(ids) if labels else 0, **counts}
+  entry = {"step": step, "prompts": [int(i) for i in prompt_ids],
+           "labels": [int(i) for i in labels], "prompt_uses": len(prompt_ids),
+           "label_uses": len(labels), **counts}
   missing = set(COUNTS) - set(entry)
   if missing:
     raise ValueError(f"a ledger row lacks {sorted(missing)}: pass every count.")

@@ -18,14 +18,13 @@ from s2d_jax import cli, recipe, report, sharding
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
                                          lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where runs are kept.")
+PLAN = flags.DEFINE_bool("plan", False, "Print the runs and count their stages; train nothing.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU slice).")
 
 
 def main(argv):
-  """Runs every arm of the config and writes the report."""
-  if len(argv) > 1:
-    print(f"s2d_jax: {argv[1]!r} is no flag: write --config.KEY=VALUE.", file=sys.stderr)
-    sys.exit(2)
+  """Runs every arm of the config, or of every config of a sweep, and writes the report."""
+  del argv
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   logging.set_verbosity(logging.WARNING)
@@ -34,11 +33,17 @@ def main(argv):
   jax.config.update("jax_transfer_guard", "disallow")
   config, workdir = CONFIG.value, WORKDIR.value
   try:
-    made = recipe.plan(config, recipe.task(config))
-    mesh = sharding.make_mesh(config.mesh)
-    recipe.check_folders(made, workdir)
+    configs = recipe.expand(config)
+    plans = [recipe.plan(one, recipe.task(one)) for one in configs]
+    mesh = sharding.make_mesh(configs[0].mesh)
+    for made in plans:
+      recipe.check_folders(made, workdir)
+    if PLAN.value:
+      print("\n".join(recipe.outline(plans, config.get("sweep", ({},)), workdir)))
+      return
     with jax.set_mesh(mesh):
-      recipe.walk(made, workdir)
+      for made in plans:
+        recipe.walk(made, workdir)
   except (ValueError, FloatingPointError) as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -74,6 +74,36 @@ def reverse_kl(student_head, guide_head, batch, hp):
   return _divergence(kl.reverse_kl, student_head, guide_head, batch, hp)
 
 
+def learnable(pass_rate_P):
+  """A prompt's weight from the student's pass rate p on it: p(1 − p).
+
+  Largest where the student is right every second time, 0 where it always or never is: the variance
+  of one sample's reward. The PACED track of arXiv 2605.12483's repository weights forward KL so.
+  """
+  return pass_rate_P * (1 - pass_rate_P)
+
+
+def agreement(student_head, guide_head, batch, hp):
+  """How near two models are on the same tokens: {name: value_BT}, in nats or shares.
+
+  What condition C2 of arXiv 2605.12483 asks for and leaves unmeasured: both divergences, the top-k
+  sets (hp.top_k) and the mass on what they share, both entropies, and the lengths of the two
+  objectives' gradients in the student's logits. `update.compare` runs it.
+  """
+  def value(f, *more):
+    return blockwise.divergence(lambda s, t: f(s, t, *more), student_head, guide_head,
+                                batch.weight_BT, hp.block)[1]
+  return {
+      "forward_kl": value(kl.forward_kl), "reverse_kl": value(kl.reverse_kl),
+      "overlap": value(kl.top_k_overlap, hp.top_k),
+      "student_mass": value(kl.overlap_mass, hp.top_k),
+      "teacher_mass": value(lambda s, t: kl.overlap_mass(t, s, hp.top_k)),
+      "student_entropy": logp(student_head, batch, hp)[1],
+      "teacher_entropy": logp(guide_head, batch, hp)[1],
+      "forward_kl_gradient": value(kl.forward_kl_gradient_norm),
+      "reverse_kl_gradient": value(kl.reverse_kl_gradient_norm)}
+
+
 READS = {
     negative_log_likelihood: ("block",),
     clipped_surrogate: ("block", "clip_low", "clip_high", "kl", "kl_coef"),

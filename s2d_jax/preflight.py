@@ -24,7 +24,7 @@ class Cost(NamedTuple):
   program: str
   arguments: int
   temporaries: int
-  output: int
+  output: int  # beyond what reuses the arguments' memory
 
 
 def abstract_role(config, role, mesh):
@@ -41,6 +41,8 @@ def costs(config, stages=recipe.STAGES):
   doctor.check_config(config, table)
   stop_ids = chat.Chat(config.student, **config.template).eos_ids
   for name, hp in config.stages.items():
+    if hp.steps == 0:  # left out
+      continue
     row = table[name]
     learner = abstract_role(config, row.learner, mesh)
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
@@ -52,16 +54,19 @@ def costs(config, stages=recipe.STAGES):
         else abstract_role(config, row.actor, mesh),
         guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
         given=() if row.actor == "given" else None, reward=None, advantages=None,
+        judge=learner if row.weigh else None, weigh=row.weigh, passes=None,
         objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
         validate=None, text=None)
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
     found = {"score": programs.score, "update": programs.step}
+    if programs.judge is not None:
+      found = {"judge": programs.judge.compiled, **found}
     if programs.draw is not None:
       found = {"sample": programs.draw.compiled, **found}
     for program, compiled in found.items():
       memory = compiled.memory_analysis()
       yield Cost(name, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-                 memory.output_size_in_bytes)
+                 memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def main(config, topology):
@@ -78,7 +83,8 @@ def main(config, topology):
         print(f"{cost.stage:<16}{cost.program:<10}{cost.arguments:>14,}{cost.temporaries:>14,}"
               f"{cost.output:>14,}", flush=True)
   except ValueError as error:
-    sys.exit(f"s2d_jax: {error}")
+    print(f"s2d_jax: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from s2d_jax import chat, checkpoint, doctor, manifest, objectives, stage, train
@@ -30,6 +31,7 @@ class Stage(NamedTuple):
   guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
   objective: Callable
   reward: bool         # True where the samples' rewards are consulted, and so labels are spent
+  weigh: Callable | None = None  # pass rates of the learner's start -> a weight for each prompt
 
 
 class Task(NamedTuple):
@@ -43,20 +45,59 @@ STAGES = (
     Stage("teacher_grpo", "teacher", "teacher", "reference", objectives.clipped_surrogate, True),
     Stage("teacher_sft", "given", "teacher", None, objectives.negative_log_likelihood, False),
     Stage("forward_kl", "teacher", "student", "teacher", objectives.forward_kl, False),
+    Stage("weighted_fkl", "teacher", "student", "teacher", objectives.forward_kl, False,
+          objectives.learnable),
     Stage("sft", "teacher", "student", None, objectives.negative_log_likelihood, False),
     Stage("reverse_kl", "student", "student", "teacher", objectives.reverse_kl, False),
     Stage("student_grpo", "student", "student", "reference", objectives.clipped_surrogate, True),
 )
 
-# Each row with the labelled problems it draws: "all", or the fixed halves "1h" and "2h".
+# Each row with the labelled problems it draws, "all" or the fixed halves "1h" and "2h", and where
+# it is not its own, the rows whose steps it takes: arms that leave a half of the bridge out make as
+# many updates as the whole.
+BRIDGE = ("forward_kl", "reverse_kl")
+
+
+def _bridge(split):
+  return tuple((row, split) for row in BRIDGE)
+
+
 ARMS = {
     "untrained": (),
     "cold_grpo": (("student_grpo", "all"),),
-    "raw_bridge": (("forward_kl", "all"), ("reverse_kl", "all")),
-    "bridge": (("teacher_grpo", "all"), ("forward_kl", "all"), ("reverse_kl", "all")),
-    "half_bridge_grpo_2h": (("teacher_grpo", "1h"), ("forward_kl", "1h"), ("reverse_kl", "1h"),
-                            ("student_grpo", "2h")),
+    "cold_grpo_2h": (("student_grpo", "2h"),),
+    "raw_bridge": _bridge("all"),
+    "bridge": (("teacher_grpo", "all"), *_bridge("all")),
+    "opd_only": (("teacher_grpo", "all"), ("reverse_kl", "all", BRIDGE)),
+    "sft_only": (("teacher_grpo", "all"), ("sft", "all", BRIDGE)),
+    "fkl_only": (("teacher_grpo", "all"), ("forward_kl", "all", BRIDGE)),
+    "weighted_fkl": (("teacher_grpo", "all"), ("weighted_fkl", "all", BRIDGE)),
+    "sft_teacher_bridge": (("teacher_sft", "all"), *_bridge("all")),
+    "half_bridge": (("teacher_grpo", "1h"), *_bridge("1h")),
+    "half_bridge_grpo_2h": (("teacher_grpo", "1h"), *_bridge("1h"), ("student_grpo", "2h")),
+    "half_bridge_replay_1h": (("teacher_grpo", "1h"), *_bridge("1h"), ("student_grpo", "1h")),
+    "half_opd_grpo_2h": (("teacher_grpo", "1h"), ("reverse_kl", "1h", BRIDGE),
+                         ("student_grpo", "2h")),
+    "half_sft_grpo_2h": (("teacher_grpo", "1h"), ("sft", "1h", BRIDGE), ("student_grpo", "2h")),
 }
+
+# Arms that are compared with each other, and so must train their students by equal budgets.
+MATCHED = (
+    ("raw_bridge", "bridge", "opd_only", "sft_only", "fkl_only", "weighted_fkl",
+     "sft_teacher_bridge", "half_bridge"),
+    ("half_bridge_grpo_2h", "half_bridge_replay_1h", "half_opd_grpo_2h", "half_sft_grpo_2h"),
+    ("cold_grpo", "cold_grpo_2h"),
+)
+
+
+class Budget(NamedTuple):
+  """What a contrast holds equal: optimizer updates of the student and sequences they learned from,
+  under a dense signal (a teacher's distribution or samples) and under reward."""
+  dense_updates: int = 0
+  dense_sequences: int = 0
+  rewarded_updates: int = 0
+  rewarded_sequences: int = 0
+
 
 def arithmetic(config):
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
@@ -74,7 +115,7 @@ def math(config):
     if split not in config.data:
       raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(config.data)}.")
-    return sources.jsonl(config.data[split])
+    return sources.solved(sources.jsonl(config.data[split]), config.data.get("solutions"))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
               math_reward.reward)
 
@@ -95,6 +136,49 @@ def task(config):
   return TASKS[config.task](config)
 
 
+def expand(config):
+  """The configs of a sweep, [config] without one.
+
+  `config.sweep` is a list of flat overrides such as {"seed": 1, "stages.sft.optim.lr": 1e-3}; each
+  makes a config of its own, and a shared work folder shares the stages they have in common.
+
+  Raises:
+    ValueError: an override names no key, or has a value of another type.
+  """
+  if "sweep" not in config:
+    return [config]
+  configs = []
+  for changes in config.sweep:
+    made = config.copy_and_resolve_references()
+    with made.unlocked():
+      del made.sweep
+    made.lock()  # an override that names no key is then an error
+    try:
+      made.update_from_flattened_dict(changes)
+    except (KeyError, TypeError, AttributeError) as error:
+      raise ValueError(f"config.sweep has {dict(changes)}, which does not fit the config "
+                       f"({str(error).splitlines()[0]}): name its keys, with values of their "
+                       "types.") from error
+    configs.append(made)
+  if not configs:
+    raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
+  return configs
+
+
+def outline(plans, sweep, workdir):
+  """What `walk` would do with these plans, in lines: the overrides of each, and how many stages."""
+  lines, seen = [], {}
+  for made, changes in zip(plans, sweep, strict=True):
+    new = [name for name in made.nodes if name not in seen]
+    seen |= made.nodes
+    lines.append(f"{changes or 'as configured'}: arms {', '.join(made.arms)}; "
+                 f"{len(made.nodes)} stages, {len(made.nodes) - len(new)} of them shared with "
+                 "the runs above")
+  done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in seen)
+  return [*lines, f"{len(plans)} runs, {len(seen)} distinct stages, {done} of them finished in "
+          f"{workdir}"]
+
+
 # What a stage's result does not depend on, up to rounding and logging.
 UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")
 
@@ -107,7 +191,19 @@ class Node(NamedTuple):
   actor: str | None    # None: the learner samples, or solutions are given
   learner: str
   guide: str | None
+  hp: Any              # the row's config, its steps as the arm has them
   inputs: dict
+
+  def budget(self):
+    """The part of its arm's Budget that this stage is, as the config has it."""
+    return self.spent(self.hp.steps * self.hp.epochs * self.hp.minibatches,
+                      self.hp.steps * self.hp.prompts * self.hp.sampling.samples_per_prompt)
+
+  def spent(self, updates, sequences):
+    """A Budget of those updates and sequences, where this stage trains the student."""
+    if self.stage.learner != "student":
+      return Budget()
+    return Budget(0, 0, updates, sequences) if self.stage.reward else Budget(updates, sequences)
 
 
 class Plan(NamedTuple):
@@ -164,24 +260,32 @@ def plan(config, task, stages=STAGES, arms=ARMS):
   for arm in chosen:
     if arm not in arms:
       raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
-    for row, _ in arms[arm]:
-      if row not in config.stages:
-        raise ValueError(f"the arm {arm} needs config.stages.{row}: add it, or drop the arm.")
+    for row, _, *takes in arms[arm]:
+      for needed in (row, *sum(takes, ())):
+        if needed not in config.stages:
+          raise ValueError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
   if not chosen:
     raise ValueError(f"config.arms is empty: choose from {', '.join(arms)}.")
   talk, bases = doctor.check_pair(config)
   prompts, problems = doctor.check_problems(config, task, talk)
-  prompts |= _halves(prompts["labelled"], config.half_seed)
+  kept = order.share(np.array([p.id for p in prompts["labelled"]]), config.half_seed,
+                     config.label_share)
+  prompts |= _halves([p for p, k in zip(prompts["labelled"], kept, strict=True) if k],
+                     config.half_seed)
   made = Plan(config, task, talk, prompts, problems, bases, {}, {}, {})
   for arm in chosen:
     at = {"teacher": "teacher", "student": "student"}
-    made.arms[arm] = [_place(made, table[row], split, at) for row, split in arms[arm]]
+    placed = [_place(made, table[row], split, at, *takes) for row, split, *takes in arms[arm]]
+    made.arms[arm] = [name for name in placed if name is not None]
     made.rows[arm] = {arm: at["student"]}
   if "untrained" in chosen:
     shaped = {f"teacher after {node.stage.name} ({node.split})": name
               for name, node in made.nodes.items() if node.stage.learner == "teacher"}
     made.rows["untrained"] = {"untrained student": "student", "untrained teacher": "teacher",
                               **shaped}
+  budgets = {arm: _sum(made.nodes[name].budget() for name in names)
+             for arm, names in made.arms.items()}
+  _check_budgets(budgets, "by their config: give them equal steps, prompts and samples")
   return made
 
 
@@ -222,9 +326,18 @@ def guided(row, hp):
   return row.guide is not None and not (penalty and (hp.kl == "none" or hp.kl_coef == 0))
 
 
-def _place(made, row, split, at):
-  """Adds a row's node to the plan, moves its learner in `at`, and returns the node's name."""
-  hp, config, prompts = made.config.stages[row.name], made.config, made.prompts[split]
+def _place(made, row, split, at, takes=()):
+  """Adds a row's node to the plan, moves its learner in `at`, and returns the node's name.
+
+  A row of 0 steps is left out: None. With `takes`, its steps are those of these rows together.
+  """
+  config, prompts = made.config, made.prompts[split]
+  hp = config.stages[row.name].copy_and_resolve_references()
+  if takes:
+    with hp.unlocked():
+      hp.steps = sum(config.stages[name].steps for name in takes)
+  if hp.steps == 0:
+    return None
   if hp.prompts > len(prompts):
     raise ValueError(f"config.stages.{row.name}.prompts is {hp.prompts} and the split {split} has "
                      f"{len(prompts)} problems: lower it.")
@@ -236,19 +349,21 @@ def _place(made, row, split, at):
   guide = learner if row.guide == "reference" else at.get(row.guide)
   if not guided(row, hp):
     guide = None
-  facts = [(p.id, p.tokens, made.problems[p.id]["answer"] if row.reward else None,
+  checked = row.reward or row.weigh is not None
+  facts = [(p.id, p.tokens, made.problems[p.id]["answer"] if checked else None,
             made.problems[p.id].get("solution") if row.actor == "given" else None)
            for p in prompts]
   inputs = {
       "row": [row.name, row.actor, row.learner, row.guide],
-      "objective": source_of(row.objective), "task": made.task_identity() if row.reward else None,
+      "objective": source_of(row.objective), "weigh": row.weigh and source_of(row.weigh),
+      "task": made.task_identity() if checked else None,
       "config": {k: v for k, v in hp.to_dict().items() if k not in UNHASHED},
       "seed": config.seed, "dtype": config.dtype, "tokenizer": made.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
       "parents": {name: role and made.identity(role) for name, role in
                   (("actor", actor), ("learner", learner), ("guide", guide))}}
   name = manifest.name(row.name, inputs)
-  made.nodes.setdefault(name, Node(name, row, split, actor, learner, guide, inputs))
+  made.nodes.setdefault(name, Node(name, row, split, actor, learner, guide, hp, inputs))
   at[row.learner] = name
   return name
 
@@ -276,8 +391,8 @@ def check_folders(made, workdir):
     ValueError: a manifest disagrees with its folder's name, or is none.
   """
   workdir = epath.Path(workdir)
-  scores = workdir.iterdir() if workdir.exists() else ()
-  for name in (*made.nodes, *(p.name for p in scores if p.name.startswith("eval-"))):
+  finished = workdir.iterdir() if workdir.exists() else ()
+  for name in (*made.nodes, *(p.name for p in finished if p.name.startswith(("eval-", "probe-")))):
     manifest.read(workdir / name)
 
 
@@ -287,14 +402,21 @@ def walk(made, workdir):
   Raises:
     SystemExit: code `train.RETRY`, told to stop, with everything saved.
   """
-  workdir = epath.Path(workdir)
+  workdir, probes = epath.Path(workdir), {}
   with train.termination() as stop:
     for name, node in made.nodes.items():
+      before = _probe(made, node, node.learner, workdir)
+      _warn(made, node, before, workdir)
       if manifest.read(workdir / name) is not None:
         checkpoint.drop_steps(workdir / name)  # where a kill came between the manifest and this
       else:
         stage.train_node(made, node, workdir, stop)
+      after = None if node.stage.reward else _probe(made, node, name, workdir)
+      probes[name] = {"stage": name, "before": before, "after": after}
       _leave(stop)
+    _check_budgets({arm: _sum(_spent(made.nodes[name], workdir) for name in names)
+                    for arm, names in made.arms.items()},
+                   "by their ledgers: delete the stages of one and run it again")
     for arm in made.arms:
       _check_labels(made, arm, workdir)
       rows = []
@@ -302,7 +424,10 @@ def walk(made, workdir):
         rows.append({"label": label, "score": stage.evaluate(made, role, workdir),
                      "stages": made.ancestors(role)})
         _leave(stop)
-      entry = {"arm": arm, "seed": made.config.seed, "rows": rows}
+      entry = {"arm": arm, "seed": made.config.seed, "rows": rows,
+               "config": {k: v for k, v in made.config.to_dict().items()
+                          if k not in ("arms", "seed", "mesh")},
+               "probes": [probes[name] for name in made.arms[arm] if probes[name]["before"]]}
       path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
       if checkpoint.leader() and not path.exists():  # its age is its place in the report
         checkpoint.write_json(path, entry)
@@ -312,6 +437,58 @@ def walk(made, workdir):
 def _leave(stop):
   if stop():
     raise SystemExit(train.RETRY)
+
+
+def _probe(made, node, role, workdir):
+  """The probe of a role beside a stage: with the stage's teacher where it distils one."""
+  if node.stage.actor == "given":
+    return None
+  guide = None if node.stage.reward else node.guide or node.actor
+  return stage.probe(made, role, guide, workdir)
+
+
+def _warn(made, node, before, workdir):
+  """Says before a stage begins that what the method asks for is not there."""
+  if before is None:
+    return
+  found = checkpoint.read_json(workdir / before / "result.json")
+  mixed = found["student"]["mixed_groups"]
+  if node.stage.reward and mixed < 0.5:
+    logging.warning("%s: %.0f %% of its groups of %d would be mixed, and the others teach nothing "
+                    "(most groups are constant).", node.name, 100 * mixed, made.config.probe.group)
+  guide = node.guide or node.actor
+  if "teacher" in found and guide in made.nodes:
+    raw = checkpoint.read_json(workdir / stage.probe(made, "teacher", None, workdir)
+                               / "result.json")["student"]["pass_rate"]
+    if found["teacher"]["pass_rate"] <= raw:
+      logging.warning("%s: its teacher solves %.1f %% of the probe's problems and the untouched "
+                      "one %.1f %% (the teacher did not improve).", node.name,
+                      100 * found["teacher"]["pass_rate"], 100 * raw)
+
+
+def _sum(budgets):
+  """Budgets added up."""
+  return Budget(*map(sum, zip(Budget(), *budgets, strict=True)))
+
+
+def _spent(node, workdir):
+  """A finished stage's part of its arm's Budget, from its ledger."""
+  ledger = checkpoint.read_json(workdir / node.name / "ledger.json")
+  return node.spent(ledger["updates"], ledger["sequences"])
+
+
+def _check_budgets(budgets, how):
+  """Asserts that arms which are compared train their students equally.
+
+  Raises:
+    ValueError: two arms of one contrast have unequal budgets.
+  """
+  for group in MATCHED:
+    arms = [arm for arm in group if arm in budgets]
+    for arm in arms[1:]:
+      if budgets[arm] != budgets[arms[0]]:
+        raise ValueError(f"{arms[0]} and {arm} are compared and have unequal budgets "
+                         f"({budgets[arms[0]]} and {budgets[arm]}) {how}.")
 
 
 def _check_labels(made, arm, workdir):

@@ -10,6 +10,8 @@ import pathlib
 import tempfile
 import zlib
 
+import numpy as np
+
 from s2d_jax import (
   checkpoint,
   evals,
@@ -22,6 +24,7 @@ from s2d_jax import (
   sampler,
   sharding,
   train,
+  update,
 )
 from s2d_jax.models import hf
 
@@ -70,7 +73,7 @@ def _export(folder, *saved):
 def _work(made, node, workdir, mesh):
   """Everything `train.run` needs to know of a node."""
   config, row = made.config, node.stage
-  hp, seed = config.stages[row.name], config.seed
+  hp, seed = node.hp, config.seed
   learner = _load(made, node.learner, workdir, mesh)
   frozen = {role: _load(made, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
   return train.Work(
@@ -78,11 +81,15 @@ def _work(made, node, workdir, mesh):
       width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
       actor=frozen.get(node.actor), guide=frozen.get(node.guide),
       given=_given(made, hp) if row.actor == "given" else None,
-      reward=made.reward if row.reward else None,
+      reward=made.reward if row.reward or row.weigh else None,
       advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
+      judge=_load(made, node.learner, workdir, mesh) if row.weigh else None, weigh=row.weigh,
       objective=row.objective, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.axes(learner.model.config)),
-      store=lambda: rollout.Store(workdir / _rollouts(made, node), checkpoint.write),
+      store=lambda: rollout.Store(workdir / _rollouts(made, node.actor, node.hp),
+                                  checkpoint.write),
+      passes=lambda: rollout.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
+                                   checkpoint.write),
       validate=_validation(made, learner) if hp.eval_every else None,
       text=made.chat.decode)
 
@@ -101,12 +108,12 @@ def _load(made, role, workdir, mesh):
   return train.Role(model, checkpoint.load_final(workdir / role, abstract))
 
 
-def _rollouts(made, node):
+def _rollouts(made, actor, hp, kind="rollouts"):
   """The folder of a frozen actor's rollouts; samples_per_prompt does not name a row, so is out."""
-  how = made.config.stages[node.stage.name].sampling.to_dict()
+  how = hp.sampling.to_dict()
   how.pop("samples_per_prompt")
-  return manifest.name("rollouts", {
-      "actor": made.identity(node.actor), "sampling": how, "seed": made.config.seed,
+  return manifest.name(kind, {
+      "actor": made.identity(actor), "sampling": how, "seed": made.config.seed,
       "prompts": manifest.digest(made.prompts["all"]), "width": made.config.prompt_tokens,
       "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype})
 
@@ -120,11 +127,17 @@ def _given(made, hp):
   return draw
 
 
+def _hashed(config):
+  """A scoring block without what changes no score: batch sizes and how many samples are kept."""
+  return {k: v for k, v in config.to_dict().items()
+          if k not in ("prompts", "log_samples", "microbatches", "block")}
+
+
 def evaluate(made, role, workdir):
   """Scores a role's weights on the evaluation split, once; returns the folder's name."""
   config, mesh = made.config.evaluation, sharding.current_mesh()
   prompts = made.prompts[config.split]
-  inputs = {"weights": made.identity(role), "evaluation": config.to_dict(),
+  inputs = {"weights": made.identity(role), "evaluation": _hashed(config),
             "dtype": made.config.dtype, "seed": made.config.seed,
             "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
             "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
@@ -140,6 +153,60 @@ def evaluate(made, role, workdir):
                             {"inputs": inputs, **manifest.provenance(mesh)})
     checkpoint.barrier(folder.name)
   return folder.name
+
+
+def probe(made, role, guide, workdir):
+  """Measures a role's weights before or after a stage, once; returns the folder's name, or None.
+
+  On config.probe.problems of a split whose answers no arm buys: how often the model is right, how
+  many groups are mixed, how long it writes; and with a `guide` (a role), how near the two are on
+  the text of each (`objectives.agreement`). Probes are diagnostics: no ledger charges them.
+  """
+  config, mesh = made.config.probe, sharding.current_mesh()
+  if config.problems == 0:
+    return None
+  prompts = made.prompts[config.split][: config.problems]
+  inputs = {"weights": made.identity(role), "guide": guide and made.identity(guide),
+            "probe": _hashed(config), "dtype": made.config.dtype, "seed": made.config.seed,
+            "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
+            "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
+                                         for p in prompts])}
+  folder = workdir / manifest.name("probe", inputs)
+  if manifest.read(folder) is None:
+    result = _measured(made, role, guide, prompts, workdir, mesh)
+    if checkpoint.leader():
+      checkpoint.write_json(folder / "result.json", metrics.plain(result))
+      checkpoint.write_json(folder / "manifest.json",
+                            {"inputs": inputs, **manifest.provenance(mesh)})
+    checkpoint.barrier(folder.name)
+  return folder.name
+
+
+def _measured(made, role, guide, prompts, workdir, mesh):
+  """{"student": {...}, and with a guide "teacher": {...}}: each one's text, and both upon it."""
+  config = made.config.probe
+  models_ = {"student": _load(made, role, workdir, mesh)}
+  if guide is not None:
+    models_["teacher"] = _load(made, guide, workdir, mesh)
+    compared = update.compare(models_["student"].model, models_["teacher"].model,
+                              objectives.agreement, config)
+  found = {}
+  for name, (model, params) in models_.items():
+    draw = sampler.make(model, params, train.sampling(config.sampling, made.chat.eos_ids),
+                        config.prompts, made.config.prompt_tokens)
+    correct_PG, rows = evals.solve(draw, params, prompts, made.reward,
+                                   (made.config.seed, zlib.crc32(b"probe")))
+    found[name] = dict(evals.text(correct_PG, rows, config.group))
+    if guide is not None:
+      size, parts = config.prompts * config.sampling.samples_per_prompt, []
+      batch = rollout.batch(rows)
+      for b in range(0, len(rows.prompt_id_B), size):
+        part = rollout.Batch(*(x[b: b + size] for x in batch))
+        parts.append(sharding.fetch(compared(models_["student"].params, models_["teacher"].params,
+                                             sharding.put_batch(part, mesh))))
+      values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+      found[name] |= dict(evals.agreement(values, batch.weight_BT))
+  return found
 
 
 def _scores(made, learner, prompts):

@@ -47,11 +47,14 @@ class Work(NamedTuple):
   guide: Role | None
   given: Callable | None   # prompts -> Rollout of given solutions; then nobody samples
   reward: Callable | None  # (prompt id, response ids) -> float; None: no label is spent
-  advantages: Callable     # reward_PG -> advantage_PG
+  advantages: Callable | None  # reward_PG -> advantage_PG; None: rewards only weigh the prompts
+  judge: Role | None       # the learner's start, where its pass rates weigh the prompts
+  weigh: Callable | None   # pass_rate_P -> weight_P
   objective: Callable
   logp: Callable           # as `update.score` takes it
   optimizer: Any
   store: Callable          # () -> rollout.Store of a frozen actor
+  passes: Callable         # () -> rollout.Store of the judge
   validate: Callable       # params -> iterable of (name, value)
   text: Callable           # ids -> str, for the samples log
 
@@ -59,6 +62,7 @@ class Work(NamedTuple):
 class Programs(NamedTuple):
   """Everything a stage runs on the device, compiled before the first step."""
   draw: Callable | None
+  judge: Callable | None
   score: Callable
   step: Callable
 
@@ -111,7 +115,8 @@ def run(work, beat, left, stop):
 def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
   """The steps themselves. Saves fall only between them."""
   hp = work.hp
-  store = None if work.actor is None else work.store()
+  stores = (None if work.actor is None else work.store(),
+            None if work.judge is None else work.passes())
   began, saved = start, start or None
   with metrics.compilations() as compiled, metrics.bar(work.name, start, hp.steps) as bar:
     for step in range(start, hp.steps):
@@ -128,7 +133,7 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
           _save(work.folder, steps, logs, step, state)
         raise SystemExit(RETRY)
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
-      state, new = _step(work, programs, store, state, step, logs, mesh)
+      state, new = _step(work, programs, stores, state, step, logs, mesh)
       row |= new
       _check(work, step, saved, row, compiled() - before)
       logs["metrics"].add(row)
@@ -142,19 +147,23 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
   return state
 
 
-def _step(work, programs, store, state, step, logs, mesh):
+def _step(work, programs, stores, state, step, logs, mesh):
   """One rollout batch: returns the new state and the step's metrics."""
   hp = work.hp
-  rows, reused = _draw(work, programs, store, state, step)
-  problems = list(dict.fromkeys(rows.prompt_id_B.tolist()))
-  row, reward_B, advantage_B = {}, None, None
-  if work.reward is not None:
+  picked = [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
+                                              hp.prompts)]
+  rows, reused = _draw(work, programs, stores[0], state, step, picked)
+  row, reward_B, advantage_B, weight_B, judged = {}, None, None, None, None
+  if work.judge is not None:
+    weight_B, judged, row["pass_rate"] = _weigh(work, programs, stores[1], step, picked)
+    row["weighted"] = (weight_B > 0).mean()
+  if work.advantages is not None:
     reward_B = _rewards(work.reward, rows)
-    reward_PG = reward_B.reshape(len(problems), -1)
+    reward_PG = reward_B.reshape(len(picked), -1)
     advantage_B = np.asarray(work.advantages(reward_PG), np.float32).reshape(-1)
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     row |= {"reward": reward_B.mean(), "mixed_groups": mixed_P.mean()}
-  batch = rollout.batch(rows, hp.mean, advantage_B)
+  batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
   actor = state.params if work.actor is None else work.actor.params
   logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
   response_BT = batch.sequence_BT >= 0
@@ -166,7 +175,7 @@ def _step(work, programs, store, state, step, logs, mesh):
   row |= losses | {"tokens": int(rows.response_length_B.sum()),
                    "response_length": rows.response_length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}
-  logs["ledger"].add(_spent(work, step, problems, rows, length_B, reused))
+  logs["ledger"].add(_spent(work, step, picked, rows, length_B, reused, judged))
   for b in range(min(hp.log_samples, len(length_B))):
     logs["samples"].add({
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
@@ -177,12 +186,10 @@ def _step(work, programs, store, state, step, logs, mesh):
   return state, row
 
 
-def _draw(work, programs, store, state, step):
+def _draw(work, programs, store, state, step, picked):
   """The step's rollout, and how many of its tokens were sampled before."""
   hp = work.hp
   G = hp.sampling.samples_per_prompt
-  picked = [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
-                                              hp.prompts)]
   if work.given is not None:
     return work.given(picked), 0
   if store is None:
@@ -190,15 +197,35 @@ def _draw(work, programs, store, state, step):
     version = step * hp.epochs * hp.minibatches
     return programs.draw(state.params, picked, seed, weight_version=version), 0
   first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
-  samples = range(first, first + G)
+  rows, new_B = _stored(store, work, step, picked, range(first, first + G),
+                        lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
+                                                      first_sample=first))
+  return rows, int(rows.response_length_B[~new_B].sum())
+
+
+def _stored(store, work, step, picked, samples, draw):
+  """The rows of every (prompt, sample), drawn where the store lacks them; which are this step's."""
   missing, mine = store.missing(picked, samples), f"{epath.Path(work.folder).name}-{step:08d}"
   if missing:
-    new = programs.draw(work.actor.params, missing, (work.seed,), first_sample=first)
-    store.add(mine, new, checkpoint.leader())
+    store.add(mine, draw(missing), checkpoint.leader())
   rows, parts = store.get(picked, samples)
   # By the part's name, not by what was missing: a killed step, done again, is charged the same.
-  reused_B = np.array([part != mine for part in parts])
-  return rows, int(rows.response_length_B[reused_B].sum())
+  return rows, np.array([part == mine for part in parts])
+
+
+def _weigh(work, programs, store, step, picked):
+  """(weight of each row, what the judge's new samples cost, mean pass rate).
+
+  A prompt's pass rate is that of the learner's start, on hp.pass_samples of its samples, which are
+  drawn and checked once, when a step first draws the prompt.
+  """
+  seed = (work.seed, zlib.crc32(b"pass rate"))
+  rows, new_B = _stored(store, work, step, picked, range(work.hp.pass_samples),
+                        lambda missing: programs.judge(work.judge.params, missing, seed))
+  pass_rate_P = _rewards(work.reward, rows).reshape(len(picked), -1).mean(axis=1)
+  weight_B = np.repeat(work.weigh(pass_rate_P), work.hp.sampling.samples_per_prompt)
+  new = rollout.take(rows, new_B)
+  return weight_B.astype(np.float32), new, pass_rate_P.mean()
 
 
 def _rewards(reward, rows):
@@ -238,20 +265,27 @@ def _gap(logp_BT, sampler_logp_BT, response_BT):
   return {"logp_gap_mean": gap.mean(), "logp_gap_max": gap.max()}
 
 
-def _spent(work, step, problems, rows, length_B, reused):
-  """The step's ledger row."""
+def _spent(work, step, picked, rows, length_B, reused, judged):
+  """The step's ledger row; `judged` are the rows of the judge that the step drew, or None."""
   hp, tokens = work.hp, int(rows.response_length_B.sum())
   learner = ledger.forward_flops(work.learner.model.config, length_B)
   actor = learner if work.actor is None else ledger.forward_flops(work.actor.model.config, length_B)
   guide = 0.0 if work.guide is None else ledger.forward_flops(work.guide.model.config, length_B)
   sampled = 0 if work.given is not None else tokens - reused
-  share = sampled / max(tokens, 1)
+  share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
+  problems, flops = [p.id for p in picked], 0.0
+  labels = problems if work.advantages is not None or work.given is not None else []
+  if judged is not None:
+    labels = list(dict.fromkeys(judged.prompt_id_B.tolist()))
+    sampled += int(judged.response_length_B.sum())
+    flops = ledger.forward_flops(work.learner.model.config,
+                                 judged.prompt_length_B + judged.response_length_B)
   return ledger.row(
-      step, problems, work.reward is not None or work.given is not None, sequences=len(length_B),
+      step, problems, labels, sequences=len(length_B), updates=hp.epochs * hp.minibatches,
       tokens_sampled=sampled, tokens_reused=reused, tokens_discarded=0,
       tokens_trained=hp.epochs * tokens,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=actor * (share + 1) + hp.epochs * (3 * learner + guide))
+      flops=flops + actor * (share + 1) + hp.epochs * (3 * learner + guide))
 
 
 def _save(folder, steps, logs, step, state):
@@ -289,15 +323,21 @@ def compile_programs(work, state, mesh):
   draw = None
   if work.given is None:
     draw = sampler.make(actor.model, params, how, hp.prompts, work.width)
+  judge = None
+  if work.judge is not None:
+    judge = sampler.make(work.learner.model, work.judge.params,
+                         how._replace(samples_per_prompt=hp.pass_samples), hp.prompts, work.width)
   rows = hp.prompts * how.samples_per_prompt
   width = work.width + how.max_tokens - 1
   _summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
+  if judge is not None:
+    _summed_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
   score = update.score(actor.model, work.logp, hp)
   step = update.make(work.learner.model, None if work.guide is None else work.guide.model,
                      work.objective, work.optimizer, hp, update.shardings(state))
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
   return Programs(
-      draw,
+      draw, judge,
       score.lower(sharding.abstract(params), _abstract_batch(rows, width, mesh)).compile(),
       step.lower(sharding.abstract(state), guide,
                  _abstract_batch(rows // hp.minibatches, width, mesh)).compile())

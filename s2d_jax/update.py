@@ -138,6 +138,30 @@ def score(model, logp, hp):
   return scored
 
 
+def compare(model, guide_model, measure, hp):
+  """Jitted (params, guide_params, batch) -> {name: value_BT}: two models on the same tokens.
+
+  Args:
+    model, guide_model: the two; neither is trained.
+    measure: measure(head, guide_head, batch, hp) -> {name: value_BT}, as `objectives.agreement`.
+    hp: microbatches, and what `measure` reads.
+
+  The results are replicated, so that every host reads the same.
+  """
+  mesh = sharding.current_mesh()
+
+  @functools.partial(jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh))
+  def compared(params, guide_params, batch):
+    def on_microbatch(microbatch):
+      microbatch = _spread(microbatch)
+      return measure(_head(model, params, microbatch),
+                     _head(guide_model, guide_params, microbatch), microbatch, hp)
+
+    return _spread(_join(jax.lax.map(on_microbatch, _split(batch, hp.microbatches))))
+
+  return compared
+
+
 def _head(model, params, batch):
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)

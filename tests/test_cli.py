@@ -50,11 +50,12 @@ def test_diagnosis_lists_models_problems_and_chains(config):
     ("teacher", "nowhere", "nowhere is not a folder: "),
     ("prompt_tokens", 12, "takes 13 tokens and its window is 12: raise config.prompt_tokens."),
 ])
-def test_a_wrong_config_ends_in_one_sentence(config, key, value, said):
+def test_a_wrong_config_ends_in_one_sentence(config, capsys, key, value, said):
   config[key] = value
   with pytest.raises(SystemExit) as error:
     cli.diagnosis(config)
-  sentence = error.value.code
+  assert error.value.code == 2
+  sentence = capsys.readouterr().err.rstrip("\n")
   assert re.fullmatch(r"s2d_jax: [^\n]+[:,;] [^\n]+\.", sentence) and said in sentence
   assert not re.search(r"[.!?] +[A-Z]", sentence)
 

@@ -85,7 +85,7 @@ def test_a_good_config_is_planned(config):
   assert set(made.arms) == set(config.arms.split(","))
 
 
-BLOCKS = ["", "validation", "validation.sampling", "evaluation", "evaluation.sampling",
+BLOCKS = ["", "validation", "validation.sampling", "probe", "evaluation", "evaluation.sampling",
           "stages.teacher_grpo", "stages.sft", "stages.reverse_kl.optim",
           "stages.forward_kl.sampling"]
 
@@ -144,7 +144,14 @@ VALUES = [
     ("stages.reverse_kl.minibatches", 3, r"reverse_kl draws 16 rows a step, .* 3 x 1"),
     ("stages.sft.microbatches", 32, r"config.stages.sft draws 16 rows a step, .* 1 x 32"),
     ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to 1 or more."),
-    ("stages.sft.steps", 0, "config.stages.sft.steps is 0: set it to 1 or more."),
+    ("stages.sft.steps", -1, "config.stages.sft.steps is -1: set it to 1 or more, or to 0"),
+    ("label_share", 0.0, "config.label_share is 0.0: choose it above 0, up to 1"),
+    ("mesh", (0, 1, 1), r"config.mesh is \(0, 1, 1\): give three sizes of at least 1"),
+    ("probe.split", "labelled", "config.probe.split is 'labelled', which arms learn from"),
+    ("probe.group", 9, "config.probe.group is 9 and 2 samples are drawn: raise"),
+    ("probe.problems", 3, "config.probe.problems is 3: make it a multiple of config.probe.prompts"),
+    ("probe.problems", 400, "probe.problems is 400 and the split validation has 8: lower it."),
+    ("stages.weighted_fkl.pass_samples", 0, "weighted_fkl.pass_samples is 0: set it to 1 or more."),
     ("stages.sft.save_every", 0, "config.stages.sft.save_every is 0: set it to 1 or more."),
     ("stages.sft.block", 0, "config.stages.sft.block is 0: set it to 1 or more."),
     ("stages.sft.mean", "word", "mean is 'word': set it to one of"),

@@ -52,10 +52,40 @@ def test_scores_by_hand():
   np.testing.assert_allclose([v.estimate for v in found.values()], [3 / 8, 3 / 8, 2 / 3, 1])
   assert all(v.low <= v.estimate <= v.high for v in found.values())
   assert found["avg@4"].low < 3 / 8 < found["avg@4"].high
-  wider = dict(evals.scores(correct_PG, (), seed=0, draws=200, level=0.99))
-  assert list(wider) == ["avg@4"] and wider["avg@4"].low < found["avg@4"].low
-  assert dict(evals.scores(correct_PG, (), 1, 200, 0.9)) != dict(
-      evals.scores(correct_PG, (), 0, 200, 0.9))
+  many = np.tile(correct_PG, (8, 1))
+  narrow, wider, other = (dict(evals.scores(many, (), seed, 200, level))["avg@4"]
+                          for seed, level in ((0, 0.9), (0, 0.99), (1, 0.9)))
+  assert wider.low < narrow.low and other != narrow
+
+
+def test_mixed_groups_by_hand():
+  # Of 4 samples 0, 1, 2 and 4 right; of the 6 pairs, 0, 3, 4 and 0 have one of each.
+  correct_PG = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+  np.testing.assert_allclose(evals.mixed(correct_PG, 2), [0, 3 / 6, 4 / 6, 0])
+
+
+def test_mixed_groups_are_unbiased():
+  # Over c ~ Binomial(16, p) they average to 1 − p^8 − (1 − p)^8.
+  p, rng = 0.15, np.random.default_rng(0)
+  value_P = evals.mixed(rng.random((100_000, 16)) < p, 8)
+  want, error = 1 - p**8 - (1 - p) ** 8, value_P.std() / np.sqrt(len(value_P))
+  assert abs(value_P.mean() - want) < 4 * error
+
+
+def test_a_models_own_text_by_hand():
+  correct_PG, rows = evals.solve(Told(), "weights", PROMPTS, reward, (0,))
+  assert dict(evals.text(correct_PG, rows, 2)) == pytest.approx({
+      "pass_rate": 4 / 6, "mixed_groups": 2 / 3, "response_length": 11 / 6, "stopped": 1.0})
+
+
+def test_agreement_by_hand():
+  # Two hundred tokens count and the worst two have 90 of 288 of the gradients' length.
+  gradient_BT = np.concatenate([np.ones((1, 198)), [[40, 50, 1e6]]], axis=1)
+  weight_BT = np.concatenate([np.ones((1, 200)), [[0]]], axis=1)
+  value_BT = np.concatenate([np.full((1, 200), 0.25), [[9]]], axis=1)
+  found = dict(evals.agreement({"kl": value_BT, "kl_gradient": gradient_BT}, weight_BT))
+  assert set(found) == {"kl", "kl_gradient_worst"}
+  np.testing.assert_allclose([found["kl"], found["kl_gradient_worst"]], [0.25, 90 / 288])
 
 
 def test_more_tries_than_samples_are_refused():

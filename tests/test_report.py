@@ -14,10 +14,11 @@ COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_trained": 0, "tokens_gui
           "flops": 0.0, "device_seconds_used": 0.0, "device_seconds_lost": 0.0}
 
 
-def stage(run, name, labels=(), revision=REVISION, metrics=(), **counts):
+def stage(run, name, labels=(), revision=REVISION, metrics=(), inputs=None, **counts):
   checkpoint.write_json(run / name / "ledger.json",
                         {**COUNTS, "labels": list(labels), "label_uses": len(labels), **counts})
-  checkpoint.write_json(run / name / "manifest.json", {"inputs": {}, "revision": revision})
+  inputs = {"row": [name], "seed": 0, "parents": {}} | (inputs or {})
+  checkpoint.write_json(run / name / "manifest.json", {"inputs": inputs, "revision": revision})
   if metrics:
     lines = "".join(f"{row}\n".replace("'", '"') for row in metrics)
     checkpoint.write(run / name / "metrics" / "00000000.jsonl", lines)
@@ -30,7 +31,8 @@ def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="tes
   scores = {"greedy": [0.25, 0.2, 0.3], f"avg@{samples}": [0.5, 0.4, 0.625],
             f"pass@{samples}": [0.75, 0.7, 0.8], "pass@1": [0.5, 0.4, 0.6]}
   checkpoint.write_json(run / name / "result.json", {
-      "scores": scores, "correct": correct, "response_length": 12.345})
+      "scores": scores, "correct": correct, "greedy": [row[0] for row in correct],
+      "response_length": 12.345})
   evaluation = {"split": split, "level": 0.95,
                 "sampling": {"samples_per_prompt": samples, "temperature": 1.0}}
   checkpoint.write_json(run / name / "manifest.json", {
@@ -39,11 +41,12 @@ def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="tes
   return name
 
 
-def arm(run, name, rows, seed=0, at=0):
+def arm(run, name, rows, seed=0, at=0, config=None, probes=()):
   """rows: (label, folders of its stages, its score's folder); `at` orders the arms."""
-  path = run / "arms" / f"{name}-{seed}.json"
-  checkpoint.write_json(path, {"arm": name, "seed": seed, "rows": [
-      {"label": label, "stages": stages, "score": scored} for label, stages, scored in rows]})
+  path = run / "arms" / f"{name}-{seed}-{at}.json"
+  checkpoint.write_json(path, {
+      "arm": name, "seed": seed, "config": config or {"a": 1}, "probes": list(probes), "rows": [
+          {"label": label, "stages": stages, "score": scored} for label, stages, scored in rows]})
   os.utime(path, (at, at))
 
 
@@ -77,7 +80,7 @@ def table(text):
 
 def test_the_table_by_hand(ladder):
   head, *rows = table(report.markdown(report.read([ladder])))
-  assert head == ["arm", "seed", "greedy", "avg@2", "pass@1", "pass@2", "response tokens",
+  assert head == ["arm", "seeds", "greedy", "avg@2", "pass@1", "pass@2", "response tokens",
                   "labels: distinct", "uses", "tokens sampled", "trained", "by the guide",
                   "TFLOPs", "device-s", "lost"]
   scores = ["25.0 [20.0, 30.0]", "50.0 [40.0, 62.5]", "50.0 [40.0, 60.0]", "75.0 [70.0, 80.0]"]
@@ -97,7 +100,7 @@ def test_the_words_around_the_table(ladder):
 
 def verdicts(run):
   """{difference: (points, verdict)} of the second table."""
-  return {row[0]: (row[2], row[3]) for row in table(report.markdown(report.read([run])))
+  return {row[0]: (row[2], row[4]) for row in table(report.markdown(report.read([run])))
           if " − " in row[0]}
 
 
@@ -113,23 +116,126 @@ def test_paired_differences_have_a_sign(tmp_path):
   points, verdict = found["cold_grpo − raw_bridge"]
   assert verdict == "agrees" and points.startswith("50.0 [")
   assert found["half_bridge_grpo_2h − cold_grpo"][1] == "disagrees"
-  arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-9", half))])
+  other = np.repeat([[0, 0], [1, 1]], 20, axis=0).tolist()  # half of the answers, other problems
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-cold_grpo", other))])
   points, verdict = verdicts(tmp_path)["cold_grpo − raw_bridge"]
   assert verdict == "not resolved" and points.startswith("0.0 [-")
   assert len(found) == 5
 
 
-def test_seeds_are_compared_with_themselves(tmp_path):
-  other = tmp_path / "other"
+def two_seeds(tmp_path, other):
+  """bridge and cold_grpo in two work folders, one a seed; every stage is the seed's own."""
   for run, seed, right in ((tmp_path, 0, RIGHT), (other, 1, WRONG)):
-    arm(run, "bridge", [("bridge", [], score(run, "eval-a", right, seed=seed))], seed)
-    arm(run, "cold_grpo", [("cold_grpo", [], score(run, "eval-b", RIGHT, seed=seed))], seed)
+    one = stage(run, f"student_grpo-{seed}", inputs={"row": ["student_grpo"], "seed": seed})
+    arm(run, "bridge", [("bridge", [one], score(run, "eval-a", right, seed=seed))], seed)
+    arm(run, "cold_grpo", [("cold_grpo", [one], score(run, "eval-b", RIGHT, seed=seed))], seed)
+
+
+def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
+  other = tmp_path / "other"
+  two_seeds(tmp_path, other)
   text = report.write([tmp_path, other])
-  rows = [row for row in table(text) if " − " in row[0]]
-  # RIGHT is 5 of 6 and WRONG 1 of 6: no difference, and −4/6.
-  assert [(row[1], row[2].split()[0]) for row in rows] == [("0", "0.0"), ("1", "-66.7")]
+  head, bridge, cold, _, gap = table(text)
+  # RIGHT is 5 of 6 right, WRONG 1 of 6: bridge has both, cold_grpo RIGHT twice.
+  assert (bridge[1], bridge[3].split()[0]) == ("0 1", "50.0")
+  assert (cold[1], cold[3].split()[0]) == ("0 1", "83.3")
+  assert gap[:2] == ["bridge − cold_grpo", "0 −"] and gap[2].startswith("-33.3 [-100.0, ")
+  assert gap[4] == "not resolved"  # two seeds, one of them without a difference
   assert text.count("| arm |") == 1
   assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
+
+
+def test_an_interval_over_seeds_is_wider_than_each(tmp_path):
+  two_seeds(tmp_path, tmp_path / "other")
+  made = report.groups(report.read([tmp_path, tmp_path / "other"]))
+  value_SP = np.array([[1, 1, 0.5], [0, 0, 0.5]])
+  np.testing.assert_array_equal(made[0].value_SP(), value_SP)
+  np.testing.assert_array_equal(made[0].value_SP("greedy"), [[1, 1, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(made[0].value_SP("pass@2"), [[1, 1, 1], [0, 0, 1]])
+  # Seed means 5/6 and 1/6: Var/2 = 1/9 is all the variance, and t has one degree of freedom.
+  half = 12.7062 * np.sqrt(1 / 9)
+  assert half > 0.5  # so the ends are held to rates
+  assert tuple(made[0].score("avg@2")) == (0.5, 0.0, 1.0)
+
+
+def test_unlike_configs_have_rows_of_their_own_that_say_so(tmp_path):
+  for at, share in enumerate((1.0, 0.25)):
+    config = {"label_share": share, "stages": {"x": {"steps": 3}}}
+    one = stage(tmp_path, f"student_grpo-{at}", range(at + 1), inputs={"split": share})
+    for name, correct in (("bridge", RIGHT), ("cold_grpo", WRONG)):
+      arm(tmp_path, name, [(name, [one], score(tmp_path, f"eval-{name}-{at}", correct))], at=at,
+          config=config)
+  text = report.markdown(report.read([tmp_path]))
+  rows = table(text)
+  names = [row[0] for row in rows[1:5]]
+  assert sorted(names) == ["bridge", "bridge (label_share=0.25)", "cold_grpo",
+                           "cold_grpo (label_share=0.25)"]
+  # Like is compared with like: two contrasts and not four.
+  assert [row[0] for row in rows if " − " in row[0]] == [
+      "bridge − cold_grpo", "bridge (label_share=0.25) − cold_grpo (label_share=0.25)"]
+  assert ["bridge", "25 %", "2", "83.3 [40.0, 62.5]".replace("83.3", "50.0"), "0"] in rows
+  assert "### What labels buy" in text and "divided" not in text
+
+
+def test_the_division_of_updates_is_a_curve_of_its_own(tmp_path):
+  for at, (first, second) in enumerate(((0, 8), (2, 6), (8, 0), (3, 3))):
+    config = {"stages": {"forward_kl": {"steps": first}, "reverse_kl": {"steps": second}}}
+    one = stage(tmp_path, f"reverse_kl-{at}", inputs={"steps": [first, second]})
+    arm(tmp_path, "bridge", [("bridge", [one], score(tmp_path, f"eval-{at}", RIGHT))], at=at,
+        config=config)
+  made = report.groups(report.read([tmp_path]))
+  found = report.curves(made, report.SWEPT["division"])
+  assert [x for x, _ in found["bridge"]] == [0, 0.25, 1]  # 3 + 3 is another number of updates
+  assert "### How a bridge's updates are divided" in report.markdown(report.read([tmp_path]))
+
+
+PROBE = {"forward_kl": 1.25, "reverse_kl": 2.5, "overlap": 0.5, "student_mass": 0.75,
+         "teacher_mass": 0.625, "student_entropy": 1.0, "teacher_entropy": 0.125,
+         "forward_kl_gradient_worst": 0.25, "reverse_kl_gradient_worst": 0.5,
+         "response_length": 7.0, "pass_rate": 0.25, "mixed_groups": 0.375}
+
+
+def probe(run, name, **change):
+  checkpoint.write_json(run / name / "result.json",
+                        {text: PROBE | change for text in ("student", "teacher")})
+  return name
+
+
+def test_the_conditions_by_hand(tmp_path):
+  names = [stage(tmp_path, name) for name in ("teacher_grpo-1", "forward_kl-1", "reverse_kl-1")]
+  probes = [{"stage": names[0], "before": probe(tmp_path, "probe-0"), "after": None},
+            {"stage": names[1], "before": probe(tmp_path, "probe-1"),
+             "after": probe(tmp_path, "probe-2", forward_kl=0.5)},
+            {"stage": names[2], "before": "probe-2",
+             "after": probe(tmp_path, "probe-3", forward_kl=0.25)}]
+  arm(tmp_path, "bridge", [("bridge", names, score(tmp_path, "eval-0", RIGHT))], probes=probes)
+  text = report.write([tmp_path])
+  rows = [row for row in table(text) if len(row) == 15 and row[0] == "bridge" and row[3] != "50.0"]
+  rows = [row for row in rows if row[3] in ("teacher's", "student's")]
+  assert [row[1:5] for row in rows] == [
+      [stage, when, f"{text}'s", kl] for stage, when, kl in (
+          ("forward_kl", "before", "1.250"), ("forward_kl", "after", "0.500"),
+          ("reverse_kl", "after", "0.250")) for text in ("teacher", "student")]
+  assert rows[0][5:] == ["2.500", "0.500", "0.750", "0.625", "1.000", "0.125", "0.25", "0.50",
+                         "7.0", "0.250"]
+  assert ["bridge", "teacher_grpo", "0.250", "0.375", "7.0"] in table(text)
+  assert "- bridge: teacher_grpo began with 38 % mixed groups: most are constant" in text
+
+
+def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
+  arm(tmp_path, "untrained", [
+      ("untrained teacher", [], score(tmp_path, "eval-0", RIGHT)),
+      ("teacher after teacher_grpo (all)", [stage(tmp_path, "teacher_grpo-1")],
+       score(tmp_path, "eval-1", WRONG))])
+  text = report.markdown(report.read([tmp_path]))
+  assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
+
+
+def test_how_hyperparameters_were_chosen_ends_the_report(tmp_path):
+  arm(tmp_path, "mine", [("mine", [], score(tmp_path, "eval-0", RIGHT))])
+  assert "chosen" not in report.write([tmp_path])
+  (tmp_path / "choice.md").write_text("| row | rate |\n")
+  assert report.write([tmp_path]).endswith("were chosen\n\n| row | rate |\n")
 
 
 def test_without_contrasts_it_says_so(tmp_path):
@@ -195,7 +301,7 @@ def test_the_figure_by_hand(ladder, monkeypatch):
   report.write([ladder])
   data = (ladder / "report.png").read_bytes()
   assert data[:8] == b"\x89PNG\r\n\x1a\n"
-  assert struct.unpack(">II", data[16:24]) == (1800, 540)
+  assert struct.unpack(">II", data[16:24]) == (1800, 540)  # one row: nothing was swept or probed
   bars, reward, kl = charts[0].axes
   assert [bar.get_width() for bar in bars.patches] == [50.0] * 4
   ends = bars.collections[0].get_segments()[0][:, 0]

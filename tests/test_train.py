@@ -7,9 +7,10 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import common
-from s2d_jax import checkpoint, metrics, models, objectives, optim, sharding, train
+from s2d_jax import checkpoint, metrics, models, objectives, optim, rollout, sharding, train
 from s2d_jax.losses import grpo
 from s2d_jax.rollout import Prompt
 
@@ -44,9 +45,10 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
       name="student_grpo", folder=folder, hp=hp, seed=0,
       prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
       learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, given=None,
-      reward=reward, advantages=grpo.group_advantages, objective=objectives.clipped_surrogate,
-      logp=objectives.logp, optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
-      store=None, validate=validate, text=str)
+      reward=reward, advantages=grpo.group_advantages, judge=None, weigh=None,
+      objective=objectives.clipped_surrogate, logp=objectives.logp,
+      optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
+      store=None, passes=None, validate=validate, text=str)
 
 
 @pytest.fixture
@@ -165,3 +167,39 @@ def test_nothing_compiles_after_the_start(tmp_path, mesh):
     run(make(tmp_path, mesh, eval_every=1,
              validate=lambda params: (counts.append(count()), [])[1]))
   assert len(counts) == 4 and counts[0] == counts[-1] == count()
+
+
+@pytest.mark.medium
+def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path, mesh):
+  # A weighted supervised stage of two epochs over eight prompts: the judge samples each prompt in
+  # the first and never again. Its reward is right on even prompts every second time, else never.
+  model, calls = models.get(CONFIG), []
+
+  def reward(prompt_id, ids):
+    calls.append(prompt_id)
+    return float(prompt_id % 2 == 0 and len(calls) % 2 == 0)
+
+  def give(picked):
+    return rollout.given([p for p in picked for _ in range(4)], [[5, 1]] * 4 * len(picked), 3, 6)
+
+  work = make(tmp_path / "one", mesh, reward=reward, clip_low=0.3, pass_samples=2)
+  work = work._replace(
+      name="weighted", advantages=None, weigh=objectives.learnable, given=give, actor=None,
+      judge=train.Role(model, params_of(model, 0, mesh)),
+      objective=objectives.negative_log_likelihood,
+      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write))
+  run(work)
+  rows, spent = (metrics.read(tmp_path / "one", name) for name in ("metrics", "ledger"))
+  prompts = [row["prompts"] for row in spent]
+  assert sorted(prompts[0] + prompts[1]) == sorted(prompts[2] + prompts[3]) == list(range(8))
+  for row, entry in zip(rows, spent, strict=True):
+    even = sum(i % 2 == 0 for i in entry["prompts"])
+    assert row["pass_rate"] == even / 2 / 4 and row["weighted"] == even / 4
+  # Given solutions are labels too, so every step is charged: what the judge's part is, is its
+  # tokens, sampled in the first epoch alone.
+  parts = [rollout.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "passes").iterdir())]
+  assert len(parts) == 2
+  assert [entry["tokens_sampled"] for entry in spent] == [
+      *(int(part.response_length_B.sum()) for part in parts), 0, 0]
+  assert [entry["labels"] for entry in spent[:2]] == prompts[:2]
+  assert [entry["labels"] for entry in spent[2:]] == [[], []]

@@ -16,7 +16,8 @@ score() {
   shift
   rm -rf "$WORKDIR/arms"
   "$PYTHON" -m s2d_jax.main --config=configs/arithmetic.py --workdir="$WORKDIR" \
-    --config.arms="$arm" --config.evaluation.split=validation "$@" 2>> "$WORKDIR.log" |
+    --config.arms="$arm" --config.evaluation.split=validation --config.probe.problems=0 \
+    "$@" 2>> "$WORKDIR.log" |
     grep -F "| $arm |" | tail -n 1 | cut -d '|' -f 4,5,8
 }
 

@@ -24,6 +24,16 @@ def at(count, seed, stage, step, size, round=0, rounds=1):
   return order[batch * size : (batch + 1) * size]
 
 
+def share(ids, seed, fraction):
+  """True for the `fraction` of ids, rounded, that a seeded hash puts first; a larger one adds ids.
+
+  Which problems a smaller budget of labels buys. The order is independent of `half`'s.
+  """
+  place = np.argsort(np.argsort(_mix(_mix(np.asarray(ids).astype(np.uint64)) ^ _mix(
+      np.array([seed], np.uint64)))))
+  return place < round(fraction * len(place))
+
+
 def half(ids, seed):
   """True where an id belongs to the first half (1H), False in the second (2H).
 

@@ -99,13 +99,43 @@ def jsonl(path):
   return rows
 
 
-def _row(place, line):
+def solved(rows, path):
+  """The rows of `jsonl` with the responses of another JSON-lines file, {"id", "response"}, as their
+  solutions: what a teacher's supervised fine-tuning learns from. `path` None changes nothing.
+
+  ValueError, naming file and line, for a line that is not such an object, or an id used twice.
+  """
+  if path is None:
+    return rows
+  if not Path(path).is_file():
+    raise ValueError(f"{path} is no file: give JSON lines of id and response there.")
+  responses = {}
+  with open(path, encoding="utf-8") as lines:
+    for index, line in enumerate(lines):
+      if line.strip():
+        place, row = f"{path} line {index + 1}", _object(f"{path} line {index + 1}", line)
+        number, text = row.get("id"), row.get("response")
+        if not isinstance(number, int) or not isinstance(text, str) or not text:
+          raise ValueError(f"{place} lacks an integer id or a response's text: give both.")
+        if number in responses:
+          raise ValueError(f"{place} answers problem {number} again: keep one response a problem.")
+        responses[number] = text
+  return [row | {"solution": responses[row["id"]]} if row["id"] in responses else row
+          for row in rows]
+
+
+def _object(place, line):
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(f"{place} is not JSON ({error.msg}): write one object per line.") from error
   if not isinstance(row, dict):
     raise ValueError(f"{place} is not a JSON object: write one object per line.")
+  return row
+
+
+def _row(place, line):
+  row = _object(place, line)
   for key in ("problem", "answer"):
     if not isinstance(row.get(key), str) or not row[key]:
       raise ValueError(f'{place} has no text under "{key}": give every row problem and answer.')

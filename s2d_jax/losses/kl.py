@@ -52,6 +52,44 @@ def reverse_kl(student_logits_BTV, teacher_logits_BTV):
   return _kl(student_logits_BTV.astype(jnp.float32), teacher_logits_BTV.astype(jnp.float32))
 
 
+def forward_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
+  """‖q − p‖₂, the length of `forward_kl`'s gradient in the student's logits; p teacher, q student.
+  """
+  p_BTV = jax.nn.softmax(teacher_logits_BTV.astype(jnp.float32))
+  q_BTV = jax.nn.softmax(student_logits_BTV.astype(jnp.float32))
+  return jnp.linalg.norm(q_BTV - p_BTV, axis=-1)
+
+
+def reverse_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
+  """‖p · (log p/q − KL(p ‖ q))‖₂, the length of `reverse_kl`'s gradient in the student's logits.
+
+  p is the student and q the teacher.
+  """
+  log_p_BTV = jax.nn.log_softmax(student_logits_BTV.astype(jnp.float32))
+  log_q_BTV = jax.nn.log_softmax(teacher_logits_BTV.astype(jnp.float32))
+  kl_BT = reverse_kl(student_logits_BTV, teacher_logits_BTV)
+  return jnp.linalg.norm(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV - kl_BT[..., None]), axis=-1)
+
+
+def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
+  """Share of p's k most probable tokens that are among q's k most probable, in [0, 1]."""
+  return jnp.sum(_both_top(p_logits_BTV, q_logits_BTV, k), axis=-1) / k
+
+
+def overlap_mass(p_logits_BTV, q_logits_BTV, k):
+  """Probability that p puts on the tokens that are among the k most probable of both."""
+  p_BTV = jax.nn.softmax(p_logits_BTV.astype(jnp.float32))
+  return jnp.sum(p_BTV * _both_top(p_logits_BTV, q_logits_BTV, k), axis=-1)
+
+
+def _both_top(p_logits_BTV, q_logits_BTV, k):
+  """1.0 on the tokens that are among the k largest logits of both, else 0; ties go to lower ids."""
+  def top(logits_BTV):
+    _, index_BTk = jax.lax.top_k(logits_BTV, k)
+    return jnp.sum(jax.nn.one_hot(index_BTk, logits_BTV.shape[-1]), axis=-2)
+  return top(p_logits_BTV) * top(q_logits_BTV)
+
+
 def k2(logp_BT, reference_logp_BT):
   """Half the squared log-ratio of the sampled token, in nats: biased value, right gradient.
 

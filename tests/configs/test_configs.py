@@ -42,11 +42,12 @@ def test_all_are_here():
 @pytest.mark.parametrize("arg", ["", "tiny", "seed=3,tiny=false"])
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_locked_and_sound(name, arg):
-  config = build(name, arg)
-  assert all(block.is_locked for block in blocks(config).values())
+  config, *_ = runs = recipe.expand(build(name, arg))
+  assert all(block.is_locked for run in runs for block in blocks(run).values())
   with pytest.raises(AttributeError):
     config.stages.teacher_grpo.banana = 1
-  doctor.check_config(config, {row.name: row for row in recipe.STAGES})
+  for run in runs:
+    doctor.check_config(run, {row.name: row for row in recipe.STAGES})
   assert config.seed == (3 if "seed" in arg else 0)
   assert set(config.arms.split(",")) <= set(recipe.ARMS)
   assert config.task in recipe.TASKS

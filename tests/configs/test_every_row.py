@@ -21,7 +21,8 @@ from s2d_jax.models import hf
 
 pytestmark = pytest.mark.slow
 TORCH = importlib.util.find_spec("torch") is not None  # absent: the folders are read by hf alone
-ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "sft", "reverse_kl", "student_grpo")
+ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
+        "student_grpo")
 ARMS = {"every_row": tuple((row, "1h") for row in ROWS[:-1]) + (("student_grpo", "2h"),)}
 BENCHMARKS = ("math500", "aime24", "aime25")
 # As Qwen3's: with thinking switched off, the assistant's turn opens with a thought that is empty.
@@ -156,7 +157,8 @@ def tiny(name, folder):
   module = importlib.import_module(f"configs.{name}")
   smaller = {"arms": "every_row", "prompt_tokens": 112, "evaluation.prompts": 2,
              "evaluation.draws": 5, "evaluation.sampling.max_tokens": 4,
-             "validation.problems": 2, "validation.sampling.max_tokens": 4}
+             "validation.problems": 2, "validation.sampling.max_tokens": 4, "probe.problems": 2,
+             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64}
   for row in ROWS:
     samples = 1 if row == "teacher_sft" else 2
     smaller |= {f"stages.{row}.{key}": value for key, value in {

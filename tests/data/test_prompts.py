@@ -61,6 +61,18 @@ def test_half_depends_on_the_id_alone():
   assert abs(first.sum() - 2048) < 4 * 32  # four deviations of a fair coin
 
 
+def test_shares_are_exact_nested_and_seeded():
+  ids = np.arange(1000, 5096)
+  quarter, half = (prompts.share(ids, 3, f) for f in (0.25, 0.5))
+  assert (quarter.sum(), half.sum(), prompts.share(ids, 3, 1.0).sum()) == (1024, 2048, 4096)
+  assert not (quarter & ~half).any()  # a larger budget adds labels and takes none away
+  np.testing.assert_array_equal(prompts.share(ids[::-1], 3, 0.25), quarter[::-1])
+  other = prompts.share(ids, 4, 0.5)
+  assert abs((half == other).sum() - 2048) < 4 * 32
+  # Halving cuts through a share fairly: the two orders know nothing of each other.
+  assert abs(prompts.half(ids[half], 3).sum() - 1024) < 4 * 23
+
+
 def test_seeds_halve_independently():
   ids = np.arange(4096)
   agree = (prompts.half(ids, 0) == prompts.half(ids, 1)).sum()

@@ -24,7 +24,8 @@ from s2d_jax.models import hf
 
 ARMS = recipe.ARMS | {
     "every_row": (("teacher_sft", "1h"), ("teacher_grpo", "1h"), ("forward_kl", "1h"),
-                  ("sft", "1h"), ("reverse_kl", "1h"), ("student_grpo", "2h")),
+                  ("weighted_fkl", "1h"), ("sft", "1h"), ("reverse_kl", "1h"),
+                  ("student_grpo", "2h")),
 }
 
 
@@ -55,6 +56,7 @@ def config(bases, arm, data):
     made.stages.teacher_sft.sampling.max_tokens = 32
     made.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
     made.stages.student_grpo.eval_every = 2
+    made.probe.sampling.max_tokens = 8
     made.validation.sampling.max_tokens = made.evaluation.sampling.max_tokens = 8
   return made
 

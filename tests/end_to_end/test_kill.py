@@ -12,7 +12,8 @@ import pytest
 from tests.end_to_end import job
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "sft", "reverse_kl", "student_grpo")
+ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
+        "student_grpo")
 # Wall-clock, and what depends on it: kept apart from everything else for this reason.
 CLOCKS = ("timing", "starts", "tensorboard", "writer.lock")
 
@@ -80,7 +81,7 @@ def test_a_finished_stage_left_what_it_owes(undisturbed, row):
   assert [p.name for p in (folder / "checkpoints").iterdir()] == ["final"]
   spent = json.loads((folder / "ledger.json").read_text())
   assert spent["prompt_uses"] == 12 and spent["device_seconds_used"] > 0
-  labelled = row in ("teacher_sft", "teacher_grpo", "student_grpo")
+  labelled = row in ("teacher_sft", "teacher_grpo", "weighted_fkl", "student_grpo")
   assert bool(spent["labels_distinct"]) == labelled
   rows = [json.loads(line) for part in sorted((folder / "metrics").iterdir())
           for line in part.read_text().splitlines()]

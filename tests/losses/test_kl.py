@@ -300,3 +300,20 @@ def test_padded_ids_masked_on_both_sides_change_nothing(f):
   np.testing.assert_array_equal(grad_BTV[..., 6:], 0.0)
   one_sided_BT = f(padded(STUDENT_BTV, 0.0), teacher_BTV)
   assert np.all(np.abs(one_sided_BT - f(STUDENT_BTV, TEACHER_BTV)) > 1e-3)
+
+
+def test_the_lengths_of_the_gradients():
+  for length, loss in ((kl.forward_kl_gradient_norm, kl.forward_kl),
+                       (kl.reverse_kl_gradient_norm, kl.reverse_kl)):
+    np.testing.assert_allclose(length(STUDENT_BTV, TEACHER_BTV),
+                               np.linalg.norm(gradient(loss), axis=-1), rtol=1e-5)
+
+
+def test_overlap_by_hand():
+  # Probabilities .5 .3 .1 .1 and .1 .5 .3 .1: the top two are {0, 1} and {1, 2}.
+  p_BTV, q_BTV = (jnp.log(jnp.array([[row]])) for row in ([.5, .3, .15, .05], [.1, .5, .3, .1]))
+  np.testing.assert_allclose(kl.top_k_overlap(p_BTV, q_BTV, 2), [[0.5]])
+  np.testing.assert_allclose(kl.overlap_mass(p_BTV, q_BTV, 2), [[0.3]], rtol=1e-6)
+  np.testing.assert_allclose(kl.overlap_mass(q_BTV, p_BTV, 2), [[0.5]], rtol=1e-6)
+  np.testing.assert_allclose(kl.top_k_overlap(p_BTV, q_BTV, 1), [[0.0]])
+  np.testing.assert_allclose(kl.overlap_mass(p_BTV, q_BTV, 4), [[1.0]], rtol=1e-6)

@@ -1,0 +1,15 @@
+"""What labels buy: a quarter, a half and all of them, for direct GRPO, the bridge, and both.
+
+  python -m s2d_jax.main --config=configs/sweep_label_budget.py --workdir=runs/ladder [--plan]
+"""
+
+from configs import arithmetic
+
+
+def get_config(arg=""):
+  """configs/arithmetic.py with three arms, and the shares of the labelled problems to run."""
+  config = arithmetic.get_config(arg)
+  with config.unlocked():
+    config.arms = "cold_grpo,bridge,half_bridge_grpo_2h"
+    config.sweep = tuple({"label_share": share} for share in (0.25, 0.5, 1.0))
+  return config

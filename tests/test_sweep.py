@@ -1,0 +1,137 @@
+"""Sweeps are lists of flat overrides, and arms that are compared train by equal budgets."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import arithmetic, sweep_bridge_split, sweep_label_budget, sweep_seeds
+from s2d_jax import recipe
+from tests.test_doctor import SPLITS, base, task
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("bases")
+  return {role: str(base(folder / role)) for role in ("teacher", "student")}
+
+
+@pytest.fixture
+def config(folders):
+  made = arithmetic.get_config("tiny").unlock()
+  made.update(folders)
+  return made
+
+
+def every_arm(config):
+  config.arms = ",".join(recipe.ARMS)
+  return config
+
+
+def test_each_override_makes_a_config():
+  config = sweep_label_budget.get_config("tiny,seed=5")
+  runs = recipe.expand(config)
+  assert [run.label_share for run in runs] == [0.25, 0.5, 1.0]
+  assert all("sweep" not in run and run.is_locked and run.seed == 5 for run in runs)
+  assert recipe.expand(runs[0]) == [runs[0]]
+
+
+def test_the_shipped_sweeps_by_hand():
+  runs = recipe.expand(sweep_bridge_split.get_config())
+  total = {run.stages.forward_kl.steps + run.stages.reverse_kl.steps for run in runs}
+  assert total == {180} and [run.stages.forward_kl.steps for run in runs] == [0, 45, 90, 135, 180]
+  seeds = recipe.expand(sweep_seeds.get_config("seed=4"))
+  assert [run.seed for run in seeds] == [4, 5, 6]
+  assert set(seeds[0].arms.split(",")) == set(recipe.ARMS)  # the arms of the configs' text are all
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"sede": 1}, "config.sweep has {'sede': 1}, which does not fit the config"),
+    ({"seed": "one"}, "config.sweep has {'seed': 'one'}, which does not fit"),
+    ({"stages.sft.optim.lrr": 1.0}, "which does not fit"),
+    (None, "config.sweep is empty: list some overrides")])
+def test_an_override_that_does_not_fit_is_named(config, change, said):
+  config.sweep = () if change is None else (change,)
+  with pytest.raises(ValueError) as error:
+    recipe.expand(config)
+  assert str(error.value).startswith(said) or said in str(error.value)
+
+
+def test_the_outline_counts_what_is_shared(config, tmp_path):
+  config.arms = "bridge"
+  plans = [recipe.plan(config, task())]
+  config.stages.reverse_kl.steps = 3  # the teacher and the warmup are shared
+  plans.append(recipe.plan(config, task()))
+  lines = recipe.outline(plans, ({}, {"x": 3}), tmp_path)
+  assert lines[0].startswith("as configured: arms bridge; 3 stages, 0 of them shared")
+  assert lines[1].startswith("{'x': 3}: arms bridge; 3 stages, 2 of them shared")
+  assert lines[2] == f"2 runs, 4 distinct stages, 0 of them finished in {tmp_path}"
+
+
+def test_every_arm_of_the_paper_is_planned_with_its_teachers(config):
+  made = recipe.plan(every_arm(config), task())
+  rows = {arm: [(made.nodes[n].stage.name, made.nodes[n].split, made.nodes[n].hp.steps)
+                for n in names] for arm, names in made.arms.items()}
+  # Tiny: four steps a row, so eight where one row takes both of the bridge's.
+  assert rows["opd_only"] == [("teacher_grpo", "all", 4), ("reverse_kl", "all", 8)]
+  assert rows["half_sft_grpo_2h"] == [("teacher_grpo", "1h", 4), ("sft", "1h", 8),
+                                      ("student_grpo", "2h", 4)]
+  assert rows["half_bridge_replay_1h"][:3] == rows["half_bridge"]
+  assert made.arms["half_bridge_replay_1h"][:3] == made.arms["half_bridge"]  # shared
+  # Two teachers by reward and one by solutions.
+  teachers = [n for n in made.nodes.values() if n.stage.learner == "teacher"]
+  assert sorted((n.stage.name, n.split) for n in teachers) == [
+      ("teacher_grpo", "1h"), ("teacher_grpo", "all"), ("teacher_sft", "all")]
+  for arm, names in made.arms.items():
+    if arm.startswith("half_"):  # nobody behind the student has seen the second half
+      assert {made.nodes[n].split for n in made.ancestors(names[-1])[:-1]} == {"1h"}
+
+
+def test_the_budgets_by_hand(config):
+  made = recipe.plan(every_arm(config), task())
+  found = {arm: recipe._sum(made.nodes[n].budget() for n in names)
+           for arm, names in made.arms.items()}
+  # Four steps of four prompts by four samples.
+  assert found["bridge"] == found["opd_only"] == recipe.Budget(8, 128, 0, 0)
+  assert found["cold_grpo_2h"] == recipe.Budget(0, 0, 4, 64)
+  assert found["half_opd_grpo_2h"] == recipe.Budget(8, 128, 4, 64)
+  assert {arm for group in recipe.MATCHED for arm in group} | {"untrained"} == set(recipe.ARMS)
+
+
+def test_unequal_budgets_are_refused_from_the_config_and_from_the_ledgers(config, tmp_path):
+  config.arms = "bridge,sft_only"
+  made = recipe.plan(config, task())
+  config.stages.sft.sampling.samples_per_prompt = 8
+  with pytest.raises(ValueError, match=r"bridge and sft_only are compared and have unequal "
+                     r"budgets \(Budget\(dense_updates=8, dense_sequences=128, .* by their "
+                     "config: give them equal"):
+    recipe.plan(config, task())
+  for name, node in made.nodes.items():
+    (tmp_path / name).mkdir()
+    spent = {"updates": node.hp.steps - (node.stage.name == "sft"), "sequences": 16 * node.hp.steps}
+    (tmp_path / name / "ledger.json").write_text(json.dumps(spent))
+  spent = {arm: recipe._sum(recipe._spent(made.nodes[n], tmp_path) for n in names)
+           for arm, names in made.arms.items()}
+  with pytest.raises(ValueError, match="dense_updates=7.* by their ledgers: delete"):
+    recipe._check_budgets(spent, "by their ledgers: delete one.")
+
+
+def test_a_row_of_no_steps_is_left_out(config):
+  config.arms = "bridge,opd_only"
+  config.stages.forward_kl.steps, config.stages.reverse_kl.steps = 0, 8
+  made = recipe.plan(config, task())
+  assert made.arms["bridge"] == made.arms["opd_only"]
+  assert [made.nodes[n].stage.name for n in made.arms["bridge"]] == ["teacher_grpo", "reverse_kl"]
+
+
+def test_a_smaller_budget_of_labels_is_a_part_of_a_larger(config):
+  drawn = {}
+  for share in (0.5, 1.0):
+    config.label_share = share
+    made = recipe.plan(config, task())
+    drawn[share] = {split: {p.id for p in made.prompts[split]} for split in ("all", "1h", "2h")}
+  assert (len(drawn[0.5]["all"]), len(drawn[1.0]["all"])) == (32, 64)
+  for split in ("all", "1h", "2h"):
+    assert drawn[0.5][split] < drawn[1.0][split]
+  assert drawn[0.5]["1h"] | drawn[0.5]["2h"] == drawn[0.5]["all"]
+  assert np.isin(list(drawn[1.0]["all"]), [row["id"] for row in SPLITS["labelled"]]).all()

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from s2d_jax import cli, recipe, report, sharding
+from s2d_jax import cli, recipe, report, sharding, sweep
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
                                          lock_config=True)
@@ -33,13 +33,13 @@ def main(argv):
   jax.config.update("jax_transfer_guard", "disallow")
   config, workdir = CONFIG.value, WORKDIR.value
   try:
-    configs = recipe.expand(config)
+    configs = sweep.expand(config)
     plans = [recipe.plan(one, recipe.task(one)) for one in configs]
     mesh = sharding.make_mesh(configs[0].mesh)
     for made in plans:
       recipe.check_folders(made, workdir)
     if PLAN.value:
-      print("\n".join(recipe.outline(plans, config.get("sweep", ({},)), workdir)))
+      print("\n".join(sweep.outline(plans, config.get("sweep", ({},)), workdir)))
       return
     with jax.set_mesh(mesh):
       for made in plans:

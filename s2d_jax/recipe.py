@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from s2d_jax import chat, checkpoint, doctor, manifest, objectives, stage, train
+from s2d_jax import budget, chat, checkpoint, doctor, manifest, objectives, stage, train
 from s2d_jax.data import prompts as order
 from s2d_jax.data import sources
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -90,15 +90,6 @@ MATCHED = (
 )
 
 
-class Budget(NamedTuple):
-  """What a contrast holds equal: optimizer updates of the student and sequences they learned from,
-  under a dense signal (a teacher's distribution or samples) and under reward."""
-  dense_updates: int = 0
-  dense_sequences: int = 0
-  rewarded_updates: int = 0
-  rewarded_sequences: int = 0
-
-
 def arithmetic(config):
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
   doctor.check_keys("config.data", config.data, ("dir",))
@@ -136,49 +127,6 @@ def task(config):
   return TASKS[config.task](config)
 
 
-def expand(config):
-  """The configs of a sweep, [config] without one.
-
-  `config.sweep` is a list of flat overrides such as {"seed": 1, "stages.sft.optim.lr": 1e-3}; each
-  makes a config of its own, and a shared work folder shares the stages they have in common.
-
-  Raises:
-    ValueError: an override names no key, or has a value of another type.
-  """
-  if "sweep" not in config:
-    return [config]
-  configs = []
-  for changes in config.sweep:
-    made = config.copy_and_resolve_references()
-    with made.unlocked():
-      del made.sweep
-    made.lock()  # an override that names no key is then an error
-    try:
-      made.update_from_flattened_dict(changes)
-    except (KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f"config.sweep has {dict(changes)}, which does not fit the config "
-                       f"({str(error).splitlines()[0]}): name its keys, with values of their "
-                       "types.") from error
-    configs.append(made)
-  if not configs:
-    raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
-  return configs
-
-
-def outline(plans, sweep, workdir):
-  """What `walk` would do with these plans, in lines: the overrides of each, and how many stages."""
-  lines, seen = [], {}
-  for made, changes in zip(plans, sweep, strict=True):
-    new = [name for name in made.nodes if name not in seen]
-    seen |= made.nodes
-    lines.append(f"{changes or 'as configured'}: arms {', '.join(made.arms)}; "
-                 f"{len(made.nodes)} stages, {len(made.nodes) - len(new)} of them shared with "
-                 "the runs above")
-  done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in seen)
-  return [*lines, f"{len(plans)} runs, {len(seen)} distinct stages, {done} of them finished in "
-          f"{workdir}"]
-
-
 # What a stage's result does not depend on, up to rounding and logging.
 UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")
 
@@ -193,17 +141,6 @@ class Node(NamedTuple):
   guide: str | None
   hp: Any              # the row's config, its steps as the arm has them
   inputs: dict
-
-  def budget(self):
-    """The part of its arm's Budget that this stage is, as the config has it."""
-    return self.spent(self.hp.steps * self.hp.epochs * self.hp.minibatches,
-                      self.hp.steps * self.hp.prompts * self.hp.sampling.samples_per_prompt)
-
-  def spent(self, updates, sequences):
-    """A Budget of those updates and sequences, where this stage trains the student."""
-    if self.stage.learner != "student":
-      return Budget()
-    return Budget(0, 0, updates, sequences) if self.stage.reward else Budget(updates, sequences)
 
 
 class Plan(NamedTuple):
@@ -283,9 +220,8 @@ def plan(config, task, stages=STAGES, arms=ARMS):
               for name, node in made.nodes.items() if node.stage.learner == "teacher"}
     made.rows["untrained"] = {"untrained student": "student", "untrained teacher": "teacher",
                               **shaped}
-  budgets = {arm: _sum(made.nodes[name].budget() for name in names)
-             for arm, names in made.arms.items()}
-  _check_budgets(budgets, "by their config: give them equal steps, prompts and samples")
+  budget.check_equal(budget.configured(made), MATCHED,
+                     "by their config: give them equal steps, prompts and samples")
   return made
 
 
@@ -375,8 +311,7 @@ def run(config, workdir, task, stages=STAGES, arms=ARMS):
   `jax.set_mesh`.
 
   Raises:
-    ValueError: from `plan` and `check_folders`, before anything is written;
-      then what `train.run` raises.
+    ValueError: from `plan` and `check_folders`, before anything is written; then as `train.run`.
   """
   made = plan(config, task, stages, arms)
   check_folders(made, workdir)
@@ -414,11 +349,10 @@ def walk(made, workdir):
       after = None if node.stage.reward else _probe(made, node, name, workdir)
       probes[name] = {"stage": name, "before": before, "after": after}
       _leave(stop)
-    _check_budgets({arm: _sum(_spent(made.nodes[name], workdir) for name in names)
-                    for arm, names in made.arms.items()},
-                   "by their ledgers: delete the stages of one and run it again")
+    budget.check_equal(budget.spent(made, workdir), MATCHED,
+                       "by their ledgers: delete the stages of one and run it again")
     for arm in made.arms:
-      _check_labels(made, arm, workdir)
+      budget.check_labels(made, arm, workdir)
       rows = []
       for label, role in made.rows[arm].items():
         rows.append({"label": label, "score": stage.evaluate(made, role, workdir),
@@ -464,48 +398,3 @@ def _warn(made, node, before, workdir):
       logging.warning("%s: its teacher solves %.1f %% of the probe's problems and the untouched "
                       "one %.1f %% (the teacher did not improve).", node.name,
                       100 * found["teacher"]["pass_rate"], 100 * raw)
-
-
-def _sum(budgets):
-  """Budgets added up."""
-  return Budget(*map(sum, zip(Budget(), *budgets, strict=True)))
-
-
-def _spent(node, workdir):
-  """A finished stage's part of its arm's Budget, from its ledger."""
-  ledger = checkpoint.read_json(workdir / node.name / "ledger.json")
-  return node.spent(ledger["updates"], ledger["sequences"])
-
-
-def _check_budgets(budgets, how):
-  """Asserts that arms which are compared train their students equally.
-
-  Raises:
-    ValueError: two arms of one contrast have unequal budgets.
-  """
-  for group in MATCHED:
-    arms = [arm for arm in group if arm in budgets]
-    for arm in arms[1:]:
-      if budgets[arm] != budgets[arms[0]]:
-        raise ValueError(f"{arms[0]} and {arm} are compared and have unequal budgets "
-                         f"({budgets[arms[0]]} and {budgets[arm]}) {how}.")
-
-
-def _check_labels(made, arm, workdir):
-  """Asserts from the ledgers that no stage used a label outside its split, nor 2H before its turn.
-
-  Raises:
-    ValueError: a ledger breaks the arm's split.
-  """
-  held_out = {p.id for p in made.prompts["2h"]}
-  for name in made.arms[arm]:
-    node, spent = made.nodes[name], checkpoint.read_json(workdir / name / "ledger.json")
-    stray = set(spent["labels"]) - {p.id for p in made.prompts[node.split]}
-    if stray:
-      raise ValueError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
-                       f"{node.split}: delete the stage's folder and run it again.")
-    for parent in made.ancestors(name)[:-1] if node.split == "2h" else ():
-      leaked = held_out & set(checkpoint.read_json(workdir / parent / "ledger.json")["labels"])
-      if leaked:
-        raise ValueError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "
-                         f"config.arms {arm} is not a half_* arm, so give it another split.")

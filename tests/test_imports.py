@@ -12,11 +12,11 @@ PACKAGE = ROOT / "s2d_jax"
 # Who may call whom, nearest first; who may call a file may also import what lies below it. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
-  "main": {"cli", "recipe", "report"},
+  "main": {"cli", "recipe", "sweep", "report"},
   "preflight": {"cli", "recipe"},
   "cli": {"recipe"},
   "assets": {"recipe"},  # the script that trained them
-  "recipe": {"doctor", "stage", "report"},
+  "recipe": {"doctor", "stage", "budget", "report"},
   "doctor": {"train", "objectives"},
   "stage": {"train", "objectives", "manifest"},
   "train": {"update", "sampler", "evals", "rewards", "data", "chat", "checkpoint", "metrics",
@@ -30,7 +30,11 @@ ARROWS = {
   # What they write is written whole or not at all, by one process.
   "metrics": {"checkpoint"},
   "manifest": {"checkpoint"},
-  "report": {"stats", "metrics", "ledger"},
+  "budget": {"checkpoint"},
+  "sweep": {"manifest"},
+  "report": {"ladder", "figures"},
+  "figures": {"ladder", "metrics"},
+  "ladder": {"stats", "manifest"},
 }
 # train and update are handed functions: they know no loss and no model.
 NEVER = {unit: {"models", "losses", "objectives"} for unit in ("train", "update")}

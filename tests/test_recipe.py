@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import arithmetic
-from s2d_jax import checkpoint, recipe
+from s2d_jax import budget, checkpoint, recipe
 
 ROWS = ("teacher_grpo", "teacher_sft", "forward_kl", "sft", "reverse_kl", "student_grpo")
 HALF = "half_bridge_grpo_2h"  # teacher_grpo 1h, forward_kl 1h, reverse_kl 1h, student_grpo 2h
@@ -133,14 +133,14 @@ def ids(made, split):
 def test_a_label_of_the_other_half_is_refused(shipped, tmp_path, place, foreign):
   own = [ids(shipped, "1h")[:2], [], [], ids(shipped, "2h")[:2]]
   spend(tmp_path, shipped, HALF, *own)
-  recipe._check_labels(shipped, HALF, tmp_path)
+  budget.check_labels(shipped, HALF, tmp_path)
   label, later = ids(shipped, foreign)[1:3]
   own[place] = [*own[place], later, label]
   names = spend(tmp_path, shipped, HALF, *own)
   half = "2h" if foreign == "1h" else "1h"
   with pytest.raises(ValueError, match=f"^{names[place]} of {HALF} spent the label {label}, which "
                                        f"is not in its split {half}: delete the stage's folder"):
-    recipe._check_labels(shipped, HALF, tmp_path)
+    budget.check_labels(shipped, HALF, tmp_path)
 
 
 def test_a_label_of_the_test_split_is_refused(shipped, tmp_path):
@@ -148,7 +148,7 @@ def test_a_label_of_the_test_split_is_refused(shipped, tmp_path):
   (name,) = spend(tmp_path, shipped, "cold_grpo", [label, *ids(shipped, "all")])
   with pytest.raises(ValueError, match=f"^{name} of cold_grpo spent the label {label}, which is "
                                        "not in its split all: "):
-    recipe._check_labels(shipped, "cold_grpo", tmp_path)
+    budget.check_labels(shipped, "cold_grpo", tmp_path)
 
 
 def test_a_held_out_label_spent_before_its_turn_is_refused(plan, tmp_path):
@@ -157,10 +157,10 @@ def test_a_held_out_label_spent_before_its_turn_is_refused(plan, tmp_path):
   made = plan(arms=arms)
   last = ids(made, "2h")[:4]
   spend(tmp_path, made, "leaky", ids(made, "1h"), [], last)
-  recipe._check_labels(made, "leaky", tmp_path)
+  budget.check_labels(made, "leaky", tmp_path)
   # Not only what the last stage uses itself: 2H as a whole is held out.
   label, later = ids(made, "2h")[5:7]
   names = spend(tmp_path, made, "leaky", [*ids(made, "1h"), later, label], [], last)
   with pytest.raises(ValueError, match=f"^{names[0]} spent the held-out label {label} before "
                                        f"{names[2]}: in config.arms leaky is not a half_"):
-    recipe._check_labels(made, "leaky", tmp_path)
+    budget.check_labels(made, "leaky", tmp_path)

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from s2d_jax import checkpoint, report
+from s2d_jax import checkpoint, figures, ladder, report
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
 COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_trained": 0, "tokens_guide": 0,
@@ -55,7 +55,7 @@ WRONG = [[0, 0], [0, 0], [0, 1]]
 
 
 @pytest.fixture
-def ladder(tmp_path):
+def finished(tmp_path):
   """A run of two arms, the later name first in time, that share a stage and two labels."""
   teacher = stage(tmp_path, "teacher_grpo-1", [3, 5, 9], label_uses=7, tokens_sampled=1000,
                   tokens_trained=2000, flops=2.5e12, device_seconds_used=10.4,
@@ -78,8 +78,8 @@ def table(text):
   return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_the_table_by_hand(ladder):
-  head, *rows = table(report.markdown(report.read([ladder])))
+def test_the_table_by_hand(finished):
+  head, *rows = table(report.markdown(ladder.read([finished])))
   assert head == ["arm", "seeds", "greedy", "avg@2", "pass@1", "pass@2", "response tokens",
                   "labels: distinct", "uses", "tokens sampled", "trained", "by the guide",
                   "TFLOPs", "device-s", "lost"]
@@ -92,15 +92,15 @@ def test_the_table_by_hand(ladder):
   assert rows[3][7:9] == ["4", "10"]
 
 
-def test_the_words_around_the_table(ladder):
-  text = report.markdown(report.read([ladder]))
+def test_the_words_around_the_table(finished):
+  text = report.markdown(ladder.read([finished]))
   assert "Split test, 3 problems (f00dfeed), 2 samples each at temperature 1.0 in float32" in text
   assert "Code: 0123456789ab.\n" in text and "mixes" not in text
 
 
 def verdicts(run):
   """{difference: (points, verdict)} of the second table."""
-  return {row[0]: (row[2], row[4]) for row in table(report.markdown(report.read([run])))
+  return {row[0]: (row[2], row[4]) for row in table(report.markdown(ladder.read([run])))
           if " − " in row[0]}
 
 
@@ -147,7 +147,7 @@ def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
 
 def test_an_interval_over_seeds_is_wider_than_each(tmp_path):
   two_seeds(tmp_path, tmp_path / "other")
-  made = report.groups(report.read([tmp_path, tmp_path / "other"]))
+  made = ladder.groups(ladder.read([tmp_path, tmp_path / "other"]))
   value_SP = np.array([[1, 1, 0.5], [0, 0, 0.5]])
   np.testing.assert_array_equal(made[0].value_SP(), value_SP)
   np.testing.assert_array_equal(made[0].value_SP("greedy"), [[1, 1, 0], [0, 0, 0]])
@@ -165,7 +165,7 @@ def test_unlike_configs_have_rows_of_their_own_that_say_so(tmp_path):
     for name, correct in (("bridge", RIGHT), ("cold_grpo", WRONG)):
       arm(tmp_path, name, [(name, [one], score(tmp_path, f"eval-{name}-{at}", correct))], at=at,
           config=config)
-  text = report.markdown(report.read([tmp_path]))
+  text = report.markdown(ladder.read([tmp_path]))
   rows = table(text)
   names = [row[0] for row in rows[1:5]]
   assert sorted(names) == ["bridge", "bridge (label_share=0.25)", "cold_grpo",
@@ -183,10 +183,10 @@ def test_the_division_of_updates_is_a_curve_of_its_own(tmp_path):
     one = stage(tmp_path, f"reverse_kl-{at}", inputs={"steps": [first, second]})
     arm(tmp_path, "bridge", [("bridge", [one], score(tmp_path, f"eval-{at}", RIGHT))], at=at,
         config=config)
-  made = report.groups(report.read([tmp_path]))
-  found = report.curves(made, report.SWEPT["division"])
+  made = ladder.groups(ladder.read([tmp_path]))
+  found = ladder.curves(made, ladder.SWEPT["division"])
   assert [x for x, _ in found["bridge"]] == [0, 0.25, 1]  # 3 + 3 is another number of updates
-  assert "### How a bridge's updates are divided" in report.markdown(report.read([tmp_path]))
+  assert "### How a bridge's updates are divided" in report.markdown(ladder.read([tmp_path]))
 
 
 PROBE = {"forward_kl": 1.25, "reverse_kl": 2.5, "overlap": 0.5, "student_mass": 0.75,
@@ -227,7 +227,7 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
       ("untrained teacher", [], score(tmp_path, "eval-0", RIGHT)),
       ("teacher after teacher_grpo (all)", [stage(tmp_path, "teacher_grpo-1")],
        score(tmp_path, "eval-1", WRONG))])
-  text = report.markdown(report.read([tmp_path]))
+  text = report.markdown(ladder.read([tmp_path]))
   assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
 
 
@@ -240,14 +240,14 @@ def test_how_hyperparameters_were_chosen_ends_the_report(tmp_path):
 
 def test_without_contrasts_it_says_so(tmp_path):
   arm(tmp_path, "mine", [("mine", [], score(tmp_path, "eval-0", RIGHT))])
-  text = report.markdown(report.read([tmp_path]))
+  text = report.markdown(ladder.read([tmp_path]))
   assert "No two arms of the paper's contrasts are here." in text
 
 
 def test_mixed_revisions_are_flagged(tmp_path):
   one = stage(tmp_path, "a-1")
   arm(tmp_path, "x", [("x", [one], score(tmp_path, "eval-0", RIGHT, revision=REVISION + "+"))])
-  text = report.markdown(report.read([tmp_path]))
+  text = report.markdown(ladder.read([tmp_path]))
   assert "Code: 0123456789ab, 0123456789ab+. **This table mixes revisions.**" in text
 
 
@@ -257,7 +257,7 @@ def test_unlike_scores_have_tables_of_their_own(unlike, tmp_path):
   arm(tmp_path, "bridge", [("bridge", [], score(tmp_path, "eval-0", RIGHT))], at=1)
   arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(
       tmp_path, "eval-1", **{"correct": RIGHT, "revision": "b" * 40} | unlike))], at=2)
-  text = report.markdown(report.read([tmp_path]))
+  text = report.markdown(ladder.read([tmp_path]))
   rows = table(text)
   assert [row[0] for row in rows] == ["arm", "bridge", "arm", "cold_grpo"]
   assert " − " not in text and "mixes" not in text
@@ -281,7 +281,7 @@ def test_a_folder_without_arms_is_refused(make, tmp_path, monkeypatch):
   make(tmp_path)
   sentence = f"{tmp_path} has no finished arm: run the recipe with --workdir={tmp_path}."
   with pytest.raises(ValueError) as error:
-    report.read([tmp_path])
+    ladder.read([tmp_path])
   assert str(error.value) == sentence
   monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
   with pytest.raises(SystemExit, match="^s2d_jax: .* has no finished arm"):
@@ -289,17 +289,17 @@ def test_a_folder_without_arms_is_refused(make, tmp_path, monkeypatch):
   assert not (tmp_path / "report.md").exists()
 
 
-def test_the_figure_by_hand(ladder, monkeypatch):
+def test_the_figure_by_hand(finished, monkeypatch):
   charts = []
 
-  class Kept(report.Figure):
+  class Kept(figures.Figure):
     def savefig(self, *args, **kwargs):
       charts.append(self)
       super().savefig(*args, **kwargs)
 
-  monkeypatch.setattr(report, "Figure", Kept)
-  report.write([ladder])
-  data = (ladder / "report.png").read_bytes()
+  monkeypatch.setattr(figures, "Figure", Kept)
+  report.write([finished])
+  data = (finished / "report.png").read_bytes()
   assert data[:8] == b"\x89PNG\r\n\x1a\n"
   assert struct.unpack(">II", data[16:24]) == (1800, 540)  # one row: nothing was swept or probed
   bars, reward, kl = charts[0].axes

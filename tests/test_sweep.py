@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import arithmetic, sweep_bridge_split, sweep_label_budget, sweep_seeds
-from s2d_jax import recipe
+from s2d_jax import budget, recipe, sweep
 from tests.test_doctor import SPLITS, base, task
 
 
@@ -30,17 +30,17 @@ def every_arm(config):
 
 def test_each_override_makes_a_config():
   config = sweep_label_budget.get_config("tiny,seed=5")
-  runs = recipe.expand(config)
+  runs = sweep.expand(config)
   assert [run.label_share for run in runs] == [0.25, 0.5, 1.0]
   assert all("sweep" not in run and run.is_locked and run.seed == 5 for run in runs)
-  assert recipe.expand(runs[0]) == [runs[0]]
+  assert sweep.expand(runs[0]) == [runs[0]]
 
 
 def test_the_shipped_sweeps_by_hand():
-  runs = recipe.expand(sweep_bridge_split.get_config())
+  runs = sweep.expand(sweep_bridge_split.get_config())
   total = {run.stages.forward_kl.steps + run.stages.reverse_kl.steps for run in runs}
-  assert total == {180} and [run.stages.forward_kl.steps for run in runs] == [0, 45, 90, 135, 180]
-  seeds = recipe.expand(sweep_seeds.get_config("seed=4"))
+  assert total == {90} and [run.stages.forward_kl.steps for run in runs] == [0, 22, 45, 68, 90]
+  seeds = sweep.expand(sweep_seeds.get_config("seed=4"))
   assert [run.seed for run in seeds] == [4, 5, 6]
   assert set(seeds[0].arms.split(",")) == set(recipe.ARMS)  # the arms of the configs' text are all
 
@@ -53,7 +53,7 @@ def test_the_shipped_sweeps_by_hand():
 def test_an_override_that_does_not_fit_is_named(config, change, said):
   config.sweep = () if change is None else (change,)
   with pytest.raises(ValueError) as error:
-    recipe.expand(config)
+    sweep.expand(config)
   assert str(error.value).startswith(said) or said in str(error.value)
 
 
@@ -62,7 +62,7 @@ def test_the_outline_counts_what_is_shared(config, tmp_path):
   plans = [recipe.plan(config, task())]
   config.stages.reverse_kl.steps = 3  # the teacher and the warmup are shared
   plans.append(recipe.plan(config, task()))
-  lines = recipe.outline(plans, ({}, {"x": 3}), tmp_path)
+  lines = sweep.outline(plans, ({}, {"x": 3}), tmp_path)
   assert lines[0].startswith("as configured: arms bridge; 3 stages, 0 of them shared")
   assert lines[1].startswith("{'x': 3}: arms bridge; 3 stages, 2 of them shared")
   assert lines[2] == f"2 runs, 4 distinct stages, 0 of them finished in {tmp_path}"
@@ -89,12 +89,11 @@ def test_every_arm_of_the_paper_is_planned_with_its_teachers(config):
 
 def test_the_budgets_by_hand(config):
   made = recipe.plan(every_arm(config), task())
-  found = {arm: recipe._sum(made.nodes[n].budget() for n in names)
-           for arm, names in made.arms.items()}
+  found = budget.configured(made)
   # Four steps of four prompts by four samples.
-  assert found["bridge"] == found["opd_only"] == recipe.Budget(8, 128, 0, 0)
-  assert found["cold_grpo_2h"] == recipe.Budget(0, 0, 4, 64)
-  assert found["half_opd_grpo_2h"] == recipe.Budget(8, 128, 4, 64)
+  assert found["bridge"] == found["opd_only"] == budget.Budget(8, 128, 0, 0)
+  assert found["cold_grpo_2h"] == budget.Budget(0, 0, 4, 64)
+  assert found["half_opd_grpo_2h"] == budget.Budget(8, 128, 4, 64)
   assert {arm for group in recipe.MATCHED for arm in group} | {"untrained"} == set(recipe.ARMS)
 
 
@@ -110,10 +109,8 @@ def test_unequal_budgets_are_refused_from_the_config_and_from_the_ledgers(config
     (tmp_path / name).mkdir()
     spent = {"updates": node.hp.steps - (node.stage.name == "sft"), "sequences": 16 * node.hp.steps}
     (tmp_path / name / "ledger.json").write_text(json.dumps(spent))
-  spent = {arm: recipe._sum(recipe._spent(made.nodes[n], tmp_path) for n in names)
-           for arm, names in made.arms.items()}
   with pytest.raises(ValueError, match="dense_updates=7.* by their ledgers: delete"):
-    recipe._check_budgets(spent, "by their ledgers: delete one.")
+    budget.check_equal(budget.spent(made, tmp_path), recipe.MATCHED, "by their ledgers: delete")
 
 
 def test_a_row_of_no_steps_is_left_out(config):

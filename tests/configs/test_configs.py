@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from configs import common
-from s2d_jax import doctor, recipe
+from s2d_jax import doctor, recipe, sweep
 
 ROOT = Path(__file__).parents[2]
 KEYS = Path(__file__).with_name("keys.json")
@@ -42,7 +42,7 @@ def test_all_are_here():
 @pytest.mark.parametrize("arg", ["", "tiny", "seed=3,tiny=false"])
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_locked_and_sound(name, arg):
-  config, *_ = runs = recipe.expand(build(name, arg))
+  config, *_ = runs = sweep.expand(build(name, arg))
   assert all(block.is_locked for run in runs for block in blocks(run).values())
   with pytest.raises(AttributeError):
     config.stages.teacher_grpo.banana = 1

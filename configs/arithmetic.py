@@ -38,10 +38,10 @@ def get_config(arg=""):
   T = 21      # tokens of the longest worked answer, its end included
   B = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
   rl, four, given = common.sampling(8, T), common.sampling(4, T), common.sampling(1, T)
-  optim = {lr: common.adamw(lr, warmup=5, decay="linear") for lr in (5e-4, 1e-3, 2e-3, 4e-3)}
+  optim = {lr: common.adamw(lr, warmup=5, decay="linear") for lr in (1e-3, 2e-3, 4e-3)}
   config.stages = {
       "teacher_grpo": common.stage(40, 32, rl, optim[1e-3], block=B) | common.grpo(),
-      "teacher_sft": common.stage(40, 64, given, optim[5e-4], block=B),
+      "teacher_sft": common.stage(40, 64, given, optim[1e-3], block=B),
       "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
       "weighted_fkl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
                       | {"pass_samples": 8},
@@ -52,7 +52,7 @@ def get_config(arg=""):
   }
   config.validation = {"split": "validation", "problems": 64, "sampling": common.sampling(4, T)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
-                  "microbatches": 1, "block": B, "sampling": rl}
+                  "microbatches": 1, "block": B, "sampling": common.sampling(16, T)}
   config.evaluation = {"split": "test", "prompts": 64, "sampling": common.sampling(16, T),
                        "ks": (1, 4, 16), "draws": 1000, "level": 0.95, "log_samples": 64}
   if arg.tiny:

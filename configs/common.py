@@ -125,7 +125,7 @@ def math(arg):
   config.validation = {"split": "validation", "problems": 32,
                        "sampling": sampling(1, T, **decoding)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
-                  "microbatches": 64, "block": 256, "sampling": sampling(8, T)}
+                  "microbatches": 128, "block": 256, "sampling": sampling(16, T)}
   config.evaluation = {"split": "math500", "prompts": 32, "sampling": sampling(16, T, **decoding),
                        "ks": (1, 4, 16), "draws": 2000, "level": 0.95, "log_samples": 64}
   if arg.tiny:

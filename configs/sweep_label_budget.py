@@ -10,6 +10,6 @@ def get_config(arg=""):
   """configs/arithmetic.py with three arms, and the shares of the labelled problems to run."""
   config = arithmetic.get_config(arg)
   with config.unlocked():
-    config.arms = "cold_grpo,bridge,half_bridge_grpo_2h"
+    config.arms = "untrained,cold_grpo,bridge,half_bridge_grpo_2h"
     config.sweep = tuple({"label_share": share} for share in (0.25, 0.5, 1.0))
   return config

@@ -53,10 +53,17 @@ def mixed(correct_PG, group):
 def text(correct_PG, rows, group):
   """Yields (name, value) of a model's own samples: how often right, how mixed, how long.
 
-  stopped is the share that ended themselves; response_length is in tokens.
+  stopped is the share that ended themselves; response_length is in tokens; entropy is the
+  mean −log p of the samples, in nats a token. correct and mixed_prompts are each prompt's own.
   """
   yield "pass_rate", float(np.mean(correct_PG))
-  yield "mixed_groups", float(mixed(correct_PG, group).mean())
+  mixed_P = mixed(correct_PG, group)
+  yield "mixed_groups", float(mixed_P.mean())
+  yield "mixed_prompts", mixed_P.tolist()
+  yield "correct", np.asarray(correct_PG, int).tolist()
+  T = rows.sampler_logp_BT.shape[1]
+  inside_BT = np.arange(T) < rows.response_length_B[:, None]
+  yield "entropy", float(-rows.sampler_logp_BT[inside_BT].mean(dtype=np.float64))
   yield "response_length", float(rows.response_length_B.mean())
   yield "stopped", float((rows.finish_reason_B == 1).mean())
 

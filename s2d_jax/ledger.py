@@ -2,13 +2,14 @@
 
 A *label* is a problem's checked answer. It is spent when a reward or a given solution consults it;
 one *use* is one problem in one step, however many of its samples are checked. A bridge stage draws
-the same prompts and spends no label.
+the same prompts and spends no label. Samples that another stage had drawn are *reused*, and
+`flops_reused` is what drawing them anew would have added to `flops`.
 """
 
 import numpy as np
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
-          "tokens_discarded", "tokens_trained", "tokens_guide", "flops")
+          "tokens_discarded", "tokens_trained", "tokens_guide", "flops", "flops_reused")
 
 
 def forward_flops(config, length_B):

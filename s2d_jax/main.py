@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from s2d_jax import cli, recipe, report, sharding, sweep
+from s2d_jax import cli, manifest, recipe, report, sharding, sweep
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
                                          lock_config=True)
@@ -32,6 +32,7 @@ def main(argv):
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/s2d_jax/xla"))
   jax.config.update("jax_transfer_guard", "disallow")
   config, workdir = CONFIG.value, WORKDIR.value
+  manifest.revision()  # of the code as it starts
   try:
     configs = sweep.expand(config)
     plans = [recipe.plan(one, recipe.task(one)) for one in configs]

@@ -1,5 +1,6 @@
 """What names a stage's folder and what it records: hashes, revision, versions, devices."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -26,15 +27,20 @@ def name(row, inputs):
   return f"{row}-{digest(inputs)[:12]}"
 
 
+@functools.cache  # of this process: a later commit is not the code that runs
 def revision():
-  """The code's git commit, with "+" where the checkout differs from it; "unknown" outside git."""
+  """The code's git commit, with "+" where the checkout differs from it; "unknown" outside git.
+
+  Read once, so call it before the work begins.
+  """
   here = Path(__file__).parent
   def git(*words):
     done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
   try:
     commit = git("rev-parse", "HEAD")
-    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", here)
+    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", here,
+                             here.parent / "configs")
   except FileNotFoundError:  # a machine without git
     return "unknown"
   return commit + ("+" if changed else "") or "unknown"

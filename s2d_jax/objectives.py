@@ -95,7 +95,7 @@ def agreement(student_head, guide_head, batch, hp):
                                 batch.weight_BT, hp.block)[1]
   return {
       "forward_kl": value(kl.forward_kl), "reverse_kl": value(kl.reverse_kl),
-      "overlap": value(kl.top_k_overlap, hp.top_k),
+      "overlap": value(kl.top_k_overlap, hp.top_k), "same_first": value(kl.top_k_overlap, 1),
       "student_mass": value(kl.overlap_mass, hp.top_k),
       "teacher_mass": value(lambda s, t: kl.overlap_mass(t, s, hp.top_k)),
       "student_entropy": logp(student_head, batch, hp)[1],

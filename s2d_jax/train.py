@@ -175,7 +175,8 @@ def _step(work, programs, stores, state, step, logs, mesh):
   row |= losses | {"tokens": int(rows.response_length_B.sum()),
                    "response_length": rows.response_length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}
-  logs["ledger"].add(_spent(work, step, picked, rows, length_B, reused, judged))
+  labels = _labels(work, picked, logs["ledger"].rows)
+  logs["ledger"].add(_spent(work, step, picked, labels, rows, length_B, reused, judged))
   for b in range(min(hp.log_samples, len(length_B))):
     logs["samples"].add({
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
@@ -214,18 +215,17 @@ def _stored(store, work, step, picked, samples, draw):
 
 
 def _weigh(work, programs, store, step, picked):
-  """(weight of each row, what the judge's new samples cost, mean pass rate).
+  """(weight of each row, the judge's new samples, mean pass rate).
 
-  A prompt's pass rate is that of the learner's start, on hp.pass_samples of its samples, which are
-  drawn and checked once, when a step first draws the prompt.
+  A prompt's pass rate is that of the learner's start, on hp.pass_samples of its samples. They are
+  drawn once, by this stage or by another.
   """
   seed = (work.seed, zlib.crc32(b"pass rate"))
   rows, new_B = _stored(store, work, step, picked, range(work.hp.pass_samples),
                         lambda missing: programs.judge(work.judge.params, missing, seed))
   pass_rate_P = _rewards(work.reward, rows).reshape(len(picked), -1).mean(axis=1)
   weight_B = np.repeat(work.weigh(pass_rate_P), work.hp.sampling.samples_per_prompt)
-  new = rollout.take(rows, new_B)
-  return weight_B.astype(np.float32), new, pass_rate_P.mean()
+  return weight_B.astype(np.float32), rollout.take(rows, new_B), pass_rate_P.mean()
 
 
 def _rewards(reward, rows):
@@ -265,27 +265,39 @@ def _gap(logp_BT, sampler_logp_BT, response_BT):
   return {"logp_gap_mean": gap.mean(), "logp_gap_max": gap.max()}
 
 
-def _spent(work, step, picked, rows, length_B, reused, judged):
-  """The step's ledger row; `judged` are the rows of the judge that the step drew, or None."""
+def _labels(work, picked, before):
+  """The problems whose answers a step spends: all it draws, or where they are consulted for pass
+  rates alone, those that no earlier row of the ledger has."""
+  problems = [p.id for p in picked]
+  if work.advantages is not None or work.given is not None:
+    return problems
+  if work.judge is None:
+    return []
+  known = {i for row in before for i in row["labels"]}
+  return [i for i in problems if i not in known]
+
+
+def _spent(work, step, picked, labels, rows, length_B, reused, judged):
+  """The step's ledger row; `judged`: the rows that `_weigh` drew, or None."""
   hp, tokens = work.hp, int(rows.response_length_B.sum())
   learner = ledger.forward_flops(work.learner.model.config, length_B)
   actor = learner if work.actor is None else ledger.forward_flops(work.actor.model.config, length_B)
   guide = 0.0 if work.guide is None else ledger.forward_flops(work.guide.model.config, length_B)
   sampled = 0 if work.given is not None else tokens - reused
   share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
-  problems, flops = [p.id for p in picked], 0.0
-  labels = problems if work.advantages is not None or work.given is not None else []
+  flops = 0.0
   if judged is not None:
-    labels = list(dict.fromkeys(judged.prompt_id_B.tolist()))
     sampled += int(judged.response_length_B.sum())
     flops = ledger.forward_flops(work.learner.model.config,
                                  judged.prompt_length_B + judged.response_length_B)
   return ledger.row(
-      step, problems, labels, sequences=len(length_B), updates=hp.epochs * hp.minibatches,
-      tokens_sampled=sampled, tokens_reused=reused, tokens_discarded=0,
+      step, [p.id for p in picked], labels, sequences=len(length_B),
+      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
+      tokens_discarded=0,
       tokens_trained=hp.epochs * tokens,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=flops + actor * (share + 1) + hp.epochs * (3 * learner + guide))
+      flops=flops + actor * (share + 1) + hp.epochs * (3 * learner + guide),
+      flops_reused=0.0 if work.given is not None else actor * (1 - share))
 
 
 def _save(folder, steps, logs, step, state):

@@ -74,8 +74,14 @@ def test_mixed_groups_are_unbiased():
 
 def test_a_models_own_text_by_hand():
   correct_PG, rows = evals.solve(Told(), "weights", PROMPTS, reward, (0,))
-  assert dict(evals.text(correct_PG, rows, 2)) == pytest.approx({
-      "pass_rate": 4 / 6, "mixed_groups": 2 / 3, "response_length": 11 / 6, "stopped": 1.0})
+  # Eleven tokens, one of them at -11 nats; beyond each row's end nothing counts.
+  logp_BT = np.where(np.arange(4)[None] < rows.response_length_B[:, None], 0.0, -99.0)
+  logp_BT[1, 1] = -11
+  found = dict(evals.text(correct_PG, rows._replace(sampler_logp_BT=logp_BT), 2))
+  assert (found.pop("correct"), found.pop("mixed_prompts")) == (
+      [[1, 0, 1], [1, 0, 1]], pytest.approx([2 / 3, 2 / 3]))
+  assert found == pytest.approx({"pass_rate": 4 / 6, "mixed_groups": 2 / 3, "stopped": 1.0,
+                                 "response_length": 11 / 6, "entropy": 1.0})
 
 
 def test_agreement_by_hand():

@@ -80,15 +80,26 @@ def test_the_revision_is_the_checkouts(tmp_path, monkeypatch):
   (tmp_path / "notes.md").write_text("beside the package\n")
   monkeypatch.setattr(manifest, "__file__", str(source))
   monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-  assert manifest.revision() == "unknown"
+  assert manifest.revision.__wrapped__() == "unknown"
   git(tmp_path, "init", "--quiet")
   git(tmp_path, "add", ".")
   git(tmp_path, "commit", "--quiet", "--message", "one")
   commit = git(tmp_path, "rev-parse", "HEAD")
-  assert len(commit) == 40 and manifest.revision() == commit
+  assert len(commit) == 40 and manifest.revision.__wrapped__() == commit
   (tmp_path / "notes.md").write_text("and no part of it\n")
-  assert manifest.revision() == commit
+  assert manifest.revision.__wrapped__() == commit
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "one.py").write_text("b = 1\n")
+  git(tmp_path, "add", "configs")
+  assert manifest.revision.__wrapped__() == commit + "+"
+  git(tmp_path, "commit", "--quiet", "--message", "two")
+  commit = git(tmp_path, "rev-parse", "HEAD")
   source.write_text("a = 2\n")
-  assert manifest.revision() == commit + "+"
+  assert manifest.revision.__wrapped__() == commit + "+"
   monkeypatch.setenv("PATH", "")
-  assert manifest.revision() == "unknown"
+  assert manifest.revision.__wrapped__() == "unknown"
+
+
+def test_the_revision_is_that_of_the_code_as_it_started():
+  first = manifest.revision()
+  assert manifest.revision() is first  # read once: a commit made meanwhile is another's

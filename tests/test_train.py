@@ -2,6 +2,7 @@
 
 import os
 import signal
+import zlib
 
 import jax
 import ml_collections
@@ -170,36 +171,64 @@ def test_nothing_compiles_after_the_start(tmp_path, mesh):
 
 
 @pytest.mark.medium
-def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path, mesh):
-  # A weighted supervised stage of two epochs over eight prompts: the judge samples each prompt in
-  # the first and never again. Its reward is right on even prompts every second time, else never.
-  model, calls = models.get(CONFIG), []
+def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path, mesh,
+                                                                        monkeypatch):
+  # A weighted supervised stage of two epochs over eight prompts: the learner's start samples each
+  # prompt in the first epoch and never again, though the learner has moved by the second step.
+  model, weights = models.get(CONFIG), []
+  batch = rollout.batch
+  monkeypatch.setattr(rollout, "batch", lambda rows, mean, advantage_B, weight_B: (
+      weights.append(weight_B), batch(rows, mean, advantage_B, weight_B))[1])
+  start, teacher = (train.Role(model, params_of(model, seed, mesh)) for seed in (0, 1))
 
-  def reward(prompt_id, ids):
-    calls.append(prompt_id)
-    return float(prompt_id % 2 == 0 and len(calls) % 2 == 0)
+  def weighted(name):
+    work = make(tmp_path / name, mesh, clip_low=0.3, pass_samples=4)
+    return work._replace(
+        name="weighted", advantages=None, weigh=objectives.learnable, actor=teacher, judge=start,
+        objective=objectives.negative_log_likelihood,
+        store=lambda: rollout.Store(epath.Path(tmp_path / "rollouts"), checkpoint.write),
+        passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write))
 
-  def give(picked):
-    return rollout.given([p for p in picked for _ in range(4)], [[5, 1]] * 4 * len(picked), 3, 6)
-
-  work = make(tmp_path / "one", mesh, reward=reward, clip_low=0.3, pass_samples=2)
-  work = work._replace(
-      name="weighted", advantages=None, weigh=objectives.learnable, given=give, actor=None,
-      judge=train.Role(model, params_of(model, 0, mesh)),
-      objective=objectives.negative_log_likelihood,
-      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write))
-  run(work)
+  run(weighted("one"))
   rows, spent = (metrics.read(tmp_path / "one", name) for name in ("metrics", "ledger"))
   prompts = [row["prompts"] for row in spent]
   assert sorted(prompts[0] + prompts[1]) == sorted(prompts[2] + prompts[3]) == list(range(8))
-  for row, entry in zip(rows, spent, strict=True):
-    even = sum(i % 2 == 0 for i in entry["prompts"])
-    assert row["pass_rate"] == even / 2 / 4 and row["weighted"] == even / 4
-  # Given solutions are labels too, so every step is charged: what the judge's part is, is its
-  # tokens, sampled in the first epoch alone.
   parts = [rollout.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "passes").iterdir())]
   assert len(parts) == 2
+  # The weights by hand: p(1 - p) of each prompt, for each of its four rows.
+  right = {i: [] for i in range(8)}
+  for part in parts:
+    for b, i in enumerate(part.prompt_id_B.tolist()):
+      right[i].append(odd(i, part.response(b)))
+  rate = {i: np.mean(values) for i, values in right.items()}
+  assert {len(values) for values in right.values()} == {4} and len(set(rate.values())) > 1
+  for weight_B, row, entry in zip(weights, rows, spent, strict=True):
+    want = [rate[i] * (1 - rate[i]) for i in entry["prompts"] for _ in range(4)]
+    np.testing.assert_allclose(weight_B, want, rtol=1e-6)
+    assert row["pass_rate"] == np.mean([rate[i] for i in entry["prompts"]])
+    assert row["weighted"] == np.mean(np.array(want) > 0)
+  # Samples of the second step are those of the start, and not of the learner as it was then.
+  programs = train.compile_programs(weighted("one"), None, mesh)
+  again = programs.judge(start.params, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
+                         (0, zlib.crc32(b"pass rate")))
+  np.testing.assert_array_equal(again.response_BT, parts[1].response_BT)
+  np.testing.assert_array_equal(again.sampler_logp_BT, parts[1].sampler_logp_BT)
+  # Labels and tokens in the first epoch alone; the actor asks for new samples in the second.
+  actors = [rollout.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "rollouts").iterdir())]
+  judged = [int(part.response_length_B.sum()) for part in parts] + [0, 0]
   assert [entry["tokens_sampled"] for entry in spent] == [
-      *(int(part.response_length_B.sum()) for part in parts), 0, 0]
-  assert [entry["labels"] for entry in spent[:2]] == prompts[:2]
-  assert [entry["labels"] for entry in spent[2:]] == [[], []]
+      tokens + int(part.response_length_B.sum())
+      for tokens, part in zip(judged, actors, strict=True)]
+  assert [entry["labels"] for entry in spent] == [*prompts[:2], [], []]
+  # Another stage of the same row finds every sample there; its labels are its own.
+  run(weighted("two"))
+  again = metrics.read(tmp_path / "two", "ledger")
+  assert [entry["tokens_sampled"] for entry in again] == [0, 0, 0, 0]
+  assert [entry["labels"] for entry in again] == [*prompts[:2], [], []]
+  assert [entry["flops"] + entry["flops_reused"] for entry in again[2:]] == [
+      entry["flops"] for entry in spent[2:]]
+
+
+def test_a_pass_rates_weight_by_hand():
+  np.testing.assert_allclose(objectives.learnable(np.array([0, 1 / 4, 1 / 2, 1])),
+                             [0, 3 / 16, 1 / 4, 0])

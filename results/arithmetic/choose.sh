@@ -18,7 +18,19 @@ score() {
   "$PYTHON" -m s2d_jax.main --config=configs/arithmetic.py --workdir="$WORKDIR" \
     --config.arms="$arm" --config.evaluation.split=validation --config.probe.problems=0 \
     "$@" 2>> "$WORKDIR.log" |
-    grep -F "| $arm |" | tail -n 1 | cut -d '|' -f 4,5,8
+    grep -F "| ${ROW:-$arm} |" | tail -n 1 | cut -d '|' -f 4,5,8
+}
+
+# teacher_sft RATE: the teacher alone, of an arm whose bridge has no steps
+teacher_sft() {
+  echo "| teacher_sft | $1 |$(ROW="teacher after teacher_sft (all)" \
+    score untrained,sft_teacher_bridge --config.stages.teacher_sft.optim.lr="$1" \
+    --config.stages.forward_kl.steps=0 --config.stages.reverse_kl.steps=0)|"
+}
+
+# sft RATE
+sft() {
+  echo "| sft (sft_only) | $1 |$(score sft_only --config.stages.sft.optim.lr="$1")|"
 }
 
 # grpo RATE MINIBATCHES
@@ -42,3 +54,5 @@ grpo 1e-3 4
 bridge bridge 4e-3 2e-3
 bridge bridge 4e-3 1e-3
 bridge bridge 2e-3 1e-3
+for rate in 5e-4 1e-3 2e-3 4e-3; do teacher_sft "$rate"; done
+for rate in 2e-3 4e-3 8e-3; do sft "$rate"; done

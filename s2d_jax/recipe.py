@@ -216,10 +216,10 @@ def plan(config, task, stages=STAGES, arms=ARMS):
     made.arms[arm] = [name for name in placed if name is not None]
     made.rows[arm] = {arm: at["student"]}
   if "untrained" in chosen:
+    raw = {"untrained student": "student", "untrained teacher": "teacher"}
     shaped = {f"teacher after {node.stage.name} ({node.split})": name
               for name, node in made.nodes.items() if node.stage.learner == "teacher"}
-    made.rows["untrained"] = {"untrained student": "student", "untrained teacher": "teacher",
-                              **shaped}
+    made.rows["untrained"] = raw | shaped
   budget.check_equal(budget.configured(made), MATCHED,
                      "by their config: give them equal steps, prompts and samples")
   return made
@@ -268,8 +268,9 @@ def _place(made, row, split, at, takes=()):
   A row of 0 steps is left out: None. With `takes`, its steps are those of these rows together.
   """
   config, prompts = made.config, made.prompts[split]
-  hp = config.stages[row.name].copy_and_resolve_references()
+  hp = config.stages[row.name]
   if takes:
+    hp = hp.copy_and_resolve_references()
     with hp.unlocked():
       hp.steps = sum(config.stages[name].steps for name in takes)
   if hp.steps == 0:

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from s2d_jax import recipe
+from s2d_jax import recipe, sweep
 
 COMMANDS = {
     "run": "train and score the arms of a config",
@@ -52,9 +52,12 @@ def main():
 
 
 def diagnosis(config):
-  """What `recipe.plan` finds of a config, in words; exits with the first thing that is wrong."""
+  """What `recipe.plan` finds of a config, in words; exits with the first thing that is wrong.
+
+  Of a sweep every run is checked, and the first is told.
+  """
   try:
-    made = recipe.plan(config, recipe.task(config))
+    made, *_ = [recipe.plan(one, recipe.task(one)) for one in sweep.expand(config)]
   except ValueError as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
     sys.exit(2)

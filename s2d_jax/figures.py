@@ -9,17 +9,22 @@ from s2d_jax import ladder, metrics
 
 
 def figure(rows, path):
-  """Scores with intervals, the stages' reward and KL, the sweeps' curves, C2's change, as a PNG."""
-  made = [group for settings in ladder.distinct(row["settings"] for row in rows)
-          for group in ladder.groups([row for row in rows if row["settings"] == settings])]
-  found = {kind: ladder.curves(made, keys) for kind, keys in ladder.SWEPT.items()}
-  below = [functools.partial(_curves, kind, points) for kind, points in found.items() if points]
+  """Draws one table's rows into a PNG: scores, the stages' curves, the sweeps' curves, C2's change.
+
+  Args:
+    rows: as `ladder.read` returns them, scored in one way; path: a file, or its name.
+  """
+  made = ladder.groups(rows)
+  below = [functools.partial(_curves, kind, points) for kind, keys in ladder.SWEPT.items()
+           if (points := ladder.curves(made, keys))]
   below += [functools.partial(_nearness, made)] * any(group.distilling() for group in made)
-  chart = Figure(figsize=(15, 4.5 * (1 + bool(below))), layout="constrained")
-  grid = chart.add_gridspec(1 + bool(below), 3)
-  axes = [chart.add_subplot(grid[0, i]) for i in range(3)]
+  tall = 2 + len(made) / 4
+  heights = [max(4.5, tall), 4.5][: 1 + bool(below)]
+  chart = Figure(figsize=(20, sum(heights)), layout="constrained")
+  grid = chart.add_gridspec(len(heights), 4, height_ratios=heights)
+  axes = [chart.add_subplot(grid[0, i]) for i in range(4)]
   _bars(axes[0], made)
-  _stages(axes[1], axes[2], rows)
+  _stages(axes[1:], rows)
   for i, draw in enumerate(below):
     draw(chart.add_subplot(grid[1, i]))
   chart.savefig(path, dpi=120)
@@ -51,24 +56,32 @@ def _bars(axis, made):
   axis.set_xlabel("avg@k, %")
 
 
-def _stages(reward, kl, rows):
+CURVES = (("reward", ("reward",)),
+          ("nats per token: KL, or NLL of supervised rows", ("kl", "loss")),
+          ("entropy, nats per token", ("entropy",)))
+
+
+def _stages(axes, rows):
   """Every stage's curves; of several seeds the first's is named."""
-  seen, named = {folder.name: folder for row in rows for folder in row["stages"]}, set()
-  for folder in seen.values():
-    row, log = folder.name.rpartition("-")[0], metrics.read(folder, "metrics")
-    colour = f"C{sorted({name.rpartition('-')[0] for name in seen}).index(row)}"
-    for key, axis in (("reward", reward), ("kl", kl)):
+  seen = {folder.name: folder for row in rows for folder in row["stages"]}
+  stages = sorted({name.rpartition("-")[0] for name in seen})
+  for axis, (title, keys) in zip(axes, CURVES, strict=True):
+    named = set()
+    for folder in seen.values():
+      row, log = folder.name.rpartition("-")[0], metrics.read(folder, "metrics")
+      # A rewarded row's loss is a surrogate and no number of nats.
+      key = next((k for k in keys if log and k in log[0] and not (
+          k == "loss" and "reward" in log[0])), None)
       curve = [(entry["step"], float(entry[key])) for entry in log if key in entry]  # "nan" too
       if curve:
-        axis.plot(*zip(*curve, strict=True), label=None if (row, key) in named else row,
-                  color=colour, linewidth=0.8, alpha=0.7)
-        named.add((row, key))
-  for axis, title in ((reward, "reward"), (kl, "KL, nats per token")):
+        axis.plot(*zip(*curve, strict=True), label=None if row in named else row,
+                  color=f"C{stages.index(row)}", linewidth=0.8, alpha=0.7)
+        named.add(row)
     axis.set_xlabel("step")
     axis.set_ylabel(title)
     if axis.lines:
       axis.legend(fontsize=7)
-  kl.set_yscale("log" if kl.lines else "linear")
+  axes[1].set_yscale("log" if axes[1].lines else "linear")
 
 
 def _nearness(made, axis):

@@ -4,6 +4,7 @@ Reads only what the stages left behind. `report` turns it into Markdown, `figure
 """
 
 import collections
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -12,7 +13,7 @@ from s2d_jax import checkpoint, manifest, stats
 
 SWEPT = {"labels": ("label_share",),  # what a curve may be drawn over: the config keys it moves
          "division": ("stages.forward_kl.steps", "stages.reverse_kl.steps")}
-DRAWS, LEVEL = 2000, 0.95
+DRAWS = 2000  # of a paired difference under one seed
 
 
 class Group(collections.namedtuple("Group", "label name runs")):
@@ -30,7 +31,12 @@ class Group(collections.namedtuple("Group", "label name runs")):
     if len(self.runs) == 1:
       (run,) = self.runs.values()
       return run["result"]["scores"][name]
-    return stats.over_seeds(self.value_SP("avg" if name.startswith("avg@") else name), LEVEL)
+    return stats.over_seeds(self.value_SP("avg" if name.startswith("avg@") else name), self.level)
+
+  @property
+  def level(self):
+    """The share of its intervals that should hold the truth."""
+    return next(iter(self.runs.values()))["settings"]["evaluation"]["level"]
 
   @property
   def avg(self):
@@ -48,8 +54,9 @@ class Group(collections.namedtuple("Group", "label name runs")):
     return np.mean([run["spent"][name] for run in self.runs.values()])
 
   def probes(self):
-    """For each probed stage, in order, its probes over the seeds."""
-    return list(zip(*(self.runs[seed]["probes"] for seed in sorted(self.runs)), strict=True))
+    """For each probed stage, in order, its probes over the seeds that have them."""
+    probed = [self.runs[seed]["probes"] for seed in sorted(self.runs) if self.runs[seed]["probes"]]
+    return list(zip(*probed, strict=True))
 
   def distilling(self):
     """`probes` of the stages that learn from a teacher: they are probed after as well."""
@@ -90,9 +97,10 @@ def read(workdirs):
     for path in found:
       entry = checkpoint.read_json(path)
       for row in entry["rows"]:
-        made = rows.setdefault((row["label"], entry["seed"], row["score"], *row["stages"]),
-                               _row(workdir, entry, row))
+        new = _row(workdir, entry, row)
+        made = rows.setdefault((row["label"], entry["seed"], row["score"], *row["stages"]), new)
         made["contexts"].add(_flat(entry["config"]))
+        made["probes"] = made["probes"] or new["probes"]  # one run may have left them out
   return list(rows.values())
 
 
@@ -136,7 +144,7 @@ def groups(rows):
     kept.setdefault((row["label"], row["recipe"]), {})[row["seed"]] = row
   firsts, made = {}, []
   for (label, _), runs in kept.items():
-    context = min(min(run["contexts"], key=sorted) for run in runs.values())
+    context = min((c for run in runs.values() for c in run["contexts"]), key=sorted)
     first = firsts.setdefault(label, context)
     apart = sorted(context - first)
     name = label + (f" ({', '.join(f'{k}={v}' for k, v in apart)})" if apart else "")
@@ -145,12 +153,24 @@ def groups(rows):
 
 
 def spent(stages):
-  """The ledgers of several stages added up; a label two of them used is one distinct label."""
+  """The ledgers of several stages added up, as if nothing outside them had been shared.
+
+  A label that two of them used is one distinct label. Samples that a stage found there already,
+  drawn for another arm, count as its own; only the device-seconds are those that were used.
+  """
   ledgers = [checkpoint.read_json(f / "ledger.json") for f in stages]
   names = ("label_uses", "tokens_sampled", "tokens_trained", "tokens_guide", "flops",
            "device_seconds_used", "device_seconds_lost")
   sums = {name: sum(entry[name] for entry in ledgers) for name in names}
+  sums["tokens_sampled"] += sum(entry["tokens_reused"] for entry in ledgers)
+  sums["flops"] += sum(entry["flops_reused"] for entry in ledgers)
   return {**sums, "labels_distinct": len({i for entry in ledgers for i in entry["labels"]})}
+
+
+def tables(rows):
+  """(settings, their rows) of each way of scoring: unlike settings never share a table."""
+  return [(settings, [row for row in rows if row["settings"] == settings])
+          for settings in distinct(row["settings"] for row in rows)]
 
 
 def distinct(values):
@@ -162,28 +182,34 @@ def distinct(values):
   return found
 
 
-def compare(a, b):
-  """(difference, resolvable, sign of each seed) of avg@k of two Groups, on the seeds of both.
+class Contrast(NamedTuple):
+  """avg@k of one Group less another's, on the same problems and seeds."""
+  gap: stats.Interval
+  resolvable: float  # `stats.resolvable`
+  signs: str         # of each seed
+  seeds: int
 
-  None where they share no seed. `resolvable` is `stats.resolvable`.
-  """
+
+def compare(a, b):
+  """The Contrast of two Groups on the seeds they share, or None where they share none."""
   seeds = sorted(a.runs.keys() & b.runs.keys())
   if not seeds:
     return None
   pairs = [[np.array(group.runs[seed]["result"]["correct"]) for group in (a, b)] for seed in seeds]
   gap_SP = np.stack([stats.gaps(*pair, stats.avg_at_k) for pair in pairs])
   if len(seeds) == 1:
-    gap = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, LEVEL)
+    gap = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
   else:
-    gap = stats.over_seeds(gap_SP, LEVEL, (-1.0, 1.0))
+    gap = stats.gap_over_seeds(gap_SP, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))
-  return gap, stats.resolvable(gap_SP, LEVEL), signs
+  return Contrast(gap, stats.resolvable(gap_SP, a.level), signs, len(seeds))
 
 
 def curves(made, keys):
   """{label: [(x, Group)]} of arms that were run with several values of `keys` and all else equal.
 
-  x is the value of one key, or the first one's share of the sum of two.
+  x is the value of one key, or the first one's share of the sum of two. The points of a curve have
+  the same seeds: those that all of them were run with, where there are any.
   """
   found = {}
   for group in made:
@@ -195,5 +221,11 @@ def curves(made, keys):
         same = sum(number) if len(keys) > 1 else None
         rest = frozenset(item for item in context if item[0] not in keys)
         found.setdefault((group.label, rest, same), {})[x] = group
-  return {label: sorted(points.items()) for (label, *_), points in found.items()
+  return {label: sorted(_alike(points).items()) for (label, *_), points in found.items()
           if len({id(group) for group in points.values()}) > 1}
+
+
+def _alike(points):
+  shared = set.intersection(*(set(group.runs) for group in points.values()))
+  return {x: group._replace(runs={seed: group.runs[seed] for seed in shared or group.runs})
+          for x, group in points.items()}

@@ -14,7 +14,19 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from s2d_jax import chat, cli, doctor, models, objectives, optim, recipe, sharding, train, update
+from s2d_jax import (
+  chat,
+  cli,
+  doctor,
+  models,
+  objectives,
+  optim,
+  recipe,
+  sharding,
+  sweep,
+  train,
+  update,
+)
 from s2d_jax.models import hf
 
 
@@ -79,9 +91,13 @@ def main(config, topology):
     with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
       print("bytes on each device")
       print(f"{'stage':<16}{'program':<10}{'arguments':>14}{'temporaries':>14}{'output':>14}")
-      for cost in costs(config):
-        print(f"{cost.stage:<16}{cost.program:<10}{cost.arguments:>14,}{cost.temporaries:>14,}"
-              f"{cost.output:>14,}", flush=True)
+      seen = set()
+      for one in sweep.expand(config):
+        for cost in costs(one):
+          if cost not in seen:  # runs of a sweep share programs
+            seen.add(cost)
+            print(f"{cost.stage:<16}{cost.program:<10}{cost.arguments:>14,}"
+                  f"{cost.temporaries:>14,}{cost.output:>14,}", flush=True)
   except ValueError as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
     sys.exit(2)

@@ -283,9 +283,8 @@ def _place(made, row, split, at, takes=()):
                            made.problems, made.chat)
   learner = at[row.learner]
   actor = None if row.actor in ("given", row.learner) else at[row.actor]
-  guide = learner if row.guide == "reference" else at.get(row.guide)
-  if not guided(row, hp):
-    guide = None
+  beside = learner if row.guide == "reference" else at.get(row.guide)
+  guide = beside if guided(row, hp) else None
   checked = row.reward or row.weigh is not None
   facts = [(p.id, p.tokens, made.problems[p.id]["answer"] if checked else None,
             made.problems[p.id].get("solution") if row.actor == "given" else None)
@@ -327,8 +326,8 @@ def check_folders(made, workdir):
     ValueError: a manifest disagrees with its folder's name, or is none.
   """
   workdir = epath.Path(workdir)
-  finished = workdir.iterdir() if workdir.exists() else ()
-  for name in (*made.nodes, *(p.name for p in finished if p.name.startswith(("eval-", "probe-")))):
+  there = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
+  for name in (*made.nodes, *(n for n in there if n.startswith(("eval-", "probe-")))):
     manifest.read(workdir / name)
 
 

@@ -2,8 +2,9 @@
 
   python -m s2d_jax.report runs/arithmetic [runs/another ...]
 
-Reads only what the stages left behind and writes report.md and report.png into the first folder. A
-file choice.md there (how hyperparameters were chosen) becomes the report's last section.
+Reads only what the stages left behind and writes report.md and report.png (report-2.png for a
+second way of scoring) into the first folder. A file choice.md there (how hyperparameters were
+chosen) becomes the report's last section.
 """
 
 import re
@@ -12,42 +13,50 @@ import sys
 import numpy as np
 from etils import epath
 
-from s2d_jax import checkpoint, figures, ladder
+from s2d_jax import checkpoint, figures, ladder, metrics
 
-# The orders the paper reports (arXiv 2605.12483, tables 1-6): the first arm above the second.
-PUBLISHED = (
-    ("bridge", "cold_grpo"), ("bridge", "raw_bridge"), ("cold_grpo", "raw_bridge"),
-    ("bridge", "sft_teacher_bridge"), ("sft_teacher_bridge", "raw_bridge"),
-    ("bridge", "opd_only"), ("bridge", "sft_only"), ("opd_only", "sft_only"),
-    ("half_bridge_grpo_2h", "cold_grpo"), ("half_bridge_grpo_2h", "half_bridge"),
-    ("half_bridge_grpo_2h", "half_bridge_replay_1h"), ("half_bridge_grpo_2h", "half_opd_grpo_2h"),
-    ("half_bridge_grpo_2h", "half_sft_grpo_2h"), ("bridge", "half_bridge_grpo_2h"))
-# Controls it has not, so that no order is published.
+# The orders the paper reports, the first arm above the second, and in how many of six comparisons
+# they hold: its RL'd 8B and 14B teachers on three benchmarks (arXiv 2605.12483v1, tables 2-6).
+PUBLISHED = {
+    ("bridge", "cold_grpo"): 6, ("bridge", "raw_bridge"): 6, ("cold_grpo", "raw_bridge"): 6,
+    ("bridge", "sft_teacher_bridge"): 6, ("sft_teacher_bridge", "raw_bridge"): 6,
+    ("sft_teacher_bridge", "cold_grpo"): 6,
+    ("bridge", "opd_only"): 6, ("bridge", "sft_only"): 6, ("opd_only", "sft_only"): 5,
+    ("bridge", "half_bridge"): 6, ("half_bridge_grpo_2h", "cold_grpo"): 6,
+    ("half_bridge_grpo_2h", "half_bridge"): 6, ("half_bridge_grpo_2h", "half_bridge_replay_1h"): 6,
+    ("half_bridge_grpo_2h", "half_opd_grpo_2h"): 5, ("half_bridge_grpo_2h", "half_sft_grpo_2h"): 6,
+    ("half_opd_grpo_2h", "half_sft_grpo_2h"): 5, ("bridge", "half_bridge_grpo_2h"): 5}
+# Controls it has not, and one on which it is split: no order is published.
 CONTROLS = (("bridge", "fkl_only"), ("bridge", "weighted_fkl"), ("fkl_only", "sft_only"),
-            ("cold_grpo", "cold_grpo_2h"), ("half_bridge_grpo_2h", "cold_grpo_2h"))
+            ("fkl_only", "weighted_fkl"), ("cold_grpo", "cold_grpo_2h"),
+            ("half_bridge_grpo_2h", "cold_grpo_2h"), ("half_bridge_replay_1h", "half_bridge"))
 
 
-def markdown(rows, choice=""):
+def markdown(rows, choice="", command=""):
   """The whole report as Markdown: a section for each way of scoring, never two in one table."""
   lines = ["# Sparse to dense: what each arm scores and spends", ""]
-  for settings in ladder.distinct(row["settings"] for row in rows):
-    part = [row for row in rows if row["settings"] == settings]
+  lines += [f"Written by `{command.replace('`', '')}`.", ""] if command else []
+  for at, (settings, part) in enumerate(ladder.tables(rows)):
     how, made = settings["evaluation"], ladder.groups(part)
     lines += [f"Split {escaped(how['split'])}, {len(part[0]['result']['correct'])} problems "
               f"({settings['problems'][:8]}), {how['sampling']['samples_per_prompt']} samples each "
               f"at temperature {how['sampling']['temperature']} in {settings['dtype']}; percent, "
-              f"with {100 * ladder.LEVEL:.0f} % intervals: of one training seed over problems and "
+              f"with {100 * how['level']:.0f} % intervals: of one training seed over problems and "
               "samples (nested bootstrap), of several over seeds too (Student's t on their part). "
-              "Spending is the mean over seeds; a shared stage counts in every arm that stands on "
-              "it.", "",
+              "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
+              "device-seconds only where they were used.", "",
               *table(made), "", *differences(made), ""]
     for section in (sweeps(made), conditions(made), starts(made), warnings(made)):
       lines += [*section, ""] * bool(section)
-    lines += [revisions(part), ""]
-  lines += ["![scores and curves](report.png)", ""]
+    lines += [revisions(part), "", f"![scores and curves]({picture(at)})", ""]
   if choice:
     lines += ["## How the hyperparameters were chosen", "", choice.strip(), ""]
   return "\n".join(lines)
+
+
+def picture(at):
+  """The file of a section's figure: report.png, report-2.png, ..."""
+  return f"report-{at + 1}.png" if at else "report.png"
 
 
 def escaped(text):
@@ -95,29 +104,35 @@ def interval(triple):
 def differences(made):
   """Paired differences of avg@k on the same problems and seeds, with verdicts, as lines."""
   lines = []
-  for above, below in PUBLISHED + CONTROLS:
+  for above, below in (*PUBLISHED, *CONTROLS):
     for a in (g for g in made if g.label == above):
       for b in (g for g in made if g.label == below):
         found = ladder.compare(a, b) if a.contexts() & b.contexts() else None
-        if found is None:
-          continue
-        gap, least, signs = found
-        resolved = gap.low > 0 or gap.high < 0
-        if (above, below) in PUBLISHED:
-          verdict = "not resolved" if not resolved else "agrees" if gap.low > 0 else "disagrees"
-        else:
-          verdict = "none published: " + (
-              "not resolved" if not resolved else "above" if gap.low > 0 else "below")
-        lines.append(f"| {escaped(a.name)} − {escaped(b.name)} | {signs} | {interval(gap)} | "
-                     f"{100 * least:.1f} | {verdict} |")
+        if found is not None:
+          labels = " : ".join(f"{g.mean('labels_distinct'):,.0f}" for g in (a, b))
+          lines.append(f"| {escaped(a.name)} − {escaped(b.name)} | {labels} | {found.signs} | "
+                       f"{interval(found.gap)} | {100 * found.resolvable:.1f} | "
+                       f"{verdict(found, PUBLISHED.get((above, below)))} |")
   if not lines:
     return ["No two arms of the paper's contrasts are here."]
   return ["Paired differences of avg@k on the same problems and seeds; the paper has the first arm "
-          "above. Each interval stands for itself: of twenty true zeros one is expected to look "
-          "resolved. *Resolves* is the smallest true difference that these seeds, problems and "
-          "samples would find four times in five.", "",
-          "| difference | sign of each seed | points | resolves | the paper's order |",
-          "|---|---|---|---|---|", *lines]
+          "above, in as many of its six comparisons (two RL'd teachers, three benchmarks) as "
+          "stands there. Each interval stands for itself: of twenty true zeros one is expected to "
+          "look resolved. Compared arms train the student equally; the labels they spent, the "
+          "teacher's among them, stand beside the difference. *Resolves* is the true difference "
+          "that these seeds, problems and samples would find four times in five.", "",
+          "| difference | labels | sign of each seed | points | resolves | the paper's order |",
+          "|---|---|---|---|---|---|", *lines]
+
+
+def verdict(contrast, published):
+  """A Contrast against the paper's order, which holds in `published` of six, or None."""
+  low, high = contrast.gap.low, contrast.gap.high
+  if published is None:
+    said = "none published: " + ("above" if low > 0 else "below" if high < 0 else "not resolved")
+  else:
+    said = f"{'agrees' if low > 0 else 'disagrees' if high < 0 else 'not resolved'} ({published}/6)"
+  return said + ", one seed" * (contrast.seeds == 1)
 
 
 def sweeps(made):
@@ -139,7 +154,8 @@ def sweeps(made):
 
 
 PROBED = (("KL(T‖S)", "forward_kl", "{:.3f}"), ("KL(S‖T)", "reverse_kl", "{:.3f}"),
-          ("top-k overlap", "overlap", "{:.3f}"), ("student's mass", "student_mass", "{:.3f}"),
+          ("top-k overlap", "overlap", "{:.3f}"), ("same first token", "same_first", "{:.3f}"),
+          ("student's mass", "student_mass", "{:.3f}"),
           ("teacher's mass", "teacher_mass", "{:.3f}"),
           ("student's entropy", "student_entropy", "{:.3f}"),
           ("teacher's entropy", "teacher_entropy", "{:.3f}"),
@@ -167,11 +183,14 @@ def conditions(made):
   if not lines:
     return []
   return ["### Condition C2: how near student and teacher are", "",
-          "On the samples of each for problems of the probe's split; nats a token, shares, tokens. "
-          "*Mass* is what a model puts on the tokens among the top k of both; *worst 1 %* is the "
-          "share of the summed lengths of the per-token gradients (in the student's logits) that "
-          "the worst hundredth of the tokens have. Condition C1, the teachers' own scores, is in "
-          "the ladder: the rows of `untrained`. Where arms share a stage it is shown once.", "",
+          "On the samples of each for problems of the probe's split, whose labels no arm buys and "
+          "which stand for the student's prompts; nats a token, shares, tokens. *Overlap* is the "
+          "share of one's k likeliest tokens that are among the other's; *mass* is what a model "
+          "puts on those of both; *worst 1 %* is the share of the summed lengths of the per-token "
+          "gradients of the two divergences (in the student's logits) that the worst hundredth of "
+          "the tokens have, whatever the stage's own loss. Condition C1, the teachers' own scores, "
+          "is in the ladder: the rows of `untrained`. Where arms share a stage it is shown once.",
+          "",
           "| arm | stage | when | text | " + " | ".join(name for name, *_ in PROBED) + " |",
           "|---" * (len(PROBED) + 4) + "|", *lines]
 
@@ -185,44 +204,58 @@ def starts(made):
       found = [p["before"]["student"] for p in probe]
       if probe[0]["after"] is None and probe[0]["stage"] not in seen:
         seen.add(probe[0]["stage"])
-        values = [np.mean([f[key] for f in found]) for key in
-                  ("pass_rate", "mixed_groups", "response_length")]
-        lines.append(f"| {escaped(group.name)} | {row} | {values[0]:.3f} | {values[1]:.3f} | "
-                     f"{values[2]:.1f} |")
+        solved, mixed, entropy, tokens = (np.mean([f[key] for f in found]) for key in (
+            "pass_rate", "mixed_groups", "entropy", "response_length"))
+        often = np.mean([np.greater(f["mixed_prompts"], 0.5) for f in found])
+        lines.append(f"| {escaped(group.name)} | {row} | {solved:.3f} | {mixed:.3f} | "
+                     f"{often:.2f} | {entropy:.3f} | {tokens:.1f} |")
   if not lines:
     return []
   return ["### What GRPO begins with", "",
           "A group teaches only where its answers differ: *mixed* is the chance of that, problem "
-          "by problem, 1 − p^g − (1 − p)^g, averaged over the probe's problems.", "",
-          "| arm | stage | solved | mixed | tokens |", "|---|---|---|---|---|", *lines]
+          "by problem, 1 − p^g − (1 − p)^g, averaged over the probe's problems; *above ½* is the "
+          "share of the problems for which it is.", "",
+          "| arm | stage | solved | mixed | above ½ | entropy, nats | tokens |",
+          "|---|---|---|---|---|---|---|", *lines]
 
 
 def warnings(made):
   """Where what the method asks for was not there, as lines."""
-  lines, seen = [], set()
+  lines = []
   raw = next((g for g in made if g.label == "untrained teacher"), None)
   for group in made:
     if raw is not None and group.label.startswith("teacher after"):
       found = ladder.compare(group, raw)
-      if found is not None and found[0].estimate <= 0:
+      if found is not None and found.gap.estimate <= 0:
         lines.append(f"- {escaped(group.name)}: the teacher did not improve "
-                     f"({interval(found[0])} points).")
+                     f"({interval(found.gap)} points).")
     for probe in group.probes():
+      row = probe[0]["stage"].rpartition("-")[0]
       mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])
-      if probe[0]["after"] is None and mixed < 0.5 and probe[0]["stage"] not in seen:
-        seen.add(probe[0]["stage"])
-        lines.append(f"- {escaped(group.name)}: {probe[0]['stage'].rpartition('-')[0]} began with "
-                     f"{100 * mixed:.0f} % mixed groups: most are constant and teach nothing.")
-  return ["### Warnings", "", *lines] if lines else []
+      if probe[0]["after"] is None and mixed < 0.5:
+        lines.append(f"- {escaped(group.name)}: {row} began with {100 * mixed:.0f} % mixed groups: "
+                     "most are constant and teach nothing.")
+    for run in group.runs.values():
+      for folder in run["stages"]:
+        share = [entry["weighted"] for entry in metrics.read(folder, "metrics")
+                 if "weighted" in entry]
+        if share and np.mean(share) < 0.5:
+          lines.append(f"- {escaped(group.name)}, seed {run['seed']}: "
+                       f"{folder.name.rpartition('-')[0]} gave {100 * np.mean(share):.0f} % of its "
+                       "sequences any weight, so it learned from fewer than the arms it is "
+                       "compared with.")
+  return ["### Warnings", "", *dict.fromkeys(lines)] if lines else []
 
 
 def write(workdirs):
-  """Writes report.md and report.png into the first folder; returns the Markdown."""
+  """Writes report.md and its figures into the first folder; returns the Markdown."""
   rows, folder = ladder.read(workdirs), epath.Path(workdirs[0])
   choice = folder / "choice.md"
-  text = markdown(rows, choice.read_text() if choice.exists() else "")
-  with (folder / "report.png").open("wb") as out:
-    figures.figure(rows, out)
+  text = markdown(rows, choice.read_text() if choice.exists() else "",
+                  " ".join(["python -m s2d_jax.report", *map(str, workdirs)]))
+  for at, (_, part) in enumerate(ladder.tables(rows)):
+    with (folder / picture(at)).open("wb") as out:
+      figures.figure(part, out)
   checkpoint.write(folder / "report.md", text)
   return text
 

@@ -62,7 +62,8 @@ def nested_bootstrap(correct_PG, statistic, seed, draws, level=0.95):
   Each draw takes P problems with replacement, each with its own samples, whole. Samples are nested
   in problems, so the spread between the values of problems already holds what G samples leave
   open; drawing the samples anew as well would count it twice (Davison & Hinkley, Bootstrap Methods
-  and their Application, 1997, section 3.8). The ends are held to [0, 1].
+  and their Application, 1997, section 3.8). The ends are held to [0, 1]. With ten right samples in
+  all it covers 92 % for 95, as percentiles do near 0.
 
   Args:
     correct_PG: 0/1, [P, G].
@@ -96,65 +97,85 @@ def gaps(correct_a_PG, correct_b_PG, statistic):
   return statistic(a_PG) - statistic(b_PG)
 
 
-def over_seeds(value_SP, level=0.95, bounds=(0.0, 1.0)):
-  """Interval of the mean when training seeds, problems and samples could all have been others.
+def over_seeds(value_SP, level=0.95):
+  """Interval of a rate when training seeds, problems and samples could all have been others.
 
   Seeds and problems cross: every seed is scored on the same problems. With a seed's own spread
-  between its mean and the others', and a problem's spread likewise, the mean's variance is
+  between its mean and the others', and a problem's spread likewise, the mean m has variance
 
     V = V_s + max(V_p − V_r, 0),   V_s = Var_s(mean over p) / S,   V_p = Var_p(mean over s) / P,
 
   where V_r = (residual mean square) / (S·P) is what V_s and V_p both contain. V_s is known from
   S − 1 degrees of freedom and earns Student's t, the rest the normal z: a Behrens–Fisher problem.
-  With ρ = V_s / V the half-width is √V · t^ρ · z^(1−ρ), the geometric mean of the two quantiles. In
-  simulated worlds of three seeds it covers 94–97 % where Cochran's arithmetic mean (Biometrics 20,
-  1964) covers up to 97.3 % and Welch's degrees of freedom as little as 92 %. A bootstrap of three
-  seeds has no such correction and is far too narrow; tests/test_stats.py counts both.
+  With ρ = V_s / V the half-width is h = √V · z · (t / z)^(ρ^1.25), a geometric mean of the two
+  quantiles; in the normal limit of three seeds it covers 94.1 (ρ near 0.9) to 96.0 % (ρ near 0.25).
+  The ends are taken on the logit's scale, where a rate near 0 or 1 is not skewed:
+  logit(m) ± h / (m·(1 − m)).
+
+  tests/test_stats.py counts how often simulated worlds of three seeds are covered, also near 0 and
+  1: 93 to 97 % of the time, where Cochran's arithmetic mean (Biometrics 20, 1964) reaches 97.3,
+  Welch's degrees of freedom fall to 92, the same without the logit to 91, and a bootstrap of the
+  three seeds to under 85. Two seeds are covered down to 91 %.
 
   Args:
-    value_SP: a statistic of each training seed and problem (at least two seeds and two problems),
-      or a difference of two. level: of the interval. bounds: what the ends are held to.
+    value_SP: a statistic in [0, 1] of each training seed and problem, at least two of each.
+    level: of the interval.
   """
   value_SP = _seeds(value_SP)
-  variance, quantile = _spread(value_SP, 0.5 + level / 2)
-  half = quantile * np.sqrt(variance)
-  estimate = float(value_SP.mean())
-  return Interval(estimate, float(max(estimate - half, bounds[0])),
-                  float(min(estimate + half, bounds[1])))
+  estimate, half = float(value_SP.mean()), _half(value_SP, level)
+  if half == 0:
+    return Interval(estimate, estimate, estimate)
+  half /= estimate * (1 - estimate)
+  low, high = special.expit(special.logit(estimate) + np.array([-half, half]))
+  return Interval(estimate, float(low), float(high))
 
 
-def resolvable(value_SP, level=0.95, power=0.8):
-  """The smallest true difference that such data would find: half a width plus the power's share.
-
-  A difference of this size ends in an interval that leaves out 0 with probability `power`; of
-  half-width(level) alone, only every second time.
+def gap_over_seeds(gap_SP, level=0.95):
+  """`over_seeds` of a difference of two rates, in [−1, 1], on its own scale.
 
   Args:
-    value_SP: differences of each training seed and problem, [S, P]; one seed is allowed.
+    gap_SP: a difference of each training seed and problem, at least two of each.
   """
-  value_SP = np.asarray(value_SP, np.float64)
-  if len(value_SP) == 1:
-    half = special.ndtri(0.5 + level / 2) * (error := np.sqrt(value_SP.var(ddof=1) / value_SP.size))
-    return float(half + special.ndtri(power) * error)
-  variance, quantile = _spread(_seeds(value_SP), 0.5 + level / 2)
-  _, more = _spread(_seeds(value_SP), power)
-  return float((quantile + more) * np.sqrt(variance))
+  gap_SP = _seeds(gap_SP)
+  estimate, half = float(gap_SP.mean()), _half(gap_SP, level)
+  return Interval(estimate, max(estimate - half, -1.0), min(estimate + half, 1.0))
 
 
-def _spread(value_SP, probability):
-  """(V, its quantile) of `over_seeds`; the quantile is between the normal's and Student's."""
+def resolvable(gap_SP, level=0.95, power=0.8):
+  """The true difference that an interval of `level` tells from 0 with probability `power`.
+
+  Under the spread these data show, which few seeds know badly. The seeds' share follows the
+  noncentral t, the rest the normal, in the geometric mean of `over_seeds`.
+
+  Args:
+    gap_SP: differences of each training seed and problem, [S, P]; one seed is allowed.
+  """
+  gap_SP = np.asarray(gap_SP, np.float64)
+  z = special.ndtri(0.5 + level / 2) + special.ndtri(power)
+  if len(gap_SP) == 1:
+    return float(z * np.sqrt(gap_SP.var(ddof=1) / gap_SP.size))
+  variance, share = _spread(_seeds(gap_SP))
+  df = len(gap_SP) - 1
+  t = special.nctdtrinc(df, 1 - power, special.stdtrit(df, 0.5 + level / 2))
+  return float(np.sqrt(variance) * z * (t / z) ** share ** 1.25)
+
+
+def _half(value_SP, level):
+  """h of `over_seeds`."""
+  variance, share = _spread(value_SP)
+  t, z = special.stdtrit(len(value_SP) - 1, 0.5 + level / 2), special.ndtri(0.5 + level / 2)
+  return float(np.sqrt(variance) * z * (t / z) ** share ** 1.25)
+
+
+def _spread(value_SP):
+  """V and ρ of `over_seeds`."""
   S, P = value_SP.shape
   seed_S1, problem_P = value_SP.mean(axis=1, keepdims=True), value_SP.mean(axis=0)
   residual_SP = value_SP - seed_S1 - problem_P + value_SP.mean()
   seeds = seed_S1.var(ddof=1) / S
   shared = np.square(residual_SP).sum() / ((S - 1) * (P - 1)) / (S * P)
-  problems = max(problem_P.var(ddof=1) / P - shared, 0.0)
-  variance = seeds + problems
-  if variance == 0:
-    return 0.0, 0.0
-  t, z = special.stdtrit(S - 1, probability), special.ndtri(probability)
-  share = seeds / variance
-  return variance, t ** share * z ** (1 - share)
+  variance = seeds + max(problem_P.var(ddof=1) / P - shared, 0.0)
+  return variance, seeds / variance if variance > 0 else 0.0
 
 
 def _seeds(value_SP):

@@ -29,6 +29,8 @@ def expand(config):
                        f"({str(error).splitlines()[0]}): name its keys, with values of their "
                        "types.") from error
     configs.append(made)
+  if len({made.mesh for made in configs}) > 1:
+    raise ValueError("config.sweep has several meshes, and one process has one: run them apart.")
   if not configs:
     raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
   return configs

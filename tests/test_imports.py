@@ -13,8 +13,8 @@ PACKAGE = ROOT / "s2d_jax"
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
   "main": {"cli", "recipe", "sweep", "report"},
-  "preflight": {"cli", "recipe"},
-  "cli": {"recipe"},
+  "preflight": {"cli", "recipe", "sweep"},
+  "cli": {"recipe", "sweep"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"doctor", "stage", "budget", "report"},
   "doctor": {"train", "objectives"},

@@ -10,8 +10,9 @@ import pytest
 from s2d_jax import checkpoint, figures, ladder, report
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
-COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_trained": 0, "tokens_guide": 0,
-          "flops": 0.0, "device_seconds_used": 0.0, "device_seconds_lost": 0.0}
+COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0, "tokens_trained": 0,
+          "tokens_guide": 0, "flops": 0.0, "flops_reused": 0.0, "device_seconds_used": 0.0,
+          "device_seconds_lost": 0.0}
 
 
 def stage(run, name, labels=(), revision=REVISION, metrics=(), inputs=None, **counts):
@@ -59,10 +60,10 @@ def finished(tmp_path):
   """A run of two arms, the later name first in time, that share a stage and two labels."""
   teacher = stage(tmp_path, "teacher_grpo-1", [3, 5, 9], label_uses=7, tokens_sampled=1000,
                   tokens_trained=2000, flops=2.5e12, device_seconds_used=10.4,
-                  device_seconds_lost=0.6, metrics=[{"step": 0, "reward": 0.25},
-                                                    {"step": 1, "reward": 0.5}])
-  bridge = stage(tmp_path, "reverse_kl-1", tokens_sampled=234, tokens_guide=56,
-                 device_seconds_used=1.0, metrics=[{"step": 0, "kl": 0.125},
+                  device_seconds_lost=0.6, metrics=[{"step": 0, "reward": 0.25, "loss": 1},
+                                                    {"step": 1, "reward": 0.5, "loss": 2}])
+  bridge = stage(tmp_path, "reverse_kl-1", tokens_sampled=34, tokens_reused=200, tokens_guide=56,
+                 flops_reused=0.5e12, device_seconds_used=1.0, metrics=[{"step": 0, "kl": 0.125},
                                                    {"step": 1, "kl": "nan"}])
   cold = stage(tmp_path, "student_grpo-1", [5, 9, 11], flops=7e12)
   arm(tmp_path, "untrained", [("untrained student", [], score(tmp_path, "eval-0", WRONG))], at=1)
@@ -85,8 +86,8 @@ def test_the_table_by_hand(finished):
                   "TFLOPs", "device-s", "lost"]
   scores = ["25.0 [20.0, 30.0]", "50.0 [40.0, 62.5]", "50.0 [40.0, 60.0]", "75.0 [70.0, 80.0]"]
   assert rows[0] == ["untrained student", "0", *scores, "12.3", *"00000", "0.0", "0", "0"]
-  assert rows[1] == ["bridge", "0", *scores, "12.3", "3", "7", "1,234", "2,000", "56", "2.5", "11",
-                     "1"]
+  assert rows[1] == ["bridge", "0", *scores, "12.3", "3", "7", "1,234", "2,000", "56", "3.0", "11",
+                     "1"]  # with the tokens and FLOPs that another arm's stage had spent
   assert rows[2] == ["cold_grpo", "0", *scores, "12.3", "3", "3", *"000", "7.0", "0", "0"]
   # Labels 3 5 9 and 5 9 11: six spent, or ten uses, of four distinct ones.
   assert rows[3][7:9] == ["4", "10"]
@@ -100,7 +101,7 @@ def test_the_words_around_the_table(finished):
 
 def verdicts(run):
   """{difference: (points, verdict)} of the second table."""
-  return {row[0]: (row[2], row[4]) for row in table(report.markdown(ladder.read([run])))
+  return {row[0]: (row[3], row[5]) for row in table(report.markdown(ladder.read([run])))
           if " − " in row[0]}
 
 
@@ -112,14 +113,15 @@ def test_paired_differences_have_a_sign(tmp_path):
                         ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
     arm(tmp_path, name, [(name, [], score(tmp_path, f"eval-{name}", correct))])
   found = verdicts(tmp_path)
-  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]", "disagrees")
+  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]",
+                                         "disagrees (6/6), one seed")
   points, verdict = found["cold_grpo − raw_bridge"]
-  assert verdict == "agrees" and points.startswith("50.0 [")
-  assert found["half_bridge_grpo_2h − cold_grpo"][1] == "disagrees"
+  assert verdict == "agrees (6/6), one seed" and points.startswith("50.0 [")
+  assert found["half_bridge_grpo_2h − cold_grpo"][1] == "disagrees (6/6), one seed"
   other = np.repeat([[0, 0], [1, 1]], 20, axis=0).tolist()  # half of the answers, other problems
   arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-cold_grpo", other))])
   points, verdict = verdicts(tmp_path)["cold_grpo − raw_bridge"]
-  assert verdict == "not resolved" and points.startswith("0.0 [-")
+  assert verdict == "not resolved (6/6), one seed" and points.startswith("0.0 [-")
   assert len(found) == 5
 
 
@@ -139,8 +141,8 @@ def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
   # RIGHT is 5 of 6 right, WRONG 1 of 6: bridge has both, cold_grpo RIGHT twice.
   assert (bridge[1], bridge[3].split()[0]) == ("0 1", "50.0")
   assert (cold[1], cold[3].split()[0]) == ("0 1", "83.3")
-  assert gap[:2] == ["bridge − cold_grpo", "0 −"] and gap[2].startswith("-33.3 [-100.0, ")
-  assert gap[4] == "not resolved"  # two seeds, one of them without a difference
+  assert gap[:3] == ["bridge − cold_grpo", "0 : 0", "0 −"]
+  assert gap[3].startswith("-33.3 [-100.0, ") and gap[5] == "not resolved (6/6)"
   assert text.count("| arm |") == 1
   assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
 
@@ -153,9 +155,9 @@ def test_an_interval_over_seeds_is_wider_than_each(tmp_path):
   np.testing.assert_array_equal(made[0].value_SP("greedy"), [[1, 1, 0], [0, 0, 0]])
   np.testing.assert_array_equal(made[0].value_SP("pass@2"), [[1, 1, 1], [0, 0, 1]])
   # Seed means 5/6 and 1/6: Var/2 = 1/9 is all the variance, and t has one degree of freedom.
-  half = 12.7062 * np.sqrt(1 / 9)
-  assert half > 0.5  # so the ends are held to rates
-  assert tuple(made[0].score("avg@2")) == (0.5, 0.0, 1.0)
+  half = 12.7062 * np.sqrt(1 / 9) / 0.25  # on the logit's scale, about logit(1/2) = 0
+  np.testing.assert_allclose(made[0].score("avg@2"),
+                             [0.5, 1 / (1 + np.exp(half)), 1 / (1 + np.exp(-half))], rtol=1e-4)
 
 
 def test_unlike_configs_have_rows_of_their_own_that_say_so(tmp_path):
@@ -192,7 +194,8 @@ def test_the_division_of_updates_is_a_curve_of_its_own(tmp_path):
 PROBE = {"forward_kl": 1.25, "reverse_kl": 2.5, "overlap": 0.5, "student_mass": 0.75,
          "teacher_mass": 0.625, "student_entropy": 1.0, "teacher_entropy": 0.125,
          "forward_kl_gradient_worst": 0.25, "reverse_kl_gradient_worst": 0.5,
-         "response_length": 7.0, "pass_rate": 0.25, "mixed_groups": 0.375}
+         "response_length": 7.0, "pass_rate": 0.25, "mixed_groups": 0.375, "same_first": 0.875,
+         "entropy": 0.75, "mixed_prompts": [0.25, 0.5, 0.75, 1.0]}
 
 
 def probe(run, name, **change):
@@ -210,15 +213,15 @@ def test_the_conditions_by_hand(tmp_path):
              "after": probe(tmp_path, "probe-3", forward_kl=0.25)}]
   arm(tmp_path, "bridge", [("bridge", names, score(tmp_path, "eval-0", RIGHT))], probes=probes)
   text = report.write([tmp_path])
-  rows = [row for row in table(text) if len(row) == 15 and row[0] == "bridge" and row[3] != "50.0"]
+  rows = [row for row in table(text) if len(row) == 16 and row[0] == "bridge" and row[3] != "50.0"]
   rows = [row for row in rows if row[3] in ("teacher's", "student's")]
   assert [row[1:5] for row in rows] == [
       [stage, when, f"{text}'s", kl] for stage, when, kl in (
           ("forward_kl", "before", "1.250"), ("forward_kl", "after", "0.500"),
           ("reverse_kl", "after", "0.250")) for text in ("teacher", "student")]
-  assert rows[0][5:] == ["2.500", "0.500", "0.750", "0.625", "1.000", "0.125", "0.25", "0.50",
-                         "7.0", "0.250"]
-  assert ["bridge", "teacher_grpo", "0.250", "0.375", "7.0"] in table(text)
+  assert rows[0][5:] == ["2.500", "0.500", "0.875", "0.750", "0.625", "1.000", "0.125", "0.25",
+                         "0.50", "7.0", "0.250"]
+  assert ["bridge", "teacher_grpo", "0.250", "0.375", "0.50", "0.750", "7.0"] in table(text)
   assert "- bridge: teacher_grpo began with 38 % mixed groups: most are constant" in text
 
 
@@ -229,6 +232,37 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
        score(tmp_path, "eval-1", WRONG))])
   text = report.markdown(ladder.read([tmp_path]))
   assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
+
+
+def test_weights_that_leave_most_sequences_out_are_warned_of(tmp_path):
+  one = stage(tmp_path, "weighted_fkl-1", metrics=[{"step": 0, "weighted": 0.25},
+                                                   {"step": 1, "weighted": 0.125}])
+  arm(tmp_path, "weighted_fkl", [("weighted_fkl", [one], score(tmp_path, "eval-0", RIGHT))])
+  text = report.markdown(ladder.read([tmp_path]))
+  assert "- weighted_fkl, seed 0: weighted_fkl gave 19 % of its sequences any weight" in text
+
+
+def test_a_curves_points_have_the_seeds_that_all_of_them_have(tmp_path):
+  for seed, share in ((0, 0.25), (0, 1.0), (1, 1.0)):
+    one = stage(tmp_path, f"student_grpo-{seed}-{share}", inputs={
+        "row": ["student_grpo"], "split": share, "seed": seed})
+    arm(tmp_path, "bridge", [("bridge", [one], score(
+        tmp_path, f"eval-{seed}-{share}", (RIGHT, WRONG)[seed], seed=seed))], seed, share,
+        config={"label_share": share})
+  made = ladder.groups(ladder.read([tmp_path]))
+  assert [group.seeds for group in made] == ["0", "0 1"]
+  points = ladder.curves(made, ladder.SWEPT["labels"])["bridge"]
+  assert [(x, group.seeds) for x, group in points] == [(0.25, "0"), (1.0, "0")]
+
+
+def test_probes_that_one_run_left_out_are_found_in_another(tmp_path):
+  one = stage(tmp_path, "student_grpo-1")
+  probes = [{"stage": one, "before": probe(tmp_path, "probe-0"), "after": None}]
+  scored = score(tmp_path, "eval-0", RIGHT)
+  for at, found in enumerate(([], probes)):
+    arm(tmp_path, "cold_grpo", [("cold_grpo", [one], scored)], at=at, probes=found)
+  (made,) = ladder.groups(ladder.read([tmp_path]))
+  assert len(made.probes()) == 1
 
 
 def test_how_hyperparameters_were_chosen_ends_the_report(tmp_path):
@@ -301,8 +335,8 @@ def test_the_figure_by_hand(finished, monkeypatch):
   report.write([finished])
   data = (finished / "report.png").read_bytes()
   assert data[:8] == b"\x89PNG\r\n\x1a\n"
-  assert struct.unpack(">II", data[16:24]) == (1800, 540)  # one row: nothing was swept or probed
-  bars, reward, kl = charts[0].axes
+  assert struct.unpack(">II", data[16:24]) == (2400, 540)  # one row: nothing was swept or probed
+  bars, reward, kl, entropy = charts[0].axes
   assert [bar.get_width() for bar in bars.patches] == [50.0] * 4
   ends = bars.collections[0].get_segments()[0][:, 0]
   np.testing.assert_allclose(ends, [40.0, 62.5])
@@ -310,4 +344,6 @@ def test_the_figure_by_hand(finished, monkeypatch):
       "untrained student · seed 0", "bridge · seed 0", "cold_grpo · seed 0", "both · seed 0"]
   (line,) = reward.lines  # of the stage that two arms share, once
   np.testing.assert_allclose(line.get_xydata(), [[0, 0.25], [1, 0.5]])
-  np.testing.assert_array_equal(kl.lines[0].get_ydata(), [0.125, np.nan])
+  assert not entropy.lines
+  (line,) = kl.lines  # and no surrogate's loss
+  np.testing.assert_array_equal(line.get_ydata(), [0.125, np.nan])

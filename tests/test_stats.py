@@ -1,10 +1,12 @@
 """pass@k against brute force; intervals against closed forms, coverage and the clock."""
 
+import functools
 import itertools
 import time
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from s2d_jax import stats
@@ -67,43 +69,75 @@ def test_the_interval_of_the_mean_has_its_closed_form_width():
   np.testing.assert_allclose(high80 - low80, 2 * 1.2816 * np.sqrt(variance), rtol=0.03)
 
 
-# Worlds of known truth, as (spread of seeds, of problems, of their interaction): the logits of
-# success are sums of normal terms. The last two are differences of arms, where pairing has taken
-# the problems' spread away.
-WORLDS = {"problems differ": (0.0, 2.0, 0.0), "problems and seeds": (0.15, 2.0, 0.5),
-          "seeds rule": (0.6, 1.0, 0.5), "only samples": (0.0, 0.0, 0.0),
-          "a little of all": (0.05, 0.3, 0.3)}
+# Worlds of known truth: the logits of success are sums of normal terms. (Mean, spread of seeds, of
+# problems, of their interaction.)
+WORLDS = {"problems differ": (0, 0.0, 2.0, 0.0), "problems and seeds": (0, 0.15, 2.0, 0.5),
+          "seeds rule": (0, 0.6, 1.0, 0.5), "only samples": (0, 0.0, 0.0, 0.0),
+          "a little of all": (0, 0.05, 0.3, 0.3), "near the top": (4, 0.3, 1.5, 0.5),
+          "near the bottom": (-4, 0.15, 1.5, 0.5), "seeds rule near the top": (4, 0.6, 1.0, 0.5)}
 
 
-def world(spread, rng, S, P, G):
+def logits(world, rng, problem_P, S):
+  """[S, P] of an arm with these problems."""
+  mean, seeds, problems, both = world
+  P = len(problem_P)
+  return (mean + seeds * rng.normal(size=(S, 1)) + problems * problem_P
+          + both * rng.normal(size=(S, P)))
+
+
+def simulate(world, rng, S, P, G):
   """value_SP of one simulated experiment: the share of right among G samples."""
-  seeds, problems, both = spread
-  logit_SP = (seeds * rng.normal(size=(S, 1)) + problems * rng.normal(size=(1, P))
-              + both * rng.normal(size=(S, P)))
-  return rng.binomial(G, 1 / (1 + np.exp(-logit_SP))) / G  # symmetric, so the truth is 1/2
+  return rng.binomial(G, scipy.special.expit(logits(world, rng, rng.normal(size=P), S))) / G
+
+
+@functools.cache
+def truth(world):
+  """The rate over all seeds and problems, by Gauss–Hermite quadrature of the normal logit."""
+  point, weight = np.polynomial.hermite_e.hermegauss(80)
+  mean, *spread = world
+  return float(scipy.special.expit(mean + np.linalg.norm(spread) * point) @ weight / weight.sum())
 
 
 @pytest.mark.parametrize("G", [1, 4, 16])
-@pytest.mark.parametrize("name", ["problems differ", "only samples", "a little of all"])
+@pytest.mark.parametrize("name", ["problems differ", "only samples", "a little of all",
+                                  "near the bottom"])
 def test_the_interval_over_problems_and_samples_covers(name, G):
-  # 2,000 data sets of one training seed and 200 problems; the seed is as it is.
+  # 2,000 data sets of one training seed; the seed is as it is.
   rng, held = np.random.default_rng(0), 0
-  spread = (0.0, *WORLDS[name][1:])
+  mean, _, *spread = WORLDS[name]
+  world, P = (mean, 0.0, *spread), 400 if mean else 200  # the rare right ones must be some
   for seed in range(2000):
-    right_P = np.rint(world(spread, rng, 1, 200, G)[0] * G).astype(int)
+    right_P = np.rint(simulate(world, rng, 1, P, G)[0] * G).astype(int)
     correct_PG = (np.arange(G) < right_P[:, None]).astype(int)
-    _, low, high = stats.nested_bootstrap(correct_PG, stats.avg_at_k, seed, 400)
-    held += low <= 0.5 <= high
+    _, low, high = stats.nested_bootstrap(correct_PG, stats.avg_at_k, seed, 300)
+    held += low <= truth(world) <= high
   assert 0.93 <= held / 2000 <= 0.97, held / 2000
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("P", [100, 512])
 def test_the_interval_over_three_training_seeds_covers(name, P):
-  rng, held = np.random.default_rng(0), 0
+  rng, held, want = np.random.default_rng(0), 0, truth(WORLDS[name])
   for _ in range(2000):
-    _, low, high = stats.over_seeds(world(WORLDS[name], rng, 3, P, 16))
-    held += low <= 0.5 <= high
+    _, low, high = stats.over_seeds(simulate(WORLDS[name], rng, 3, P, 16))
+    held += low <= want <= high
+  assert 0.93 <= held / 2000 <= 0.97, held / 2000
+
+
+@pytest.mark.parametrize("above, below", [
+    ("problems and seeds", "problems and seeds"), ("seeds rule", "a little of all"),
+    ("near the top", "problems differ"), ("near the bottom", "near the bottom"),
+    ("near the top", "seeds rule near the top")])
+def test_the_interval_of_a_difference_over_three_seeds_covers(above, below):
+  # Two arms on the same problems, each with seeds of its own.
+  worlds, rng, held = (WORLDS[above], WORLDS[below]), np.random.default_rng(0), 0
+  want = truth(worlds[0]) - truth(worlds[1])
+  for _ in range(2000):
+    problem_P = rng.normal(size=512)
+    a, b = (rng.binomial(16, scipy.special.expit(logits(world, rng, problem_P, 3))) / 16
+            for world in worlds)
+    _, low, high = stats.gap_over_seeds(a - b)
+    held += low <= want <= high
   assert 0.93 <= held / 2000 <= 0.97, held / 2000
 
 
@@ -111,7 +145,7 @@ def test_a_plain_bootstrap_of_three_seeds_does_not_cover():
   # The same worlds; seeds and problems both drawn anew, percentiles taken: what is usually done.
   rng, held = np.random.default_rng(0), 0
   for _ in range(500):
-    value_SP = world(WORLDS["seeds rule"], rng, 3, 100, 16)
+    value_SP = simulate(WORLDS["seeds rule"], rng, 3, 100, 16)
     drawn = [value_SP[np.ix_(rng.integers(3, size=3), rng.integers(100, size=100))].mean()
              for _ in range(200)]
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -120,24 +154,32 @@ def test_a_plain_bootstrap_of_three_seeds_does_not_cover():
 
 
 def test_over_seeds_by_hand():
-  # Seeds alone: 0.3, 0.4, 0.5 on every problem. Var_s = 0.01, so 0.4 ± 4.3027·√(0.01/3).
+  # Seeds alone: 0.3, 0.4, 0.5 on every problem. Var_s = 0.01, so h = 4.3027·√(0.01/3); for a rate
+  # the ends are at logit(0.4) ± h / 0.24.
   seeds_only = np.repeat([[0.3], [0.4], [0.5]], 50, axis=1)
   half = 4.30265 * np.sqrt(0.01 / 3)
-  np.testing.assert_allclose(stats.over_seeds(seeds_only), [0.4, 0.4 - half, 0.4 + half],
+  np.testing.assert_allclose(stats.gap_over_seeds(seeds_only), [0.4, 0.4 - half, 0.4 + half],
                              rtol=1e-5)
-  # Problems alone: half at 0, half at 1, the same for every seed: 0.5 ± 1.96·√(Var_p/P).
+  odds = 2 / 3 * np.exp([-half / 0.24, half / 0.24])
+  np.testing.assert_allclose(stats.over_seeds(seeds_only), [0.4, *odds / (1 + odds)], rtol=1e-5)
+  # Problems alone: half at 0, half at 1, the same for every seed: h = 1.96·√(Var_p/P).
   problems_only = np.tile(np.arange(100) % 2, (3, 1)).astype(float)
   half = 1.959964 * np.sqrt(0.25 * 100 / 99 / 100)
-  np.testing.assert_allclose(stats.over_seeds(problems_only), [0.5, 0.5 - half, 0.5 + half],
+  np.testing.assert_allclose(stats.gap_over_seeds(problems_only), [0.5, 0.5 - half, 0.5 + half],
                              rtol=1e-5)
 
 
-def test_over_seeds_is_the_t_interval_of_the_seeds_where_problems_do_not_vary():
+def test_a_gap_over_seeds_is_the_t_interval_where_problems_do_not_vary():
   # SciPy's own one-sample t interval, with the rest of the variance gone.
   seed_S = np.array([0.3, 0.35, 0.5, 0.41])
   want = scipy.stats.ttest_1samp(seed_S, 0).confidence_interval(0.9)
-  got = stats.over_seeds(np.repeat(seed_S[:, None], 9, axis=1), level=0.9)
+  got = stats.gap_over_seeds(np.repeat(seed_S[:, None], 9, axis=1), level=0.9)
   np.testing.assert_allclose(got[1:], want)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_seeds_that_are_always_alike_have_no_width(value):
+  assert stats.over_seeds(np.full((3, 10), value)) == (value, value, value)
 
 
 @pytest.mark.parametrize("shape", [(1, 10), (3, 1), (6,)])
@@ -146,16 +188,23 @@ def test_one_training_seed_has_no_spread_between_seeds(shape):
     stats.over_seeds(np.zeros(shape))
 
 
-def test_a_resolvable_difference_is_found_as_often_as_promised():
-  # Differences of three seeds with the seeds' own spread: shift them by what is called resolvable.
-  spread = WORLDS["problems differ"]
-  rng = np.random.default_rng(1)
-  size = np.mean([stats.resolvable(world(spread, rng, 3, 100, 8)) for _ in range(200)])
-  found = sum(stats.over_seeds(world(spread, rng, 3, 100, 8) - 0.5 + size, bounds=(-1, 1)).low > 0
-              for _ in range(1000))
-  assert 0.75 < found / 1000 < 0.85
-  one = np.mean([stats.resolvable(world(spread, rng, 1, 100, 8)) for _ in range(200)])
-  assert one > size  # fewer samples in all
+@pytest.mark.parametrize("name", ["problems differ", "seeds rule"])
+def test_a_resolvable_difference_is_found_as_often_as_promised(name):
+  # Three seeds: shift their differences from the truth by what is resolvable under the variance
+  # that many such experiments show on average.
+  world, rng = WORLDS[name], np.random.default_rng(1)
+  sizes = [stats.resolvable(simulate(world, rng, 3, 100, 8)) for _ in range(400)]
+  size = np.sqrt(np.mean(np.square(sizes)))
+  found = sum(stats.gap_over_seeds(simulate(world, rng, 3, 100, 8) - truth(world) + size).low > 0
+              for _ in range(2000))
+  assert 0.75 < found / 2000 < 0.85, found / 2000
+
+
+def test_what_one_seed_resolves_by_hand():
+  # Half of 100 differences at 0.2: Var = 0.01·100/99, so (1.96 + 0.84)·√(Var/100).
+  gap_SP = np.tile([[0.0, 0.2]], (1, 50))
+  np.testing.assert_allclose(stats.resolvable(gap_SP),
+                             (1.959964 + 0.841621) * np.sqrt(0.01 / 99), rtol=1e-5)
 
 
 def test_pass_at_k_keeps_the_samples_of_a_problem_together():

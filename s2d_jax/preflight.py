@@ -22,6 +22,7 @@ from s2d_jax import (
   objectives,
   optim,
   recipe,
+  sampler,
   sharding,
   sweep,
   train,
@@ -48,7 +49,7 @@ def abstract_role(config, role, mesh):
 
 
 def costs(config, stages=recipe.STAGES):
-  """Yields a Cost for every program of every stage in config.stages, on the current mesh."""
+  """Yields a Cost for every program of every stage and score of a config, on the current mesh."""
   table, mesh = {row.name: row for row in stages}, sharding.current_mesh()
   doctor.check_config(config, table)
   stop_ids = chat.Chat(config.student, **config.template).eos_ids
@@ -76,9 +77,46 @@ def costs(config, stages=recipe.STAGES):
     if programs.draw is not None:
       found = {"sample": programs.draw.compiled, **found}
     for program, compiled in found.items():
-      memory = compiled.memory_analysis()
-      yield Cost(name, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-                 memory.output_size_in_bytes - memory.alias_size_in_bytes)
+      yield _cost(name, program, compiled)
+  yield from _scoring(config, mesh, stop_ids)
+
+
+def _cost(stage, program, compiled):
+  memory = compiled.memory_analysis()
+  return Cost(stage, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+              memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _scoring(config, mesh, stop_ids):
+  """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
+  roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
+  def sampling(block, size, program, **change):
+    how = train.sampling(block.sampling, stop_ids)._replace(**change)
+    for role, (model, params) in roles.items():
+      draw = sampler.make(model, params, how, size, config.prompt_tokens)
+      yield f"{role}{program}", draw.compiled
+  found = {"evaluation": [
+      *sampling(config.evaluation, config.evaluation.prompts, ""),
+      *sampling(config.evaluation, config.evaluation.prompts, " greedy", samples_per_prompt=1,
+                temperature=0.0)]}
+  if any(hp.eval_every for hp in config.stages.values()):
+    found["validation"] = sampling(config.validation, config.validation.problems, "")
+  if config.probe.problems:
+    found["probe"] = [*sampling(config.probe, config.probe.prompts, ""), ("both", _compare(
+        config, roles, mesh))]
+  for block, programs in found.items():
+    for program, compiled in programs:
+      yield _cost(block, program, compiled)
+
+
+def _compare(config, roles, mesh):
+  """The program that lays a probe's two models side by side."""
+  hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
+  rows = hp.prompts * hp.sampling.samples_per_prompt
+  batch = train.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
+  compared = update.compare(student.model, teacher.model, objectives.agreement, hp)
+  return compared.lower(*(sharding.abstract(role.params) for role in (student, teacher)),
+                        batch).compile()
 
 
 def main(config, topology):
@@ -90,13 +128,13 @@ def main(config, topology):
   try:
     with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
       print("bytes on each device")
-      print(f"{'stage':<16}{'program':<10}{'arguments':>14}{'temporaries':>14}{'output':>14}")
+      print(f"{'stage':<16}{'program':<16}{'arguments':>14}{'temporaries':>14}{'output':>14}")
       seen = set()
       for one in sweep.expand(config):
         for cost in costs(one):
           if cost not in seen:  # runs of a sweep share programs
             seen.add(cost)
-            print(f"{cost.stage:<16}{cost.program:<10}{cost.arguments:>14,}"
+            print(f"{cost.stage:<16}{cost.program:<16}{cost.arguments:>14,}"
                   f"{cost.temporaries:>14,}{cost.output:>14,}", flush=True)
   except ValueError as error:
     print(f"s2d_jax: {error}", file=sys.stderr)

@@ -266,8 +266,7 @@ def _gap(logp_BT, sampler_logp_BT, response_BT):
 
 
 def _labels(work, picked, before):
-  """The problems whose answers a step spends: all it draws, or where they are consulted for pass
-  rates alone, those that no earlier row of the ledger has."""
+  """Whose answers a step spends: all it draws; for pass rates alone, what no earlier row has."""
   problems = [p.id for p in picked]
   if work.advantages is not None or work.given is not None:
     return problems
@@ -350,12 +349,13 @@ def compile_programs(work, state, mesh):
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
   return Programs(
       draw, judge,
-      score.lower(sharding.abstract(params), _abstract_batch(rows, width, mesh)).compile(),
+      score.lower(sharding.abstract(params), abstract_batch(rows, width, mesh)).compile(),
       step.lower(sharding.abstract(state), guide,
-                 _abstract_batch(rows // hp.minibatches, width, mesh)).compile())
+                 abstract_batch(rows // hp.minibatches, width, mesh)).compile())
 
 
-def _abstract_batch(rows, width, mesh):
+def abstract_batch(rows, width, mesh):
+  """A `rollout.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
   types = {"weight_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT"}
   where = sharding.batch_sharding(mesh, (rows, width))
   return rollout.Batch(*(

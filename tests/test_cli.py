@@ -44,6 +44,14 @@ def test_diagnosis_lists_models_problems_and_chains(config):
       "half_bridge_grpo_2h: teacher_grpo -> forward_kl -> reverse_kl -> student_grpo"]
 
 
+def test_every_run_of_a_sweep_is_checked(config, capsys):
+  with config.unlocked():
+    config.sweep = ({"seed": 1}, {"arms": "nope"})
+  with pytest.raises(SystemExit):
+    cli.diagnosis(config)
+  assert "there is no arm 'nope'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key, value, said", [
     ("arms", "nope", "there is no arm 'nope': choose config.arms from untrained, "),
     ("task", "chess", "config.task is 'chess': choose arithmetic or math, "),

@@ -58,6 +58,12 @@ def check(config, expected):
       floor[row, "judge"] = size[learner]
     if row != "teacher_sft":
       floor[row, "sample"] = size[actor or learner]
+  # Two models are sampled for a score, with temperature and without, and for a probe, which lays
+  # them side by side.
+  for role in size.keys() - {None}:
+    floor |= {(block, role): size[role] for block in ("evaluation", "probe")}
+    floor["evaluation", f"{role} greedy"] = size[role]
+  floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
     assert min(cost.arguments, cost.temporaries, cost.output) > 0, key
@@ -82,6 +88,16 @@ def test_every_row_holds_its_models(quick_compiles, config):
       "forward_kl": ("teacher", "student", "teacher"), "sft": ("teacher", "student", None),
       "weighted_fkl": ("teacher", "student", "teacher"),
       "reverse_kl": (None, "student", "teacher"), "student_grpo": (None, "student", None)})
+
+
+@pytest.mark.medium
+def test_the_programs_of_a_sweep_are_told_once(quick_compiles, config, capsys):
+  with config.unlocked():
+    config.stages = {"teacher_sft": config.stages.teacher_sft}
+    config.sweep = ({"seed": 1}, {"seed": 2}, {"stages.teacher_sft.prompts": 8})
+  preflight.main(config, None)
+  rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+  assert rows.count(["teacher_sft", "update"]) == 2 and rows.count(["probe", "both"]) == 1
 
 
 def test_a_wrong_config_ends_in_one_sentence(config, capsys):

@@ -49,9 +49,10 @@ def test_the_shipped_sweeps_by_hand():
     ({"sede": 1}, "config.sweep has {'sede': 1}, which does not fit the config"),
     ({"seed": "one"}, "config.sweep has {'seed': 'one'}, which does not fit"),
     ({"stages.sft.optim.lrr": 1.0}, "which does not fit"),
+    ({"mesh": (2, 1, 1)}, "config.sweep has several meshes, and one process has one"),
     (None, "config.sweep is empty: list some overrides")])
 def test_an_override_that_does_not_fit_is_named(config, change, said):
-  config.sweep = () if change is None else (change,)
+  config.sweep = () if change is None else ({}, change)
   with pytest.raises(ValueError) as error:
     sweep.expand(config)
   assert str(error.value).startswith(said) or said in str(error.value)

@@ -2,9 +2,9 @@
 
   python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N] [--process I --port P] [--arm NAME]
 
-With --kill-in it kills itself (SIGKILL) at the N-th event inside the stage ROW, or inside a score
-where ROW is `evaluate`: an event is a file or checkpoint about to be written, just written, or in
-the middle of being written, or an optimizer update.
+With --kill-in it kills itself (SIGKILL) at the N-th event inside the stage ROW, inside a score
+where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to be written,
+just written, or in the middle of being written, or an optimizer update.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def config(bases, arm, data):
 
 
 def deadly(row, n):
-  """Makes this process kill itself at the n-th event inside the stage `row`, or inside a score."""
+  """Makes this process kill itself at the n-th event inside the stage `row`, a score or a probe."""
   left, inside = [n], [False]
 
   def enter(function, entered):
@@ -76,6 +76,7 @@ def deadly(row, n):
 
   stage.train_node = enter(stage.train_node, lambda node: node.stage.name == row)
   stage.evaluate = enter(stage.evaluate, lambda role: row == "evaluate")
+  stage.probe = enter(stage.probe, lambda role: row == "probe")
 
   def event():
     left[0] -= inside[0]

@@ -1,0 +1,34 @@
+"""avg@k of each arm by the number of operands, from the finished scores of a work folder.
+
+  python results/arithmetic/by_operands.py runs/ladder
+
+Percent on the evaluation split: the mean over training seeds, and the lowest and highest of them,
+of each arm as it was configured first.
+"""
+
+import sys
+
+import numpy as np
+
+from configs import arithmetic
+from s2d_jax import ladder, recipe
+
+
+def main(workdir):
+  """Prints a Markdown table."""
+  config = arithmetic.get_config()
+  source = recipe.task(config).source(config.evaluation.split)
+  operands_P = np.array([source[i]["problem"].count("+") + 1 for i in range(len(source))])
+  kinds = sorted(set(operands_P.tolist()))
+  print("| arm | seeds | " + " | ".join(f"{n} operands" for n in kinds) + " |")
+  print("|---" * (2 + len(kinds)) + "|")
+  for group in ladder.groups(ladder.read([workdir])):
+    if group.name == group.label:
+      value_SP = 100 * group.value_SP()
+      value_SK = np.stack([value_SP[:, operands_P == n].mean(axis=1) for n in kinds], axis=1)
+      cells = [f"{s.mean():.1f} [{s.min():.1f}, {s.max():.1f}]" for s in value_SK.T]
+      print(f"| {group.label} | {len(value_SP)} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

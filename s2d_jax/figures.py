@@ -11,20 +11,23 @@ from s2d_jax import ladder, metrics
 def figure(rows, path):
   """Draws one table's rows into a PNG: scores, the stages' curves, the sweeps' curves, C2's change.
 
+  Stages and C2 are those of each arm as it was configured first: a sweep has its own curve.
+
   Args:
     rows: as `ladder.read` returns them, scored in one way; path: a file, or its name.
   """
   made = ladder.groups(rows)
   below = [functools.partial(_curves, kind, points) for kind, keys in ladder.SWEPT.items()
            if (points := ladder.curves(made, keys))]
-  below += [functools.partial(_nearness, made)] * any(group.distilling() for group in made)
+  first = [group for group in made if group.name == group.label]
+  below += [functools.partial(_nearness, first)] * any(group.distilling() for group in first)
   tall = 2 + len(made) / 4
   heights = [max(4.5, tall), 4.5][: 1 + bool(below)]
   chart = Figure(figsize=(20, sum(heights)), layout="constrained")
   grid = chart.add_gridspec(len(heights), 4, height_ratios=heights)
   axes = [chart.add_subplot(grid[0, i]) for i in range(4)]
   _bars(axes[0], made)
-  _stages(axes[1:], rows)
+  _stages(axes[1:], [run for group in first for run in group.runs.values()])
   for i, draw in enumerate(below):
     draw(chart.add_subplot(grid[1, i]))
   chart.savefig(path, dpi=120)
@@ -95,4 +98,5 @@ def _nearness(made, axis):
   axis.set_xlabel("distilling stages done")
   axis.set_ylabel("KL(T‖S) on the teacher's text, nats per token")
   axis.set_yscale("log")
-  axis.legend(fontsize=6)
+  axis.set_xticks((0, 1, 2))
+  axis.legend(fontsize=6, loc="lower left")

@@ -18,9 +18,9 @@ def read():
 
 
 def written(cell):
-  """All that a code cell printed or showed as text."""
+  """All that a code cell printed or showed as text; progress bars and warnings are apart."""
   return "".join(output.get("text", "") or str(output.get("data", {}).get("text/markdown", ""))
-                 for output in cell.outputs)
+                 for output in cell.outputs if output.get("name") != "stderr")
 
 
 def check(cells):

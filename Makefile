@@ -1,7 +1,7 @@
 # Two commands on a machine that has Python >= 3.11 and make:
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
-#   make ladder  every arm under three seeds, and both sweeps: about an hour
+#   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
 # Also test-fast, test-slow, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip: on Linux the index's torch brings CUDA with it, and an extra index that PyTorch's
 # own installation page names has the small CPU build.

@@ -9,13 +9,20 @@ from typing import NamedTuple
 from s2d_jax import checkpoint
 
 
+class Part(NamedTuple):
+  """Optimizer updates of the student, and sequences they learned from."""
+  updates: int = 0
+  sequences: int = 0
+
+
 class Budget(NamedTuple):
-  """What a contrast holds equal: optimizer updates of the student and sequences they learned from,
-  under a dense signal (a teacher's distribution or samples) and under reward."""
-  dense_updates: int = 0
-  dense_sequences: int = 0
-  rewarded_updates: int = 0
-  rewarded_sequences: int = 0
+  """What two arms of a contrast hold equal, each part where both arms have it.
+
+  dense: under a teacher's distribution or samples; rewarded: under reward. A bridge has the first,
+  cold GRPO the second, the full workflow both: against either it differs by the other part alone.
+  """
+  dense: Part = Part()
+  rewarded: Part = Part()
 
 
 def configured(made):
@@ -39,30 +46,37 @@ def _part(node, updates, sequences):
   """A stage's part of its arm's Budget: none where it does not train the student."""
   if node.stage.learner != "student":
     return Budget()
-  return Budget(0, 0, updates, sequences) if node.stage.reward else Budget(updates, sequences)
+  part = Part(updates, sequences)
+  return Budget(rewarded=part) if node.stage.reward else Budget(dense=part)
 
 
 def _by_arm(made, part):
-  parts = {arm: [part(made.nodes[name]) for name in names] for arm, names in made.arms.items()}
-  return {arm: Budget(*map(sum, zip(Budget(), *found, strict=True)))
-          for arm, found in parts.items()}
+  return {arm: add(part(made.nodes[name]) for name in names) for arm, names in made.arms.items()}
 
 
-def check_equal(budgets, matched, how):
-  """Asserts that arms which are compared train their students equally.
+def add(budgets):
+  """The sum of some Budgets."""
+  parts = zip(Budget(), *budgets, strict=True)
+  return Budget(*(Part(*map(sum, zip(*each, strict=True))) for each in parts))
+
+
+def check_equal(budgets, compared, how):
+  """Asserts that arms which are compared train their students equally, part by part.
 
   Args:
-    budgets: {arm: Budget}; matched: groups of arms that must be equal; how: ends the sentence.
+    budgets: {arm: Budget}; compared: the arms that are, any two of them; how: ends the sentence.
 
   Raises:
-    ValueError: two arms of one group have unequal budgets.
+    ValueError: two of them have a part that is not equal.
   """
-  for group in matched:
-    arms = [arm for arm in group if arm in budgets]
-    for arm in arms[1:]:
-      if budgets[arm] != budgets[arms[0]]:
-        raise ValueError(f"{arms[0]} and {arm} are compared and have unequal budgets "
-                         f"({budgets[arms[0]]} and {budgets[arm]}) {how}.")
+  for part in Budget._fields:
+    found = {arm: getattr(budget, part) for arm, budget in budgets.items()
+             if arm in compared and getattr(budget, part) != Part()}
+    (first, want), *others = found.items() or ((None, None),)
+    for arm, got in others:
+      if got != want:
+        raise ValueError(f"{first} and {arm} are compared and have unequal {part} budgets ({want} "
+                         f"and {got}) {how}.")
 
 
 def check_labels(made, arm, workdir):

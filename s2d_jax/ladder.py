@@ -49,6 +49,10 @@ class Group(collections.namedtuple("Group", "label name runs")):
     """Its training seeds, as text."""
     return " ".join(map(str, sorted(self.runs)))
 
+  def of(self, seeds):
+    """The Group of some of its seeds."""
+    return self._replace(runs={seed: self.runs[seed] for seed in seeds})
+
   def mean(self, name):
     """Mean over seeds of something spent."""
     return np.mean([run["spent"][name] for run in self.runs.values()])
@@ -81,8 +85,8 @@ def read(workdirs):
 
   A row has arm, label, seed, result (scores and the matrix), stages (folders behind it), settings
   (all that determines a score but the weights and the seed), recipe (all that determines the
-  weights but the seed), contexts (the configs that asked for it), probes, spent (ledgers added up)
-  and revisions.
+  weights but the seed), shaped (a stage trained the teacher), contexts (the configs that asked for
+  it), probes, spent (ledgers added up, and the student's updates) and revisions.
 
   Raises:
     ValueError: a folder without any finished arm.
@@ -121,8 +125,20 @@ def _row(workdir, entry, row):
       "arm": entry["arm"], "label": row["label"], "seed": entry["seed"], "stages": stages,
       "result": checkpoint.read_json(workdir / row["score"] / "result.json"),
       "settings": {k: v for k, v in inputs[-1].items() if k not in ("weights", "seed")},
+      "shaped": any(made["row"][2] == "teacher" for made in inputs[:-1]),
       "recipe": manifest.digest([recipe, base]), "contexts": set(), "probes": probes,
-      "spent": spent(stages), "revisions": {m["revision"] for m in manifests}}
+      "spent": spent(stages) | _updates(stages, inputs),
+      "revisions": {m["revision"] for m in manifests}}
+
+
+def _updates(stages, inputs):
+  """Optimizer updates of the student: under a teacher ("dense"), and under reward ("rewarded")."""
+  found = {"dense": 0, "rewarded": 0}
+  for folder, made in zip(stages, inputs[:-1], strict=True):
+    if made["row"][2] == "student":
+      kind = "rewarded" if "advantages" in made["config"] else "dense"
+      found[kind] += checkpoint.read_json(folder / "ledger.json")["updates"]
+  return found
 
 
 def _flat(config, prefix=""):
@@ -187,7 +203,7 @@ class Contrast(NamedTuple):
   gap: stats.Interval
   resolvable: float  # `stats.resolvable`
   signs: str         # of each seed
-  seeds: int
+  seeds: tuple
 
 
 def compare(a, b):
@@ -202,7 +218,7 @@ def compare(a, b):
   else:
     gap = stats.gap_over_seeds(gap_SP, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))
-  return Contrast(gap, stats.resolvable(gap_SP, a.level), signs, len(seeds))
+  return Contrast(gap, stats.resolvable(gap_SP, a.level), signs, tuple(seeds))
 
 
 def curves(made, keys):
@@ -227,5 +243,4 @@ def curves(made, keys):
 
 def _alike(points):
   shared = set.intersection(*(set(group.runs) for group in points.values()))
-  return {x: group._replace(runs={seed: group.runs[seed] for seed in shared or group.runs})
-          for x, group in points.items()}
+  return {x: group.of(shared) if shared else group for x, group in points.items()}

@@ -81,13 +81,7 @@ ARMS = {
     "half_sft_grpo_2h": (("teacher_grpo", "1h"), ("sft", "1h", BRIDGE), ("student_grpo", "2h")),
 }
 
-# Arms that are compared with each other, and so must train their students by equal budgets.
-MATCHED = (
-    ("raw_bridge", "bridge", "opd_only", "sft_only", "fkl_only", "weighted_fkl",
-     "sft_teacher_bridge", "half_bridge"),
-    ("half_bridge_grpo_2h", "half_bridge_replay_1h", "half_opd_grpo_2h", "half_sft_grpo_2h"),
-    ("cold_grpo", "cold_grpo_2h"),
-)
+COMPARED = tuple(ARMS)  # so each trains its student by the budget of the others, `budget.Budget`
 
 
 def arithmetic(config):
@@ -220,7 +214,7 @@ def plan(config, task, stages=STAGES, arms=ARMS):
     shaped = {f"teacher after {node.stage.name} ({node.split})": name
               for name, node in made.nodes.items() if node.stage.learner == "teacher"}
     made.rows["untrained"] = raw | shaped
-  budget.check_equal(budget.configured(made), MATCHED,
+  budget.check_equal(budget.configured(made), COMPARED,
                      "by their config: give them equal steps, prompts and samples")
   return made
 
@@ -349,7 +343,7 @@ def walk(made, workdir):
       after = None if node.stage.reward else _probe(made, node, name, workdir)
       probes[name] = {"stage": name, "before": before, "after": after}
       _leave(stop)
-    budget.check_equal(budget.spent(made, workdir), MATCHED,
+    budget.check_equal(budget.spent(made, workdir), COMPARED,
                        "by their ledgers: delete the stages of one and run it again")
     for arm in made.arms:
       budget.check_labels(made, arm, workdir)
@@ -391,6 +385,9 @@ def _warn(made, node, before, workdir):
     logging.warning("%s: %.0f %% of its groups of %d would be mixed, and the others teach nothing "
                     "(most groups are constant).", node.name, 100 * mixed, made.config.probe.group)
   guide = node.guide or node.actor
+  if "teacher" in found and guide == "teacher":
+    logging.warning("%s: its teacher is the untouched one, which no reward or solution has shaped.",
+                    node.name)
   if "teacher" in found and guide in made.nodes:
     raw = checkpoint.read_json(workdir / stage.probe(made, "teacher", None, workdir)
                                / "result.json")["student"]["pass_rate"]

@@ -109,30 +109,36 @@ def differences(made):
       for b in (g for g in made if g.label == below):
         found = ladder.compare(a, b) if a.contexts() & b.contexts() else None
         if found is not None:
-          labels = " : ".join(f"{g.mean('labels_distinct'):,.0f}" for g in (a, b))
-          lines.append(f"| {escaped(a.name)} − {escaped(b.name)} | {labels} | {found.signs} | "
-                       f"{interval(found.gap)} | {100 * found.resolvable:.1f} | "
+          pair = [group.of(found.seeds) for group in (a, b)]
+          labels = " : ".join(f"{g.mean('labels_distinct'):,.0f}" for g in pair)
+          updates = " : ".join(f"{g.mean('dense'):.0f}+{g.mean('rewarded'):.0f}" for g in pair)
+          least = f"{100 * found.resolvable:.1f}" if len(found.seeds) > 1 else "–"
+          lines.append(f"| {escaped(a.name)} − {escaped(b.name)} | {labels} | {updates} | "
+                       f"{found.signs} | {interval(found.gap)} | {least} | "
                        f"{verdict(found, PUBLISHED.get((above, below)))} |")
   if not lines:
     return ["No two arms of the paper's contrasts are here."]
   return ["Paired differences of avg@k on the same problems and seeds; the paper has the first arm "
           "above, in as many of its six comparisons (two RL'd teachers, three benchmarks) as "
           "stands there. Each interval stands for itself: of twenty true zeros one is expected to "
-          "look resolved. Compared arms train the student equally; the labels they spent, the "
-          "teacher's among them, stand beside the difference. *Resolves* is the true difference "
-          "that these seeds, problems and samples would find four times in five.", "",
-          "| difference | labels | sign of each seed | points | resolves | the paper's order |",
-          "|---|---|---|---|---|---|", *lines]
+          "look resolved; that of one seed says nothing of other seeds, so it has no verdict. "
+          "*Labels* are distinct ones, the teacher's among them; *updates* are the student's, "
+          "under a teacher + under reward: where both arms have a part it is equal. *Resolves* is "
+          "the true difference that these seeds, problems and samples would find four times in "
+          "five.", "",
+          "| difference | labels | updates | sign of each seed | points | resolves | the paper's "
+          "order |", "|---|---|---|---|---|---|---|", *lines]
 
 
 def verdict(contrast, published):
   """A Contrast against the paper's order, which holds in `published` of six, or None."""
   low, high = contrast.gap.low, contrast.gap.high
+  place = "above" if low > 0 else "below" if high < 0 else "not resolved"
+  if len(contrast.seeds) == 1:
+    return f"{place} in this seed" + f" ({published}/6)" * (published is not None)
   if published is None:
-    said = "none published: " + ("above" if low > 0 else "below" if high < 0 else "not resolved")
-  else:
-    said = f"{'agrees' if low > 0 else 'disagrees' if high < 0 else 'not resolved'} ({published}/6)"
-  return said + ", one seed" * (contrast.seeds == 1)
+    return f"none published: {place}"
+  return f"{'agrees' if low > 0 else 'disagrees' if high < 0 else place} ({published}/6)"
 
 
 def sweeps(made):
@@ -229,6 +235,9 @@ def warnings(made):
       if found is not None and found.gap.estimate <= 0:
         lines.append(f"- {escaped(group.name)}: the teacher did not improve "
                      f"({interval(found.gap)} points).")
+    if group.distilling() and not any(run["shaped"] for run in group.runs.values()):
+      lines.append(f"- {escaped(group.name)}: its teacher is the untouched one, which no reward or "
+                   "solution has shaped: condition C1 does not hold.")
     for probe in group.probes():
       row = probe[0]["stage"].rpartition("-")[0]
       mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])

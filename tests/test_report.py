@@ -10,15 +10,18 @@ import pytest
 from s2d_jax import checkpoint, figures, ladder, report
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
-COUNTS = {"label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0, "tokens_trained": 0,
-          "tokens_guide": 0, "flops": 0.0, "flops_reused": 0.0, "device_seconds_used": 0.0,
-          "device_seconds_lost": 0.0}
+COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0,
+          "tokens_trained": 0, "tokens_guide": 0, "flops": 0.0, "flops_reused": 0.0,
+          "device_seconds_used": 0.0, "device_seconds_lost": 0.0}
 
 
 def stage(run, name, labels=(), revision=REVISION, metrics=(), inputs=None, **counts):
   checkpoint.write_json(run / name / "ledger.json",
                         {**COUNTS, "labels": list(labels), "label_uses": len(labels), **counts})
-  inputs = {"row": [name], "seed": 0, "parents": {}} | (inputs or {})
+  role = "teacher" if name.startswith("teacher") else "student"
+  config = {"advantages": "group"} if "grpo" in name else {}
+  inputs = {"row": [name, role, role, None], "config": config, "seed": 0, "parents": {}} | (
+      inputs or {})
   checkpoint.write_json(run / name / "manifest.json", {"inputs": inputs, "revision": revision})
   if metrics:
     lines = "".join(f"{row}\n".replace("'", '"') for row in metrics)
@@ -101,7 +104,7 @@ def test_the_words_around_the_table(finished):
 
 def verdicts(run):
   """{difference: (points, verdict)} of the second table."""
-  return {row[0]: (row[3], row[5]) for row in table(report.markdown(ladder.read([run])))
+  return {row[0]: (row[4], row[6]) for row in table(report.markdown(ladder.read([run])))
           if " − " in row[0]}
 
 
@@ -113,22 +116,22 @@ def test_paired_differences_have_a_sign(tmp_path):
                         ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
     arm(tmp_path, name, [(name, [], score(tmp_path, f"eval-{name}", correct))])
   found = verdicts(tmp_path)
-  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]",
-                                         "disagrees (6/6), one seed")
+  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]", "below in this seed (6/6)")
   points, verdict = found["cold_grpo − raw_bridge"]
-  assert verdict == "agrees (6/6), one seed" and points.startswith("50.0 [")
-  assert found["half_bridge_grpo_2h − cold_grpo"][1] == "disagrees (6/6), one seed"
+  assert verdict == "above in this seed (6/6)" and points.startswith("50.0 [")
+  assert found["half_bridge_grpo_2h − cold_grpo"][1] == "below in this seed (6/6)"
   other = np.repeat([[0, 0], [1, 1]], 20, axis=0).tolist()  # half of the answers, other problems
   arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-cold_grpo", other))])
   points, verdict = verdicts(tmp_path)["cold_grpo − raw_bridge"]
-  assert verdict == "not resolved (6/6), one seed" and points.startswith("0.0 [-")
+  assert verdict == "not resolved in this seed (6/6)" and points.startswith("0.0 [-")
   assert len(found) == 5
 
 
 def two_seeds(tmp_path, other):
   """bridge and cold_grpo in two work folders, one a seed; every stage is the seed's own."""
   for run, seed, right in ((tmp_path, 0, RIGHT), (other, 1, WRONG)):
-    one = stage(run, f"student_grpo-{seed}", inputs={"row": ["student_grpo"], "seed": seed})
+    one = stage(run, f"student_grpo-{seed}", inputs={
+        "row": ["student_grpo", "student", "student", None], "seed": seed})
     arm(run, "bridge", [("bridge", [one], score(run, "eval-a", right, seed=seed))], seed)
     arm(run, "cold_grpo", [("cold_grpo", [one], score(run, "eval-b", RIGHT, seed=seed))], seed)
 
@@ -141,8 +144,8 @@ def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
   # RIGHT is 5 of 6 right, WRONG 1 of 6: bridge has both, cold_grpo RIGHT twice.
   assert (bridge[1], bridge[3].split()[0]) == ("0 1", "50.0")
   assert (cold[1], cold[3].split()[0]) == ("0 1", "83.3")
-  assert gap[:3] == ["bridge − cold_grpo", "0 : 0", "0 −"]
-  assert gap[3].startswith("-33.3 [-100.0, ") and gap[5] == "not resolved (6/6)"
+  assert gap[:4] == ["bridge − cold_grpo", "0 : 0", "0+0 : 0+0", "0 −"]
+  assert gap[4].startswith("-33.3 [-100.0, ") and gap[6] == "not resolved (6/6)"
   assert text.count("| arm |") == 1
   assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
 
@@ -234,6 +237,35 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
   assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
 
 
+def test_a_contrast_says_what_both_arms_spent_on_the_seeds_they_share(tmp_path):
+  # A bridge of 3 + 4 updates on two seeds; cold GRPO of 5 updates on the second alone.
+  for seed in (0, 1):
+    stages = [stage(tmp_path, f"{row}-{seed}", range(seed + 2) if row == "teacher_grpo" else (),
+                    updates=updates, inputs={
+                        "seed": seed, "row": [row, role, role, None]})
+              for row, role, updates in (("teacher_grpo", "teacher", 9),
+                                         ("forward_kl", "student", 3),
+                                         ("reverse_kl", "student", 4))]
+    arm(tmp_path, "bridge", [("bridge", stages, score(tmp_path, f"eval-{seed}", RIGHT, seed=seed))],
+        seed)
+  cold = stage(tmp_path, "student_grpo-1", [7], updates=5, inputs={"seed": 1})
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [cold], score(tmp_path, "eval-2", WRONG, seed=1))], 1)
+  (row,) = [row for row in table(report.markdown(ladder.read([tmp_path]))) if " − " in row[0]]
+  assert row[:4] == ["bridge − cold_grpo", "3 : 1", "7+0 : 0+5", "+"]
+  assert row[5] == "–" and row[6].endswith("in this seed (6/6)")
+
+
+@pytest.mark.parametrize("shaped", [True, False])
+def test_an_untouched_teacher_is_warned_of(shaped, tmp_path):
+  names = [*["teacher_grpo-1"] * shaped, "forward_kl-1"]
+  stages = [stage(tmp_path, name) for name in names]
+  probes = [{"stage": names[-1], "before": probe(tmp_path, "probe-0"),
+             "after": probe(tmp_path, "probe-1")}]
+  arm(tmp_path, "x", [("x", stages, score(tmp_path, "eval-0", RIGHT))], probes=probes)
+  text = report.markdown(ladder.read([tmp_path]))
+  assert ("- x: its teacher is the untouched one" in text) == (not shaped)
+
+
 def test_weights_that_leave_most_sequences_out_are_warned_of(tmp_path):
   one = stage(tmp_path, "weighted_fkl-1", metrics=[{"step": 0, "weighted": 0.25},
                                                    {"step": 1, "weighted": 0.125}])
@@ -245,7 +277,7 @@ def test_weights_that_leave_most_sequences_out_are_warned_of(tmp_path):
 def test_a_curves_points_have_the_seeds_that_all_of_them_have(tmp_path):
   for seed, share in ((0, 0.25), (0, 1.0), (1, 1.0)):
     one = stage(tmp_path, f"student_grpo-{seed}-{share}", inputs={
-        "row": ["student_grpo"], "split": share, "seed": seed})
+        "row": ["student_grpo", "student", "student", None], "split": share, "seed": seed})
     arm(tmp_path, "bridge", [("bridge", [one], score(
         tmp_path, f"eval-{seed}-{share}", (RIGHT, WRONG)[seed], seed=seed))], seed, share,
         config={"label_share": share})

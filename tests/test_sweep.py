@@ -92,10 +92,10 @@ def test_the_budgets_by_hand(config):
   made = recipe.plan(every_arm(config), task())
   found = budget.configured(made)
   # Four steps of four prompts by four samples.
-  assert found["bridge"] == found["opd_only"] == budget.Budget(8, 128, 0, 0)
-  assert found["cold_grpo_2h"] == budget.Budget(0, 0, 4, 64)
-  assert found["half_opd_grpo_2h"] == budget.Budget(8, 128, 4, 64)
-  assert {arm for group in recipe.MATCHED for arm in group} | {"untrained"} == set(recipe.ARMS)
+  assert found["bridge"] == found["opd_only"] == ((8, 128), (0, 0))
+  assert found["cold_grpo_2h"] == ((0, 0), (4, 64))
+  assert found["half_opd_grpo_2h"] == ((8, 128), (4, 64))
+  assert found["untrained"] == budget.Budget()
 
 
 def test_unequal_budgets_are_refused_from_the_config_and_from_the_ledgers(config, tmp_path):
@@ -103,15 +103,32 @@ def test_unequal_budgets_are_refused_from_the_config_and_from_the_ledgers(config
   made = recipe.plan(config, task())
   config.stages.sft.sampling.samples_per_prompt = 8
   with pytest.raises(ValueError, match=r"bridge and sft_only are compared and have unequal "
-                     r"budgets \(Budget\(dense_updates=8, dense_sequences=128, .* by their "
-                     "config: give them equal"):
+                     r"dense budgets \(Part\(updates=8, sequences=128\) and .* by their config: "
+                     "give them equal"):
     recipe.plan(config, task())
   for name, node in made.nodes.items():
     (tmp_path / name).mkdir()
     spent = {"updates": node.hp.steps - (node.stage.name == "sft"), "sequences": 16 * node.hp.steps}
     (tmp_path / name / "ledger.json").write_text(json.dumps(spent))
-  with pytest.raises(ValueError, match="dense_updates=7.* by their ledgers: delete"):
-    budget.check_equal(budget.spent(made, tmp_path), recipe.MATCHED, "by their ledgers: delete")
+  with pytest.raises(ValueError, match="updates=7.* by their ledgers: delete"):
+    budget.check_equal(budget.spent(made, tmp_path), recipe.COMPARED, "by their ledgers: delete")
+
+
+def planned(config, arm):
+  config.arms = arm
+  return budget.configured(recipe.plan(config, task()))[arm]
+
+
+@pytest.mark.parametrize("row, arms, part", [
+    ("student_grpo", ("cold_grpo", "half_bridge_grpo_2h"), "rewarded"),
+    ("forward_kl", ("bridge", "half_bridge_grpo_2h"), "dense")])
+def test_a_part_that_two_arms_have_is_equal_though_one_has_another_too(row, arms, part, config):
+  budgets = {arm: planned(config, arm) for arm in arms}
+  budget.check_equal(budgets, arms, "here")
+  config.stages[row].steps += 1
+  budgets[arms[0]] = planned(config, arms[0])
+  with pytest.raises(ValueError, match=f"{arms[0]} and {arms[1]} .* have unequal {part} budgets"):
+    budget.check_equal(budgets, arms, "here")
 
 
 def test_a_row_of_no_steps_is_left_out(config):

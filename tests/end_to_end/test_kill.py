@@ -56,10 +56,11 @@ def test_killed_again_and_again(undisturbed, tmp_path):
   rng, work = random.Random(0), tmp_path / "work"
   # Once, and again, gone on from there: every row has more events than these two together. A score
   # and a probe start afresh and have twelve and eight; every second of four only sets a timer that
-  # the rest may outrun, and is left out. The first row, of given solutions, has no probe.
+  # the rest may outrun, and the first is before there is a folder: left out. The first row, of
+  # given solutions, has no probe.
   twice = range(1, 9), range(3, 6)
-  moments = {ROWS[0]: twice, "probe": ((1, 3), (4, 5)), **dict.fromkeys(ROWS[1:], twice),
-             "evaluate": ((1, 3, 4), (5, 7, 8))}
+  moments = {ROWS[0]: twice, "probe": ((3,), (4, 5)), **dict.fromkeys(ROWS[1:], twice),
+             "evaluate": ((3, 4), (5, 7, 8))}
   for row, ranges in moments.items():
     for events in ranges:
       status, printed = start(work, bases, "--kill-in", f"{row}:{rng.choice(events)}")

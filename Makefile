@@ -2,7 +2,7 @@
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
-# Also test-fast, test-slow, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
+# Also test-fast, test-slow, test-tpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip: on Linux the index's torch brings CUDA with it, and an extra index that PyTorch's
 # own installation page names has the small CPU build.
 
@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run ladder test test-fast test-slow lint clean
+.PHONY: run ladder test test-fast test-slow test-tpu lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
@@ -33,19 +33,24 @@ ladder: $(VENV)/.installed
 	$(BIN)/python -m s2d_jax.report runs/ladder
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not tpu" -n $(WORKERS) --dist loadfile
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not medium" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not medium and not tpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --durations 10
+
+# libtpu beside the rest would claim the machine's accelerator, so it has an environment of its own.
+test-tpu: .venv-tpu/.installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
+	  .venv-tpu/bin/python -m pytest -m tpu tests/tpu -n $(WORKERS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: installed once, and again when the requirements change.
@@ -62,3 +67,9 @@ $(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[test,math]'
 	touch $@ $(VENV)/.installed
+
+.venv-tpu/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  --constraint constraints.txt --editable '.[tpu]' pytest pytest-xdist
+	touch $@

@@ -58,11 +58,9 @@ def parser(doc, full, smoke):
   return parse
 
 
-def model(shape, dtype="float32", remat="none", seed=0):
-  """(Model, random params) of a named shape, float32 weights, on the first device."""
-  if shape not in SHAPES:
-    raise ValueError(f"there is no shape {shape!r}: choose {' or '.join(SHAPES)}.")
-  made = models.get(SHAPES[shape], dtype=dtype, remat=remat)
+def model(shape, dtype="float32", remat="none", attention="auto", seed=0):
+  """(Model, random params) of a shape here or a published name, float32, on the first device."""
+  made = models.get(SHAPES.get(shape, shape), dtype=dtype, remat=remat, attention=attention)
   return made, jax.jit(made.init)(jax.random.key(seed))
 
 

@@ -1,8 +1,19 @@
-"""Seconds and memory of one optimizer update: forward, loss, backward and AdamW on random tokens.
+"""Seconds and memory of a forward pass and of one optimizer update, beside PyTorch's, in turn.
 
   python -m benchmarks.step [--objective=reverse_kl] [--rows=8] [--tokens=512] [--microbatches=1]
+
+Random tokens, every one of weight 1. With the default objective (negative log-likelihood) and torch
+installed, transformers runs the same weights on the same tokens, eager and compiled: after each of
+our repeats one of theirs, so that all see the same machine. Their loss must be ours.
 """
 
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
 from types import SimpleNamespace
 
 import jax
@@ -10,13 +21,15 @@ import numpy as np
 
 from benchmarks import measure
 from s2d_jax import ledger, models, objectives, optim, rollout, sharding, update
+from s2d_jax.models import hf
 
 OBJECTIVES = {f.__name__: f for f in objectives.READS}
-FULL = {"shape": "qwen3-29m", "objective": "clipped_surrogate", "rows": 8, "tokens": 512,
-        "microbatches": 1, "block": 4096, "dtype": "float32", "remat": "none", "repeats": 10,
-        "peak": 4096}
+FULL = {"shape": "qwen3-29m", "objective": "negative_log_likelihood", "rows": 8, "tokens": 512,
+        "microbatches": 1, "block": 4096, "dtype": "float32", "remat": "none",
+        "attention": "auto", "repeats": 7, "peak": 4096}
 SMOKE = FULL | {"shape": "qwen3-smoke", "rows": 2, "tokens": 8, "block": 8, "repeats": 1,
                 "peak": 16}
+PEERS = {"pytorch_eager": "eager", "pytorch_compiled": "compile"}
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
@@ -35,40 +48,112 @@ def random_batch(vocab_size, rows, tokens):
       sequence_BT=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, tokens)))
 
 
+class Ours:
+  """Our model, compiled: forward() and train() give the loss."""
+
+  def __init__(self, sizes):
+    if sizes.objective not in OBJECTIVES:
+      raise ValueError(f"there is no objective {sizes.objective!r}: choose "
+                       f"{', '.join(OBJECTIVES)}.")
+    objective, mesh = OBJECTIVES[sizes.objective], sharding.current_mesh()
+    how = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
+    self.model, params = measure.model(*how)
+    self.start = jax.device_get(params)
+    self.guided = objective in (objectives.forward_kl, objectives.reverse_kl)
+    guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
+    optimizer = optim.make(SimpleNamespace(
+        lr=1e-6, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
+        b2=0.999, eps=1e-8), models.axes(self.model.config))
+    hp = SimpleNamespace(microbatches=sizes.microbatches, block=sizes.block, clip_low=0.2,
+                         clip_high=0.2, kl="none", kl_coef=0.0)
+    place = sharding.weight_shardings(
+        mesh, models.axes(self.model.config), models.shapes(self.model.config))
+    self.state = update.init(optimizer, mesh, jax.device_put(params, place))
+    if self.guided:
+      self.guide_params = jax.device_put(self.guide_params, place)
+    self.batch = random_batch(self.model.config.vocab_size, sizes.rows, sizes.tokens)
+    self.placed = sharding.put_batch(self.batch, mesh)
+    step = update.make(self.model, guide, objective, optimizer, hp, update.shardings(self.state))
+    score = update.score(self.model, objectives.logp, hp)
+    self.program, self.compile_seconds = measure.stopwatch(
+        lambda: step.lower(self.state, self.guide_params, self.placed).compile())
+    self.scored = score.lower(self.state.params, self.placed).compile()
+
+  def forward(self):
+    """One forward pass: the mean negative log-likelihood."""
+    return -float(np.mean(jax.device_get(self.scored(self.state.params, self.placed)[0])))
+
+  def train(self):
+    """One update: its loss."""
+    self.state, metrics = self.program(self.state, self.guide_params, self.placed)
+    return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
+
+
+class Peer:
+  """transformers in a process of its own, which answers line by line."""
+
+  def __init__(self, folder, tokens, dtype, how):
+    self.process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, dtype, how],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    self.versions = json.loads(self.process.stdout.readline())
+
+  def ask(self, what):
+    """Seconds, loss and peak memory of one "forward" or "train"."""
+    self.process.stdin.write(f"{what}\n")
+    self.process.stdin.flush()
+    return json.loads(self.process.stdout.readline())
+
+  def close(self):
+    """Ends the process."""
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def peers(ours, sizes, scratch):
+  """{name: Peer} on our weights and tokens, or none where they have no part."""
+  if importlib.util.find_spec("torch") is None or sizes.objective != "negative_log_likelihood":
+    return {}
+  folder, tokens = str(pathlib.Path(scratch) / "model"), f"{scratch}/tokens.npz"
+  hf.save(folder, ours.model, ours.start)
+  np.savez(tokens, inputs=ours.batch.inputs_BT, targets=ours.batch.targets_BT)
+  return {name: Peer(folder, tokens, sizes.dtype, how) for name, how in PEERS.items()}
+
+
 def run(sizes):
-  """{what the update needs and takes}."""
-  if sizes.objective not in OBJECTIVES:
-    raise ValueError(f"there is no objective {sizes.objective!r}: choose {', '.join(OBJECTIVES)}.")
-  objective, mesh = OBJECTIVES[sizes.objective], sharding.current_mesh()
-  model, params = measure.model(sizes.shape, sizes.dtype, sizes.remat)
-  guide, guide_params = None, None
-  if objective in (objectives.forward_kl, objectives.reverse_kl):
-    guide, guide_params = measure.model(sizes.shape, sizes.dtype, sizes.remat, seed=1)
-  optimizer = optim.make(SimpleNamespace(
-      lr=1e-6, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
-      b2=0.999, eps=1e-8), models.axes(model.config))
-  hp = SimpleNamespace(microbatches=sizes.microbatches, block=sizes.block, clip_low=0.2,
-                       clip_high=0.2, kl="none", kl_coef=0.0)
-  place = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
-  state = update.init(optimizer, mesh, jax.device_put(params, place))
-  if guide is not None:
-    guide_params = jax.device_put(guide_params, place)
-  batch = sharding.put_batch(random_batch(model.config.vocab_size, sizes.rows, sizes.tokens), mesh)
-  step = update.make(model, guide, objective, optimizer, hp, update.shardings(state))
-  program, seconds = measure.stopwatch(lambda: step.lower(state, guide_params, batch).compile())
-
-  def once():
-    nonlocal state
-    state, metrics = program(state, guide_params, batch)
-    return state, metrics
-
-  took = measure.timed(once, sizes.repeats)
+  """{what a forward pass and an update need and take, ours and PyTorch's}."""
+  ours = Ours(sizes)
+  with tempfile.TemporaryDirectory() as scratch:
+    others = peers(ours, sizes, scratch)
+    seen = {what: {name: [] for name in ("ours", *others)} for what in ("forward", "train")}
+    for what, found in seen.items():
+      for _ in range(sizes.repeats + 1):
+        loss, seconds = measure.stopwatch(getattr(ours, what))
+        found["ours"].append({"seconds": seconds, "loss": loss})
+        for name, other in others.items():
+          found[name].append(other.ask(what))
+    for other in others.values():
+      other.close()
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
-  forward = ledger.forward_flops(model.config, np.full(sizes.rows, sizes.tokens))
-  flops = forward * (3 + (guide is not None))  # a backward pass is two forward ones
-  return {**took, "compile_seconds": seconds, **measure.memory(program),
-          "tokens_per_second": sizes.rows * sizes.tokens / took["seconds"], "flops": flops,
-          "share_of_peak": flops / took["seconds"] / peak["flops_per_second"], "matmul_peak": peak}
+  forward = ledger.forward_flops(ours.model.config, np.full(sizes.rows, sizes.tokens))
+  flops = {"forward": forward, "train": forward * (3 + ours.guided)}  # backward is two forwards
+  def told(what, runs):
+    seconds = statistics.median(run["seconds"] for run in runs[1:])
+    return {"seconds": seconds, "repeats": [run["seconds"] for run in runs[1:]],
+            "first": runs[0]["seconds"], "first_loss": runs[0]["loss"],
+            "tokens_per_second": sizes.rows * sizes.tokens / seconds,
+            "share_of_peak": flops[what] / seconds / peak["flops_per_second"],
+            **({"peak_bytes": runs[-1]["peak_bytes"]} if "peak_bytes" in runs[-1] else {})}
+  table = {what: {name: told(what, runs) for name, runs in found.items()}
+           for what, found in seen.items()}
+  for name in others:
+    mine, yours = (table["forward"][who]["first_loss"] for who in ("ours", name))
+    if abs(mine - yours) > 1e-3 * abs(mine):
+      raise ValueError(f"{name} has the loss {yours} and we {mine} on the same tokens: do not time "
+                       "what is not the same.")
+  return {**table, "flops": flops, "compile_seconds": ours.compile_seconds,
+          "memory": measure.memory(ours.program), "forward_memory": measure.memory(ours.scored),
+          "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 
 def main(argv=None):

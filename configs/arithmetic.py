@@ -32,6 +32,7 @@ def get_config(arg=""):
   config.prompt_tokens = 13
   config.dtype = "float32"
   config.remat = "block"                    # on CPU recomputing a layer beats storing it
+  config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 1, 1)                   # data, fsdp, tensor
 
   # Rates were chosen on `validation`: results/arithmetic/choice.md.

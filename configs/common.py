@@ -41,17 +41,23 @@ def adamw(lr, warmup=0, decay="constant", clip=1.0, weight_decay=0.0, b1=0.9, b2
 
 
 def stage(steps, prompts, sampling, optim, epochs=1, minibatches=1, microbatches=1, mean="token",
-          block=4096, eval_every=0, save_every=50, log_samples=4):
+          block=4096, eval_every=0, save_every=50, log_samples=4, adapters=None):
   """What every row of the recipe reads.
 
   A step draws `prompts` problems; `mean` is "token" or "sequence"; `block` is how many tokens'
-  logits exist at once; `eval_every` 0 never evaluates on the way. The blocks are copied: a
+  logits exist at once; `eval_every` 0 never evaluates on the way; `adapters` are arguments of
+  `lora`. The blocks are copied: a
   ConfigDict keeps a dict that stands in two places as one, and an override would change both.
   """
   return {"steps": steps, "prompts": prompts, "sampling": dict(sampling), "optim": dict(optim),
           "epochs": epochs, "minibatches": minibatches, "microbatches": microbatches, "mean": mean,
           "block": block, "eval_every": eval_every, "save_every": save_every,
-          "log_samples": log_samples}
+          "log_samples": log_samples, "lora": lora(**(adapters or {}))}
+
+
+def lora(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")):
+  """Low-rank adapters instead of the weights themselves; rank 0 trains the weights."""
+  return {"rank": rank, "alpha": alpha, "targets": targets}
 
 
 def grpo(advantages="group", clip_low=0.2, clip_high=0.2, kl="none", kl_coef=0.0):
@@ -106,6 +112,7 @@ def math(arg):
   config.prompt_tokens = 3072
   config.dtype = "bfloat16"
   config.remat = "block"
+  config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 16, 1)
 
   T, epoch = 16_384, 271  # tokens of an answer; steps of 64 in DAPO-Math-17K's 17,398 problems

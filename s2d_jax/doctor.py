@@ -10,7 +10,8 @@ from s2d_jax import chat, models, objectives, optim, rollout, train, update
 from s2d_jax.models import hf
 
 TOP = ("seed", "arms", "task", "data", "label_share", "half_seed", "teacher", "student", "template",
-       "prompt_tokens", "dtype", "remat", "mesh", "stages", "validation", "probe", "evaluation")
+       "prompt_tokens", "dtype", "remat", "attention", "mesh", "stages", "validation", "probe",
+       "evaluation")
 TRAINED = ("labelled", "all", "1h", "2h")  # a split of the data by one of these names is not scored
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
             "min_tokens")
@@ -81,6 +82,11 @@ def _check_stage(place, hp, stage):
   if reads is not None:  # a user's own objective reads what it likes
     more = ("advantages",) * stage.reward + ("pass_samples",) * (stage.weigh is not None)
     check_keys(place, hp, (*train.READS, *update.READS, *reads, *more, "optim"))
+  check_keys(f"{place}.lora", hp.lora, ("rank", "alpha", "targets"))
+  try:
+    models.lora(hp.lora)
+  except ValueError as error:
+    raise ValueError(f"{place}.{error}") from error
   check_keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
   _check_sampling(f"{place}.sampling", hp.sampling)
   _positive(place, hp, "prompts", "epochs", "minibatches", "microbatches", "save_every",
@@ -143,13 +149,13 @@ def check_pair(config):
 
   Raises:
     ValueError: what `hf.load` and `chat.Chat` refuse, two tokenizers or vocabularies, more tokens
-      than embeddings, an unknown dtype or remat.
+      than embeddings, an unknown dtype, remat or attention.
   """
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
   for role in bases:
     hf.check(config[role])
-    models.read_config(hf.read_json(config[role]), dtype=config.dtype, remat=config.remat)
+    models.read_config(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
   talk = chat.Chat(config.teacher, **config.template)
   chat.same_tokenizer(talk, chat.Chat(config.student, **config.template))
   sizes = [hf.read_json(config[role])["vocab_size"] for role in ("teacher", "student")]

@@ -44,6 +44,47 @@ def row(step, prompt_ids, labels, **counts):
   return entry
 
 
+def labels(work, picked, before):
+  """Whose answers a step of a `train.Work` spends: all it draws; where they serve pass rates alone,
+  those that no row `before` has."""
+  problems = [p.id for p in picked]
+  if work.advantages is not None or work.given is not None:
+    return problems
+  if work.judge is None:
+    return []
+  known = {i for entry in before for i in entry["labels"]}
+  return [i for i in problems if i not in known]
+
+
+def spent(work, step, picked, labels, rows, length_B, reused, judged):
+  """One step's row.
+
+  Args:
+    work: the stage, a `train.Work`; picked: its prompts; labels: whose answers were consulted.
+    rows: the Rollout learned from; length_B: its tokens, prompts included.
+    reused: tokens of it that another stage had sampled; judged: the rows that a pass rate asked
+      for, or None.
+  """
+  hp, tokens = work.hp, int(rows.response_length_B.sum())
+  learner = forward_flops(work.learner.model.config, length_B)
+  actor = learner if work.actor is None else forward_flops(work.actor.model.config, length_B)
+  guide = 0.0 if work.guide is None else forward_flops(work.guide.model.config, length_B)
+  sampled = 0 if work.given is not None else tokens - reused
+  share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
+  flops, passes = 0.0, 3 if work.frozen is None else 2  # frozen weights ask for no gradient
+  if judged is not None:
+    sampled += int(judged.response_length_B.sum())
+    flops = forward_flops(work.learner.model.config,
+                          judged.prompt_length_B + judged.response_length_B)
+  return row(
+      step, [p.id for p in picked], labels, sequences=len(length_B),
+      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
+      tokens_discarded=0, tokens_trained=hp.epochs * tokens,
+      tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
+      flops=flops + actor * (share + 1) + hp.epochs * (passes * learner + guide),
+      flops_reused=0.0 if work.given is not None else actor * (1 - share))
+
+
 def total(rows):
   """Sums of a stage's rows, and the distinct problems and labels behind them (sorted ids)."""
   labels = sorted({i for r in rows for i in r["labels"]})

@@ -6,6 +6,7 @@ Needs the two model folders' config.json and tokenizer, no weights, no data and,
 (needs libtpu), no chip. Memory is the compiled program's own account, per device.
 """
 
+import dataclasses
 import sys
 import zlib
 from typing import NamedTuple
@@ -42,10 +43,15 @@ class Cost(NamedTuple):
 
 def abstract_role(config, role, mesh):
   """A base model with the shapes and layouts of its weights, from its config.json alone."""
-  model = models.get(hf.read_json(config[role]), dtype=config.dtype, remat=config.remat)
+  model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
+  return train.Role(model, _laid_out(model, mesh))
+
+
+def _laid_out(model, mesh):
+  """The shapes of a model's parameters, laid out on the mesh."""
   shapes = models.shapes(model.config)
-  layout = sharding.weight_shardings(mesh, models.axes(model.config), shapes)
-  return train.Role(model, sharding.laid_out(shapes, layout))
+  return sharding.laid_out(shapes, sharding.weight_shardings(
+      mesh, models.axes(model.config), shapes))
 
 
 def costs(config, stages=recipe.STAGES):
@@ -57,17 +63,23 @@ def costs(config, stages=recipe.STAGES):
     if hp.steps == 0:  # left out
       continue
     row = table[name]
-    learner = abstract_role(config, row.learner, mesh)
+    base, lora = abstract_role(config, row.learner, mesh), models.lora(hp.lora)
+    learner, rest = base, None
+    if lora is not None:
+      model = models.build(dataclasses.replace(base.model.config, lora=lora))
+      rest = base.params
+      learner = train.Role(model, models.split(model.config, _laid_out(model, mesh))[0])
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
-    optimizer = optim.make(train.optim_config(hp), models.axes(learner.model.config))
+    optimizer = optim.make(train.optim_config(hp), models.trained(learner.model.config))
     work = train.Work(
         name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
         width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
         actor=None if row.actor in ("given", row.learner)
         else abstract_role(config, row.actor, mesh),
         guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
+        frozen=rest,
         given=() if row.actor == "given" else None, reward=None, advantages=None,
-        judge=learner if row.weigh else None, weigh=row.weigh, passes=None,
+        judge=base if row.weigh else None, weigh=row.weigh, passes=None,
         objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
         validate=None, text=None)
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)

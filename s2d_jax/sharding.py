@@ -5,7 +5,10 @@ which mesh axis carries each. To try another layout, change a table. Parameters 
 `fsdp` and `tensor`, activations over `data` and `fsdp` (rows) and `tensor` (heads, vocabulary).
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -15,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 # its batch already uses that axis. None is replication, written down, so a misspelt name raises.
 WEIGHT_RULES = {
     "layer": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "head": None,
-    "mlp": "tensor", "vocab": "tensor",
+    "mlp": "tensor", "vocab": "tensor", "rank": None,
 }
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
@@ -62,6 +65,32 @@ def constrain(x, *names):
   return jax.lax.with_sharding_constraint(x, spec(ACTIVATION_RULES, names, x.shape, mesh.shape))
 
 
+def on_shards(f, axis, args, names, out_names):
+  """f(index, *args) on each device's own parts of the arrays, for a kernel that XLA cannot split.
+
+  Args:
+    f: sees local shapes; `index` is the device's place along the mesh axis that carries `axis`.
+    args: arrays; names: a tuple of logical names for each; out_names: those of the one result,
+      which is laid out as the first array is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f(0, *args)
+  specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
+                for n, x in zip(names, args, strict=True))
+  out = spec(ACTIVATION_RULES, out_names, args[0].shape, mesh.shape)
+  carrier = specs[0][names[0].index(axis)]
+  def local(*args):
+    return f(0 if carrier is None else jax.lax.axis_index(carrier), *args)
+  return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+
+def platform():
+  """"cpu", "cuda" or "tpu": of the mesh's devices, which may be described and not here."""
+  mesh = current_mesh()
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def current_mesh():
   """The mesh of `with jax.set_mesh(...)`, or None."""
   mesh = jax.sharding.get_mesh()
@@ -77,11 +106,6 @@ def laid_out(shapes, shardings):
   """Shapes and dtypes of `shapes` with the layouts of `shardings`."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes, shardings)
-
-
-def gather(tree, mesh):
-  """The arrays whole on every device, so that each process can read all of them."""
-  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def weight_sharding(mesh, names, shape):
@@ -122,6 +146,46 @@ def from_callback(shape, sharding, part):
       made[key] = part(index)
     arrays.append(jax.device_put(made[key], device))
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def stacked(shape, dtype, where, layers):
+  """An array of `shape` laid out as `where` (None: one device), its first axis from an iterable.
+
+  The layers are arrays of shape[1:]; each is copied into its place before the next is asked for, so
+  that no more than one exists beside the whole.
+  """
+  make, write = _stacker(shape, dtype, where)
+  whole = make()
+  for at, layer in enumerate(layers):
+    at = np.int32(at)
+    at = jax.device_put(at) if where is None else put(at, replicated(where.mesh))
+    whole = jax.block_until_ready(write(whole, layer, at))
+  return whole
+
+
+@functools.cache
+def _stacker(shape, dtype, where):
+  def write(whole, layer, at):
+    return jax.lax.dynamic_update_index_in_dim(whole, layer, at, 0)
+  return (jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where),
+          jax.jit(write, donate_argnums=0, out_shardings=where))
+
+
+def fetch_slice(x, at=None):
+  """NumPy copy of x, or of x[at], whole on every process, wherever and however x lies."""
+  if not isinstance(x, jax.Array):
+    return np.asarray(x if at is None else x[at])
+  mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+  taken = _taker(None if mesh is None else replicated(mesh), at is None)
+  at = np.int32(at or 0)
+  return jax.device_get(taken(x, jax.device_put(at) if mesh is None else put(at, replicated(mesh))))
+
+
+@functools.cache
+def _taker(where, all_of_it):
+  def take(x, at):
+    return x if all_of_it else jax.lax.dynamic_index_in_dim(x, at, 0, keepdims=False)
+  return jax.jit(take, out_shardings=where)
 
 
 def put_batch(tree, mesh):

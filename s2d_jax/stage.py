@@ -5,11 +5,13 @@ weights, a Hugging Face folder, the ledger, and last the manifest.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import tempfile
 import zlib
 
+import jax
 import numpy as np
 
 from s2d_jax import (
@@ -35,13 +37,13 @@ def train_node(made, node, workdir, stop):
   with checkpoint.only_writer(folder) as (beat, left):
     work = _work(made, node, workdir, mesh)
     params, totals = train.run(work, beat, left, stop)
+    model, params = _whole(work.learner.model, params, work.frozen)
     checkpoint.save_final(folder, params)
-    whole = sharding.gather(params, mesh)
     lineage = {"stage": node.name, "parents": made.ancestors(node.name)[:-1],
                "bases": {r: b["identity"] for r, b in made.bases.items()},
                "revision": manifest.revision()}
+    _export(folder / "hf", model, params, made.base(node.name)["folder"], lineage)
     if checkpoint.leader():
-      _export(folder / "hf", work.learner.model, whole, made.base(node.name)["folder"], lineage)
       checkpoint.write_json(folder / "ledger.json", totals)
       checkpoint.write_json(folder / "manifest.json", metrics.plain({
           "inputs": node.inputs, "config": made.config.to_dict(), "bases": made.bases,
@@ -66,26 +68,46 @@ def _export(folder, *saved):
     hf.save(folder, *saved)
     return
   with tempfile.TemporaryDirectory() as scratch:
-    for path in hf.save(pathlib.Path(scratch) / "hf", *saved).iterdir():
+    written = hf.save(pathlib.Path(scratch) / "hf", *saved)  # by the first process
+    for path in written.iterdir() if checkpoint.leader() else ():
       checkpoint.write(folder / path.name, path.read_bytes())
+
+
+def _whole(model, params, frozen):
+  """A trained model without adapters, and its weights."""
+  if frozen is None:
+    return model, params
+  merged = jax.jit(functools.partial(models.merge, model.config),
+                   out_shardings=update.shardings(frozen))(update.join(params, frozen))
+  return models.build(dataclasses.replace(model.config, lora=None)), merged
+
+
+def _learner(made, node, workdir, mesh):
+  """(what is trained, the leaves beside it that are not): adapters alone where the row has some."""
+  learner, lora = _load(made, node.learner, workdir, mesh), models.lora(node.hp.lora)
+  if lora is None:
+    return learner, None
+  model = models.build(dataclasses.replace(learner.model.config, lora=lora))
+  seed = zlib.crc32(f"{made.config.seed} {node.stage.name} adapters".encode())
+  return train.Role(model, models.adapters(model, jax.random.key(seed))), learner.params
 
 
 def _work(made, node, workdir, mesh):
   """Everything `train.run` needs to know of a node."""
   config, row = made.config, node.stage
   hp, seed = node.hp, config.seed
-  learner = _load(made, node.learner, workdir, mesh)
+  learner, rest = _learner(made, node, workdir, mesh)
   frozen = {role: _load(made, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
   return train.Work(
       name=row.name, folder=workdir / node.name, hp=hp, seed=seed, prompts=made.prompts[node.split],
       width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
-      actor=frozen.get(node.actor), guide=frozen.get(node.guide),
+      actor=frozen.get(node.actor), guide=frozen.get(node.guide), frozen=rest,
       given=_given(made, hp) if row.actor == "given" else None,
       reward=made.reward if row.reward or row.weigh else None,
       advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
       judge=_load(made, node.learner, workdir, mesh) if row.weigh else None, weigh=row.weigh,
       objective=row.objective, logp=objectives.logp,
-      optimizer=optim.make(train.optim_config(hp), models.axes(learner.model.config)),
+      optimizer=optim.make(train.optim_config(hp), models.trained(learner.model.config)),
       store=lambda: rollout.Store(workdir / _rollouts(made, node.actor, node.hp),
                                   checkpoint.write),
       passes=lambda: rollout.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
@@ -96,7 +118,7 @@ def _work(made, node, workdir, mesh):
 
 def _load(made, role, workdir, mesh):
   """A role's model and weights, in a copy of its own: the learner's buffers are donated."""
-  how = {"dtype": made.config.dtype, "remat": made.config.remat}
+  how = {key: made.config[key] for key in models.RUN}
   folder = made.base(role)["folder"]
   if role in made.bases:
     model, params = hf.load(folder, mesh)

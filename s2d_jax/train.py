@@ -24,7 +24,7 @@ from s2d_jax.data import prompts as order
 
 RETRY = 75  # EX_TEMPFAIL: told to stop, saved, start the same command again
 READS = ("steps", "prompts", "sampling", "mean", "epochs", "minibatches", "eval_every",
-         "save_every", "log_samples")
+         "save_every", "log_samples", "lora")
 
 
 class Role(NamedTuple):
@@ -45,6 +45,7 @@ class Work(NamedTuple):
   learner: Role
   actor: Role | None       # None: the learner samples
   guide: Role | None
+  frozen: Any              # leaves of the learner that are not trained, beside its params; or None
   given: Callable | None   # prompts -> Rollout of given solutions; then nobody samples
   reward: Callable | None  # (prompt id, response ids) -> float; None: no label is spent
   advantages: Callable | None  # reward_PG -> advantage_PG; None: rewards only weigh the prompts
@@ -124,7 +125,7 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
       beat()
       row = {"step": step}
       if hp.eval_every and step % hp.eval_every == 0:
-        row |= dict(work.validate(state.params))
+        row |= dict(work.validate(update.join(state.params, work.frozen)))
       if step % hp.save_every == 0 and step != began:
         _save(work.folder, steps, logs, step, state)
         saved = step
@@ -164,7 +165,7 @@ def _step(work, programs, stores, state, step, logs, mesh):
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     row |= {"reward": reward_B.mean(), "mixed_groups": mixed_P.mean()}
   batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
-  actor = state.params if work.actor is None else work.actor.params
+  actor = update.join(state.params, work.frozen) if work.actor is None else work.actor.params
   logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
   response_BT = batch.sequence_BT >= 0
   if work.given is None:
@@ -175,8 +176,8 @@ def _step(work, programs, stores, state, step, logs, mesh):
   row |= losses | {"tokens": int(rows.response_length_B.sum()),
                    "response_length": rows.response_length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}
-  labels = _labels(work, picked, logs["ledger"].rows)
-  logs["ledger"].add(_spent(work, step, picked, labels, rows, length_B, reused, judged))
+  labels = ledger.labels(work, picked, logs["ledger"].rows)
+  logs["ledger"].add(ledger.spent(work, step, picked, labels, rows, length_B, reused, judged))
   for b in range(min(hp.log_samples, len(length_B))):
     logs["samples"].add({
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
@@ -196,7 +197,8 @@ def _draw(work, programs, store, state, step, picked):
   if store is None:
     seed = (work.seed, zlib.crc32(work.name.encode()), step, 0)
     version = step * hp.epochs * hp.minibatches
-    return programs.draw(state.params, picked, seed, weight_version=version), 0
+    params = update.join(state.params, work.frozen)
+    return programs.draw(params, picked, seed, weight_version=version), 0
   first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
   rows, new_B = _stored(store, work, step, picked, range(first, first + G),
                         lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
@@ -253,7 +255,7 @@ def _updates(work, programs, state, step, batch, mesh):
   for epoch in range(hp.epochs):
     seed = (work.seed, zlib.crc32(work.name.encode()), step, epoch)
     for part in rollout.minibatches(batch, hp.minibatches, seed):
-      state, values = programs.step(state, guide, sharding.put_batch(part, mesh))
+      state, values = programs.step(state, guide, sharding.put_batch(part, mesh), work.frozen)
       seen.append({k: float(v) for k, v in sharding.fetch(values).items()})
   means = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
   return state, means | {"finite": min(s["finite"] for s in seen)}
@@ -263,40 +265,6 @@ def _gap(logp_BT, sampler_logp_BT, response_BT):
   """How far the sampler's log-probabilities are from the trainer's on the same tokens, in nats."""
   gap = np.abs(logp_BT - sampler_logp_BT)[response_BT]
   return {"logp_gap_mean": gap.mean(), "logp_gap_max": gap.max()}
-
-
-def _labels(work, picked, before):
-  """Whose answers a step spends: all it draws; for pass rates alone, what no earlier row has."""
-  problems = [p.id for p in picked]
-  if work.advantages is not None or work.given is not None:
-    return problems
-  if work.judge is None:
-    return []
-  known = {i for row in before for i in row["labels"]}
-  return [i for i in problems if i not in known]
-
-
-def _spent(work, step, picked, labels, rows, length_B, reused, judged):
-  """The step's ledger row; `judged`: the rows that `_weigh` drew, or None."""
-  hp, tokens = work.hp, int(rows.response_length_B.sum())
-  learner = ledger.forward_flops(work.learner.model.config, length_B)
-  actor = learner if work.actor is None else ledger.forward_flops(work.actor.model.config, length_B)
-  guide = 0.0 if work.guide is None else ledger.forward_flops(work.guide.model.config, length_B)
-  sampled = 0 if work.given is not None else tokens - reused
-  share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
-  flops = 0.0
-  if judged is not None:
-    sampled += int(judged.response_length_B.sum())
-    flops = ledger.forward_flops(work.learner.model.config,
-                                 judged.prompt_length_B + judged.response_length_B)
-  return ledger.row(
-      step, [p.id for p in picked], labels, sequences=len(length_B),
-      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
-      tokens_discarded=0,
-      tokens_trained=hp.epochs * tokens,
-      tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=flops + actor * (share + 1) + hp.epochs * (3 * learner + guide),
-      flops_reused=0.0 if work.given is not None else actor * (1 - share))
 
 
 def _save(folder, steps, logs, step, state):
@@ -329,7 +297,8 @@ def compile_programs(work, state, mesh):
     state: the TrainState, or its `update.abstract`.
   """
   hp, actor = work.hp, work.actor or work.learner
-  params = state.params if work.actor is None else work.actor.params
+  frozen = None if work.frozen is None else sharding.abstract(work.frozen)
+  params = update.join(state.params, frozen) if work.actor is None else work.actor.params
   how = sampling(hp.sampling, work.stop_ids)
   draw = None
   if work.given is None:
@@ -351,7 +320,7 @@ def compile_programs(work, state, mesh):
       draw, judge,
       score.lower(sharding.abstract(params), abstract_batch(rows, width, mesh)).compile(),
       step.lower(sharding.abstract(state), guide,
-                 abstract_batch(rows // hp.minibatches, width, mesh)).compile())
+                 abstract_batch(rows // hp.minibatches, width, mesh), frozen).compile())
 
 
 def abstract_batch(rows, width, mesh):

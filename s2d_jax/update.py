@@ -58,11 +58,12 @@ def shardings(state):
 
 
 def make(model, guide_model, objective, optimizer, hp, layout):
-  """The jitted update: step(state, guide_params, batch) -> (state, metrics).
+  """The jitted update: step(state, guide_params, batch, frozen=None) -> (state, metrics).
 
   One optimizer update on the whole batch, in hp.microbatches slices of its rows. Sums, counts and
   gradients of the loss's sum are added up in float32 and divided once, so the split changes
-  nothing, nor do rows of weight 0. The state is donated and keeps its layout.
+  nothing, nor do rows of weight 0. The state is donated and keeps its layout. `frozen` are the
+  leaves of the model that are not trained (`join` puts both together); they are not donated.
 
   Args:
     model: what is trained; guide_model: a frozen model scored on the same tokens, or None.
@@ -77,19 +78,19 @@ def make(model, guide_model, objective, optimizer, hp, layout):
     state is then returned as it came.
   """
 
-  def gradients(params, guide_params, batch):
+  def gradients(params, frozen, guide_params, batch):
     guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
 
     def loss(params):
-      sums = objective(_head(model, params, batch), guide_head, batch, hp)
+      sums = objective(_head(model, join(params, frozen), batch), guide_head, batch, hp)
       return sums["loss"][0], sums
 
     grads, sums = jax.grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
-  def accumulated(params, guide_params, batch):
+  def accumulated(params, frozen, guide_params, batch):
     def body(total, microbatch):
-      grads, sums = gradients(params, guide_params, _spread(microbatch))
+      grads, sums = gradients(params, frozen, guide_params, _spread(microbatch))
       total = jax.tree.map(jnp.add, total, grads)
       return jax.lax.with_sharding_constraint(total, layout.params), sums
 
@@ -98,8 +99,8 @@ def make(model, guide_model, objective, optimizer, hp, layout):
     return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
-  def step(state, guide_params, batch):
-    total, sums = accumulated(state.params, guide_params, batch)
+  def step(state, guide_params, batch, frozen=None):
+    total, sums = accumulated(state.params, frozen, guide_params, batch)
     metrics = {name: _mean(*pair) for name, pair in sums.items()}
     grads = jax.tree.map(
         lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
@@ -112,6 +113,14 @@ def make(model, guide_model, objective, optimizer, hp, layout):
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
   return step
+
+
+def join(params, frozen):
+  """One tree of two nested dicts that share no leaf; `frozen` may be None."""
+  if frozen is None:
+    return params
+  return {key: params.get(key, frozen.get(key)) if not isinstance(frozen.get(key), dict)
+          else join(params.get(key, {}), frozen[key]) for key in {**frozen, **params}}
 
 
 def score(model, logp, hp):

@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from s2d_jax import models, objectives, rollout, sharding, update
 
-MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 TEACHER = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 32, "head_dim": 8,
            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
            "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,

@@ -45,7 +45,8 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
   return train.Work(
       name="student_grpo", folder=folder, hp=hp, seed=0,
       prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
-      learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, given=None,
+      learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
+      given=None,
       reward=reward, advantages=grpo.group_advantages, judge=None, weigh=None,
       objective=objectives.clipped_surrogate, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),

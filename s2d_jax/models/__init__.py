@@ -7,16 +7,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from s2d_jax import sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
-from s2d_jax.models.decoder import Cache, Config, empty_cache
+from s2d_jax.models.decoder import Cache, Config, Lora, empty_cache
 from s2d_jax.models.layout import Weight
 
 __all__ = [
-    "Cache", "Config", "Model", "Weight", "axes", "build", "config_json", "empty_cache", "get",
-    "read_config", "shapes", "weights",
+    "Cache", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
+    "empty_cache", "get", "lora", "merge", "read_config", "shapes", "split", "trained",
+    "weights",
 ]
 
 FAMILIES = {"qwen3": qwen3, "llama": llama}
+RUN = ("dtype", "remat", "attention")  # the fields of a Config that say how it runs
 PUBLISHED = qwen3.PUBLISHED | llama.PUBLISHED
 
 
@@ -55,7 +58,7 @@ def build(config):
 
 
 def get(which, **run):
-  """The Model of a published name or of a config.json dict; `run` may give dtype and remat.
+  """The Model of a published name or of a config.json dict; `run` may give what RUN names.
 
   Raises:
     ValueError: an unknown name, a family or a setting that is not implemented, a key missing.
@@ -88,7 +91,65 @@ def weights(config):
 
 def axes(config):
   """The logical axes of each parameter, in a tree of the parameters' structure."""
-  return layout.nest({path: weight.axes for path, weight in weights(config).items()})
+  base = {path: weight.axes for path, weight in weights(config).items()}
+  return layout.nest(base | {path: names for _, *pair in _adapters(config)
+                             for path, names in pair})
+
+
+def _adapters(config):
+  """(path of a weight, (path, axes) of its A, (path, axes) of its B) for each adapted weight."""
+  targets = () if config.lora is None else config.lora.targets
+  for path, weight in weights(config).items():
+    if weight.inputs and path.rpartition("/")[2] in targets:
+      (layer, *names), n = weight.axes, weight.inputs
+      yield (path, (f"{path}_a", (layer, *names[:n], "rank")),
+             (f"{path}_b", (layer, "rank", *names[n:])))
+
+
+def lora(hp):
+  """The Lora of a stage's block of config, None where its rank is 0: everything is trained."""
+  rank, alpha, targets = hp.rank, float(hp.alpha), tuple(hp.targets)
+  return Lora(rank, alpha, targets) if rank else None
+
+
+def trained(config):
+  """The logical axes of what is trained: of the adapters where there are some, else of all."""
+  return axes(config) if config.lora is None else split(config, axes(config))[0]
+
+
+def split(config, tree):
+  """(adapters, the rest) of a tree of parameters, or of their shapes or axes."""
+  own = {path for _, *pair in _adapters(config) for path, _ in pair}
+  flat = layout.flat(tree)
+  return (layout.nest({path: x for path, x in flat.items() if path in own}),
+          layout.nest({path: x for path, x in flat.items() if path not in own}))
+
+
+def adapters(model, key):
+  """New adapters of a model whose config.lora is set, on the current mesh: B is zero, A drawn.
+
+  With them the model computes what it does without.
+  """
+  mesh, config = sharding.current_mesh(), model.config
+  where = None
+  if mesh is not None:
+    where = sharding.weight_shardings(mesh, split(config, axes(config))[0],
+                                      split(config, shapes(config))[0])
+  return jax.jit(lambda key: split(config, model.init(key))[0], out_shardings=where)(key)
+
+
+def merge(config, params):
+  """The parameters of the same model without adapters: W + (alpha / rank)·AB, in W's own type."""
+  flat, scale = layout.flat(params), config.lora.alpha / config.lora.rank
+  for path, (a, _), (b, _) in _adapters(config):
+    a_LDr, b_LrO = flat.pop(a), flat.pop(b)
+    L, *inputs, r = a_LDr.shape
+    product = jnp.einsum("LDr,LrO->LDO", a_LDr.reshape(L, -1, r).astype(jnp.float32),
+                         b_LrO.reshape(L, r, -1).astype(jnp.float32), precision="highest")
+    weight = flat[path]
+    flat[path] = (weight.astype(jnp.float32) + scale * product.reshape(weight.shape)).astype(
+        weight.dtype)
+  return layout.nest(flat)
 
 
 def shapes(config):

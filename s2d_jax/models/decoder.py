@@ -10,6 +10,7 @@ Norms, softmax and RoPE are float32 whatever the type of the activations.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,7 +21,12 @@ from s2d_jax import sharding
 from s2d_jax.models import attention
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMATS = ("none", "block")
+# What a layer keeps for the way back: everything, its input alone, the results of its products with
+# weights, or those in the host's memory.
+POLICIES = {
+    "none": None, "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +38,27 @@ class RopeScaling:
   original_max_positions: int
 
 
+ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters (https://arxiv.org/abs/2106.09685): y = xW + (alpha / rank)·(xA)B."""
+  rank: int
+  alpha: float
+  targets: tuple  # of ADAPTED
+
+  def __post_init__(self):
+    unknown = sorted(set(self.targets) - set(ADAPTED))
+    if self.rank < 1 or self.alpha <= 0 or unknown or not self.targets:
+      raise ValueError(f"lora has rank {self.rank}, alpha {self.alpha} and targets {self.targets}: "
+                       "choose a rank of 1 or more, alpha above 0 and targets from "
+                       f"{', '.join(ADAPTED)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A decoder's shape and numbers; `dtype` and `remat` say how to run it, not what it is."""
+  """A decoder's shape and numbers; the last four say how to run it, not what it is."""
   architecture: str  # "qwen3" or "llama": whose weight table
   vocab_size: int
   width: int
@@ -50,7 +74,9 @@ class Config:
   tied: bool  # the embedding is also the unembedding
   max_positions: int
   dtype: str = "float32"  # of the activations
-  remat: str = "none"  # "block": recompute each layer on the way back
+  remat: str = "none"  # of POLICIES
+  attention: str = "auto"  # of attention.IMPLEMENTATIONS
+  lora: Lora | None = None  # adapters beside the weights
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -58,9 +84,11 @@ class Config:
                        "num_attention_heads must be a multiple of num_key_value_heads.")
     if self.head_width % 2:
       raise ValueError(f"head_dim {self.head_width} is odd and RoPE turns pairs: use an even one.")
-    if self.dtype not in DTYPES or self.remat not in REMATS:
-      raise ValueError(f"dtype {self.dtype!r} with remat {self.remat!r} is unknown: choose dtype "
-                       f"from {', '.join(DTYPES)} and remat from {', '.join(REMATS)}.")
+    for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
+                         ("attention", attention.IMPLEMENTATIONS)):
+      if getattr(self, key) not in choices:
+        raise ValueError(f"{key} {getattr(self, key)!r} is unknown: choose it from "
+                         f"{', '.join(choices)}.")
 
 
 class Cache(NamedTuple):
@@ -131,22 +159,48 @@ def project(x_BTD, weight):
   return (x_BTD.reshape(-1, D) @ weight.reshape(D, -1)).reshape(*x_BTD.shape[:2], *out)
 
 
+class Linear(NamedTuple):
+  """x -> xW + scale·(xA)B, its matrices folded to [inputs, outputs...]; no adapter, no A and B."""
+  weight: jax.Array
+  a: jax.Array | None = None
+  b: jax.Array | None = None
+  scale: float = 0.0
+
+  def __call__(self, x_BTD):
+    y = project(x_BTD, self.weight)
+    return y if self.a is None else y + self.scale * project(project(x_BTD, self.a), self.b)
+
+
+def linear(module, name, dtype, inputs, outputs, fan_in):
+  """The Linear of a module's parameter `name`, with its adapter where config.lora has one.
+
+  W is of shape inputs + outputs, A and B are `name`_a, inputs + (r,), and `name`_b, (r,) + outputs.
+  """
+  def weight(name, init, shape, folded):
+    return module.param(name, init, shape).astype(dtype).reshape(folded)
+  D, lora = math.prod(inputs), module.config.lora
+  w = weight(name, normal(fan_in), inputs + outputs, (D, *outputs))
+  if lora is None or name not in lora.targets:
+    return Linear(w)
+  r, zeros = lora.rank, nn.initializers.zeros
+  return Linear(w, weight(f"{name}_a", normal(D), (*inputs, r), (D, r)),
+                weight(f"{name}_b", zeros, (r, *outputs), (r, *outputs)), lora.alpha / r)
+
+
 class Attention(nn.Module):
   """Grouped-query self-attention, with its layer's part of the cache when there is one."""
   config: Config
+  how: str  # which implementation
 
   @nn.compact
-  def __call__(self, x_BTD, layer, angle_BTH2, mask_BTS, slot, kv):
+  def __call__(self, x_BTD, layer, angle_BTH2, reads, slot, kv):
     c, dtype = self.config, x_BTD.dtype
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
-    wq_DNH = self.param("q", normal(D), (D, N, H)).astype(dtype)
-    wk_DKH = self.param("k", normal(D), (D, K, H)).astype(dtype)
-    wv_DKH = self.param("v", normal(D), (D, K, H)).astype(dtype)
-    wo_NHD = self.param("o", normal(N * H * 2 * c.layers), (N, H, D)).astype(dtype)
-
-    q_BTNH = project(x_BTD, wq_DNH)
-    k_BTKH = project(x_BTD, wk_DKH)
-    v_BTKH = project(x_BTD, wv_DKH)
+    q = linear(self, "q", dtype, (D,), (N, H), D)
+    k = linear(self, "k", dtype, (D,), (K, H), D)
+    v = linear(self, "v", dtype, (D,), (K, H), D)
+    o = linear(self, "o", dtype, (N, H), (D,), N * H * 2 * c.layers)
+    q_BTNH, k_BTKH, v_BTKH = q(x_BTD), k(x_BTD), v(x_BTD)
     if c.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
       k_BTKH = rms_norm(k_BTKH, self.param("k_norm", nn.initializers.ones, (H,)), c.norm_eps)
@@ -165,10 +219,10 @@ class Attention(nn.Module):
           sharding.constrain(jax.lax.dynamic_index_in_dim(x_LBSKH, layer, keepdims=False),
                              "batch", "cache", "kv_heads", "head").astype(dtype)
           for x_LBSKH in kv)
-    out_BTNH = attention.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    out_BTNH = attention.attention(self.how, q_BTNH, k_BSKH, v_BSKH, reads)
     out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
     out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
-    return project(out_BTM, wo_NHD.reshape(N * H, D)), kv
+    return o(out_BTM), kv
 
 
 class MLP(nn.Module):
@@ -177,27 +231,27 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD):
-    c, dtype = self.config, x_BTD.dtype
+    c = self.config
     D, F = c.width, c.mlp
-    gate_DF = self.param("gate", normal(D), (D, F)).astype(dtype)
-    up_DF = self.param("up", normal(D), (D, F)).astype(dtype)
-    down_FD = self.param("down", normal(F * 2 * c.layers), (F, D)).astype(dtype)
-    hidden_BTF = nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
-    hidden_BTF = sharding.constrain(hidden_BTF, "batch", "time", "mlp")
-    return project(hidden_BTF, down_FD)
+    gate = linear(self, "gate", x_BTD.dtype, (D,), (F,), D)
+    up = linear(self, "up", x_BTD.dtype, (D,), (F,), D)
+    down = linear(self, "down", x_BTD.dtype, (F,), (D,), F * 2 * c.layers)
+    hidden_BTF = sharding.constrain(nn.silu(gate(x_BTD)) * up(x_BTD), "batch", "time", "mlp")
+    return down(hidden_BTF)
 
 
 class Block(nn.Module):
   """One layer, residual around attention and around the MLP; the carry holds the cache."""
   config: Config
+  how: str
 
   @nn.compact
-  def __call__(self, carry, layer, angle_BTH2, mask_BTS, slot):
+  def __call__(self, carry, layer, angle_BTH2, reads, slot):
     c = self.config
     x_BTD, kv = carry
     scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
-    y_BTD, kv = Attention(c, name="attn")(
-        rms_norm(x_BTD, scale_D, c.norm_eps), layer, angle_BTH2, mask_BTS, slot, kv)
+    y_BTD, kv = Attention(c, self.how, name="attn")(
+        rms_norm(x_BTD, scale_D, c.norm_eps), layer, angle_BTH2, reads, slot, kv)
     x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
     scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
     y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
@@ -226,17 +280,20 @@ class Decoder(nn.Module):
       cache = _label(cache, positions_BT, segments_BT)
       kv, slot = (cache.k_LBSKH, cache.v_LBSKH), cache.slot
       keys = cache.positions_BS, cache.segments_BS
-    mask_BTS = attention.visible(positions_BT, segments_BT, *keys)
+    how = attention.choose(c.attention, c.dtype, cached=cache is not None)
+    reads = attention.reading(how, positions_BT, segments_BT, *keys)
     frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
     # A product, not a dot: matrix units may round their operands.
     angle_BTH2 = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
 
-    block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
     layers = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
-    (x_BTD, kv), _ = layers(c, name="layers")(
-        (x_BTD, kv), jnp.arange(c.layers), angle_BTH2, mask_BTS, slot)
+    (x_BTD, kv), _ = layers(c, how, name="layers")(
+        (x_BTD, kv), jnp.arange(c.layers), angle_BTH2, reads, slot)
     if cache is not None:
       cache = cache._replace(k_LBSKH=kv[0], v_LBSKH=kv[1], slot=slot + tokens_BT.shape[1])
     scale_D = self.param("norm", nn.initializers.ones, (c.width,))

@@ -1,13 +1,17 @@
 """Hugging Face folders in and out: config.json and safetensors, nothing pickled, no code run."""
 
-import contextlib
+import ctypes
 import hashlib
 import json
+import math
+import os
 import pathlib
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -17,90 +21,161 @@ from s2d_jax.models import layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # as the tool of that name writes and checks them
-STORED = {"F32", "F16", "BF16"}
+STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+SHARD_BYTES = 5_000_000_000  # of one safetensors file
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_BYTES = 100_000_000  # the cap of the safetensors library itself
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json")
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+class Stored(NamedTuple):
+  """Where a tensor is, from the header of its file."""
+  file: pathlib.Path
+  name: str
+  shape: tuple
+  dtype: str  # as safetensors spells it
 
 
 def load(folder, mesh=None, dtype=None):
   """(Model, params) of a Hugging Face folder.
 
   The weights become `dtype`, float32 by default, whatever they are stored in; with a `mesh` each
-  device reads its own part. The Model computes in float32: for another type or for remat,
-  `models.build(dataclasses.replace(model.config, dtype="bfloat16", remat="block"))`.
+  device gets its own part, and each process reads no other. They go to the devices one layer of
+  one weight at a time: the host never holds more. The Model computes in float32: for another type
+  or for remat, `models.build(dataclasses.replace(model.config, dtype="bfloat16", remat="block"))`.
 
   Raises:
     ValueError: no folder, weights or config; pickled weights; code to run (`auto_map`); a model
-      that is not implemented; a weight missing, left over or misshapen; a shard outside.
+      that is not implemented; a weight missing, left over, there twice or misshapen; a shard
+      outside the folder or cut short.
   """
   folder = pathlib.Path(folder)
   model = models.build(models.read_config(read_json(folder)))
-  shapes, params = layout.flat(models.shapes(model.config)), {}
-  with contextlib.ExitStack() as stack:
-    stored = _checked(folder, model.config, shapes, stack)
-    for path, weight in models.weights(model.config).items():
-      shape = shapes[path].shape
-      def part(index, shape=shape, weight=weight):
-        return _part(stored, weight, shape, index, jnp.dtype(dtype or "float32"))
-      if mesh is None:
-        params[path] = jax.device_put(part((slice(None),) * len(shape)))
-      else:
-        where = sharding.weight_sharding(mesh, weight.axes, shape)
-        params[path] = sharding.from_callback(shape, where, part)
-  return model, layout.nest(params)
+  shapes = layout.flat(models.shapes(model.config))
+  stored = _checked(folder, model.config, shapes)
+  dtype = jnp.dtype(dtype or "float32")
+  return model, layout.nest({
+      path: _placed(stored, weight, shapes[path].shape, dtype, mesh)
+      for path, weight in models.weights(model.config).items()})
 
 
 def check(folder):
   """The ValueErrors of `load`, from config.json and the headers of the weights."""
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
-  with contextlib.ExitStack() as stack:
-    _checked(folder, config, layout.flat(models.shapes(config)), stack)
+  _checked(folder, config, layout.flat(models.shapes(config)))
 
 
-def save(folder, model, params, source=None, lineage=None):
+def save(folder, model, params, source=None, lineage=None, dtype=None, shard_bytes=SHARD_BYTES):
   """Writes a folder that `transformers` and `load` read, all of it or nothing; returns its path.
 
-  `params` are stored in the type they have and are replicated or on one host. `source`, the
-  folder the model descends from, gives its config.json, tokenizer, chat template and generation
-  settings; `lineage`, a dict, becomes lineage.json. Replaces a model saved there before.
+  On several hosts all of them call it, and the first writes. Weights are fetched one layer at a
+  time and written file by file, of at most `shard_bytes` where there are several.
+
+  Args:
+    folder: replaced where a model was saved before.
+    params: the model's tree, on devices or in NumPy.
+    source: the folder the model descends from; gives its config.json, tokenizer, chat template,
+      generation settings, licence and notices.
+    lineage: a dict that becomes lineage.json.
+    dtype: of what is written; None is that of `params`, "source" each tensor's own in `source`.
 
   Raises:
     ValueError: `params` do not fit the model; `source` is another model; `folder` is something
       else than a saved model.
   """
   folder = pathlib.Path(folder)
-  if folder.exists() and any(folder.iterdir()) and not (folder / WEIGHTS).exists():
+  if folder.exists() and any(folder.iterdir()) and not any(
+      (folder / name).exists() for name in (WEIGHTS, INDEX)):
     raise ValueError(f"{folder} exists and holds no {WEIGHTS}: save to a new folder.")
-  theirs, dtype = _theirs(model.config, params)
+  params, names = _fitting(model.config, params), _names(model.config)
   config = models.config_json(model.config)
   if source is not None:
     config = _descend(pathlib.Path(source), model.config)
+  types = _types(params, names, source, dtype)
   config.pop("torch_dtype", None)
-  config["dtype"] = str(dtype)
+  config["dtype"] = str(max(set(types.values()), key=list(types.values()).count))
 
-  partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  safetensors.numpy.save_file(theirs, partial / WEIGHTS, {"format": "pt"})
-  with open(partial / WEIGHTS, "rb") as f:
-    (partial / SUMS).write_text(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {WEIGHTS}\n")
-  for name in COPIED if source is not None else ():
-    if (pathlib.Path(source) / name).exists():
-      shutil.copyfile(pathlib.Path(source) / name, partial / name)
-  if lineage is not None:
-    (partial / "lineage.json").write_text(json.dumps(lineage, indent=2, sort_keys=True) + "\n")
-  shutil.rmtree(old, ignore_errors=True)
-  if folder.exists():
-    folder.rename(old)
-  partial.rename(folder)
-  shutil.rmtree(old, ignore_errors=True)
+  leader = jax.process_index() == 0
+  partial = folder.with_name(f".{folder.name}.partial")
+  if leader:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+  shapes = layout.flat(models.shapes(model.config))
+  sizes = {name: math.prod(_our_shape(shapes[path].shape, weight)) * types[name].itemsize
+           for name, (path, weight, _) in names.items()}
+  files = _shards(sizes, shard_bytes)
+  for file, inside in files.items():
+    theirs = {}
+    for name in inside:
+      path, weight, layer = names[name]
+      ours = sharding.fetch_slice(params[path], layer)
+      theirs[name] = np.ascontiguousarray(weight.to_theirs(ours).astype(types[name]))
+    if leader:
+      safetensors.numpy.save_file(theirs, partial / file, {"format": "pt"})
+  if leader:
+    _write_rest(partial, config, files, sizes, source, lineage)
+    _swap(partial, folder)
   return folder
+
+
+def _write_rest(folder, config, files, sizes, source, lineage):
+  """Everything of a saved folder but its tensors."""
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  if len(files) > 1:
+    weight_map = {name: file for file, inside in files.items() for name in inside}
+    (folder / INDEX).write_text(json.dumps(
+        {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
+        indent=2, sort_keys=True) + "\n")
+  lines = []
+  for file in files:
+    with open(folder / file, "rb") as f:
+      lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {file}\n")
+  (folder / SUMS).write_text("".join(lines))
+  for pattern in COPIED if source is not None else ():
+    for path in pathlib.Path(source).glob(pattern):
+      shutil.copyfile(path, folder / path.name)
+  if lineage is not None:
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(sizes, most):
+  """{file: names}: tensors in order, in files of at most `most` bytes, or of one tensor."""
+  groups, held = [[]], 0
+  for name, size in sizes.items():
+    if groups[-1] and held + size > most:
+      groups.append([])
+      held = 0
+    groups[-1].append(name)
+    held += size
+  if len(groups) == 1:
+    return {WEIGHTS: groups[0]}
+  return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+          for i, names in enumerate(groups, 1)}
+
+
+def _swap(new, folder):
+  """Puts `new` in the place of `folder`: a kill leaves one or the other there, whole."""
+  if folder.exists() and not _exchanged(new, folder):
+    old = folder.with_name(f".{folder.name}.old")  # no such call here: for an instant it is neither
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old)
+  elif new.exists() and not folder.exists():
+    new.rename(folder)
+  shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchanged(a, b):
+  """Whether Linux has exchanged two folders in one step (renameat2 with RENAME_EXCHANGE)."""
+  call = getattr(ctypes.CDLL(None), "renameat2", None)
+  here = -100  # AT_FDCWD: relative to the working folder
+  return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
 
 
 def identity(folder):
@@ -173,21 +248,36 @@ def _files(folder):
   return [folder / name for name in names]
 
 
-def _open(folder, stack):
-  """{weight: the open file that holds it}; files are closed with `stack`."""
-  stored = {}
+def _open(path):
+  try:
+    return safetensors.safe_open(path, framework="numpy")
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is not whole ({error}): download it again.") from error
+
+
+def _stored(folder):
+  """{name: Stored} of every tensor of a folder, from the headers alone."""
+  found = {}
   for path in _files(folder):
-    try:
-      file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{path} is not whole ({error}): download it again.") from error
-    stored |= dict.fromkeys(file.keys(), file)
-  return stored
+    with _open(path) as file:
+      for name in file.keys():
+        if name in found:
+          raise ValueError(f"{path} has the weight {name}, and {found[name].file.name} has it too: "
+                           "download the model again.")
+        part = file.get_slice(name)
+        found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+  return found
 
 
-def _checked(folder, config, shapes, stack):
-  """`_open`, of a folder whose weights are those that config.json asks for."""
-  stored = _open(folder, stack)
+def _read(stored, index=slice(None)):
+  """A part of a tensor. The file is opened for it alone: what stays mapped counts as memory."""
+  with _open(stored.file) as file:
+    return file.get_slice(stored.name)[index]
+
+
+def _checked(folder, config, shapes):
+  """`_stored`, of a folder whose weights are those that config.json asks for."""
+  stored = _stored(folder)
   _drop_copy_of_embedding(stored, config)
   _check(folder, stored, config, shapes)
   return stored
@@ -206,7 +296,7 @@ def _drop_copy_of_embedding(stored, config):
   """Forgets the head that some tied checkpoints store besides the embedding, if it is equal."""
   head, embedding = "lm_head.weight", "model.embed_tokens.weight"
   if config.tied and head in stored and embedding in stored:
-    if not np.array_equal(stored[head].get_tensor(head), stored[embedding].get_tensor(embedding)):
+    if not np.array_equal(_read(stored[head]), _read(stored[embedding])):
       raise ValueError(f"{head} differs from {embedding} although config.json ties them: "
                        "set tie_word_embeddings to false.")
     del stored[head]
@@ -223,52 +313,67 @@ def _check(folder, stored, config, shapes):
     raise ValueError(f"{folder} has the weight {extra[0]} ({len(extra)} in all) that a "
                      f"{config.architecture} of its config.json does not: they must match.")
   for name, (path, weight, _) in names.items():
-    part = stored[name].get_slice(name)
-    want = weight.their_shape(shapes[path].shape[weight.stacked:])
-    if tuple(part.get_shape()) != want:
-      raise ValueError(f"{folder}: {name} has shape {tuple(part.get_shape())} and config.json asks "
-                       f"for {want}: they must come from one model.")
-    if part.get_dtype() not in STORED:
-      raise ValueError(f"{folder}: {name} is stored as {part.get_dtype()}: convert the model to "
+    found, want = stored[name], weight.their_shape(_our_shape(shapes[path].shape, weight))
+    if found.shape != want:
+      raise ValueError(f"{found.file}: {name} has shape {found.shape} and config.json asks for "
+                       f"{want}: they must come from one model.")
+    if found.dtype not in STORED:
+      raise ValueError(f"{found.file}: {name} is stored as {found.dtype}: convert the model to "
                        f"one of {', '.join(sorted(STORED))}.")
 
 
-def _part(stored, weight, shape, index, dtype):
-  """The part `index` of one of our weights, of which nothing else is read."""
-  index = [slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True)]
-  layers = range(index[0].start, index[0].stop) if weight.stacked else (None,)
-  index, shape = index[weight.stacked:], shape[weight.stacked:]
-  theirs, sizes = weight.their_index(index, shape), [i.stop - i.start for i in index]
-  out = np.empty((len(layers), *sizes), dtype)
-  for row, layer in zip(out, layers, strict=True):
-    name = weight.name.format(layer)
-    row[...] = weight.to_ours(stored[name].get_slice(name)[theirs], sizes).astype(dtype)
-  return out if weight.stacked else out[0]
+def _our_shape(shape, weight):
+  """The shape of one layer of a weight."""
+  return tuple(shape[weight.stacked:])
 
 
-def _theirs(config, params):
-  """({their name: array}, the one type of them all) of a parameter tree."""
+def _placed(stored, weight, shape, dtype, mesh):
+  """One of our weights on the devices."""
+  one, axes = _our_shape(shape, weight), weight.axes[weight.stacked:]
+  def layer(name):
+    def part(index):
+      index = [slice(*i.indices(size)[:2]) for i, size in zip(index, one, strict=True)]
+      theirs = _read(stored[name], weight.their_index(index, one))
+      return weight.to_ours(theirs, [i.stop - i.start for i in index]).astype(dtype)
+    if mesh is None:
+      return jax.device_put(part((slice(None),) * len(one)))
+    return sharding.from_callback(one, sharding.weight_sharding(mesh, axes, one), part)
+  if not weight.stacked:
+    return layer(weight.name)
+  where = None if mesh is None else sharding.weight_sharding(mesh, weight.axes, shape)
+  return sharding.stacked(shape, dtype, where,
+                          (layer(weight.name.format(at)) for at in range(shape[0])))
+
+
+def _fitting(config, params):
+  """The flat parameters, of the model's own shapes."""
   params, shapes = layout.flat(params), layout.flat(models.shapes(config))
   got, want = ({path: tuple(x.shape) for path, x in tree.items()} for tree in (params, shapes))
   if got != want:
     path = min(path for path, _ in got.items() ^ want.items())
     raise ValueError(f"the parameter {path} has shape {got.get(path, 'none')} and the model asks "
                      f"for {want.get(path, 'none')}: save the tree that model.init makes.")
+  return params
+
+
+def _types(params, names, source, dtype):
+  """{their name: NumPy type to write}; `dtype` as `save` takes it."""
+  if dtype == "source":
+    if source is None:
+      raise ValueError('dtype="source" asks for the types of a source and none is given: name it.')
+    stored = _stored(pathlib.Path(source))
+    return {name: STORED[stored[name].dtype] for name in names}
   dtypes = {x.dtype for x in params.values()}
-  if len(dtypes) > 1:
-    raise ValueError(f"parameters of several types, {sorted(map(str, dtypes))}: cast them to one.")
-  params = {path: sharding.fetch(x) for path, x in params.items()}
-  theirs = {}
-  for name, (path, weight, layer) in _names(config).items():
-    ours = params[path] if layer is None else params[path][layer]
-    theirs[name] = np.ascontiguousarray(weight.to_theirs(ours))
-  return theirs, dtypes.pop()
+  if dtype is None and len(dtypes) > 1:
+    raise ValueError(f"parameters of several types, {sorted(map(str, dtypes))}: give save a dtype.")
+  return dict.fromkeys(names, jnp.dtype(dtype or dtypes.pop()))
 
 
 def _descend(source, config):
   """config.json of `source`, which must be of the same model."""
   config_json = read_json(source)
-  if models.read_config(config_json, dtype=config.dtype, remat=config.remat) != config:
+  run = {key: getattr(config, key) for key in models.RUN}
+  if models.read_config(config_json, **run) != config:
     raise ValueError(f"{source} is another model than the one to save: give the folder that it "
                      "was loaded from, or none.")
   return config_json

@@ -54,7 +54,7 @@ class Weight:
 
 def flat(tree):
   """{"layers/attn/q": leaf, ...} of a nested dict."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -100,7 +100,7 @@ def rope(json):
 
 
 def read(json, *, architecture, qk_norm, head_width, **run):
-  """A Config from the keys that Qwen3 and Llama spell alike; `run` is its dtype and remat.
+  """A Config from the keys that Qwen3 and Llama spell alike; `run` says how it runs.
 
   `head_width` is the family's own default, for a config.json without head_dim; None is
   width / heads.

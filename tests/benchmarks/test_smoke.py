@@ -1,6 +1,7 @@
 """Every benchmark runs at its smoke size and leaves a result that says what, where and how."""
 
 import importlib
+import importlib.util
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import measure
 
 ROOT = Path(__file__).parents[2]
+TORCH = importlib.util.find_spec("torch") is not None
 COMMON = {"benchmark", "command", "revision", "date", "machine", "load_average", "sizes"}
 MACHINE = {"system", "processor", "cores", "python", "jax", "platform", "device", "devices"}
 TIMED = {"seconds", "repeats", "first"}
@@ -18,12 +20,16 @@ COMPILED = {"compile_seconds", "argument_bytes", "temporary_bytes", "output_byte
 RATES = {"tokens_per_second", "flops", "share_of_peak", "matmul_peak"}
 WAYS = {"blockwise", "direct", "gradients_apart"}
 KEYS = {
-    "step": TIMED | COMPILED | RATES,
+    "step": {"forward", "train", "flops", "compile_seconds", "memory", "forward_memory", "peers",
+             "matmul_peak"},
     "sampler": TIMED | COMPILED | RATES | {"seconds_per_decode_step"},
     "loss": {"logits_bytes", "negative_log_likelihood", "forward_kl", "reverse_kl", "matmul_peak"},
-    "loading": {"seconds", "repeats", "peak_before_bytes", "peak_bytes", "peak_above_start",
-                "parameter_bytes", "stored_bytes", "bytes_per_second"},
+    "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
+                                                                   else set()),
 }
+STEP = {"seconds", "repeats", "first", "first_loss", "tokens_per_second", "share_of_peak"}
+LOADING = {"seconds", "touch_seconds", "repeats", "bytes_per_second", "peak_above_start_bytes",
+           "peak_anonymous_bytes", "peak_above_weights_bytes", "parameter_bytes"}
 
 
 def smoke(name, folder, *flags):
@@ -50,15 +56,32 @@ def test_every_benchmark_is_known():
 @pytest.mark.parametrize("objective", ["clipped_surrogate", "reverse_kl"])
 def test_step(objective, tmp_path):
   result = smoke("step", tmp_path, f"--objective={objective}", "--repeats=2")
-  assert result["sizes"]["objective"] == objective and len(result["repeats"]) == 2
+  assert result["sizes"]["objective"] == objective and result["peers"] == {}
+  for what in ("forward", "train"):
+    assert set(result[what]) == {"ours"} and set(result[what]["ours"]) == STEP
+    assert len(result[what]["ours"]["repeats"]) == 2
   # Each of 2 × 8 tokens: 2 FLOPs a weight, which are 1 layer of q, o 16 × 16, k, v 16 × 8 and 3 of
   # 16 × 16, and 64 × 16 unembedded. Each of 36 pairs a row: 4 × 2 heads of 8. Thrice that for the
   # update, and the guide's once more.
   forward = 2 * 8 * 2 * (2 * 256 + 2 * 128 + 3 * 256 + 1024) + 2 * 36 * 4 * 2 * 8
-  assert result["flops"] == forward * (4 if objective == "reverse_kl" else 3)
-  assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
+  assert result["flops"] == {"forward": forward,
+                             "train": forward * (4 if objective == "reverse_kl" else 3)}
+  train = result["train"]["ours"]
+  assert train["tokens_per_second"] == pytest.approx(16 / train["seconds"])
   # Both slots of AdamW and the weights are donated, and 4 bytes each.
-  assert result["alias_bytes"] >= 3 * 4 * (2 * 256 + 2 * 128 + 3 * 256 + 1024)
+  assert result["memory"]["alias_bytes"] >= 3 * 4 * (2 * 256 + 2 * 128 + 3 * 256 + 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCH, reason="the peer is PyTorch")
+def test_step_beside_pytorch(tmp_path):
+  result = smoke("step", tmp_path)
+  for what in ("forward", "train"):
+    for name in ("pytorch_eager", "pytorch_compiled"):
+      assert set(result[what][name]) == STEP | {"peak_bytes"}
+      # The same weights and tokens, so the same loss, at first and after an update of each.
+      mine, theirs = (result[what][who]["first_loss"] for who in ("ours", name))
+      assert theirs == pytest.approx(mine, rel=1e-5)
 
 
 @pytest.mark.medium
@@ -90,9 +113,11 @@ def test_loading(tmp_path):
   result = smoke("loading", tmp_path)
   weights = 2 * 256 + 2 * 128 + 3 * 256 + 64 * 16
   norms = 3 * 16 + 2 * 8
-  assert result["parameter_bytes"] == 4 * (weights + norms)  # float32 from bfloat16
   assert 0 < result["stored_bytes"] - 2 * (weights + norms) < 2000  # the file's header
-  assert result["peak_bytes"] >= result["peak_before_bytes"] > 0
+  assert result["largest_tensor_bytes"] == 2 * 64 * 16  # the embedding
+  for name in ("ours", *("transformers",) * TORCH):
+    assert set(result[name]) == LOADING
+    assert result[name]["parameter_bytes"] == 2 * (weights + norms)
 
 
 def test_the_median_is_of_the_repeats_and_not_of_the_first_run(monkeypatch):
@@ -109,7 +134,7 @@ def test_flags_move_one_size_and_unknown_ones_are_refused(capsys):
   with pytest.raises(SystemExit):
     parse(["--cows=3"])
   assert "--cows" in capsys.readouterr().err
-  with pytest.raises(ValueError, match="there is no shape 'huge': choose qwen3-29m or"):
+  with pytest.raises(ValueError, match="no model is called 'huge'"):
     measure.model("huge")
 
 

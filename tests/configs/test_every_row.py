@@ -158,7 +158,8 @@ def tiny(name, folder):
   smaller = {"arms": "every_row", "prompt_tokens": 112, "evaluation.prompts": 2,
              "evaluation.draws": 5, "evaluation.sampling.max_tokens": 4,
              "validation.problems": 2, "validation.sampling.max_tokens": 4, "probe.problems": 2,
-             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64}
+             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64,
+             "stages.sft.lora.rank": 2, "stages.teacher_grpo.lora.rank": 1}
   for row in ROWS:
     samples = 1 if row == "teacher_sft" else 2
     smaller |= {f"stages.{row}.{key}": value for key, value in {

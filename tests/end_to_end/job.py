@@ -56,6 +56,7 @@ def config(bases, arm, data):
     made.stages.teacher_sft.sampling.max_tokens = 32
     made.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
     made.stages.student_grpo.eval_every = 2
+    made.stages.sft.lora.rank = 2
     made.probe.sampling.max_tokens = 8
     made.validation.sampling.max_tokens = made.evaluation.sampling.max_tokens = 8
   return made

@@ -1,10 +1,14 @@
-"""Attention against NumPy in float64, and its edges."""
+"""Attention against NumPy in float64, its implementations against each other, and its edges."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s2d_jax import sharding
 from s2d_jax.models import attention
 
 
@@ -25,14 +29,14 @@ def test_attention_is_the_formula(K):
     seen = np.flatnonzero(mask[b, t])
     share = np.exp(k[b, seen, own].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
     want[b, t, n] = share / share.sum() @ v[b, seen, own]
-  np.testing.assert_allclose(attention.attention(q, k, v, mask), want, atol=1e-6)
+  np.testing.assert_allclose(attention.xla(q, k, v, mask), want, atol=1e-6)
 
 
 def test_a_query_with_nothing_to_read_is_finite_and_so_are_gradients():
   q, k, v, mask = draws()
   mask[1] = False
   value, gradients = jax.value_and_grad(
-      lambda *qkv: jnp.sum(attention.attention(*qkv, mask) ** 2), argnums=(0, 1, 2))(q, k, v)
+      lambda *qkv: jnp.sum(attention.xla(*qkv, mask) ** 2), argnums=(0, 1, 2))(q, k, v)
   assert np.isfinite(value)
   assert all(np.isfinite(g).all() for g in gradients)
 
@@ -40,9 +44,9 @@ def test_a_query_with_nothing_to_read_is_finite_and_so_are_gradients():
 def test_what_is_masked_does_not_matter():
   q, k, v, mask = draws()
   mask[:, :, 0], mask[:, :, 3] = True, False
-  changed = attention.attention(q, k + 0, v + 0, mask)
+  changed = attention.xla(q, k + 0, v + 0, mask)
   k[:, 3], v[:, 3] = 50.0, -1e4
-  np.testing.assert_array_equal(attention.attention(q, k, v, mask), changed)
+  np.testing.assert_array_equal(attention.xla(q, k, v, mask), changed)
 
 
 def test_visible_by_hand():
@@ -61,8 +65,65 @@ def test_bfloat16_keeps_its_type_and_a_float32_softmax():
   q, k, v, mask = draws()
   mask[:] = True
   half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-  got = attention.attention(*half, mask)
-  want = attention.attention(*(x.astype(jnp.float32) for x in half), mask)
+  got = attention.xla(*half, mask)
+  want = attention.xla(*(x.astype(jnp.float32) for x in half), mask)
   assert got.dtype == jnp.bfloat16
   # Two roundings of 2⁻⁹ relative, of shares and of the result, on values of order one.
   np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2)
+
+
+def packed(K, B=2, T=150, N=4, H=64):
+  """q, k, v, positions and segments of rows that hold two sequences, or one and padding."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+  segments = np.array([[1] * 60 + [2] * (T - 60), [0] * 20 + [1] * (T - 20)], np.int32)[:B]
+  start = np.array([[0] * 60 + [60] * (T - 60), [0] * 20 + [20] * (T - 20)])[:B]
+  return q, k, v, (np.arange(T) - start).astype(np.int32), segments
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_splash_in_the_interpreter_is_the_reference(K):
+  q, k, v, positions, segments = packed(K)
+  mask = attention.visible(positions, segments, positions, segments)
+  weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
+  def loss(how):
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
+  want = loss(lambda *qkv: attention.xla(*qkv, mask))(q, k, v)
+  got = loss(lambda *qkv: attention.splash(*qkv, segments, interpret=True))(q, k, v)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), got, want)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 4)])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, K):
+  # Four query heads over two or four devices; one or two key heads are then whole on each.
+  q, k, v, positions, segments = packed(K)
+  mask = attention.visible(positions, segments, positions, segments)
+  want = attention.xla(q, k, v, mask)
+  with jax.set_mesh(sharding.make_mesh(shape)):
+    got = jax.jit(lambda *args: attention.splash(*args, interpret=True))(q, k, v, segments)
+  real = segments != 0
+  np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("platform, dtype, cached, want", [
+    ("cpu", "float32", False, "xla"), ("tpu", "bfloat16", False, "splash"),
+    ("tpu", "bfloat16", True, "xla"), ("cuda", "bfloat16", False, "cudnn"),
+    ("cuda", "float32", False, "xla")])
+def test_the_backend_chooses(platform, dtype, cached, want, monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  assert attention.choose("auto", dtype, cached) == want
+  assert attention.choose("xla", dtype, cached) == "xla"
+
+
+def test_keys_and_values_are_not_repeated_for_the_query_heads():
+  # Of 13 keys with heads of 6, in two heads: no array of the program or of its gradient, in any
+  # order of axes, holds both for more than the two.
+  q, k, v, mask = draws(B=3, T=5, S=13, N=8, K=2, H=6)
+  grad = jax.jit(jax.grad(lambda *qkv: jnp.sum(attention.xla(*qkv, mask) ** 2), argnums=(0, 1, 2)))
+  text = grad.lower(q, k, v).compile().as_text()
+  shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+  held = [shape for shape in shapes if 13 in shape and 6 in shape]
+  assert held and max(map(math.prod, held)) == 3 * 13 * 2 * 6

@@ -1,6 +1,7 @@
 """The decoder's parts against NumPy, and its paths against each other."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,10 @@ def test_features_depend_on_their_past_alone(tiny):
 
 
 @pytest.mark.medium
-def test_remat_changes_no_gradient(tiny):
+@pytest.mark.parametrize("policy", ["block", "dots"])
+def test_remat_changes_no_gradient(policy, tiny):
   model, params, _ = tiny
-  other = models.build(dataclasses.replace(model.config, remat="block"))
+  other = models.build(dataclasses.replace(model.config, remat=policy))
   def loss(model, params):
     return jnp.sum(model.apply(params, tokens(1), counted(1), ones(1))[0] ** 3)
   assert "remat" not in str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(model, params))
@@ -219,3 +221,34 @@ def test_gradients_on_eight_devices_are_those_on_one(tiny_json, randomized):
   one, eight, _ = on_meshes(
       model, randomized(model), jax.grad(loss), tokens(4), counted(4), ones(4))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one)
+
+
+@pytest.mark.medium
+def test_dots_keeps_the_products_with_weights_and_block_does_not(tiny):
+  # Temporaries of the gradient's program, in bytes, of a longer row: none > dots > block.
+  model, params, _ = tiny
+  def temporaries(remat):
+    other = models.build(dataclasses.replace(model.config, remat=remat, layers=8))
+    shapes = models.shapes(other.config)
+    def loss(params):
+      return jnp.sum(other.apply(params, tokens(2, 256), counted(2, 256), ones(2, 256))[0] ** 2)
+    return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+  none, dots, block = map(temporaries, ("none", "dots", "block"))
+  assert none > dots > block
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_once(tiny):
+  # Twenty-eight layers take no longer to compile than four, within 30 %.
+  model, _, _ = tiny
+  def seconds(layers):
+    made = models.build(dataclasses.replace(model.config, layers=layers, width=64, mlp=128))
+    def loss(params):
+      return jnp.sum(made.apply(params, tokens(2), counted(2), ones(2))[0] ** 2)
+    lowered = jax.jit(jax.grad(loss)).lower(models.shapes(made.config))
+    jax.clear_caches()
+    began = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - began
+  assert np.median([seconds(28) for _ in range(5)]) <= 1.3 * np.median(
+      [seconds(4) for _ in range(5)])

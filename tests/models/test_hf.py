@@ -346,3 +346,95 @@ def test_a_source_of_another_model_is_refused(saved, tmp_path, tiny_json):
   other = models.get(tiny_json("llama", rope_theta=7.0))
   with pytest.raises(ValueError, match="is another model than the one to save"):
     hf.save(tmp_path / "x", other, params, source=folder)
+
+
+def test_a_weight_that_is_there_twice_is_named(saved):
+  folder, _, _ = saved
+  shard(folder)
+  first, second = sorted(folder.glob("*.safetensors"))
+  tensors = safetensors.numpy.load_file(second)
+  name, tensor = next(iter(safetensors.numpy.load_file(first).items()))
+  safetensors.numpy.save_file(tensors | {name: tensor}, second)
+  with pytest.raises(ValueError, match=f"{second.name} has the weight {name}, and .*{first.name}"):
+    hf.load(folder)
+
+
+def test_large_models_are_saved_in_shards_that_others_read(saved, tmp_path):
+  folder, model, params = saved
+  again = hf.save(tmp_path / "again", model, params, shard_bytes=20_000)
+  files = sorted(path.name for path in again.glob("*.safetensors"))
+  assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+  whole = safetensors.numpy.load_file(folder / "model.safetensors")
+  index = json.loads((again / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+  assert set(index["weight_map"]) == set(whole)
+  for name, file in index["weight_map"].items():
+    part = safetensors.numpy.load_file(again / file)
+    np.testing.assert_array_equal(part[name], whole[name])
+    assert sum(x.nbytes for x in part.values()) <= 20_000 or len(part) == 1
+  assert_equal(hf.load(again)[1], params)
+  sums = (again / "SHA256SUMS").read_text().splitlines()
+  assert [line.split()[1] for line in sums] == files
+  hf.save(again, model, params)  # one file again, and no index that lies
+  assert not (again / "model.safetensors.index.json").exists()
+  assert_equal(hf.load(again)[1], params)
+
+
+def test_every_tensor_is_the_sources_byte_for_byte(saved, tmp_path):
+  # A source of several types, as some are published: norms in float32, the rest in bfloat16.
+  folder, model, _ = saved
+  def mix(tensors):
+    for name in tensors:
+      if "norm" not in name:
+        tensors[name] = tensors[name].astype(jnp.bfloat16)
+  edit_weights(folder, mix)
+  edit_config(folder, dtype="bfloat16")
+  for dtype in ("float32", None):
+    again = hf.save(tmp_path / "again", model, hf.load(folder, dtype=dtype)[1], source=folder,
+                    dtype="source", shard_bytes=30_000)
+    index = json.loads((again / "model.safetensors.index.json").read_text())["weight_map"]
+    want = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name, tensor in want.items():
+      got = safetensors.numpy.load_file(again / index[name])[name]
+      assert (got.dtype, got.tobytes()) == (tensor.dtype, tensor.tobytes()), name
+    assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_host_holds_one_layer_at_a_time_and_reads_its_own_part(saved, monkeypatch):
+  folder, model, params = saved
+  read, sizes = hf._read, []
+  def counted(stored, index=slice(None)):
+    part = read(stored, index)
+    sizes.append((stored.name, part.size))
+    return part
+  monkeypatch.setattr(hf, "_read", counted)
+  assert_equal(hf.load(folder, sharding.make_mesh((1, 2, 2)))[1], params)
+  largest = 48 * 32  # the embedding; a layer's largest is 40 x 32
+  assert max(size for _, size in sizes) <= largest
+  # Each of four devices asks for its own quarter of a layer's matrix, and for no other.
+  assert [size for name, size in sizes if name == "model.layers.1.mlp.up_proj.weight"] == [320] * 4
+
+
+def test_licence_and_notices_come_along(saved, tmp_path):
+  folder, model, params = saved
+  for name in ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+    (folder / name).write_text(name)
+  child = hf.save(tmp_path / "child", model, params, source=folder)
+  for name in ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+    assert (child / name).read_text() == name
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_the_new_folder_takes_the_place_of_the_old_one_at_once(exchange, saved, monkeypatch):
+  # Where the system can exchange two folders there is no moment without one.
+  folder, model, params = saved
+  seen, rename = [], type(folder).rename
+  monkeypatch.setattr(type(folder), "rename",
+                      lambda self, to: (rename(self, to), seen.append(folder.exists()))[0])
+  if not exchange:
+    monkeypatch.setattr(hf, "_exchanged", lambda a, b: False)
+  more = jax.tree.map(lambda x: x + 1, params)
+  hf.save(folder, model, more)
+  assert_equal(hf.load(folder)[1], more)
+  assert [p.name for p in folder.parent.iterdir()] == ["model"]
+  assert seen == ([] if exchange else [False, True])

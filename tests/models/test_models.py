@@ -118,5 +118,9 @@ def test_impossible_heads_are_refused(changes, sentence, tiny_json):
 
 
 def test_unknown_run_settings_are_refused():
-  with pytest.raises(ValueError, match="dtype 'float16' with remat 'none' is unknown"):
+  with pytest.raises(ValueError, match="dtype 'float16' is unknown: choose it from float32, bf"):
     models.get("qwen3-0.6b", dtype="float16")
+  with pytest.raises(ValueError, match="remat 'all' is unknown: choose it from none, block, dots"):
+    models.get("qwen3-0.6b", remat="all")
+  with pytest.raises(ValueError, match="attention 'flash' is unknown: choose it from auto, xla"):
+    models.get("qwen3-0.6b", attention="flash")

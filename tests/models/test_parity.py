@@ -1,5 +1,7 @@
 """Logits equal to transformers' own classes, in float32, and folders that go both ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import transformers
 
 from s2d_jax import models
-from s2d_jax.models import hf
+from s2d_jax.models import hf, layout
 
 CLASSES = {"qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
@@ -50,7 +52,7 @@ def logits(model, params, ids):
 
 def torch_logits(model, ids):
   with torch.no_grad():
-    return model(torch.tensor(ids).long()).logits.numpy()
+    return model(torch.tensor(ids).long()).logits.float().numpy()
 
 
 @pytest.mark.medium
@@ -84,3 +86,95 @@ def test_rope_frequencies(scaling):
   config = models.read_config(model.config.to_dict())
   got = models.decoder.rope_frequencies(16, config.rope_theta, config.rope_scaling)
   np.testing.assert_allclose(got, model.model.rotary_emb.inv_freq, rtol=1e-6)
+
+
+def test_rms_norm_is_theirs():
+  rng = np.random.default_rng(0)
+  x, scale = rng.normal(size=(2, 5, 32)).astype(np.float32), rng.normal(1, 0.3, 32)
+  theirs = transformers.models.llama.modeling_llama.LlamaRMSNorm(32, eps=1e-5)
+  with torch.no_grad():
+    theirs.weight.copy_(torch.tensor(scale))
+    want = theirs(torch.tensor(x)).numpy()
+  got = models.decoder.rms_norm(x, jnp.asarray(scale, jnp.float32), 1e-5)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_rope_is_theirs(scaling):
+  model = torch_model("llama", {"num_key_value_heads": 2}, scaling or PLAIN)
+  config = models.read_config(model.config.to_dict())
+  x = np.random.default_rng(0).normal(size=(2, 60, 4, 16)).astype(np.float32)
+  positions = np.stack([np.arange(60), np.arange(60) * 3 + 5])
+  heads_first = torch.tensor(x).transpose(1, 2)
+  with torch.no_grad():
+    cos, sin = model.model.rotary_emb(heads_first, torch.tensor(positions))
+    apply = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    want, _ = apply(heads_first, heads_first, cos, sin)
+  frequency = models.decoder.rope_frequencies(16, config.rope_theta, config.rope_scaling)
+  angle = jnp.asarray(positions[..., None], jnp.float32) * frequency
+  got = models.decoder.rope(jnp.asarray(x), angle)
+  np.testing.assert_allclose(got, want.transpose(1, 2).numpy(), atol=5e-5)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]['num_key_value_heads']}")
+def pair(request, tmp_path):
+  """(their model, our model and parameters) of one case."""
+  theirs = torch_model(*request.param)
+  theirs.save_pretrained(tmp_path / "theirs")
+  return theirs, *hf.load(tmp_path / "theirs")
+
+
+@pytest.mark.medium
+def test_attention_and_one_layer_are_theirs(pair):
+  theirs, model, params = pair
+  c, T = model.config, 20
+  x = np.random.default_rng(0).normal(size=(2, T, 32)).astype(np.float32)
+  positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+  rows = torch.tensor(x)
+  places = theirs.model.rotary_emb(rows, torch.tensor(positions).long())
+  mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
+  layer = theirs.model.layers[1]
+  with torch.no_grad():
+    attended, _ = layer.self_attn(rows, position_embeddings=places, attention_mask=mask)
+    whole = layer(rows, position_embeddings=places, attention_mask=mask)
+    whole = whole[0] if isinstance(whole, tuple) else whole
+  own = jax.tree.map(lambda x: x[1], params["layers"])
+  ones = np.ones((2, T), np.int32)
+  reads = models.attention.reading("xla", positions, ones, positions, ones)
+  frequency = models.decoder.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
+  rest = 0, jnp.asarray(positions[..., None], jnp.float32) * frequency, reads, None
+  got, _ = models.decoder.Attention(c, "xla").apply({"params": own["attn"]}, x, *rest, None)
+  np.testing.assert_allclose(got, attended.numpy(), atol=ATOL)
+  (got, _), _ = models.decoder.Block(c, "xla").apply({"params": own}, (x, None), *rest)
+  np.testing.assert_allclose(got, whole.numpy(), atol=ATOL)
+
+
+@pytest.mark.medium
+def test_the_gradient_of_every_weight_is_theirs(pair):
+  theirs, model, params = pair
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 48, (2, 20)).astype(np.int32)
+  weight = rng.normal(size=(2, 20, 48)).astype(np.float32)
+  (torch.log_softmax(theirs(torch.tensor(ids).long()).logits, -1) * torch.tensor(weight)
+   ).sum().backward()
+  def loss(params):
+    return jnp.sum(jax.nn.log_softmax(logits(model, params, ids)) * weight)
+  grads = layout.flat(jax.jit(jax.grad(loss))(params))
+  want = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+  ours = hf._names(model.config)
+  assert ours.keys() == want.keys()
+  for name, (path, table, layer) in ours.items():
+    got = table.to_theirs(np.asarray(grads[path] if layer is None else grads[path][layer]))
+    scale = np.abs(want[name]).max()
+    np.testing.assert_allclose(got / scale, want[name] / scale, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.medium
+def test_bfloat16_deviates_at_most_twice_as_far_as_theirs(pair):
+  theirs, model, params = pair
+  ids = np.random.default_rng(0).integers(0, 48, (4, 60)).astype(np.int32)
+  exact = torch_logits(theirs, ids)
+  half = models.build(dataclasses.replace(model.config, dtype="bfloat16"))
+  own = np.asarray(logits(half, params, ids), np.float32) - exact
+  other = torch_logits(theirs.to(torch.bfloat16), ids) - exact
+  assert 0 < np.sqrt(np.mean(own**2)) <= 2 * np.sqrt(np.mean(other**2))

@@ -1,0 +1,69 @@
+"""transformers in PyTorch on the tokens of a file: a forward pass or an update per line it reads.
+
+  python -m benchmarks.peers.pytorch FOLDER TOKENS.npz float32 eager|compile
+
+Started by `benchmarks.step`, which writes "forward" or "train" and reads seconds, loss and peak
+memory as JSON. The settings are PyTorch's own for speed: SDPA attention, fused AdamW.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+import transformers
+
+
+def peak_bytes(device):
+  """The most memory this process has held: on the device, or on the host."""
+  if device == "cuda":
+    return torch.cuda.max_memory_allocated()
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024 * next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line)
+
+
+def main(folder, tokens, dtype, how):
+  """Answers each line until there are no more."""
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  dtype = getattr(torch, dtype)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=dtype, attn_implementation="sdpa").to(device)
+  with np.load(tokens) as arrays:
+    inputs, targets = (torch.tensor(arrays[name]).long().to(device)
+                       for name in ("inputs", "targets"))
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.1, fused=True)
+
+  def loss(inputs, targets):
+    logits = model(inputs, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+  if how == "compile":
+    loss = torch.compile(loss)
+
+  def forward():
+    with torch.no_grad():
+      return loss(inputs, targets).item()
+
+  def train():
+    value = loss(inputs, targets)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value.item()
+
+  print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
+                    "threads": torch.get_num_threads()}), flush=True)
+  for line in sys.stdin:
+    start = time.perf_counter()
+    value = {"forward": forward, "train": train}[line.strip()]()
+    if device == "cuda":
+      torch.cuda.synchronize()
+    print(json.dumps({"seconds": time.perf_counter() - start, "loss": value,
+                      "peak_bytes": peak_bytes(device)}), flush=True)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

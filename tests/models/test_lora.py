@@ -1,0 +1,132 @@
+"""Low-rank adapters: the formula, what is trained, merging, on devices."""
+
+import collections
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from s2d_jax import models, sharding, update
+from s2d_jax.models import layout
+
+Rows = collections.namedtuple("Rows", "inputs_BT positions_BT segments_BT")
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def base(request, tiny_json, randomized):
+  model = models.get(tiny_json(request.param))
+  return model, randomized(model)
+
+
+def adapted(model, targets=ALL, rank=3, alpha=6.0):
+  return models.build(dataclasses.replace(
+      model.config, lora=models.Lora(rank, alpha, tuple(targets))))
+
+
+def drawn(made, seed=0):
+  """Adapters of which B is not zero either."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32),
+                      models.split(made.config, models.shapes(made.config))[0])
+
+
+def features(model, params):
+  ids = np.random.default_rng(1).integers(0, 48, (2, 7)).astype(np.int32)
+  places = np.tile(np.arange(7, dtype=np.int32), (2, 1))
+  return jax.jit(model.apply)(params, ids, places, np.ones_like(ids))[0]
+
+
+@pytest.mark.parametrize("targets", [ALL, ("q", "v"), ("o",), ("down",)])
+def test_the_adapters_are_two_matrices_beside_each_target(targets, base):
+  model, _ = base
+  made = adapted(model, targets)
+  flat = layout.flat(models.split(made.config, models.shapes(made.config))[0])
+  own = {path.rpartition("/")[2] for path in flat}
+  assert own == {f"{name}_{end}" for name in targets for end in "ab"}
+  # Width 32, four query and two key heads of 16, MLP 40.
+  shapes = {"q": ((32,), (4, 16)), "k": ((32,), (2, 16)), "v": ((32,), (2, 16)),
+            "o": ((4, 16), (32,)), "gate": ((32,), (40,)), "up": ((32,), (40,)),
+            "down": ((40,), (32,))}
+  for path, x in flat.items():
+    name, end = path.rpartition("/")[2].split("_")
+    inputs, outputs = shapes[name]
+    assert x.shape == (2, *((*inputs, 3) if end == "a" else (3, *outputs))), path
+
+
+def test_new_adapters_change_nothing(base):
+  model, params = base
+  made = adapted(model)
+  new = models.adapters(made, jax.random.key(0))
+  assert all(np.any(x) == path.endswith("_a") for path, x in layout.flat(new).items())
+  np.testing.assert_array_equal(features(made, update.join(new, params)), features(model, params))
+
+
+def test_merging_is_the_formula(base):
+  # In float64: W + (alpha / rank) A B, for every target of every layer; nothing else moves.
+  model, params = base
+  made, more = adapted(model), drawn(adapted(model))
+  merged = layout.flat(models.merge(made.config, update.join(more, params)))
+  low, flat = layout.flat(more), layout.flat(params)
+  assert merged.keys() == flat.keys()
+  for path, before in flat.items():
+    want = np.asarray(before, np.float64)
+    if f"{path}_a" in low:
+      for at in range(2):
+        a, b = (np.asarray(low[f"{path}_{end}"][at], np.float64) for end in "ab")
+        want[at] += 2.0 * np.tensordot(a, b, 1)
+    np.testing.assert_allclose(merged[path], want, rtol=1e-6, atol=1e-6)
+  assert sum(not np.array_equal(merged[path], flat[path]) for path in flat) == len(ALL)
+
+
+@pytest.mark.parametrize("targets", [ALL, ("q", "v"), ("o",), ("gate", "down")])
+def test_merged_weights_compute_what_the_adapters_do(targets, base):
+  model, params = base
+  made = adapted(model, targets)
+  params = update.join(drawn(made), params)
+  got, want = features(model, models.merge(made.config, params)), features(made, params)
+  np.testing.assert_allclose(got, want, atol=3e-5)
+  assert np.abs(want - features(model, models.split(made.config, params)[1])).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_an_update_moves_the_adapters_alone(shape, base):
+  model, params = base
+  made = adapted(model)
+  def objective(head, guide, batch, hp):
+    return {"loss": (jnp.sum(head[0] ** 2), jnp.float32(batch.inputs_BT.size))}
+  mesh = sharding.make_mesh(shape)
+  with jax.set_mesh(mesh):
+    place = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
+    frozen = jax.tree.map(jax.device_put, jax.device_get(params), place)
+    new = models.adapters(made, jax.random.key(0))
+    first = jax.device_get(new)
+    optimizer = optax.adamw(1e-2, mask=optax_mask(made))
+    state = update.init(optimizer, mesh, new)
+    step = update.make(made, None, objective, optimizer, types.SimpleNamespace(microbatches=2),
+                       update.shardings(state))
+    rows = np.zeros((8, 5), np.int32)
+    batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(5, dtype=np.int32), rows + 1), mesh)
+    for _ in range(2):
+      state, metrics = step(state, None, batch, frozen)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), jax.device_get(params))
+  moved = layout.flat(jax.tree.map(lambda a, b: bool(np.any(a != b)), first,
+                                   jax.device_get(state.params)))
+  assert all(moved.values())
+  slots = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+  assert sum(x.size for x in slots) == 2 * sum(x.size for x in jax.tree.leaves(first))
+
+
+def optax_mask(made):
+  return jax.tree.map(lambda _: True, models.split(made.config, models.shapes(made.config))[0])
+
+
+@pytest.mark.parametrize("changes", [{"rank": 0}, {"alpha": 0.0}, {"targets": ()},
+                                     {"targets": ("q", "w")}])
+def test_impossible_adapters_are_refused(changes):
+  with pytest.raises(ValueError, match="choose a rank of 1 or more, alpha above 0 and "):
+    models.Lora(**{"rank": 2, "alpha": 4.0, "targets": ("q",)} | changes)

@@ -86,9 +86,10 @@ def on_shards(f, axis, args, names, out_names):
 
 
 def platform():
-  """"cpu", "cuda" or "tpu": of the mesh's devices, which may be described and not here."""
-  mesh = current_mesh()
-  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  """"cpu", "gpu" or "tpu": of the mesh's devices, which may be described and not here."""
+  mesh = jax.sharding.get_abstract_mesh()  # the concrete one is out of sight inside `jit`
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def current_mesh():

@@ -38,7 +38,7 @@ def choose(asked, dtype, cached):
   platform = sharding.platform()
   if platform == "tpu" and not cached:
     return "splash"
-  if platform in ("gpu", "cuda") and dtype == "bfloat16" and not cached:
+  if platform == "gpu" and dtype == "bfloat16" and not cached:
     return "cudnn"
   return "xla"
 

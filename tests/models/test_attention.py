@@ -110,8 +110,8 @@ def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, K):
 
 @pytest.mark.parametrize("platform, dtype, cached, want", [
     ("cpu", "float32", False, "xla"), ("tpu", "bfloat16", False, "splash"),
-    ("tpu", "bfloat16", True, "xla"), ("cuda", "bfloat16", False, "cudnn"),
-    ("cuda", "float32", False, "xla")])
+    ("tpu", "bfloat16", True, "xla"), ("gpu", "bfloat16", False, "cudnn"),
+    ("gpu", "float32", False, "xla")])
 def test_the_backend_chooses(platform, dtype, cached, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, cached) == want

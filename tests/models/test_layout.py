@@ -3,8 +3,10 @@
   python -m tests.models.test_layout   (writes the list anew, for reading)
 """
 
+import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import pytest
@@ -15,25 +17,25 @@ from s2d_jax.models import layout
 
 LIST = pathlib.Path(__file__).parent / "layout.json"
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
-NAMES = ("qwen3-1.7b", "qwen3-8b", "llama-3.3-70b")
+FEW = "qwen3-1.7b with 4 key heads"  # fewer than eight devices: whole on each
+MODELS = {name: models.get(name).config for name in ("qwen3-1.7b", "qwen3-8b", "llama-3.3-70b")}
+MODELS[FEW] = dataclasses.replace(MODELS["qwen3-1.7b"], kv_heads=4)
 
 
 def spelled(where):
   """A NamedSharding as one word per axis: "-" for whole on every device."""
-  names = [axis if isinstance(axis, str) else "+".join(axis) if axis else "-"
-           for axis in where.spec]
-  return " ".join(names)
+  def word(axes):
+    split = axes if isinstance(axes, tuple) else filter(None, [axes])
+    return "+".join(name for name in split if where.mesh.shape[name] > 1) or "-"
+  return " ".join(map(word, where.spec))
 
 
-def places(name, shape):
+def places(config, shape):
   """{path: layout} of a model's weights and of AdamW's slots on a mesh."""
-  config, mesh = models.get(name).config, sharding.make_mesh(shape)
+  mesh = sharding.make_mesh(shape)
   shapes = models.shapes(config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(mesh, models.axes(config), shapes))
-  class Hp:
-    pass
-  hp = Hp()
-  vars(hp).update(common.adamw(1e-6), steps=10)
+  hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10)
   state = update.abstract(optim.make(hp, models.axes(config)), mesh, params)
   weights = {path: spelled(x.sharding) for path, x in layout.flat(params).items()}
   slots = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -43,7 +45,8 @@ def places(name, shape):
 
 
 def listed():
-  return {name: {axis: places(name, shape) for axis, shape in MESHES.items()} for name in NAMES}
+  return {name: {axis: places(config, shape) for axis, shape in MESHES.items()}
+          for name, config in MODELS.items()}
 
 
 @pytest.mark.medium

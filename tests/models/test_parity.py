@@ -47,7 +47,7 @@ def logits(model, params, ids):
   rows, length = ids.shape
   positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
   features, _ = jax.jit(model.apply)(params, ids, positions, np.ones_like(ids))
-  return jnp.einsum("BTD,VD->BTV", features, model.unembed(params))
+  return jnp.einsum("BTD,VD->BTV", features.astype(jnp.float32), model.unembed(params))
 
 
 def torch_logits(model, ids):
@@ -111,7 +111,7 @@ def test_rope_is_theirs(scaling):
     apply = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
     want, _ = apply(heads_first, heads_first, cos, sin)
   frequency = models.decoder.rope_frequencies(16, config.rope_theta, config.rope_scaling)
-  angle = jnp.asarray(positions[..., None], jnp.float32) * frequency
+  angle = jnp.asarray(positions[..., None], jnp.float32) * frequency[None, None]
   got = models.decoder.rope(jnp.asarray(x), angle)
   np.testing.assert_allclose(got, want.transpose(1, 2).numpy(), atol=5e-5)
 
@@ -142,7 +142,8 @@ def test_attention_and_one_layer_are_theirs(pair):
   ones = np.ones((2, T), np.int32)
   reads = models.attention.reading("xla", positions, ones, positions, ones)
   frequency = models.decoder.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
-  rest = 0, jnp.asarray(positions[..., None], jnp.float32) * frequency, reads, None
+  angle = jnp.asarray(positions[..., None], jnp.float32) * frequency[None, None]
+  rest = 0, angle, reads, None
   got, _ = models.decoder.Attention(c, "xla").apply({"params": own["attn"]}, x, *rest, None)
   np.testing.assert_allclose(got, attended.numpy(), atol=ATOL)
   (got, _), _ = models.decoder.Block(c, "xla").apply({"params": own}, (x, None), *rest)

@@ -46,8 +46,8 @@ def stage(steps, prompts, sampling, optim, epochs=1, minibatches=1, microbatches
 
   A step draws `prompts` problems; `mean` is "token" or "sequence"; `block` is how many tokens'
   logits exist at once; `eval_every` 0 never evaluates on the way; `adapters` are arguments of
-  `lora`. The blocks are copied: a
-  ConfigDict keeps a dict that stands in two places as one, and an override would change both.
+  `lora`. The blocks are copied: a ConfigDict keeps a dict that stands in two places as one, and an
+  override would change both.
   """
   return {"steps": steps, "prompts": prompts, "sampling": dict(sampling), "optim": dict(optim),
           "epochs": epochs, "minibatches": minibatches, "microbatches": microbatches, "mean": mean,

@@ -1,4 +1,4 @@
-"""The commands of docs/run.md and the README's Python run as they are written."""
+"""The commands of docs/ and the README's Python run as they are written."""
 
 import importlib
 import math
@@ -40,6 +40,14 @@ def test_the_commands_of_the_run_page(checkout):
   # Once more: everything is finished, so nothing trains and the table is the same.
   again = run(checkout, block.splitlines()[0].split()[1:])
   assert again == printed[0]
+
+
+@pytest.mark.medium
+def test_the_models_page(checkout):
+  (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")
+  (block,) = blocks("docs/models.md", "python")
+  assert run(checkout, ["-c", block]).split() == ["8190735360"]
+  assert (checkout / "child" / "tokenizer.json").exists()
 
 
 @pytest.mark.slow

@@ -117,8 +117,8 @@ def test_keys_of_another_row_are_unknown(config, tmp_path):
 VALUES = [
     ("arms", "bridge,brigde", "there is no arm 'brigde': choose config.arms from untr"),
     ("arms", " , ", "config.arms is empty: choose from untrained"),
-    ("dtype", "float16", "dtype 'float16' with remat '(none|block)' is unknown: choose dtype from"),
-    ("remat", "all", "dtype 'float32' with remat 'all' is unknown"),
+    ("dtype", "float16", "dtype 'float16' is unknown: choose it from float32, bfloat16"),
+    ("remat", "all", "remat 'all' is unknown: choose it from none, block, dots, offload"),
     ("seed", -1, r"config.seed is -1: choose it from 0 to 2\*\*63 - 1."),
     ("half_seed", -1, "config.half_seed is -1: choose it from 0"),
     ("prompt_tokens", 500, r"prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "

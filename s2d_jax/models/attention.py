@@ -28,19 +28,20 @@ class Reading(NamedTuple):
   mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` works out by itself
 
 
-def choose(asked, dtype, cached):
+def choose(asked, dtype, head_width, cached):
   """The implementation that config.attention means here: "auto" is the backend's own.
 
-  A cache, and activations that a kernel does not take, fall back to `xla`.
+  Reading from a cache is always `xla`; so is "auto" where the GPU kernel does not take the
+  activations' type or the head.
   """
-  if asked != "auto" and not (cached and asked == "splash"):
+  if cached:
+    return "xla"
+  if asked != "auto":
     return asked
   platform = sharding.platform()
-  if platform == "tpu" and not cached:
-    return "splash"
-  if platform == "gpu" and dtype == "bfloat16" and not cached:
+  if platform == "gpu" and dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128:
     return "cudnn"
-  return "xla"
+  return "splash" if platform == "tpu" else "xla"
 
 
 def reading(how, positions_BT, segments_BT, key_positions_BS, key_segments_BS):
@@ -76,8 +77,7 @@ def attention(how, q_BTNH, k_BSKH, v_BSKH, reads):
   if how == "splash":
     return splash(q_BTNH, k_BSKH, v_BSKH, reads.segments_BT)
   if how == "cudnn":
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=reads.mask_BTS[:, None],
-                                        implementation="cudnn")
+    return cudnn(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
   return xla(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
 
 
@@ -97,6 +97,17 @@ def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
   return out_BKXH.reshape(B, K, T, R, H).swapaxes(1, 2).reshape(B, T, N, H)
 
 
+def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="cudnn"):
+  """`attention` by `jax.nn.dot_product_attention`; cuDNN trains on even lengths alone."""
+  T = q_BTNH.shape[1]
+  def even(x, *axes):
+    return jnp.pad(x, [(0, x.shape[at] % 2 if at in axes else 0) for at in range(x.ndim)])
+  out_BTNH = jax.nn.dot_product_attention(
+      even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(mask_BTS, 1, 2)[:, None],
+      implementation=implementation)
+  return out_BTNH[:, :T]
+
+
 def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
   """`attention` by JAX's splash kernel: causal within segments, tokens in the order of positions.
 
@@ -109,9 +120,10 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
   def local(heads, q_BTNH, k_BTKH, v_BTKH, segments_BT):
     own, K = q_BTNH.shape[2], k_BTKH.shape[2]
     if own != K * R:  # all the key heads are here, and not all the query heads
-      wanted = max(1, own // R)
-      k_BTKH, v_BTKH = (jax.lax.dynamic_slice_in_dim(x, heads * own // R, wanted, axis=2)
-                        for x in (k_BTKH, v_BTKH))
+      # One key head for R of them, or for all of them, or, where groups straddle devices, for each.
+      wanted = own if own % R and R % own else max(1, own // R)
+      at = (heads * own + jnp.arange(wanted) * (own // wanted)) // R
+      k_BTKH, v_BTKH = jnp.take(k_BTKH, at, axis=2), jnp.take(v_BTKH, at, axis=2)
     padded = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
               for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)]
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)))

@@ -280,7 +280,7 @@ class Decoder(nn.Module):
       cache = _label(cache, positions_BT, segments_BT)
       kv, slot = (cache.k_LBSKH, cache.v_LBSKH), cache.slot
       keys = cache.positions_BS, cache.segments_BS
-    how = attention.choose(c.attention, c.dtype, cached=cache is not None)
+    how = attention.choose(c.attention, c.dtype, c.head_width, cached=cache is not None)
     reads = attention.reading(how, positions_BT, segments_BT, *keys)
     frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
     # A product, not a dot: matrix units may round their operands.

@@ -158,13 +158,13 @@ def tiny(name, folder):
   smaller = {"arms": "every_row", "prompt_tokens": 112, "evaluation.prompts": 2,
              "evaluation.draws": 5, "evaluation.sampling.max_tokens": 4,
              "validation.problems": 2, "validation.sampling.max_tokens": 4, "probe.problems": 2,
-             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64,
-             "stages.sft.lora.rank": 2, "stages.teacher_grpo.lora.rank": 1}
+             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64}
   for row in ROWS:
     samples = 1 if row == "teacher_sft" else 2
     smaller |= {f"stages.{row}.{key}": value for key, value in {
         "steps": 2, "prompts": 2, "save_every": 1, "eval_every": 2, "block": 64, "microbatches": 2,
-        "sampling.samples_per_prompt": samples, "sampling.max_tokens": 5}.items()}
+        "sampling.samples_per_prompt": samples, "sampling.max_tokens": 5,
+        "lora.rank": 2 if name == "llama_math" else 0}.items()}
   if name == "arithmetic":
     config = module.get_config("tiny")
     smaller |= {"teacher": str(folder / "teacher"), "student": str(folder / "student"),

@@ -95,11 +95,13 @@ def test_splash_in_the_interpreter_is_the_reference(K):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 4)])
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, K):
-  # Four query heads over two or four devices; one or two key heads are then whole on each.
-  q, k, v, positions, segments = packed(K)
+@pytest.mark.parametrize("shape, N, K", [
+    ((2, 1, 2), 4, 1), ((2, 1, 2), 4, 2), ((2, 1, 2), 4, 4), ((1, 2, 4), 4, 1), ((1, 2, 4), 4, 2),
+    ((1, 2, 4), 4, 4), ((1, 1, 2), 6, 3)])
+def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, N, K):
+  # Query heads over two or four devices; fewer key heads are then whole on each, and three key
+  # heads of six have one whose queries are on two devices.
+  q, k, v, positions, segments = packed(K, N=N)
   mask = attention.visible(positions, segments, positions, segments)
   want = attention.xla(q, k, v, mask)
   with jax.set_mesh(sharding.make_mesh(shape)):
@@ -108,14 +110,24 @@ def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, K):
   np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("platform, dtype, cached, want", [
-    ("cpu", "float32", False, "xla"), ("tpu", "bfloat16", False, "splash"),
-    ("tpu", "bfloat16", True, "xla"), ("gpu", "bfloat16", False, "cudnn"),
-    ("gpu", "float32", False, "xla")])
-def test_the_backend_chooses(platform, dtype, cached, want, monkeypatch):
+@pytest.mark.parametrize("platform, dtype, width, cached, want", [
+    ("cpu", "float32", 64, False, "xla"), ("tpu", "bfloat16", 64, False, "splash"),
+    ("tpu", "bfloat16", 64, True, "xla"), ("gpu", "bfloat16", 128, False, "cudnn"),
+    ("gpu", "bfloat16", 20, False, "xla"), ("gpu", "float32", 64, False, "xla")])
+def test_the_backend_chooses(platform, dtype, width, cached, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert attention.choose("auto", dtype, cached) == want
-  assert attention.choose("xla", dtype, cached) == "xla"
+  assert attention.choose("auto", dtype, width, cached) == want
+  assert attention.choose("xla", dtype, width, cached) == "xla"
+  assert attention.choose("splash", dtype, width, cached) == ("xla" if cached else "splash")
+
+
+@pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])
+def test_the_library_form_is_the_reference(T, S):
+  # What goes to cuDNN, by the same function's XLA implementation: no GPU is here.
+  q, k, v, mask = draws(T=T, S=S)
+  mask[:, :, 0] = True
+  got = attention.cudnn(q, k, v, mask, implementation="xla")
+  np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
 
 
 def test_keys_and_values_are_not_repeated_for_the_query_heads():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
 from s2d_jax.models import attention
@@ -23,10 +24,13 @@ from s2d_jax.models import attention
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What a layer keeps for the way back: everything, its input alone, the results of its products with
 # weights, or those in the host's memory.
+PRODUCT = "product"  # the name of what `project` gives
 POLICIES = {
     "none": None, "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=(PRODUCT,),
+        offload_src="device", offload_dst="pinned_host")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +154,29 @@ def normal(fan_in):
 
 
 def project(x_BTD, weight):
-  """x · weight over the width, as one product of two matrices: [B, T, D], [D, …] -> [B, T, …].
+  """x · weight over the width, in the type of x: [B, T, D], [D, …] -> [B, T, …].
 
-  Rows and times are one axis and so are the outputs: on CPU the gradient of the same einsum with
-  its axes apart spends as long copying transposes as multiplying.
+  The gradient of the weight is at least float32, and is added up over devices in that.
   """
-  D, *out = weight.shape
-  return (x_BTD.reshape(-1, D) @ weight.reshape(D, -1)).reshape(*x_BTD.shape[:2], *out)
+  B, T, D = x_BTD.shape
+  # Rows and times are one axis and so are the outputs: on CPU the gradient of the same einsum with
+  # its axes apart spends as long copying transposes as multiplying.
+  y = _product(x_BTD.reshape(-1, D), weight.reshape(D, -1))
+  return checkpoint_name(y.reshape(B, T, *weight.shape[1:]), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x_ND, w_DM):
+  return x_ND @ w_DM.astype(x_ND.dtype)
+
+
+def _product_back(saved, dy_NM):
+  x_ND, w_DM = saved
+  dw_DM = jnp.matmul(x_ND.T, dy_NM, preferred_element_type=jnp.float32)
+  return dy_NM @ w_DM.astype(x_ND.dtype).T, dw_DM.astype(w_DM.dtype)
+
+
+_product.defvjp(lambda x_ND, w_DM: (_product(x_ND, w_DM), (x_ND, w_DM)), _product_back)
 
 
 class Linear(NamedTuple):
@@ -171,13 +191,13 @@ class Linear(NamedTuple):
     return y if self.a is None else y + self.scale * project(project(x_BTD, self.a), self.b)
 
 
-def linear(module, name, dtype, inputs, outputs, fan_in):
+def linear(module, name, inputs, outputs, fan_in):
   """The Linear of a module's parameter `name`, with its adapter where config.lora has one.
 
   W is of shape inputs + outputs, A and B are `name`_a, inputs + (r,), and `name`_b, (r,) + outputs.
   """
   def weight(name, init, shape, folded):
-    return module.param(name, init, shape).astype(dtype).reshape(folded)
+    return module.param(name, init, shape).reshape(folded)
   D, lora = math.prod(inputs), module.config.lora
   w = weight(name, normal(fan_in), inputs + outputs, (D, *outputs))
   if lora is None or name not in lora.targets:
@@ -196,10 +216,10 @@ class Attention(nn.Module):
   def __call__(self, x_BTD, layer, angle_BTH2, reads, slot, kv):
     c, dtype = self.config, x_BTD.dtype
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
-    q = linear(self, "q", dtype, (D,), (N, H), D)
-    k = linear(self, "k", dtype, (D,), (K, H), D)
-    v = linear(self, "v", dtype, (D,), (K, H), D)
-    o = linear(self, "o", dtype, (N, H), (D,), N * H * 2 * c.layers)
+    q = linear(self, "q", (D,), (N, H), D)
+    k = linear(self, "k", (D,), (K, H), D)
+    v = linear(self, "v", (D,), (K, H), D)
+    o = linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
     q_BTNH, k_BTKH, v_BTKH = q(x_BTD), k(x_BTD), v(x_BTD)
     if c.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
@@ -233,9 +253,9 @@ class MLP(nn.Module):
   def __call__(self, x_BTD):
     c = self.config
     D, F = c.width, c.mlp
-    gate = linear(self, "gate", x_BTD.dtype, (D,), (F,), D)
-    up = linear(self, "up", x_BTD.dtype, (D,), (F,), D)
-    down = linear(self, "down", x_BTD.dtype, (F,), (D,), F * 2 * c.layers)
+    gate = linear(self, "gate", (D,), (F,), D)
+    up = linear(self, "up", (D,), (F,), D)
+    down = linear(self, "down", (F,), (D,), F * 2 * c.layers)
     hidden_BTF = sharding.constrain(nn.silu(gate(x_BTD)) * up(x_BTD), "batch", "time", "mlp")
     return down(hidden_BTF)
 

@@ -166,8 +166,25 @@ def test_features_depend_on_their_past_alone(tiny):
   np.testing.assert_array_equal(reach[t + 1:], 0.0)
 
 
+@pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16])
+def test_a_projection_and_its_gradients_in_float64(narrow):
+  # Operands that bfloat16 holds, so that all that is rounded is the sums; the gradient of the
+  # weights, which devices add up, is float32 either way.
+  rng = np.random.default_rng(0)
+  x, w, dy = (np.asarray(jnp.asarray(rng.normal(size=s), jnp.bfloat16), np.float64)
+              for s in ((2, 50, 6), (6, 4, 3), (2, 50, 4, 3)))
+  y, back = jax.vjp(decoder.project, jnp.asarray(x, narrow), jnp.asarray(w, jnp.float32))
+  dx, dw = back(jnp.asarray(dy, narrow))
+  assert (y.dtype, dx.dtype, dw.dtype) == (narrow, narrow, jnp.float32)
+  close = 2e-2 if narrow == jnp.bfloat16 else 1e-5
+  np.testing.assert_allclose(y.astype(jnp.float32), np.tensordot(x, w, 1), atol=close, rtol=close)
+  np.testing.assert_allclose(dx.astype(jnp.float32), np.einsum("btnh,dnh->btd", dy, w),
+                             atol=close, rtol=close)
+  np.testing.assert_allclose(dw, np.einsum("btd,btnh->dnh", x, dy), atol=1e-4)
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize("policy", ["block", "dots"])
+@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
 def test_remat_changes_no_gradient(policy, tiny):
   model, params, _ = tiny
   other = models.build(dataclasses.replace(model.config, remat=policy))

@@ -25,7 +25,7 @@ from s2d_jax.models import hf
 
 OBJECTIVES = {f.__name__: f for f in objectives.READS}
 FULL = {"shape": "qwen3-29m", "objective": "negative_log_likelihood", "rows": 8, "tokens": 512,
-        "microbatches": 1, "block": 4096, "dtype": "float32", "remat": "none",
+        "microbatches": 1, "block": 512, "dtype": "float32", "remat": "none",
         "attention": "auto", "repeats": 7, "peak": 4096}
 SMOKE = FULL | {"shape": "qwen3-smoke", "rows": 2, "tokens": 8, "block": 8, "repeats": 1,
                 "peak": 16}

@@ -1,13 +1,16 @@
 """Attention: one function, several implementations. Letters as in `decoder.py`.
 
   xla      two batched products and a softmax; every backend, every mask: the reference
+  causal   the same in pieces of the queries, each with the keys before its end; scores are not kept
   cudnn    `jax.nn.dot_product_attention` on NVIDIA GPUs, in bfloat16
-  splash   JAX's Pallas kernel on TPUs, for whole sequences (no cache)
+  splash   JAX's Pallas kernel on TPUs
 
-The scores of `xla` are [B, N, T, S]; the other two never hold them. None of them repeats keys or
-values for the query heads that share them.
+All but `xla` are for whole sequences: queries and keys are the same tokens, in the order of their
+positions. The scores of `xla` are [B, N, T, S]; the others never hold them all. None of them
+repeats keys or values for the query heads that share them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,10 +19,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from s2d_jax import sharding
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "splash")
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 MASKED = float(jnp.finfo(jnp.float32).min)
 LANES = 128  # splash wants tiles of that many tokens
+PIECE = 128  # `causal` takes that many queries at a time, or more, so that there are eight at most
 
 
 class Reading(NamedTuple):
@@ -31,8 +35,8 @@ class Reading(NamedTuple):
 def choose(asked, dtype, head_width, cached):
   """The implementation that config.attention means here: "auto" is the backend's own.
 
-  Reading from a cache is always `xla`; so is "auto" where the GPU kernel does not take the
-  activations' type or the head.
+  Reading from a cache is always `xla`. "auto" is `causal` on a CPU, and where the GPU kernel does
+  not take the activations' type or the head.
   """
   if cached:
     return "xla"
@@ -41,7 +45,7 @@ def choose(asked, dtype, head_width, cached):
   platform = sharding.platform()
   if platform == "gpu" and dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128:
     return "cudnn"
-  return "splash" if platform == "tpu" else "xla"
+  return "splash" if platform == "tpu" else "causal"
 
 
 def reading(how, positions_BT, segments_BT, key_positions_BS, key_segments_BS):
@@ -72,29 +76,97 @@ def attention(how, q_BTNH, k_BSKH, v_BSKH, reads):
   gets a finite value of no meaning. Grouped heads: GQA (https://arxiv.org/abs/2305.13245).
 
   Args:
-    how: "xla", "cudnn" or "splash"; reads: the Reading made for it.
+    how: one of IMPLEMENTATIONS that `choose` gave; reads: the Reading made for it.
   """
   if how == "splash":
     return splash(q_BTNH, k_BSKH, v_BSKH, reads.segments_BT)
   if how == "cudnn":
     return cudnn(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
+  if how == "causal":
+    return causal(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
   return xla(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
 
 
 def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
   """`attention` as two plain batched products."""
-  B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  R = N // K
-  # Times and the R heads of a group are one axis, X: two plain batched products, twice as fast on
-  # CPU as the same einsums with the axes apart.
-  q_BKXH = q_BTNH.reshape(B, T, K, R, H).swapaxes(1, 2).reshape(B, K, T * R, H)
-  mask_BKXS = jnp.broadcast_to(mask_BTS[:, None, :, None], (B, K, T, R, S)).reshape(B, K, T * R, S)
-  score_BKXS = jnp.einsum("BKXH,BSKH->BKXS", q_BKXH, k_BSKH, preferred_element_type=jnp.float32)
-  score_BKXS = jnp.where(mask_BKXS, score_BKXS * H**-0.5, MASKED)
+  score_BKXS, _ = _scores(q_BTNH, k_BSKH, mask_BTS)
   share_BKXS = jax.nn.softmax(score_BKXS, axis=-1).astype(v_BSKH.dtype)
-  out_BKXH = jnp.einsum("BKXS,BSKH->BKXH", share_BKXS, v_BSKH)
-  return out_BKXH.reshape(B, K, T, R, H).swapaxes(1, 2).reshape(B, T, N, H)
+  return _apart(jnp.einsum("BKXS,BSKH->BKXH", share_BKXS, v_BSKH), q_BTNH.shape[2])
+
+
+def _scores(q_BTNH, k_BSKH, mask_BTS):
+  """(q·k / √H, or MASKED, of every query and key; the mask), float32, [B, K, X, S].
+
+  Times and the R heads of a group are one axis, X: two plain batched products, twice as fast on CPU
+  as the same einsums with the axes apart.
+  """
+  K = k_BSKH.shape[2]
+  (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+  mask_BKXS = jnp.broadcast_to(
+      mask_BTS[:, None, :, None], (B, K, T, N // K, S)).reshape(B, K, -1, S)
+  score_BKXS = jnp.einsum("BKXH,BSKH->BKXS", _together(q_BTNH, K), k_BSKH,
+                          preferred_element_type=jnp.float32)
+  return jnp.where(mask_BKXS, score_BKXS * H**-0.5, MASKED), mask_BKXS
+
+
+def _together(x_BTNH, K):
+  B, T, N, H = x_BTNH.shape
+  return x_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+
+
+def _apart(x_BKXH, N):
+  B, K, X, H = x_BKXH.shape
+  return x_BKXH.reshape(B, K, -1, N // K, H).swapaxes(1, 2).reshape(B, -1, N, H)
+
+
+def causal(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
+  """`attention` of whole sequences, a piece of the queries at a time.
+
+  A piece never sees the keys after its end, and its scores are made again on the way back from
+  their log-sum (Dao et al. 2022, https://arxiv.org/abs/2205.14135, in plain products).
+  """
+  T = q_BTNH.shape[1]
+  size = max(PIECE, -(-T // 8))
+  ends = [*range(size, T, size), T]
+  return jnp.concatenate([
+      _piece(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTT[:, start:end, :end])
+      for start, end in zip([0, *ends], ends, strict=False)], axis=1)
+
+
+@jax.custom_vjp
+def _piece(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+  return _piece_forth(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[0]
+
+
+def _piece_forth(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+  score_BKXS, _ = _scores(q_BTNH, k_BSKH, mask_BTS)
+  top_BKX1 = jnp.max(score_BKXS, axis=-1, keepdims=True)
+  share_BKXS = jnp.exp(score_BKXS - top_BKX1)
+  sum_BKX1 = jnp.sum(share_BKXS, axis=-1, keepdims=True)
+  out_BKXH = jnp.einsum("BKXS,BSKH->BKXH", share_BKXS.astype(v_BSKH.dtype), v_BSKH,
+                        preferred_element_type=jnp.float32) / sum_BKX1
+  out_BTNH = _apart(out_BKXH.astype(v_BSKH.dtype), q_BTNH.shape[2])
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, top_BKX1 + jnp.log(sum_BKX1))
+
+
+def _piece_back(saved, dout_BTNH):
+  q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, log_sum_BKX1 = saved
+  N, K, H = q_BTNH.shape[2], k_BSKH.shape[2], q_BTNH.shape[3]
+  dtype, product = q_BTNH.dtype, functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  score_BKXS, mask_BKXS = _scores(q_BTNH, k_BSKH, mask_BTS)
+  share_BKXS = jnp.where(mask_BKXS, jnp.exp(score_BKXS - log_sum_BKX1), 0.0)
+  dout_BKXH = _together(dout_BTNH, K)
+  mean_BKX1 = jnp.sum(dout_BKXH.astype(jnp.float32) * _together(out_BTNH, K).astype(jnp.float32),
+                      axis=-1, keepdims=True)
+  dshare_BKXS = product("BKXH,BSKH->BKXS", dout_BKXH, v_BSKH)
+  dscore_BKXS = (share_BKXS * (dshare_BKXS - mean_BKX1) * H**-0.5).astype(dtype)
+  dv_BSKH = product("BKXS,BKXH->BSKH", share_BKXS.astype(dtype), dout_BKXH)
+  dk_BSKH = product("BKXS,BKXH->BSKH", dscore_BKXS, _together(q_BTNH, K))
+  dq_BTNH = _apart(product("BKXS,BSKH->BKXH", dscore_BKXS, k_BSKH), N)
+  return dq_BTNH.astype(dtype), dk_BSKH.astype(dtype), dv_BSKH.astype(dtype), None
+
+
+_piece.defvjp(_piece_forth, _piece_back)
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="cudnn"):

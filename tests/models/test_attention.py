@@ -81,6 +81,43 @@ def packed(K, B=2, T=150, N=4, H=64):
   return q, k, v, (np.arange(T) - start).astype(np.int32), segments
 
 
+@pytest.mark.parametrize("piece", [40, 75, 128, 150])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_causal_in_pieces_is_the_reference(K, piece, monkeypatch):
+  # Pieces that do and do not divide the 150 tokens; a row's first 20 have nothing to read.
+  monkeypatch.setattr(attention, "PIECE", piece)
+  q, k, v, positions, segments = packed(K)
+  mask = attention.visible(positions, segments, positions, segments)
+  weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
+  def loss(how):
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
+  want, got = (loss(lambda *qkv, how=how: how(*qkv, mask))(q, k, v)
+               for how in (attention.xla, attention.causal))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, want)
+
+
+def test_causal_is_finite_where_there_is_nothing_to_read_and_keeps_bfloat16():
+  q, k, v, positions, segments = packed(2)
+  mask = attention.visible(positions, segments, positions, segments)
+  half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+  value, grads = jax.value_and_grad(
+      lambda *qkv: jnp.sum(attention.causal(*qkv, mask).astype(jnp.float32) ** 2),
+      argnums=(0, 1, 2))(*half)
+  assert np.isfinite(value) and {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
+  assert all(np.isfinite(g.astype(jnp.float32)).all() for g in grads)
+  np.testing.assert_allclose(attention.causal(*half, mask).astype(jnp.float32)[segments != 0],
+                             attention.xla(q, k, v, mask)[segments != 0], atol=0.05)
+
+
+def test_causal_keeps_no_scores_for_the_way_back():
+  # Of two layers' worth, the way back is given nothing with two axes of tokens.
+  q, k, v, positions, segments = packed(2, T=192)
+  mask = attention.visible(positions, segments, positions, segments)
+  _, back = jax.vjp(lambda *qkv: attention.causal(*qkv, mask), q, k, v)
+  assert not [x.shape for x in jax.tree.leaves(back)
+              if x.ndim > 3 and sorted(x.shape)[-2] >= 128 and x.dtype == jnp.float32]
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_splash_in_the_interpreter_is_the_reference(K):
@@ -111,9 +148,9 @@ def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, N, K):
 
 
 @pytest.mark.parametrize("platform, dtype, width, cached, want", [
-    ("cpu", "float32", 64, False, "xla"), ("tpu", "bfloat16", 64, False, "splash"),
+    ("cpu", "float32", 64, False, "causal"), ("tpu", "bfloat16", 64, False, "splash"),
     ("tpu", "bfloat16", 64, True, "xla"), ("gpu", "bfloat16", 128, False, "cudnn"),
-    ("gpu", "bfloat16", 20, False, "xla"), ("gpu", "float32", 64, False, "xla")])
+    ("gpu", "bfloat16", 20, False, "causal"), ("gpu", "float32", 64, False, "causal")])
 def test_the_backend_chooses(platform, dtype, width, cached, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, width, cached) == want
@@ -130,11 +167,12 @@ def test_the_library_form_is_the_reference(T, S):
   np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
 
 
-def test_keys_and_values_are_not_repeated_for_the_query_heads():
+@pytest.mark.parametrize("how", [attention.xla, attention._piece])
+def test_keys_and_values_are_not_repeated_for_the_query_heads(how):
   # Of 13 keys with heads of 6, in two heads: no array of the program or of its gradient, in any
   # order of axes, holds both for more than the two.
   q, k, v, mask = draws(B=3, T=5, S=13, N=8, K=2, H=6)
-  grad = jax.jit(jax.grad(lambda *qkv: jnp.sum(attention.xla(*qkv, mask) ** 2), argnums=(0, 1, 2)))
+  grad = jax.jit(jax.grad(lambda *qkv: jnp.sum(how(*qkv, mask) ** 2), argnums=(0, 1, 2)))
   text = grad.lower(q, k, v).compile().as_text()
   shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
   held = [shape for shape in shapes if 13 in shape and 6 in shape]

@@ -135,17 +135,21 @@ def put(x, sharding):
   x = np.asarray(x)
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
-  return from_callback(x.shape, sharding, lambda index: x[index])
+  return from_callback(x.shape, sharding, lambda index: (x[index], lambda own: own))
 
 
 def from_callback(shape, sharding, part):
-  """A global array of which each process makes, by part(index), what its own devices hold."""
+  """A global array of which each process makes what its own devices hold, and nothing else.
+
+  part(index) gives a NumPy array and what makes the device's own part of it, once it is there.
+  """
   made, arrays = {}, []
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     key = str(index)  # replicas are made once
     if key not in made:
       made[key] = part(index)
-    arrays.append(jax.device_put(made[key], device))
+    host, finish = made[key]
+    arrays.append(finish(jax.device_put(host, device)))
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -172,20 +176,21 @@ def _stacker(shape, dtype, where):
           jax.jit(write, donate_argnums=0, out_shardings=where))
 
 
-def fetch_slice(x, at=None):
-  """NumPy copy of x, or of x[at], whole on every process, wherever and however x lies."""
+def fetch_slice(x, at=None, turn=lambda x: x):
+  """NumPy copy of turn(x), or of turn(x[at]), whole on every process, wherever and however x lies.
+  """
   if not isinstance(x, jax.Array):
-    return np.asarray(x if at is None else x[at])
+    return np.asarray(turn(x if at is None else x[at]))
   mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-  taken = _taker(None if mesh is None else replicated(mesh), at is None)
+  taken = _taker(None if mesh is None else replicated(mesh), at is None, turn)
   at = np.int32(at or 0)
   return jax.device_get(taken(x, jax.device_put(at) if mesh is None else put(at, replicated(mesh))))
 
 
 @functools.cache
-def _taker(where, all_of_it):
+def _taker(where, all_of_it, turn):
   def take(x, at):
-    return x if all_of_it else jax.lax.dynamic_index_in_dim(x, at, 0, keepdims=False)
+    return turn(x if all_of_it else jax.lax.dynamic_index_in_dim(x, at, 0, keepdims=False))
   return jax.jit(take, out_shardings=where)
 
 

@@ -4,7 +4,9 @@
 
 Random tokens, every one of weight 1. With the default objective (negative log-likelihood) and torch
 installed, transformers runs the same weights on the same tokens, eager and compiled: after each of
-our repeats one of theirs, so that all see the same machine. Their loss must be ours.
+our repeats one of theirs, so that all see the same machine. Their loss must be ours, before the
+first update and after the last. `profile` has the parts of our update, each compiled alone. Peak
+memory is the compiled program's own account for us, the process's or the device's for them.
 """
 
 import importlib.util
@@ -17,10 +19,12 @@ import tempfile
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
 from s2d_jax import ledger, models, objectives, optim, rollout, sharding, update
+from s2d_jax.losses import blockwise
 from s2d_jax.models import hf
 
 OBJECTIVES = {f.__name__: f for f in objectives.READS}
@@ -61,19 +65,20 @@ class Ours:
     self.start = jax.device_get(params)
     self.guided = objective in (objectives.forward_kl, objectives.reverse_kl)
     guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
-    optimizer = optim.make(SimpleNamespace(
-        lr=1e-6, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
+    self.optimizer = optim.make(SimpleNamespace(
+        lr=1e-3, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
         b2=0.999, eps=1e-8), models.axes(self.model.config))
     hp = SimpleNamespace(microbatches=sizes.microbatches, block=sizes.block, clip_low=0.2,
                          clip_high=0.2, kl="none", kl_coef=0.0)
     place = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
-    self.state = update.init(optimizer, mesh, jax.device_put(params, place))
+    self.state = update.init(self.optimizer, mesh, jax.device_put(params, place))
     if self.guided:
       self.guide_params = jax.device_put(self.guide_params, place)
     self.batch = random_batch(self.model.config.vocab_size, sizes.rows, sizes.tokens)
     self.placed = sharding.put_batch(self.batch, mesh)
-    step = update.make(self.model, guide, objective, optimizer, hp, update.shardings(self.state))
+    step = update.make(self.model, guide, objective, self.optimizer, hp,
+                       update.shardings(self.state))
     score = update.score(self.model, objectives.logp, hp)
     self.program, self.compile_seconds = measure.stopwatch(
         lambda: step.lower(self.state, self.guide_params, self.placed).compile())
@@ -89,20 +94,47 @@ class Ours:
     return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
 
 
+def profile(ours, sizes):
+  """Seconds of the parts of an update, each compiled by itself: where the time goes."""
+  batch, params = ours.placed, ours.state.params
+  def features(params):
+    return ours.model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)[0]
+  def head(head):
+    return -jnp.sum(blockwise.logp(head, batch.targets_BT, sizes.block)[0])
+  features_BTD = jax.jit(features)(params)
+  unembedded = blockwise.Head(features_BTD, ours.model.unembed(params))
+  parts = {
+      "features": (features, params),
+      "features_and_gradient": (jax.grad(lambda p: jnp.sum(features(p) ** 2)), params),
+      "loss": (head, unembedded), "loss_and_gradient": (jax.grad(head), unembedded),
+      "optimizer": (lambda s: ours.optimizer.update(s.params, s.opt_state, s.params), ours.state)}
+  found = {}
+  for name, (part, given) in parts.items():
+    program = jax.jit(part).lower(given).compile()
+    found[name] = measure.timed(lambda p=program, g=given: p(g), sizes.repeats)["seconds"]
+  return found
+
+
 class Peer:
   """transformers in a process of its own, which answers line by line."""
 
   def __init__(self, folder, tokens, dtype, how):
     self.process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, dtype, how],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    self.versions = json.loads(self.process.stdout.readline())
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.versions = self._answer()
 
   def ask(self, what):
     """Seconds, loss and peak memory of one "forward" or "train"."""
     self.process.stdin.write(f"{what}\n")
     self.process.stdin.flush()
-    return json.loads(self.process.stdout.readline())
+    return self._answer()
+
+  def _answer(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError("the process of benchmarks.peers.pytorch has ended: its error is above.")
+    return json.loads(line)
 
   def close(self):
     """Ends the process."""
@@ -126,14 +158,16 @@ def run(sizes):
   with tempfile.TemporaryDirectory() as scratch:
     others = peers(ours, sizes, scratch)
     seen = {what: {name: [] for name in ("ours", *others)} for what in ("forward", "train")}
-    for what, found in seen.items():
-      for _ in range(sizes.repeats + 1):
-        loss, seconds = measure.stopwatch(getattr(ours, what))
-        found["ours"].append({"seconds": seconds, "loss": loss})
-        for name, other in others.items():
-          found[name].append(other.ask(what))
-    for other in others.values():
-      other.close()
+    try:
+      for what, found in seen.items():
+        for _ in range(sizes.repeats + 1):
+          loss, seconds = measure.stopwatch(getattr(ours, what))
+          found["ours"].append({"seconds": seconds, "loss": loss})
+          for name, other in others.items():
+            found[name].append(other.ask(what))
+    finally:
+      for other in others.values():
+        other.close()
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
   forward = ledger.forward_flops(ours.model.config, np.full(sizes.rows, sizes.tokens))
   flops = {"forward": forward, "train": forward * (3 + ours.guided)}  # backward is two forwards
@@ -141,17 +175,20 @@ def run(sizes):
     seconds = statistics.median(run["seconds"] for run in runs[1:])
     return {"seconds": seconds, "repeats": [run["seconds"] for run in runs[1:]],
             "first": runs[0]["seconds"], "first_loss": runs[0]["loss"],
+            "last_loss": runs[-1]["loss"],  # after as many updates
             "tokens_per_second": sizes.rows * sizes.tokens / seconds,
             "share_of_peak": flops[what] / seconds / peak["flops_per_second"],
             **({"peak_bytes": runs[-1]["peak_bytes"]} if "peak_bytes" in runs[-1] else {})}
   table = {what: {name: told(what, runs) for name, runs in found.items()}
            for what, found in seen.items()}
   for name in others:
-    mine, yours = (table["forward"][who]["first_loss"] for who in ("ours", name))
-    if abs(mine - yours) > 1e-3 * abs(mine):
-      raise ValueError(f"{name} has the loss {yours} and we {mine} on the same tokens: do not time "
-                       "what is not the same.")
+    for what, when in (("forward", "first_loss"), ("train", "last_loss")):
+      mine, yours = (table[what][who][when] for who in ("ours", name))
+      if abs(mine - yours) > 1e-3 * abs(mine):
+        raise ValueError(f"{name} has the {what} {when} {yours} and we {mine} on the same tokens: "
+                         "do not time what is not the same.")
   return {**table, "flops": flops, "compile_seconds": ours.compile_seconds,
+          "profile": profile(ours, sizes),
           "memory": measure.memory(ours.program), "forward_memory": measure.memory(ours.scored),
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 

@@ -287,7 +287,8 @@ def _place(made, row, split, at, takes=()):
       "row": [row.name, row.actor, row.learner, row.guide],
       "objective": source_of(row.objective), "weigh": row.weigh and source_of(row.weigh),
       "task": made.task_identity() if checked else None,
-      "config": {k: v for k, v in hp.to_dict().items() if k not in UNHASHED},
+      "config": {k: v for k, v in hp.to_dict().items()
+                 if k not in UNHASHED and not (k == "lora" and v["rank"] == 0)},
       "seed": config.seed, "dtype": config.dtype, "tokenizer": made.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
       "parents": {name: role and made.identity(role) for name, role in

@@ -52,10 +52,10 @@ def train_node(made, node, workdir, stop):
     checkpoint.drop_steps(folder)
 
 
-def _validation(made, learner):
+def _validation(made, model, params):
   """validate(params), its sampler compiled; for a stage that asks for it."""
   config = made.config.validation
-  draw = sampler.make(learner.model, learner.params,
+  draw = sampler.make(model, params,
                       train.sampling(config.sampling, made.chat.eos_ids), config.problems,
                       made.config.prompt_tokens)
   return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
@@ -112,7 +112,8 @@ def _work(made, node, workdir, mesh):
                                   checkpoint.write),
       passes=lambda: rollout.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
                                    checkpoint.write),
-      validate=_validation(made, learner) if hp.eval_every else None,
+      validate=_validation(made, learner.model, update.join(learner.params, rest))
+      if hp.eval_every else None,
       text=made.chat.decode)
 
 

@@ -305,7 +305,7 @@ def compile_programs(work, state, mesh):
     draw = sampler.make(actor.model, params, how, hp.prompts, work.width)
   judge = None
   if work.judge is not None:
-    judge = sampler.make(work.learner.model, work.judge.params,
+    judge = sampler.make(work.judge.model, work.judge.params,
                          how._replace(samples_per_prompt=hp.pass_samples), hp.prompts, work.width)
   rows = hp.prompts * how.samples_per_prompt
   width = work.width + how.max_tokens - 1

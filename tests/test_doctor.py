@@ -188,7 +188,8 @@ def test_a_folder_without_weights(config, student, tmp_path):
   (student / "model.safetensors").unlink()
   assert "has no weights: it needs model.safetensors" in refused(config, tmp_path)
   (student / "pytorch_model.bin").write_bytes(b"pickled")
-  assert "has pickled weights only, and unpickling runs code" in refused(config, tmp_path)
+  said = refused(config, tmp_path)
+  assert "has pickled weights only (pytorch_model.bin), and unpickling runs code" in said
 
 
 @pytest.mark.parametrize("change, said", [

@@ -91,6 +91,23 @@ def test_every_row_holds_its_models(quick_compiles, config):
 
 
 @pytest.mark.medium
+def test_adapters_have_their_programs(quick_compiles, config):
+  # A row that asks its start for pass rates: the judge has no adapters, the learner has.
+  with config.unlocked():
+    config.stages = {"weighted_fkl": config.stages.weighted_fkl}
+  def arguments():
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+      return {cost.program: cost.arguments for cost in preflight.costs(config)
+              if cost.stage == "weighted_fkl"}
+  whole = arguments()
+  config.stages.weighted_fkl.lora.rank = 1
+  low = arguments()
+  assert low.keys() == whole.keys() == {"judge", "sample", "score", "update"}
+  assert low["judge"] == whole["judge"]
+  assert low["update"] < whole["update"]  # no slots for the weights themselves
+
+
+@pytest.mark.medium
 def test_the_programs_of_a_sweep_are_told_once(quick_compiles, config, capsys):
   with config.unlocked():
     config.stages = {"teacher_sft": config.stages.teacher_sft}

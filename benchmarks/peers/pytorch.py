@@ -3,7 +3,8 @@
   python -m benchmarks.peers.pytorch FOLDER TOKENS.npz float32 eager|compile
 
 Started by `benchmarks.step`, which writes "forward" or "train" and reads seconds, loss and peak
-memory as JSON. The settings are PyTorch's own for speed: SDPA attention, fused AdamW.
+memory as JSON. The settings are PyTorch's own for speed: SDPA attention, fused AdamW; weights and
+moments are float32, as ours, and bfloat16 is autocast.
 """
 
 import json
@@ -27,16 +28,17 @@ def peak_bytes(device):
 def main(folder, tokens, dtype, how):
   """Answers each line until there are no more."""
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  dtype = getattr(torch, dtype)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=dtype, attn_implementation="sdpa").to(device)
+      folder, dtype=torch.float32, attn_implementation="sdpa").to(device)
+  narrow = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
   with np.load(tokens) as arrays:
     inputs, targets = (torch.tensor(arrays[name]).long().to(device)
                        for name in ("inputs", "targets"))
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.1, fused=True)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
 
   def loss(inputs, targets):
-    logits = model(inputs, use_cache=False).logits
+    with narrow:
+      logits = model(inputs, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
   if how == "compile":

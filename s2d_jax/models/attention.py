@@ -7,7 +7,8 @@
 
 All but `xla` are for whole sequences: queries and keys are the same tokens, in the order of their
 positions. The scores of `xla` are [B, N, T, S]; the others never hold them all. None of them
-repeats keys or values for the query heads that share them.
+repeats keys or values for the query heads that share them (on a mesh the kernels do, for a device's
+own heads, where groups of heads straddle devices).
 """
 
 import functools
@@ -20,6 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from s2d_jax import sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "splash")
+NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the backend that an implementation is for
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 MASKED = float(jnp.finfo(jnp.float32).min)
 LANES = 128  # splash wants tiles of that many tokens
@@ -37,12 +39,18 @@ def choose(asked, dtype, head_width, cached):
 
   Reading from a cache is always `xla`. "auto" is `causal` on a CPU, and where the GPU kernel does
   not take the activations' type or the head.
+
+  Raises:
+    ValueError: the backend is not the one that is asked for.
   """
   if cached:
     return "xla"
+  platform = sharding.platform()
+  if NEEDS.get(asked, platform) != platform:
+    raise ValueError(f"attention {asked!r} needs a {NEEDS[asked]} and this is a {platform}: set it "
+                     "to auto.")
   if asked != "auto":
     return asked
-  platform = sharding.platform()
   if platform == "gpu" and dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128:
     return "cudnn"
   return "splash" if platform == "tpu" else "causal"
@@ -170,42 +178,54 @@ _piece.defvjp(_piece_forth, _piece_back)
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="cudnn"):
-  """`attention` by `jax.nn.dot_product_attention`; cuDNN trains on even lengths alone."""
-  T = q_BTNH.shape[1]
+  """`attention` by `jax.nn.dot_product_attention`, which trains on even lengths alone."""
+  T, R = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
   def even(x, *axes):
     return jnp.pad(x, [(0, x.shape[at] % 2 if at in axes else 0) for at in range(x.ndim)])
-  out_BTNH = jax.nn.dot_product_attention(
-      even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(mask_BTS, 1, 2)[:, None],
-      implementation=implementation)
-  return out_BTNH[:, :T]
+
+  def local(at, q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    k_BSKH, v_BSKH = _own(at, q_BTNH.shape[2], R, k_BSKH, v_BSKH)
+    return jax.nn.dot_product_attention(
+        even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(mask_BTS, 1, 2)[:, None],
+        implementation=implementation)[:, :T]
+
+  return sharding.on_shards(local, "heads", (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
+                            (*HEADS, ("batch", "time", "cache")), HEADS[0])
 
 
 def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
-  """`attention` by JAX's splash kernel: causal within segments, tokens in the order of positions.
-
-  Each device runs the kernel on its own rows and heads. Where there are fewer key heads than the
-  `tensor` axis has devices, every device holds all of them and takes those of its query heads.
-  """
+  """`attention` by JAX's splash kernel: causal in segments, tokens in the order of positions."""
   T, N, H = q_BTNH.shape[1:]
   R, more = N // k_BTKH.shape[2], -T % LANES
 
-  def local(heads, q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    own, K = q_BTNH.shape[2], k_BTKH.shape[2]
-    if own != K * R:  # all the key heads are here, and not all the query heads
-      # One key head for R of them, or for all of them, or, where groups straddle devices, for each.
-      wanted = own if own % R and R % own else max(1, own // R)
-      at = (heads * own + jnp.arange(wanted) * (own // wanted)) // R
-      k_BTKH, v_BTKH = jnp.take(k_BTKH, at, axis=2), jnp.take(v_BTKH, at, axis=2)
+  def local(at, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    k_BTKH, v_BTKH = _own(at, q_BTNH.shape[2], R, k_BTKH, v_BTKH)
     padded = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
               for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)]
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)))
-    out_BNTH = jax.vmap(_kernel(own, T + more, interpret))(
+    out_BNTH = jax.vmap(_kernel(q_BTNH.shape[2], T + more, interpret))(
         *padded, splash_attention.SegmentIds(segments_BT, segments_BT))
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
-  names = ("batch", "time", "heads", "head"), *(("batch", "time", "kv_heads", "head"),) * 2
   return sharding.on_shards(local, "heads", (q_BTNH, k_BTKH, v_BTKH, segments_BT),
-                            (*names, ("batch", "time")), names[0])
+                            (*HEADS, ("batch", "time")), HEADS[0])
+
+
+HEADS = (("batch", "time", "heads", "head"), *(("batch", "cache", "kv_heads", "head"),) * 2)
+
+
+def _own(at, own, R, *xs):
+  """The key heads of the `own` query heads that device `at` has, R to a key head.
+
+  Each device runs a kernel on its own rows and heads. Where `tensor` does not divide the key heads
+  every device holds them all, and takes one for R of its query heads, or for all of them; or, where
+  the groups straddle devices, one for each.
+  """
+  if own == xs[0].shape[2] * R:
+    return xs
+  wanted = own if own % R and R % own else max(1, own // R)
+  heads = (at * own + jnp.arange(wanted) * (own // wanted)) // R
+  return tuple(jnp.take(x, heads, axis=2) for x in xs)
 
 
 def _kernel(heads, tokens, interpret):

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out: config.json and safetensors, nothing pickled, no code run."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -8,37 +9,25 @@ import math
 import os
 import pathlib
 import shutil
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from s2d_jax import models, sharding
-from s2d_jax.models import layout
+from s2d_jax.models import layout, shards
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # as the tool of that name writes and checks them
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000  # of one safetensors file
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HEADER_BYTES = 100_000_000  # the cap of the safetensors library itself
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-
-
-class Stored(NamedTuple):
-  """Where a tensor is, from the header of its file."""
-  file: pathlib.Path
-  name: str
-  shape: tuple
-  dtype: str  # as safetensors spells it
 
 
 def load(folder, mesh=None, dtype=None):
@@ -55,6 +44,7 @@ def load(folder, mesh=None, dtype=None):
       outside the folder or cut short.
   """
   folder = pathlib.Path(folder)
+  _recover(folder)
   model = models.build(models.read_config(read_json(folder)))
   shapes = layout.flat(models.shapes(model.config))
   stored = _checked(folder, model.config, shapes)
@@ -65,16 +55,17 @@ def load(folder, mesh=None, dtype=None):
 
 
 def check(folder):
-  """The ValueErrors of `load`, from config.json and the headers of the weights."""
+  """The ValueErrors of `load` that config.json and the headers of the weights give."""
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
-  _checked(folder, config, layout.flat(models.shapes(config)))
+  _checked(folder, config, layout.flat(models.shapes(config)), same=lambda a, b: True)
 
 
 def save(folder, model, params, source=None, lineage=None, dtype=None, shard_bytes=SHARD_BYTES):
   """Writes a folder that `transformers` and `load` read, all of it or nothing; returns its path.
 
-  On several hosts all of them call it, and the first writes. Weights are fetched one layer at a
+  On several hosts all of them call it, and the first writes: the folder is there once that one is
+  done. Weights are fetched one layer at a
   time and written file by file, of at most `shard_bytes` where there are several.
 
   Args:
@@ -86,13 +77,17 @@ def save(folder, model, params, source=None, lineage=None, dtype=None, shard_byt
     dtype: of what is written; None is that of `params`, "source" each tensor's own in `source`.
 
   Raises:
-    ValueError: `params` do not fit the model; `source` is another model; `folder` is something
-      else than a saved model.
+    ValueError: `params` do not fit the model; it has adapters; `source` is another model; `folder`
+      is something else than a saved model.
   """
   folder = pathlib.Path(folder)
+  if model.config.lora is not None:
+    raise ValueError("a model with adapters has no Hugging Face folder: save models.merge(config, "
+                     "params) with the model without them.")
+  _recover(folder)
   if folder.exists() and any(folder.iterdir()) and not any(
-      (folder / name).exists() for name in (WEIGHTS, INDEX)):
-    raise ValueError(f"{folder} exists and holds no {WEIGHTS}: save to a new folder.")
+      (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
+    raise ValueError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
   params, names = _fitting(model.config, params), _names(model.config)
   config = models.config_json(model.config)
   if source is not None:
@@ -129,7 +124,7 @@ def _write_rest(folder, config, files, sizes, source, lineage):
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   if len(files) > 1:
     weight_map = {name: file for file, inside in files.items() for name in inside}
-    (folder / INDEX).write_text(json.dumps(
+    (folder / shards.INDEX).write_text(json.dumps(
         {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
         indent=2, sort_keys=True) + "\n")
   lines = []
@@ -154,7 +149,7 @@ def _shards(sizes, most):
     groups[-1].append(name)
     held += size
   if len(groups) == 1:
-    return {WEIGHTS: groups[0]}
+    return {shards.WEIGHTS: groups[0]}
   return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
           for i, names in enumerate(groups, 1)}
 
@@ -162,7 +157,7 @@ def _shards(sizes, most):
 def _swap(new, folder):
   """Puts `new` in the place of `folder`: a kill leaves one or the other there, whole."""
   if folder.exists() and not _exchanged(new, folder):
-    old = folder.with_name(f".{folder.name}.old")  # no such call here: for an instant it is neither
+    old = _old(folder)  # no such call here: after a kill in between, `_recover` puts it back
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     new.rename(folder)
@@ -170,6 +165,17 @@ def _swap(new, folder):
   elif new.exists() and not folder.exists():
     new.rename(folder)
   shutil.rmtree(new, ignore_errors=True)
+
+
+def _old(folder):
+  return folder.with_name(f".{folder.name}.old")
+
+
+def _recover(folder):
+  """Puts back what a save that was killed between its two renames had moved aside."""
+  if not folder.exists():
+    with contextlib.suppress(FileNotFoundError):  # nothing aside, or another process was first
+      _old(folder).rename(folder)
 
 
 def _exchanged(a, b):
@@ -187,15 +193,15 @@ def identity(folder):
   """
   folder = pathlib.Path(folder)
   read_json(folder)
-  files = _files(folder)
+  files = shards.files(folder)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  for name in (INDEX, SUMS):
+  for name in (shards.INDEX, SUMS):
     if (folder / name).exists():
       digest.update((folder / name).read_bytes())
   for file in files:
     with open(file, "rb") as f:
       length = int.from_bytes(f.read(8), "little")
-      if length > HEADER_BYTES:
+      if length > shards.HEADER_BYTES:
         raise ValueError(f"{file} declares a header of {length} bytes: download it again.")
       header = f.read(length)
     for item in (file.name, str(file.stat().st_size), header, _download_checksum(file)):
@@ -211,75 +217,22 @@ def read_json(folder):
     raise ValueError(f"{folder} is not a folder: give the path of a model downloaded before.")
   if not (folder / "config.json").exists():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
-  config = _json(folder / "config.json")
+  config = shards.json_object(folder / "config.json")
   if "auto_map" in config:
     raise ValueError(f"{folder}/config.json has auto_map, code of its own, which is never run: "
                      "use a model that transformers knows by itself.")
   return config
 
 
-def _json(path):
-  """The object in a JSON file of a model's folder."""
-  try:
-    found = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): download it again.") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{path} is not a JSON object: download it again.")
-  return found
-
-
-def _files(folder):
-  """The safetensors files of a folder, by its index where it has one."""
-  if (folder / INDEX).exists():
-    names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
-  elif (folder / WEIGHTS).exists():
-    names = [WEIGHTS]
-  elif any(next(folder.glob(pattern), None) for pattern in PICKLES):
-    raise ValueError(f"{folder} has pickled weights only, and unpickling runs code: "
-                     "convert them to safetensors.")
-  else:
-    raise ValueError(f"{folder} has no weights: it needs {WEIGHTS} or {INDEX} and its shards.")
-  for name in names:
-    if pathlib.PurePath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-      raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is no safetensors file "
-                       "of this folder: download the model again.")
-    if not (folder / name).exists():
-      raise ValueError(f"{folder} lacks the shard {name}: finish its download.")
-  return [folder / name for name in names]
-
-
-def _open(path):
-  try:
-    return safetensors.safe_open(path, framework="numpy")
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is not whole ({error}): download it again.") from error
-
-
-def _stored(folder):
-  """{name: Stored} of every tensor of a folder, from the headers alone."""
-  found = {}
-  for path in _files(folder):
-    with _open(path) as file:
-      for name in file.keys():
-        if name in found:
-          raise ValueError(f"{path} has the weight {name}, and {found[name].file.name} has it too: "
-                           "download the model again.")
-        part = file.get_slice(name)
-        found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-  return found
-
-
-def _read(stored, index=slice(None)):
-  """A part of a tensor. The file is opened for it alone: what stays mapped counts as memory."""
-  with _open(stored.file) as file:
-    return file.get_slice(stored.name)[index]
-
-
-def _checked(folder, config, shapes):
-  """`_stored`, of a folder whose weights are those that config.json asks for."""
-  stored = _stored(folder)
-  _drop_copy_of_embedding(stored, config)
+def _checked(folder, config, shapes, same=shards.same):
+  """The headers of a folder whose weights are those that config.json asks for."""
+  stored = shards.headers(folder)
+  head, embedding = (stored.get(name) for name in (HEAD, EMBEDDING))
+  if config.tied and head and embedding:  # some tied checkpoints store the head besides
+    if not same(head, embedding):
+      raise ValueError(f"{HEAD} differs from {EMBEDDING} although config.json ties them: "
+                       "set tie_word_embeddings to false.")
+    del stored[HEAD]
   _check(folder, stored, config, shapes)
   return stored
 
@@ -291,16 +244,6 @@ def _names(config):
     for layer in range(config.layers) if weight.stacked else (None,):
       names[weight.name.format(layer)] = path, weight, layer
   return names
-
-
-def _drop_copy_of_embedding(stored, config):
-  """Forgets the head that some tied checkpoints store besides the embedding, if it is equal."""
-  head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-  if config.tied and head in stored and embedding in stored:
-    if not np.array_equal(_read(stored[head]), _read(stored[embedding])):
-      raise ValueError(f"{head} differs from {embedding} although config.json ties them: "
-                       "set tie_word_embeddings to false.")
-    del stored[head]
 
 
 def _check(folder, stored, config, shapes):
@@ -335,7 +278,7 @@ def _placed(stored, weight, shape, dtype, mesh):
     def part(index):
       index = [slice(*i.indices(size)[:2]) for i, size in zip(index, one, strict=True)]
       turn = _turned(weight, tuple(i.stop - i.start for i in index), dtype)
-      return _read(stored[name], weight.their_index(index, one)), turn
+      return shards.read(stored[name], weight.their_index(index, one)), turn
     if mesh is None:
       theirs, turn = part((slice(None),) * len(one))
       return turn(jax.device_put(theirs))
@@ -369,7 +312,7 @@ def _types(params, names, source, dtype):
   if dtype == "source":
     if source is None:
       raise ValueError('dtype="source" asks for the types of a source and none is given: name it.')
-    stored = _stored(pathlib.Path(source))
+    stored = shards.headers(pathlib.Path(source))
     return {name: STORED[stored[name].dtype] for name in names}
   dtypes = {x.dtype for x in params.values()}
   if dtype is None and len(dtypes) > 1:

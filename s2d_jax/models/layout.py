@@ -84,7 +84,12 @@ def refuse(json, key, *allowed):
 
 def rope(json):
   """(theta, scaling) from either spelling: `rope_parameters`, or `rope_theta` + `rope_scaling`."""
-  settings = dict(json.get("rope_parameters") or json.get("rope_scaling") or {})
+  settings = dict(json.get("rope_parameters") or {})
+  old = dict(json.get("rope_scaling") or {})
+  if settings and any(settings.get(key, value) != value for key, value in old.items()):
+    raise ValueError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
+                     "differ: keep the one that the weights were trained with.")
+  settings = settings or old
   theta = settings.pop("rope_theta", None) or need(json, "rope_theta")
   kind = settings.pop("rope_type", None) or settings.pop("type", "default")
   settings.pop("type", None)
@@ -106,8 +111,12 @@ def read(json, *, architecture, qk_norm, head_width, **run):
   width / heads.
   """
   refuse(json, "hidden_act", "silu")
-  refuse(json, "attention_bias", False)
-  refuse(json, "quantization_config")
+  for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+    refuse(json, key, False)
+  for key in ("num_experts", "num_local_experts", "quantization_config"):
+    refuse(json, key)
+  for kind in json.get("layer_types") or ():
+    refuse({"layer_types": kind}, "layer_types", "full_attention")
   theta, scaling = rope(json)
   width, heads = int(need(json, "hidden_size")), int(need(json, "num_attention_heads"))
   return decoder.Config(

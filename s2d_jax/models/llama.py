@@ -6,8 +6,8 @@ from s2d_jax.models.layout import Weight
 
 def config(json, **run):
   """The Config of a Llama config.json; what is not implemented is refused by its key."""
-  layout.refuse(json, "mlp_bias", False)
   layout.refuse(json, "pretraining_tp", 1)
+  layout.refuse(json, "sliding_window")
   return layout.read(json, architecture="llama", qk_norm=False, head_width=None, **run)
 
 

@@ -6,10 +6,6 @@ from s2d_jax.models.layout import Weight
 
 def config(json, **run):
   """The Config of a Qwen3 config.json; what is not implemented is refused by its key."""
-  layout.refuse(json, "use_sliding_window", False)
-  layout.refuse(json, "num_experts")
-  for kind in json.get("layer_types") or ():
-    layout.refuse({"layer_types": kind}, "layer_types", "full_attention")
   return layout.read(json, architecture="qwen3", qk_norm=True, head_width=128, **run)
 
 

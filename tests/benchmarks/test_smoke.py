@@ -21,13 +21,14 @@ RATES = {"tokens_per_second", "flops", "share_of_peak", "matmul_peak"}
 WAYS = {"blockwise", "direct", "gradients_apart"}
 KEYS = {
     "step": {"forward", "train", "flops", "compile_seconds", "memory", "forward_memory", "peers",
-             "matmul_peak"},
+             "matmul_peak", "profile"},
     "sampler": TIMED | COMPILED | RATES | {"seconds_per_decode_step"},
     "loss": {"logits_bytes", "negative_log_likelihood", "forward_kl", "reverse_kl", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
 }
-STEP = {"seconds", "repeats", "first", "first_loss", "tokens_per_second", "share_of_peak"}
+STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
+        "share_of_peak"}
 LOADING = {"seconds", "touch_seconds", "repeats", "bytes_per_second", "peak_above_start_bytes",
            "peak_anonymous_bytes", "peak_above_weights_bytes", "parameter_bytes"}
 
@@ -80,8 +81,11 @@ def test_step_beside_pytorch(tmp_path):
     for name in ("pytorch_eager", "pytorch_compiled"):
       assert set(result[what][name]) == STEP | {"peak_bytes"}
       # The same weights and tokens, so the same loss, at first and after an update of each.
-      mine, theirs = (result[what][who]["first_loss"] for who in ("ours", name))
-      assert theirs == pytest.approx(mine, rel=1e-5)
+      for when in ("first_loss", "last_loss"):
+        mine, theirs = (result[what][who][when] for who in ("ours", name))
+        assert theirs == pytest.approx(mine, rel=1e-5)
+    change = result["train"]["ours"]["last_loss"] - result["train"]["ours"]["first_loss"]
+    assert abs(change) > 1e-3  # an update is seen
 
 
 @pytest.mark.medium

@@ -23,7 +23,7 @@ def launch(workdir, bases, *flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Work folders of one process on (1,1,1) and of two on (2,1,1)."""
+  """Work folders of one process on (1,1,1), and of two on (1,2,1) with half the weights each."""
   folder = tmp_path_factory.mktemp("processes")
   job.bases(folder / "bases")
   with socket.socket() as free:
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
   alone = launch(folder / "one", folder / "bases")
   printed = alone.communicate(timeout=600)[0]
   assert alone.returncode == 0, printed
-  both = [launch(folder / "two", folder / "bases", "--mesh", "2,1,1", "--process", i,
+  both = [launch(folder / "two", folder / "bases", "--mesh", "1,2,1", "--process", i,
                  "--port", port) for i in "01"]
   for process in both:
     printed = process.communicate(timeout=600)[0]

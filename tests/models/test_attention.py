@@ -131,10 +131,27 @@ def test_splash_in_the_interpreter_is_the_reference(K):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), got, want)
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("shape, N, K", [
+MESHES = pytest.mark.parametrize("shape, N, K", [
     ((2, 1, 2), 4, 1), ((2, 1, 2), 4, 2), ((2, 1, 2), 4, 4), ((1, 2, 4), 4, 1), ((1, 2, 4), 4, 2),
     ((1, 2, 4), 4, 4), ((1, 1, 2), 6, 3)])
+
+
+@MESHES
+@pytest.mark.medium
+def test_the_library_form_on_a_mesh_is_the_reference_and_so_are_its_gradients(shape, N, K):
+  q, k, v, positions, segments = packed(K, N=N, T=151)
+  mask = attention.visible(positions, segments, positions, segments)
+  weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
+  def loss(how):
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
+  want = loss(lambda *qkv: attention.xla(*qkv, mask))(q, k, v)
+  with jax.set_mesh(sharding.make_mesh(shape)):
+    got = loss(lambda *qkv: attention.cudnn(*qkv, mask, implementation="xla"))(q, k, v)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), got, want)
+
+
+@MESHES
+@pytest.mark.medium
 def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, N, K):
   # Query heads over two or four devices; fewer key heads are then whole on each, and three key
   # heads of six have one whose queries are on two devices.
@@ -155,7 +172,12 @@ def test_the_backend_chooses(platform, dtype, width, cached, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, width, cached) == want
   assert attention.choose("xla", dtype, width, cached) == "xla"
-  assert attention.choose("splash", dtype, width, cached) == ("xla" if cached else "splash")
+  for how, needs in (("splash", "tpu"), ("cudnn", "gpu")):
+    if cached or platform == needs:
+      assert attention.choose(how, dtype, width, cached) == ("xla" if cached else how)
+    else:
+      with pytest.raises(ValueError, match=f"attention '{how}' needs a {needs} and this is a "):
+        attention.choose(how, dtype, width, cached)
 
 
 @pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])

@@ -1,6 +1,8 @@
 """The decoder's parts against NumPy, and its paths against each other."""
 
 import dataclasses
+import math
+import re
 import time
 
 import jax
@@ -191,7 +193,8 @@ def test_remat_changes_no_gradient(policy, tiny):
   def loss(model, params):
     return jnp.sum(model.apply(params, tokens(1), counted(1), ones(1))[0] ** 3)
   assert "remat" not in str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(model, params))
-  assert "remat" in str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(other, params))
+  program = str(jax.make_jaxpr(jax.grad(loss, 1), static_argnums=0)(other, params))
+  assert "remat" in program and ("<host>" in program) == (policy == "offload")
   want, got = (jax.jit(jax.grad(loss, 1), static_argnums=0)(m, params) for m in (model, other))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
@@ -206,38 +209,57 @@ def test_bfloat16_activations_are_near_float32(tiny):
   assert error < 0.05  # a dozen roundings of 2⁻⁹, some amplified
 
 
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+
+
 def on_meshes(model, params, what, *args):
-  """`what(params, *args)` under jit on one device and on eight, and the eight's parameters."""
+  """[`what(params, *args)` under jit on each of MESHES], and the last one's parameters."""
   results = []
-  for shape in ((1, 1, 1), (2, 2, 2)):
+  for shape in MESHES:
     mesh = sharding.make_mesh(shape)
     with jax.set_mesh(mesh):
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
       results.append(jax.device_get(jax.jit(what)(placed, *sharding.put_batch(args, mesh))))
-  return *results, placed
+  return results, placed
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("K", [1, 2, 8])
 def test_eight_devices_are_one(K, tiny_json, randomized):
-  model = models.get(tiny_json("qwen3", num_key_value_heads=K))
-  one, eight, placed = on_meshes(
-      model, randomized(model), lambda *args: model.apply(*args)[0], tokens(4), counted(4), ones(4))
-  kv = placed["layers"]["attn"]["k"].sharding.shard_shape((2, 32, K, 16))
-  assert kv == (2, 16, 1, 16)  # width over fsdp; two heads over tensor, one head replicated
-  np.testing.assert_allclose(eight, one, atol=2e-5)
+  # 300 tokens: attention in several pieces.
+  model = models.get(tiny_json("qwen3", num_attention_heads=8, num_key_value_heads=K, head_dim=8))
+  def logits(params, *args):
+    return jnp.einsum("BTD,VD->BTV", model.apply(params, *args)[0], model.unembed(params))
+  (one, *others), placed = on_meshes(
+      model, randomized(model), logits, tokens(8, 300), counted(8, 300), ones(8, 300))
+  kv = placed["layers"]["attn"]["k"].sharding.shard_shape((2, 32, K, 8))
+  assert kv == (2, 16, max(1, K // 2), 8)  # width over fsdp; heads over tensor, one replicated
+  for other in others:
+    np.testing.assert_allclose(other, one, atol=3e-5)
 
 
 @pytest.mark.medium
 def test_gradients_on_eight_devices_are_those_on_one(tiny_json, randomized):
-  model = models.get(tiny_json("llama", num_key_value_heads=1))
+  model = models.get(tiny_json("llama", num_attention_heads=8, num_key_value_heads=2, head_dim=8))
   def loss(params, *args):
     return jnp.mean(model.apply(params, *args)[0] ** 3)
-  one, eight, _ = on_meshes(
-      model, randomized(model), jax.grad(loss), tokens(4), counted(4), ones(4))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one)
+  (one, *others), _ = on_meshes(
+      model, randomized(model), jax.grad(loss), tokens(8, 150), counted(8, 150), ones(8, 150))
+  for other in others:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, one)
+
+
+def test_a_decode_reads_a_cache_of_key_heads_alone(tiny_json):
+  # 13 slots of two key heads of six: no array of the program has those for the eight query heads.
+  model = models.get(tiny_json("llama", num_attention_heads=8, num_key_value_heads=2, head_dim=6))
+  cache = decoder.empty_cache(model.config, 3, 13)
+  text = jax.jit(model.apply).lower(models.shapes(model.config), tokens(3, 1), counted(3, 1),
+                                    ones(3, 1), cache).compile().as_text()
+  shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+  held = [math.prod(shape) for shape in shapes if 13 in shape and 6 in shape]
+  assert max(held) == 2 * 3 * 13 * 2 * 6  # the cache of both layers, and nothing larger
 
 
 @pytest.mark.medium

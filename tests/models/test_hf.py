@@ -1,5 +1,6 @@
 """Hugging Face folders: there and back, on meshes, whole or not at all, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from s2d_jax import models, sharding
-from s2d_jax.models import hf
+from s2d_jax.models import hf, shards
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_a_folder_without_weights_is_refused(door, saved):
 def test_pickles_are_refused(name, saved):
   folder, _, _ = saved
   (folder / "model.safetensors").rename(folder / name)
-  with pytest.raises(ValueError, match="pickled weights only.*convert them to safetensors"):
+  with pytest.raises(ValueError, match=f"pickled weights only .{name}., and unpickling runs code"):
     hf.load(folder)
 
 
@@ -306,8 +307,79 @@ def test_a_file_cut_short_is_refused(saved):
   folder, _, _ = saved
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match="model.safetensors is not whole"):
+  last = list(safetensors_header(path))[-1]
+  with pytest.raises(ValueError, match=f"model.safetensors is not whole .*, {last} is cut short"):
     hf.load(folder)
+
+
+def safetensors_header(path):
+  """Names of a file's tensors in the order of their bytes, from the format's own description."""
+  data = path.read_bytes()
+  about = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+  about.pop("__metadata__", None)
+  return sorted(about, key=lambda name: about[name]["data_offsets"][0])
+
+
+@pytest.mark.parametrize("index", [{"a": 1}, ["x"], None])
+def test_an_index_that_is_none_is_refused(index, saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+  with pytest.raises(ValueError, match="has no weight_map of tensors to files"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda names: names.pop("model.norm.weight"), "model.norm.weight is in no shard and it is in"),
+    (lambda names: names.update(ghost="model.safetensors"),
+     "ghost is in model.safetensors and it is in no shard")])
+def test_an_index_that_is_wrong_is_refused(change, said, saved):
+  folder, _, _ = saved
+  names = dict.fromkeys(safetensors_header(folder / "model.safetensors"), "model.safetensors")
+  change(names)
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+  with pytest.raises(ValueError, match=said):
+    hf.load(folder)
+
+
+def test_a_kill_between_two_renames_loses_nothing(saved, monkeypatch):
+  # Where folders cannot be exchanged: the process is killed after the old one was moved aside.
+  folder, model, params = saved
+  monkeypatch.setattr(hf, "_exchanged", lambda a, b: False)
+  rename, done = type(folder).rename, []
+  def killed(self, to):
+    if done:
+      raise KeyboardInterrupt
+    done.append(rename(self, to))
+  monkeypatch.setattr(type(folder), "rename", killed)
+  with pytest.raises(KeyboardInterrupt):
+    hf.save(folder, model, jax.tree.map(lambda x: x + 1, params))
+  assert not folder.exists()
+  monkeypatch.setattr(type(folder), "rename", rename)
+  assert_equal(hf.load(folder)[1], params)
+  hf.save(folder, model, params)
+  assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_adapters_are_not_dropped_in_silence(saved, tmp_path):
+  _, model, params = saved
+  made = models.build(dataclasses.replace(model.config, lora=models.Lora(2, 4.0, ("q",))))
+  with pytest.raises(ValueError, match="a model with adapters has no Hugging Face folder"):
+    hf.save(tmp_path / "new", made, params)
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_tied_head_is_compared_a_few_rows_at_a_time(tiny_json, randomized, tmp_path, monkeypatch):
+  model = models.get(tiny_json("qwen3", tie_word_embeddings=True))
+  folder = hf.save(tmp_path / "model", model, randomized(model))
+  edit_weights(folder, lambda tensors: tensors.update(
+      {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+  read, sizes = shards.read, []
+  monkeypatch.setattr(shards, "ROWS", 10)
+  monkeypatch.setattr(shards, "read", lambda *args: sizes.append(args[0].name) or read(*args))
+  hf.check(folder)
+  assert not sizes  # headers alone
+  hf.load(folder)
+  assert sizes[:10] == ["lm_head.weight", "model.embed_tokens.weight"] * 5  # 48 rows
 
 
 def test_a_header_beyond_all_bounds_is_refused(saved):
@@ -402,12 +474,12 @@ def test_every_tensor_is_the_sources_byte_for_byte(saved, tmp_path):
 
 def test_the_host_holds_one_layer_at_a_time_and_reads_its_own_part(saved, monkeypatch):
   folder, model, params = saved
-  read, sizes = hf._read, []
+  read, sizes = shards.read, []
   def counted(stored, index=slice(None)):
     part = read(stored, index)
     sizes.append((stored.name, part.size))
     return part
-  monkeypatch.setattr(hf, "_read", counted)
+  monkeypatch.setattr(shards, "read", counted)
   assert_equal(hf.load(folder, sharding.make_mesh((1, 2, 2)))[1], params)
   largest = 48 * 32  # the embedding; a layer's largest is 40 x 32
   assert max(size for _, size in sizes) <= largest

@@ -9,6 +9,7 @@ import pathlib
 import types
 
 import jax
+import optax
 import pytest
 
 from configs import common
@@ -17,9 +18,11 @@ from s2d_jax.models import layout
 
 LIST = pathlib.Path(__file__).parent / "layout.json"
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
-FEW = "qwen3-1.7b with 4 key heads"  # fewer than eight devices: whole on each
 MODELS = {name: models.get(name).config for name in ("qwen3-1.7b", "qwen3-8b", "llama-3.3-70b")}
-MODELS[FEW] = dataclasses.replace(MODELS["qwen3-1.7b"], kv_heads=4)
+# Fewer key heads than eight devices: whole on each.
+MODELS["qwen3-1.7b with 4 key heads"] = dataclasses.replace(MODELS["qwen3-1.7b"], kv_heads=4)
+MODELS["qwen3-1.7b with adapters"] = dataclasses.replace(
+    MODELS["qwen3-1.7b"], lora=models.Lora(16, 32.0, models.decoder.ADAPTED))
 
 
 def spelled(where):
@@ -31,17 +34,18 @@ def spelled(where):
 
 
 def places(config, shape):
-  """{path: layout} of a model's weights and of AdamW's slots on a mesh."""
+  """{path: layout} of what is trained of a model, of its frozen rest and of AdamW's two moments."""
   mesh = sharding.make_mesh(shape)
   shapes = models.shapes(config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(mesh, models.axes(config), shapes))
+  trained, rest = (params, {}) if config.lora is None else models.split(config, params)
   hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10)
-  state = update.abstract(optim.make(hp, models.axes(config)), mesh, params)
-  weights = {path: spelled(x.sharding) for path, x in layout.flat(params).items()}
-  slots = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-  twice = [spelled(x.sharding) for x in jax.tree.leaves(params)] * 2
-  assert [spelled(x.sharding) for x in slots] == twice  # both of Adam's moments, as the weights
-  return weights
+  state = update.abstract(optim.make(hp, models.trained(config)), mesh, trained)
+  moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
+  return {f"{kind}{path}": spelled(x.sharding)
+          for kind, tree in (("", trained), ("frozen ", rest), ("mu ", moments["mu"]),
+                             ("nu ", moments["nu"]))
+          for path, x in layout.flat(tree).items()}
 
 
 def listed():

@@ -66,20 +66,29 @@ def test_defaults_of_head_dim(tiny_json):
   assert models.get(json | {"model_type": "qwen3"}).config.head_width == 128  # Qwen3Config's own
 
 
-@pytest.mark.parametrize("family, key, value", [
-    ("qwen3", "use_sliding_window", True),
-    ("qwen3", "layer_types", ["full_attention", "sliding_attention"]),
-    ("qwen3", "num_experts", 8),
-    ("qwen3", "attention_bias", True),
-    ("qwen3", "quantization_config", {"quant_method": "fp8"}),
-    ("qwen3", "hidden_act", "gelu"),
-    ("llama", "attention_bias", True),
-    ("llama", "mlp_bias", True),
-    ("llama", "hidden_act", "relu"),
-    ("llama", "pretraining_tp", 2)])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("key, value", [
+    ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
+    ("num_experts", 8), ("num_local_experts", 8), ("attention_bias", True), ("mlp_bias", True),
+    ("quantization_config", {"quant_method": "fp8"}), ("hidden_act", "gelu")])
 def test_what_is_not_implemented_is_refused_by_its_key(family, key, value, tiny_json):
   with pytest.raises(ValueError, match=f"config.json asks for {key}=.*not implemented"):
     models.get(tiny_json(family, **{key: value}))
+
+
+@pytest.mark.parametrize("key, value", [("pretraining_tp", 2), ("sliding_window", 128)])
+def test_what_llama_alone_has_is_refused_by_its_key(key, value, tiny_json):
+  with pytest.raises(ValueError, match=f"config.json asks for {key}=.*not implemented"):
+    models.get(tiny_json("llama", **{key: value}))
+
+
+def test_two_spellings_that_differ_are_refused(tiny_json):
+  both = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+          "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+  with pytest.raises(ValueError, match="rope_parameters=.* and rope_scaling=.*, which differ"):
+    models.get(tiny_json("qwen3", **both))
+  both["rope_scaling"] = {"rope_type": "default"}
+  assert models.get(tiny_json("qwen3", **both)).config.rope_scaling is None
 
 
 @pytest.mark.parametrize("rope", [

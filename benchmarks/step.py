@@ -140,6 +140,7 @@ class Peer:
     """Ends the process."""
     self.process.stdin.close()
     self.process.wait()
+    self.process.stdout.close()
 
 
 def peers(ours, sizes, scratch):

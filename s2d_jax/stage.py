@@ -89,7 +89,7 @@ def _learner(made, node, workdir, mesh):
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
   seed = zlib.crc32(f"{made.config.seed} {node.stage.name} adapters".encode())
-  return train.Role(model, models.adapters(model, jax.random.key(seed))), learner.params
+  return train.Role(model, models.adapters(model, seed)), learner.params
 
 
 def _work(made, node, workdir, mesh):

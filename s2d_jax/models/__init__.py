@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2d_jax import sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
@@ -125,17 +126,22 @@ def split(config, tree):
           layout.nest({path: x for path, x in flat.items() if path not in own}))
 
 
-def adapters(model, key):
+def adapters(model, seed):
   """New adapters of a model whose config.lora is set, on the current mesh: B is zero, A drawn.
 
-  With them the model computes what it does without.
+  With them the model computes what it does without. `seed` is an integer.
   """
   mesh, config = sharding.current_mesh(), model.config
   where = None
-  if mesh is not None:
+  if mesh is None:
+    seed = jax.device_put(np.uint32(seed))
+  else:
     where = sharding.weight_shardings(mesh, split(config, axes(config))[0],
                                       split(config, shapes(config))[0])
-  return jax.jit(lambda key: split(config, model.init(key))[0], out_shardings=where)(key)
+    seed = sharding.put(np.uint32(seed), sharding.replicated(mesh))
+  def draw(seed):
+    return split(config, model.init(jax.random.key(seed)))[0]
+  return jax.jit(draw, out_shardings=where)(seed)
 
 
 def merge(config, params):

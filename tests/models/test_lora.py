@@ -62,7 +62,7 @@ def test_the_adapters_are_two_matrices_beside_each_target(targets, base):
 def test_new_adapters_change_nothing(base):
   model, params = base
   made = adapted(model)
-  new = models.adapters(made, jax.random.key(0))
+  new = models.adapters(made, 0)
   assert all(np.any(x) == path.endswith("_a") for path, x in layout.flat(new).items())
   np.testing.assert_array_equal(features(made, update.join(new, params)), features(model, params))
 
@@ -104,7 +104,7 @@ def test_an_update_moves_the_adapters_alone(shape, base):
   with jax.set_mesh(mesh):
     place = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
     frozen = jax.tree.map(jax.device_put, jax.device_get(params), place)
-    new = models.adapters(made, jax.random.key(0))
+    new = models.adapters(made, 0)
     first = jax.device_get(new)
     optimizer = optim.make(HP, models.trained(made.config))
     state = update.init(optimizer, mesh, new)

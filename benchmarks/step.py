@@ -66,7 +66,7 @@ class Ours:
     self.guided = objective in (objectives.forward_kl, objectives.reverse_kl)
     guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
     self.optimizer = optim.make(SimpleNamespace(
-        lr=1e-3, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
+        lr=1e-4, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
         b2=0.999, eps=1e-8), models.axes(self.model.config))
     hp = SimpleNamespace(microbatches=sizes.microbatches, block=sizes.block, clip_low=0.2,
                          clip_high=0.2, kl="none", kl_coef=0.0)

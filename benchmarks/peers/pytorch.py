@@ -34,7 +34,10 @@ def main(folder, tokens, dtype, how):
   with np.load(tokens) as arrays:
     inputs, targets = (torch.tensor(arrays[name]).long().to(device)
                        for name in ("inputs", "targets"))
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+  norms = [p for p in model.parameters() if p.ndim < 2]  # not decayed, as ours
+  optimizer = torch.optim.AdamW(
+      [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+       {"params": norms, "weight_decay": 0.0}], lr=1e-4, fused=True)
 
   def loss(inputs, targets):
     with narrow:

@@ -85,7 +85,7 @@ def test_step_beside_pytorch(tmp_path):
         mine, theirs = (result[what][who][when] for who in ("ours", name))
         assert theirs == pytest.approx(mine, rel=1e-5)
     change = result["train"]["ours"]["last_loss"] - result["train"]["ours"]["first_loss"]
-    assert abs(change) > 1e-3  # an update is seen
+    assert abs(change) > 1e-4  # an update is seen
 
 
 @pytest.mark.medium

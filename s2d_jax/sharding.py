@@ -62,7 +62,11 @@ def constrain(x, *names):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(ACTIVATION_RULES, names, x.shape, mesh.shape))
+  where = spec(ACTIVATION_RULES, names, x.shape, mesh.shape)
+  if mesh.manual_axes:  # inside `on_rows`: those axes are not there to be split over
+    where = PartitionSpec(*(axes if axes not in (*mesh.manual_axes, mesh.manual_axes) else None
+                            for axes in where))
+  return jax.lax.with_sharding_constraint(x, where)
 
 
 def on_shards(f, axis, args, names, out_names):
@@ -83,6 +87,28 @@ def on_shards(f, axis, args, names, out_names):
   def local(*args):
     return f(0 if carrier is None else jax.lax.axis_index(carrier), *args)
   return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+
+def on_rows(f, rows, wholes):
+  """f(rows, wholes) -> (rows, totals) on each device's own rows; totals are added up once, after f.
+
+  For a loop whose running total would otherwise be added up over devices at every turn. `rows` and
+  the first result are trees of arrays whose first axis is the batch; `wholes` and the totals are the
+  same on every device, but for what XLA splits over `tensor`, inside f as outside.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = ACTIVATION_RULES["batch"]
+  size = jax.tree.leaves(rows)[0].shape[0]
+  if mesh.empty or _fits(size, axes, mesh.shape) is None or all(mesh.shape[a] == 1 for a in axes):
+    return f(rows, wholes)
+
+  def local(rows, wholes):
+    out, totals = f(rows, wholes)
+    return out, jax.lax.psum(totals, axes)
+
+  return jax.shard_map(
+      local, axis_names=set(axes), in_specs=(PartitionSpec(axes), PartitionSpec()),
+      out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(rows, wholes)
 
 
 def platform():

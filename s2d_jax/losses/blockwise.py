@@ -1,18 +1,22 @@
-"""The two doors from features to losses; no array of [all tokens, vocabulary] exists behind either.
+"""The two doors from features to losses; no array of [tokens, vocabulary] exists behind either.
 
-Logits are formed for about `block` tokens at a time, and once more in the backward pass. A block is
-the same few positions of every row, at least one, so that rows stay spread over devices. A head is
-the pair (features_BTD, weight_VD); the weight is cast to the type of the features, products are
-accumulated in float32.
+Logits are formed for `block` tokens of a device at a time. `logp` forms them again on the way back,
+because it cannot know what will be asked of it; `divergence` is told, and has its gradients formed
+before a block's logits are gone. The gradient of the unembedding is added up in float32 on each
+device over its own tokens, and over devices once, after the last block.
+
+A head is the pair (features_BTD, weight_VD); the weight is cast to the type of the features,
+products are accumulated in float32.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from s2d_jax import sharding
 from s2d_jax.losses import tokens
-from s2d_jax.sharding import constrain
 
 
 class Head(NamedTuple):
@@ -27,59 +31,179 @@ def logp(head, targets_BT, block):
   Equal to `tokens.log_prob` and `tokens.entropy` of the logits, differentiable in the head for any
   cotangent: every policy-gradient loss is a function of logp_BT.
   """
-  features_BTD, weight_VD = head
-
-  def on_block(features_BtD, targets_Bt):
-    logits_BtV = _logits(features_BtD, weight_VD)
-    return tokens.log_prob(logits_BtV, targets_Bt), tokens.entropy(logits_BtV)
-
-  return _over_blocks(on_block, block, features_BTD, targets_BT)
+  return _logp(*head, targets_BT, block)
 
 
-def divergence(f, student_head, guide_head, weight_BT, block):
-  """Weighted sum of a per-token divergence and its values: (Σ weight · f, value_BT).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logp(features_BTD, weight_VD, targets_BT, block):
+  def on_rows(rows, wholes):
+    def on_block(features_btD, targets_bt):
+      return _of_target(_logits(features_btD, wholes), targets_bt)
+    return _map(on_block, block, rows), ()
+  return sharding.on_rows(on_rows, (features_BTD, targets_BT), _cast(weight_VD, features_BTD))[0]
 
-  `f(student_logits, guide_logits)` maps [B, t, V] twice to [B, t], as `kl.forward_kl` does. The sum
-  is differentiable; value_BT is for reading and carries no gradient. Where the weight is 0 the
-  value is left out, whatever it is.
+
+def _logp_forth(features_BTD, weight_VD, targets_BT, block):
+  return _logp(features_BTD, weight_VD, targets_BT, block), (features_BTD, weight_VD, targets_BT)
+
+
+def _logp_back(block, saved, cotangents):
+  features_BTD, weight_VD, targets_BT = saved
+  def on_rows(rows, wholes):
+    def on_block(dweight_VD, features_btD, targets_bt, *cotangents_bt):
+      logits_btV = _logits(features_btD, wholes)
+      _, back = jax.vjp(lambda logits_btV: _of_target(logits_btV, targets_bt), logits_btV)
+      return _into(dweight_VD, back(cotangents_bt)[0], features_btD, wholes)
+    return _scan(on_block, block, _zeros(wholes), rows)
+  dfeatures_BTD, dweight_VD = sharding.on_rows(
+      on_rows, (features_BTD, targets_BT, *cotangents), _cast(weight_VD, features_BTD))
+  return dfeatures_BTD, dweight_VD.astype(weight_VD.dtype), None
+
+
+_logp.defvjp(_logp_forth, _logp_back)
+
+
+def _of_target(logits_btV, targets_bt):
+  return tokens.log_prob(logits_btV, targets_bt), tokens.entropy(logits_btV)
+
+
+def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
+  """Weighted sum of a per-token loss and what it found: (Σ weight · loss, found).
+
+  The sum is differentiable in the student's head and in no other argument; its gradient is formed
+  with it, so that no logits are computed twice. What is found is for reading and carries none.
+  Where the weight is 0 a loss is left out, whatever it is.
+
+  Args:
+    f: f(student_logits, guide_logits, *more) maps [B, t, V], [B, t, V] and [B, t] each to the loss
+      [B, t], as `kl.forward_kl` does, or to a tuple of such arrays with the loss first.
+    guide_head: None gives f None. Where the vocabularies are padded to different sizes, what both
+      have is compared.
+    more_BT: arrays that f also reads, such as the targets.
+
+  Returns:
+    The sum, a scalar, and what f returned, for every token, [B, T].
   """
-  student_BTD, student_VD = student_head
-  guide_BTD, guide_VD = guide_head
-
-  def on_block(student_BtD, guide_BtD):
-    return f(_logits(student_BtD, student_VD), _logits(guide_BtD, guide_VD))
-
-  value_BT = _over_blocks(on_block, block, student_BTD, guide_BTD)
-  total = jnp.sum(value_BT * weight_BT, where=weight_BT > 0)
-  return total, jax.lax.stop_gradient(value_BT)
+  if guide_head is not None and guide_head[1].shape[0] != student_head[1].shape[0]:
+    V = min(guide_head[1].shape[0], student_head[1].shape[0])
+    student_head, guide_head = ((x, weight_VD[:V]) for x, weight_VD in (student_head, guide_head))
+  return _divergence(f, block, tuple(student_head), guide_head and tuple(guide_head), weight_BT,
+                     more_BT)
 
 
-def _logits(features_BtD, weight_VD):
-  logits_BtV = jnp.einsum("BTD,VD->BTV", features_BtD, weight_VD.astype(features_BtD.dtype),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _divergence(f, block, student, guide, weight_BT, more_BT):
+  def on_rows(rows, wholes):
+    def on_block(student_btD, guide_btD, _, *more_bt):
+      return _values(f, _logits(student_btD, wholes[0]), guide_btD, wholes[1], more_bt)
+    return _map(on_block, block, rows), ()
+  rows, wholes = _split(student, guide, weight_BT, more_BT)
+  found, _ = sharding.on_rows(on_rows, rows, wholes)
+  return _total(found, weight_BT), found
+
+
+def _divergence_forth(f, block, student, guide, weight_BT, more_BT):
+  def on_rows(rows, wholes):
+    def on_block(dweight_VD, student_btD, guide_btD, weight_bt, *more_bt):
+      logits_btV = _logits(student_btD, wholes[0])
+      found, back = jax.vjp(
+          lambda logits_btV: _values(f, logits_btV, guide_btD, wholes[1], more_bt), logits_btV)
+      # The loss's cotangent is its weight; what is found besides has none.
+      first, *rest = jax.tree.leaves(found)
+      cotangents = [weight_bt.astype(first.dtype), *(jnp.zeros_like(x) for x in rest)]
+      dlogits_btV, = back(jax.tree.unflatten(jax.tree.structure(found), cotangents))
+      dlogits_btV = jnp.where(weight_bt[..., None] > 0, dlogits_btV, 0.0)
+      dweight_VD, dstudent_btD = _into(dweight_VD, dlogits_btV, student_btD, wholes[0])
+      return dweight_VD, (found, dstudent_btD)
+    return _scan(on_block, block, _zeros(wholes[0]), rows)
+  rows, wholes = _split(student, guide, weight_BT, more_BT)
+  (found, dfeatures_BTD), dweight_VD = sharding.on_rows(on_rows, rows, wholes)
+  saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
+  return (_total(found, weight_BT), found), saved
+
+
+def _divergence_back(f, block, saved, cotangents):
+  dfeatures_BTD, dweight_VD, weight_VD, *rest = saved
+  scale = cotangents[0]
+  student = ((dfeatures_BTD * scale.astype(dfeatures_BTD.dtype)),
+             (dweight_VD * scale).astype(weight_VD.dtype))
+  return student, *jax.tree.map(_no_gradient, rest)
+
+
+_divergence.defvjp(_divergence_forth, _divergence_back)
+
+
+def _split(student, guide, weight_BT, more_BT):
+  """(what rows have, what all have) of the arguments of a divergence."""
+  rows = student[0], guide and guide[0], weight_BT, *more_BT
+  return rows, (_cast(student[1], student[0]), guide and _cast(guide[1], guide[0]))
+
+
+def _values(f, logits_btV, guide_btD, guide_VD, more_bt):
+  return f(logits_btV, None if guide_btD is None else _logits(guide_btD, guide_VD), *more_bt)
+
+
+def _total(found, weight_BT):
+  return jnp.sum(jax.tree.leaves(found)[0] * weight_BT, where=weight_BT > 0)
+
+
+def _no_gradient(x):
+  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
+
+
+def _cast(weight_VD, features_BTD):
+  """The weight as the loop multiplies by it: whole rows, in the type of the features."""
+  return sharding.constrain(weight_VD, "vocab", "embed").astype(features_BTD.dtype)
+
+
+def _zeros(weight_VD):
+  return sharding.constrain(jnp.zeros(weight_VD.shape, jnp.float32), "vocab", "embed")
+
+
+def _logits(features_btD, weight_VD):
+  logits_btV = jnp.einsum("btD,VD->btV", features_btD, weight_VD,
                           preferred_element_type=jnp.float32)
-  return constrain(logits_BtV, "batch", "time", "vocab")
+  return sharding.constrain(logits_btV, "batch", "time", "vocab")
 
 
-def _over_blocks(f, block, *xs):
-  """`f` on [B, t, ...] pieces of each [B, T, ...] in turn, with B·t ≤ block or t = 1; joined."""
-  B, T = xs[0].shape[:2]
+def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
+  """(dweight_VD with a block's part added, the gradient of the block's features)."""
+  dlogits_btV = dlogits_btV.astype(features_btD.dtype)
+  more_VD = jnp.einsum("btV,btD->VD", dlogits_btV, features_btD,
+                       preferred_element_type=jnp.float32)
+  dfeatures_btD = jnp.einsum("btV,VD->btD", dlogits_btV, weight_VD,
+                             preferred_element_type=jnp.float32)
+  return (sharding.constrain(dweight_VD + more_VD, "vocab", "embed"),
+          dfeatures_btD.astype(features_btD.dtype))
+
+
+def _map(on_block, block, rows):
+  """on_block of 1 x block tokens after the other, joined."""
+  _, out = _scan_blocks(lambda _, *xs: ((), on_block(*xs)), block, (), rows)
+  return out
+
+
+def _scan(on_block, block, start, rows):
+  """The same of one that also carries something: (out, the last of what is carried)."""
+  last, out = _scan_blocks(on_block, block, start, rows)
+  return out, last
+
+
+def _scan_blocks(on_block, block, start, rows):
   if block < 1:
     raise ValueError(f"block is {block}: give the tokens per block of the loss, at least 1.")
-  t = min(max(block // B, 1), T)
-  n = -(-T // t)
+  B, T = jax.tree.leaves(rows)[0].shape[:2]
+  size = min(block, B * T)
+  n = -(-B * T // size)
 
-  def split(x):  # the last block is filled up with zeros, whose finite results `join` drops
-    # Both sides are pinned to whole rows: left free, XLA may spread the features over other axes
-    # and has then computed wrong gradients through the filling (jax 0.10.2, mesh (2, 2, 2)).
-    whole = ("time",) * (x.ndim - 2)
-    x = constrain(x, "batch", "time", *whole)
-    x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
-    x_nBt = jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
-    return constrain(x_nBt, "time", "batch", "time", *whole)
+  def split(x_BT):  # the last block is filled up with zeros, whose finite results `join` drops
+    x_N = x_BT.reshape(B * T, *x_BT.shape[2:])
+    x_N = jnp.pad(x_N, [(0, n * size - B * T)] + [(0, 0)] * (x_N.ndim - 1))
+    return x_N.reshape(n, 1, size, *x_N.shape[1:])
 
-  def join(y_nBt):
-    return jnp.moveaxis(y_nBt, 0, 1).reshape(B, n * t)[:, :T]
+  def join(x_nbt):
+    return x_nbt.reshape(n * size, *x_nbt.shape[3:])[: B * T].reshape(B, T, *x_nbt.shape[3:])
 
-  # Inside a loop nothing can be shared between forward and backward, so the guard is not needed.
-  checkpointed = jax.checkpoint(lambda pieces: f(*pieces), prevent_cse=False)
-  return jax.tree.map(join, jax.lax.map(checkpointed, tuple(map(split, xs))))
+  last, out = jax.lax.scan(lambda carried, xs: on_block(carried, *xs), start,
+                           jax.tree.map(split, rows))
+  return last, jax.tree.map(join, out)

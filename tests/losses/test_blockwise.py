@@ -1,6 +1,8 @@
 """Both doors against the readable losses on full logits, block sizes that divide and do not."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ RNG = np.random.default_rng(0)
 TARGETS_BT = RNG.integers(V, size=(B, T))
 WEIGHT_BT = jnp.asarray(RNG.random((B, T)) * (RNG.random((B, T)) > 0.3), jnp.float32)
 COTANGENTS = [jnp.asarray(RNG.normal(size=(B, T)), jnp.float32) for _ in range(2)]
-BLOCKS = pytest.mark.parametrize("block", [1, 6, 64])  # 1, 3 and 7 of the 7 positions
+BLOCKS = pytest.mark.parametrize("block", [1, 6, 7, 64])  # of 14 tokens: some divide, some do not
 DIRECTIONS = pytest.mark.parametrize("f", [kl.forward_kl, kl.reverse_kl])
 
 
@@ -60,10 +62,10 @@ def test_divergence_equals_the_direct_form(f, block):
   def door(student, guide):
     return blockwise.divergence(f, student, guide, WEIGHT_BT, block)
 
-  (total, value_BT), grads = jax.jit(
-      jax.value_and_grad(door, argnums=(0, 1), has_aux=True))(STUDENT, GUIDE)
+  (total, value_BT), grads = jax.jit(jax.value_and_grad(door, has_aux=True))(STUDENT, GUIDE)
   want, want_grads = jax.jit(
-      jax.value_and_grad(direct_divergence, argnums=(1, 2)), static_argnums=0)(f, STUDENT, GUIDE)
+      jax.value_and_grad(direct_divergence, argnums=1), static_argnums=0)(f, STUDENT, GUIDE)
+  assert door(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)  # without a gradient
   np.testing.assert_allclose(total, want, rtol=1e-5)
   np.testing.assert_allclose(value_BT, f(full_logits(STUDENT), full_logits(GUIDE)), rtol=1e-5)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads, want_grads)
@@ -109,45 +111,136 @@ def test_a_block_without_tokens_is_refused(block):
     blockwise.logp(STUDENT, TARGETS_BT, block)
 
 
+def test_what_is_found_besides_the_loss_is_read_in_the_same_pass():
+  def f(student_BTV, guide_BTV, targets_BT):
+    return (kl.reverse_kl(student_BTV, guide_BTV),
+            {"entropy": tokens.entropy(student_BTV), "logp": tokens.log_prob(student_BTV, targets_BT)})
+  (total, (value_BT, found)), grads = jax.value_and_grad(
+      lambda s: blockwise.divergence(f, s, GUIDE, WEIGHT_BT, 6, TARGETS_BT), has_aux=True)(STUDENT)
+  logp_BT, entropy_BT = direct_logp(STUDENT)
+  np.testing.assert_allclose(found["entropy"], entropy_BT, rtol=1e-5)
+  np.testing.assert_allclose(found["logp"], logp_BT, rtol=1e-5)
+  want, want_grads = jax.value_and_grad(
+      lambda s: direct_divergence(kl.reverse_kl, s, GUIDE))(STUDENT)
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads, want_grads)
+
+
+def test_a_loss_of_the_student_alone():
+  def nll(student_BTV, _, targets_BT):
+    return tokens.negative_log_likelihood(student_BTV, targets_BT)
+  total, grads = jax.value_and_grad(
+      lambda s: blockwise.divergence(nll, s, None, WEIGHT_BT, 6, TARGETS_BT)[0])(STUDENT)
+  want, want_grads = jax.value_and_grad(
+      lambda s: -jnp.sum(WEIGHT_BT * direct_logp(s)[0]))(STUDENT)
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads, want_grads)
+
+
+@DIRECTIONS
+def test_vocabularies_padded_to_different_sizes_are_compared_on_what_both_have(f):
+  def padded(head, rows):
+    more = np.random.default_rng(5).normal(size=(rows, head.weight_VD.shape[1])).astype(np.float32)
+    return head._replace(weight_VD=jnp.concatenate([head.weight_VD, more * 9]))
+  want, want_grads = jax.value_and_grad(lambda s: direct_divergence(f, s, GUIDE))(STUDENT)
+  for student, guide in ((padded(STUDENT, 3), GUIDE), (STUDENT, padded(GUIDE, 2))):
+    total, grads = jax.value_and_grad(
+        lambda s, g=guide: blockwise.divergence(f, s, g, WEIGHT_BT, 6)[0])(student)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    np.testing.assert_allclose(grads.weight_VD[:V], want_grads.weight_VD, atol=1e-5)
+    np.testing.assert_array_equal(grads.weight_VD[V:], 0.0)
+
+
+def test_a_token_without_weight_has_no_gradient_whatever_it_holds():
+  def wild(student_BTV, guide_BTV):
+    return kl.reverse_kl(student_BTV, guide_BTV) * jnp.inf
+  grads = jax.grad(
+      lambda s: blockwise.divergence(wild, s, GUIDE, jnp.zeros((B, T)), 6)[0])(STUDENT)
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
+
+
 def arrays_in(jaxpr):
-  """Shapes of everything a program computes, loops and checkpoints looked into."""
+  """Shapes of everything a program computes, loops looked into."""
   for eqn in jaxpr.eqns:
     yield from (v.aval.shape for v in eqn.outvars)
     for inner in jaxprs_in_params(eqn.params):
       yield from arrays_in(inner)
 
 
-def test_no_array_of_all_tokens_by_vocabulary():
-  def doors(student, guide):
-    logp_BT, entropy_BT = blockwise.logp(student, TARGETS_BT, 4)
-    total, _ = blockwise.divergence(kl.reverse_kl, student, guide, WEIGHT_BT, 4)
-    return total + logp_BT.sum() + entropy_BT.sum()
+def doors(student, guide, targets_BT, weight_BT, block):
+  """A loss that enters both."""
+  logp_BT, entropy_BT = blockwise.logp(student, targets_BT, block)
+  parts = (blockwise.divergence(kl.reverse_kl, student, guide, weight_BT, block)[0],
+           jnp.sum(logp_BT * weight_BT), jnp.sum(entropy_BT * weight_BT))
+  return sum(parts), parts
 
-  program = jax.make_jaxpr(jax.grad(doors))(STUDENT, GUIDE)
-  sizes = [int(np.prod(shape)) for shape in arrays_in(program.jaxpr) if V in shape]
-  assert max(sizes) == 4 * V  # one block of logits: seen, and nothing larger
+
+def test_no_array_of_all_tokens_by_vocabulary():
+  program = jax.make_jaxpr(jax.value_and_grad(doors, has_aux=True), static_argnums=4)(
+      STUDENT, GUIDE, TARGETS_BT, WEIGHT_BT, 4)
+  shapes = [shape for shape in arrays_in(program.jaxpr) if V in shape and shape[0] != V]
+  assert max(int(np.prod(shape)) for shape in shapes) == 4 * V  # one block of logits, no more
+
+
+def on_mesh(shape, axes=("data", "fsdp", "tensor"), rows=8, T=48, D=32, V=96):
+  """(mesh, heads and batch laid out on it) with sizes that tell axes apart."""
+  mesh = sharding.make_mesh(shape)
+  rng = np.random.default_rng(4)
+  def head(width):
+    weight = (rng.normal(size=(V, width)) * width**-0.5).astype(np.float32)
+    features = rng.normal(size=(rows, T, width)).astype(np.float32)
+    where = sharding.weight_sharding(mesh, ("vocab", "embed"), weight.shape)
+    return blockwise.Head(*sharding.put_batch((features,), mesh), jax.device_put(weight, where))
+  batch = sharding.put_batch((rng.integers(V, size=(rows, T)).astype(np.int32),
+                              rng.random((rows, T)).astype(np.float32)), mesh)
+  return mesh, (head(D), head(D + 8), *batch)
+
+
+def loops(text):
+  """The lines of a compiled program that run in a loop: bodies of `while` and what they call."""
+  found = re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+  computations = dict(found)
+  inside, todo = set(), re.findall(r"body=%([\w.-]+)", text)
+  while todo:
+    name = todo.pop()
+    if name not in inside:
+      inside.add(name)
+      todo += [n for n in re.findall(r"%([\w.-]+)", computations[name]) if n in computations]
+  return [line for name in inside for line in computations[name].splitlines()]
+
+
+def reduced(lines):
+  """Elements of each array that a line adds up over devices."""
+  for line in lines:
+    if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line):
+      for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", re.split(" (all-r|reduce-s)", line)[0]):
+        yield math.prod(map(int, dims.split(",")))
 
 
 @pytest.mark.medium
-def test_the_mesh_changes_nothing():
-  rng = np.random.default_rng(4)
-  features_BTD = rng.normal(size=(8, T, 8)).astype(np.float32)
-  weight_VD = rng.normal(size=(16, 8)).astype(np.float32)
-  targets_BT = rng.integers(16, size=(8, T))
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(shape):
+  mesh, args = on_mesh(shape)
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(doors, has_aux=True), static_argnums=4).lower(*args, 16).compile().as_text()
+  own = 96 * 32 // shape[2]  # a device's part of the vocabulary, whole rows
+  everywhere, inside = list(reduced(text.splitlines())), list(reduced(loops(text)))
+  assert [size for size in everywhere if size >= own // 8]  # the search finds what it looks for
+  assert max(inside, default=0) <= 16 * 40  # in the loop: a block of features over `tensor`, at most
+  sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+  assert 8 * 48 // (shape[0] * shape[1]) * 96 // shape[2] not in sizes  # a device's whole logits
 
-  def loss(head, targets_BT):
-    logp_BT, entropy_BT = blockwise.logp(head, targets_BT, 24)
-    return jnp.sum(logp_BT + 0.1 * entropy_BT)
 
+@pytest.mark.medium
+@pytest.mark.parametrize("block", [5, 16])
+def test_the_mesh_changes_nothing(block):
   def run(shape):
-    mesh = sharding.make_mesh(shape)
-    weight = jax.device_put(
-        weight_VD, sharding.weight_sharding(mesh, ("vocab", "embed"), weight_VD.shape))
-    features, targets = sharding.put_batch((features_BTD, targets_BT), mesh)
+    mesh, args = on_mesh(shape)
     with jax.set_mesh(mesh):
-      return jax.device_get(jax.jit(jax.value_and_grad(loss))((features, weight), targets))
-
+      step = jax.jit(jax.value_and_grad(doors, has_aux=True), static_argnums=4)
+      (_, parts), grads = jax.device_get(step(*args, block))
+      return parts, grads
   want = run((1, 1, 1))
-  for shape in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-                 run(shape), want)
+  for shape in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
+    for got, right in zip(jax.tree.leaves(run(shape)), jax.tree.leaves(want), strict=True):
+      assert np.abs(got - right).max() <= 1e-6 * np.abs(right).max(), shape

@@ -1,10 +1,12 @@
-"""Group-relative policy optimisation: advantages of a group of samples, and the clipped surrogate.
+"""Group-relative policy optimisation: advantages of a group of samples, surrogates, corrections.
 
 Advantages are plain array code for the host (NumPy in, NumPy out; JAX arrays work too). A group is
 a row: the G samples of one prompt.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def group_advantages_centred(reward_PG):
@@ -60,3 +62,108 @@ def clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
   raised_BT = (advantage_BT > 0) & (ratio_BT > 1 + high)
   lowered_BT = (advantage_BT < 0) & (ratio_BT < 1 - low)
   return raised_BT | lowered_BT
+
+
+def dual_clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high, most):
+  """The clipped surrogate whose loss is bounded where A < 0 as well.
+
+    L = −max(min(r·A, clip(r)·A), most·A)  where A < 0,  else −min(r·A, clip(r)·A).
+
+  Without the bound, a token that π has made far likelier than π_old did (r ≫ 1) and that was wrong
+  gives a loss as large as its ratio. `most` > 1 is the c of Ye et al. 2020
+  (https://arxiv.org/abs/1912.09729, eq. 5). Log-probabilities in nats, [B, T].
+  """
+  loss_BT = clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high)
+  return jnp.where(advantage_BT < 0, jnp.minimum(loss_BT, -most * advantage_BT), loss_BT)
+
+
+def sequence_mean(x_BT, mask_BT, segments_BT):
+  """Mean of x over the masked tokens of each token's own sequence, at each of its tokens: [B, T].
+
+  A sequence is a segment of a row, so packed rows have several; 0 where a sequence has none.
+  """
+  total_BT = _over_sequence(jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0), segments_BT)
+  count_BT = _over_sequence(mask_BT.astype(jnp.float32), segments_BT)
+  return total_BT / jnp.maximum(count_BT, 1.0)
+
+
+def _over_sequence(x_BT, segments_BT):
+  """Sum of x over each token's own segment of its row, at each of the tokens."""
+  def totals(x_T, segments_T):
+    return jax.ops.segment_sum(x_T, segments_T, len(x_T) + 1)[segments_T]
+  return jax.vmap(totals)(x_BT, segments_BT)
+
+
+def gspo(logp_BT, old_logp_BT, advantage_BT, low, high, mask_BT, segments_BT):
+  """Group sequence policy optimisation: one ratio a sequence, length-normalised, and one clip.
+
+    L = −min(s·A, clip(s, 1 − low, 1 + high)·A),   s = (π(y)/π_old(y))^(1/|y|).
+
+  At each token of y, so that a sequence's mean is its loss (https://arxiv.org/abs/2507.18071, eq. 5
+  and 7). Log-probabilities in nats, [B, T]; `mask_BT` says which tokens are y's.
+  """
+  log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
+  log_s_BT = sequence_mean(log_ratio_BT, mask_BT, segments_BT)
+  return clipped_surrogate(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, low, high)
+
+
+def cispo(logp_BT, old_logp_BT, advantage_BT, low, high):
+  """Policy gradient under a clipped importance weight: every token keeps a gradient.
+
+    L = −sg[clip(r, 1 − low, 1 + high)]·A·log π(a),   r = π(a) / π_old(a).
+
+  MiniMax-M1 (https://arxiv.org/abs/2506.13585, eq. 4). Log-probabilities in nats, [B, T].
+  """
+  logp_BT = logp_BT.astype(jnp.float32)
+  ratio_BT = jnp.exp(jax.lax.stop_gradient(logp_BT) - old_logp_BT.astype(jnp.float32))
+  return -jnp.clip(ratio_BT, 1 - low, 1 + high) * advantage_BT * logp_BT
+
+
+def mismatch_ratio(old_logp_BT, sampler_logp_BT, mask_BT, segments_BT, level):
+  """π_old(a) / μ(a): how much likelier the trainer finds what the sampler drew. No gradient.
+
+  "token": of each token; "sequence": the product over the response, unbiased and of high variance.
+  Log-probabilities in nats, [B, T]; μ is the distribution that was sampled from, its temperature and
+  truncation included.
+
+  Raises:
+    ValueError: an unknown level.
+  """
+  log_BT = jnp.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0)
+  if level == "sequence":
+    log_BT = _over_sequence(log_BT, segments_BT)
+  elif level != "token":
+    raise ValueError(f"level is {level!r}: choose \"token\" or \"sequence\".")
+  return jax.lax.stop_gradient(jnp.where(mask_BT, jnp.exp(log_BT), 1.0))
+
+
+def truncated(ratio_BT, most):
+  """min(ratio, most): truncated importance sampling of the gap between sampler and trainer.
+
+  Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; biased,
+  and bounded. Multiplies a loss, [B, T].
+  """
+  return jnp.minimum(ratio_BT, most)
+
+
+def masked(ratio_BT, least, most):
+  """The ratio where it is in [least, most], else 0: tokens too far apart are left out.
+
+  IcePop (Ring-1T, https://arxiv.org/abs/2510.18855). Multiplies a loss, [B, T].
+  """
+  return jnp.where((ratio_BT >= least) & (ratio_BT <= most), ratio_BT, 0.0)
+
+
+def overlong_punishment(length_B, longest, cache):
+  """What DAPO adds to the reward of a response of that many tokens, in [−1, 0]; NumPy.
+
+    0 up to longest − cache, then −(length − (longest − cache)) / cache, and −1 beyond longest.
+
+  https://arxiv.org/abs/2503.14476, eq. 13.
+  """
+  return -np.clip((length_B - (longest - cache)) / cache, 0.0, 1.0).astype(np.float32)
+
+
+def zero_variance(reward_PG):
+  """bool_P: the groups whose rewards are all equal, whose advantages are 0."""
+  return np.asarray(reward_PG).max(axis=1) == np.asarray(reward_PG).min(axis=1)

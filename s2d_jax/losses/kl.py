@@ -2,12 +2,20 @@
 
 Exact forms take finite logits [B, T, V] and are differentiated at each visited prefix: the effect
 of earlier tokens on which prefixes are visited is ignored (GKD, https://arxiv.org/abs/2306.13649;
-MiniLLM, https://arxiv.org/abs/2306.08543, keeps that term). Temperature is 1 on both sides. Every
-result is float32 nats, [B, T], unreduced.
+MiniLLM, https://arxiv.org/abs/2306.08543, keeps that term). A temperature divides its side's logits
+before the softmax; nothing is multiplied back. Every result is float32 nats, [B, T], unreduced.
+
+Each gradient is written out, so that equal logits give a gradient of exactly zero. Left to autodiff
+it is what remains of Σ p − 1 after rounding, and a finished student never comes to rest.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+LOWEST = -1e30  # a logit of no probability, finite
+SUPPORTS = ("teacher", "student", "union", "intersection")
 
 
 @jax.custom_jvp
@@ -19,8 +27,6 @@ def _kl(p_logits_BTV, q_logits_BTV):
 
 @_kl.defjvp
 def _kl_jvp(logits, tangents):
-  # In closed form, so that p = q gives a gradient of exactly zero. Left to autodiff it is what
-  # remains of Σ p − 1 after rounding, and a finished student never comes to rest.
   log_p_BTV, log_q_BTV = map(jax.nn.log_softmax, logits)
   p_BTV, q_BTV = jnp.exp(log_p_BTV), jnp.exp(log_q_BTV)
   log_ratio_BTV = log_p_BTV - log_q_BTV
@@ -30,26 +36,193 @@ def _kl_jvp(logits, tangents):
   return kl_BT, jnp.sum(in_p_BTV * tangents[0] + in_q_BTV * tangents[1], axis=-1)
 
 
-def forward_kl(student_logits_BTV, teacher_logits_BTV):
+def forward_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
+               teacher_temperature=1.0):
   """KL(teacher ‖ student) at each position, in nats: the student must cover.
 
     KL(p ‖ q) = Σ_v p(v) · (log p(v) − log q(v)),   p teacher, q student.
 
-  Its gradient in the student's logits is q − p. Token-level distillation at temperature 1 (Hinton
-  et al. 2015, https://arxiv.org/abs/1503.02531).
+  Its gradient in the student's logits is (q − p) / student_temperature. Token-level distillation
+  (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
   """
-  return _kl(teacher_logits_BTV.astype(jnp.float32), student_logits_BTV.astype(jnp.float32))
+  return _kl(_warm(teacher_logits_BTV, teacher_temperature),
+             _warm(student_logits_BTV, student_temperature))
 
 
-def reverse_kl(student_logits_BTV, teacher_logits_BTV):
+def reverse_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
+               teacher_temperature=1.0):
   """KL(student ‖ teacher) at each position, in nats: the student must not stray.
 
     KL(p ‖ q) = Σ_v p(v) · (log p(v) − log q(v)),   p student, q teacher.
 
-  Its gradient in the student's logits is p · (log p/q − KL(p ‖ q)). On the student's own samples
-  this is on-policy distillation (GKD, https://arxiv.org/abs/2306.13649).
+  Its gradient in the student's logits is p · (log p/q − KL(p ‖ q)) / student_temperature. On the
+  student's own samples this is on-policy distillation (GKD, https://arxiv.org/abs/2306.13649).
   """
-  return _kl(student_logits_BTV.astype(jnp.float32), teacher_logits_BTV.astype(jnp.float32))
+  return _kl(_warm(student_logits_BTV, student_temperature),
+             _warm(teacher_logits_BTV, teacher_temperature))
+
+
+def _warm(logits_BTV, temperature):
+  return logits_BTV.astype(jnp.float32) / temperature
+
+
+def jsd(student_logits_BTV, teacher_logits_BTV, pi, student_temperature=1.0,
+        teacher_temperature=1.0):
+  """Generalised Jensen–Shannon divergence at each position, in nats: between the two directions.
+
+    JSD = π · KL(p ‖ m) + (1 − π) · KL(q ‖ m),   m = π p + (1 − π) q,   p teacher, q student.
+
+  π in (0, 1) is the teacher's share of the mixture (GKD, https://arxiv.org/abs/2306.13649, eq. 1);
+  JSD / π goes to KL(p ‖ q), the forward one, as π goes to 0, and JSD / (1 − π) to the reverse one
+  as π goes to 1. Its gradient in the student's logits is q · (g − Σ q g) / student_temperature,
+  g = (1 − π) · (log q − log m).
+
+  Raises:
+    ValueError: π is not between 0 and 1.
+  """
+  if not 0 < pi < 1:
+    raise ValueError(f"pi is {pi}, the teacher's share of a mixture: choose it between 0 and 1, or "
+                     "take forward_kl or reverse_kl, which its ends go to.")
+  return _jsd(_warm(student_logits_BTV, student_temperature),
+              _warm(teacher_logits_BTV, teacher_temperature), pi)
+
+
+def _mixed(student_BTV, teacher_BTV, pi):
+  """(q, log m/q, p, log m/p) from float32 logits: 0 to the last bit where both are equal."""
+  log_q_BTV, log_p_BTV = jax.nn.log_softmax(student_BTV), jax.nn.log_softmax(teacher_BTV)
+  gap_BTV = log_p_BTV - log_q_BTV
+  # log(1 − π + π e^gap), by the form whose exponential does not overflow.
+  low_BTV = jnp.log1p(pi * jnp.expm1(jnp.minimum(gap_BTV, 0.0)))
+  high_BTV = gap_BTV + jnp.log1p((1 - pi) * jnp.expm1(-jnp.maximum(gap_BTV, 0.0)))
+  over_q_BTV = jnp.where(gap_BTV > 0, high_BTV, low_BTV)
+  return jnp.exp(log_q_BTV), over_q_BTV, jnp.exp(log_p_BTV), over_q_BTV - gap_BTV
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _jsd(student_BTV, teacher_BTV, pi):
+  q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(student_BTV, teacher_BTV, pi)
+  return -jnp.sum(pi * p_BTV * over_p_BTV + (1 - pi) * q_BTV * over_q_BTV, axis=-1)
+
+
+@_jsd.defjvp
+def _jsd_jvp(pi, logits, tangents):
+  q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(*logits, pi)
+  def pulled(p_BTV, g_BTV):
+    return p_BTV * (g_BTV - jnp.sum(p_BTV * g_BTV, axis=-1, keepdims=True))
+  in_q_BTV = pulled(q_BTV, -(1 - pi) * over_q_BTV)
+  in_p_BTV = pulled(p_BTV, -pi * over_p_BTV)
+  return _jsd(*logits, pi), jnp.sum(in_q_BTV * tangents[0] + in_p_BTV * tangents[1], axis=-1)
+
+
+def top_k_forward_kl(student_logits_BTV, teacher_logits_BTV, k, support="teacher"):
+  """`top_k_reverse_kl` the other way, KL(teacher ‖ student) on as many outcomes: (kl_BT, masses)."""
+  return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=True)
+
+
+def top_k_reverse_kl(student_logits_BTV, teacher_logits_BTV, k, support="student"):
+  """KL(student ‖ teacher) on the tokens of a support and one outcome more, all the rest.
+
+    Σ_{v ∈ S} p(v) · log p(v)/q(v) + p(rest) · log p(rest)/q(rest),   p student, q teacher.
+
+  A divergence of two distributions, so never negative and no more than the full one (the
+  data-processing inequality); without the rest it is neither. The support is the k most probable
+  tokens of the "teacher" or the "student", their "union" or "intersection", and is not
+  differentiated.
+
+  Returns:
+    The divergence, [B, T], and the masses that the support holds: {"student_mass", "teacher_mass"}.
+
+  Raises:
+    ValueError: an unknown support.
+  """
+  return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=False)
+
+
+def _top_k(student_BTV, teacher_BTV, k, support, forward):
+  student_BTV, teacher_BTV = student_BTV.astype(jnp.float32), teacher_BTV.astype(jnp.float32)
+  inside_BTV = _support(student_BTV, teacher_BTV, k, support)
+  pair = (teacher_BTV, student_BTV) if forward else (student_BTV, teacher_BTV)
+  return _kl_with_rest(*pair, inside_BTV), _masses(student_BTV, teacher_BTV, inside_BTV)
+
+
+def _masses(student_BTV, teacher_BTV, inside_BTV):
+  return {f"{who}_mass": jax.lax.stop_gradient(
+              jnp.sum(jax.nn.softmax(x_BTV), axis=-1, where=inside_BTV))
+          for who, x_BTV in (("student", student_BTV), ("teacher", teacher_BTV))}
+
+
+def _support(student_BTV, teacher_BTV, k, support):
+  """bool_BTV: the tokens at or above the k-th largest logit; more than k where that one is tied."""
+  if support not in SUPPORTS:
+    raise ValueError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
+  def top(x_BTV):
+    x_BTV = jax.lax.stop_gradient(x_BTV)
+    return x_BTV >= jax.lax.top_k(x_BTV, k)[0][..., -1:]
+  found = {"teacher": lambda: top(teacher_BTV), "student": lambda: top(student_BTV),
+           "union": lambda: top(student_BTV) | top(teacher_BTV),
+           "intersection": lambda: top(student_BTV) & top(teacher_BTV)}
+  return found[support]()
+
+
+@jax.custom_jvp
+def _kl_with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
+  p_BTV, _, ratio_BTV = _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV)
+  return jnp.sum(p_BTV * ratio_BTV, axis=-1)
+
+
+@_kl_with_rest.defjvp
+def _kl_with_rest_jvp(logits, tangents):
+  # A token outside shares the ratio of all the rest, inside it has its own.
+  p_BTV, q_BTV, ratio_BTV = _with_rest(*logits)
+  kl_BT = jnp.sum(p_BTV * ratio_BTV, axis=-1)
+  in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
+  in_q_BTV = -q_BTV * jnp.expm1(ratio_BTV)
+  return kl_BT, jnp.sum(in_p_BTV * tangents[0] + in_q_BTV * tangents[1], axis=-1)
+
+
+def _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
+  """(p, q, log p/q of each token's outcome)."""
+  log_p_BTV, log_q_BTV = jax.nn.log_softmax(p_logits_BTV), jax.nn.log_softmax(q_logits_BTV)
+  def rest(log_BTV):  # log-mass outside, finite where there is nothing outside
+    return jax.nn.logsumexp(jnp.where(inside_BTV, LOWEST, log_BTV), axis=-1, keepdims=True)
+  ratio_BTV = jnp.where(inside_BTV, log_p_BTV - log_q_BTV, rest(log_p_BTV) - rest(log_q_BTV))
+  return jnp.exp(log_p_BTV), jnp.exp(log_q_BTV), ratio_BTV
+
+
+def intersection_reverse_kl(student_logits_BTV, teacher_logits_BTV, k):
+  """KL(student ‖ teacher), both renormalised on what is among the k most probable of both.
+
+    Σ_{v ∈ S} p̄(v) · sg[log p̄(v)/q̄(v)],   p̄, q̄ the student and the teacher given S.
+
+  0, and no gradient, where they share nothing. Because p̄ sums to one on S, stopping the gradient of
+  the log-ratio changes none ("The Many Faces of On-Policy Distillation",
+  https://arxiv.org/abs/2605.11182, whose choice it is, with k = 20). It does not see what is
+  outside.
+
+  Returns:
+    The divergence and the masses, as `top_k_reverse_kl`.
+  """
+  student_BTV, teacher_BTV = (x.astype(jnp.float32)
+                              for x in (student_logits_BTV, teacher_logits_BTV))
+  inside_BTV = _support(student_BTV, teacher_BTV, k, "intersection")
+  kl_BT = _kl(*(jnp.where(inside_BTV, x, LOWEST) for x in (student_BTV, teacher_BTV)))
+  return kl_BT, _masses(student_BTV, teacher_BTV, inside_BTV)
+
+
+def sampled_reverse_kl(logp_BT, teacher_logp_BT, baseline_BT=0.0):
+  """The policy-gradient form of reverse KL, from the sampled token, in nats.
+
+    L = log p(a)/q(a),   ∇L = (log p(a)/q(a) − b) · ∇ log p(a),   a sampled from p.
+
+  The value is k1's, unbiased; so is the gradient, that of KL(p ‖ q) at the visited prefix, for any
+  baseline b that does not depend on a (Tinker's on-policy distillation has none; KL(p ‖ q) itself,
+  the mean of the log-ratio, lowers the variance). p student, q teacher, log-probabilities
+  in nats, [B, T]. Differentiating k1 by itself would lose the teacher: `k1_as_loss`.
+  """
+  p_BT = logp_BT.astype(jnp.float32)
+  ratio_BT = jax.lax.stop_gradient(p_BT - teacher_logp_BT.astype(jnp.float32))
+  baseline_BT = jax.lax.stop_gradient(baseline_BT)
+  return ratio_BT + (ratio_BT - baseline_BT) * (p_BT - jax.lax.stop_gradient(p_BT))
 
 
 def forward_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
@@ -112,6 +285,19 @@ def k3(logp_BT, reference_logp_BT):
   """
   log_ratio_BT = reference_logp_BT.astype(jnp.float32) - logp_BT.astype(jnp.float32)
   return jnp.expm1(log_ratio_BT) - log_ratio_BT
+
+
+def k3_corrected(logp_BT, reference_logp_BT, old_logp_BT):
+  """k3 of samples of an older policy, weighted by the importance ratio, in nats.
+
+    π(a)/π_old(a) · k3(π, π_ref),   a sampled from π_old.
+
+  The value is unbiased for KL(π ‖ π_ref) whatever π has become, and so is the gradient, which that
+  of k3 alone is not even where π = π_old. DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556).
+  Log-probabilities in nats, [B, T].
+  """
+  ratio_BT = jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
+  return ratio_BT * k3(logp_BT, reference_logp_BT)
 
 
 def k1_as_loss(logp_BT, reference_logp_BT):

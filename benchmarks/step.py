@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from configs import common
 from s2d_jax import ledger, models, objectives, optim, rollout, sharding, update
 from s2d_jax.losses import blockwise
 from s2d_jax.models import hf
@@ -47,6 +48,7 @@ def random_batch(vocab_size, rows, tokens):
   ones = np.ones((rows, tokens), np.int32)
   return rollout.Batch(
       inputs_BT=ids(), targets_BT=ids(), segments_BT=ones, weight_BT=ones.astype(np.float32),
+      count_BT=ones.astype(np.float32),
       positions_BT=np.tile(np.arange(tokens, dtype=np.int32), (rows, 1)), advantage_BT=normal(),
       old_logp_BT=normal(-10.0), sampler_logp_BT=normal(-10.0),
       sequence_BT=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, tokens)))
@@ -68,8 +70,8 @@ class Ours:
     self.optimizer = optim.make(SimpleNamespace(
         lr=1e-4, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
         b2=0.999, eps=1e-8), models.axes(self.model.config))
-    hp = SimpleNamespace(microbatches=sizes.microbatches, block=sizes.block, clip_low=0.2,
-                         clip_high=0.2, kl="none", kl_coef=0.0)
+    hp = SimpleNamespace(**common.grpo(), **common.reverse(),
+                         microbatches=sizes.microbatches, block=sizes.block)
     place = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
     self.state = update.init(self.optimizer, mesh, jax.device_put(params, place))

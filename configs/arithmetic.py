@@ -43,11 +43,13 @@ def get_config(arg=""):
   config.stages = {
       "teacher_grpo": common.stage(40, 32, rl, optim[1e-3], block=B) | common.grpo(),
       "teacher_sft": common.stage(40, 64, given, optim[1e-3], block=B),
-      "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
+      "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
+                    | common.distil(top_k=4),
       "weighted_fkl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
-                      | {"pass_samples": 8},
+                      | common.distil(top_k=4) | {"pass_samples": 8},
       "sft": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
-      "reverse_kl": common.stage(30, 64, four, optim[2e-3], minibatches=4, block=B),
+      "reverse_kl": common.stage(30, 64, four, optim[2e-3], minibatches=4, block=B)
+                    | common.reverse(top_k=4),
       "student_grpo": common.stage(100, 32, rl, optim[1e-3], minibatches=2, block=B)
                       | common.grpo(),
   }

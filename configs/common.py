@@ -44,10 +44,10 @@ def stage(steps, prompts, sampling, optim, epochs=1, minibatches=1, microbatches
           block=4096, eval_every=0, save_every=50, log_samples=4, adapters=None):
   """What every row of the recipe reads.
 
-  A step draws `prompts` problems; `mean` is "token" or "sequence"; `block` is how many tokens'
-  logits exist at once; `eval_every` 0 never evaluates on the way; `adapters` are arguments of
-  `lora`. The blocks are copied: a ConfigDict keeps a dict that stands in two places as one, and an
-  override would change both.
+  A step draws `prompts` problems; `mean` is "token", "sequence" or "constant"; `block` is how many
+  tokens' logits exist at once on a device; `eval_every` 0 never evaluates on the way; `adapters`
+  are arguments of `lora`. The blocks are copied: a ConfigDict keeps a dict that stands in two
+  places as one, and an override would change both.
   """
   return {"steps": steps, "prompts": prompts, "sampling": dict(sampling), "optim": dict(optim),
           "epochs": epochs, "minibatches": minibatches, "microbatches": microbatches, "mean": mean,
@@ -60,10 +60,36 @@ def lora(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
   return {"rank": rank, "alpha": alpha, "targets": targets}
 
 
-def grpo(advantages="group", clip_low=0.2, clip_high=0.2, kl="none", kl_coef=0.0):
-  """What a row with rewards reads besides: advantages "group" (divided by std) or "centred"."""
-  return {"advantages": advantages, "clip_low": clip_low, "clip_high": clip_high, "kl": kl,
-          "kl_coef": kl_coef}
+def grpo(advantages="group", surrogate="clipped", clip_low=0.2, clip_high=0.2, clip_most=3.0,
+         kl="none", kl_coef=0.0, mismatch="none", mismatch_level="token", mismatch_least=0.5,
+         mismatch_most=2.0):
+  """What a row with rewards reads besides; the names stand in `objectives`.
+
+  advantages: "group" (divided by its standard deviation) or "centred". surrogate: "clipped",
+  "dual_clipped" (bounded by clip_most), "gspo", "cispo". kl: "none", "k2", "k3", "k3_corrected",
+  "exact". mismatch of sampler and trainer: "none", "truncate", "mask", by "token" or "sequence".
+  """
+  return {"advantages": advantages, "surrogate": surrogate, "clip_low": clip_low,
+          "clip_high": clip_high, "clip_most": clip_most, "kl": kl, "kl_coef": kl_coef,
+          "mismatch": mismatch, "mismatch_level": mismatch_level,
+          "mismatch_least": mismatch_least, "mismatch_most": mismatch_most}
+
+
+def distil(form="full", top_k=64, support="teacher", student_temperature=1.0,
+           teacher_temperature=1.0):
+  """What a row with a guide reads besides; "full" is the exact divergence.
+
+  form: "full" or "top_k" (with all the rest as one outcome more); for reverse KL also
+  "intersection" and "sampled". support: of the top k, "teacher", "student", "union" or
+  "intersection".
+  """
+  return {"form": form, "top_k": top_k, "support": support,
+          "student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+
+
+def reverse(baseline=True, **how):
+  """`distil` for reverse KL; the sampled form has the exact divergence as its baseline or none."""
+  return distil(**how) | {"baseline": baseline}
 
 
 def shrink(config):
@@ -125,9 +151,9 @@ def math(arg):
   bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
   config.stages = {
       "teacher_grpo": rl(), "teacher_sft": transfer(1, microbatches=4, block=1024),
-      "forward_kl": transfer(8, **bridge), "sft": transfer(8, **bridge),
-      "weighted_fkl": transfer(8, **bridge) | {"pass_samples": 8},
-      "reverse_kl": transfer(8, **bridge), "student_grpo": rl()}
+      "forward_kl": transfer(8, **bridge) | distil(), "sft": transfer(8, **bridge),
+      "weighted_fkl": transfer(8, **bridge) | distil() | {"pass_samples": 8},
+      "reverse_kl": transfer(8, **bridge) | reverse(), "student_grpo": rl()}
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
   config.validation = {"split": "validation", "problems": 32,
                        "sampling": sampling(1, T, **decoding)}

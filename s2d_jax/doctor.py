@@ -96,12 +96,14 @@ def _check_stage(place, hp, stage):
                      "out of every arm.")
   if hp.eval_every < 0:
     raise ValueError(f"{place}.eval_every is {hp.eval_every}: choose 0 (never) or more.")
-  rollout.token_weights((1,), hp.mean)  # its own check
+  rollout.token_weights((1,), hp.mean, 1)  # its own check
   if stage.reward and hp.advantages not in objectives.ADVANTAGES:
     raise ValueError(f"{place}.advantages is {hp.advantages!r}: choose one of "
                      f"{', '.join(objectives.ADVANTAGES)}.")
   if stage.objective is objectives.clipped_surrogate:
     objectives.check_penalty(hp)
+  if stage.objective in (objectives.forward_kl, objectives.reverse_kl):
+    objectives.check_form(stage.objective, hp)
   if stage.actor == "given" and hp.sampling.samples_per_prompt != 1:
     raise ValueError(f"{place}.sampling.samples_per_prompt is {hp.sampling.samples_per_prompt} and "
                      "a problem has one given solution: set it to 1.")

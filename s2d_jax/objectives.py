@@ -2,22 +2,36 @@
 
 Each returns {name: (sum, count)} with "loss" among the names; `update` adds the pairs over
 microbatches and divides once. The sum is over tokens, weighted by batch.weight_BT, and the count is
-the sum of the weights. Heads are pairs (features_BTD, weight_VD); guide_head is None without a
+that of batch.count_BT. Heads are pairs (features_BTD, weight_VD); guide_head is None without a
 guide. `READS` names the config keys each objective reads.
 """
 
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.losses import blockwise, grpo, kl
+from s2d_jax.losses import blockwise, grpo, kl, tokens
 
 ADVANTAGES = {"group": grpo.group_advantages, "centred": grpo.group_advantages_centred}
-KL_PENALTIES = {"k2": kl.k2, "k3": kl.k3}
+KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
+                "k3": lambda logp, reference, old: kl.k3(logp, reference),
+                "k3_corrected": kl.k3_corrected}
+SURROGATES = {  # (logp, old logp, advantage, batch, hp) -> loss, all [B, T]
+    "clipped": lambda new, old, a, batch, hp: grpo.clipped_surrogate(
+        new, old, a, hp.clip_low, hp.clip_high),
+    "dual_clipped": lambda new, old, a, batch, hp: grpo.dual_clipped_surrogate(
+        new, old, a, hp.clip_low, hp.clip_high, hp.clip_most),
+    "gspo": lambda new, old, a, batch, hp: grpo.gspo(
+        new, old, a, hp.clip_low, hp.clip_high, batch.weight_BT > 0, batch.segments_BT),
+    "cispo": lambda new, old, a, batch, hp: grpo.cispo(new, old, a, hp.clip_low, hp.clip_high)}
+MISMATCHES = {
+    "truncate": lambda ratio_BT, hp: grpo.truncated(ratio_BT, hp.mismatch_most),
+    "mask": lambda ratio_BT, hp: grpo.masked(ratio_BT, hp.mismatch_least, hp.mismatch_most)}
 
 
-def summed(x_BT, weight_BT):
-  """(Σ weight · x, Σ weight); where the weight is 0, x is left out, whatever it is."""
-  return jnp.sum(x_BT * weight_BT, where=weight_BT > 0), jnp.sum(weight_BT)
+def summed(x_BT, batch):
+  """(Σ weight · x, Σ count); where the weight is 0, x is left out, whatever it is."""
+  weight_BT = batch.weight_BT
+  return jnp.sum(x_BT * weight_BT, where=weight_BT > 0), jnp.sum(batch.count_BT)
 
 
 def logp(head, batch, hp):
@@ -28,20 +42,24 @@ def logp(head, batch, hp):
 def negative_log_likelihood(student_head, guide_head, batch, hp):
   """Supervised fine-tuning: −log π of each target, in nats."""
   del guide_head
-  logp_BT, entropy_BT = logp(student_head, batch, hp)
-  return {"loss": summed(-logp_BT, batch.weight_BT),
-          "entropy": summed(entropy_BT, batch.weight_BT)}
+  def f(logits_BTV, _, targets_BT):
+    return (tokens.negative_log_likelihood(logits_BTV, targets_BT),
+            {"entropy": tokens.entropy(logits_BTV)})
+  return _direct(f, student_head, None, batch, hp, batch.targets_BT)
 
 
 def clipped_surrogate(student_head, guide_head, batch, hp):
-  """GRPO: the clipped surrogate on batch.advantage_BT, plus hp.kl_coef times a KL to the guide.
+  """GRPO: a surrogate on batch.advantage_BT, plus hp.kl_coef times a KL to the guide.
 
-    L = clipped_surrogate(π, π_old, A; clip_low, clip_high) + kl_coef · k(π, π_ref).
+    L = w · surrogate(π, π_old, A) + kl_coef · KL(π, π_ref).
 
-  k is hp.kl: "k2", "k3" or "none". Without a penalty a guide is not looked at.
+  The surrogate is hp.surrogate, a name in SURROGATES, and the KL hp.kl: an estimate from the
+  sampled token in KL_PENALTIES, "exact" over the vocabulary, or "none"; without one a guide is not
+  looked at. w corrects for a sampler that is not the trainer (hp.mismatch, a name in MISMATCHES)
+  and is 1 with "none"; the ratio it is made of is logged as it is.
 
   Raises:
-    ValueError: hp.kl is "k1" or unknown, or a penalty is asked for and there is no guide.
+    ValueError: hp.kl is "k1", a name is unknown, or a KL is asked for and there is no guide.
   """
   check_penalty(hp)
   weight_BT = batch.weight_BT
@@ -49,29 +67,94 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
   # A token without weight may hold anything, and 0 · anything can be NaN: give it ratio 1, A = 0.
   old_logp_BT = jnp.where(weight_BT > 0, batch.old_logp_BT, jax.lax.stop_gradient(logp_BT))
   advantage_BT = jnp.where(weight_BT > 0, batch.advantage_BT, 0.0)
-  clip = (hp.clip_low, hp.clip_high)
-  loss_BT = grpo.clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, *clip)
-  clipped_BT = grpo.clipped(logp_BT, old_logp_BT, advantage_BT, *clip)
-  sums = {"entropy": summed(entropy_BT, weight_BT),
-          "ratio_mean": summed(jnp.exp(logp_BT - old_logp_BT), weight_BT),
-          "clip_fraction": summed(clipped_BT.astype(jnp.float32), weight_BT)}
+  loss_BT = SURROGATES[hp.surrogate](logp_BT, old_logp_BT, advantage_BT, batch, hp)
+  clipped_BT = grpo.clipped(logp_BT, old_logp_BT, advantage_BT, hp.clip_low, hp.clip_high)
+  sums = {"entropy": summed(entropy_BT, batch),
+          "ratio_mean": summed(jnp.exp(logp_BT - old_logp_BT), batch),
+          "clip_fraction": summed(clipped_BT.astype(jnp.float32), batch)}
+  if hp.mismatch != "none":
+    ratio_BT = grpo.mismatch_ratio(old_logp_BT, batch.sampler_logp_BT, weight_BT > 0,
+                                   batch.segments_BT, hp.mismatch_level)
+    kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
+    loss_BT = loss_BT * kept_BT
+    sums |= {"mismatch_ratio": summed(ratio_BT, batch), "mismatch_weight": summed(kept_BT, batch)}
+  more = 0.0
   if hp.kl != "none" and hp.kl_coef > 0:
     _need(guide_head, f"clipped_surrogate with kl = \"{hp.kl}\"")
-    reference_logp_BT, _ = logp(guide_head, batch, hp)
-    kl_BT = KL_PENALTIES[hp.kl](logp_BT, reference_logp_BT)
-    loss_BT = loss_BT + hp.kl_coef * kl_BT
-    sums["kl"] = summed(kl_BT, weight_BT)
-  return {"loss": summed(loss_BT, weight_BT), **sums}
+    if hp.kl == "exact":
+      total, kl_BT = blockwise.divergence(
+          kl.reverse_kl, student_head, guide_head, weight_BT, hp.block)
+      more = hp.kl_coef * total
+    else:
+      reference_logp_BT, _ = logp(guide_head, batch, hp)
+      kl_BT = KL_PENALTIES[hp.kl](logp_BT, reference_logp_BT, old_logp_BT)
+      loss_BT = loss_BT + hp.kl_coef * kl_BT
+    sums["kl"] = summed(kl_BT, batch)
+  total, count = summed(loss_BT, batch)
+  return {"loss": (total + more, count), **sums}
 
 
 def forward_kl(student_head, guide_head, batch, hp):
-  """Distillation on given text: KL(guide ‖ student) at every token, over the whole vocabulary."""
-  return _divergence(kl.forward_kl, student_head, guide_head, batch, hp)
+  """Distillation on given text: KL(guide ‖ student) at every token, in a form of FORWARD_FORMS."""
+  check_form(forward_kl, hp)
+  return _distil(FORWARD_FORMS[hp.form], student_head, guide_head, batch, hp)
 
 
 def reverse_kl(student_head, guide_head, batch, hp):
-  """On-policy distillation: KL(student ‖ guide) at every token, over the whole vocabulary."""
-  return _divergence(kl.reverse_kl, student_head, guide_head, batch, hp)
+  """On-policy distillation: KL(student ‖ guide) at every token, in a form of REVERSE_FORMS."""
+  check_form(reverse_kl, hp)
+  if hp.form == "sampled":
+    return _sampled(student_head, guide_head, batch, hp)
+  return _distil(REVERSE_FORMS[hp.form], student_head, guide_head, batch, hp)
+
+
+def jsd(student_head, guide_head, batch, hp):
+  """Between the two: the generalised Jensen–Shannon divergence, hp.pi the guide's share of it."""
+  _need(guide_head, "jsd")
+  def f(student_BTV, guide_BTV):
+    return kl.jsd(student_BTV, guide_BTV, hp.pi, hp.student_temperature,
+                  hp.teacher_temperature), {}
+  return _direct(f, student_head, guide_head, batch, hp)
+
+
+def _distil(form, student_head, guide_head, batch, hp):
+  _need(guide_head, "a divergence")
+  return _direct(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
+
+
+def _direct(f, student_head, guide_head, batch, hp, *more_BT):
+  """The sums of an f(student_logits, guide_logits, *more) -> (loss_BT, {name: value_BT})."""
+  total, (value_BT, found) = blockwise.divergence(
+      f, student_head, guide_head, batch.weight_BT, hp.block, *more_BT)
+  sums = {name: summed(x_BT, batch) for name, x_BT in found.items()}
+  if guide_head is not None:
+    sums["kl"] = summed(value_BT, batch)
+  return {"loss": (total, summed(value_BT, batch)[1]), **sums}
+
+
+def _sampled(student_head, guide_head, batch, hp):
+  """Reverse KL from the sampled token, with the exact KL as its baseline where hp.baseline."""
+  _need(guide_head, "the sampled form")
+  student_logp_BT, _ = logp(student_head, batch, hp)
+  guide_logp_BT, _ = logp(guide_head, batch, hp)
+  baseline_BT = 0.0
+  if hp.baseline:
+    _, baseline_BT = blockwise.divergence(
+        kl.reverse_kl, jax.lax.stop_gradient(student_head), guide_head, batch.weight_BT, hp.block)
+  loss_BT = kl.sampled_reverse_kl(student_logp_BT, jax.lax.stop_gradient(guide_logp_BT),
+                                  baseline_BT)
+  return {"loss": summed(loss_BT, batch), "kl": summed(jax.lax.stop_gradient(loss_BT), batch)}
+
+
+FORWARD_FORMS = {
+    "full": lambda s, g, hp: (
+        kl.forward_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
+    "top_k": lambda s, g, hp: kl.top_k_forward_kl(s, g, hp.top_k, hp.support)}
+REVERSE_FORMS = {
+    "full": lambda s, g, hp: (
+        kl.reverse_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
+    "top_k": lambda s, g, hp: kl.top_k_reverse_kl(s, g, hp.top_k, hp.support),
+    "intersection": lambda s, g, hp: kl.intersection_reverse_kl(s, g, hp.top_k)}
 
 
 def learnable(pass_rate_P):
@@ -90,49 +173,71 @@ def agreement(student_head, guide_head, batch, hp):
   sets (hp.top_k) and the mass on what they share, both entropies, and the lengths of the two
   objectives' gradients in the student's logits. `update.compare` runs it.
   """
-  def value(f, *more):
-    return blockwise.divergence(lambda s, t: f(s, t, *more), student_head, guide_head,
-                                batch.weight_BT, hp.block)[1]
-  return {
-      "forward_kl": value(kl.forward_kl), "reverse_kl": value(kl.reverse_kl),
-      "overlap": value(kl.top_k_overlap, hp.top_k), "same_first": value(kl.top_k_overlap, 1),
-      "student_mass": value(kl.overlap_mass, hp.top_k),
-      "teacher_mass": value(lambda s, t: kl.overlap_mass(t, s, hp.top_k)),
-      "student_entropy": logp(student_head, batch, hp)[1],
-      "teacher_entropy": logp(guide_head, batch, hp)[1],
-      "forward_kl_gradient": value(kl.forward_kl_gradient_norm),
-      "reverse_kl_gradient": value(kl.reverse_kl_gradient_norm)}
+  def f(s, t):
+    return kl.reverse_kl(s, t), {
+        "forward_kl": kl.forward_kl(s, t), "reverse_kl": kl.reverse_kl(s, t),
+        "overlap": kl.top_k_overlap(s, t, hp.top_k), "same_first": kl.top_k_overlap(s, t, 1),
+        "student_mass": kl.overlap_mass(s, t, hp.top_k),
+        "teacher_mass": kl.overlap_mass(t, s, hp.top_k),
+        "student_entropy": tokens.entropy(s), "teacher_entropy": tokens.entropy(t),
+        "forward_kl_gradient": kl.forward_kl_gradient_norm(s, t),
+        "reverse_kl_gradient": kl.reverse_kl_gradient_norm(s, t)}
+  _, (_, found) = blockwise.divergence(f, student_head, guide_head, batch.weight_BT, hp.block)
+  return found
 
 
+_DISTIL = ("block", "form", "top_k", "support", "student_temperature", "teacher_temperature")
 READS = {
     negative_log_likelihood: ("block",),
-    clipped_surrogate: ("block", "clip_low", "clip_high", "kl", "kl_coef"),
-    forward_kl: ("block",),
-    reverse_kl: ("block",),
+    clipped_surrogate: ("block", "surrogate", "clip_low", "clip_high", "clip_most", "kl",
+                        "kl_coef", "mismatch", "mismatch_level", "mismatch_least",
+                        "mismatch_most"),
+    forward_kl: _DISTIL,
+    reverse_kl: (*_DISTIL, "baseline"),
+    jsd: ("block", "pi", "student_temperature", "teacher_temperature"),
 }
 
 
 def check_penalty(hp):
-  """Refuses an hp.kl that is not a usable penalty.
+  """Refuses what `clipped_surrogate` cannot do.
 
   Raises:
-    ValueError: hp.kl is "k1" (its gradient is zero in expectation) or unknown, its weight or a
-      clip is out of range.
+    ValueError: hp.kl is "k1" (its gradient is zero in expectation), a name is unknown, or a number
+      is out of range.
   """
   for key, fits in (("kl_coef", hp.kl_coef >= 0), ("clip_low", 0 <= hp.clip_low <= 1),
                     ("clip_high", hp.clip_high >= 0)):
     if not fits:
-      raise ValueError(f"{key} is {hp[key]}: choose it at least 0, and clip_low at most 1.")
+      raise ValueError(f"{key} is {getattr(hp, key)}: choose it at least 0, and clip_low at most "
+                       "1.")
   if hp.kl == "k1":
     kl.k1_as_loss(None, None)
-  if hp.kl != "none" and hp.kl not in KL_PENALTIES:
-    raise ValueError(f"kl = \"{hp.kl}\" is not a penalty: choose \"none\", \"k2\" or \"k3\".")
+  if hp.clip_most <= 1 or not 0 < hp.mismatch_least < hp.mismatch_most:
+    raise ValueError(f"clip_most is {hp.clip_most}, mismatch_least {hp.mismatch_least} and "
+                     f"mismatch_most {hp.mismatch_most}: choose the first above 1 and the others "
+                     "above 0 and in that order.")
+  for key, choices in (("kl", ("none", *KL_PENALTIES, "exact")), ("surrogate", SURROGATES),
+                       ("mismatch", ("none", *MISMATCHES)),
+                       ("mismatch_level", ("token", "sequence"))):
+    if getattr(hp, key) not in choices:
+      raise ValueError(f"{key} is {getattr(hp, key)!r}: choose it from {', '.join(choices)}.")
 
 
-def _divergence(f, student_head, guide_head, batch, hp):
-  _need(guide_head, f.__name__)
-  total, value_BT = blockwise.divergence(f, student_head, guide_head, batch.weight_BT, hp.block)
-  return {"loss": (total, jnp.sum(batch.weight_BT)), "kl": summed(value_BT, batch.weight_BT)}
+def check_form(objective, hp):
+  """Refuses a form of a divergence that there is none of, and numbers that are out of range.
+
+  Raises:
+    ValueError: what is wrong, with what there is.
+  """
+  forms = {forward_kl: (*FORWARD_FORMS,), reverse_kl: (*REVERSE_FORMS, "sampled")}[objective]
+  for key, choices in (("form", forms), ("support", kl.SUPPORTS)):
+    if getattr(hp, key) not in choices:
+      raise ValueError(f"{key} is {getattr(hp, key)!r}: choose it from {', '.join(choices)}.")
+  for key in ("top_k", "student_temperature", "teacher_temperature"):
+    if getattr(hp, key) <= 0:
+      raise ValueError(f"{key} is {getattr(hp, key)}: choose it above 0.")
+  if objective is reverse_kl and hp.baseline not in (True, False):
+    raise ValueError(f"baseline is {hp.baseline!r}: choose True or False.")
 
 
 def _need(guide_head, what):

@@ -43,23 +43,27 @@ class Batch(NamedTuple):
   positions_BT: np.ndarray     # int32, from 0 in every segment
   segments_BT: np.ndarray      # int32; 0 is padding, other values mark sequences that share a row
   weight_BT: np.ndarray        # float32; 0 on prompt and padding
+  count_BT: np.ndarray         # float32; what a token adds to the count that sums are divided by
   advantage_BT: np.ndarray     # float32; constant along a response
   old_logp_BT: np.ndarray      # float32 nats, from the trainer's own forward pass
   sampler_logp_BT: np.ndarray  # float32 nats, as sampled
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
 
 
-def token_weights(length_B, mean):
-  """What one response token weighs, float32 [B]: the kind of mean is data, not a flag in a loss.
+def token_weights(length_B, mean, longest):
+  """(weight, count) of one response token, float32 [B] each: the kind of mean is data, no flag.
 
-  `token`: 1, so that sum / count is the mean over tokens (DAPO, https://arxiv.org/abs/2503.14476).
-  `sequence`: 1 / response length, the mean over sequences of token means (GRPO, eq. 3 of
-  https://arxiv.org/abs/2402.03300).
+  A loss is Σ weight · x / Σ count. `token`: 1 and 1, the mean over tokens (DAPO,
+  https://arxiv.org/abs/2503.14476). `sequence`: 1 / response length twice, the mean over sequences
+  of token means (GRPO, eq. 3 of https://arxiv.org/abs/2402.03300). `constant`: 1 / longest and
+  1 / response length, the mean over sequences of token sums over a constant, whatever their
+  lengths (Dr. GRPO, https://arxiv.org/abs/2503.20783).
   """
-  kinds = {"token": np.ones(len(length_B)), "sequence": 1 / np.maximum(length_B, 1)}
+  ones, own = np.ones(len(length_B)), 1 / np.maximum(length_B, 1)
+  kinds = {"token": (ones, ones), "sequence": (own, own), "constant": (ones / longest, own)}
   if mean not in kinds:
     raise ValueError(f"mean is {mean!r}: set it to one of {sorted(kinds)}.")
-  return kinds[mean].astype(np.float32)
+  return tuple(x.astype(np.float32) for x in kinds[mean])
 
 
 def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
@@ -79,9 +83,10 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
   length_B = rollout.prompt_length_B + rollout.response_length_B
   tokens = np.zeros((B, width), np.int32)
   weight, logp = np.zeros((B, width), np.float32), np.zeros((B, width), np.float32)
-  per_token_B = token_weights(rollout.response_length_B, mean)
+  per_token_B, count_B = token_weights(rollout.response_length_B, mean,
+                                       rollout.response_BT.shape[1])
   if row_weight_B is not None:
-    per_token_B = per_token_B * row_weight_B
+    per_token_B, count_B = per_token_B * row_weight_B, count_B * row_weight_B
   for b in range(B):
     p, n = rollout.prompt_length_B[b], length_B[b]
     tokens[b, :p] = rollout.prompt_BT[b, :p]
@@ -99,6 +104,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
       positions_BT=np.where(inside_BT, place_T[None], 0),
       segments_BT=inside_BT.astype(np.int32),
       weight_BT=weight[:, 1:],
+      count_BT=np.where(response_BT, count_B[:, None], 0).astype(np.float32),
       advantage_BT=np.where(response_BT, advantage_B[:, None], 0).astype(np.float32),
       old_logp_BT=np.zeros_like(logp[:, 1:]),
       sampler_logp_BT=logp[:, 1:],

@@ -93,8 +93,8 @@ def on_rows(f, rows, wholes):
   """f(rows, wholes) -> (rows, totals) on each device's own rows; totals are added up once, after f.
 
   For a loop whose running total would otherwise be added up over devices at every turn. `rows` and
-  the first result are trees of arrays whose first axis is the batch; `wholes` and the totals are the
-  same on every device, but for what XLA splits over `tensor`, inside f as outside.
+  the first result are trees of arrays whose first axis is the batch; `wholes` and the totals are
+  the same on every device, but for what XLA splits over `tensor`, inside f as outside.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = ACTIVATION_RULES["batch"]

@@ -325,7 +325,7 @@ def compile_programs(work, state, mesh):
 
 def abstract_batch(rows, width, mesh):
   """A `rollout.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
-  types = {"weight_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT"}
+  types = {"weight_BT", "count_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT"}
   where = sharding.batch_sharding(mesh, (rows, width))
   return rollout.Batch(*(
       jax.ShapeDtypeStruct((rows, width), np.float32 if f in types else np.int32, sharding=where)

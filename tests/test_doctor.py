@@ -140,7 +140,7 @@ VALUES = [
     ("evaluation.sampling.max_tokens", 0, "evaluation.sampling.max_tokens is 0: set it"),
     ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose one of"),
     ("stages.teacher_grpo.kl", "k1", "k1 .* cannot be a loss, .*: choose kl = \"k2\" or \"k3\"."),
-    ("stages.teacher_grpo.kl", "k9", "kl = \"k9\" is not a penalty: choose"),
+    ("stages.teacher_grpo.kl", "k9", "kl is 'k9': choose it from none"),
     ("stages.reverse_kl.minibatches", 3, r"reverse_kl draws 16 rows a step, .* 3 x 1"),
     ("stages.sft.microbatches", 32, r"config.stages.sft draws 16 rows a step, .* 1 x 32"),
     ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to 1 or more."),

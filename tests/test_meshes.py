@@ -43,7 +43,7 @@ def step(shape, objective, guided):
   """(metrics, new parameters, slots' shardings agree) of one update with momentum on a mesh."""
   mesh, student, teacher = sharding.make_mesh(shape), models.get(STUDENT), models.get(TEACHER)
   hp = ml_collections.ConfigDict(common.stage(1, 16, {}, {}, microbatches=2, block=64) |
-                                 common.grpo(kl="k3", kl_coef=0.1))
+                                 common.grpo(kl="k3", kl_coef=0.1) | common.reverse())
   with jax.set_mesh(mesh):
     optimizer = optax.sgd(0.5, momentum=0.9)
     state = update.init(optimizer, mesh, params(student, 1, mesh))

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from s2d_jax import objectives, rollout
 from s2d_jax.losses import grpo, kl, tokens
 
 B, T, D, V = 3, 4, 5, 7
 RNG = np.random.default_rng(0)
-HP = dict(block=9, clip_low=0.2, clip_high=0.3, kl="none", kl_coef=0.0)
+HP = common.grpo() | common.reverse(top_k=3) | {
+    "block": 9, "clip_high": 0.3, "form": "full", "pi": 0.5}
 
 
 def head(seed):
@@ -29,7 +31,9 @@ COUNT = 5.75
 def batch():
   fields = dict.fromkeys(rollout.Batch._fields)
   fields["targets_BT"] = jnp.asarray(RNG.integers(V, size=(B, T)), jnp.int32)
-  fields["weight_BT"] = jnp.asarray(WEIGHT_BT)
+  fields["weight_BT"] = fields["count_BT"] = jnp.asarray(WEIGHT_BT)
+  fields["segments_BT"] = jnp.ones((B, T), jnp.int32)
+  fields["sampler_logp_BT"] = jnp.zeros((B, T))
   fields["advantage_BT"] = jnp.asarray(np.random.default_rng(3).normal(size=(B, T)), jnp.float32)
   noise_BT = 0.4 * np.random.default_rng(4).normal(size=(B, T))
   logp_BT = tokens.log_prob(logits(STUDENT), fields["targets_BT"])
@@ -57,9 +61,11 @@ def expect(sums, name, value_BT):
 
 
 def test_summed_by_hand():
-  # 2·1 + 3·0.5 = 3.5 over 1.5; the token of weight 0 is not a number and is left out.
-  total, count = objectives.summed(jnp.array([[2.0, 3.0, jnp.nan]]), jnp.array([[1.0, 0.5, 0.0]]))
-  assert (total, count) == (3.5, 1.5)
+  # 2·1 + 3·0.5 = 3.5 over 1 + 2; the token of weight 0 is not a number and is left out.
+  weights = SimpleNamespace(weight_BT=jnp.array([[1.0, 0.5, 0.0]]),
+                            count_BT=jnp.array([[1.0, 2.0, 0.0]]))
+  total, count = objectives.summed(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
+  assert (total, count) == (3.5, 3.0)
 
 
 def test_negative_log_likelihood():
@@ -75,8 +81,50 @@ def test_distillation(objective, f):
   sums = objective(STUDENT, GUIDE, BATCH, hp())
   expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
   expect(sums, "kl", f(logits(STUDENT), logits(GUIDE)))
-  with pytest.raises(ValueError, match=f"{f.__name__} compares with a guide and has none"):
+  with pytest.raises(ValueError, match="a divergence compares with a guide and has none"):
     objective(STUDENT, None, BATCH, hp())
+
+
+@pytest.mark.parametrize("objective, form, f", [
+    (objectives.forward_kl, "top_k", lambda s, t: kl.top_k_forward_kl(s, t, 3, "student")[0]),
+    (objectives.reverse_kl, "top_k", lambda s, t: kl.top_k_reverse_kl(s, t, 3, "student")[0]),
+    (objectives.reverse_kl, "intersection", lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0]),
+    (objectives.jsd, "full", lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
+    (objectives.forward_kl, "full", lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
+    (objectives.reverse_kl, "full", lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
+def test_forms(objective, form, f):
+  how = hp(form=form, support="student", student_temperature=2.0, teacher_temperature=3.0)
+  sums = objective(STUDENT, GUIDE, BATCH, how)
+  expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
+  def loss(head):
+    return objective(head, GUIDE, BATCH, how)["loss"][0]
+  want = jax.grad(lambda head: jnp.sum(WEIGHT_BT * f(logits(head), logits(GUIDE))))(STUDENT)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.grad(loss)(STUDENT),
+               want)
+  if form != "full":
+    assert sums.keys() == {"loss", "kl", "student_mass", "teacher_mass"}
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_sampled_form(baseline):
+  sums = objectives.reverse_kl(STUDENT, GUIDE, BATCH, hp(form="sampled", baseline=baseline))
+  expect(sums, "loss", LOGP_BT - REFERENCE_BT)
+  grad = jax.grad(lambda head: objectives.reverse_kl(
+      head, GUIDE, BATCH, hp(form="sampled", baseline=baseline))["loss"][0])(STUDENT)
+  base_BT = np.asarray(kl.reverse_kl(logits(STUDENT), logits(GUIDE))) if baseline else 0.0
+  advantage_BT = LOGP_BT - REFERENCE_BT - base_BT
+  want = jax.grad(lambda head: jnp.sum(WEIGHT_BT * advantage_BT * tokens.log_prob(
+      logits(head), BATCH.targets_BT)))(STUDENT)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grad, want)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
+    ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),
+    ({"top_k": 0}, "top_k is 0: choose it above 0"), ({"baseline": 0.5}, "baseline is 0.5")])
+def test_forms_that_there_are_not_are_refused(change, said):
+  with pytest.raises(ValueError, match=said):
+    objectives.reverse_kl(STUDENT, GUIDE, BATCH, hp(**change))
 
 
 def surrogate_by_numpy():
@@ -108,12 +156,54 @@ def test_clipped_surrogate_with_penalty(name):
   expect(sums, "loss", surrogate_by_numpy()[1] + 0.5 * kl_BT)
 
 
+def test_the_other_surrogates_and_penalties():
+  new, old = LOGP_BT, np.asarray(BATCH.old_logp_BT)
+  advantage_BT, mask_BT = np.asarray(BATCH.advantage_BT), WEIGHT_BT > 0
+  ratio_BT, clipped_BT = np.exp(new - old), surrogate_by_numpy()[1]
+  mean_B1 = np.sum((new - old) * mask_BT, axis=1, keepdims=True) / np.maximum(
+      mask_BT.sum(axis=1, keepdims=True), 1)
+  s_BT = np.broadcast_to(np.exp(mean_B1), new.shape)
+  want = {
+      "dual_clipped": np.where(advantage_BT < 0, np.minimum(clipped_BT, -1.1 * advantage_BT),
+                               clipped_BT),
+      "gspo": -np.minimum(s_BT * advantage_BT, np.clip(s_BT, 0.8, 1.3) * advantage_BT),
+      "cispo": -np.clip(ratio_BT, 0.8, 1.3) * advantage_BT * new}
+  for name, loss_BT in want.items():
+    sums = objectives.clipped_surrogate(STUDENT, None, BATCH, hp(surrogate=name, clip_most=1.1))
+    expect(sums, "loss", loss_BT)
+  log_ratio_BT = new - REFERENCE_BT
+  kls = {"k3_corrected": ratio_BT * (np.exp(-log_ratio_BT) - 1 + log_ratio_BT),
+         "exact": np.asarray(kl.reverse_kl(logits(STUDENT), logits(GUIDE)))}
+  for name, kl_BT in kls.items():
+    sums = objectives.clipped_surrogate(STUDENT, GUIDE, BATCH, hp(kl=name, kl_coef=0.5))
+    expect(sums, "kl", kl_BT)
+    expect(sums, "loss", clipped_BT + 0.5 * kl_BT)
+
+
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):
+  sampler_BT = np.asarray(BATCH.old_logp_BT) - np.array([-0.9, 0.2, -0.1, 1.0], np.float32)
+  batch_ = BATCH._replace(sampler_logp_BT=jnp.asarray(sampler_BT))
+  sums = objectives.clipped_surrogate(STUDENT, None, batch_, hp(mismatch=how, mismatch_level=level))
+  log_BT = (np.asarray(BATCH.old_logp_BT) - sampler_BT) * (WEIGHT_BT > 0)
+  if level == "sequence":
+    log_BT = np.broadcast_to(log_BT.sum(axis=1, keepdims=True), log_BT.shape)
+  ratio_BT = np.exp(log_BT)
+  kept_BT = (np.minimum(ratio_BT, 2.0) if how == "truncate"
+             else np.where((ratio_BT >= 0.5) & (ratio_BT <= 2.0), ratio_BT, 0.0))
+  expect(sums, "mismatch_ratio", ratio_BT)
+  expect(sums, "mismatch_weight", kept_BT)
+  expect(sums, "loss", surrogate_by_numpy()[1] * kept_BT)
+  assert not np.array_equal(kept_BT, ratio_BT)
+
+
 def test_a_penalty_needs_a_guide_and_k1_is_refused():
   with pytest.raises(ValueError, match="clipped_surrogate with kl = \"k3\" compares with a guide"):
     objectives.clipped_surrogate(STUDENT, None, BATCH, hp(kl="k3", kl_coef=0.1))
   with pytest.raises(ValueError, match="gradient is zero in expectation"):
     objectives.clipped_surrogate(STUDENT, GUIDE, BATCH, hp(kl="k1", kl_coef=0.1))
-  with pytest.raises(ValueError, match="kl = \"k4\" is not a penalty"):
+  with pytest.raises(ValueError, match="kl is 'k4': choose it from none, k2, k3, k3_corrected"):
     objectives.check_penalty(hp(kl="k4"))
 
 

@@ -10,13 +10,15 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import common
 from s2d_jax import objectives, optim, rollout, sharding, update
 from s2d_jax.losses import kl, tokens
 
 B, T, D, V = 16, 5, 8, 12
 AXES = {"embedding": ("vocab", "embed"), "dense": ("embed", "mlp"),
         "unembedding": ("vocab", "embed")}
-HP = ConfigDict(dict(microbatches=1, block=16, clip_low=0.2, clip_high=0.2, kl="k3", kl_coef=0.1))
+HP = ConfigDict(common.grpo(kl="k3", kl_coef=0.1) | common.reverse()
+                | {"microbatches": 1, "block": 16})
 OPTIM = ConfigDict(dict(lr=0.05, warmup=0, decay="constant", steps=1000, clip=1.0,
                         weight_decay=0.01, b1=0.9, b2=0.99, eps=1e-8))
 
@@ -56,6 +58,7 @@ def make_batch(seed=0, rows=B):
       positions_BT=np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
       segments_BT=np.ones((rows, T), np.int32),
       weight_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
+      count_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       advantage_BT=numbers[0], old_logp_BT=-2 + 0.2 * numbers[1], sampler_logp_BT=numbers[2],
       sequence_BT=np.zeros((rows, T), np.int32))
 
@@ -151,7 +154,8 @@ def test_rows_of_weight_zero_equal_deleted_rows():
   # What a dropped row holds is nobody's business, except that its ids are ids.
   old_logp_BT = np.where(weight_BT > 0, batch.old_logp_BT, -1e9).astype(np.float32)
   advantage_BT = np.where(weight_BT > 0, batch.advantage_BT, np.nan).astype(np.float32)
-  masked = batch._replace(weight_BT=weight_BT, old_logp_BT=old_logp_BT, advantage_BT=advantage_BT)
+  masked = batch._replace(weight_BT=weight_BT, count_BT=weight_BT, old_logp_BT=old_logp_BT,
+                          advantage_BT=advantage_BT)
   got, metrics = gradient(masked, microbatches=2)
   want, want_metrics = gradient(jax.tree.map(lambda x: x[keep], batch))
   close(got, want)
@@ -159,7 +163,8 @@ def test_rows_of_weight_zero_equal_deleted_rows():
 
 
 def test_a_batch_without_weight_moves_nothing():
-  empty = make_batch()._replace(weight_BT=np.zeros((B, T), np.float32))
+  empty = make_batch()._replace(weight_BT=np.zeros((B, T), np.float32),
+                                count_BT=np.zeros((B, T), np.float32))
   grads, metrics = gradient(empty, microbatches=2)
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), grads)
   assert metrics["loss"] == 0 and metrics["finite"] == 1
@@ -306,7 +311,8 @@ def test_on_policy_the_first_ratio_is_one():
 
 @pytest.mark.parametrize("objective", [objectives.reverse_kl, objectives.forward_kl])
 def test_distillation_trains_the_student_to_its_teacher(objective):
-  batch = make_batch()._replace(weight_BT=np.ones((B, T), np.float32))
+  batch = make_batch()._replace(weight_BT=np.ones((B, T), np.float32),
+                                count_BT=np.ones((B, T), np.float32))
   _, first, *_ = run(batch, objective=objective)
   _, last, *_ = run(batch, objective=objective, steps=300)
   assert first["kl"] > 0.3

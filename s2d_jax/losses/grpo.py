@@ -123,8 +123,8 @@ def mismatch_ratio(old_logp_BT, sampler_logp_BT, mask_BT, segments_BT, level):
   """π_old(a) / μ(a): how much likelier the trainer finds what the sampler drew. No gradient.
 
   "token": of each token; "sequence": the product over the response, unbiased and of high variance.
-  Log-probabilities in nats, [B, T]; μ is the distribution that was sampled from, its temperature and
-  truncation included.
+  Log-probabilities in nats, [B, T]; μ is the distribution that was sampled from, its temperature
+  and truncation included.
 
   Raises:
     ValueError: an unknown level.

@@ -115,7 +115,7 @@ def _jsd_jvp(pi, logits, tangents):
 
 
 def top_k_forward_kl(student_logits_BTV, teacher_logits_BTV, k, support="teacher"):
-  """`top_k_reverse_kl` the other way, KL(teacher ‖ student) on as many outcomes: (kl_BT, masses)."""
+  """`top_k_reverse_kl` the other way, KL(teacher ‖ student), on as many outcomes: (kl, masses)."""
   return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=True)
 
 

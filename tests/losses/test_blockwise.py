@@ -113,8 +113,9 @@ def test_a_block_without_tokens_is_refused(block):
 
 def test_what_is_found_besides_the_loss_is_read_in_the_same_pass():
   def f(student_BTV, guide_BTV, targets_BT):
+    logp_BT = tokens.log_prob(student_BTV, targets_BT)
     return (kl.reverse_kl(student_BTV, guide_BTV),
-            {"entropy": tokens.entropy(student_BTV), "logp": tokens.log_prob(student_BTV, targets_BT)})
+            {"entropy": tokens.entropy(student_BTV), "logp": logp_BT})
   (total, (value_BT, found)), grads = jax.value_and_grad(
       lambda s: blockwise.divergence(f, s, GUIDE, WEIGHT_BT, 6, TARGETS_BT), has_aux=True)(STUDENT)
   logp_BT, entropy_BT = direct_logp(STUDENT)
@@ -222,11 +223,12 @@ def reduced(lines):
 def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(shape):
   mesh, args = on_mesh(shape)
   with jax.set_mesh(mesh):
-    text = jax.jit(jax.grad(doors, has_aux=True), static_argnums=4).lower(*args, 16).compile().as_text()
+    step = jax.jit(jax.grad(doors, has_aux=True), static_argnums=4)
+    text = step.lower(*args, 16).compile().as_text()
   own = 96 * 32 // shape[2]  # a device's part of the vocabulary, whole rows
   everywhere, inside = list(reduced(text.splitlines())), list(reduced(loops(text)))
   assert [size for size in everywhere if size >= own // 8]  # the search finds what it looks for
-  assert max(inside, default=0) <= 16 * 40  # in the loop: a block of features over `tensor`, at most
+  assert max(inside, default=0) <= 16 * 40  # in the loop: at most a block of features
   sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
   assert 8 * 48 // (shape[0] * shape[1]) * 96 // shape[2] not in sizes  # a device's whole logits
 

@@ -117,3 +117,81 @@ def test_bfloat16_log_probabilities_are_cast_at_the_door():
                                   jnp.ones((1, 1)), 0.5, 0.5)
   assert got_BT.dtype == jnp.float32
   np.testing.assert_allclose(got_BT, [[-np.exp(0.25)]], rtol=1e-6)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_by_hand():
+  # A = −2, r = 10: the clipped surrogate has 20, the bound at 3 has 6; A = 2 is as before.
+  logp_BT, advantage_BT = jnp.log(jnp.array([[10.0, 10.0, 0.5]])), jnp.array([[-2.0, 2.0, -2.0]])
+  def f(x):
+    return grpo.dual_clipped_surrogate(x, jnp.zeros((1, 3)), advantage_BT, 0.2, 0.2, 3.0)
+  np.testing.assert_allclose(f(logp_BT), [[6.0, -2.4, 1.6]], rtol=1e-6)
+  np.testing.assert_array_equal(jax.grad(lambda x: f(x).sum())(logp_BT), [[0.0, 0.0, 0.0]])
+
+
+SEGMENTS_BT = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+MASK_BT = np.array([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]], bool)
+
+
+def test_sequence_mean_by_hand():
+  x = jnp.array([[9.0, 1.0, 3.0, 4.0, 8.0, jnp.nan], [9.0, 9.0, 1.0, 2.0, 3.0, 6.0]])
+  got = grpo.sequence_mean(x, MASK_BT, SEGMENTS_BT)
+  np.testing.assert_allclose(got, [[2, 2, 2, 6, 6, 0], [3] * 6])
+
+
+def test_gspo_is_one_ratio_a_sequence():
+  rng = np.random.default_rng(5)
+  new, old = (rng.normal(size=(2, 6)).astype(np.float32) / 4 for _ in range(2))
+  advantage_BT = np.where(SEGMENTS_BT == 2, -1.0, 1.5).astype(np.float32)
+  want = np.zeros((2, 6))
+  for b, s in ((0, 1), (0, 2), (1, 1)):
+    own = (SEGMENTS_BT[b] == s) & MASK_BT[b]
+    ratio = np.exp(np.mean(np.float64(new[b, own]) - old[b, own]))
+    A = advantage_BT[b, own][0]
+    want[b, own] = -min(ratio * A, np.clip(ratio, 0.8, 1.3) * A)
+  def f(x):
+    return grpo.gspo(x, old, advantage_BT, 0.2, 0.3, MASK_BT, SEGMENTS_BT)
+  np.testing.assert_allclose(np.asarray(f(new))[MASK_BT], want[MASK_BT], rtol=1e-5)
+  check_grads(lambda x: f(x)[MASK_BT], (jnp.asarray(new),), order=1, modes=["rev"], atol=2e-3,
+              rtol=2e-3, eps=1e-2)
+
+
+def test_cispo_keeps_the_gradient_of_a_clipped_token():
+  # r = 4 is clipped to 1.2: the gradient is −1.2·A, where the clipped surrogate has none.
+  logp_BT = jnp.log(jnp.array([[4.0]]))
+  grad = jax.grad(lambda x: grpo.cispo(x, jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), 0.2, 0.2).sum())
+  np.testing.assert_allclose(grad(logp_BT), [[-2.4]], rtol=1e-6)
+
+
+def test_mismatch_ratios_by_hand():
+  log_BT = np.log(np.array([[9, 2, 0.5, 4, 0.5, 9], [9, 9, 2, 2, 2, 2]])).astype(np.float32)
+  zeros = np.zeros_like(log_BT)
+  got = grpo.mismatch_ratio(log_BT, zeros, MASK_BT, SEGMENTS_BT, "token")
+  np.testing.assert_allclose(got, [[1, 2, 0.5, 4, 0.5, 1], [1, 1, 2, 2, 2, 2]], rtol=1e-6)
+  got = grpo.mismatch_ratio(log_BT, zeros, MASK_BT, SEGMENTS_BT, "sequence")
+  np.testing.assert_allclose(got, [[1, 1, 1, 2, 2, 1], [1, 1, 16, 16, 16, 16]], rtol=1e-5)
+  np.testing.assert_allclose(grpo.truncated(got[1], 2.0), [1, 1, 2, 2, 2, 2])
+  np.testing.assert_allclose(grpo.masked(got, 0.5, 5.0), [[1, 1, 1, 2, 2, 1], [1, 1, 0, 0, 0, 0]],
+                             rtol=1e-5)
+  with pytest.raises(ValueError, match="choose \"token\" or \"sequence\""):
+    grpo.mismatch_ratio(log_BT, zeros, MASK_BT, SEGMENTS_BT, "batch")
+
+
+def test_importance_weights_make_the_samplers_draws_the_trainers():
+  # Σ_a μ(a)·w(a)·f(a) is Σ_a π(a)·f(a): unbiased where nothing is cut.
+  rng = np.random.default_rng(6)
+  mu, pi = (p / p.sum() for p in rng.random((2, 5)))
+  f = rng.normal(size=5)
+  w = grpo.mismatch_ratio(jnp.log(pi)[None], jnp.log(mu)[None], np.ones((1, 5), bool),
+                          np.ones((1, 5), int), "token")
+  np.testing.assert_allclose(np.sum(mu * np.asarray(w[0]) * f), np.sum(pi * f), rtol=1e-5)
+
+
+def test_overlong_punishment_by_hand():
+  # DAPO's own: 20,480 tokens of which the last 4,096 are punished.
+  got = grpo.overlong_punishment(np.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
+  np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
+
+
+def test_zero_variance():
+  assert grpo.zero_variance(np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0]])).tolist() == [
+      True, False, True]

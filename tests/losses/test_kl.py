@@ -317,3 +317,167 @@ def test_overlap_by_hand():
   np.testing.assert_allclose(kl.overlap_mass(q_BTV, p_BTV, 2), [[0.5]], rtol=1e-6)
   np.testing.assert_allclose(kl.top_k_overlap(p_BTV, q_BTV, 1), [[0.0]])
   np.testing.assert_allclose(kl.overlap_mass(p_BTV, q_BTV, 4), [[1.0]], rtol=1e-6)
+
+
+# The forms between, beside and of fewer outcomes; NumPy in float64 has the formulas once more.
+LOG_S, LOG_T = log_softmax(STUDENT_BTV), log_softmax(TEACHER_BTV)
+
+
+def numpy_jsd(log_s, log_t, pi):
+  log_m = np.log(pi * np.exp(log_t) + (1 - pi) * np.exp(log_s))
+  return pi * plain_kl(log_t, log_m) + (1 - pi) * plain_kl(log_s, log_m)
+
+
+def numpy_support(log_s, log_t, k, support):
+  def top(x):
+    return x >= np.sort(x, axis=-1)[..., -k:][..., :1]
+  return {"teacher": top(log_t), "student": top(log_s), "union": top(log_t) | top(log_s),
+          "intersection": top(log_t) & top(log_s)}[support]
+
+
+def numpy_with_rest(log_p, log_q, inside):
+  def outcomes(log):
+    return np.concatenate([np.where(inside, np.exp(log), 0.0),
+                           np.where(inside, 0.0, np.exp(log)).sum(-1, keepdims=True)], axis=-1)
+  p, q = outcomes(log_p), outcomes(log_q)
+  return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
+
+
+def numerical(f, x, h=1e-6):
+  """The gradient of Σ f(x) by central differences, in float64."""
+  grad = np.zeros_like(x)
+  for i in np.ndindex(*x.shape):
+    step = np.zeros_like(x)
+    step[i] = h
+    grad[i] = (f(x + step).sum() - f(x - step).sum()) / (2 * h)
+  return grad
+
+
+FORMS = {
+    "jsd": (lambda s, t: kl.jsd(s, t, 0.3), lambda s, t: numpy_jsd(s, t, 0.3)),
+    **{f"forward {support}": (
+        lambda s, t, u=support: kl.top_k_forward_kl(s, t, 3, u)[0],
+        lambda s, t, u=support: numpy_with_rest(t, s, numpy_support(LOG_S, LOG_T, 3, u)))
+       for support in kl.SUPPORTS},
+    **{f"reverse {support}": (
+        lambda s, t, u=support: kl.top_k_reverse_kl(s, t, 3, u)[0],
+        lambda s, t, u=support: numpy_with_rest(s, t, numpy_support(LOG_S, LOG_T, 3, u)))
+       for support in kl.SUPPORTS}}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_and_their_gradients_are_those_of_float64(name):
+  ours, numpy = FORMS[name]
+  np.testing.assert_allclose(ours(STUDENT_BTV, TEACHER_BTV), numpy(LOG_S, LOG_T), rtol=2e-5,
+                             atol=1e-6)
+  want = numerical(lambda x: numpy(log_softmax(x), LOG_T), np.asarray(STUDENT_BTV, np.float64))
+  np.testing.assert_allclose(gradient(ours), want, atol=2e-6)
+  jitted = jax.jit(jax.grad(lambda x: ours(x, TEACHER_BTV).sum()))(STUDENT_BTV)
+  np.testing.assert_allclose(jitted, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", [*FORMS, "intersection"])
+def test_equal_models_have_no_loss_and_no_gradient_in_any_form(name):
+  ours = FORMS[name][0] if name in FORMS else (
+      lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0])
+  np.testing.assert_array_equal(ours(TEACHER_BTV, TEACHER_BTV), 0.0)
+  np.testing.assert_array_equal(gradient(ours, TEACHER_BTV), 0.0)
+
+
+def test_jsd_by_hand_and_its_ends():
+  # p = (3/4, 1/4), q = (1/2, 1/2), π = 1/2: m = (5/8, 3/8), KL(p‖m) = 0.035374 and
+  # KL(q‖m) = 0.032269, so half their sum.
+  teacher_BTV, zeros = jnp.log(jnp.array([[[0.75, 0.25]]])), jnp.zeros((1, 1, 2))
+  np.testing.assert_allclose(kl.jsd(zeros, teacher_BTV, 0.5), [[0.0338215]], atol=1e-6)
+  for pi, end, over in ((1e-4, kl.forward_kl, 1e-4), (1 - 1e-4, kl.reverse_kl, 1e-4)):
+    np.testing.assert_allclose(kl.jsd(STUDENT_BTV, TEACHER_BTV, pi) / over,
+                               end(STUDENT_BTV, TEACHER_BTV), rtol=1e-2)
+  for pi in (0.0, 1.0, -1.0):
+    with pytest.raises(ValueError, match="choose it between 0 and 1"):
+      kl.jsd(STUDENT_BTV, TEACHER_BTV, pi)
+  far = kl.jsd(STUDENT_BTV * 100, -TEACHER_BTV * 100, 0.5)
+  # Logits of size 600 are 6e-5 apart, and nothing overflows.
+  assert np.all(far <= np.log(2) + 6e-5) and np.isfinite(far).all()
+
+
+def test_a_temperature_divides_its_own_sides_logits():
+  for f, pair in ((kl.forward_kl, lambda s, t: plain_kl(t, s)),
+                  (kl.reverse_kl, lambda s, t: plain_kl(s, t))):
+    warm = log_softmax(np.asarray(STUDENT_BTV) / 2), log_softmax(np.asarray(TEACHER_BTV) / 3)
+    np.testing.assert_allclose(f(STUDENT_BTV, TEACHER_BTV, 2.0, 3.0), pair(*warm), rtol=1e-5)
+  warm = log_softmax(np.asarray(STUDENT_BTV) / 2), log_softmax(np.asarray(TEACHER_BTV) / 3)
+  np.testing.assert_allclose(kl.jsd(STUDENT_BTV, TEACHER_BTV, 0.3, 2.0, 3.0),
+                             numpy_jsd(*warm, 0.3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("support", kl.SUPPORTS)
+def test_fewer_outcomes_are_no_further_apart_and_never_negative(support):
+  rng = np.random.default_rng(7)
+  s, t = (jnp.asarray(rng.normal(size=(50, 4, 20)) * 3, jnp.float32) for _ in range(2))
+  for few, full in ((kl.top_k_forward_kl, kl.forward_kl), (kl.top_k_reverse_kl, kl.reverse_kl)):
+    got, masses = few(s, t, 4, support)
+    assert np.all(got >= -1e-6) and np.all(got <= full(s, t) + 1e-5)
+    inside = numpy_support(np.asarray(s), np.asarray(t), 4, support)
+    for name, x in (("student_mass", s), ("teacher_mass", t)):
+      np.testing.assert_allclose(masses[name], np.sum(np.exp(log_softmax(x)) * inside, -1),
+                                 rtol=1e-5, atol=1e-6)
+  # Every token a category of its own: the full divergence.
+  np.testing.assert_allclose(kl.top_k_reverse_kl(s, t, 20, support)[0], kl.reverse_kl(s, t),
+                             rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_support_is_refused():
+  with pytest.raises(ValueError, match="support is 'both': choose it from teacher, student, union"):
+    kl.top_k_forward_kl(STUDENT_BTV, TEACHER_BTV, 3, "both")
+
+
+def test_the_intersection_is_renormalised_and_empty_is_nothing():
+  got, _ = kl.intersection_reverse_kl(STUDENT_BTV, TEACHER_BTV, 4)
+  inside = numpy_support(LOG_S, LOG_T, 4, "intersection")
+  def renormalised(log):
+    kept = np.where(inside, np.exp(log), 0.0)
+    return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
+  def numpy(log_s):
+    p, q = renormalised(log_s), renormalised(LOG_T)
+    return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
+  np.testing.assert_allclose(got, numpy(LOG_S), rtol=1e-5, atol=1e-6)
+  want = numerical(lambda x: numpy(log_softmax(x)), np.asarray(STUDENT_BTV, np.float64))
+  np.testing.assert_allclose(
+      gradient(lambda s, t: kl.intersection_reverse_kl(s, t, 4)[0]), want, atol=2e-6)
+  apart = jnp.array([[[5.0, 0.0, 0.0]]]), jnp.array([[[0.0, 5.0, 0.0]]])
+  value, masses = kl.intersection_reverse_kl(*apart, 1)
+  assert value == 0 and masses["student_mass"] == 0
+  np.testing.assert_array_equal(
+      jax.grad(lambda s: kl.intersection_reverse_kl(s, apart[1], 1)[0].sum())(apart[0]), 0.0)
+
+
+@pytest.mark.parametrize("with_baseline", [True, False])
+def test_the_sampled_forms_gradient_averages_to_that_of_reverse_kl(with_baseline):
+  # Over every token, weighted by its probability: p · (log p/q − KL), as of the full vocabulary.
+  s, t = STUDENT_BTV[0], TEACHER_BTV[0]
+  base = kl.reverse_kl(s, t) if with_baseline else 0.0
+  def expected(x):
+    log_p, log_q = jax.nn.log_softmax(x), jax.nn.log_softmax(t)
+    p = jax.lax.stop_gradient(jnp.exp(log_p))
+    each = [kl.sampled_reverse_kl(log_p[:, v], log_q[:, v], base) for v in range(x.shape[-1])]
+    return jnp.sum(p * jnp.stack(each, axis=-1))
+  np.testing.assert_allclose(expected(s), np.sum(plain_kl(LOG_S[0], LOG_T[0])), rtol=1e-5)
+  want = np.exp(LOG_S[0]) * (LOG_S[0] - LOG_T[0] - plain_kl(LOG_S[0], LOG_T[0])[..., None])
+  np.testing.assert_allclose(jax.grad(expected)(s), want, atol=1e-6)
+  # By itself the log-ratio has a gradient that averages to nothing.
+  def naive(x):
+    log_p = jax.nn.log_softmax(x)
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_p)) * (log_p - jax.nn.log_softmax(t)))
+  np.testing.assert_allclose(jax.grad(naive)(s), 0.0, atol=1e-6)
+
+
+def test_corrected_k3_is_unbiased_in_value_and_gradient_off_policy():
+  # Samples of π_old, π elsewhere: Σ π_old · ρ·k3 is KL(π ‖ ref), and so is its gradient.
+  rng = np.random.default_rng(9)
+  new, old, ref = (jnp.asarray(rng.normal(size=6), jnp.float32) for _ in range(3))
+  def expected(x):
+    log_new, log_old, log_ref = map(jax.nn.log_softmax, (x, old, ref))
+    return jnp.sum(jnp.exp(log_old) * kl.k3_corrected(log_new, log_ref, log_old))
+  np.testing.assert_allclose(expected(new), kl.reverse_kl(new, ref), rtol=1e-5)
+  want = jax.grad(lambda x: kl.reverse_kl(x, ref))(new)
+  np.testing.assert_allclose(jax.grad(expected)(new), want, atol=1e-6)

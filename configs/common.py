@@ -62,17 +62,21 @@ def lora(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
 
 def grpo(advantages="group", surrogate="clipped", clip_low=0.2, clip_high=0.2, clip_most=3.0,
          kl="none", kl_coef=0.0, mismatch="none", mismatch_level="token", mismatch_least=0.5,
-         mismatch_most=2.0):
+         mismatch_most=2.0, rounds=0, overlong="none", overlong_cache=1):
   """What a row with rewards reads besides; the names stand in `objectives`.
 
   advantages: "group" (divided by its standard deviation) or "centred". surrogate: "clipped",
   "dual_clipped" (bounded by clip_most), "gspo", "cispo". kl: "none", "k2", "k3", "k3_corrected",
   "exact". mismatch of sampler and trainer: "none", "truncate", "mask", by "token" or "sequence".
+  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws so often for
+  others. overlong: "none", "mask" (answers cut off are left out) or "soft" (the last overlong_cache
+  tokens before the limit are punished).
   """
   return {"advantages": advantages, "surrogate": surrogate, "clip_low": clip_low,
           "clip_high": clip_high, "clip_most": clip_most, "kl": kl, "kl_coef": kl_coef,
           "mismatch": mismatch, "mismatch_level": mismatch_level,
-          "mismatch_least": mismatch_least, "mismatch_most": mismatch_most}
+          "mismatch_least": mismatch_least, "mismatch_most": mismatch_most, "rounds": rounds,
+          "overlong": overlong, "overlong_cache": overlong_cache}
 
 
 def distil(form="full", top_k=64, support="teacher", student_temperature=1.0,

@@ -80,7 +80,7 @@ def _check_stage(place, hp, stage):
   """One stage's block: its keys, and that its numbers divide."""
   reads = objectives.READS.get(stage.objective)
   if reads is not None:  # a user's own objective reads what it likes
-    more = ("advantages",) * stage.reward + ("pass_samples",) * (stage.weigh is not None)
+    more = objectives.REWARD_READS * stage.reward + ("pass_samples",) * (stage.weigh is not None)
     check_keys(place, hp, (*train.READS, *update.READS, *reads, *more, "optim"))
   check_keys(f"{place}.lora", hp.lora, ("rank", "alpha", "targets"))
   try:
@@ -102,6 +102,8 @@ def _check_stage(place, hp, stage):
                      f"{', '.join(objectives.ADVANTAGES)}.")
   if stage.objective is objectives.clipped_surrogate:
     objectives.check_penalty(hp)
+  if stage.reward and reads is not None:
+    objectives.check_rewards(place, hp)
   if stage.objective in (objectives.forward_kl, objectives.reverse_kl):
     objectives.check_form(stage.objective, hp)
   if stage.actor == "given" and hp.sampling.samples_per_prompt != 1:

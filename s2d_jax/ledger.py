@@ -56,30 +56,36 @@ def labels(work, picked, before):
   return [i for i in problems if i not in known]
 
 
-def spent(work, step, picked, labels, rows, length_B, reused, judged):
+def spent(work, step, drawn, labels, judged):
   """One step's row.
 
   Args:
-    work: the stage, a `train.Work`; picked: its prompts; labels: whose answers were consulted.
-    rows: the Rollout learned from; length_B: its tokens, prompts included.
-    reused: tokens of it that another stage had sampled; judged: the rows that a pass rate asked
-      for, or None.
+    work: the stage, a `train.Work`; drawn: a `train.Drawn`; labels: whose answers were consulted.
+    judged: the rows that a pass rate asked for, or None.
   """
-  hp, tokens = work.hp, int(rows.response_length_B.sum())
+  hp, rows = work.hp, drawn.rows
+  length_B = rows.prompt_length_B + rows.response_length_B
+  learned = int(rows.response_length_B.sum(where=True if drawn.weight_B is None
+                                           else drawn.weight_B > 0))
+  tokens = int(rows.response_length_B.sum())
   learner = forward_flops(work.learner.model.config, length_B)
   actor = learner if work.actor is None else forward_flops(work.actor.model.config, length_B)
   guide = 0.0 if work.guide is None else forward_flops(work.guide.model.config, length_B)
-  sampled = 0 if work.given is not None else tokens - reused
+  sampled = 0 if work.given is not None else tokens - drawn.reused
   share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
   flops, passes = 0.0, 3 if work.frozen is None else 2  # frozen weights ask for no gradient
-  if judged is not None:
-    sampled += int(judged.response_length_B.sum())
-    flops = forward_flops(work.learner.model.config,
-                          judged.prompt_length_B + judged.response_length_B)
+  discarded = tokens - learned
+  actors = (work.actor or work.learner).model
+  for more, model in ((judged, work.learner.model), (drawn.dropped, actors)):
+    if more is not None:
+      sampled += int(more.response_length_B.sum())
+      flops += forward_flops(model.config, more.prompt_length_B + more.response_length_B)
+  if drawn.dropped is not None:
+    discarded += int(drawn.dropped.response_length_B.sum())
   return row(
-      step, [p.id for p in picked], labels, sequences=len(length_B),
-      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
-      tokens_discarded=0, tokens_trained=hp.epochs * tokens,
+      step, [p.id for p in drawn.picked], labels, sequences=len(length_B),
+      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=drawn.reused,
+      tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
       flops=flops + actor * (share + 1) + hp.epochs * (passes * learner + guide),
       flops_reused=0.0 if work.given is not None else actor * (1 - share))

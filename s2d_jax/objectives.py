@@ -6,11 +6,15 @@ that of batch.count_BT. Heads are pairs (features_BTD, weight_VD); guide_head is
 guide. `READS` names the config keys each objective reads.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from s2d_jax.losses import blockwise, grpo, kl, tokens
 
+OVERLONG = ("none", "mask", "soft")  # cut answers left out of the loss; long ones punished
+REWARD_READS = ("advantages", "rounds", "overlong", "overlong_cache")  # of a row with rewards
 ADVANTAGES = {"group": grpo.group_advantages, "centred": grpo.group_advantages_centred}
 KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
                 "k3": lambda logp, reference, old: kl.k3(logp, reference),
@@ -221,6 +225,29 @@ def check_penalty(hp):
                        ("mismatch_level", ("token", "sequence"))):
     if getattr(hp, key) not in choices:
       raise ValueError(f"{key} is {getattr(hp, key)!r}: choose it from {', '.join(choices)}.")
+
+
+def check_rewards(place, hp):
+  """Refuses rounds and treatments of long answers that there are none of.
+
+  Raises:
+    ValueError: what is wrong, with what there is.
+  """
+  if hp.rounds < 0:
+    raise ValueError(f"{place}.rounds is {hp.rounds}: choose 0, which keeps every group, or more.")
+  if hp.overlong not in OVERLONG:
+    raise ValueError(f"{place}.overlong is {hp.overlong!r}: choose it from {', '.join(OVERLONG)}.")
+  if not 0 < hp.overlong_cache <= hp.sampling.max_tokens:
+    raise ValueError(f"{place}.overlong_cache is {hp.overlong_cache}: choose it above 0 and at "
+                     f"most sampling.max_tokens, {hp.sampling.max_tokens}.")
+
+
+def punishment(hp):
+  """What is added to the reward of a long answer, as a function of lengths, or None."""
+  if hp.overlong != "soft":
+    return None
+  return functools.partial(grpo.overlong_punishment, longest=hp.sampling.max_tokens,
+                           cache=hp.overlong_cache)
 
 
 def check_form(objective, hp):

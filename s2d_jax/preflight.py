@@ -78,7 +78,7 @@ def costs(config, stages=recipe.STAGES):
         else abstract_role(config, row.actor, mesh),
         guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
         frozen=rest,
-        given=() if row.actor == "given" else None, reward=None, advantages=None,
+        given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
         judge=base if row.weigh else None, weigh=row.weigh, passes=None,
         objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
         validate=None, text=None)

@@ -106,6 +106,7 @@ def _work(made, node, workdir, mesh):
       reward=made.reward if row.reward or row.weigh else None,
       advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
       judge=_load(made, node.learner, workdir, mesh) if row.weigh else None, weigh=row.weigh,
+      punish=objectives.punishment(hp) if row.reward else None,
       objective=row.objective, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.trained(learner.model.config)),
       store=lambda: rollout.Store(workdir / _rollouts(made, node.actor, node.hp),

@@ -56,6 +56,7 @@ class Work(NamedTuple):
   optimizer: Any
   store: Callable          # () -> rollout.Store of a frozen actor
   passes: Callable         # () -> rollout.Store of the judge
+  punish: Callable | None  # response lengths -> what is added to their rewards, for the advantages
   validate: Callable       # params -> iterable of (name, value)
   text: Callable           # ids -> str, for the samples log
 
@@ -150,20 +151,20 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
 
 def _step(work, programs, stores, state, step, logs, mesh):
   """One rollout batch: returns the new state and the step's metrics."""
-  hp = work.hp
-  picked = [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
-                                              hp.prompts)]
-  rows, reused = _draw(work, programs, stores[0], state, step, picked)
-  row, reward_B, advantage_B, weight_B, judged = {}, None, None, None, None
+  hp, row, judged = work.hp, {}, None
+  drawn = _drawn(work, programs, stores[0], state, step)
+  picked, rows, weight_B = drawn.picked, drawn.rows, drawn.weight_B
+  advantage_B = None
   if work.judge is not None:
     weight_B, judged, row["pass_rate"] = _weigh(work, programs, stores[1], step, picked)
     row["weighted"] = (weight_B > 0).mean()
   if work.advantages is not None:
-    reward_B = _rewards(work.reward, rows)
-    reward_PG = reward_B.reshape(len(picked), -1)
-    advantage_B = np.asarray(work.advantages(reward_PG), np.float32).reshape(-1)
-    mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
-    row |= {"reward": reward_B.mean(), "mixed_groups": mixed_P.mean()}
+    shaped_B = drawn.reward_B
+    if work.punish is not None:
+      shaped_B = shaped_B + work.punish(rows.response_length_B)
+    groups = shaped_B.reshape(hp.prompts, -1)
+    advantage_B = np.asarray(work.advantages(groups), np.float32).reshape(-1)
+    row |= drawn.metrics
   batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
   actor = update.join(state.params, work.frozen) if work.actor is None else work.actor.params
   logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
@@ -172,30 +173,83 @@ def _step(work, programs, stores, state, step, logs, mesh):
     row |= _gap(logp_BT, batch.sampler_logp_BT, response_BT)
   batch = batch._replace(old_logp_BT=np.where(response_BT, logp_BT, np.float32(0)))
   state, losses = _updates(work, programs, state, step, batch, mesh)
-  length_B = rows.prompt_length_B + rows.response_length_B
-  row |= losses | {"tokens": int(rows.response_length_B.sum()),
-                   "response_length": rows.response_length_B.mean(),
+  length_B = rows.response_length_B
+  row |= losses | {"tokens": int(length_B.sum()), "response_length": length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}
   labels = ledger.labels(work, picked, logs["ledger"].rows)
-  logs["ledger"].add(ledger.spent(work, step, picked, labels, rows, length_B, reused, judged))
+  logs["ledger"].add(ledger.spent(work, step, drawn, labels, judged))
   for b in range(min(hp.log_samples, len(length_B))):
     logs["samples"].add({
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
         "tokens": rows.response(b), "text": work.text(rows.response(b)),
         "logp": rows.sampler_logp_BT[b, : rows.response_length_B[b]],
         "finish_reason": rollout.FINISHED[rows.finish_reason_B[b]],
-        "reward": None if reward_B is None else reward_B[b]})
+        "reward": None if drawn.reward_B is None else drawn.reward_B[b]})
   return state, row
 
 
-def _draw(work, programs, store, state, step, picked):
-  """The step's rollout, and how many of its tokens were sampled before."""
+class Drawn(NamedTuple):
+  """What a step drew, and what of it is learned from."""
+  picked: list        # the prompts, of every round
+  rows: Any           # the Rollout learned from, always of the same shape
+  weight_B: Any       # a factor on each of its rows, 0 where nothing is learned; or None
+  reward_B: Any       # its rewards, or None
+  reused: int         # tokens that another stage had sampled
+  dropped: Any        # a Rollout of the rows that are not learned from, or None
+  metrics: dict       # of the rewards of all that was drawn
+
+
+def _drawn(work, programs, store, state, step):
+  """The Drawn of a step: one round, or with hp.rounds as many as there are groups to replace.
+
+  A group whose rewards are all equal teaches nothing: where hp.rounds is 1 or more it is dropped,
+  and new prompts are drawn until the batch is full or the rounds are over, when dropped groups fill
+  it up with weight 0 (dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476). Their labels and
+  tokens are charged. Answers that were cut off are left out where hp.overlong is "mask".
+  """
+  hp = work.hp
+  if work.advantages is None:
+    picked = _picked(work, step, 0, 1)
+    rows, reused = _draw(work, programs, store, state, step, picked)
+    return Drawn(picked, rows, None, None, reused, None, {})
+  picked, parts, rewards, reused, G = [], [], [], 0, hp.sampling.samples_per_prompt
+  for turn in range(max(hp.rounds, 1)):
+    new = _picked(work, step, turn, max(hp.rounds, 1))
+    rows, before = _draw(work, programs, store, state, step, new, turn)
+    picked, parts, reused = picked + new, [*parts, rows], reused + before
+    rewards.append(_rewards(work.reward, rows).reshape(-1, G))
+    reward_PG = np.concatenate(rewards)
+    mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
+    if mixed_P.sum() >= hp.prompts:
+      break
+  every = rollout.concatenate(parts)
+  order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
+  own_P, rest_P = np.sort(order_P[: hp.prompts]), np.sort(order_P[hp.prompts:])
+  def rows_of(places_P):
+    return (places_P[:, None] * G + np.arange(G)).reshape(-1)
+  rows = rollout.take(every, rows_of(own_P))
+  weight_B = np.repeat(mixed_P[own_P] | (hp.rounds == 0), G).astype(np.float32)
+  if hp.overlong == "mask":
+    weight_B = weight_B * (rows.finish_reason_B == rollout.FINISHED.index("stop"))
+  return Drawn(picked, rows, weight_B, reward_PG[own_P].reshape(-1), reused,
+               rollout.take(every, rows_of(rest_P)) if len(rest_P) else None,
+               {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(),
+                "rounds": len(parts)})
+
+
+def _picked(work, step, turn, rounds):
+  return [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
+                                            work.hp.prompts, turn, rounds)]
+
+
+def _draw(work, programs, store, state, step, picked, turn=0):
+  """A round's rollout, and how many of its tokens were sampled before."""
   hp = work.hp
   G = hp.sampling.samples_per_prompt
   if work.given is not None:
     return work.given(picked), 0
   if store is None:
-    seed = (work.seed, zlib.crc32(work.name.encode()), step, 0)
+    seed = (work.seed, zlib.crc32(work.name.encode()), step, turn)
     version = step * hp.epochs * hp.minibatches
     params = update.join(state.params, work.frozen)
     return programs.draw(params, picked, seed, weight_version=version), 0

@@ -32,6 +32,18 @@ def test_the_one_shift():
                              [[0, 0, -.1, -.2, 0, 0], [-.3, -.4, -.5, 0, 0, 0]])
 
 
+def test_a_constant_counts_sequences_and_weighs_tokens_alike():
+  # Responses of up to n tokens: each token weighs 1/n and a sequence counts one (Dr. GRPO).
+  rows = two_rows()
+  got = rollout.batch(rows, "constant")
+  n = rows.response_BT.shape[1]
+  np.testing.assert_allclose(got.weight_BT[got.sequence_BT >= 0], 1 / n, rtol=1e-6)
+  np.testing.assert_allclose(got.count_BT.sum(axis=1), [1, 1], rtol=1e-6)
+  for mean in ("token", "sequence"):
+    same = rollout.batch(rows, mean)
+    np.testing.assert_array_equal(same.count_BT, same.weight_BT)
+
+
 def test_weights_are_the_kind_of_mean():
   got = rollout.batch(two_rows(), "sequence").weight_BT
   np.testing.assert_allclose(got.sum(axis=1), [1, 1])  # each sequence counts once

@@ -47,7 +47,8 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
       prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
       learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
       given=None,
-      reward=reward, advantages=grpo.group_advantages, judge=None, weigh=None,
+      reward=reward, advantages=grpo.group_advantages, punish=objectives.punishment(hp),
+      judge=None, weigh=None,
       objective=objectives.clipped_surrogate, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
       store=None, passes=None, validate=validate, text=str)
@@ -93,6 +94,59 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
   assert max(abs(row["ratio_mean"] - 1) for row in rows) > 1e-4
   ledger = metrics.read(tmp_path / "many", "ledger")
   assert [r["tokens_trained"] for r in ledger] == [3 * r["tokens_sampled"] for r in ledger]
+
+
+def step_batches(monkeypatch):
+  """Every batch that `train._updates` is given, as the steps go."""
+  seen, updates = [], train._updates
+  monkeypatch.setattr(train, "_updates", lambda *args: (seen.append(args[4]), updates(*args))[1])
+  return seen
+
+
+@pytest.mark.medium
+def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, monkeypatch):
+  # Prompts 0 to 3 are always right, so their groups are constant; the others' rewards are mixed.
+  def reward(prompt_id, ids):
+    return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
+  batches, drawn, draw = step_batches(monkeypatch), [], train._draw
+  monkeypatch.setattr(train, "_draw", lambda *args: (drawn.append((args[4], args[6], [
+      p.id for p in args[5]])), draw(*args))[1])
+  work = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
+  run(work)
+  assert {(step, turn) for step, turn, _ in drawn} >= {(step, 0) for step in range(4)}
+  rows, ledger = metrics.read(tmp_path, "metrics"), metrics.read(tmp_path, "ledger")
+  dropped = 0
+  for step, (batch, row, entry) in enumerate(zip(batches, rows, ledger, strict=True)):
+    asked = [i for at, _, ids in drawn if at == step for i in ids]
+    assert sorted(entry["labels"]) == sorted(entry["prompts"]) == sorted(asked)  # all are charged
+    assert row["rounds"] == len(asked) / 4 and batch.weight_BT.shape[0] == 16
+    own = batch.weight_BT.sum(axis=1).reshape(4, 4) > 0
+    assert np.all(own.all(axis=1) | ~own.any(axis=1))  # whole groups
+    advantage = np.abs(batch.advantage_BT).max(axis=1).reshape(4, 4)
+    assert np.array_equal(own[:, 0], advantage.max(axis=1) > 0)  # exactly those that teach
+    assert entry["tokens_sampled"] == entry["tokens_trained"] + entry["tokens_discarded"]
+    dropped += entry["tokens_discarded"]
+  assert dropped > 0 and max(len(d[2]) for d in drawn) == 4
+
+
+@pytest.mark.medium
+def test_answers_cut_off_are_left_out_or_punished(tmp_path, mesh, monkeypatch):
+  batches = step_batches(monkeypatch)
+  run(make(tmp_path / "mask", mesh, overlong="mask", steps=2))
+  run(make(tmp_path / "soft", mesh, overlong="soft", overlong_cache=3, steps=2,
+           reward=lambda prompt_id, ids: 0.0))
+  for batch in batches[:2]:
+    cut = (batch.sequence_BT >= 0).sum(axis=1) == 6  # all six tokens, the last one no stop token
+    last = np.array([b.targets_BT[b.sequence_BT >= 0][-1] for b in
+                     (jax.tree.map(lambda x, i=i: x[i: i + 1], batch) for i in range(16))])
+    np.testing.assert_array_equal(batch.weight_BT.sum(axis=1) > 0, ~(cut & (last != 1)))
+  for batch in batches[2:]:  # nothing but the length tells samples apart
+    length = (batch.sequence_BT >= 0).sum(axis=1).reshape(4, 4)
+    advantage = batch.advantage_BT.sum(axis=1).reshape(4, 4) / length
+    shaped = -np.clip((length - 3) / 3, 0, 1)
+    spread = shaped.std(axis=1, keepdims=True)
+    want = (shaped - shaped.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    np.testing.assert_allclose(advantage, want, atol=1e-5)
 
 
 @pytest.mark.medium

@@ -1,7 +1,17 @@
-"""Seconds and temporaries of a loss and its gradients, block by block against all logits at once.
+"""Seconds and temporaries of losses and their gradients: block by block, on all logits, and TRL's.
 
-  python -m benchmarks.loss [--rows=4] [--tokens=512] [--width=256] [--vocab=32000] [--block=256]
+  python -m benchmarks.loss [--tokens=1024,2048,4096,8192] [--trl=PYTHON]
+  python -m benchmarks.loss --topology=v5p:2x2x1 --dtype=bfloat16    (compiles, for a TPU; libtpu)
+
+Time is of `width` and `guide_width` and `vocab`, every size in one run and every way in turn;
+`--trl` names the Python of an environment that has TRL (`peers/README.md`). Memory is the compiled
+program's own account at `memory_*`, sizes that need not fit here, and nothing of them is run:
+`beyond_gradient_bytes` are the temporaries without one float32 gradient of the unembedding.
 """
+
+import json
+import statistics
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,70 +21,164 @@ from benchmarks import measure
 from s2d_jax import sharding
 from s2d_jax.losses import blockwise, kl, tokens
 
-FULL = {"rows": 4, "tokens": 512, "width": 256, "vocab": 32_000, "block": 256, "repeats": 5,
-        "peak": 4096}
-SMOKE = {"rows": 2, "tokens": 8, "width": 8, "vocab": 32, "block": 4, "repeats": 1, "peak": 16}
+FULL = {"tokens": "1024,2048,4096,8192", "width": 256, "guide_width": 512, "vocab": 32_000,
+        "block": 256, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
+        "memory_tokens": "4096,8192,16384", "memory_width": 2048, "memory_guide_width": 4096,
+        "memory_vocab": 151_936, "memory_blocks": "256,512,1024"}
+SMOKE = FULL | {"tokens": "8,16", "width": 8, "guide_width": 16, "vocab": 32, "block": 4,
+                "repeats": 1, "peak": 16, "memory_tokens": "8,16", "memory_width": 8,
+                "memory_guide_width": 16, "memory_vocab": 32, "memory_blocks": "2,4"}
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
 def logits(head):
   """All of them: [B, T, V] float32."""
-  return jnp.einsum("BTD,VD->BTV", head.features_BTD, head.weight_VD,
+  return jnp.einsum("BTD,VD->BTV", head.features_BTD,
+                    head.weight_VD.astype(head.features_BTD.dtype),
                     preferred_element_type=jnp.float32)
 
 
 def losses(block):
   """{loss: {way: f(student_head, guide_head, targets_BT) -> scalar}}: sums over all tokens."""
-  def blockwise_kl(f):
+  def nll(student_BTV, _, targets_BT):
+    return tokens.negative_log_likelihood(student_BTV, targets_BT)
+  def door(f, *more):
     def total(student, guide, targets_BT):
       weight_BT = jnp.ones(targets_BT.shape, jnp.float32)
+      if more:
+        return blockwise.divergence(f, student, None, weight_BT, block, targets_BT)[0]
       return blockwise.divergence(f, student, guide, weight_BT, block)[0]
     return total
+  def half(s, g):
+    return kl.jsd(s, g, 0.5)
   return {
       "negative_log_likelihood": {
-          "blockwise": lambda s, g, targets_BT: -blockwise.logp(s, targets_BT, block)[0].sum(),
-          "direct": lambda s, g, targets_BT:
-              tokens.negative_log_likelihood(logits(s), targets_BT).sum()},
-      **{f.__name__: {
-          "blockwise": blockwise_kl(f),
-          "direct": lambda s, g, targets_BT, f=f: f(logits(s), logits(g)).sum()}
-         for f in (kl.forward_kl, kl.reverse_kl)}}
+          "blockwise": door(nll, "targets"),
+          "logp": lambda s, g, targets_BT: -blockwise.logp(s, targets_BT, block)[0].sum(),
+          "direct": lambda s, g, targets_BT: nll(logits(s), None, targets_BT).sum()},
+      **{name: {"blockwise": door(f), "direct": lambda s, g, targets_BT, f=f: f(
+          logits(s), logits(g)).sum()}
+         for name, f in (("forward_kl", kl.forward_kl), ("reverse_kl", kl.reverse_kl),
+                         ("jsd", half))}}
+
+
+def arrays(sizes, count):
+  """(student, guide, targets) of so many tokens, random, logits of order one."""
+  rng = np.random.default_rng(0)
+  def head(width):
+    return blockwise.Head(rng.normal(size=(1, count, width)).astype(np.float32),
+                          (rng.normal(size=(sizes.vocab, width)) * width**-0.5).astype(np.float32))
+  return (head(sizes.width), head(sizes.guide_width),
+          rng.integers(0, sizes.vocab, (1, count)).astype(np.int32))
+
+
+def timed(sizes, count):
+  """{loss: {way: what it takes}} of `count` tokens; the ways in turn, and each loss's equal."""
+  given = arrays(sizes, count)
+  found = {}
+  with tempfile.TemporaryDirectory() as scratch:
+    trl = None
+    if sizes.trl:
+      path = f"{scratch}/arrays.npz"
+      np.savez(path, student=given[0].features_BTD[0], student_weight=given[0].weight_VD,
+               guide=given[1].features_BTD[0], guide_weight=given[1].weight_VD)
+      trl = measure.Peer([sizes.trl, "benchmarks/peers/trl_losses.py", path])
+    placed = jax.device_put(given)
+    try:
+      for name, ways in losses(sizes.block).items():
+        programs = {way: jax.jit(jax.value_and_grad(f)).lower(*placed).compile()
+                    for way, f in ways.items()}
+        runs = {way: [] for way in programs}
+        theirs = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}.get(name)
+        if trl is not None and theirs is not None:
+          runs |= {"trl": [], "trl_chunked": []}
+        for _ in range(sizes.repeats + 1):
+          for way, seen in runs.items():
+            if way in programs:
+              seen.append(ours(programs[way], placed))
+            else:
+              seen.append(trl.ask(json.dumps({"way": way, "beta": theirs})))
+        found[name] = {way: told(seen) for way, seen in runs.items()}
+        same(name, {way: seen[0] for way, seen in runs.items()})
+    finally:
+      if trl is not None:
+        trl.close()
+  return found
+
+
+def ours(program, placed):
+  """One run of ours: seconds, the loss, and the lengths of its gradients."""
+  (loss, grads), seconds = measure.stopwatch(lambda: jax.block_until_ready(program(*placed)))
+  return {"seconds": seconds, "loss": float(loss),
+          "gradients": [float(np.linalg.norm(x)) for x in jax.device_get(grads)]}
+
+
+def told(runs):
+  seconds = [run["seconds"] for run in runs[1:]]
+  return {"seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
+          "loss": runs[0]["loss"], "gradients": runs[0]["gradients"]}
+
+
+def same(name, ways):
+  """Refuses to time what is not the same: losses and lengths of gradients."""
+  want = ways["direct"]
+  for way, got in ways.items():
+    pairs = zip([got["loss"], *got["gradients"]], [want["loss"], *want["gradients"]], strict=True)
+    if any(abs(a - b) > 1e-3 * abs(b) for a, b in pairs):
+      raise ValueError(f"{way} of {name} has {got} and direct {want}: do not time what differs.")
+
+
+def needs(sizes, count, block, where):
+  """Compiled memory of reverse KL and its gradients at the large sizes; block 0 is direct."""
+  dtype = jnp.dtype(sizes.dtype)
+  def head(width):
+    return blockwise.Head(jax.ShapeDtypeStruct((1, count, width), dtype, sharding=where),
+                          jax.ShapeDtypeStruct((sizes.memory_vocab, width), dtype, sharding=where))
+  targets = jax.ShapeDtypeStruct((1, count), jnp.int32, sharding=where)
+  f = losses(block or 1)["reverse_kl"]["blockwise" if block else "direct"]
+  program = jax.jit(jax.value_and_grad(f)).lower(
+      head(sizes.memory_width), head(sizes.memory_guide_width), targets).compile()
+  account = measure.memory(program)
+  # The float32 gradient is the output, or a temporary that is rounded to an output of its own.
+  gradient = 0 if dtype == jnp.float32 else 4 * sizes.memory_vocab * sizes.memory_width
+  beyond = account["temporary_bytes"] - (gradient if block else 0)
+  return account | {"beyond_gradient_bytes": beyond}
 
 
 def run(sizes):
-  """{loss: {way: what it takes}, with how far the two ways' gradients are apart}."""
-  keys = jax.random.split(jax.random.key(0), 5)
-  def head(a, b):
-    return blockwise.Head(
-        jax.random.normal(a, (sizes.rows, sizes.tokens, sizes.width)),
-        jax.random.normal(b, (sizes.vocab, sizes.width)) * jnp.float32(sizes.width**-0.5))
-  student, guide = head(*keys[:2]), head(*keys[2:4])
-  targets_BT = jax.random.randint(keys[4], (sizes.rows, sizes.tokens), 0, sizes.vocab)
-  found = {"logits_bytes": 4 * sizes.rows * sizes.tokens * sizes.vocab}
-  for name, ways in losses(sizes.block).items():
-    found[name], gradients = {}, {}
-    for way, f in ways.items():
-      program, seconds = measure.stopwatch(
-          lambda f=f: jax.jit(jax.value_and_grad(f)).lower(student, guide, targets_BT).compile())
-      took = measure.timed(lambda p=program: p(student, guide, targets_BT), sizes.repeats)
-      found[name][way] = {**took, "compile_seconds": seconds, **measure.memory(program)}
-      gradients[way] = jax.device_get(program(student, guide, targets_BT)[1])
-    found[name]["gradients_apart"] = apart(*gradients.values())
-  return {**found, "matmul_peak": measure.matmul_peak(sizes.peak, sizes.repeats)}
-
-
-def apart(a, b):
-  """The largest difference of two trees of arrays, as a share of the largest value in them."""
-  leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-  return float(max(np.max(np.abs(x - y)) for x, y in leaves)
-               / max(np.max(np.abs(x)) for x, _ in leaves))
+  """Memory at the large sizes; seconds at the small ones, unless it is a topology's turn."""
+  where = None
+  if sizes.topology:
+    from jax.experimental import topologies
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=sizes.topology).devices
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+  counts, blocks = (list(map(int, text.split(",")))
+                    for text in (sizes.memory_tokens, sizes.memory_blocks))
+  middle = counts[len(counts) // 2]
+  memory = {f"{count} tokens, block {block}": needs(sizes, count, block, where)
+            for count, block in [*((middle, b) for b in blocks),
+                                 *((c, blocks[0]) for c in counts if c != middle)]}
+  memory[f"{middle} tokens, direct"] = needs(sizes, middle, 0, where)
+  if sizes.topology:
+    return {"memory": memory}
+  peak = measure.matmul_peak(sizes.peak, sizes.repeats)
+  found = {count: timed(sizes, int(count)) for count in sizes.tokens.split(",")}
+  # Products: the student's logits once and two for its gradients, the guide's once.
+  for count, ways in found.items():
+    for name, row in ways.items():
+      guided = 0 if name == "negative_log_likelihood" else sizes.guide_width
+      flops = 2 * int(count) * sizes.vocab * (3 * sizes.width + guided)
+      for way in row.values():
+        way["share_of_peak"] = flops / way["seconds"] / peak["flops_per_second"]
+  return {"memory": memory, "time": found, "matmul_peak": peak}
 
 
 def main(argv=None):
   """Measures, writes the JSON and returns its path."""
   asked = parse(argv)
+  name = f"loss-{asked.sizes.topology.partition(':')[0]}" if asked.sizes.topology else "loss"
   with jax.set_mesh(sharding.make_mesh()):
-    return measure.write("loss", asked, run(asked.sizes))
+    return measure.write(name, asked, run(asked.sizes))
 
 
 if __name__ == "__main__":

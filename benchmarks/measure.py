@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from typing import NamedTuple
@@ -56,6 +57,33 @@ def parser(doc, full, smoke):
     return Asked(argparse.Namespace(**sizes | given), words, results, os.getloadavg()[0])
 
   return parse
+
+
+class Peer:
+  """A rival in a process of its own, which answers each line with JSON; `versions` are its first.
+  """
+
+  def __init__(self, argv):
+    self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.versions = self._answer()
+
+  def ask(self, line):
+    """What it says to a line."""
+    self.process.stdin.write(f"{line}\n")
+    self.process.stdin.flush()
+    return self._answer()
+
+  def _answer(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f"{' '.join(self.process.args[:3])} has ended: its error is above.")
+    return json.loads(line)
+
+  def close(self):
+    """Ends the process."""
+    self.process.stdin.close()
+    self.process.wait()
+    self.process.stdout.close()
 
 
 def model(shape, dtype="float32", remat="none", attention="auto", seed=0):

@@ -10,10 +10,8 @@ memory is the compiled program's own account for us, the process's or the device
 """
 
 import importlib.util
-import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -117,34 +115,6 @@ def profile(ours, sizes):
   return found
 
 
-class Peer:
-  """transformers in a process of its own, which answers line by line."""
-
-  def __init__(self, folder, tokens, dtype, how):
-    self.process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, dtype, how],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    self.versions = self._answer()
-
-  def ask(self, what):
-    """Seconds, loss and peak memory of one "forward" or "train"."""
-    self.process.stdin.write(f"{what}\n")
-    self.process.stdin.flush()
-    return self._answer()
-
-  def _answer(self):
-    line = self.process.stdout.readline()
-    if not line:
-      raise RuntimeError("the process of benchmarks.peers.pytorch has ended: its error is above.")
-    return json.loads(line)
-
-  def close(self):
-    """Ends the process."""
-    self.process.stdin.close()
-    self.process.wait()
-    self.process.stdout.close()
-
-
 def peers(ours, sizes, scratch):
   """{name: Peer} on our weights and tokens, or none where they have no part."""
   if importlib.util.find_spec("torch") is None or sizes.objective != "negative_log_likelihood":
@@ -152,7 +122,8 @@ def peers(ours, sizes, scratch):
   folder, tokens = str(pathlib.Path(scratch) / "model"), f"{scratch}/tokens.npz"
   hf.save(folder, ours.model, ours.start)
   np.savez(tokens, inputs=ours.batch.inputs_BT, targets=ours.batch.targets_BT)
-  return {name: Peer(folder, tokens, sizes.dtype, how) for name, how in PEERS.items()}
+  module = [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, sizes.dtype]
+  return {name: measure.Peer([*module, how]) for name, how in PEERS.items()}
 
 
 def run(sizes):

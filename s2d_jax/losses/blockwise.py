@@ -10,6 +10,7 @@ products are accumulated in float32.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 
 from s2d_jax import sharding
 from s2d_jax.losses import tokens
+
+COLUMNS = 256  # of the unembedding's gradient at a time, on a CPU
 
 
 class Head(NamedTuple):
@@ -169,11 +172,17 @@ def _logits(features_btD, weight_VD):
 def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
   """(dweight_VD with a block's part added, the gradient of the block's features)."""
   dlogits_btV = dlogits_btV.astype(features_btD.dtype)
-  more_VD = jnp.einsum("btV,btD->VD", dlogits_btV, features_btD,
-                       preferred_element_type=jnp.float32)
-  dfeatures_btD = jnp.einsum("btV,VD->btD", dlogits_btV, weight_VD,
-                             preferred_element_type=jnp.float32)
-  return (sharding.constrain(dweight_VD + more_VD, "vocab", "embed"),
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  D = features_btD.shape[-1]
+  few = math.gcd(D, COLUMNS) if sharding.platform() == "cpu" else D
+  def columns(i, dweight_VD):  # a CPU adds no product to a sum in place, but for a few at a time
+    own_btD = jax.lax.dynamic_slice_in_dim(features_btD, i * few, few, axis=2)
+    old_VD = jax.lax.dynamic_slice_in_dim(dweight_VD, i * few, few, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(
+        dweight_VD, old_VD + product("btV,btD->VD", dlogits_btV, own_btD), i * few, axis=1)
+  dweight_VD = jax.lax.fori_loop(0, D // few, columns, dweight_VD)
+  dfeatures_btD = product("btV,VD->btD", dlogits_btV, weight_VD)
+  return (sharding.constrain(dweight_VD, "vocab", "embed"),
           dfeatures_btD.astype(features_btD.dtype))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import loss, measure
 
 ROOT = Path(__file__).parents[2]
 TORCH = importlib.util.find_spec("torch") is not None
@@ -18,12 +18,11 @@ MACHINE = {"system", "processor", "cores", "python", "jax", "platform", "device"
 TIMED = {"seconds", "repeats", "first"}
 COMPILED = {"compile_seconds", "argument_bytes", "temporary_bytes", "output_bytes", "alias_bytes"}
 RATES = {"tokens_per_second", "flops", "share_of_peak", "matmul_peak"}
-WAYS = {"blockwise", "direct", "gradients_apart"}
 KEYS = {
     "step": {"forward", "train", "flops", "compile_seconds", "memory", "forward_memory", "peers",
              "matmul_peak", "profile"},
     "sampler": TIMED | COMPILED | RATES | {"seconds_per_decode_step"},
-    "loss": {"logits_bytes", "negative_log_likelihood", "forward_kl", "reverse_kl", "matmul_peak"},
+    "loss": {"memory", "time", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
 }
@@ -103,13 +102,24 @@ def test_sampler(tmp_path):
 @pytest.mark.medium
 def test_loss(tmp_path):
   result = smoke("loss", tmp_path)
-  assert result["logits_bytes"] == 2 * 8 * 32 * 4
-  for name in ("negative_log_likelihood", "forward_kl", "reverse_kl"):
-    assert set(result[name]) == WAYS
-    assert result[name]["gradients_apart"] < 1e-5  # float32, sums of 16 tokens
-    for way in ("blockwise", "direct"):
-      assert set(result[name][way]) == TIMED | COMPILED
-    assert result[name]["direct"]["temporary_bytes"] > result["logits_bytes"]
+  assert set(result["time"]) == {"8", "16"}
+  for ways in result["time"].values():
+    assert set(ways) == {"negative_log_likelihood", "forward_kl", "reverse_kl", "jsd"}
+    for name, row in ways.items():
+      assert set(row) == {"blockwise", "direct"} | ({"logp"} if name.startswith("neg") else set())
+      for way in row.values():
+        assert set(way) == TIMED | {"loss", "gradients", "share_of_peak"}
+  assert set(result["memory"]) == {"16 tokens, block 2", "16 tokens, block 4", "8 tokens, block 2",
+                                   "16 tokens, direct"}
+  for account in result["memory"].values():
+    assert set(account) == COMPILED - {"compile_seconds"} | {"beyond_gradient_bytes"}
+
+
+def test_losses_that_differ_are_not_timed():
+  ways = {"direct": {"loss": 1.0, "gradients": [2.0, 3.0]},
+          "blockwise": {"loss": 1.0, "gradients": [2.0, 3.1]}}
+  with pytest.raises(ValueError, match="blockwise of reverse_kl has .*do not time what differs"):
+    loss.same("reverse_kl", ways)
 
 
 @pytest.mark.medium

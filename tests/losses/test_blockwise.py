@@ -218,6 +218,12 @@ def reduced(lines):
         yield math.prod(map(int, dims.split(",")))
 
 
+def sizes(text):
+  """How many elements the arrays of a compiled program have."""
+  return {math.prod(map(int, dims.split(",")))
+          for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(shape):
@@ -229,8 +235,8 @@ def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(sha
   everywhere, inside = list(reduced(text.splitlines())), list(reduced(loops(text)))
   assert [size for size in everywhere if size >= own // 8]  # the search finds what it looks for
   assert max(inside, default=0) <= 16 * 40  # in the loop: at most a block of features
-  sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
-  assert 8 * 48 // (shape[0] * shape[1]) * 96 // shape[2] not in sizes  # a device's whole logits
+  tokens_of_one = 8 * 48 // (shape[0] * shape[1])
+  assert tokens_of_one * 96 // shape[2] not in sizes(text)  # a device's whole logits
 
 
 @pytest.mark.medium

@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import loss
 from configs import common
 from s2d_jax import models, objectives, optim, sharding, train, update
+from s2d_jax.losses import blockwise
+from tests.losses import test_blockwise as hlo
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="make test-tpu has libtpu")]
@@ -85,3 +88,37 @@ def test_an_8b_training_step_of_a_slice_fits():
            + needs.output_size_in_bytes - needs.alias_size_in_bytes)
   own = 3 * 4 * 8_190_735_360 / 16  # parameters and two moments: 6.1 GB of a device's 34.4
   assert own < total < 32 * 2**30
+
+
+@pytest.mark.parametrize("topology, shape", [("v5e:4x4", (2, 4, 2)), ("v6e:4x4", (1, 16, 1))])
+def test_the_gradient_of_the_unembedding_is_added_up_after_the_loop(topology, shape):
+  where, (rows, T, D, V, block) = mesh(topology, shape), (16, 512, 256, 4096, 128)
+  def head(width):
+    weight = jax.ShapeDtypeStruct((V, width), jnp.float32, sharding=sharding.weight_sharding(
+        where, ("vocab", "embed"), (V, width)))
+    features = jax.ShapeDtypeStruct((rows, T, width), jnp.bfloat16,
+                                    sharding=sharding.batch_sharding(where, (rows, T, width)))
+    return blockwise.Head(features, weight)
+  def per_token(dtype):
+    return jax.ShapeDtypeStruct((rows, T), dtype,
+                                sharding=sharding.batch_sharding(where, (rows, T)))
+  with jax.set_mesh(where):
+    text = jax.jit(jax.grad(hlo.doors, has_aux=True), static_argnums=4).lower(
+        head(D), head(2 * D), per_token(jnp.int32), per_token(jnp.float32), block
+        ).compile().as_text()
+  own = V // shape[2] * D
+  assert max(hlo.reduced(text.splitlines())) >= own // 16  # the search finds what it looks for
+  assert max(hlo.reduced(hlo.loops(text)), default=0) <= block * 2 * D
+  tokens = rows * T // (shape[0] * shape[1])
+  assert tokens * V // shape[2] not in hlo.sizes(text)  # a device's logits of all its tokens
+
+
+def test_temporaries_are_a_thirtieth_of_those_of_all_logits():
+  # 8,192 tokens, widths 2,048 and 4,096, Qwen3's vocabulary, bfloat16, on one v5p.
+  sizes = types.SimpleNamespace(**loss.FULL | {"dtype": "bfloat16"})
+  one = jax.sharding.SingleDeviceSharding(mesh("v5p:2x2x1", (1, 1, 4)).devices.flat[0])
+  def beyond(tokens, block):
+    return loss.needs(sizes, tokens, block, one)["beyond_gradient_bytes"]
+  ours = beyond(8192, 256)
+  assert 0 < ours <= beyond(8192, 0) / 30
+  assert beyond(16_384, 256) < 1.01 * ours < beyond(8192, 512)  # it grows with the block alone

@@ -22,7 +22,7 @@ from s2d_jax import sharding
 from s2d_jax.losses import blockwise, kl, tokens
 
 FULL = {"tokens": "1024,2048,4096,8192", "width": 256, "guide_width": 512, "vocab": 32_000,
-        "block": 256, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
+        "block": 512, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
         "memory_tokens": "4096,8192,16384", "memory_width": 2048, "memory_guide_width": 4096,
         "memory_vocab": 151_936, "memory_blocks": "256,512,1024"}
 SMOKE = FULL | {"tokens": "8,16", "width": 8, "guide_width": 16, "vocab": 32, "block": 4,

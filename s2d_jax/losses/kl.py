@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.losses.tokens import expectation, log_sum, once
+
 LOWEST = -1e30  # a logit of no probability, finite
 SUPPORTS = ("teacher", "student", "union", "intersection")
 
@@ -21,19 +23,29 @@ SUPPORTS = ("teacher", "student", "union", "intersection")
 @jax.custom_jvp
 def _kl(p_logits_BTV, q_logits_BTV):
   """Σ_v p · (log p − log q) from float32 logits."""
-  log_p_BTV, log_q_BTV = jax.nn.log_softmax(p_logits_BTV), jax.nn.log_softmax(q_logits_BTV)
-  return jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+  p_BTV, _, ratio_BTV = _ratio(p_logits_BTV, q_logits_BTV)
+  return expectation(p_BTV, ratio_BTV)
+
+
+def _ratio(p_logits_BTV, q_logits_BTV):
+  """(p, q, log p/q), the last one exactly 0 where the logits are equal."""
+  (top_p_BT1, log_p_BT1), (top_q_BT1, log_q_BT1) = log_sum(p_logits_BTV), log_sum(q_logits_BTV)
+  p_BTV, q_BTV = p_logits_BTV - top_p_BT1, q_logits_BTV - top_q_BT1
+  return (once(jnp.exp(p_BTV - log_p_BT1)), once(jnp.exp(q_BTV - log_q_BT1)),
+          once((p_BTV - q_BTV) - (log_p_BT1 - log_q_BT1)))
 
 
 @_kl.defjvp
 def _kl_jvp(logits, tangents):
-  log_p_BTV, log_q_BTV = map(jax.nn.log_softmax, logits)
-  p_BTV, q_BTV = jnp.exp(log_p_BTV), jnp.exp(log_q_BTV)
-  log_ratio_BTV = log_p_BTV - log_q_BTV
-  kl_BT = jnp.sum(p_BTV * log_ratio_BTV, axis=-1)
-  in_p_BTV = p_BTV * (log_ratio_BTV - kl_BT[..., None])
-  in_q_BTV = q_BTV - p_BTV
-  return kl_BT, jnp.sum(in_p_BTV * tangents[0] + in_q_BTV * tangents[1], axis=-1)
+  p_BTV, q_BTV, ratio_BTV = _ratio(*logits)
+  kl_BT = expectation(p_BTV, ratio_BTV)
+  in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
+  return kl_BT, _along(in_p_BTV, tangents[0]) + _along(q_BTV - p_BTV, tangents[1])
+
+
+def _along(gradient_BTV, tangent_BTV):
+  """The change along a tangent; a plain sum, whose transpose is a plain product."""
+  return jnp.sum(gradient_BTV * tangent_BTV, axis=-1)
 
 
 def forward_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
@@ -89,29 +101,29 @@ def jsd(student_logits_BTV, teacher_logits_BTV, pi, student_temperature=1.0,
 
 def _mixed(student_BTV, teacher_BTV, pi):
   """(q, log m/q, p, log m/p) from float32 logits: 0 to the last bit where both are equal."""
-  log_q_BTV, log_p_BTV = jax.nn.log_softmax(student_BTV), jax.nn.log_softmax(teacher_BTV)
-  gap_BTV = log_p_BTV - log_q_BTV
+  p_BTV, q_BTV, gap_BTV = _ratio(teacher_BTV, student_BTV)
   # log(1 − π + π e^gap), by the form whose exponential does not overflow.
-  low_BTV = jnp.log1p(pi * jnp.expm1(jnp.minimum(gap_BTV, 0.0)))
-  high_BTV = gap_BTV + jnp.log1p((1 - pi) * jnp.expm1(-jnp.maximum(gap_BTV, 0.0)))
-  over_q_BTV = jnp.where(gap_BTV > 0, high_BTV, low_BTV)
-  return jnp.exp(log_q_BTV), over_q_BTV, jnp.exp(log_p_BTV), over_q_BTV - gap_BTV
+  high_BTV = gap_BTV > 0
+  share_BTV = jnp.where(high_BTV, 1 - pi, pi)
+  log_BTV = once(jnp.log1p(share_BTV * jnp.expm1(-jnp.abs(gap_BTV))))
+  return (q_BTV, log_BTV + jnp.where(high_BTV, gap_BTV, 0.0),
+          p_BTV, log_BTV - jnp.where(high_BTV, 0.0, gap_BTV))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _jsd(student_BTV, teacher_BTV, pi):
   q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(student_BTV, teacher_BTV, pi)
-  return -jnp.sum(pi * p_BTV * over_p_BTV + (1 - pi) * q_BTV * over_q_BTV, axis=-1)
+  return -(pi * expectation(p_BTV, over_p_BTV) + (1 - pi) * expectation(q_BTV, over_q_BTV))
 
 
 @_jsd.defjvp
 def _jsd_jvp(pi, logits, tangents):
   q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(*logits, pi)
   def pulled(p_BTV, g_BTV):
-    return p_BTV * (g_BTV - jnp.sum(p_BTV * g_BTV, axis=-1, keepdims=True))
+    return p_BTV * (g_BTV - expectation(p_BTV, g_BTV)[..., None])
   in_q_BTV = pulled(q_BTV, -(1 - pi) * over_q_BTV)
   in_p_BTV = pulled(p_BTV, -pi * over_p_BTV)
-  return _jsd(*logits, pi), jnp.sum(in_q_BTV * tangents[0] + in_p_BTV * tangents[1], axis=-1)
+  return _jsd(*logits, pi), _along(in_q_BTV, tangents[0]) + _along(in_p_BTV, tangents[1])
 
 
 def top_k_forward_kl(student_logits_BTV, teacher_logits_BTV, k, support="teacher"):
@@ -147,7 +159,7 @@ def _top_k(student_BTV, teacher_BTV, k, support, forward):
 
 def _masses(student_BTV, teacher_BTV, inside_BTV):
   return {f"{who}_mass": jax.lax.stop_gradient(
-              jnp.sum(jax.nn.softmax(x_BTV), axis=-1, where=inside_BTV))
+              expectation(jax.nn.softmax(x_BTV), inside_BTV.astype(jnp.float32)))
           for who, x_BTV in (("student", student_BTV), ("teacher", teacher_BTV))}
 
 
@@ -167,26 +179,28 @@ def _support(student_BTV, teacher_BTV, k, support):
 @jax.custom_jvp
 def _kl_with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
   p_BTV, _, ratio_BTV = _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV)
-  return jnp.sum(p_BTV * ratio_BTV, axis=-1)
+  return expectation(p_BTV, ratio_BTV)
 
 
 @_kl_with_rest.defjvp
 def _kl_with_rest_jvp(logits, tangents):
   # A token outside shares the ratio of all the rest, inside it has its own.
   p_BTV, q_BTV, ratio_BTV = _with_rest(*logits)
-  kl_BT = jnp.sum(p_BTV * ratio_BTV, axis=-1)
+  kl_BT = expectation(p_BTV, ratio_BTV)
   in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
   in_q_BTV = -q_BTV * jnp.expm1(ratio_BTV)
-  return kl_BT, jnp.sum(in_p_BTV * tangents[0] + in_q_BTV * tangents[1], axis=-1)
+  return kl_BT, _along(in_p_BTV, tangents[0]) + _along(in_q_BTV, tangents[1])
 
 
 def _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
   """(p, q, log p/q of each token's outcome)."""
-  log_p_BTV, log_q_BTV = jax.nn.log_softmax(p_logits_BTV), jax.nn.log_softmax(q_logits_BTV)
-  def rest(log_BTV):  # log-mass outside, finite where there is nothing outside
-    return jax.nn.logsumexp(jnp.where(inside_BTV, LOWEST, log_BTV), axis=-1, keepdims=True)
-  ratio_BTV = jnp.where(inside_BTV, log_p_BTV - log_q_BTV, rest(log_p_BTV) - rest(log_q_BTV))
-  return jnp.exp(log_p_BTV), jnp.exp(log_q_BTV), ratio_BTV
+  p_BTV, q_BTV, ratio_BTV = _ratio(p_logits_BTV, q_logits_BTV)
+  def rest(logits_BTV):  # log-mass outside, finite where there is nothing outside
+    top_BT1, log_BT1 = log_sum(jnp.where(inside_BTV, LOWEST, logits_BTV))
+    whole_BT1, log_whole_BT1 = log_sum(logits_BTV)
+    return (top_BT1 - whole_BT1) + (log_BT1 - log_whole_BT1)
+  return p_BTV, q_BTV, once(jnp.where(inside_BTV, ratio_BTV,
+                                      rest(p_logits_BTV) - rest(q_logits_BTV)))
 
 
 def intersection_reverse_kl(student_logits_BTV, teacher_logits_BTV, k):
@@ -228,8 +242,8 @@ def sampled_reverse_kl(logp_BT, teacher_logp_BT, baseline_BT=0.0):
 def forward_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
   """‖q − p‖₂, the length of `forward_kl`'s gradient in the student's logits; p teacher, q student.
   """
-  p_BTV = jax.nn.softmax(teacher_logits_BTV.astype(jnp.float32))
-  q_BTV = jax.nn.softmax(student_logits_BTV.astype(jnp.float32))
+  p_BTV, q_BTV, _ = _ratio(*(x.astype(jnp.float32)
+                             for x in (teacher_logits_BTV, student_logits_BTV)))
   return jnp.linalg.norm(q_BTV - p_BTV, axis=-1)
 
 
@@ -238,10 +252,10 @@ def reverse_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
 
   p is the student and q the teacher.
   """
-  log_p_BTV = jax.nn.log_softmax(student_logits_BTV.astype(jnp.float32))
-  log_q_BTV = jax.nn.log_softmax(teacher_logits_BTV.astype(jnp.float32))
-  kl_BT = reverse_kl(student_logits_BTV, teacher_logits_BTV)
-  return jnp.linalg.norm(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV - kl_BT[..., None]), axis=-1)
+  p_BTV, _, ratio_BTV = _ratio(*(x.astype(jnp.float32)
+                                 for x in (student_logits_BTV, teacher_logits_BTV)))
+  kl_BT = expectation(p_BTV, ratio_BTV)
+  return jnp.linalg.norm(p_BTV * (ratio_BTV - kl_BT[..., None]), axis=-1)
 
 
 def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
@@ -252,7 +266,7 @@ def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
 def overlap_mass(p_logits_BTV, q_logits_BTV, k):
   """Probability that p puts on the tokens that are among the k most probable of both."""
   p_BTV = jax.nn.softmax(p_logits_BTV.astype(jnp.float32))
-  return jnp.sum(p_BTV * _both_top(p_logits_BTV, q_logits_BTV, k), axis=-1)
+  return expectation(p_BTV, _both_top(p_logits_BTV, q_logits_BTV, k))
 
 
 def _both_top(p_logits_BTV, q_logits_BTV, k):

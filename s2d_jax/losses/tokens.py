@@ -7,6 +7,8 @@ float32, [B, T], unreduced.
 import jax
 import jax.numpy as jnp
 
+from s2d_jax import sharding
+
 
 def log_prob(logits_BTV, targets_BT):
   """Log-probability of each target, in nats.
@@ -21,13 +23,39 @@ def log_prob(logits_BTV, targets_BT):
   return logit_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
+def expectation(p_BTV, x_BTV):
+  """Σ_v p(v) · x(v) at each position, in float32.
+
+  A product of matrices and not a sum of products: XLA's CPU backend (jax 0.10) fuses exp, product
+  and sum into a kernel fifty times slower.
+  """
+  return jnp.einsum("...v,...v->...", p_BTV, x_BTV, precision="highest",
+                    preferred_element_type=jnp.float32)
+
+
+def once(x):
+  """x, computed once: XLA's CPU backend repeats an exponential for each of its readers."""
+  return jax.lax.optimization_barrier(x) if sharding.platform() == "cpu" else x
+
+
+def log_sum(logits_BTV):
+  """(largest logit, log Σ_v exp(z(v) − largest)), [B, T, 1] each: their sum is the log-normaliser.
+
+  Apart, because logits lose what is small where something large is taken from them at once.
+  """
+  top_BT1 = once(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True)))
+  return top_BT1, once(jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT1), axis=-1, keepdims=True)))
+
+
 def entropy(logits_BTV):
   """Entropy at each position, in nats: between 0 and log V.
 
     H(π) = −Σ_v π(v) · log π(v).
   """
-  logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-  return -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  top_BT1, log_BT1 = log_sum(logits_BTV)
+  logp_BTV = once(logits_BTV - top_BT1 - log_BT1)
+  return -expectation(once(jnp.exp(logp_BTV)), logp_BTV)
 
 
 def negative_log_likelihood(logits_BTV, targets_BT):

@@ -60,7 +60,7 @@ def spent(work, step, drawn, labels, judged):
   """One step's row.
 
   Args:
-    work: the stage, a `train.Work`; drawn: a `train.Drawn`; labels: whose answers were consulted.
+    work: the stage, a `train.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
     judged: the rows that a pass rate asked for, or None.
   """
   hp, rows = work.hp, drawn.rows

@@ -19,8 +19,9 @@ ARROWS = {
   "recipe": {"doctor", "stage", "budget", "report"},
   "doctor": {"train", "objectives"},
   "stage": {"train", "objectives", "manifest"},
-  "train": {"update", "sampler", "evals", "rewards", "data", "chat", "checkpoint", "metrics",
+  "train": {"drawing", "update", "sampler", "evals", "rewards", "data", "chat", "checkpoint", "metrics",
             "ledger", "optim"},
+  "drawing": {"update", "data", "checkpoint"},
   "update": {"rollout", "sharding"},
   "evals": {"sampler", "stats"},
   "sampler": {"models", "chat", "rollout"},
@@ -36,8 +37,8 @@ ARROWS = {
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
 }
-# train and update are handed functions: they know no loss and no model.
-NEVER = {unit: {"models", "losses", "objectives"} for unit in ("train", "update")}
+# These are handed functions: they know no loss and no model.
+NEVER = {unit: {"models", "losses", "objectives"} for unit in ("train", "drawing", "update")}
 # A library with opinions is imported in one place.
 HOMES = {
   "flax": "models",

@@ -11,7 +11,17 @@ import pytest
 from etils import epath
 
 from configs import common
-from s2d_jax import checkpoint, metrics, models, objectives, optim, rollout, sharding, train
+from s2d_jax import (
+  checkpoint,
+  drawing,
+  metrics,
+  models,
+  objectives,
+  optim,
+  rollout,
+  sharding,
+  train,
+)
 from s2d_jax.losses import grpo
 from s2d_jax.rollout import Prompt
 
@@ -108,9 +118,9 @@ def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, mon
   # Prompts 0 to 3 are always right, so their groups are constant; the others' rewards are mixed.
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
-  batches, drawn, draw = step_batches(monkeypatch), [], train._draw
-  monkeypatch.setattr(train, "_draw", lambda *args: (drawn.append((args[4], args[6], [
-      p.id for p in args[5]])), draw(*args))[1])
+  batches, drawn, one = step_batches(monkeypatch), [], drawing._draw
+  monkeypatch.setattr(drawing, "_draw", lambda *args: (drawn.append((args[4], args[6], [
+      p.id for p in args[5]])), one(*args))[1])
   work = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
   run(work)
   assert {(step, turn) for step, turn, _ in drawn} >= {(step, 0) for step in range(4)}

@@ -165,6 +165,8 @@ def tiny(name, folder):
         "steps": 2, "prompts": 2, "save_every": 1, "eval_every": 2, "block": 64, "microbatches": 2,
         "sampling.samples_per_prompt": samples, "sampling.max_tokens": 5,
         "lora.rank": 2 if name == "llama_math" else 0}.items()}
+    if row.endswith("grpo"):
+      smaller |= {f"stages.{row}.overlong": "soft", f"stages.{row}.overlong_cache": 2}
   if name == "arithmetic":
     config = module.get_config("tiny")
     smaller |= {"teacher": str(folder / "teacher"), "student": str(folder / "student"),

@@ -1,0 +1,130 @@
+"""What a step draws: prompts, samples, rewards, and which of it is learned from.
+
+A step may draw in several rounds; what frozen actors sampled is kept and shared by its name. Every
+host draws the same and scores its share of the answers.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from s2d_jax import checkpoint, rollout, update
+from s2d_jax.data import prompts as order
+
+
+class Drawn(NamedTuple):
+  """What a step drew, and what of it is learned from."""
+  picked: list        # the prompts, of every round
+  rows: Any           # the Rollout learned from, always of the same shape
+  weight_B: Any       # a factor on each of its rows, 0 where nothing is learned; or None
+  reward_B: Any       # its rewards, or None
+  reused: int         # tokens that another stage had sampled
+  dropped: Any        # a Rollout of the rows that are not learned from, or None
+  metrics: dict       # of the rewards of all that was drawn
+
+
+def drawn(work, programs, store, state, step):
+  """The Drawn of a step: one round, or with hp.rounds as many as there are groups to replace.
+
+  A group whose rewards are all equal teaches nothing: where hp.rounds is 1 or more it is dropped,
+  and new prompts are drawn until the batch is full or the rounds are over, when dropped groups fill
+  it up with weight 0 (dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476). Their labels and
+  tokens are charged. Answers that were cut off are left out where hp.overlong is "mask".
+  """
+  hp = work.hp
+  if work.advantages is None:
+    picked = _picked(work, step, 0, 1)
+    rows, reused = _draw(work, programs, store, state, step, picked)
+    return Drawn(picked, rows, None, None, reused, None, {})
+  picked, parts, groups, reused, G = [], [], [], 0, hp.sampling.samples_per_prompt
+  for turn in range(max(hp.rounds, 1)):
+    new = _picked(work, step, turn, max(hp.rounds, 1))
+    rows, before = _draw(work, programs, store, state, step, new, turn)
+    picked, parts, reused = picked + new, [*parts, rows], reused + before
+    groups.append(rewards(work.reward, rows).reshape(-1, G))
+    reward_PG = np.concatenate(groups)
+    mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
+    if mixed_P.sum() >= hp.prompts:
+      break
+  every = rollout.concatenate(parts)
+  order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
+  own_P, rest_P = np.sort(order_P[: hp.prompts]), np.sort(order_P[hp.prompts:])
+  def rows_of(places_P):
+    return (places_P[:, None] * G + np.arange(G)).reshape(-1)
+  rows = rollout.take(every, rows_of(own_P))
+  weight_B = np.repeat(mixed_P[own_P] | (hp.rounds == 0), G).astype(np.float32)
+  if hp.overlong == "mask":
+    weight_B = weight_B * (rows.finish_reason_B == rollout.FINISHED.index("stop"))
+  return Drawn(picked, rows, weight_B, reward_PG[own_P].reshape(-1), reused,
+               rollout.take(every, rows_of(rest_P)) if len(rest_P) else None,
+               {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(),
+                "rounds": len(parts)})
+
+
+def _picked(work, step, turn, rounds):
+  return [work.prompts[i] for i in order.at(len(work.prompts), work.seed, work.name, step,
+                                            work.hp.prompts, turn, rounds)]
+
+
+def _draw(work, programs, store, state, step, picked, turn=0):
+  """A round's rollout, and how many of its tokens were sampled before."""
+  hp = work.hp
+  G = hp.sampling.samples_per_prompt
+  if work.given is not None:
+    return work.given(picked), 0
+  if store is None:
+    seed = (work.seed, zlib.crc32(work.name.encode()), step, turn)
+    version = step * hp.epochs * hp.minibatches
+    params = update.join(state.params, work.frozen)
+    return programs.draw(params, picked, seed, weight_version=version), 0
+  first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
+  rows, new_B = _stored(store, work, step, picked, range(first, first + G),
+                        lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
+                                                      first_sample=first))
+  return rows, int(rows.response_length_B[~new_B].sum())
+
+
+def _stored(store, work, step, picked, samples, draw):
+  """The rows of every (prompt, sample), drawn where the store lacks them; which are this step's."""
+  missing, mine = store.missing(picked, samples), f"{epath.Path(work.folder).name}-{step:08d}"
+  if missing:
+    store.add(mine, draw(missing), checkpoint.leader())
+  rows, parts = store.get(picked, samples)
+  # By the part's name, not by what was missing: a killed step, done again, is charged the same.
+  return rows, np.array([part == mine for part in parts])
+
+
+def weigh(work, programs, store, step, picked):
+  """(weight of each row, the judge's new samples, mean pass rate).
+
+  A prompt's pass rate is that of the learner's start, on hp.pass_samples of its samples. They are
+  drawn once, by this stage or by another.
+  """
+  seed = (work.seed, zlib.crc32(b"pass rate"))
+  rows, new_B = _stored(store, work, step, picked, range(work.hp.pass_samples),
+                        lambda missing: programs.judge(work.judge.params, missing, seed))
+  pass_rate_P = rewards(work.reward, rows).reshape(len(picked), -1).mean(axis=1)
+  weight_B = np.repeat(work.weigh(pass_rate_P), work.hp.sampling.samples_per_prompt)
+  return weight_B.astype(np.float32), rollout.take(rows, new_B), pass_rate_P.mean()
+
+
+def rewards(reward, rows):
+  """float32 [B]: every host scores its share of the rows, and reads the others'."""
+  hosts, here = jax.process_count(), jax.process_index()
+  B = len(rows.prompt_id_B)
+  mine = np.zeros(B, np.float32)
+  for b in range(here, B, hosts):
+    mine[b] = reward(int(rows.prompt_id_B[b]), rows.response(b))
+  return summed_over_hosts(mine)
+
+
+def summed_over_hosts(mine_B):
+  """The sum of every host's array of this shape, on every host; itself on one."""
+  if jax.process_count() == 1:
+    return mine_B
+  with jax.transfer_guard("allow"):  # asked for: it goes through the devices
+    return multihost_utils.process_allgather(mine_B).sum(axis=0)

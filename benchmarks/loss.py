@@ -145,13 +145,18 @@ def needs(sizes, count, block, where):
   return account | {"beyond_gradient_bytes": beyond}
 
 
-def run(sizes):
+def one_of(topology):
+  """A mesh of one device: of a TPU that need not be here, or of this machine."""
+  if not topology:
+    return sharding.make_mesh()
+  from jax.experimental import topologies
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  return sharding.make_mesh((1, 1, 1), devices[:1])
+
+
+def run(sizes, mesh):
   """Memory at the large sizes; seconds at the small ones, unless it is a topology's turn."""
-  where = None
-  if sizes.topology:
-    from jax.experimental import topologies
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=sizes.topology).devices
-    where = jax.sharding.SingleDeviceSharding(devices[0])
+  where = sharding.replicated(mesh)
   counts, blocks = (list(map(int, text.split(",")))
                     for text in (sizes.memory_tokens, sizes.memory_blocks))
   middle = counts[len(counts) // 2]
@@ -177,8 +182,9 @@ def main(argv=None):
   """Measures, writes the JSON and returns its path."""
   asked = parse(argv)
   name = f"loss-{asked.sizes.topology.partition(':')[0]}" if asked.sizes.topology else "loss"
-  with jax.set_mesh(sharding.make_mesh()):
-    return measure.write(name, asked, run(asked.sizes))
+  mesh = one_of(asked.sizes.topology)
+  with jax.set_mesh(mesh):
+    return measure.write(name, asked, run(asked.sizes, mesh))
 
 
 if __name__ == "__main__":

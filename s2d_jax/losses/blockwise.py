@@ -180,7 +180,8 @@ def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
     old_VD = jax.lax.dynamic_slice_in_dim(dweight_VD, i * few, few, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(
         dweight_VD, old_VD + product("btV,btD->VD", dlogits_btV, own_btD), i * few, axis=1)
-  dweight_VD = jax.lax.fori_loop(0, D // few, columns, dweight_VD)
+  dweight_VD = (columns(0, dweight_VD) if few == D
+                else jax.lax.fori_loop(0, D // few, columns, dweight_VD))
   dfeatures_btD = product("btV,VD->btD", dlogits_btV, weight_VD)
   return (sharding.constrain(dweight_VD, "vocab", "embed"),
           dfeatures_btD.astype(features_btD.dtype))

@@ -30,9 +30,9 @@ def _kl(p_logits_BTV, q_logits_BTV):
 def _ratio(p_logits_BTV, q_logits_BTV):
   """(p, q, log p/q), the last one exactly 0 where the logits are equal."""
   (top_p_BT1, log_p_BT1), (top_q_BT1, log_q_BT1) = log_sum(p_logits_BTV), log_sum(q_logits_BTV)
-  p_BTV, q_BTV = p_logits_BTV - top_p_BT1, q_logits_BTV - top_q_BT1
-  return (once(jnp.exp(p_BTV - log_p_BT1)), once(jnp.exp(q_BTV - log_q_BT1)),
-          once((p_BTV - q_BTV) - (log_p_BT1 - log_q_BT1)))
+  log_p_BTV = p_logits_BTV - top_p_BT1 - log_p_BT1
+  log_q_BTV = q_logits_BTV - top_q_BT1 - log_q_BT1
+  return once(jnp.exp(log_p_BTV)), once(jnp.exp(log_q_BTV)), once(log_p_BTV - log_q_BTV)
 
 
 @_kl.defjvp

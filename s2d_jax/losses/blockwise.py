@@ -189,17 +189,11 @@ def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
 
 def _map(on_block, block, rows):
   """on_block of 1 x block tokens after the other, joined."""
-  _, out = _scan_blocks(lambda _, *xs: ((), on_block(*xs)), block, (), rows)
-  return out
+  return _scan(lambda _, *xs: ((), on_block(*xs)), block, (), rows)[0]
 
 
 def _scan(on_block, block, start, rows):
-  """The same of one that also carries something: (out, the last of what is carried)."""
-  last, out = _scan_blocks(on_block, block, start, rows)
-  return out, last
-
-
-def _scan_blocks(on_block, block, start, rows):
+  """The same of an on_block that also carries something: (joined, the last of what is carried)."""
   if block < 1:
     raise ValueError(f"block is {block}: give the tokens per block of the loss, at least 1.")
   B, T = jax.tree.leaves(rows)[0].shape[:2]
@@ -216,4 +210,4 @@ def _scan_blocks(on_block, block, start, rows):
 
   last, out = jax.lax.scan(lambda carried, xs: on_block(carried, *xs), start,
                            jax.tree.map(split, rows))
-  return last, jax.tree.map(join, out)
+  return jax.tree.map(join, out), last

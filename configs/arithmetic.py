@@ -34,6 +34,7 @@ def get_config(arg=""):
   config.remat = "block"                    # on CPU recomputing a layer beats storing it
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 1, 1)                   # data, fsdp, tensor
+  config.sampler = common.room()            # memory and dispatches of every sampler
 
   # Rates were chosen on `validation`: results/arithmetic/choice.md.
   T = 21      # tokens of the longest worked answer, its end included

@@ -28,10 +28,24 @@ def parse_arg(arg, **defaults):
 
 
 def sampling(samples_per_prompt, max_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-             min_tokens=0):
-  """How to sample; the defaults sample the model's own distribution."""
+             min_tokens=0, stop_strings=()):
+  """How to sample; the defaults sample the model's own distribution.
+
+  A response ends with the tokenizer's end ids, and with the token that completes a stop string.
+  """
   return {"samples_per_prompt": samples_per_prompt, "temperature": temperature, "top_p": top_p,
-          "top_k": top_k, "min_p": min_p, "max_tokens": max_tokens, "min_tokens": min_tokens}
+          "top_k": top_k, "min_p": min_p, "max_tokens": max_tokens, "min_tokens": min_tokens,
+          "stop_strings": stop_strings}
+
+
+def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto"):
+  """How samplers use a device; nothing of it changes a sample, but for cache="int8".
+
+  cache_gib: memory of each device for keys and values, which says how many rows are sampled side by
+  side. tokens: at most so many of each row between two looks by the host. chunk: tokens of a prompt
+  read at a time. cache: "auto" keeps keys and values in the activations' type.
+  """
+  return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache}
 
 
 def adamw(lr, warmup=0, decay="constant", clip=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
@@ -144,6 +158,7 @@ def math(arg):
   config.remat = "block"
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 16, 1)
+  config.sampler = room(cache_gib=16.0, chunk=512)
 
   T, epoch = 16_384, 271  # tokens of an answer; steps of 64 in DAPO-Math-17K's 17,398 problems
   optim = adamw(1e-6, weight_decay=0.1)

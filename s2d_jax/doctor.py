@@ -10,11 +10,11 @@ from s2d_jax import chat, models, objectives, optim, rollout, train, update
 from s2d_jax.models import hf
 
 TOP = ("seed", "arms", "task", "data", "label_share", "half_seed", "teacher", "student", "template",
-       "prompt_tokens", "dtype", "remat", "attention", "mesh", "stages", "validation", "probe",
+       "prompt_tokens", "dtype", "remat", "attention", "mesh", "sampler", "stages", "validation", "probe",
        "evaluation")
 TRAINED = ("labelled", "all", "1h", "2h")  # a split of the data by one of these names is not scored
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
-            "min_tokens")
+            "min_tokens", "stop_strings")
 VALIDATION = ("split", "problems", "sampling")
 PROBE = ("split", "problems", "prompts", "sampling", "group", "top_k", "microbatches", "block")
 EVALUATION = ("split", "prompts", "sampling", "ks", "draws", "level", "log_samples")

@@ -77,7 +77,7 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
           "ratio_mean": summed(jnp.exp(logp_BT - old_logp_BT), batch),
           "clip_fraction": summed(clipped_BT.astype(jnp.float32), batch)}
   if hp.mismatch != "none":
-    ratio_BT = grpo.mismatch_ratio(old_logp_BT, batch.sampler_logp_BT, weight_BT > 0,
+    ratio_BT = grpo.mismatch_ratio(old_logp_BT, batch.drawn_logp_BT, weight_BT > 0,
                                    batch.segments_BT, hp.mismatch_level)
     kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
     loss_BT = loss_BT * kept_BT

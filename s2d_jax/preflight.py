@@ -81,7 +81,7 @@ def costs(config, stages=recipe.STAGES):
         given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
         judge=base if row.weigh else None, weigh=row.weigh, passes=None,
         objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
-        validate=None, text=None)
+        validate=None, text=str, room=sampler.Room(**config.sampler.to_dict()))
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
     found = {"score": programs.score, "update": programs.step}
     if programs.judge is not None:
@@ -105,7 +105,8 @@ def _scoring(config, mesh, stop_ids):
   def sampling(block, size, program, **change):
     how = train.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
-      draw = sampler.make(model, params, how, size, config.prompt_tokens)
+      draw = sampler.make(model, params, how, size, config.prompt_tokens,
+                          sampler.Room(**config.sampler.to_dict()), str)
       yield f"{role}{program}", draw.compiled
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),

@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
   response_BT: np.ndarray        # int32, right-padded; a stop token belongs to the response
   response_length_B: np.ndarray  # int32 tokens
   sampler_logp_BT: np.ndarray    # float32 nats, of each response token under the whole model
+  drawn_logp_BT: np.ndarray      # float32 nats, under what it was drawn from: tempered, truncated
   finish_reason_B: np.ndarray    # int32 index into FINISHED
   weight_version: int            # optimizer updates behind the weights that sampled
 
@@ -46,7 +47,8 @@ class Batch(NamedTuple):
   count_BT: np.ndarray         # float32; what a token adds to the count that sums are divided by
   advantage_BT: np.ndarray     # float32; constant along a response
   old_logp_BT: np.ndarray      # float32 nats, from the trainer's own forward pass
-  sampler_logp_BT: np.ndarray  # float32 nats, as sampled
+  sampler_logp_BT: np.ndarray  # float32 nats, as the sampler's model had it
+  drawn_logp_BT: np.ndarray    # float32 nats, under the distribution that was sampled from
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
 
 
@@ -82,7 +84,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
   width = prompt_width + rollout.response_BT.shape[1]
   length_B = rollout.prompt_length_B + rollout.response_length_B
   tokens = np.zeros((B, width), np.int32)
-  weight, logp = np.zeros((B, width), np.float32), np.zeros((B, width), np.float32)
+  weight, logp, drawn_logp = (np.zeros((B, width), np.float32) for _ in range(3))
   per_token_B, count_B = token_weights(rollout.response_length_B, mean,
                                        rollout.response_BT.shape[1])
   if row_weight_B is not None:
@@ -93,6 +95,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
     tokens[b, p:n] = rollout.response(b)
     weight[b, p:n] = per_token_B[b]
     logp[b, p:n] = rollout.sampler_logp_BT[b, : n - p]
+    drawn_logp[b, p:n] = rollout.drawn_logp_BT[b, : n - p]
   place_T = np.arange(width - 1, dtype=np.int32)
   # Having read token t, predict token t + 1: inputs lose the last column, all the rest the first.
   inside_BT = place_T[None] < length_B[:, None] - 1
@@ -108,6 +111,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
       advantage_BT=np.where(response_BT, advantage_B[:, None], 0).astype(np.float32),
       old_logp_BT=np.zeros_like(logp[:, 1:]),
       sampler_logp_BT=logp[:, 1:],
+      drawn_logp_BT=drawn_logp[:, 1:],
       sequence_BT=np.where(response_BT, np.arange(B, dtype=np.int32)[:, None], np.int32(-1)))
 
 
@@ -200,7 +204,7 @@ def given(prompts, responses, prompt_width, width):
       np.array([p.id for p in prompts], np.int64), np.zeros(B, np.int32), prompt_BT,
       np.array([len(p.tokens) for p in prompts], np.int32), response_BT,
       np.array([len(ids) for ids in responses], np.int32), np.zeros((B, width), np.float32),
-      np.ones(B, np.int32), 0)
+      np.zeros((B, width), np.float32), np.ones(B, np.int32), 0)
 
 
 class Store:

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -140,6 +141,12 @@ def weight_sharding(mesh, names, shape):
   return NamedSharding(mesh, spec(WEIGHT_RULES, names, shape, mesh.shape))
 
 
+def decode_sharding(mesh, names, shape):
+  """Where one weight lives while tokens are decoded: as `weight_sharding`, but whole over `fsdp`."""
+  rules = {name: None if axis == "fsdp" else axis for name, axis in WEIGHT_RULES.items()}
+  return NamedSharding(mesh, spec(rules, names, shape, mesh.shape))
+
+
 def weight_shardings(mesh, axes, shapes):
   """`weight_sharding` over a parameter tree; `axes` holds the names, `shapes` the shapes."""
   return jax.tree.map(lambda s, a: weight_sharding(mesh, a, s.shape), shapes, axes)
@@ -149,6 +156,20 @@ def batch_sharding(mesh, shape, names=("batch",)):
   """Where a batch array of `shape` lives; axes beyond `names` are whole on every device."""
   names = tuple(names) + ("time",) * (len(shape) - len(names))
   return NamedSharding(mesh, spec(ACTIVATION_RULES, names, shape, mesh.shape))
+
+
+def slot_sharding(mesh, shape):
+  """Where an array of a sampler's slots lives: rows, and behind them the key heads of a cache."""
+  names = ("batch", "kv_heads") if len(shape) > 2 else ("batch",)
+  return batch_sharding(mesh, shape, names)
+
+
+def parts(mesh, name, size):
+  """Into how many parts an activation's axis of `size` is split; None asks for those of any size.
+  """
+  axes = ACTIVATION_RULES[name]
+  axes = axes if size is None else _fits(size, axes, mesh.shape)
+  return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
 
 
 def replicated(mesh):
@@ -224,6 +245,36 @@ def _taker(where, all_of_it, turn):
 def put_batch(tree, mesh):
   """`put` of every leaf, rows split over `data` and `fsdp`."""
   return jax.tree.map(lambda x: put(x, batch_sharding(mesh, np.shape(x))), tree)
+
+
+AGREED = {}  # name -> how often the processes have compared it
+AGREE_SECONDS = 60
+
+
+def agree(name, digest):
+  """Compares a short text over processes before they dispatch the same program; one has nothing to.
+
+  Raises:
+    RuntimeError: a process has another text, or none within AGREE_SECONDS; names it. It would be a
+      program that waits for ever otherwise.
+  """
+  if jax.process_count() == 1:
+    return
+  client = distributed.global_state.client
+  turn = AGREED[name] = AGREED.get(name, -1) + 1
+  own = jax.process_index()
+  client.key_value_set(f"{name}/{turn}/{own}", digest)
+  for other in range(jax.process_count()):
+    try:
+      theirs = client.blocking_key_value_get(f"{name}/{turn}/{other}", 1000 * AGREE_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+      raise RuntimeError(f"process {other} has not come to turn {turn} of the {name} within "
+                         f"{AGREE_SECONDS} s: look for its error, and start again.") from error
+    if theirs != digest:
+      raise RuntimeError(f"processes {own} and {other} differ in turn {turn} of the {name}: they "
+                         "must run one program on the same data; start again from the checkpoint.")
+  if turn > 1:  # everyone has read what is two turns old
+    client.key_value_delete(f"{name}/{turn - 2}/{own}")
 
 
 def fetch(tree):

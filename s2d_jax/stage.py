@@ -57,7 +57,7 @@ def _validation(made, model, params):
   config = made.config.validation
   draw = sampler.make(model, params,
                       train.sampling(config.sampling, made.chat.eos_ids), config.problems,
-                      made.config.prompt_tokens)
+                      made.config.prompt_tokens, _room(made.config), made.chat.decode)
   return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
                           (made.config.seed, zlib.crc32(b"validation")))
 
@@ -115,7 +115,12 @@ def _work(made, node, workdir, mesh):
                                    checkpoint.write),
       validate=_validation(made, learner.model, update.join(learner.params, rest))
       if hp.eval_every else None,
-      text=made.chat.decode)
+      text=made.chat.decode, room=_room(config))
+
+
+def _room(config):
+  """The sampler.Room of a config."""
+  return sampler.Room(**config.sampler.to_dict())
 
 
 def _load(made, role, workdir, mesh):
@@ -139,7 +144,8 @@ def _rollouts(made, actor, hp, kind="rollouts"):
   return manifest.name(kind, {
       "actor": made.identity(actor), "sampling": how, "seed": made.config.seed,
       "prompts": manifest.digest(made.prompts["all"]), "width": made.config.prompt_tokens,
-      "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype})
+      "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype,
+      "cache": made.config.sampler.cache, "drawn by": "one uniform number a token"})
 
 
 def _given(made, hp):
@@ -217,7 +223,8 @@ def _measured(made, role, guide, prompts, workdir, mesh):
   found = {}
   for name, (model, params) in models_.items():
     draw = sampler.make(model, params, train.sampling(config.sampling, made.chat.eos_ids),
-                        config.prompts, made.config.prompt_tokens)
+                        config.prompts, made.config.prompt_tokens, _room(made.config),
+                        made.chat.decode)
     correct_PG, rows = evals.solve(draw, params, prompts, made.reward,
                                    (made.config.seed, zlib.crc32(b"probe")))
     found[name] = dict(evals.text(correct_PG, rows, config.group))
@@ -241,7 +248,7 @@ def _scores(made, learner, prompts):
   matrices, found = {}, {}
   for name, how in (("sampled", sampled), ("greedy", greedy)):
     draw = sampler.make(learner.model, learner.params, how, config.prompts,
-                        made.config.prompt_tokens)
+                        made.config.prompt_tokens, _room(made.config), made.chat.decode)
     matrices[name], rows = evals.solve(draw, learner.params, prompts, made.reward, seed)
     if name == "sampled":
       found["response_length"] = float(rows.response_length_B.mean())

@@ -58,6 +58,7 @@ class Work(NamedTuple):
   punish: Callable | None  # response lengths -> what is added to their rewards, for the advantages
   validate: Callable       # params -> iterable of (name, value)
   text: Callable           # ids -> str, for the samples log
+  room: Any                # a sampler.Room
 
 
 class Programs(NamedTuple):
@@ -70,7 +71,7 @@ class Programs(NamedTuple):
 
 def sampling(hp, stop_ids):
   """The Sampling of a stage's or an evaluation's config."""
-  return sampler.Sampling(stop_ids=tuple(stop_ids), stop_strings=(), **hp.to_dict())
+  return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
 
 
 def optim_config(hp):
@@ -241,11 +242,12 @@ def compile_programs(work, state, mesh):
   how = sampling(hp.sampling, work.stop_ids)
   draw = None
   if work.given is None:
-    draw = sampler.make(actor.model, params, how, hp.prompts, work.width)
+    draw = sampler.make(actor.model, params, how, hp.prompts, work.width, work.room, work.text)
   judge = None
   if work.judge is not None:
     judge = sampler.make(work.judge.model, work.judge.params,
-                         how._replace(samples_per_prompt=hp.pass_samples), hp.prompts, work.width)
+                         how._replace(samples_per_prompt=hp.pass_samples), hp.prompts, work.width,
+                         work.room, work.text)
   rows = hp.prompts * how.samples_per_prompt
   width = work.width + how.max_tokens - 1
   drawing.summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
@@ -264,7 +266,8 @@ def compile_programs(work, state, mesh):
 
 def abstract_batch(rows, width, mesh):
   """A `rollout.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
-  types = {"weight_BT", "count_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT"}
+  types = {"weight_BT", "count_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT",
+           "drawn_logp_BT"}
   where = sharding.batch_sharding(mesh, (rows, width))
   return rollout.Batch(*(
       jax.ShapeDtypeStruct((rows, width), np.float32 if f in types else np.int32, sharding=where)

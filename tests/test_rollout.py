@@ -15,6 +15,7 @@ def two_rows():
       response_BT=np.array([[1, 2, 0], [3, 4, 9]], np.int32),
       response_length_B=np.array([2, 3], np.int32),
       sampler_logp_BT=np.array([[-.1, -.2, 0], [-.3, -.4, -.5]], np.float32),
+      drawn_logp_BT=np.array([[-.01, -.02, 0], [-.03, -.04, -.05]], np.float32),
       finish_reason_B=np.array([1, 0], np.int32), weight_version=7)
 
 
@@ -30,6 +31,7 @@ def test_the_one_shift():
   np.testing.assert_array_equal(got.sequence_BT, [[-1, -1, 0, 0, -1, -1], [1, 1, 1, -1, -1, -1]])
   np.testing.assert_allclose(got.sampler_logp_BT,
                              [[0, 0, -.1, -.2, 0, 0], [-.3, -.4, -.5, 0, 0, 0]])
+  np.testing.assert_allclose(got.drawn_logp_BT, got.sampler_logp_BT / 10)
 
 
 def test_a_constant_counts_sequences_and_weighs_tokens_alike():

@@ -60,6 +60,7 @@ def make_batch(seed=0, rows=B):
       weight_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       count_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       advantage_BT=numbers[0], old_logp_BT=-2 + 0.2 * numbers[1], sampler_logp_BT=numbers[2],
+      drawn_logp_BT=numbers[2],
       sequence_BT=np.zeros((rows, T), np.int32))
 
 

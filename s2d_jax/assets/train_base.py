@@ -99,7 +99,7 @@ def packed(pairs):
     B = len(given)
     wrote = rollout.Rollout(
       np.arange(B), np.zeros(B, np.int32), given_BT, given_length_B, predicted_BT, length_B,
-      np.zeros(predicted_BT.shape, np.float32), np.ones(B, np.int32), 0,
+      *(np.zeros(predicted_BT.shape, np.float32) for _ in range(2)), np.ones(B, np.int32), 0,
     )  # fmt: skip
     rows = rollout.pack(rollout.batch(wrote), ROW)
     used = np.flatnonzero(rows.segments_BT[:, 0])

@@ -119,7 +119,7 @@ def cispo(logp_BT, old_logp_BT, advantage_BT, low, high):
   return -jnp.clip(ratio_BT, 1 - low, 1 + high) * advantage_BT * logp_BT
 
 
-def mismatch_ratio(old_logp_BT, sampler_logp_BT, mask_BT, segments_BT, level):
+def mismatch_ratio(old_logp_BT, drawn_logp_BT, mask_BT, segments_BT, level):
   """π_old(a) / μ(a): how much likelier the trainer finds what the sampler drew. No gradient.
 
   "token": of each token; "sequence": the product over the response, unbiased and of high variance.
@@ -129,7 +129,7 @@ def mismatch_ratio(old_logp_BT, sampler_logp_BT, mask_BT, segments_BT, level):
   Raises:
     ValueError: an unknown level.
   """
-  log_BT = jnp.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0)
+  log_BT = jnp.where(mask_BT, old_logp_BT - drawn_logp_BT, 0.0)
   if level == "sequence":
     log_BT = _over_sequence(log_BT, segments_BT)
   elif level != "token":

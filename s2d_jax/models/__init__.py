@@ -10,11 +10,11 @@ import numpy as np
 
 from s2d_jax import sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
-from s2d_jax.models.decoder import Cache, Config, Lora, empty_cache
+from s2d_jax.models.decoder import KV, Config, Lora, empty_cache
 from s2d_jax.models.layout import Weight
 
 __all__ = [
-    "Cache", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
+    "KV", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
     "empty_cache", "get", "lora", "merge", "read_config", "shapes", "split", "trained",
     "weights",
 ]
@@ -31,7 +31,8 @@ class Model:
   init(key) -> params: float32, layers stacked on a leading axis.
   apply(params, tokens_BT, positions_BT, segments_BT, cache=None) -> (features_BTD, cache):
     positions restart with each segment, segment 0 is padding, a token reads what is not later in
-    its own segment. With a cache the T tokens go to its next T slots, and are read with the rest.
+    its own segment. With a cache the T tokens go to the slots of their positions, which follow one
+    another, and read those before them; segments are not looked at.
   unembed(params) -> weight_VD: features · weightᵀ are the logits.
   """
   config: Config

@@ -5,9 +5,9 @@
   cudnn    `jax.nn.dot_product_attention` on NVIDIA GPUs, in bfloat16
   splash   JAX's Pallas kernel on TPUs
 
-All but `xla` are for whole sequences: queries and keys are the same tokens, in the order of their
-positions. The scores of `xla` are [B, N, T, S]; the others never hold them all. None of them
-repeats keys or values for the query heads that share them (on a mesh the kernels do, for a device's
+All are for whole sequences: queries and keys are the same tokens, in the order of their positions
+(`xla` takes any others). The scores of `xla` are [B, N, T, S]; the others never hold them all.
+`cached` is for queries after what a cache holds, on every backend. None of them repeats keys or values for the query heads that share them (on a mesh the kernels do, for a device's
 own heads, where groups of heads straddle devices).
 """
 
@@ -30,21 +30,19 @@ PIECE = 128  # `causal` takes that many queries at a time, or more, so that ther
 
 class Reading(NamedTuple):
   """Which query may read which key, in the form that the implementation `how` takes."""
-  segments_BT: jax.Array
+  segments_BT: jax.Array | None
   mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` works out by itself
 
 
-def choose(asked, dtype, head_width, cached):
+def choose(asked, dtype, head_width):
   """The implementation that config.attention means here: "auto" is the backend's own.
 
-  Reading from a cache is always `xla`. "auto" is `causal` on a CPU, and where the GPU kernel does
-  not take the activations' type or the head.
+  "auto" is `causal` on a CPU, and where the GPU kernel does not take the activations' type or the
+  head.
 
   Raises:
     ValueError: the backend is not the one that is asked for.
   """
-  if cached:
-    return "xla"
   platform = sharding.platform()
   if NEEDS.get(asked, platform) != platform:
     raise ValueError(f"attention {asked!r} needs a {NEEDS[asked]} and this is a {platform}: set it "
@@ -56,12 +54,12 @@ def choose(asked, dtype, head_width, cached):
   return "splash" if platform == "tpu" else "causal"
 
 
-def reading(how, positions_BT, segments_BT, key_positions_BS, key_segments_BS):
-  """The Reading of queries and keys with these positions and segments."""
-  mask_BTS = None
+def reading(how, positions_BT, segments_BT):
+  """The Reading of whole sequences, of tokens with these positions and segments."""
+  mask_BTT = None
   if how != "splash":
-    mask_BTS = visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS)
-  return Reading(segments_BT, mask_BTS)
+    mask_BTT = visible(positions_BT, segments_BT, positions_BT, segments_BT)
+  return Reading(segments_BT, mask_BTT)
 
 
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS):
@@ -125,6 +123,23 @@ def _together(x_BTNH, K):
 def _apart(x_BKXH, N):
   B, K, X, H = x_BKXH.shape
   return x_BKXH.reshape(B, K, -1, N // K, H).swapaxes(1, 2).reshape(B, -1, N, H)
+
+
+def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
+  """`xla` of a cache, whose keys and values lie as the products read them.
+
+  The scales of an int8 cache multiply scores and shares, not keys and values.
+  """
+  (B, T, N, H), K, dtype = q_BTNH.shape, v_BKSH.shape[1], q_BTNH.dtype
+  score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", _together(q_BTNH, K), k_BKHS.astype(dtype),
+                          preferred_element_type=jnp.float32) * H**-0.5
+  if k_scale_BKS is not None:
+    score_BKXS = score_BKXS * k_scale_BKS[:, :, None]
+  mask_BKXS = jnp.repeat(mask_BTS, N // K, axis=1)[:, None]
+  share_BKXS = jax.nn.softmax(jnp.where(mask_BKXS, score_BKXS, MASKED), axis=-1)
+  if v_scale_BKS is not None:
+    share_BKXS = share_BKXS * v_scale_BKS[:, :, None]
+  return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
 
 
 def causal(q_BTNH, k_BTKH, v_BTKH, mask_BTT):

@@ -95,24 +95,62 @@ class Config:
                          f"{', '.join(choices)}.")
 
 
-class Cache(NamedTuple):
-  """Keys and values of what was read so far; slot s of a row holds one token, segment 0 none."""
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
-  positions_BS: jax.Array
-  segments_BS: jax.Array
-  slot: jax.Array  # int32 scalar: the next one to write, the same in every row
+class KV(NamedTuple):
+  """One layer's keys and values of what was read so far: slot s of a row is its position s.
+
+  Keys lie with their slots last, as a query reads them. Kept in int8 there is a scale for each slot
+  and key head, the largest of its numbers by 127; else none.
+  """
+  k_BKHS: jax.Array
+  v_BKSH: jax.Array
+  k_scale_BKS: jax.Array | None = None
+  v_scale_BKS: jax.Array | None = None
+
+
+SLOT_AXES = (3, 2, 2, 2)  # which axis of each of a KV's arrays are the slots
 
 
 def empty_cache(config, batch, slots, dtype=jnp.float32):
-  """A cache of `slots` empty slots for each of `batch` sequences."""
-  def zeros():
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
-    return sharding.constrain(
-        jnp.zeros(shape, dtype), "layer", "batch", "cache", "kv_heads", "head")
-  def labels():
-    return sharding.constrain(jnp.zeros((batch, slots), jnp.int32), "batch", "cache")
-  return Cache(zeros(), zeros(), labels(), labels(), jnp.zeros((), jnp.int32))
+  """A KV for each layer: `slots` slots for each of `batch` rows, of float or int8 numbers."""
+  B, K, H, S = batch, config.kv_heads, config.head_width, slots
+  def layer():
+    scales = ()
+    if dtype == jnp.int8:
+      scales = tuple(_slots(jnp.zeros((B, K, S), jnp.float32), "cache") for _ in "kv")
+    return KV(_slots(jnp.zeros((B, K, H, S), dtype), "head", "cache"),
+              _slots(jnp.zeros((B, K, S, H), dtype), "cache", "head"), *scales)
+  return tuple(layer() for _ in range(config.layers))
+
+
+def _slots(x, *names):
+  return sharding.constrain(x, "batch", "kv_heads", *names)
+
+
+def written(kv, k_BTKH, v_BTKH, at_B):
+  """The KV with T slots of each row, from at_B on, filled."""
+  k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
+  scales = ()
+  if kv.k_scale_BKS is not None:
+    k_BKHT, k_scale_BKT = _rounded(k_BKHT, 2)
+    v_BKTH, v_scale_BKT = _rounded(v_BKTH, 3)
+    scales = (_put(kv.k_scale_BKS, k_scale_BKT, at_B, 1),
+              _put(kv.v_scale_BKS, v_scale_BKT, at_B, 1))
+  return KV(_put(kv.k_BKHS, k_BKHT, at_B, 2), _put(kv.v_BKSH, v_BKTH, at_B, 1), *scales)
+
+
+def _rounded(x, axis):
+  """(int8 numbers, float32 scales): x is about numbers · scale, 127 being the largest."""
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+  return (jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, axis))
+
+
+def _put(old, new, at_B, axis):
+  def row(old, new, at):
+    places = [0] * old.ndim
+    places[axis] = at
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), places)
+  return jax.vmap(row)(old, new, at_B)
 
 
 def rms_norm(x, scale, eps):
@@ -213,7 +251,7 @@ class Attention(nn.Module):
   how: str  # which implementation
 
   @nn.compact
-  def __call__(self, x_BTD, layer, angle_BTH2, reads, slot, kv):
+  def __call__(self, x_BTD, angle_BTH2, reads, at_B, kv):
     c, dtype = self.config, x_BTD.dtype
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
     q = linear(self, "q", (D,), (N, H), D)
@@ -229,17 +267,10 @@ class Attention(nn.Module):
     v_BTKH = sharding.constrain(v_BTKH, "batch", "time", "kv_heads", "head")
 
     if kv is None:
-      k_BSKH, v_BSKH = k_BTKH, v_BTKH
+      out_BTNH = attention.attention(self.how, q_BTNH, k_BTKH, v_BTKH, reads)
     else:
-      kv = tuple(
-          jax.lax.dynamic_update_slice(old_LBSKH, new_BTKH.astype(old_LBSKH.dtype)[None],
-                                       (layer, 0, slot, 0, 0))
-          for old_LBSKH, new_BTKH in zip(kv, (k_BTKH, v_BTKH), strict=True))
-      k_BSKH, v_BSKH = (
-          sharding.constrain(jax.lax.dynamic_index_in_dim(x_LBSKH, layer, keepdims=False),
-                             "batch", "cache", "kv_heads", "head").astype(dtype)
-          for x_LBSKH in kv)
-    out_BTNH = attention.attention(self.how, q_BTNH, k_BSKH, v_BSKH, reads)
+      kv = written(kv, k_BTKH, v_BTKH, at_B)
+      out_BTNH = attention.cached(q_BTNH, *kv, reads.mask_BTS)
     out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
     out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
     return o(out_BTM), kv
@@ -261,22 +292,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, residual around attention and around the MLP; the carry holds the cache."""
+  """One layer, residual around attention and around the MLP, with its part of the cache or None."""
   config: Config
   how: str
 
   @nn.compact
-  def __call__(self, carry, layer, angle_BTH2, reads, slot):
+  def __call__(self, x_BTD, angle_BTH2, reads, at_B=None, kv=None):
     c = self.config
-    x_BTD, kv = carry
     scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
     y_BTD, kv = Attention(c, self.how, name="attn")(
-        rms_norm(x_BTD, scale_D, c.norm_eps), layer, angle_BTH2, reads, slot, kv)
+        rms_norm(x_BTD, scale_D, c.norm_eps), angle_BTH2, reads, at_B, kv)
     x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
     scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
     y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
     x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
-    return (x_BTD, kv), None
+    return x_BTD, kv
+
+
+def unstacked(params, config):
+  """The parameters with a tree of its own for each layer, as reading with a cache takes them too.
+  """
+  return params | {"layers": tuple(_layer(params["layers"], i) for i in range(config.layers))}
+
+
+def _layer(layers, i):
+  return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)
 
 
 class Decoder(nn.Module):
@@ -294,38 +334,32 @@ class Decoder(nn.Module):
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[c.dtype])
     x_BTD = sharding.constrain(x_BTD, "batch", "time", "embed")
 
-    kv = slot = None
-    keys = positions_BT, segments_BT
-    if cache is not None:
-      cache = _label(cache, positions_BT, segments_BT)
-      kv, slot = (cache.k_LBSKH, cache.v_LBSKH), cache.slot
-      keys = cache.positions_BS, cache.segments_BS
-    how = attention.choose(c.attention, c.dtype, c.head_width, cached=cache is not None)
-    reads = attention.reading(how, positions_BT, segments_BT, *keys)
     frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
     # A product, not a dot: matrix units may round their operands.
     angle_BTH2 = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
-
-    block = Block
-    if c.remat != "none":
-      block = nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
-    layers = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast))
-    (x_BTD, kv), _ = layers(c, how, name="layers")(
-        (x_BTD, kv), jnp.arange(c.layers), angle_BTH2, reads, slot)
-    if cache is not None:
-      cache = cache._replace(k_LBSKH=kv[0], v_LBSKH=kv[1], slot=slot + tokens_BT.shape[1])
+    if cache is None:
+      how = attention.choose(c.attention, c.dtype, c.head_width)
+      reads = attention.reading(how, positions_BT, segments_BT)
+      block = Block
+      if c.remat != "none":
+        block = nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
+      layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                       length=c.layers, in_axes=(nn.broadcast, nn.broadcast))
+      x_BTD, _ = layers(c, how, name="layers")(x_BTD, angle_BTH2, reads)
+    else:
+      x_BTD, cache = self._with_cache(x_BTD, positions_BT, angle_BTH2, cache)
     scale_D = self.param("norm", nn.initializers.ones, (c.width,))
     return sharding.constrain(rms_norm(x_BTD, scale_D, c.norm_eps), "batch", "time", "embed"), cache
 
-
-def _label(cache, positions_BT, segments_BT):
-  """The cache with the next T slots labelled by what is about to be written there."""
-  T, S = positions_BT.shape[1], cache.positions_BS.shape[1]
-  if T > S:
-    raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
-  def write(old_BS, new_BT):
-    return jax.lax.dynamic_update_slice(old_BS, new_BT.astype(jnp.int32), (0, cache.slot))
-  return cache._replace(positions_BS=write(cache.positions_BS, positions_BT),
-                        segments_BS=write(cache.segments_BS, segments_BT))
+  def _with_cache(self, x_BTD, positions_BT, angle_BTH2, cache):
+    """The same layers, one by one: a loop over them would copy each one's weights and cache."""
+    T, S = positions_BT.shape[1], cache[0].v_BKSH.shape[2]
+    if T > S:
+      raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
+    reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
+    block, kept = Block(self.config, "cached", parent=None), []
+    for layer, kv in enumerate(cache):
+      params = _layer(self.variables["params"]["layers"], layer)
+      x_BTD, kv = block.apply({"params": params}, x_BTD, angle_BTH2, reads, positions_BT[:, 0], kv)
+      kept.append(kv)
+    return x_BTD, tuple(kept)

@@ -1,16 +1,19 @@
-"""Jitted prefill, fork and decode over an explicit cache, with the trainer's own forward code.
+"""What the device runs: prefill, admit, decode, grow and shrink, with the trainer's forward code.
 
-A prompt is read once; its cache is then copied to its G samples, which decode side by side until
-every row has stopped. A token is drawn as argmax(logits + Gumbel noise), the noise a function of
-the row's own key and the token's index, so a row does not depend on its neighbours.
+A slot is one row of an explicit cache. A prompt is read once; its part of the cache is copied to
+the slot of each of its samples, whose next token to read is the prompt's last. Decoding reads a
+token of every slot and draws the next one, many times in one dispatch. A token is drawn by one
+uniform number, a function of the row's own key and the token's index, so a row does not depend on
+its neighbours, its slot or when it came to it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from s2d_jax import sharding
+from s2d_jax import models, sharding
 from s2d_jax.models import decoder
 
 
@@ -19,7 +22,7 @@ class Sampling(NamedTuple):
 
   temperature 0 is greedy. top_p 1, top_k 0 and min_p 0 switch a truncation off; they apply to the
   tempered distribution in the order top-k, top-p, min-p, as in transformers. Lengths are tokens;
-  a stop id ends a response and belongs to it.
+  a stop id ends a response and belongs to it, and so does the token that completes a stop string.
   """
   samples_per_prompt: int
   temperature: float
@@ -30,6 +33,24 @@ class Sampling(NamedTuple):
   min_tokens: int
   stop_ids: tuple
   stop_strings: tuple = ()
+
+
+class Slots(NamedTuple):
+  """What the device keeps of B rows."""
+  cache: tuple        # of decoder.KV
+  token_B: jax.Array  # to be read next
+  position_B: jax.Array  # its place in the row: so many tokens are in the cache
+  drawn_B: jax.Array  # response tokens so far
+  key_B2: jax.Array   # names the row's randomness
+
+
+class Written(NamedTuple):
+  """What a dispatch gives the host, the same on every process; 0 after a row's end."""
+  tokens_BN: jax.Array      # int32
+  logp_BN: jax.Array        # float32 nats, under the model
+  drawn_logp_BN: jax.Array  # float32 nats, under the distribution drawn from
+  count_B: jax.Array        # int32 tokens
+  stopped_B: jax.Array      # bool: the last one is a stop id
 
 
 def truncate(logits_BV, sampling):
@@ -45,11 +66,8 @@ def truncate(logits_BV, sampling):
     best_Bn = jax.lax.top_k(logits_BV, sampling.top_k)[0]
     logits_BV = jnp.where(logits_BV < best_Bn[:, -1:], -jnp.inf, logits_BV)
   if sampling.top_p < 1:
-    # What top-k left is sorted as it came, and has all the mass: no second sort of the vocabulary.
-    best_Bn = best_Bn if narrow else -jnp.sort(-logits_BV, axis=-1)
-    p_Bn = jax.nn.softmax(best_Bn, axis=-1)
-    kept_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn < sampling.top_p  # the mass before this token
-    least_B1 = jnp.min(jnp.where(kept_Bn, best_Bn, best_Bn[:, :1]), axis=-1, keepdims=True)
+    least_B1 = (_least_of_sorted(best_Bn, sampling.top_p) if narrow
+                else _least(logits_BV, sampling.top_p))
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   if sampling.min_p > 0:
     floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
@@ -57,100 +75,213 @@ def truncate(logits_BV, sampling):
   return logits_BV
 
 
-def _noise(key_B2, index, V):
-  """Gumbel noise [B, V], a function of each row's key and the token's index alone."""
-  def row(key_2):
+def _least_of_sorted(best_Bn, top_p):
+  """The smallest logit that top-p keeps, of logits in falling order that have all the mass."""
+  p_Bn = jax.nn.softmax(best_Bn, axis=-1)
+  kept_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn < top_p  # the mass before this token
+  return jnp.min(jnp.where(kept_Bn, best_Bn, best_Bn[:, :1]), axis=-1, keepdims=True)
+
+
+def _least(logits_BV, top_p):
+  """The same of logits in any order: the largest number that mass `top_p` is at or above.
+
+  Its 32 bits are found one by one, each by one pass over the row, where a sort of the vocabulary
+  takes hundreds.
+  """
+  top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  p_BV = jax.lax.optimization_barrier(jnp.exp(logits_BV - top_B1))
+  ordered_BV = jax.lax.optimization_barrier(_ordered(logits_BV))
+  # Something always, or no token at all would be enough where top_p is 0.
+  wanted_B1 = jnp.maximum(top_p * jnp.sum(p_BV, axis=-1, keepdims=True), 1e-30)
+  def bit(i, found_B1):
+    higher_B1 = found_B1 | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    mass_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, p_BV, 0.0), axis=-1, keepdims=True)
+    return jnp.where(mass_B1 >= wanted_B1, higher_B1, found_B1)
+  found_B1 = jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(top_B1, jnp.uint32))
+  return _number(found_B1)
+
+
+def _ordered(x):
+  """uint32 in the order of float32: negative numbers with every bit turned, others with the sign's.
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
+
+
+def _number(ordered):
+  """The float32 that `_ordered` maps there."""
+  turned = jnp.where(ordered >> 31 == 1, jnp.uint32(0x80000000), jnp.uint32(0xFFFFFFFF))
+  return jax.lax.bitcast_convert_type(ordered ^ turned, jnp.float32)
+
+
+def _uniform(key_B2, index_B):
+  """One number in [0, 1) a row, a function of its key and the token's index alone."""
+  def row(key_2, index):
     key = jax.random.fold_in(jax.random.wrap_key_data(key_2), index)
-    return jax.random.gumbel(key, (V,), jnp.float32)
-  return jax.vmap(row)(key_B2)
+    return jax.random.uniform(key, (), jnp.float32)
+  return jax.vmap(row)(key_B2, index_B)
 
 
-def draw(logits_BV, key_B2, index, sampling):
-  """One token a row, and its log-probability in nats under the untempered, untruncated model.
+GROUP = 128  # tokens of the vocabulary that are added up together
 
-  Before `min_tokens` the stop ids cannot be drawn; the log-probability reported is the model's own
-  all the same, for that is what the trainer computes.
+
+def _pick(logits_BV, uniform_B):
+  """(the token where the running sum of probabilities passes `uniform`, its log-probability).
+
+  First the group of tokens, then the one in it: a sum for each group, not one for each token.
+  """
+  B, V = logits_BV.shape
+  top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  p_BV = jnp.pad(jnp.exp(logits_BV - top_B1), ((0, 0), (0, -V % GROUP)))
+  p_Bgn = jax.lax.optimization_barrier(p_BV.reshape(B, -1, GROUP))
+  upto_Bg = jnp.cumsum(jax.lax.optimization_barrier(jnp.sum(p_Bgn, axis=-1)), axis=-1)
+  total_B = upto_Bg[:, -1]
+  aim_B = uniform_B * total_B
+  group_B = jnp.sum(upto_Bg <= aim_B[:, None], axis=-1)
+  before_B = jnp.where(group_B > 0, _at(upto_Bg, jnp.maximum(group_B - 1, 0)), 0.0)
+  own_Bn = jnp.take_along_axis(p_Bgn, group_B[:, None, None], axis=1)[:, 0]
+  upto_Bn = jnp.cumsum(own_Bn, axis=-1)
+  # Sums differ by rounding: where the group ends before the aim, its last possible token it is.
+  aim_B = jnp.minimum(aim_B - before_B, upto_Bn[:, -1] * (1 - 2**-23))
+  token_B = group_B * GROUP + jnp.sum(upto_Bn <= aim_B[:, None], axis=-1)
+  return token_B.astype(jnp.int32), _at(logits_BV, token_B) - top_B1[:, 0] - jnp.log(total_B)
+
+
+def _at(x_BV, index_B):
+  return jnp.take_along_axis(x_BV, index_B[:, None], axis=1)[:, 0]
+
+
+def _greatest(x_BV):
+  """argmax, the first of equals; as two plain passes, a CPU's argmax being many."""
+  best_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
+  V = x_BV.shape[-1]
+  return jnp.min(jnp.where(x_BV == best_B1, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+
+
+def draw(logits_BV, key_B2, index_B, sampling):
+  """(a token a row, its log-probability under the model, that under what it was drawn from).
+
+  Nats, float32. The model's is untempered and untruncated, for that is what the trainer computes;
+  the other is of the distribution after temperature, truncations and the ban on stop ids before
+  `min_tokens`, 0 where sampling is greedy.
   """
   V = logits_BV.shape[-1]
   allowed_BV = logits_BV
-  if sampling.min_tokens:
+  if sampling.min_tokens and sampling.stop_ids:
     stop_V = jnp.isin(jnp.arange(V), jnp.array(sampling.stop_ids, jnp.int32))
-    allowed_BV = jnp.where(stop_V[None] & (index < sampling.min_tokens), -jnp.inf, logits_BV)
+    early_B1 = (index_B < sampling.min_tokens)[:, None]
+    allowed_BV = jnp.where(stop_V[None] & early_B1, -jnp.inf, logits_BV)
   if sampling.temperature > 0:
-    allowed_BV = truncate(allowed_BV, sampling) + _noise(key_B2, index, V)
-  token_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
-  logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
-  return token_B, logp_B
+    token_B, drawn_logp_B = _pick(truncate(allowed_BV, sampling), _uniform(key_B2, index_B))
+  else:
+    token_B = _greatest(allowed_BV)
+    drawn_logp_B = jnp.zeros(token_B.shape, jnp.float32)
+  logp_B = _at(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
+  return token_B, logp_B, drawn_logp_B
 
 
-def _logits(model, params, features_BD):
-  logits_BV = jnp.einsum("BD,VD->BV", features_BD, model.unembed(params).astype(features_BD.dtype),
+class Weights(NamedTuple):
+  """A model's weights as decoding reads them, over and over: in the type of the activations."""
+  params: dict
+  head_DV: jax.Array  # the unembedding, as its product reads it
+
+
+def prepare(model, params):
+  """The Weights of parameters. Each layer's own: a stack would have to be copied from."""
+  dtype = decoder.DTYPES[model.config.dtype]
+  params = jax.tree.map(lambda w: w.astype(dtype), params)
+  return Weights(decoder.unstacked(params, model.config), model.unembed(params).T)
+
+
+def _logits(weights, features_BD):
+  logits_BV = jnp.einsum("BD,DV->BV", features_BD, weights.head_DV,
                          preferred_element_type=jnp.float32)
   return sharding.constrain(logits_BV, "batch", "vocab")
 
 
-def _prefill(model, params, prompt_PW, length_P):
-  """Reads each prompt once: the logits after its last token, and the cache [L, P, W, K, H]."""
+def prefill(model, chunk, dtype, weights, prompt_PW, longest):
+  """The cache of P prompts, read `chunk` tokens at a time up to the longest; W is a multiple."""
   P, W = prompt_PW.shape
-  place_PW = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None], (P, W))
-  segments_PW = (place_PW < length_P[:, None]).astype(jnp.int32)
-  # In the type of the activations: attention reads keys and values so, cached or not.
-  cache = decoder.empty_cache(model.config, P, W, decoder.DTYPES[model.config.dtype])
-  features_PWD, cache = model.apply(params, prompt_PW, place_PW, segments_PW, cache)
-  last_PD = jnp.take_along_axis(features_PWD, (length_P - 1)[:, None, None], axis=1)[:, 0]
-  return _logits(model, params, last_PD), cache
+  def read(i, cache):
+    tokens_PC = jax.lax.dynamic_slice_in_dim(prompt_PW, i * chunk, chunk, axis=1)
+    place_PC = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (P, chunk))
+    return model.apply(weights.params, tokens_PC, place_PC, jnp.ones_like(place_PC), cache)[1]
+  return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read,
+                           decoder.empty_cache(model.config, P, W, dtype))
 
 
-def _fork(cache, samples, extra):
-  """Copies each prompt's cache to its samples and leaves `extra` empty slots behind it."""
-  def rows(x, axis):
-    return jnp.repeat(x, samples, axis=axis)
-  def room(x, axis):
-    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
-  def kv(x_LPWKH):
-    return sharding.constrain(room(rows(x_LPWKH, 1), 2),
-                              "layer", "batch", "cache", "kv_heads", "head")
-  return decoder.Cache(kv(cache.k_LBSKH), kv(cache.v_LBSKH), room(rows(cache.positions_BS, 0), 1),
-                       room(rows(cache.segments_BS, 0), 1), cache.slot)
+def empty(model, batch, length, dtype):
+  """Slots of nobody."""
+  zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+  return Slots(decoder.empty_cache(model.config, batch, length, dtype), zeros(batch), zeros(batch),
+               zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
 
 
-def program(model, sampling, mesh=None):
-  """The jitted sampler of (params, prompt_PW, length_P, key_B2), B = P·G rows.
+def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
+  """The slots with new rows where new_B: slot b's is a sample of the prompt in row source_B[b].
 
-  Returns tokens_BT int32 (0 after the end), sampler_logp_BT float32 nats, length_B int32 and
-  stopped_B bool: replicated, so that every host reads the same.
+  token_B is the prompt's last, at position_B; what the cache has from there on is written before it
+  is read.
   """
-  G, T = sampling.samples_per_prompt, sampling.max_tokens
+  def start(old, own):
+    own = jnp.take(own, source_B, axis=0)
+    rest = own.shape[1:]
+    kept = jax.lax.slice(old, (0,) * old.ndim, own.shape)
+    new = new_B.reshape(-1, *(1 for _ in rest))
+    return jax.lax.dynamic_update_slice(old, jnp.where(new, own, kept), (0,) * old.ndim)
+  return Slots(jax.tree.map(start, slots.cache, prompts), jnp.where(new_B, token_B, slots.token_B),
+               jnp.where(new_B, position_B, slots.position_B), jnp.where(new_B, 0, slots.drawn_B),
+               jnp.where(new_B[:, None], key_B2, slots.key_B2))
 
-  def sample(params, prompt_PW, length_P, key_B2):
-    logits_PV, cache = _prefill(model, params, prompt_PW, length_P)
-    cache = _fork(cache, G, T)
-    B = logits_PV.shape[0] * G
-    position_B = jnp.repeat(length_P, G)
-    stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
 
-    def alive(carry):
-      t, _, _, _, _, _, done_B, _ = carry
-      return (t < T) & ~jnp.all(done_B)
+def grow(slots, length):
+  """The same rows with room for `length` tokens."""
+  def longer(kv):
+    return decoder.KV(*(x if x is None else jnp.pad(
+        x, [(0, length - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
+        for x, axis in zip(kv, decoder.SLOT_AXES, strict=True)))
+  return slots._replace(cache=tuple(map(longer, slots.cache)))
 
-    def step(carry):
-      t, logits_BV, cache, tokens_BT, logp_BT, length_B, done_B, stopped_B = carry
-      token_B, logp_B = draw(logits_BV, key_B2, t, sampling)
-      token_B = jnp.where(done_B, 0, token_B)
-      tokens_BT = jax.lax.dynamic_update_slice(tokens_BT, token_B[:, None], (0, t))
-      logp_BT = jax.lax.dynamic_update_slice(
-          logp_BT, jnp.where(done_B, jnp.float32(0), logp_B)[:, None], (0, t))
-      length_B = length_B + (~done_B).astype(jnp.int32)
-      stopped_B = stopped_B | (~done_B & jnp.isin(token_B, stop_ids))
-      features_B1D, cache = model.apply(
-          params, token_B[:, None], (position_B + t)[:, None], jnp.ones((B, 1), jnp.int32), cache)
-      return (t + 1, _logits(model, params, features_B1D[:, 0]), cache, tokens_BT, logp_BT,
-              length_B, done_B | stopped_B, stopped_B)
 
-    nobody_B = jnp.zeros(B, bool)
-    carry = (jnp.int32(0), jnp.repeat(logits_PV, G, axis=0), cache, jnp.zeros((B, T), jnp.int32),
-             jnp.zeros((B, T), jnp.float32), jnp.zeros(B, jnp.int32), nobody_B, nobody_B)
-    _, _, _, tokens_BT, logp_BT, length_B, _, stopped_B = jax.lax.while_loop(alive, step, carry)
-    return tokens_BT, logp_BT, length_B, stopped_B
+def shrink(slots, kept_b):
+  """The rows kept_b alone."""
+  return jax.tree.map(lambda x: jnp.take(x, kept_b, axis=0), slots)
 
-  return jax.jit(sample, out_shardings=None if mesh is None else sharding.replicated(mesh))
+
+def decode(model, sampling, most, weights, slots, alive_B, enough):
+  """(Slots, Written) after up to `most` tokens more of the slots that are alive.
+
+  It ends early when no more than `enough` are left, or when a row has come to the cache's end.
+  """
+  B, T = slots.token_B.shape[0], sampling.max_tokens
+  S = slots.cache[0].v_BKSH.shape[2]
+  stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
+
+  def more(carry):
+    i, slots, alive_B, _ = carry
+    furthest = jnp.max(jnp.where(alive_B, slots.position_B, 0))
+    return (i < most) & (jnp.sum(alive_B) > enough) & (furthest < S)
+
+  def step(carry):
+    i, slots, alive_B, out = carry
+    features_B1D, cache = model.apply(weights.params, slots.token_B[:, None], slots.position_B[:, None],
+                                      jnp.ones((B, 1), jnp.int32), slots.cache)
+    token_B, *logps = draw(_logits(weights, features_B1D[:, 0]), slots.key_B2, slots.drawn_B,
+                           sampling)
+    def put(old_BN, new_B):
+      new_B = jnp.where(alive_B, new_B, 0).astype(old_BN.dtype)
+      return jax.lax.dynamic_update_slice(old_BN, new_B[:, None], (0, i))
+    one_B = alive_B.astype(jnp.int32)
+    stopped_B = alive_B & jnp.isin(token_B, stop_ids)
+    out = Written(*(put(x, y) for x, y in zip(out[:3], (token_B, *logps), strict=True)),
+                  out.count_B + one_B, out.stopped_B | stopped_B)
+    drawn_B = slots.drawn_B + one_B
+    slots = slots._replace(cache=cache, token_B=jnp.where(alive_B, token_B, slots.token_B),
+                           position_B=slots.position_B + one_B, drawn_B=drawn_B)
+    return i + 1, slots, alive_B & ~stopped_B & (drawn_B < T), out
+
+  floats = jnp.zeros((B, most), jnp.float32)
+  out = Written(jnp.zeros((B, most), jnp.int32), floats, floats, jnp.zeros(B, jnp.int32),
+                jnp.zeros(B, bool))
+  _, slots, _, out = jax.lax.while_loop(more, step, (jnp.int32(0), slots, alive_B, out))
+  return slots, out

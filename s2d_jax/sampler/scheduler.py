@@ -1,24 +1,71 @@
-"""The host's side of sampling: which prompts go in which call, and what comes back as rows."""
+"""The host's side of sampling: which rows are in which slots, and what comes back of them.
 
+Rows wait in order; a slot whose row has ended takes the next one; once nobody waits, the batch
+shrinks to the rows still alive, and the cache grows with the longest. What is scheduled is a
+function of the tokens alone, so several hosts schedule the same, and compare before each dispatch.
+"""
+
+import collections
 import functools
+import hashlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from s2d_jax import rollout, sharding
+from s2d_jax import models, rollout, sharding
+from s2d_jax.models import decoder
 from s2d_jax.sampler import decode
 
+SIZES = 4  # batches, and lengths of the cache, that programs are compiled for: halves of the largest
+LEAST_BATCH, LEAST_LENGTH = 8, 128
+SHARE = 8  # one slot in so many is free before decoding stops to fill it
+PROMPTS = 16  # at most so many are read at once
+KINDS = {"float32": jax.numpy.float32, "bfloat16": jax.numpy.bfloat16, "int8": jax.numpy.int8}
 
-def check(prompts, sampling, width):
+
+class Room(NamedTuple):
+  """How a sampler uses a device; nothing here changes a sample, but for an int8 cache."""
+  cache_gib: float = 4.0  # of each device's memory, for the cache: the number of slots follows
+  tokens: int = 32        # at most so many of each row in one dispatch
+  chunk: int = 256        # tokens of a prompt that are read at a time
+  cache: str = "auto"     # its numbers: float32, bfloat16, int8, or those of the activations
+
+
+class Programs(NamedTuple):
+  """What is compiled for a sampler, and its shapes."""
+  batches: tuple  # falling
+  lengths: tuple  # rising
+  width: int      # of a prompt's window, a multiple of the chunk
+  slots: dict     # (batch, length) -> abstract Slots
+  prepare: Any
+  empty: Any
+  prefill: dict   # prompts -> program
+  admit: dict     # (prompts, length) -> program
+  decode: dict    # (batch, length) -> program
+  grow: dict      # (batch, length) -> program, to the next length
+  shrink: dict    # (batch, length) -> program, to the next batch
+
+  def all(self):
+    """{name: executable}, every one."""
+    found = {"prepare": self.prepare, "empty": self.empty}
+    for kind in ("prefill", "admit", "decode", "grow", "shrink"):
+      for shape, program in getattr(self, kind).items():
+        sizes = shape if isinstance(shape, tuple) else (shape,)
+        found[f"{kind} {'x'.join(map(str, sizes))}"] = program
+    return found
+
+
+def check(prompts, sampling, width, text=None):
   """Refuses what cannot be sampled, by name, before any device is asked.
 
   Raises:
-    ValueError: no prompts, a prompt without tokens or with more than `width`, or stop strings (not
-      implemented).
+    ValueError: no prompts, a prompt without tokens or with more than `width`, or stop strings and
+      nobody to turn ids into text.
   """
-  if sampling.stop_strings:
-    raise ValueError("stop_strings are not supported by this sampler: use stop_ids, and list the "
-                     "end-of-text ids in generation_config.json.")
+  if sampling.stop_strings and text is None:
+    raise ValueError("stop_strings are looked for in text and this sampler was given no tokenizer: "
+                     "give it `text`, or use stop_ids.")
   if not prompts:
     raise ValueError("there are no prompts to sample from: check the split's name and its size.")
   for prompt in prompts:
@@ -30,81 +77,353 @@ def check(prompts, sampling, width):
                        f"{width}: raise config.prompt_tokens or drop the problem.")
 
 
+def halves(largest, least, multiple):
+  """`largest` and its halves down to `least`, at most SIZES, rounded up to the multiple; falling.
+  """
+  found = [largest]
+  while len(found) < SIZES and found[-1] // 2 >= least:
+    half = -(-found[-1] // 2)
+    found.append(-(-half // multiple) * multiple)
+  return tuple(dict.fromkeys(found))
+
+
+def slot_bytes(config, length, dtype):
+  """Bytes of one row's cache on a device that has its part of the key heads."""
+  shapes = jax.eval_shape(lambda: decoder.empty_cache(config, 1, length, dtype))
+  mesh, heads = sharding.current_mesh(), config.kv_heads
+  parts = 1 if mesh is None else sharding.parts(mesh, "kv_heads", heads)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // parts
+
+
+def slots_for(config, room, rows, length, dtype):
+  """How many slots there are: for all the rows, or as many as the stated memory holds.
+
+  Raises:
+    ValueError: it does not hold one row of every device.
+  """
+  mesh = sharding.current_mesh()
+  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  one = slot_bytes(config, length, dtype)
+  fit = int(room.cache_gib * 2**30 // one) * shards
+  if not fit:
+    raise ValueError(f"one row of {length} tokens has a cache of {one / 2**30:.2f} GiB on a device "
+                     f"and config.sampler.cache_gib is {room.cache_gib}: raise it, or lower "
+                     "max_tokens.")
+  wanted = -(-rows // shards) * shards if rows >= shards else rows
+  return min(wanted, fit)
+
+
 @functools.cache
-def _compiled(model, sampling, prompts, width, mesh, tree, leaves):
-  """The sampler of `prompts` prompts of at most `width` tokens, compiled ahead of time."""
-  def rows(*shape, dtype):
-    where = None if mesh is None else sharding.batch_sharding(mesh, shape)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-  return decode.program(model, sampling, mesh).lower(
-      jax.tree.unflatten(tree, leaves), rows(prompts, width, dtype=np.int32),
-      rows(prompts, dtype=np.int32),
-      rows(prompts * sampling.samples_per_prompt, 2, dtype=np.uint32)).compile()
+def _compiled(model, sampling, room, rows, width, mesh, tree, leaves):
+  """The Programs of a sampler of so many rows, compiled ahead of time."""
+  config, params = model.config, jax.tree.unflatten(tree, leaves)
+  kind = config.dtype if room.cache == "auto" else room.cache
+  dtype = KINDS[kind]
+  chunk = min(room.chunk, width)
+  width = -(-width // chunk) * chunk
+  longest = width + sampling.max_tokens
+  many = slots_for(config, room, rows, longest, dtype)
+  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  batches = halves(many, LEAST_BATCH, shards if many % shards == 0 else 1)
+  lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= width)
+  G = sampling.samples_per_prompt
+  prompts = sorted({min(PROMPTS, -(-many // G)), -(-max(1, many // SHARE) // G)})
+  none = jax.ShapeDtypeStruct((), np.int32, sharding=mesh and sharding.replicated(mesh))
+  def flat(*shape, dtype=np.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
+  def laid(tree):  # rows split over devices, and key heads
+    return tree if mesh is None else jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.slot_sharding(mesh, x.shape)), tree)
+  def places(tree):
+    return mesh and jax.tree.map(lambda x: x.sharding, tree)
+  def compiled(f, out, *args, donate=()):
+    return jax.jit(f, out_shardings=places(out), donate_argnums=donate).lower(*args).compile()
+  slots = {(B, S): laid(jax.eval_shape(lambda B=B, S=S: decode.empty(model, B, S, dtype)))
+           for B in batches for S in lengths}
+  caches = {P: laid(jax.eval_shape(lambda P=P: decoder.empty_cache(config, P, width, dtype)))
+            for P in prompts}
+  def written(B):
+    return jax.tree.map(lambda x: flat(*x.shape, dtype=x.dtype), decode.Written(
+        *(np.zeros((B, room.tokens)) for _ in range(3)), np.zeros(B), np.zeros(B)))
+  run = functools.partial(decode.decode, model, sampling, room.tokens)
+  prepare = functools.partial(decode.prepare, model)
+  weights = jax.eval_shape(prepare, params)
+  if mesh is not None:
+    weights = sharding.laid_out(weights, _layout(model.config, mesh, weights))
+  return Programs(
+      batches, lengths, width, slots, compiled(prepare, weights, params),
+      compiled(lambda: decode.empty(model, many, lengths[0], dtype), slots[many, lengths[0]]),
+      {P: compiled(functools.partial(decode.prefill, model, chunk, dtype), caches[P], weights,
+                   flat(P, width), none) for P in prompts},
+      {(P, S): compiled(decode.admit, slots[many, S], slots[many, S], caches[P], flat(many),
+                        flat(many, dtype=bool), flat(many), flat(many),
+                        flat(many, 2, dtype=np.uint32), donate=0)
+       for P in prompts for S in lengths},
+      {(B, S): compiled(run, (slots[B, S], written(B)), weights, slots[B, S], flat(B, dtype=bool),
+                        none, donate=1) for B in batches for S in lengths},
+      {(B, S): compiled(functools.partial(decode.grow, length=longer), slots[B, longer],
+                        slots[B, S])
+       for B in batches for S, longer in zip(lengths, lengths[1:], strict=False)},
+      {(B, S): compiled(decode.shrink, slots[fewer, S], slots[B, S], flat(fewer))
+       for B, fewer in zip(batches, batches[1:], strict=False) for S in lengths})
 
 
-def make(model, params, sampling, size, width):
-  """Compiles a sampler of `size` prompts of at most `width` tokens a call; nothing compiles later.
+def _layout(config, mesh, weights):
+  """Where the Weights live: split over `tensor` as the trainer's, and whole over `fsdp`.
+
+  What the trainer gathers for each use is gathered here once for all tokens.
+  """
+  axes = models.axes(config)
+  layers = tuple(jax.tree.map(lambda names: names[1:], axes["layers"],
+                              is_leaf=lambda x: isinstance(x, tuple)) for _ in range(config.layers))
+  def place(names, x):
+    return sharding.decode_sharding(mesh, names, x.shape)
+  params = jax.tree.map(place, axes | {"layers": layers}, weights.params,
+                        is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], str))
+  return decode.Weights(params, place(("embed", "vocab"), weights.head_DV))
+
+
+class Row(NamedTuple):
+  """A row that waits or is in a slot."""
+  place: int     # in the rollout
+  prompt: Any
+  key_2: Any     # what its randomness is named by
+
+
+def make(model, params, sampling, size, width, room=Room(), text=None):
+  """Compiles a sampler of prompts of at most `width` tokens; nothing compiles later.
 
   Args:
     model: a Model; params: its weights, or their abstract arrays, laid out as they will be.
     sampling: a Sampling.
-    size: prompts in one compiled call; more are sampled in several calls, a short one is padded.
+    size: prompts that are sampled side by side where memory suffices; any number may be asked for.
     width: tokens of the longest prompt.
+    room: a Room.
+    text: ids -> str, for stop strings.
 
   Returns:
-    draw(params, prompts, seed, first_sample=0, weight_version=0) -> Rollout, its rows a prompt's
-    samples side by side, in the order of `prompts`. `seed` is a tuple of ints; row (prompt id,
-    sample index) draws from (seed…, prompt id, sample index) and from nothing else.
-    `draw.compiled` is the executable.
+    draw(params, prompts, seed, first_sample=0, weight_version=0, ended=None) -> Rollout, its rows a
+    prompt's samples side by side, in the order of `prompts`. `seed` is a tuple of ints; row (prompt
+    id, sample index) draws from (seed…, prompt id, sample index) and from nothing else.
+    ended(place, ids) is called as rows end, while others still decode. `draw.programs` is what was
+    compiled, and `draw.seen` counts what the last call did.
   """
-  mesh = sharding.current_mesh()
-  leaves, tree = jax.tree.flatten(sharding.abstract(params))
-  run = _compiled(model, sampling, size, width, mesh, tree, tuple(leaves))
-
-  def draw(params, prompts, seed, first_sample=0, weight_version=0):
-    check(prompts, sampling, width)
-    parts = [_call(run, params, prompts[i: i + size], sampling, seed, first_sample, size, width,
-                   weight_version, mesh) for i in range(0, len(prompts), size)]
-    return rollout.concatenate(parts)
-
-  draw.compiled = run
-  return draw
+  return Sampler(model, params, sampling, size, width, room, text)
 
 
-def _call(run, params, prompts, sampling, seed, first_sample, size, width, weight_version, mesh):
-  """One compiled call: pads to `size` prompts, samples, drops the padding."""
-  G, n = sampling.samples_per_prompt, len(prompts)
-  padded = list(prompts) + [prompts[-1]] * (size - n)
-  prompt_PW = np.zeros((size, width), np.int32)
-  for row_W, prompt in zip(prompt_PW, padded, strict=True):
-    row_W[: len(prompt.tokens)] = prompt.tokens
-  length_P = np.array([len(p.tokens) for p in padded], np.int32)
-  prompt_id_B = np.repeat(np.array([p.id for p in padded], np.int64), G)
-  sample_index_B = np.tile(np.arange(first_sample, first_sample + G, dtype=np.int32), size)
-  key_B2 = np.stack([rollout.row_key(seed, i, g)
-                     for i, g in zip(prompt_id_B, sample_index_B, strict=True)])
-  arrays = (prompt_PW, length_P, key_B2)
-  arrays = jax.device_put(arrays) if mesh is None else sharding.put_batch(arrays, mesh)
-  tokens_BT, logp_BT, length_B, stopped_B = sharding.fetch(run(params, *arrays))
-  whole = rollout.Rollout(
-      prompt_id_B, sample_index_B, np.repeat(prompt_PW, G, axis=0), np.repeat(length_P, G),
-      tokens_BT, length_B, logp_BT, stopped_B.astype(np.int32), weight_version)
-  return rollout.take(whole, slice(0, n * G))
+class Sampler:
+  """What `make` returns."""
+
+  def __init__(self, model, params, sampling, size, width, room, text):
+    if sampling.stop_strings and text is None:
+      check((), sampling, width)
+    if room.tokens < 1 or room.chunk < 1 or room.cache not in (*KINDS, "auto"):
+      raise ValueError(f"config.sampler is {room}: tokens and chunk are 1 or more, and cache is "
+                       f"auto, {', '.join(KINDS)}.")
+    self.mesh = sharding.current_mesh()
+    leaves, tree = jax.tree.flatten(sharding.abstract(params))
+    self.programs = _compiled(model, sampling, room, size * sampling.samples_per_prompt, width,
+                              self.mesh, tree, tuple(leaves))
+    self.sampling, self.width, self.text, self.seen = sampling, width, text, {}
+
+  def __call__(self, params, prompts, seed, first_sample=0, weight_version=0, ended=None):
+    check(prompts, self.sampling, self.width, self.text)
+    return _Call(self, params, prompts, seed, first_sample, weight_version).run(ended)
+
+  @property
+  def compiled(self):
+    """The executable that needs most memory."""
+    def need(program):
+      memory = program.memory_analysis()
+      return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
+              + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    return max(self.programs.all().values(), key=need)
+
+  def put(self, x):
+    """A host's array on the devices, whole on each."""
+    return jax.device_put(x) if self.mesh is None else sharding.put(
+        x, sharding.replicated(self.mesh))
 
 
-def sample(model, params, prompts, sampling, seed):
-  """Samples every prompt in one call: `make` then draw, for when compiling once does not matter.
+class _Call:
+  """One call's rows: those that wait, those in slots, and what has been written of each."""
+
+  def __init__(self, sampler, params, prompts, seed, first_sample, weight_version):
+    self.sampler = sampler
+    self.weights = sampler.programs.prepare(params)
+    G, T = sampler.sampling.samples_per_prompt, sampler.sampling.max_tokens
+    index_B = np.tile(np.arange(first_sample, first_sample + G, dtype=np.int32), len(prompts))
+    owner_B = [p for p in prompts for _ in range(G)]
+    self.rows = collections.deque(
+        Row(place, prompt, rollout.row_key(seed, prompt.id, index))
+        for place, (prompt, index) in enumerate(zip(owner_B, index_B, strict=True)))
+    B = len(owner_B)
+    prompt_BW = np.zeros((B, sampler.width), np.int32)
+    for row_W, prompt in zip(prompt_BW, owner_B, strict=True):
+      row_W[: len(prompt.tokens)] = prompt.tokens
+    self.out = rollout.Rollout(
+        np.array([p.id for p in owner_B], np.int64), index_B, prompt_BW,
+        np.array([len(p.tokens) for p in owner_B], np.int32), np.zeros((B, T), np.int32),
+        np.zeros(B, np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.float32),
+        np.zeros(B, np.int32), weight_version)
+    self.digest = hashlib.blake2b(digest_size=16)
+    self.seen = dict.fromkeys(("dispatches", "prefills", "tokens", "slot_tokens"), 0)
+    self.read = {}  # prompt id -> (its cache, its row in it), of prompts that rows still wait for
+
+  def run(self, ended):
+    """The Rollout, every row to its end."""
+    programs, sampler = self.sampler.programs, self.sampler
+    self.batch, self.length = programs.batches[0], programs.lengths[0]
+    self.slots, self.owners = programs.empty(), [None] * self.batch
+    ready = []
+    while self.rows or any(self.owners):
+      self._fill()
+      self._fit()
+      alive_B = np.array([row is not None for row in self.owners])
+      self._agree(alive_B)
+      self.slots, written = programs.decode[self.batch, self.length](
+          self.weights, self.slots, sampler.put(alive_B), sampler.put(np.int32(self._enough())))
+      for place in ready if ended is not None else ():  # while the device decodes
+        ended(place, self.out.response(place))
+      ready = self._take(sharding.fetch(written))
+    for place in ready if ended is not None else ():
+      ended(place, self.out.response(place))
+    sampler.seen = self.seen
+    return self.out
+
+  def _fill(self):
+    """Gives free slots to the rows that wait, a group of prompts that were read together at a time.
+    """
+    free = [b for b, row in enumerate(self.owners) if row is None]
+    while self.rows and free:
+      group, picked = None, []
+      while self.rows and len(picked) < len(free):
+        if self.rows[0].prompt.id not in self.read:
+          if picked:
+            break
+          self._prefill(len(free))
+        cache, _ = self.read[self.rows[0].prompt.id]
+        if group is not None and cache is not group:
+          break
+        group = cache
+        picked.append(self.rows.popleft())
+      self._admit(group, picked, free[: len(picked)])
+      free = free[len(picked):]
+      waiting = {row.prompt.id for row in self.rows}
+      self.read = {k: v for k, v in self.read.items() if k in waiting}
+
+  def _prefill(self, free):
+    """Reads the prompts of the next rows: as many as there are slots for, in one program."""
+    programs, G = self.sampler.programs, self.sampler.sampling.samples_per_prompt
+    few, many = min(programs.prefill), max(programs.prefill)
+    size = few if -(-min(free, len(self.rows)) // G) <= few else many
+    own = list({row.prompt.id: row.prompt for row in list(self.rows)[: size * G]}.values())[:size]
+    prompt_PW = np.zeros((size, programs.width), np.int32)
+    for row_W, prompt in zip(prompt_PW, own, strict=False):
+      row_W[: len(prompt.tokens)] = prompt.tokens
+    longest = max(len(prompt.tokens) for prompt in own)
+    cache = programs.prefill[size](self.weights, self.sampler.put(prompt_PW),
+                                   self.sampler.put(np.int32(longest)))
+    for i, prompt in enumerate(own):
+      self.read[prompt.id] = cache, i
+    self.seen["prefills"] += 1
+
+  def _admit(self, cache, picked, free):
+    B = self.batch
+    source_B, token_B, position_B = (np.zeros(B, np.int32) for _ in range(3))
+    new_B, key_B2 = np.zeros(B, bool), np.zeros((B, 2), np.uint32)
+    for b, row in zip(free, picked, strict=True):
+      tokens = row.prompt.tokens
+      self.owners[b], new_B[b], key_B2[b] = row, True, row.key_2
+      source_B[b], token_B[b] = self.read[row.prompt.id][1], tokens[-1]
+      position_B[b] = len(tokens) - 1
+    size = cache[0].v_BKSH.shape[0]
+    self.slots = self.sampler.programs.admit[size, self.length](
+        self.slots, cache, *map(self.sampler.put, (source_B, new_B, token_B, position_B, key_B2)))
+
+  def _fit(self):
+    """Shrinks the batch to the rows alive once nobody waits; grows the cache for the longest."""
+    programs = self.sampler.programs
+    alive = [b for b, row in enumerate(self.owners) if row is not None]
+    fewer = [B for B in programs.batches if B < self.batch]
+    while not self.rows and fewer and len(alive) <= fewer[0]:
+      size = fewer.pop(0)
+      kept = (alive + [b for b in range(self.batch) if b not in alive])[:size]
+      self.slots = programs.shrink[self.batch, self.length](
+          self.slots, self.sampler.put(np.array(kept, np.int32)))
+      self.owners, self.batch = [self.owners[b] for b in kept], size
+      alive = list(range(len(alive)))
+    while max(self._tokens(self.owners[b]) for b in alive) > self.length:
+      self.slots = programs.grow[self.batch, self.length](self.slots)
+      self.length = programs.lengths[programs.lengths.index(self.length) + 1]
+
+  def _tokens(self, row):
+    """Tokens of a row so far: those in the cache and the one to be read."""
+    return len(row.prompt.tokens) + int(self.out.response_length_B[row.place])
+
+  def _enough(self):
+    """So few rows alive that something else is to be done: fill slots, or shrink the batch."""
+    if self.rows:
+      return self.batch - min(len(self.rows), max(1, self.batch // SHARE))
+    return max((B for B in self.sampler.programs.batches if B < self.batch), default=0)
+
+  def _agree(self, alive_B):
+    """Every process is about to dispatch the same."""
+    self.digest.update(np.packbits(alive_B).tobytes())
+    self.digest.update(f"{self.batch},{self.length},{len(self.rows)}".encode())
+    sharding.agree("sampler", self.digest.hexdigest())
+
+  def _take(self, written):
+    """Notes what a dispatch wrote; returns the places of the rows that have ended."""
+    done, T = [], self.sampler.sampling.max_tokens
+    self.seen["dispatches"] += 1
+    self.seen["slot_tokens"] += self.batch * int(written.count_B.max(initial=0))
+    for b, row in enumerate(self.owners):
+      if row is None:
+        continue
+      out, place, count = self.out, row.place, int(written.count_B[b])
+      start, stopped = int(out.response_length_B[place]), bool(written.stopped_B[b])
+      out.response_BT[place, start: start + count] = written.tokens_BN[b, :count]
+      end = start + count
+      cut = self._cut(out.response_BT[place, :end], start)
+      if cut is not None:
+        out.response_BT[place, cut:], end, stopped = 0, cut, True
+      for to, x in ((out.sampler_logp_BT, written.logp_BN),
+                    (out.drawn_logp_BT, written.drawn_logp_BN)):
+        to[place, start: end] = x[b, : end - start]
+      out.response_length_B[place], out.finish_reason_B[place] = end, stopped
+      self.seen["tokens"] += end - start
+      if stopped or end == T:
+        self.owners[b] = None
+        done.append(place)
+    # Every token has part in what is scheduled next.
+    for x in (written.tokens_BN, written.count_B, written.stopped_B):
+      self.digest.update(np.ascontiguousarray(x).tobytes())
+    return done
+
+  def _cut(self, ids, start):
+    """Length of a response up to the token that completes a stop string, or None."""
+    strings, text = self.sampler.sampling.stop_strings, self.sampler.text
+    if not strings or not any(s in text(ids) for s in strings):
+      return None
+    first = max(start + 1, self.sampler.sampling.min_tokens + 1)
+    return next((n for n in range(first, len(ids) + 1)
+                 if any(s in text(ids[:n]) for s in strings)), None)
+
+
+def sample(model, params, prompts, sampling, seed, room=Room(), text=None):
+  """Samples every prompt: `make` then draw, for when compiling once does not matter.
 
   Args:
     model: a Model; params: its weights; prompts: list of rollout.Prompt; sampling: a Sampling.
-    seed: a tuple of ints.
+    seed: a tuple of ints; room, text: as `make` takes them.
 
   Returns:
     A Rollout of len(prompts) · samples_per_prompt rows.
 
   Raises:
-    ValueError: no prompts, or stop strings.
+    ValueError: no prompts, or stop strings without `text`.
   """
   width = max((len(p.tokens) for p in prompts), default=0)
-  check(prompts, sampling, width)
-  return make(model, params, sampling, len(prompts), width)(params, prompts, seed)
+  check(prompts, sampling, width, text)
+  return make(model, params, sampling, len(prompts), width, room, text)(params, prompts, seed)

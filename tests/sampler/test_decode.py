@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from s2d_jax import rollout
+from s2d_jax import rollout, sampler
 from s2d_jax.sampler import Sampling, decode
 
 PLAIN = Sampling(samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
@@ -55,9 +55,9 @@ def keys():
 
 
 def drawn(sampling, index=0, logits=LOGITS):
-  """One token for each of ROWS rows that differ in their keys alone, and what was reported."""
+  """(token, logp, drawn logp) of each of ROWS rows that differ in their keys alone."""
   rows = jnp.asarray(np.tile(logits, (ROWS, 1)))
-  return map(np.asarray, draw(rows, keys(), jnp.int32(index), sampling))
+  return tuple(map(np.asarray, draw(rows, keys(), jnp.full(ROWS, index, jnp.int32), sampling)))
 
 
 @pytest.mark.parametrize("case, kept", [
@@ -65,28 +65,29 @@ def drawn(sampling, index=0, logits=LOGITS):
     ({"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.3}, 4)],
     ids=lambda v: next(ids([v])) if isinstance(v, dict) else "")
 def test_how_often(case, kept):
-  token, logp = drawn(PLAIN._replace(**case))
+  token, logp, drawn_logp = drawn(PLAIN._replace(**case))
   want = truncated(LOGITS, **case)
   count = np.bincount(token, minlength=len(LOGITS))
   assert (want > 0).sum() == kept and count[want == 0].sum() == 0
   assert scipy.stats.chisquare(count[want > 0], ROWS * want[want > 0]).pvalue > 0.001
   # Whatever was done to the distribution, the model's own log-probability is reported.
   np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # LOGITS are normalised
+  np.testing.assert_allclose(drawn_logp, np.log(want[token]), atol=1e-5)
 
 
 def test_successive_tokens_are_independent():
-  first, _ = drawn(PLAIN)
-  second, _ = drawn(PLAIN, index=1)
+  first, second = drawn(PLAIN)[0], drawn(PLAIN, index=1)[0]
   table = np.zeros((8, 8))
   np.add.at(table, (first, second), 1)
   assert scipy.stats.chi2_contingency(table).pvalue > 0.001
-  again, _ = drawn(PLAIN)
-  np.testing.assert_array_equal(first, again)
+  np.testing.assert_array_equal(first, drawn(PLAIN)[0])
 
 
 def test_temperature_0_is_the_most_probable():
   logits = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
-  token, logp = draw(jnp.asarray(logits), keys(), jnp.int32(0), PLAIN._replace(temperature=0.0))
+  token, logp, drawn_logp = draw(jnp.asarray(logits), keys(), jnp.zeros(ROWS, jnp.int32),
+                                 PLAIN._replace(temperature=0.0))
+  assert not drawn_logp.any()  # certain
   np.testing.assert_array_equal(token, logits.argmax(axis=1))
   p = np.exp(logits.astype(np.float64))
   np.testing.assert_allclose(logp, np.log(p.max(axis=1) / p.sum(axis=1)), atol=1e-5)
@@ -96,20 +97,59 @@ def test_temperature_0_is_the_most_probable():
 def test_a_stop_waits_for_min_tokens(temperature):
   early = PLAIN._replace(temperature=temperature, min_tokens=3, stop_ids=(0, 2))
   for index, stops in ((0, False), (2, False), (3, True)):
-    token, logp = drawn(early, index)
+    token, logp, _ = drawn(early, index)
     assert np.isin(token, (0, 2)).any() == stops
     np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # and not of what was allowed
   if temperature:
-    token, _ = drawn(early)
+    token, _, drawn_logp = drawn(early)
     want = np.exp(LOGITS.astype(np.float64)) * ~np.isin(np.arange(8), (0, 2))
+    np.testing.assert_allclose(drawn_logp, np.log((want / want.sum())[token]), atol=1e-5)
     assert scipy.stats.chisquare(np.bincount(token, minlength=8)[want > 0],
                                  ROWS * want[want > 0] / want.sum()).pvalue > 0.001
 
 
+def test_a_vocabulary_of_many_groups():
+  # 1,000 tokens are eight groups, the last not full; every token is drawn as often as it should.
+  logits = np.random.default_rng(5).normal(0, 1.5, 1000).astype(np.float32)
+  token, logp, drawn_logp = drawn(PLAIN, logits=logits)
+  want = np.exp(logits.astype(np.float64))
+  want = want / want.sum()
+  np.testing.assert_allclose(logp, np.log(want)[token], atol=1e-5)
+  np.testing.assert_allclose(drawn_logp, logp, atol=1e-5)
+  order = np.argsort(want)  # rare ones together, so that none is expected less than ten times
+  groups = np.cumsum(want[order]) // (10 / ROWS)
+  expected = np.array([want[order][groups == g].sum() for g in np.unique(groups)]) * ROWS
+  found = np.bincount(token, minlength=1000)[order]
+  seen = np.array([found[groups == g].sum() for g in np.unique(groups)])
+  big = expected > 5
+  assert big.sum() > 100
+  assert scipy.stats.chisquare(np.append(seen[big], seen[~big].sum() + 1e-9),
+                               np.append(expected[big], expected[~big].sum() + 1e-9)).pvalue > 0.001
+
+
+def test_top_p_of_a_long_row_is_its_sorted_form():
+  logits = np.random.default_rng(6).normal(0, 3, (20, 5000)).astype(np.float32)
+  got = np.isfinite(decode.truncate(jnp.asarray(logits), PLAIN._replace(top_p=0.95)))
+  p = np.exp(logits.astype(np.float64))
+  p = p / p.sum(axis=1, keepdims=True)
+  for row, kept in zip(p, got, strict=True):
+    sorted_p = np.sort(row)[::-1]
+    need = int(np.searchsorted(np.cumsum(sorted_p), 0.95)) + 1
+    assert abs(kept.sum() - need) <= 1 and row[kept].min() > row[~kept].max()
+
+
+def test_the_last_possible_token_is_drawn_and_none_beyond():
+  # The largest number below one, and tokens after the last possible one that cannot be drawn.
+  logits = np.full((1, 300), -np.inf, np.float32)
+  logits[0, [3, 150]] = 0.0
+  for uniform, want in ((0.0, 3), (0.499, 3), (0.501, 150), (1 - 2**-24, 150)):
+    token, logp = decode._pick(jnp.asarray(logits), jnp.full(1, uniform, jnp.float32))
+    assert token[0] == want
+    np.testing.assert_allclose(logp, np.log(0.5), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_cache_has_the_type_of_the_activations(dtype, tiny):
+def test_a_cache_has_the_type_of_the_activations(dtype, tiny):
   model, params = tiny("qwen3", dtype=dtype)
-  logits, cache = jax.eval_shape(
-      lambda *args: decode._prefill(model, *args), params, np.zeros((3, 5), np.int32),
-      np.ones(3, np.int32))
-  assert (cache.k_LBSKH.dtype, cache.v_LBSKH.dtype, logits.dtype) == (dtype, dtype, "float32")
+  draw = sampler.make(model, params, PLAIN, 2, 4)
+  assert {x.dtype for x in jax.tree.leaves(draw.programs.slots[2, 5].cache)} == {jnp.dtype(dtype)}

@@ -109,7 +109,7 @@ def test_weights_are_an_argument_and_nothing_compiles_after_make(crowd, tiny):
   with metrics.compilations() as compiled:
     again = sampler.make(model, other, HOW, SIZE, WINDOW)
     got = draw(other, prompts(10), SEED)
-    assert again.compiled is draw.compiled and compiled_at_first == compiled() == 0
+    assert again.programs is draw.programs and compiled_at_first == compiled() == 0
   assert (got.response_BT != rows.response_BT).mean() > 0.3
   same(again(params, prompts(10), SEED), rows, atol=0)
 
@@ -145,7 +145,7 @@ def test_log_probabilities_are_the_trainers_for_llama(tiny):
     ([rollout.Prompt(1, (2,)), rollout.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
     ([rollout.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
     ([], HOW, "no prompts"),
-    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "stop_strings are not"),
+    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
 ])
 def test_what_cannot_be_sampled_is_refused(bad, how, words):
   with pytest.raises(ValueError, match=words):

@@ -164,20 +164,33 @@ def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, N, K):
   np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("platform, dtype, width, cached, want", [
-    ("cpu", "float32", 64, False, "causal"), ("tpu", "bfloat16", 64, False, "splash"),
-    ("tpu", "bfloat16", 64, True, "xla"), ("gpu", "bfloat16", 128, False, "cudnn"),
-    ("gpu", "bfloat16", 20, False, "causal"), ("gpu", "float32", 64, False, "causal")])
-def test_the_backend_chooses(platform, dtype, width, cached, want, monkeypatch):
+@pytest.mark.parametrize("platform, dtype, width, want", [
+    ("cpu", "float32", 64, "causal"), ("tpu", "bfloat16", 64, "splash"),
+    ("gpu", "bfloat16", 128, "cudnn"), ("gpu", "bfloat16", 20, "causal"),
+    ("gpu", "float32", 64, "causal")])
+def test_the_backend_chooses(platform, dtype, width, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert attention.choose("auto", dtype, width, cached) == want
-  assert attention.choose("xla", dtype, width, cached) == "xla"
+  assert attention.choose("auto", dtype, width) == want
+  assert attention.choose("xla", dtype, width) == "xla"
   for how, needs in (("splash", "tpu"), ("cudnn", "gpu")):
-    if cached or platform == needs:
-      assert attention.choose(how, dtype, width, cached) == ("xla" if cached else how)
+    if platform == needs:
+      assert attention.choose(how, dtype, width) == how
     else:
       with pytest.raises(ValueError, match=f"attention '{how}' needs a {needs} and this is a "):
-        attention.choose(how, dtype, width, cached)
+        attention.choose(how, dtype, width)
+
+
+def test_a_cache_is_read_as_the_reference_reads():
+  q, k, v, mask = draws(B=3, T=4, S=9, N=8, K=2, H=6)
+  got = attention.cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None, mask)
+  np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
+  # And an int8 one as the numbers it stands for.
+  rng = np.random.default_rng(1)
+  k8, v8 = rng.integers(-127, 128, (2, 3, 2, 9, 6)).astype(np.int8)
+  k_scale, v_scale = rng.uniform(0.005, 0.02, (2, 3, 2, 9)).astype(np.float32)
+  got = attention.cached(q, k8.swapaxes(2, 3), v8, k_scale, v_scale, mask)
+  whole = [(x8 * scale[..., None]).swapaxes(1, 2) for x8, scale in ((k8, k_scale), (v8, v_scale))]
+  np.testing.assert_allclose(got, attention.xla(q, *whole, mask), atol=1e-5)
 
 
 @pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])

@@ -102,27 +102,38 @@ def test_prefill_and_decode_are_one_forward(family, tiny_json, randomized):
     one, cache = apply(params, ids[:, t:t + 1], counted(rows)[:, t:t + 1], ones(rows, 1), cache)
     got.append(one)
   np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5)
-  assert cache.slot == T
-  np.testing.assert_array_equal(cache.segments_BS, [[1] * T + [0] * 4] * rows)
 
 
-def test_slot_is_not_position(tiny):
-  # Left-padded prompts share the next slot; positions count from the first real token.
+def test_rows_of_a_cache_stand_at_places_of_their_own(tiny):
+  # One row has read five tokens and the other all; each reads its next beside the other, and what
+  # was left in the slots behind a row is not read.
   model, params, apply = tiny
   ids, short = tokens(2), 5
   want, _ = apply(params, ids, counted(2), ones(2))
-  pad = T - short
-  padded, positions, segments = ids.copy(), counted(2), ones(2)
-  padded[1], positions[1], segments[1] = 0, 0, 0
-  padded[1, pad:], positions[1, pad:], segments[1, pad:] = ids[1, :short], np.arange(short), 1
-  cache = models.empty_cache(model.config, 2, T + 1)
-  got, cache = apply(params, padded, positions, segments, cache)
-  np.testing.assert_allclose(got[0], want[0], atol=2e-5)
-  np.testing.assert_allclose(got[1, pad:], want[1, :short], atol=2e-5)
-  assert np.isfinite(got).all()
-  extra = np.stack([[3], ids[1, short:short + 1]]).astype(np.int32)
-  got, _ = apply(params, extra, np.array([[T], [short]], np.int32), ones(2, 1), cache)
-  np.testing.assert_allclose(got[1, 0], want[1, short], atol=2e-5)
+  _, cache = apply(params, ids, counted(2), ones(2), models.empty_cache(model.config, 2, T + 1))
+  ids[1, short:] = ids[1, short:] + 1  # other tokens than those whose keys are there
+  want = np.stack([want[0], apply(params, ids, counted(2), ones(2))[0][1]])
+  for t in range(short, T):
+    tokens_B1 = np.stack([ids[0, -1:], ids[1, t: t + 1]])
+    got, cache = apply(params, tokens_B1, np.array([[T - 1], [t]], np.int32), ones(2, 1), cache)
+    np.testing.assert_allclose(got[:, 0], [want[0, -1], want[1, t]], atol=2e-5)
+
+
+def test_int8_keeps_keys_and_values_to_a_hundredth(tiny):
+  # Each number is at most half a 127th of its head's largest away; features are near float32's.
+  model, params, apply = tiny
+  want, exact = apply(params, tokens(2), counted(2), ones(2),
+                      models.empty_cache(model.config, 2, T))
+  got, cache = apply(params, tokens(2), counted(2), ones(2),
+                     models.empty_cache(model.config, 2, T, jnp.int8))
+  assert {x.dtype for kv in cache for x in kv[:2]} == {np.dtype(np.int8)}
+  numbers, scale_BKS = np.asarray(cache[0].v_BKSH), np.asarray(cache[0].v_scale_BKS)
+  whole = np.asarray(exact[0].v_BKSH)  # of the first layer, whose input is exact
+  np.testing.assert_allclose(scale_BKS, np.abs(whole).max(axis=-1) / 127, rtol=1e-6)
+  assert (np.abs(numbers * scale_BKS[..., None] - whole) <= 0.501 * scale_BKS[..., None]).all()
+  assert (np.abs(numbers).max(axis=-1) == 127).all()
+  error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+  assert 1e-5 < error < 0.03
 
 
 def test_a_cache_too_short_is_refused(tiny):
@@ -254,12 +265,12 @@ def test_gradients_on_eight_devices_are_those_on_one(tiny_json, randomized):
 def test_a_decode_reads_a_cache_of_key_heads_alone(tiny_json):
   # 13 slots of two key heads of six: no array of the program has those for the eight query heads.
   model = models.get(tiny_json("llama", num_attention_heads=8, num_key_value_heads=2, head_dim=6))
-  cache = decoder.empty_cache(model.config, 3, 13)
+  cache = decoder.empty_cache(model.config, 3, 13)  # of three rows
   text = jax.jit(model.apply).lower(models.shapes(model.config), tokens(3, 1), counted(3, 1),
                                     ones(3, 1), cache).compile().as_text()
   shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
   held = [math.prod(shape) for shape in shapes if 13 in shape and 6 in shape]
-  assert max(held) == 2 * 3 * 13 * 2 * 6  # the cache of both layers, and nothing larger
+  assert max(held) == 3 * 13 * 2 * 6  # a layer's keys or values, and nothing larger
 
 
 @pytest.mark.medium

@@ -140,13 +140,13 @@ def test_attention_and_one_layer_are_theirs(pair):
     whole = whole[0] if isinstance(whole, tuple) else whole
   own = jax.tree.map(lambda x: x[1], params["layers"])
   ones = np.ones((2, T), np.int32)
-  reads = models.attention.reading("xla", positions, ones, positions, ones)
+  reads = models.attention.reading("xla", positions, ones)
   frequency = models.decoder.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
   angle = jnp.asarray(positions[..., None], jnp.float32) * frequency[None, None]
-  rest = 0, angle, reads, None
-  got, _ = models.decoder.Attention(c, "xla").apply({"params": own["attn"]}, x, *rest, None)
+  rest = angle, reads, None, None
+  got, _ = models.decoder.Attention(c, "xla").apply({"params": own["attn"]}, x, *rest)
   np.testing.assert_allclose(got, attended.numpy(), atol=ATOL)
-  (got, _), _ = models.decoder.Block(c, "xla").apply({"params": own}, (x, None), *rest)
+  got, _ = models.decoder.Block(c, "xla").apply({"params": own}, x, *rest)
   np.testing.assert_allclose(got, whole.numpy(), atol=ATOL)
 
 

@@ -4,6 +4,7 @@ A step may draw in several rounds; what frozen actors sampled is kept and shared
 host draws the same and scores its share of the answers.
 """
 
+import types
 import zlib
 from typing import Any, NamedTuple
 
@@ -42,10 +43,11 @@ def drawn(work, programs, store, state, step):
     return Drawn(picked, rows, None, None, reused, None, {})
   picked, parts, groups, reused, G = [], [], [], 0, hp.sampling.samples_per_prompt
   for turn in range(max(hp.rounds, 1)):
-    new = _picked(work, step, turn, max(hp.rounds, 1))
-    rows, before = _draw(work, programs, store, state, step, new, turn)
+    new, scored = _picked(work, step, turn, max(hp.rounds, 1)), {}
+    rows, before = _draw(work, programs, store, state, step, new, turn,
+                         _scorer(work.reward, new, G, scored))
     picked, parts, reused = picked + new, [*parts, rows], reused + before
-    groups.append(rewards(work.reward, rows).reshape(-1, G))
+    groups.append(rewards(work.reward, rows, scored).reshape(-1, G))
     reward_PG = np.concatenate(groups)
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     if mixed_P.sum() >= hp.prompts:
@@ -70,7 +72,15 @@ def _picked(work, step, turn, rounds):
                                             work.hp.prompts, turn, rounds)]
 
 
-def _draw(work, programs, store, state, step, picked, turn=0):
+def _scorer(reward, picked, G, scored):
+  """ended(place, rows) that scores this host's share of the rows while others are still decoded."""
+  def ended(place, rows):
+    if place % jax.process_count() == jax.process_index():
+      scored[place] = reward(picked[place // G].id, rows.response(place))
+  return ended
+
+
+def _draw(work, programs, store, state, step, picked, turn=0, ended=None):
   """A round's rollout, and how many of its tokens were sampled before."""
   hp = work.hp
   G = hp.sampling.samples_per_prompt
@@ -80,7 +90,7 @@ def _draw(work, programs, store, state, step, picked, turn=0):
     seed = (work.seed, zlib.crc32(work.name.encode()), step, turn)
     version = step * hp.epochs * hp.minibatches
     params = update.join(state.params, work.frozen)
-    return programs.draw(params, picked, seed, weight_version=version), 0
+    return programs.draw(params, picked, seed, weight_version=version, ended=ended), 0
   first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
   rows, new_B = _stored(store, work, step, picked, range(first, first + G),
                         lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
@@ -112,13 +122,16 @@ def weigh(work, programs, store, step, picked):
   return weight_B.astype(np.float32), rollout.take(rows, new_B), pass_rate_P.mean()
 
 
-def rewards(reward, rows):
-  """float32 [B]: every host scores its share of the rows, and reads the others'."""
+def rewards(reward, rows, scored=types.MappingProxyType({})):
+  """float32 [B]: every host scores its share of the rows, and reads the others'.
+
+  What is scored already, by place, is not scored again.
+  """
   hosts, here = jax.process_count(), jax.process_index()
   B = len(rows.prompt_id_B)
   mine = np.zeros(B, np.float32)
   for b in range(here, B, hosts):
-    mine[b] = reward(int(rows.prompt_id_B[b]), rows.response(b))
+    mine[b] = scored[b] if b in scored else reward(int(rows.prompt_id_B[b]), rows.response(b))
   return summed_over_hosts(mine)
 
 

@@ -106,6 +106,7 @@ def run(work, beat, left, stop):
             for name in ("metrics", "ledger", "timing", "samples")}
     metrics.cut_tensorboard(work.folder, start)
     programs = compile_programs(work, state, mesh)
+    _check_cache(work, programs, state, mesh)
     logs["timing"].add({"step": start, "seconds": time.monotonic() - began})
     state = _loop(work, programs, state, start, steps, logs, beat, stop, mesh)
   finally:
@@ -204,7 +205,8 @@ def _updates(work, programs, state, step, batch, mesh):
 def _gap(logp_BT, sampler_logp_BT, response_BT):
   """How far the sampler's log-probabilities are from the trainer's on the same tokens, in nats."""
   gap = np.abs(logp_BT - sampler_logp_BT)[response_BT]
-  return {"logp_gap_mean": gap.mean(), "logp_gap_max": gap.max()}
+  return {"logp_gap_mean": gap.mean(), "logp_gap_rms": np.sqrt(np.mean(gap**2)),
+          "logp_gap_max": gap.max()}
 
 
 def _save(folder, steps, logs, step, state):
@@ -262,6 +264,25 @@ def compile_programs(work, state, mesh):
       score.lower(sharding.abstract(params), abstract_batch(rows, width, mesh)).compile(),
       step.lower(sharding.abstract(state), guide,
                  abstract_batch(rows // hp.minibatches, width, mesh), frozen).compile())
+
+
+MOST_GAP = 0.01  # nats, root mean square
+
+
+def _check_cache(work, programs, state, mesh):
+  """Refuses an int8 cache whose log-probabilities are too far from the trainer's, on one rollout.
+  """
+  if work.room.cache != "int8" or programs.draw is None:
+    return
+  params = update.join(state.params, work.frozen) if work.actor is None else work.actor.params
+  rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))
+  batch = rollout.batch(rows)
+  logp_BT, _ = sharding.fetch(programs.score(params, sharding.put_batch(batch, mesh)))
+  gap = _gap(logp_BT, batch.sampler_logp_BT, batch.sequence_BT >= 0)["logp_gap_rms"]
+  if gap > MOST_GAP:
+    raise ValueError(f"config.sampler.cache is int8 and the sampler's log-probabilities are "
+                     f"{gap:.3f} nats (root mean square) from the trainer's in {work.name}, where "
+                     f"{MOST_GAP} is allowed: set it to auto.")
 
 
 def abstract_batch(rows, width, mesh):

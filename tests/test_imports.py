@@ -25,6 +25,7 @@ ARROWS = {
   "update": {"rollout", "sharding"},
   "evals": {"sampler", "stats"},
   "sampler": {"models", "chat", "rollout"},
+  "data": {"rollout"},
   "objectives": {"losses"},
   "losses": {"sharding"},
   "models": {"sharding"},

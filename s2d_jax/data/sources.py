@@ -6,7 +6,6 @@ one, "solution": str. Reading needs no TensorFlow.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from s2d_jax import rollout
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
 
 REQUIRED = ("id", "problem", "answer")
@@ -103,7 +103,11 @@ def solved(rows, path):
   """The rows of `jsonl` with the responses of another JSON-lines file, {"id", "response"}, as their
   solutions: what a teacher's supervised fine-tuning learns from. `path` None changes nothing.
 
-  ValueError, naming file and line, for a line that is not such an object, or an id used twice.
+  Several samples of a problem, as `python -m s2d_jax.sampler` writes them, are told apart by
+  "sample": the first that came to its end ("finish" is "stop") is the solution.
+
+  ValueError, naming file and line, for a line that is not such an object, or an id or a sample of
+  it used twice.
   """
   if path is None:
     return rows
@@ -117,11 +121,16 @@ def solved(rows, path):
         number, text = row.get("id"), row.get("response")
         if not isinstance(number, int) or not isinstance(text, str) or not text:
           raise ValueError(f"{place} lacks an integer id or a response's text: give both.")
-        if number in responses:
-          raise ValueError(f"{place} answers problem {number} again: keep one response a problem.")
-        responses[number] = text
-  return [row | {"solution": responses[row["id"]]} if row["id"] in responses else row
-          for row in rows]
+        samples = responses.setdefault(number, {})
+        if row.get("sample") in samples:
+          raise ValueError(f"{place} answers problem {number} again: keep one response a problem, "
+                           'or number them under "sample".')
+        samples[row.get("sample")] = text if row.get("finish", "stop") == "stop" else None
+  def solution(row):
+    ended = sorted((sample or 0, text) for sample, text in responses.get(row["id"], {}).items()
+                   if text is not None)
+    return row | {"solution": ended[0][1]} if ended else row
+  return [solution(row) for row in rows]
 
 
 def _object(place, line):
@@ -139,7 +148,7 @@ def _row(place, line):
   for key in ("problem", "answer"):
     if not isinstance(row.get(key), str) or not row[key]:
       raise ValueError(f'{place} has no text under "{key}": give every row problem and answer.')
-  number = row.get("id", _text_id(row["problem"]))
+  number = row.get("id", rollout.text_id(row["problem"]))
   if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
     raise ValueError(f"{place} has id {number!r}: ids are integers from 0 to 2**63 - 1, or left "
                      "out.")
@@ -147,8 +156,3 @@ def _row(place, line):
   if not all(isinstance(text, str) for text in solution.values()):
     raise ValueError(f"{place} has a solution that is not text: write it as a string.")
   return {"id": number, "problem": row["problem"], "answer": row["answer"]} | solution
-
-
-def _text_id(text):
-  """63 bits of a hash of the text, for a problem that brings no id."""
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -8,6 +8,9 @@ function of the tokens alone, so several hosts schedule the same, and compare be
 import collections
 import functools
 import hashlib
+import itertools
+import os
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -39,17 +42,18 @@ class Programs(NamedTuple):
   width: int      # of a prompt's window, a multiple of the chunk
   slots: dict     # (batch, length) -> abstract Slots
   prepare: Any
-  empty: Any
-  prefill: dict   # prompts -> program
-  admit: dict     # (prompts, length) -> program
+  empty: Any      # at the largest batch and the shortest length
+  prefill: Any
+  prompts: int    # that are read at once
+  admit: dict     # length -> program
   decode: dict    # (batch, length) -> program
   grow: dict      # (batch, length) -> program, to the next length
   shrink: dict    # (batch, length) -> program, to the next batch
 
   def all(self):
     """{name: executable}, every one."""
-    found = {"prepare": self.prepare, "empty": self.empty}
-    for kind in ("prefill", "admit", "decode", "grow", "shrink"):
+    found = {"prepare": self.prepare, "empty": self.empty, "prefill": self.prefill}
+    for kind in ("admit", "decode", "grow", "shrink"):
       for shape, program in getattr(self, kind).items():
         sizes = shape if isinstance(shape, tuple) else (shape,)
         found[f"{kind} {'x'.join(map(str, sizes))}"] = program
@@ -127,7 +131,7 @@ def _compiled(model, sampling, room, rows, width, mesh, tree, leaves):
   batches = halves(many, LEAST_BATCH, shards if many % shards == 0 else 1)
   lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= width)
   G = sampling.samples_per_prompt
-  prompts = sorted({min(PROMPTS, -(-many // G)), -(-max(1, many // SHARE) // G)})
+  prompts = min(PROMPTS, -(-many // G))
   none = jax.ShapeDtypeStruct((), np.int32, sharding=mesh and sharding.replicated(mesh))
   def flat(*shape, dtype=np.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
@@ -136,12 +140,11 @@ def _compiled(model, sampling, room, rows, width, mesh, tree, leaves):
         x.shape, x.dtype, sharding=sharding.slot_sharding(mesh, x.shape)), tree)
   def places(tree):
     return mesh and jax.tree.map(lambda x: x.sharding, tree)
-  def compiled(f, out, *args, donate=()):
-    return jax.jit(f, out_shardings=places(out), donate_argnums=donate).lower(*args).compile()
+  def lower(f, out, *args, donate=()):
+    return jax.jit(f, out_shardings=places(out), donate_argnums=donate).lower(*args)
   slots = {(B, S): laid(jax.eval_shape(lambda B=B, S=S: decode.empty(model, B, S, dtype)))
            for B in batches for S in lengths}
-  caches = {P: laid(jax.eval_shape(lambda P=P: decoder.empty_cache(config, P, width, dtype)))
-            for P in prompts}
+  read = laid(jax.eval_shape(lambda: decoder.empty_cache(config, prompts, width, dtype)))
   def written(B):
     return jax.tree.map(lambda x: flat(*x.shape, dtype=x.dtype), decode.Written(
         *(np.zeros((B, room.tokens)) for _ in range(3)), np.zeros(B), np.zeros(B)))
@@ -150,22 +153,28 @@ def _compiled(model, sampling, room, rows, width, mesh, tree, leaves):
   weights = jax.eval_shape(prepare, params)
   if mesh is not None:
     weights = sharding.laid_out(weights, _layout(model.config, mesh, weights))
-  return Programs(
-      batches, lengths, width, slots, compiled(prepare, weights, params),
-      compiled(lambda: decode.empty(model, many, lengths[0], dtype), slots[many, lengths[0]]),
-      {P: compiled(functools.partial(decode.prefill, model, chunk, dtype), caches[P], weights,
-                   flat(P, width), none) for P in prompts},
-      {(P, S): compiled(decode.admit, slots[many, S], slots[many, S], caches[P], flat(many),
-                        flat(many, dtype=bool), flat(many), flat(many),
-                        flat(many, 2, dtype=np.uint32), donate=0)
-       for P in prompts for S in lengths},
-      {(B, S): compiled(run, (slots[B, S], written(B)), weights, slots[B, S], flat(B, dtype=bool),
-                        none, donate=1) for B in batches for S in lengths},
-      {(B, S): compiled(functools.partial(decode.grow, length=longer), slots[B, longer],
-                        slots[B, S])
-       for B in batches for S, longer in zip(lengths, lengths[1:], strict=False)},
-      {(B, S): compiled(decode.shrink, slots[fewer, S], slots[B, S], flat(fewer))
-       for B, fewer in zip(batches, batches[1:], strict=False) for S in lengths})
+  return _compile(Programs(
+      batches, lengths, width, slots, lower(prepare, weights, params),
+      lower(lambda: decode.empty(model, many, lengths[0], dtype), slots[many, lengths[0]]),
+      lower(functools.partial(decode.prefill, model, chunk, dtype), read, weights,
+            flat(prompts, width), none), prompts,
+      {S: lower(decode.admit, slots[many, S], slots[many, S], read, flat(many),
+                flat(many, dtype=bool), flat(many), flat(many), flat(many, 2, dtype=np.uint32),
+                donate=0) for S in lengths},
+      {(B, S): lower(run, (slots[B, S], written(B)), weights, slots[B, S], flat(B, dtype=bool),
+                     none, donate=1) for B in batches for S in lengths},
+      {(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer], slots[B, S])
+       for B in batches for S, longer in itertools.pairwise(lengths)},
+      {(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], flat(fewer))
+       for B, fewer in itertools.pairwise(batches) for S in lengths}))
+
+
+def _compile(programs):
+  """Every program of the Programs compiled, several at a time."""
+  lowered, tree = jax.tree.flatten(programs, is_leaf=lambda x: hasattr(x, "compile"))
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return tree.unflatten(pool.map(
+        lambda x: x.compile() if hasattr(x, "compile") else x, lowered))
 
 
 def _layout(config, mesh, weights):
@@ -205,7 +214,7 @@ def make(model, params, sampling, size, width, room=Room(), text=None):
     draw(params, prompts, seed, first_sample=0, weight_version=0, ended=None) -> Rollout, its rows a
     prompt's samples side by side, in the order of `prompts`. `seed` is a tuple of ints; row (prompt
     id, sample index) draws from (seed…, prompt id, sample index) and from nothing else.
-    ended(place, ids) is called as rows end, while others still decode. `draw.programs` is what was
+    ended(place, rollout) is called as rows end, while others still decode; that row is whole. `draw.programs` is what was
     compiled, and `draw.seen` counts what the last call did.
   """
   return Sampler(model, params, sampling, size, width, room, text)
@@ -227,8 +236,14 @@ class Sampler:
     self.sampling, self.width, self.text, self.seen = sampling, width, text, {}
 
   def __call__(self, params, prompts, seed, first_sample=0, weight_version=0, ended=None):
-    check(prompts, self.sampling, self.width, self.text)
-    return _Call(self, params, prompts, seed, first_sample, weight_version).run(ended)
+    samples = range(first_sample, first_sample + self.sampling.samples_per_prompt)
+    return self.rows(params, [(p, g) for p in prompts for g in samples], seed, weight_version,
+                     ended)
+
+  def rows(self, params, wanted, seed, weight_version=0, ended=None):
+    """The Rollout of (prompt, sample index) pairs, best a prompt's side by side."""
+    check([prompt for prompt, _ in wanted], self.sampling, self.width, self.text)
+    return _Call(self, params, wanted, seed, weight_version).run(ended)
 
   @property
   def compiled(self):
@@ -248,22 +263,19 @@ class Sampler:
 class _Call:
   """One call's rows: those that wait, those in slots, and what has been written of each."""
 
-  def __init__(self, sampler, params, prompts, seed, first_sample, weight_version):
+  def __init__(self, sampler, params, wanted, seed, weight_version):
     self.sampler = sampler
     self.weights = sampler.programs.prepare(params)
-    G, T = sampler.sampling.samples_per_prompt, sampler.sampling.max_tokens
-    index_B = np.tile(np.arange(first_sample, first_sample + G, dtype=np.int32), len(prompts))
-    owner_B = [p for p in prompts for _ in range(G)]
     self.rows = collections.deque(
         Row(place, prompt, rollout.row_key(seed, prompt.id, index))
-        for place, (prompt, index) in enumerate(zip(owner_B, index_B, strict=True)))
-    B = len(owner_B)
+        for place, (prompt, index) in enumerate(wanted))
+    B, T = len(wanted), sampler.sampling.max_tokens
     prompt_BW = np.zeros((B, sampler.width), np.int32)
-    for row_W, prompt in zip(prompt_BW, owner_B, strict=True):
+    for row_W, (prompt, _) in zip(prompt_BW, wanted, strict=True):
       row_W[: len(prompt.tokens)] = prompt.tokens
     self.out = rollout.Rollout(
-        np.array([p.id for p in owner_B], np.int64), index_B, prompt_BW,
-        np.array([len(p.tokens) for p in owner_B], np.int32), np.zeros((B, T), np.int32),
+        np.array([p.id for p, _ in wanted], np.int64), np.array([g for _, g in wanted], np.int32),
+        prompt_BW, np.array([len(p.tokens) for p, _ in wanted], np.int32), np.zeros((B, T), np.int32),
         np.zeros(B, np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.float32),
         np.zeros(B, np.int32), weight_version)
     self.digest = hashlib.blake2b(digest_size=16)
@@ -284,10 +296,10 @@ class _Call:
       self.slots, written = programs.decode[self.batch, self.length](
           self.weights, self.slots, sampler.put(alive_B), sampler.put(np.int32(self._enough())))
       for place in ready if ended is not None else ():  # while the device decodes
-        ended(place, self.out.response(place))
+        ended(place, self.out)
       ready = self._take(sharding.fetch(written))
     for place in ready if ended is not None else ():
-      ended(place, self.out.response(place))
+      ended(place, self.out)
     sampler.seen = self.seen
     return self.out
 
@@ -301,7 +313,7 @@ class _Call:
         if self.rows[0].prompt.id not in self.read:
           if picked:
             break
-          self._prefill(len(free))
+          self._prefill()
         cache, _ = self.read[self.rows[0].prompt.id]
         if group is not None and cache is not group:
           break
@@ -312,18 +324,21 @@ class _Call:
       waiting = {row.prompt.id for row in self.rows}
       self.read = {k: v for k, v in self.read.items() if k in waiting}
 
-  def _prefill(self, free):
-    """Reads the prompts of the next rows: as many as there are slots for, in one program."""
-    programs, G = self.sampler.programs, self.sampler.sampling.samples_per_prompt
-    few, many = min(programs.prefill), max(programs.prefill)
-    size = few if -(-min(free, len(self.rows)) // G) <= few else many
-    own = list({row.prompt.id: row.prompt for row in list(self.rows)[: size * G]}.values())[:size]
-    prompt_PW = np.zeros((size, programs.width), np.int32)
+  def _prefill(self):
+    """Reads the prompts of the next rows, as many as the program takes: each once for its samples.
+    """
+    programs, own = self.sampler.programs, {}
+    for row in self.rows:
+      own.setdefault(row.prompt.id, row.prompt)
+      if len(own) == programs.prompts:
+        break
+    own = list(own.values())
+    prompt_PW = np.zeros((programs.prompts, programs.width), np.int32)
     for row_W, prompt in zip(prompt_PW, own, strict=False):
       row_W[: len(prompt.tokens)] = prompt.tokens
     longest = max(len(prompt.tokens) for prompt in own)
-    cache = programs.prefill[size](self.weights, self.sampler.put(prompt_PW),
-                                   self.sampler.put(np.int32(longest)))
+    cache = programs.prefill(self.weights, self.sampler.put(prompt_PW),
+                             self.sampler.put(np.int32(longest)))
     for i, prompt in enumerate(own):
       self.read[prompt.id] = cache, i
     self.seen["prefills"] += 1
@@ -337,8 +352,7 @@ class _Call:
       self.owners[b], new_B[b], key_B2[b] = row, True, row.key_2
       source_B[b], token_B[b] = self.read[row.prompt.id][1], tokens[-1]
       position_B[b] = len(tokens) - 1
-    size = cache[0].v_BKSH.shape[0]
-    self.slots = self.sampler.programs.admit[size, self.length](
+    self.slots = self.sampler.programs.admit[self.length](
         self.slots, cache, *map(self.sampler.put, (source_B, new_B, token_B, position_B, key_B2)))
 
   def _fit(self):

@@ -159,3 +159,107 @@ def test_make_and_sample_refuse_too(crowd, tiny):
     draw(params, [rollout.Prompt(77, (1,) * 7)], SEED)
   with pytest.raises(ValueError, match="no prompts"):
     sampler.sample(*tiny("qwen3"), [], HOW, SEED)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("room", [
+    sampler.Room(tokens=1, chunk=1), sampler.Room(tokens=3, chunk=4),
+    sampler.Room(cache_gib=10 * 2 * 2 * 2 * 8 * 4 * (WINDOW + T) / 2**30)])
+def test_a_row_is_the_same_however_the_device_is_used(room, crowd, tiny):
+  # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen: two
+  # layers, keys and values, two heads of eight, four bytes.
+  _, params, rows, _ = crowd
+  draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, room)
+  assert draw.programs.batches[0] == (10 if room.cache_gib < 1 else 16)
+  same(draw(params, prompts(10), SEED), rows)
+  assert draw.seen["tokens"] == rows.response_length_B.sum()
+  assert draw.seen["tokens"] <= draw.seen["slot_tokens"]
+
+
+@pytest.mark.medium
+def test_the_cache_grows_with_the_longest_row(tiny):
+  # No stop: every row has 150 tokens, past the 80 that the first cache holds.
+  model, params = tiny("qwen3")
+  long = HOW._replace(max_tokens=150, stop_ids=(), min_tokens=0)
+  before, scheduler.LEAST_LENGTH = scheduler.LEAST_LENGTH, 64
+  try:
+    draw = sampler.make(model, params, long, 2, WINDOW)
+  finally:
+    scheduler.LEAST_LENGTH = before
+  assert draw.programs.lengths == (80, 156)
+  rows = draw(params, prompts(3), SEED)
+  gap, _ = trainer_gap(model, params, rows)
+  assert gap.size == 3 * G * 150 and gap.max() < 1e-5
+
+
+@pytest.mark.medium
+def test_rows_are_told_as_they_end(crowd):
+  # All of them once, whole; and some before the last one is there.
+  draw, params, rows, _ = crowd
+  seen, left = [], []
+  def ended(place, so_far):
+    np.testing.assert_array_equal(so_far.response(place), rows.response(place))
+    seen.append(place)
+    left.append(int((so_far.response_length_B == 0).sum()))
+  draw(params, prompts(10), SEED, ended=ended)
+  assert sorted(seen) == list(range(40)) and left[0] > 0 and left[-1] == 0
+
+
+@pytest.mark.medium
+def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
+  # Ids are letters, so a string of two letters is split over two tokens wherever it stands.
+  _, params, _, _ = crowd
+  def text(ids):
+    return "".join(chr(97 + int(i)) for i in ids)
+  model, free = tiny("qwen3")[0], HOW._replace(stop_ids=(), max_tokens=20)
+  rows = sampler.make(model, params, free, SIZE, WINDOW)(params, prompts(10), SEED)
+  pairs = [text(rows.response(b)) for b in range(40)]
+  stop = max((w[i: i + 2] for w in pairs for i in range(2, 10)), key=lambda s: sum(
+      s in w[2:] for w in pairs))
+  some = free._replace(stop_strings=(stop, "zz"))
+  got = sampler.make(model, params, some, SIZE, WINDOW, sampler.Room(tokens=3), text)(
+      params, prompts(10), SEED)
+  cut = 0
+  for b, whole in enumerate(pairs):
+    n = next((n for n in range(HOW.min_tokens + 1, 21) if stop in whole[:n]), None)
+    assert text(got.response(b)) == whole[:n]
+    assert rollout.FINISHED[got.finish_reason_B[b]] == ("length" if n is None else "stop")
+    end = len(got.response(b))
+    np.testing.assert_allclose(got.sampler_logp_BT[b, :end], rows.sampler_logp_BT[b, :end],
+                               atol=1e-5)
+    assert not got.sampler_logp_BT[b, end:].any() and not got.drawn_logp_BT[b, end:].any()
+    cut += n is not None and n < 20
+  assert cut > 3
+
+
+@pytest.mark.medium
+def test_memory_says_how_many_slots(tiny):
+  model, params = tiny("qwen3")
+  one = 2 * 2 * 2 * 8 * 4 * (WINDOW + T)  # layers, keys and values, heads, width, bytes, tokens
+  for fit in (1, 7):
+    draw = sampler.make(model, params, HOW, SIZE, WINDOW,
+                        sampler.Room(cache_gib=(fit + 0.5) * one / 2**30))
+    assert draw.programs.batches[0] == fit
+    cache = jax.tree.leaves(draw.programs.slots[fit, WINDOW + T].cache)
+    assert sum(x.size * x.dtype.itemsize for x in cache) == fit * one
+  with pytest.raises(ValueError, match="one row of 14 tokens has a cache of .*cache_gib is 1e-"):
+    sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache_gib=1e-9))
+
+
+@pytest.mark.medium
+def test_an_int8_cache_is_near(crowd, tiny):
+  # A quarter of the bytes and four more for a scale; its log-probabilities are near the trainer's.
+  _, params, _, _ = crowd
+  model = tiny("qwen3")[0]
+  draw = sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache="int8"))
+  gap, _ = trainer_gap(model, params, draw(params, prompts(10), SEED))
+  assert 1e-5 < np.sqrt(np.mean(gap**2)) < 0.1
+  assert scheduler.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
+
+
+@pytest.mark.parametrize("room, words", [
+    (sampler.Room(tokens=0), "tokens and chunk are 1 or more"),
+    (sampler.Room(cache="int4"), "cache is auto, float32, bfloat16, int8")])
+def test_a_room_that_cannot_be_is_refused(room, words, tiny):
+  with pytest.raises(ValueError, match=words):
+    sampler.make(*tiny("qwen3"), HOW, SIZE, WINDOW, room)

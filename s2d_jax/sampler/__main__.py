@@ -1,0 +1,159 @@
+"""Samples of a model for the prompts of a file, outside any training.
+
+  python -m s2d_jax.sampler --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16 \
+      --temperature 0.7 --max-tokens 1024
+
+A line of the prompts has "problem", a text, or "messages", a chat; and where it has one an "id", an
+integer. A line of the output is one sample: {"id", "sample", "response", "finish", "tokens",
+"logp"}, finish "stop" or "length", logp the model's nats of each token. Lines come as rows end, in
+any order. The same command again keeps what is there and samples what is not; the samples are those
+of one run. The output is what `config.data.solutions` takes.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import jax
+from tqdm import tqdm
+
+from s2d_jax import chat, models, rollout, sampler, sharding
+from s2d_jax.models import hf
+
+
+def parse(argv):
+  flags = argparse.ArgumentParser(prog="python -m s2d_jax.sampler",
+                                  description=__doc__.partition("\n")[0])
+  flags.add_argument("--model", required=True, help="a Hugging Face folder")
+  flags.add_argument("--prompts", required=True, help="JSON lines of problem or messages")
+  flags.add_argument("--out", required=True, help="JSON lines, one a sample; kept and gone on with")
+  flags.add_argument("--n", type=int, default=1, help="samples of each prompt")
+  flags.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+  flags.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+  flags.add_argument("--top-k", type=int, default=0, help="0 is off")
+  flags.add_argument("--min-p", type=float, default=0.0, help="0 is off")
+  flags.add_argument("--max-tokens", type=int, default=1024)
+  flags.add_argument("--min-tokens", type=int, default=0)
+  flags.add_argument("--stop", action="append", default=[], help="a text that ends a response")
+  flags.add_argument("--seed", type=int, default=0)
+  flags.add_argument("--dtype", default="float32", help="of the activations: float32 or bfloat16")
+  flags.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
+  flags.add_argument("--cache-gib", type=float, default=4.0, help="of each device, for the cache")
+  asked = flags.parse_args(argv)
+  for name, wrong, remedy in (
+      ("n", asked.n < 1, "1 or more"), ("max-tokens", asked.max_tokens < 1, "1 or more"),
+      ("min-tokens", not 0 <= asked.min_tokens <= asked.max_tokens, "0 to max-tokens"),
+      ("temperature", asked.temperature < 0, "0 (greedy) or more"),
+      ("top-p", not 0 < asked.top_p <= 1, "above 0, up to 1"),
+      ("min-p", not 0 <= asked.min_p <= 1, "0 to 1"), ("top-k", asked.top_k < 0, "0 or more"),
+      ("seed", asked.seed < 0, "0 or more")):
+    if wrong:
+      raise ValueError(f"--{name} is {getattr(asked, name.replace('-', '_'))}: choose {remedy}.")
+  return asked
+
+
+def read(path, talk):
+  """The prompts of a file, in order.
+
+  Raises:
+    ValueError: no such file, or a line that is no prompt or repeats one's id; names it.
+  """
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f"{path} is no file: give JSON lines of problem or messages there.")
+  found = {}
+  for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    if not line.strip():
+      continue
+    place = f"{path} line {number}"
+    try:
+      row = json.loads(line)
+      messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
+    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+      raise ValueError(f'{place} is no JSON object with "problem" or "messages": give it one.'
+                       ) from error
+    own = row.get("id", rollout.text_id(row.get("problem") or json.dumps(messages)))
+    if not isinstance(own, int) or not 0 <= own < 2**63 or own in found:
+      raise ValueError(f"{place} has id {own!r}: ids are integers from 0 to 2**63 - 1, each once.")
+    found[own] = rollout.Prompt(own, tuple(talk.render(messages)))
+  if not found:
+    raise ValueError(f"{path} has no prompts: give it one JSON object per line.")
+  return list(found.values())
+
+
+def kept(path, settings):
+  """{(id, sample)} of the whole lines of the output; a last line that was cut off is taken away.
+
+  Raises:
+    ValueError: they were sampled from another model, or otherwise.
+  """
+  beside = path.with_name(path.name + ".settings.json")
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(json.dumps(settings, indent=1) + "\n")
+    return set()
+  before = json.loads(beside.read_text()) if beside.exists() else {}
+  differ = sorted(k for k in settings if before.get(k) != settings[k])
+  if differ:
+    raise ValueError(f"{path} was sampled with another {' and '.join(differ)}, or without "
+                     f"{beside.name} beside it: choose another --out, or remove both.")
+  data = path.read_bytes()
+  whole = data[: data.rfind(b"\n") + 1]
+  if len(whole) < len(data):
+    with open(path, "r+b") as out:
+      out.truncate(len(whole))
+  rows = map(json.loads, whole.decode().splitlines())
+  return {(row["id"], row["sample"]) for row in rows}
+
+
+def main(argv=None):
+  """Samples what the output lacks."""
+  asked = parse(argv)
+  path = pathlib.Path(asked.out)
+  talk = chat.Chat(asked.model)
+  prompts = read(asked.prompts, talk)
+  how = sampler.Sampling(asked.n, asked.temperature, asked.top_p, asked.top_k, asked.min_p,
+                         asked.max_tokens, asked.min_tokens, tuple(talk.eos_ids), tuple(asked.stop))
+  longest = models.get(hf.read_json(asked.model)).config.max_positions
+  for prompt in prompts:
+    if len(prompt.tokens) + asked.max_tokens > longest:
+      raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
+                       f"{asked.max_tokens} new ones leaves the model's {longest} positions: lower "
+                       "--max-tokens or drop it.")
+  with jax.set_mesh(sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))):
+    settings = {"model": hf.identity(asked.model), "sampling": how._replace(
+        samples_per_prompt=1)._asdict(), "seed": asked.seed, "dtype": asked.dtype}
+    settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
+    there = kept(path, settings)
+    wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
+    if wanted:
+      model, params = hf.load(asked.model, sharding.current_mesh())
+      model = models.get(hf.read_json(asked.model), dtype=asked.dtype)
+      draw = sampler.make(model, params, how, len(prompts), max(len(p.tokens) for p in prompts),
+                          sampler.Room(cache_gib=asked.cache_gib), talk.decode)
+      write(path, draw, params, wanted, asked.seed, talk, len(there))
+  print(path)
+
+
+def write(path, draw, params, wanted, seed, talk, before):
+  """Samples the wanted rows; each is a line as soon as it has ended."""
+  with open(path, "a", encoding="utf-8") as out, tqdm(
+      total=before + len(wanted), initial=before, unit="row", file=sys.stderr) as bar:
+    def ended(place, rows):
+      prompt, sample = wanted[place]
+      ids = rows.response(place)
+      out.write(json.dumps({
+          "id": prompt.id, "sample": sample, "response": talk.decode(ids),
+          "finish": rollout.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
+          "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]}) + "\n")
+      out.flush()
+      bar.update()
+    draw.rows(params, wanted, (seed,), ended=ended)
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except ValueError as error:
+    print(f"s2d_jax: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,125 @@
+"""`python -m s2d_jax.sampler`: whole lines, no row lost and none repeated, whatever kills it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from s2d_jax import chat
+from s2d_jax.data import sources
+from s2d_jax.sampler import __main__ as offline
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEACHER = ROOT / "s2d_jax" / "assets" / "arithmetic" / "teacher"
+PROBLEMS = [f"{a}+{b}+{c}" for a, b, c in zip(range(10, 50), range(50, 90), range(30, 70),
+                                              strict=True)]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text("".join(json.dumps({"problem": p, "id": 7 * i}) + "\n"
+                          for i, p in enumerate(PROBLEMS)))
+  return path
+
+
+def command(prompts, out, **more):
+  flags = {"model": TEACHER, "prompts": prompts, "out": out, "n": 3, "temperature": 0.7,
+           "max-tokens": 24, "seed": 1} | more
+  return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def rows(out):
+  return {(row["id"], row["sample"]): row for row in map(json.loads, out.read_text().splitlines())}
+
+
+@pytest.mark.medium
+def test_a_killed_run_goes_on(prompts, tmp_path):
+  whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+  offline.main(command(prompts, whole))
+  want = rows(whole)
+  assert want.keys() == {(7 * i, g) for i in range(40) for g in range(3)}
+  lines = whole.read_bytes()
+  assert lines.count(b"\n") == 120
+  # Killed for good once some rows are there; then a line that was cut off is left behind too.
+  process = subprocess.Popen([sys.executable, "-m", "s2d_jax.sampler", *command(prompts, out),
+                              "--cache-gib", "0.0004"], cwd=ROOT, stderr=subprocess.DEVNULL)
+  until = time.monotonic() + 120
+  while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 5):
+    assert time.monotonic() < until
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+  process.wait()
+  out.write_bytes(out.read_bytes()[: len(lines) // 2])
+  assert 5 < out.read_bytes().count(b"\n") < 120
+  offline.main(command(prompts, out))
+  assert out.read_bytes().count(b"\n") == 120
+  got = rows(out)
+  assert got.keys() == want.keys()
+  for key, row in want.items():
+    assert got[key]["tokens"] == row["tokens"] and got[key]["response"] == row["response"]
+    assert got[key]["logp"] == pytest.approx(row["logp"], abs=1e-5)
+  before = out.read_bytes()
+  offline.main(command(prompts, out))  # nothing is left to do
+  assert out.read_bytes() == before
+  more = tmp_path / "more.jsonl"
+  more.write_bytes(before)
+  more.with_name("more.jsonl.settings.json").write_bytes(
+      out.with_name("out.jsonl.settings.json").read_bytes())
+  offline.main(command(prompts, more, n=4))  # more samples of each
+  assert rows(more).keys() == {(7 * i, g) for i in range(40) for g in range(4)}
+
+
+@pytest.mark.medium
+def test_its_output_is_an_input_of_teacher_sft(prompts, tmp_path):
+  out, data = tmp_path / "out.jsonl", tmp_path / "data.jsonl"
+  offline.main(command(prompts, out, n=2))
+  data.write_text("".join(json.dumps({"problem": p, "id": 7 * i, "answer": "1"}) + "\n"
+                          for i, p in enumerate(PROBLEMS)))
+  found, talk = sources.solved(sources.jsonl(data), out), chat.Chat(TEACHER)
+  wrote = rows(out)
+  for row in found:
+    samples = [wrote[row["id"], g] for g in range(2)]
+    ended = [s for s in samples if s["finish"] == "stop"]
+    assert row.get("solution") == (ended[0]["response"] if ended else None)
+    if ended:  # the very tokens: text is turned back into the same ids
+      assert talk.encode_response(row["solution"]) == ended[0]["tokens"]
+
+
+def test_a_stop_string_ends_a_response(prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  offline.main(command(prompts, out, n=1, stop="=4"))
+  texts = [row["response"] for row in rows(out).values()]
+  assert any(text.endswith("=4") for text in texts)
+  assert all("=4" not in text[:-1] for text in texts)
+
+
+@pytest.mark.parametrize("line, more, words", [
+    ('{"problem": "1+2"}\n{"problem": "1+2"}', {}, "prompts.jsonl line 2 has id .* each once"),
+    ('{"answer": "3"}', {}, 'line 1 is no JSON object with "problem" or "messages"'),
+    ("", {}, "has no prompts"), ('{"problem": "1+2"}', {"n": 0}, "--n is 0: choose 1 or more"),
+    ('{"problem": "1+2"}', {"temperature": -1}, "--temperature is -1.0"),
+    ('{"problem": "1+2", "id": 4}', {"max-tokens": 10_000}, "prompt 4 has 5 tokens and with 10000"),
+])
+def test_what_cannot_be_sampled_is_refused_before_anything_is_written(line, more, words, tmp_path):
+  path, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "out.jsonl"
+  path.write_text(line)
+  with pytest.raises(ValueError, match=words):
+    offline.main(command(path, out, **more))
+  assert not out.parent.exists()
+
+
+def test_other_settings_do_not_go_on(prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  offline.kept(out, {"seed": 1, "dtype": "float32"})
+  out.write_text("")
+  with pytest.raises(ValueError, match="was sampled with another seed, or without"):
+    offline.kept(out, {"seed": 2, "dtype": "float32"})
+  out.with_name("out.jsonl.settings.json").unlink()
+  with pytest.raises(ValueError, match="another dtype and seed, or without out.jsonl.settings"):
+    offline.kept(out, {"seed": 1, "dtype": "float32"})

@@ -1,6 +1,7 @@
 """The preflight against bytes counted by hand from the weight files: which programs, how large."""
 
 import json
+import pathlib
 import shutil
 import struct
 
@@ -51,18 +52,29 @@ def check(config, expected):
   found = costs(config)
   size = {role: 4 * parameters(role) for role in ("teacher", "student")} | {None: 0}
   floor = {}
+  def sampled(role, rows, how):
+    """A decode: the weights, and the float32 keys and values of every row at its longest."""
+    shape = json.loads(pathlib.Path(config[role], "config.json").read_text())
+    numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return size[role] + 4 * numbers * rows * (config.prompt_tokens + how.max_tokens)
   for row, (actor, learner, guide) in expected.items():
     floor[row, "score"] = size[actor or learner]
     floor[row, "update"] = 3 * size[learner] + size[guide]  # weights and Adam's two slots
+    hp = config.stages[row]
     if row == "weighted_fkl":
-      floor[row, "judge"] = size[learner]
+      floor[row, "judge"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
     if row != "teacher_sft":
-      floor[row, "sample"] = size[actor or learner]
+      floor[row, "sample"] = sampled(
+          actor or learner, hp.prompts * hp.sampling.samples_per_prompt, hp.sampling)
   # Two models are sampled for a score, with temperature and without, and for a probe, which lays
   # them side by side.
   for role in size.keys() - {None}:
-    floor |= {(block, role): size[role] for block in ("evaluation", "probe")}
-    floor["evaluation", f"{role} greedy"] = size[role]
+    for block in ("evaluation", "probe"):
+      hp = config[block]
+      rows = hp.prompts * hp.sampling.samples_per_prompt
+      floor[block, role] = sampled(role, rows, hp.sampling)
+    greedy = sampled(role, config.evaluation.prompts, config.evaluation.sampling)
+    floor["evaluation", f"{role} greedy"] = greedy
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():

@@ -19,6 +19,7 @@ from s2d_jax import (
   objectives,
   optim,
   rollout,
+  sampler,
   sharding,
   train,
 )
@@ -61,7 +62,7 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
       judge=None, weigh=None,
       objective=objectives.clipped_surrogate, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
-      store=None, passes=None, validate=validate, text=str)
+      store=None, passes=None, validate=validate, text=str, room=sampler.Room())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Sampling: `decode` is what the device runs, `scheduler` what the host does around it."""
+"""Sampling: `decode` is what the device runs, `programs` compiles it, `scheduler` runs it."""
 
 from s2d_jax.sampler.decode import Sampling
-from s2d_jax.sampler.scheduler import Room, make, sample
+from s2d_jax.sampler.programs import Room
+from s2d_jax.sampler.scheduler import make, sample
 
 __all__ = ["Room", "Sampling", "make", "sample"]

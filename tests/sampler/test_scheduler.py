@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import metrics, models, objectives, rollout, sampler, sharding, update
-from s2d_jax.sampler import scheduler
+from s2d_jax.sampler import programs, scheduler
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
 STOPS = (3, 5)
@@ -181,11 +181,11 @@ def test_the_cache_grows_with_the_longest_row(tiny):
   # No stop: every row has 150 tokens, past the 80 that the first cache holds.
   model, params = tiny("qwen3")
   long = HOW._replace(max_tokens=150, stop_ids=(), min_tokens=0)
-  before, scheduler.LEAST_LENGTH = scheduler.LEAST_LENGTH, 64
+  before, programs.LEAST_LENGTH = programs.LEAST_LENGTH, 64
   try:
     draw = sampler.make(model, params, long, 2, WINDOW)
   finally:
-    scheduler.LEAST_LENGTH = before
+    programs.LEAST_LENGTH = before
   assert draw.programs.lengths == (80, 156)
   rows = draw(params, prompts(3), SEED)
   gap, _ = trainer_gap(model, params, rows)
@@ -254,7 +254,7 @@ def test_an_int8_cache_is_near(crowd, tiny):
   draw = sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache="int8"))
   gap, _ = trainer_gap(model, params, draw(params, prompts(10), SEED))
   assert 1e-5 < np.sqrt(np.mean(gap**2)) < 0.1
-  assert scheduler.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
+  assert programs.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
 
 
 @pytest.mark.parametrize("room, words", [

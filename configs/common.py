@@ -38,14 +38,16 @@ def sampling(samples_per_prompt, max_tokens, temperature=1.0, top_p=1.0, top_k=0
           "stop_strings": stop_strings}
 
 
-def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto"):
+def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto", page=0):
   """How samplers use a device; nothing of it changes a sample, but for cache="int8".
 
   cache_gib: memory of each device for keys and values, which says how many rows are sampled side by
   side. tokens: at most so many of each row between two looks by the host. chunk: tokens of a prompt
-  read at a time. cache: "auto" keeps keys and values in the activations' type.
+  read at a time. cache: "auto" keeps keys and values in the activations' type. page: tokens of a
+  page, where rows are to hold pages as they fill them (TPU and GPU; 16 to 64), or 0.
   """
-  return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache}
+  return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache,
+          "page": page}
 
 
 def adamw(lr, warmup=0, decay="constant", clip=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):

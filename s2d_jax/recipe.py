@@ -289,7 +289,8 @@ def _place(made, row, split, at, takes=()):
       "task": made.task_identity() if checked else None,
       "config": {k: v for k, v in hp.to_dict().items()
                  if k not in UNHASHED and not (k == "lora" and v["rank"] == 0)},
-      "seed": config.seed, "dtype": config.dtype, "cache": config.sampler.cache, "tokenizer": made.chat.fingerprint(),
+      "seed": config.seed, "dtype": config.dtype, "cache": config.sampler.cache,
+      "tokenizer": made.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
       "parents": {name: role and made.identity(role) for name, role in
                   (("actor", actor), ("learner", learner), ("guide", guide))}}

@@ -24,7 +24,7 @@ WEIGHT_RULES = {
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
     "kv_heads": "tensor", "group": None, "head": None, "mlp": "tensor", "vocab": "tensor",
-    "cache": None, "layer": None,
+    "cache": None, "layer": None, "pages": ("data", "fsdp"),
 }
 
 
@@ -90,6 +90,22 @@ def on_shards(f, axis, args, names, out_names):
   return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
 
+def on_parts(f, args, names, outs):
+  """f(*args) on each device's own parts of the arrays, where no array is split but as it lies.
+
+  Args:
+    names: a tuple of logical names for each argument; outs: for each result, the place of the
+      argument that it is laid out as.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f(*args)
+  specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
+                for n, x in zip(names, args, strict=True))
+  return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[at] for at in outs),
+                       check_vma=False)(*args)
+
+
 def on_rows(f, rows, wholes):
   """f(rows, wholes) -> (rows, totals) on each device's own rows; totals are added up once, after f.
 
@@ -142,7 +158,7 @@ def weight_sharding(mesh, names, shape):
 
 
 def decode_sharding(mesh, names, shape):
-  """Where one weight lives while tokens are decoded: as `weight_sharding`, but whole over `fsdp`."""
+  """Where one weight lives while tokens are decoded: `weight_sharding`, but whole over `fsdp`."""
   rules = {name: None if axis == "fsdp" else axis for name, axis in WEIGHT_RULES.items()}
   return NamedSharding(mesh, spec(rules, names, shape, mesh.shape))
 
@@ -158,9 +174,14 @@ def batch_sharding(mesh, shape, names=("batch",)):
   return NamedSharding(mesh, spec(ACTIVATION_RULES, names, shape, mesh.shape))
 
 
-def slot_sharding(mesh, shape):
-  """Where an array of a sampler's slots lives: rows, and behind them the key heads of a cache."""
-  names = ("batch", "kv_heads") if len(shape) > 2 else ("batch",)
+def slot_sharding(mesh, shape, pages):
+  """Where an array of a sampler's slots lives: rows, and behind them the key heads of a cache.
+
+  A cache in pages has its key heads first, and behind them the pages.
+  """
+  names = ("batch",)
+  if len(shape) > 2:
+    names = ("kv_heads", "pages") if pages else ("batch", "kv_heads")
   return batch_sharding(mesh, shape, names)
 
 

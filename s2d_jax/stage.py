@@ -168,7 +168,8 @@ def evaluate(made, role, workdir):
   config, mesh = made.config.evaluation, sharding.current_mesh()
   prompts = made.prompts[config.split]
   inputs = {"weights": made.identity(role), "evaluation": _hashed(config),
-            "dtype": made.config.dtype, "cache": made.config.sampler.cache, "seed": made.config.seed,
+            "dtype": made.config.dtype, "cache": made.config.sampler.cache,
+            "seed": made.config.seed,
             "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
             "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
                                          for p in prompts])}
@@ -197,7 +198,8 @@ def probe(made, role, guide, workdir):
     return None
   prompts = made.prompts[config.split][: config.problems]
   inputs = {"weights": made.identity(role), "guide": guide and made.identity(guide),
-            "probe": _hashed(config), "dtype": made.config.dtype, "cache": made.config.sampler.cache, "seed": made.config.seed,
+            "probe": _hashed(config), "dtype": made.config.dtype,
+            "cache": made.config.sampler.cache, "seed": made.config.seed,
             "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
             "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
                                          for p in prompts])}

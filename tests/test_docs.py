@@ -1,6 +1,7 @@
 """The commands of docs/ and the README's Python run as they are written."""
 
 import importlib
+import json
 import math
 import pathlib
 import re
@@ -48,6 +49,16 @@ def test_the_models_page(checkout):
   (block,) = blocks("docs/models.md", "python")
   assert run(checkout, ["-c", block]).split() == ["8190735360"]
   assert (checkout / "child" / "tokenizer.json").exists()
+
+
+@pytest.mark.medium
+def test_the_sampling_page(checkout):
+  (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")
+  (checkout / "prompts.jsonl").write_text('{"problem": "12+34+56"}\n{"problem": "7+8"}\n')
+  (block,) = blocks("docs/sampling.md", "sh")
+  run(checkout, block.replace("\\\n", " ").split()[1:])
+  rows = [json.loads(line) for line in (checkout / "samples.jsonl").read_text().splitlines()]
+  assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == 8
 
 
 @pytest.mark.slow

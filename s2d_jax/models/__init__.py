@@ -10,7 +10,8 @@ import numpy as np
 
 from s2d_jax import sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
-from s2d_jax.models.decoder import KV, Config, Lora, empty_cache
+from s2d_jax.models.caches import KV, empty_cache
+from s2d_jax.models.decoder import Config, Lora
 from s2d_jax.models.layout import Weight
 
 __all__ = [

@@ -7,15 +7,20 @@
 
 All are for whole sequences: queries and keys are the same tokens, in the order of their positions
 (`xla` takes any others). The scores of `xla` are [B, N, T, S]; the others never hold them all.
-`cached` is for queries after what a cache holds, on every backend. None of them repeats keys or values for the query heads that share them (on a mesh the kernels do, for a device's
-own heads, where groups of heads straddle devices).
+`cached` and `paged` are for queries after what a cache holds. None of them repeats keys or values
+for the query heads that share them (on a mesh the kernels do, for a device's own heads, where
+groups of heads straddle devices).
 """
 
+import contextlib
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.gpu import paged_attention as gpu_pages
+from jax.experimental.pallas.ops.tpu import paged_attention as tpu_pages
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from s2d_jax import sharding
@@ -25,6 +30,7 @@ NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the backend that an implementation 
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 MASKED = float(jnp.finfo(jnp.float32).min)
 LANES = 128  # splash wants tiles of that many tokens
+PAGES = 8  # a row's table is a multiple of so many pages, which a kernel reads together
 PIECE = 128  # `causal` takes that many queries at a time, or more, so that there are eight at most
 
 
@@ -32,6 +38,7 @@ class Reading(NamedTuple):
   """Which query may read which key, in the form that the implementation `how` takes."""
   segments_BT: jax.Array | None
   mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` works out by itself
+  table_Bn: jax.Array | None = None  # the pages of each row, where the cache has some
 
 
 def choose(asked, dtype, head_width):
@@ -130,7 +137,7 @@ def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
 
   The scales of an int8 cache multiply scores and shares, not keys and values.
   """
-  (B, T, N, H), K, dtype = q_BTNH.shape, v_BKSH.shape[1], q_BTNH.dtype
+  (N, H), K, dtype = q_BTNH.shape[2:], v_BKSH.shape[1], q_BTNH.dtype
   score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", _together(q_BTNH, K), k_BKHS.astype(dtype),
                           preferred_element_type=jnp.float32) * H**-0.5
   if k_scale_BKS is not None:
@@ -140,6 +147,59 @@ def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
   if v_scale_BKS is not None:
     share_BKXS = share_BKXS * v_scale_BKS[:, :, None]
   return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
+
+
+def paged(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B, how=None):
+  """One token more of each row, written to its page and read with what is before it.
+
+  Returns (out_B1NH, k_KNSH, v_KNSH). Each device has its own rows, heads and pages. `how` is for
+  tests: the kernel of "tpu" or "gpu", interpreted; by default the backend's own, and on a CPU the
+  reference, which copies a row's pages to lie side by side.
+  """
+  S = k_KNSH.shape[2]
+
+  def local(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B):
+    page_B = jnp.take_along_axis(table_Bn, at_B[:, None] // S, axis=1)[:, 0]
+    def put(pages, new_B1KH):
+      new_KBH = new_B1KH[:, 0].swapaxes(0, 1)
+      return pages.at[:, page_B, at_B % S].set(new_KBH.astype(pages.dtype))
+    k_KNSH, v_KNSH = put(k_KNSH, k_B1KH), put(v_KNSH, v_B1KH)
+    kernel = how or sharding.platform()
+    if kernel == "tpu" and k_KNSH.dtype != jnp.bfloat16:  # it would multiply in that all the same
+      kernel = None
+    read = {"tpu": _paged_tpu, "gpu": _paged_gpu}.get(kernel, _paged_reference)
+    out_BNH = read(q_B1NH[:, 0], k_KNSH, v_KNSH, table_Bn, at_B + 1, how is not None)
+    return out_BNH.astype(v_B1KH.dtype)[:, None], k_KNSH, v_KNSH
+
+  rows = ("batch", "time", "heads", "head"), *(("batch", "time", "kv_heads", "head"),) * 2
+  pages = (("kv_heads", "pages", "cache", "head"),) * 2
+  return sharding.on_parts(
+      local, (q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B),
+      (*rows, *pages, ("batch", "cache"), ("batch",)), (0, 3, 4))
+
+
+def _paged_reference(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+  del interpret
+  def side_by_side(pages_KNSH):
+    K, _, S, H = pages_KNSH.shape
+    return pages_KNSH[:, table_Bn].swapaxes(0, 1).reshape(len(table_Bn), K, -1, H)
+  k_BKSH, v_BKSH = side_by_side(k_KNSH), side_by_side(v_KNSH)
+  mask_B1S = (jnp.arange(k_BKSH.shape[2])[None] < length_B[:, None])[:, None]
+  return cached(q_BNH[:, None], k_BKSH.swapaxes(2, 3), v_BKSH, None, None, mask_B1S)[:, 0]
+
+
+def _paged_tpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+  interpreted = pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext()
+  with interpreted, jax.numpy_dtype_promotion("standard"):  # the kernel mixes types
+    return tpu_pages.paged_attention(
+        q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, length_B, table_Bn,
+        pages_per_compute_block=PAGES)
+
+
+def _paged_gpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+  return gpu_pages.paged_attention(
+      q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, table_Bn, length_B, k_splits=PAGES,
+      interpret=interpret)
 
 
 def causal(q_BTNH, k_BTKH, v_BTKH, mask_BTT):

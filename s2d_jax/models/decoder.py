@@ -1,4 +1,4 @@
-"""The decoder-only transformer that Qwen3 and Llama 3 both are, and its cache.
+"""The decoder-only transformer that Qwen3 and Llama 3 both are.
 
 Shapes live in names, here and everywhere in the package:
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
-from s2d_jax.models import attention
+from s2d_jax.models import attention, caches
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What a layer keeps for the way back: everything, its input alone, the results of its products with
@@ -93,64 +93,6 @@ class Config:
       if getattr(self, key) not in choices:
         raise ValueError(f"{key} {getattr(self, key)!r} is unknown: choose it from "
                          f"{', '.join(choices)}.")
-
-
-class KV(NamedTuple):
-  """One layer's keys and values of what was read so far: slot s of a row is its position s.
-
-  Keys lie with their slots last, as a query reads them. Kept in int8 there is a scale for each slot
-  and key head, the largest of its numbers by 127; else none.
-  """
-  k_BKHS: jax.Array
-  v_BKSH: jax.Array
-  k_scale_BKS: jax.Array | None = None
-  v_scale_BKS: jax.Array | None = None
-
-
-SLOT_AXES = (3, 2, 2, 2)  # which axis of each of a KV's arrays are the slots
-
-
-def empty_cache(config, batch, slots, dtype=jnp.float32):
-  """A KV for each layer: `slots` slots for each of `batch` rows, of float or int8 numbers."""
-  B, K, H, S = batch, config.kv_heads, config.head_width, slots
-  def layer():
-    scales = ()
-    if dtype == jnp.int8:
-      scales = tuple(_slots(jnp.zeros((B, K, S), jnp.float32), "cache") for _ in "kv")
-    return KV(_slots(jnp.zeros((B, K, H, S), dtype), "head", "cache"),
-              _slots(jnp.zeros((B, K, S, H), dtype), "cache", "head"), *scales)
-  return tuple(layer() for _ in range(config.layers))
-
-
-def _slots(x, *names):
-  return sharding.constrain(x, "batch", "kv_heads", *names)
-
-
-def written(kv, k_BTKH, v_BTKH, at_B):
-  """The KV with T slots of each row, from at_B on, filled."""
-  k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
-  scales = ()
-  if kv.k_scale_BKS is not None:
-    k_BKHT, k_scale_BKT = _rounded(k_BKHT, 2)
-    v_BKTH, v_scale_BKT = _rounded(v_BKTH, 3)
-    scales = (_put(kv.k_scale_BKS, k_scale_BKT, at_B, 1),
-              _put(kv.v_scale_BKS, v_scale_BKT, at_B, 1))
-  return KV(_put(kv.k_BKHS, k_BKHT, at_B, 2), _put(kv.v_BKSH, v_BKTH, at_B, 1), *scales)
-
-
-def _rounded(x, axis):
-  """(int8 numbers, float32 scales): x is about numbers · scale, 127 being the largest."""
-  x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
-  return (jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, axis))
-
-
-def _put(old, new, at_B, axis):
-  def row(old, new, at):
-    places = [0] * old.ndim
-    places[axis] = at
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), places)
-  return jax.vmap(row)(old, new, at_B)
 
 
 def rms_norm(x, scale, eps):
@@ -252,7 +194,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, angle_BTH2, reads, at_B, kv):
-    c, dtype = self.config, x_BTD.dtype
+    c = self.config
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
     q = linear(self, "q", (D,), (N, H), D)
     k = linear(self, "k", (D,), (K, H), D)
@@ -268,8 +210,11 @@ class Attention(nn.Module):
 
     if kv is None:
       out_BTNH = attention.attention(self.how, q_BTNH, k_BTKH, v_BTKH, reads)
+    elif isinstance(kv, caches.Pages):
+      out_BTNH, *kv = attention.paged(q_BTNH, k_BTKH, v_BTKH, *kv, reads.table_Bn, at_B)
+      kv = caches.Pages(*kv)
     else:
-      kv = written(kv, k_BTKH, v_BTKH, at_B)
+      kv = caches.written(kv, k_BTKH, v_BTKH, at_B)
       out_BTNH = attention.cached(q_BTNH, *kv, reads.mask_BTS)
     out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
     out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
@@ -353,13 +298,17 @@ class Decoder(nn.Module):
 
   def _with_cache(self, x_BTD, positions_BT, angle_BTH2, cache):
     """The same layers, one by one: a loop over them would copy each one's weights and cache."""
-    T, S = positions_BT.shape[1], cache[0].v_BKSH.shape[2]
-    if T > S:
-      raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
-    reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
+    if isinstance(cache, caches.Paged):
+      reads, layers = attention.Reading(None, None, cache.table_Bn), cache.layers
+    else:
+      T, S, layers = positions_BT.shape[1], cache[0].v_BKSH.shape[2], cache
+      if T > S:
+        raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
+      reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
     block, kept = Block(self.config, "cached", parent=None), []
-    for layer, kv in enumerate(cache):
+    for layer, kv in enumerate(layers):
       params = _layer(self.variables["params"]["layers"], layer)
       x_BTD, kv = block.apply({"params": params}, x_BTD, angle_BTH2, reads, positions_BT[:, 0], kv)
       kept.append(kv)
-    return x_BTD, tuple(kept)
+    kept = tuple(kept)
+    return x_BTD, cache._replace(layers=kept) if isinstance(cache, caches.Paged) else kept

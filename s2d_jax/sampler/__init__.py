@@ -1,4 +1,4 @@
-"""Sampling: `decode` is what the device runs, `programs` compiles it, `scheduler` runs it."""
+"""Sampling: `decode` is what a device runs, `programs` compiles it, `call` says what runs when."""
 
 from s2d_jax.sampler.decode import Sampling
 from s2d_jax.sampler.programs import Room

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2d_jax import models, sharding
-from s2d_jax.models import decoder
+from s2d_jax import sharding
+from s2d_jax.models import caches, decoder
 
 
 class Sampling(NamedTuple):
@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
 
 class Slots(NamedTuple):
   """What the device keeps of B rows."""
-  cache: tuple        # of decoder.KV
+  cache: tuple        # of caches.KV, or a caches.Paged
   token_B: jax.Array  # to be read next
   position_B: jax.Array  # its place in the row: so many tokens are in the cache
   drawn_B: jax.Array  # response tokens so far
@@ -207,14 +207,13 @@ def prefill(model, chunk, dtype, weights, prompt_PW, longest):
     place_PC = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (P, chunk))
     return model.apply(weights.params, tokens_PC, place_PC, jnp.ones_like(place_PC), cache)[1]
   return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read,
-                           decoder.empty_cache(model.config, P, W, dtype))
+                           caches.empty_cache(model.config, P, W, dtype))
 
 
-def empty(model, batch, length, dtype):
-  """Slots of nobody."""
+def empty(cache, batch):
+  """Slots of nobody, with an empty cache."""
   zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-  return Slots(decoder.empty_cache(model.config, batch, length, dtype), zeros(batch), zeros(batch),
-               zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
+  return Slots(cache, zeros(batch), zeros(batch), zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
 
 
 def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
@@ -229,7 +228,28 @@ def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
     kept = jax.lax.slice(old, (0,) * old.ndim, own.shape)
     new = new_B.reshape(-1, *(1 for _ in rest))
     return jax.lax.dynamic_update_slice(old, jnp.where(new, own, kept), (0,) * old.ndim)
-  return Slots(jax.tree.map(start, slots.cache, prompts), jnp.where(new_B, token_B, slots.token_B),
+  return _entered(slots, jax.tree.map(start, slots.cache, prompts), new_B, token_B, position_B,
+                  key_B2)
+
+
+def admit_paged(slots, prompts, from_M, to_M, new_B, token_B, position_B, key_B2):
+  """`admit` to a cache in pages: page from_M of the prompts, counted through, goes to page to_M.
+
+  Where `to` is no page nothing goes. The host sets the tables.
+  """
+  def pages(old_KNSH, own_PKSH):
+    S, H = old_KNSH.shape[2:]
+    P, K, W, _ = own_PKSH.shape
+    own_KNSH = own_PKSH.reshape(P, K, W // S, S, H).swapaxes(0, 1).reshape(K, -1, S, H)
+    return old_KNSH.at[:, to_M].set(own_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
+  layers = tuple(caches.Pages(pages(old.k_KNSH, own.k_BKHS.swapaxes(2, 3)),
+                               pages(old.v_KNSH, own.v_BKSH))
+                 for old, own in zip(slots.cache.layers, prompts, strict=True))
+  return _entered(slots, slots.cache._replace(layers=layers), new_B, token_B, position_B, key_B2)
+
+
+def _entered(slots, cache, new_B, token_B, position_B, key_B2):
+  return Slots(cache, jnp.where(new_B, token_B, slots.token_B),
                jnp.where(new_B, position_B, slots.position_B), jnp.where(new_B, 0, slots.drawn_B),
                jnp.where(new_B[:, None], key_B2, slots.key_B2))
 
@@ -237,9 +257,9 @@ def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
 def grow(slots, length):
   """The same rows with room for `length` tokens."""
   def longer(kv):
-    return decoder.KV(*(x if x is None else jnp.pad(
+    return caches.KV(*(x if x is None else jnp.pad(
         x, [(0, length - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
-        for x, axis in zip(kv, decoder.SLOT_AXES, strict=True)))
+        for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
   return slots._replace(cache=tuple(map(longer, slots.cache)))
 
 
@@ -251,16 +271,15 @@ def shrink(slots, kept_b):
 def decode(model, sampling, most, weights, slots, alive_B, enough):
   """(Slots, Written) after up to `most` tokens more of the slots that are alive.
 
-  It ends early when no more than `enough` are left, or when a row has come to the cache's end.
+  It ends early when no more than `enough` are left, or when a row has filled its room.
   """
   B, T = slots.token_B.shape[0], sampling.max_tokens
-  S = slots.cache[0].v_BKSH.shape[2]
   stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
 
   def more(carry):
     i, slots, alive_B, _ = carry
-    furthest = jnp.max(jnp.where(alive_B, slots.position_B, 0))
-    return (i < most) & (jnp.sum(alive_B) > enough) & (furthest < S)
+    full_B = alive_B & (slots.position_B >= caches.room(slots.cache))
+    return (i < most) & (jnp.sum(alive_B) > enough) & ~jnp.any(full_B)
 
   def step(carry):
     i, slots, alive_B, out = carry

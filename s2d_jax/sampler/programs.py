@@ -7,16 +7,17 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax import models, sharding
-from s2d_jax.models import decoder
+from s2d_jax.models import attention, caches
 from s2d_jax.sampler import decode
 
-SIZES = 4  # batches, and lengths of the cache, that programs are compiled for: halves of the largest
+SIZES = 4  # batches and lengths of the cache that programs are compiled for: halves of the largest
 LEAST_BATCH, LEAST_LENGTH = 8, 128
 PROMPTS = 16  # at most so many are read at once
-KINDS = {"float32": jax.numpy.float32, "bfloat16": jax.numpy.bfloat16, "int8": jax.numpy.int8}
+KINDS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
 class Room(NamedTuple):
@@ -25,18 +26,17 @@ class Room(NamedTuple):
   tokens: int = 32        # at most so many of each row in one dispatch
   chunk: int = 256        # tokens of a prompt that are read at a time
   cache: str = "auto"     # its numbers: float32, bfloat16, int8, or those of the activations
+  page: int = 0           # tokens of a page, of which rows hold as many as they fill; 0: no pages
 
 
 class Programs(NamedTuple):
-  """What is compiled for a sampler, and its shapes."""
-  batches: tuple  # falling
-  lengths: tuple  # rising
-  width: int      # of a prompt's window, a multiple of the chunk
+  """What is compiled for a sampler."""
+  shapes: Any
+  room: Room
   slots: dict     # (batch, length) -> abstract Slots
   prepare: Any
   empty: Any      # at the largest batch and the shortest length
   prefill: Any
-  prompts: int    # that are read at once
   admit: dict     # length -> program
   decode: dict    # (batch, length) -> program
   grow: dict      # (batch, length) -> program, to the next length
@@ -64,7 +64,7 @@ def halves(largest, least, multiple):
 
 def slot_bytes(config, length, dtype):
   """Bytes of one row's cache on a device that has its part of the key heads."""
-  shapes = jax.eval_shape(lambda: decoder.empty_cache(config, 1, length, dtype))
+  shapes = jax.eval_shape(lambda: caches.empty_cache(config, 1, length, dtype))
   mesh, heads = sharding.current_mesh(), config.kv_heads
   parts = 1 if mesh is None else sharding.parts(mesh, "kv_heads", heads)
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // parts
@@ -88,56 +88,121 @@ def slots_for(config, room, rows, length, dtype):
   return min(wanted, fit)
 
 
+CROWD = 2  # rows for each that has room to its end: few come to that, and who finds no page waits
+
+
+def pages_for(config, room, rows, longest, dtype):
+  """(slots, pages of each device, pages of the longest row) of a cache in pages.
+
+  Raises:
+    ValueError: an int8 cache, key heads that `tensor` does not divide, or not one row fits.
+  """
+  mesh = sharding.current_mesh()
+  if dtype == KINDS["int8"] or mesh is not None and sharding.parts(
+      mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
+    raise ValueError(f"config.sampler.page is {room.page}, and pages hold no int8 and their "
+                     f"{config.kv_heads} key heads are divided by the mesh's tensor: set it to 0.")
+  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  most, one = -(-longest // room.page), slot_bytes(config, room.page, dtype)
+  fit = (int(room.cache_gib * 2**30 // one) - 1) // most
+  if fit < 1:
+    raise ValueError(f"one row of {longest} tokens needs {most + 1} pages of {one:,} bytes on a "
+                     f"device and config.sampler.cache_gib is {room.cache_gib}: raise it, or lower "
+                     "max_tokens.")
+  own = min(-(-rows // shards), CROWD * fit)
+  return own * shards, min(int(room.cache_gib * 2**30 // one), own * most + 1), most
+
+
+class Shapes(NamedTuple):
+  """What a sampler's programs are compiled for."""
+  batches: tuple  # falling
+  lengths: tuple  # rising
+  width: int      # of a prompt's window
+  chunk: int      # divides it
+  prompts: int    # that are read at once
+  shards: int     # devices that have rows of their own
+  count: int      # pages of each, or 0
+  table: int      # pages that a row may hold
+
+
+def shapes(config, sampling, room, rows, width, dtype):
+  """The Shapes of a sampler of so many rows on the current mesh."""
+  mesh = sharding.current_mesh()
+  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  unit = room.page or 1
+  chunk = -(-min(room.chunk, width) // unit) * unit
+  width = -(-width // chunk) * chunk
+  longest = width + sampling.max_tokens
+  if room.page:
+    many, count, most = pages_for(config, room, rows, longest, dtype)
+    batches, lengths = (many,), (longest,)
+    table = -(-most // attention.PAGES) * attention.PAGES
+  else:
+    many, count, table = slots_for(config, room, rows, longest, dtype), 0, 0
+    batches = halves(many, LEAST_BATCH, shards if many % shards == 0 else 1)
+    lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= width)
+  return Shapes(batches, lengths, width, chunk,
+                min(PROMPTS, -(-many // sampling.samples_per_prompt)), shards, count, table)
+
+
 @functools.cache
 def build(model, sampling, room, rows, width, mesh, tree, leaves):
   """The Programs of a sampler of so many rows, compiled ahead of time."""
   config, params = model.config, jax.tree.unflatten(tree, leaves)
-  kind = config.dtype if room.cache == "auto" else room.cache
-  dtype = KINDS[kind]
-  chunk = min(room.chunk, width)
-  width = -(-width // chunk) * chunk
-  longest = width + sampling.max_tokens
-  many = slots_for(config, room, rows, longest, dtype)
-  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
-  batches = halves(many, LEAST_BATCH, shards if many % shards == 0 else 1)
-  lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= width)
-  G = sampling.samples_per_prompt
-  prompts = min(PROMPTS, -(-many // G))
-  none = jax.ShapeDtypeStruct((), np.int32, sharding=mesh and sharding.replicated(mesh))
-  def flat(*shape, dtype=np.int32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
-  def laid(tree):  # rows split over devices, and key heads
-    return tree if mesh is None else jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.slot_sharding(mesh, x.shape)), tree)
-  def places(tree):
-    return mesh and jax.tree.map(lambda x: x.sharding, tree)
+  dtype = KINDS[config.dtype if room.cache == "auto" else room.cache]
+  made = shapes(config, sampling, room, rows, width, dtype)
+  many, batches, lengths = made.batches[0], made.batches, made.lengths
+  whole = mesh and sharding.replicated(mesh)
+
+  def flat(*shape, dtype=np.int32):  # what the host gives, and gets
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+  def laid(make):  # rows split over devices, and key heads
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=mesh and sharding.slot_sharding(mesh, x.shape, made.count > 0)),
+        jax.eval_shape(make))
   def lower(f, out, *args, donate=()):
-    return jax.jit(f, out_shardings=places(out), donate_argnums=donate).lower(*args)
-  slots = {(B, S): laid(jax.eval_shape(lambda B=B, S=S: decode.empty(model, B, S, dtype)))
-           for B in batches for S in lengths}
-  read = laid(jax.eval_shape(lambda: decoder.empty_cache(config, prompts, width, dtype)))
+    places = mesh and jax.tree.map(lambda x: x.sharding, out)
+    return jax.jit(f, out_shardings=places, donate_argnums=donate).lower(*args)
+  def empty(B, S):
+    cache = (caches.empty_cache(config, B, S, dtype) if not room.page else caches.empty_pages(
+        config, B, made.count * made.shards, room.page, made.table, dtype))
+    return decode.empty(cache, B)
   def written(B):
-    return jax.tree.map(lambda x: flat(*x.shape, dtype=x.dtype), decode.Written(
-        *(np.zeros((B, room.tokens)) for _ in range(3)), np.zeros(B), np.zeros(B)))
-  run = functools.partial(decode.decode, model, sampling, room.tokens)
+    tokens, numbers = flat(B, room.tokens), flat(B, room.tokens, dtype=np.float32)
+    return decode.Written(tokens, numbers, numbers, flat(B), flat(B, dtype=bool))
+
+  slots = {(B, S): laid(functools.partial(empty, B, S)) for B in batches for S in lengths}
+  read = _read(config, made, mesh, dtype)
   prepare = functools.partial(decode.prepare, model)
   weights = jax.eval_shape(prepare, params)
   if mesh is not None:
-    weights = sharding.laid_out(weights, _layout(model.config, mesh, weights))
+    weights = sharding.laid_out(weights, _layout(config, mesh, weights))
+  prefill = functools.partial(decode.prefill, model, made.chunk, dtype)
+  run = functools.partial(decode.decode, model, sampling, room.tokens)
+  admit, found = decode.admit, [flat(many)]
+  if room.page:
+    pages = many + made.prompts * made.shards * made.width // room.page
+    admit, found = decode.admit_paged, [flat(pages), flat(pages)]
+  rows = flat(many, dtype=bool), flat(many), flat(many), flat(many, 2, dtype=np.uint32)
   return _compile(Programs(
-      batches, lengths, width, slots, lower(prepare, weights, params),
-      lower(lambda: decode.empty(model, many, lengths[0], dtype), slots[many, lengths[0]]),
-      lower(functools.partial(decode.prefill, model, chunk, dtype), read, weights,
-            flat(prompts, width), none), prompts,
-      {S: lower(decode.admit, slots[many, S], slots[many, S], read, flat(many),
-                flat(many, dtype=bool), flat(many), flat(many), flat(many, 2, dtype=np.uint32),
-                donate=0) for S in lengths},
+      made, room, slots, lower(prepare, weights, params),
+      lower(functools.partial(empty, many, lengths[0]), slots[many, lengths[0]]),
+      lower(prefill, read, weights, flat(made.prompts, made.width), flat()),
+      {S: lower(admit, slots[many, S], slots[many, S], read, *found, *rows, donate=0)
+       for S in lengths},
       {(B, S): lower(run, (slots[B, S], written(B)), weights, slots[B, S], flat(B, dtype=bool),
-                     none, donate=1) for B in batches for S in lengths},
+                     flat(), donate=1) for B in batches for S in lengths},
       {(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer], slots[B, S])
        for B in batches for S, longer in itertools.pairwise(lengths)},
       {(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], flat(fewer))
        for B, fewer in itertools.pairwise(batches) for S in lengths}))
+
+
+def _read(config, made, mesh, dtype):
+  """The cache of the prompts that are read at once, abstract."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=mesh and sharding.slot_sharding(mesh, x.shape, False)),
+      jax.eval_shape(lambda: caches.empty_cache(config, made.prompts, made.width, dtype)))
 
 
 def _compile(programs):

@@ -7,9 +7,11 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import loss, measure
+from benchmarks import grpo, loss, measure, sampler
+from s2d_jax import models
 
 ROOT = Path(__file__).parents[2]
 TORCH = importlib.util.find_spec("torch") is not None
@@ -17,17 +19,21 @@ COMMON = {"benchmark", "command", "revision", "date", "machine", "load_average",
 MACHINE = {"system", "processor", "cores", "python", "jax", "platform", "device", "devices"}
 TIMED = {"seconds", "repeats", "first"}
 COMPILED = {"compile_seconds", "argument_bytes", "temporary_bytes", "output_bytes", "alias_bytes"}
-RATES = {"tokens_per_second", "flops", "share_of_peak", "matmul_peak"}
 KEYS = {
     "step": {"forward", "train", "flops", "compile_seconds", "memory", "forward_memory", "peers",
              "matmul_peak", "profile"},
-    "sampler": TIMED | COMPILED | RATES | {"seconds_per_decode_step"},
+    "sampler": {"works", "peers", "matmul_peak", "bandwidth"},
+    "grpo": {"step", "flops", "compile_seconds", "memory", "peers", "matmul_peak"},
     "loss": {"memory", "time", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
+SAMPLER = TIMED | {"tokens_per_second", "tokens", "bound_tokens_per_second", "share_of_bound"}
+OURS = SAMPLER | {"compile_seconds", "memory", "slots", "seen"}
+RIVALS = ("transformers", "transformers_continuous")
+GRPO = TIMED | {"tokens", "entropy", "share_of_peak"}
 LOADING = {"seconds", "touch_seconds", "repeats", "bytes_per_second", "peak_above_start_bytes",
            "peak_anonymous_bytes", "peak_above_weights_bytes", "parameter_bytes"}
 
@@ -90,13 +96,82 @@ def test_step_beside_pytorch(tmp_path):
 @pytest.mark.medium
 def test_sampler(tmp_path):
   result = smoke("sampler", tmp_path)
-  weights = 2 * 256 + 2 * 128 + 3 * 256
-  # 2 prompts of 4 tokens, 10 pairs and 1 unembedding each; 4 rows of 4 more, all unembedded, and
-  # 36 − 10 pairs.
-  prefill = 2 * (4 * 2 * weights + 2 * 1024 + 10 * 64)
-  decode = 4 * (4 * 2 * (weights + 1024) + 26 * 64)
-  assert result["flops"] == prefill + decode
-  assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
+  assert set(result["works"]) == {"ragged", "refill", "uniform"} and result["peers"] == {}
+  assert result["bandwidth"]["bytes_per_second"] > 0
+  for work in result["works"].values():
+    assert set(work) == {"ours"} and set(work["ours"]) == OURS
+    ours = work["ours"]
+    assert ours["tokens_per_second"] == pytest.approx(ours["tokens"][0] / ours["seconds"])
+    assert ours["slots"] == 4 and ours["seen"]["tokens"] == ours["tokens"][0]
+    assert set(ours["memory"]) == COMPILED - {"compile_seconds"}
+  # 2 × 2 rows, three times as many, and all of them to their 8 tokens.
+  assert result["works"]["uniform"]["ours"]["tokens"] == [4 * 8]
+  assert 4 <= result["works"]["ragged"]["ours"]["tokens"][0] <= 4 * 8
+  assert 12 <= result["works"]["refill"]["ours"]["tokens"][0] <= 12 * 8
+
+
+@pytest.mark.medium
+def test_sampler_decoding_alone(tmp_path):
+  argv = ["--smoke", f"--results={tmp_path}", "--decode=1,4", "--max_tokens=16"]
+  result = json.loads(sampler.main(argv).read_text())
+  assert set(result["works"]) == {"decode_1", "decode_4"}
+  for name, rows in (("decode_1", 1), ("decode_4", 4)):
+    ours = result["works"][name]["ours"]
+    assert ours["tokens"] == [16 * rows] and ours["slots"] == rows
+    # 2,560 weights of 4 bytes, and keys and values of 8 numbers at 5 to 19 places of each row.
+    assert ours["decoding"]["bytes_per_step"] == 4 * (2560 + 2 * 8 * rows * (5 + 19) / 2)
+    assert set(ours["decoding"]) == {"seconds_per_step", "bytes_per_step", "share_of_bandwidth",
+                                     "share_of_bound"}
+
+
+def test_the_bound_follows_the_rows_through_their_slots():
+  config = models.get(measure.SHAPES["qwen3-smoke"]).config
+  work = sampler.Work([[1, 2, 3]] * 3, 1, 8, 1.0, (), slots=2)
+  # Rows of 3, 1 and 2 tokens in two slots: the third takes the second's, and ends with the first.
+  flops_S, bytes_S = sampler.needs(config, work, [3, 1, 2])
+  attended_S = np.array([3 + 3, 4 + 3, 5 + 4])
+  np.testing.assert_array_equal(bytes_S, 4 * (2560 + 2 * 8 * attended_S))
+  np.testing.assert_array_equal(flops_S, 2 * 2560 * 2 + 4 * 2 * 8 * attended_S)
+  assert sampler.bound(flops_S, bytes_S, 1.0, 1e9) == pytest.approx(flops_S.sum())
+  assert sampler.bound(flops_S, bytes_S, 1e9, 1.0) == pytest.approx(bytes_S.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCH, reason="the rivals are PyTorch")
+def test_sampler_beside_transformers(tmp_path):
+  result = smoke("sampler", tmp_path, "--works=ragged,refill", f"--rivals={','.join(RIVALS)}")
+  assert set(result["peers"]) == set(RIVALS)
+  for name, rows in (("ragged", 4), ("refill", 12)):
+    for rival in RIVALS:
+      row = result["works"][name][rival]
+      assert set(row) == SAMPLER and rows <= row["tokens"][0] <= rows * 8
+
+
+def test_samplers_that_differ_are_not_timed():
+  greedy = {"ours": {"tokens": [[1, 2]]}, "theirs": {"tokens": [[1, 3]]}}
+  with pytest.raises(ValueError, match="theirs continues greedily with .*do not time what is not"):
+    sampler.same(greedy)
+
+
+@pytest.mark.medium
+def test_grpo(tmp_path):
+  result = smoke("grpo", tmp_path, "--repeats=2")
+  assert set(result["step"]) == {"ours"} and result["peers"] == {}
+  ours = result["step"]["ours"]
+  assert set(ours) == GRPO | {"draw", "score", "update", "logp_gap_max"}
+  assert len(ours["repeats"]) == 2 and ours["tokens"] == 2 * 2 * 8
+  assert ours["logp_gap_max"] < 1e-5
+  # Each of 2 prompts of 4 tokens, 10 pairs, is read once; 4 rows of 12 tokens, 78 pairs: 8 tokens
+  # drawn, then four forwards.
+  row, read = 12 * 2 * 2560 + 78 * 64, 4 * 2 * 2560 + 10 * 64
+  assert result["flops"] == 2 * (read + 2 * (row - read + 4 * row))
+  assert set(result["memory"]) == {"draw", "score", "update"}
+
+
+def test_steps_that_differ_are_not_timed():
+  found = {"ours": {"tokens": 8, "entropy": 3.0}, "trl": {"tokens": 8, "entropy": 3.1}}
+  with pytest.raises(ValueError, match="trl has 8 tokens of entropy 3.1 and we"):
+    grpo.same(found)
 
 
 @pytest.mark.medium

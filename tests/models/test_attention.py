@@ -212,3 +212,33 @@ def test_keys_and_values_are_not_repeated_for_the_query_heads(how):
   shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
   held = [shape for shape in shapes if 13 in shape and 6 in shape]
   assert held and max(map(math.prod, held)) == 3 * 13 * 2 * 6
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("how, dtype", [(None, "float32"), ("gpu", "float32"), ("tpu", "bfloat16")])
+def test_pages_are_read_in_the_order_of_the_table(how, dtype):
+  # Rows of 6, 41 and 128 tokens in pages of 16 that lie anywhere, against the same side by side;
+  # the kernels are interpreted.
+  rng = np.random.default_rng(0)
+  B, N, K, H, S, n = 3, 4, 2, 128, 16, 8
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+  q, k, v = normal(B, 1, N, H), normal(B, 1, K, H), normal(B, 1, K, H)
+  pages = normal(2, K, 30, S, H)
+  table = jnp.asarray(rng.permutation(np.arange(1, 25)).reshape(B, n), jnp.int32)
+  at = jnp.asarray([5, 40, 127], jnp.int32)
+  out, *written = attention.paged(q, k, v, *pages, table, at, how=how)
+  whole = [np.asarray(x, np.float64)[:, np.asarray(table)].swapaxes(0, 1).reshape(B, K, n * S, H)
+           .swapaxes(1, 2) for x in pages]
+  for x, new in zip(whole, (k, v), strict=True):
+    x[np.arange(B), np.asarray(at)] = np.asarray(new, np.float64)[:, 0]
+  mask = (np.arange(n * S)[None] <= np.asarray(at)[:, None])[:, None]
+  want = attention.xla(*(jnp.asarray(x, jnp.float32) for x in (q, *whole)), mask)
+  np.testing.assert_allclose(np.asarray(out, np.float32), want,
+                             atol=2e-2 if dtype == "bfloat16" else 1e-5)
+  for x, old, new in zip(written, pages, (k, v), strict=True):
+    changed = np.asarray(x != old).any(axis=(0, 3))
+    places = {(int(table[b, at[b] // S]), int(at[b] % S)) for b in range(B)}
+    assert set(zip(*np.nonzero(changed), strict=True)) == places
+    for b in range(B):
+      np.testing.assert_array_equal(x[:, table[b, at[b] // S], at[b] % S], new[b, 0])

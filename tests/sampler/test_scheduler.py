@@ -163,14 +163,14 @@ def test_make_and_sample_refuse_too(crowd, tiny):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("room", [
-    sampler.Room(tokens=1, chunk=1), sampler.Room(tokens=3, chunk=4),
+    sampler.Room(tokens=1, chunk=1), sampler.Room(tokens=3, chunk=4), sampler.Room(page=2),
     sampler.Room(cache_gib=10 * 2 * 2 * 2 * 8 * 4 * (WINDOW + T) / 2**30)])
 def test_a_row_is_the_same_however_the_device_is_used(room, crowd, tiny):
   # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen: two
   # layers, keys and values, two heads of eight, four bytes.
   _, params, rows, _ = crowd
   draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, room)
-  assert draw.programs.batches[0] == (10 if room.cache_gib < 1 else 16)
+  assert draw.programs.shapes.batches[0] == (10 if room.cache_gib < 1 else 16)
   same(draw(params, prompts(10), SEED), rows)
   assert draw.seen["tokens"] == rows.response_length_B.sum()
   assert draw.seen["tokens"] <= draw.seen["slot_tokens"]
@@ -186,7 +186,7 @@ def test_the_cache_grows_with_the_longest_row(tiny):
     draw = sampler.make(model, params, long, 2, WINDOW)
   finally:
     programs.LEAST_LENGTH = before
-  assert draw.programs.lengths == (80, 156)
+  assert draw.programs.shapes.lengths == (80, 156)
   rows = draw(params, prompts(3), SEED)
   gap, _ = trainer_gap(model, params, rows)
   assert gap.size == 3 * G * 150 and gap.max() < 1e-5
@@ -233,13 +233,34 @@ def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 2), (2, 2, 2)])
+def test_rows_in_pages_are_those_in_slots(shape, tiny):
+  # Memory for one and a half rows a device, so that rows enter late, and some wait again; prompts
+  # of up to three pages, shared by their samples.
+  model, params = tiny("qwen3")
+  long = HOW._replace(max_tokens=40, stop_ids=(3,))
+  want = sampler.make(model, params, long, SIZE, WINDOW)(params, prompts(10), SEED)
+  one = 2 * 2 * 2 * 8 * 4 * (WINDOW + 40)
+  mesh = sharding.make_mesh(shape)
+  with jax.set_mesh(mesh):
+    where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
+    placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
+    draw = sampler.make(model, placed, long, SIZE, WINDOW, sampler.Room(
+        page=2, tokens=5, cache_gib=1.5 * one / shape[2] / 2**30))
+    same(draw(placed, prompts(10), SEED), want)
+  assert draw.programs.shapes.batches[0] == 2 * shape[0] * shape[1]
+  assert draw.seen["tokens"] == want.response_length_B.sum()
+  assert draw.seen.get("waited_again", 0) > 0
+
+
+@pytest.mark.medium
 def test_memory_says_how_many_slots(tiny):
   model, params = tiny("qwen3")
   one = 2 * 2 * 2 * 8 * 4 * (WINDOW + T)  # layers, keys and values, heads, width, bytes, tokens
   for fit in (1, 7):
     draw = sampler.make(model, params, HOW, SIZE, WINDOW,
                         sampler.Room(cache_gib=(fit + 0.5) * one / 2**30))
-    assert draw.programs.batches[0] == fit
+    assert draw.programs.shapes.batches[0] == fit
     cache = jax.tree.leaves(draw.programs.slots[fit, WINDOW + T].cache)
     assert sum(x.size * x.dtype.itemsize for x in cache) == fit * one
   with pytest.raises(ValueError, match="one row of 14 tokens has a cache of .*cache_gib is 1e-"):

@@ -39,8 +39,8 @@ class Call:
     self.out = rollout.Rollout(
         np.array([p.id for p, _ in wanted], np.int64), np.array([g for _, g in wanted], np.int32),
         prompt_BW, np.array([len(p.tokens) for p, _ in wanted], np.int32),
-        np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, T), np.float32), np.zeros((B, T), np.float32),
-        np.zeros(B, np.int32), weight_version)
+        np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, T), np.float32),
+        np.zeros((B, T), np.float32), np.zeros(B, np.int32), weight_version)
     self.digest = hashlib.blake2b(digest_size=16)
     self.seen = dict.fromkeys(("dispatches", "prefills", "tokens", "slot_tokens"), 0)
     self.read = {}  # prompt id -> (its cache, its row in it), of prompts that rows still wait for

@@ -283,8 +283,9 @@ def decode(model, sampling, most, weights, slots, alive_B, enough):
 
   def step(carry):
     i, slots, alive_B, out = carry
-    features_B1D, cache = model.apply(weights.params, slots.token_B[:, None], slots.position_B[:, None],
-                                      jnp.ones((B, 1), jnp.int32), slots.cache)
+    features_B1D, cache = model.apply(
+        weights.params, slots.token_B[:, None], slots.position_B[:, None],
+        jnp.ones((B, 1), jnp.int32), slots.cache)
     token_B, *logps = draw(_logits(weights, features_B1D[:, 0]), slots.key_B2, slots.drawn_B,
                            sampling)
     def put(old_BN, new_B):

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import loss
 from configs import common
-from s2d_jax import models, objectives, optim, sharding, train, update
+from s2d_jax import models, objectives, optim, sampler, sharding, train, update
 from s2d_jax.losses import blockwise
 from tests.losses import test_blockwise as hlo
 
@@ -124,3 +124,25 @@ def test_temporaries_are_a_small_share_of_those_of_all_logits():
   ours = beyond(8192, 256)
   assert 0 < ours <= beyond(8192, 0) / 25  # measured: 1/26.6
   assert beyond(16_384, 256) < 1.01 * ours < beyond(8192, 512)  # it grows with the block alone
+
+
+@pytest.mark.parametrize("page", [0, 32])
+def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
+  # Two layers of Qwen3-1.7B on 16 chips, four of them for the heads. A row's keys and values are
+  # not copied out of the pages: no array has a whole row's tokens.
+  model = models.get("qwen3-1.7b", dtype="bfloat16")
+  model = models.build(dataclasses.replace(model.config, layers=2))
+  where = mesh("v5e:4x4", (2, 2, 4))
+  shapes = models.shapes(model.config)
+  params = sharding.laid_out(shapes, sharding.weight_shardings(
+      where, models.axes(model.config), shapes))
+  how = sampler.Sampling(8, 0.7, 0.8, 20, 0.0, 100, 0, (5,))
+  with jax.set_mesh(where):
+    draw = sampler.make(model, params, how, 1, 140, sampler.Room(page=page, chunk=140))
+  text = draw.compiled.as_text()
+  assert ("tpu_custom_call" in text) == bool(page)
+  longest = draw.programs.shapes.lengths[-1]
+  assert longest == (260 if page else 240)  # chunks of 160, which pages divide, or of 140
+  held = [dims for dims in re.findall(r"bf16\[([\d,]+)\]", text)
+          if {str(longest), "128"} <= set(dims.split(","))]
+  assert bool(held) == (not page)

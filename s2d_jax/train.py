@@ -141,8 +141,10 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
       _check(work, step, saved, row, compiled() - before)
       logs["metrics"].add(row)
       seconds = time.monotonic() - clock
+      sampled = {} if programs.draw is None else programs.draw.seen
       logs["timing"].add({"step": step, "seconds": seconds,
-                          "tokens_per_second": row["tokens"] / seconds})
+                          "tokens_per_second": row["tokens"] / seconds,
+                          **{f"sampler_{name}": value for name, value in sampled.items()}})
       bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "kl", "loss") if k in row}
                       | {"tokens/s": f"{row['tokens'] / seconds:.0f}"}, refresh=False)
       bar.update()

@@ -30,6 +30,7 @@ CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim":
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
           "tie_word_embeddings": True, "max_position_embeddings": 64}
+PLAIN = train.compile_programs
 PROGRAMS = {}  # compiled once for all the tests of one setting
 
 
@@ -105,6 +106,23 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
   assert max(abs(row["ratio_mean"] - 1) for row in rows) > 1e-4
   ledger = metrics.read(tmp_path / "many", "ledger")
   assert [r["tokens_trained"] for r in ledger] == [3 * r["tokens_sampled"] for r in ledger]
+
+
+@pytest.mark.medium
+def test_a_cache_too_far_from_the_trainer_is_refused(tmp_path, mesh, monkeypatch):
+  # Keys and values in eight bits move log-probabilities; how far is allowed says MOST_GAP.
+  monkeypatch.setattr(train, "compile_programs", PLAIN)
+  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache="int8"))
+  monkeypatch.setattr(train, "MOST_GAP", 1e-6)
+  with pytest.raises(ValueError, match=r"int8 and the sampler's log-probabilities are 0\.\d+ nats "
+                     r"\(root mean square\) from the trainer's in student_grpo, where 1e-06 is"):
+    run(work)
+  assert not (tmp_path / "metrics").exists()
+  monkeypatch.setattr(train, "MOST_GAP", 1.0)
+  run(work)
+  (row,), (_, timing) = (metrics.read(tmp_path, name) for name in ("metrics", "timing"))
+  assert 1e-5 < row["logp_gap_rms"] < 1 and row["logp_gap_rms"] <= row["logp_gap_max"]
+  assert timing["sampler_tokens"] == row["tokens"] <= timing["sampler_slot_tokens"]
 
 
 def step_batches(monkeypatch):

@@ -7,8 +7,10 @@ function of the tokens alone, so several hosts schedule the same, and compare be
 
 import collections
 import hashlib
+import time
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from s2d_jax import rollout, sharding
@@ -28,7 +30,9 @@ class Call:
 
   def __init__(self, sampler, params, wanted, seed, weight_version):
     self.sampler, self.made, self.shapes = sampler, sampler.programs, sampler.programs.shapes
-    self.weights = self.made.prepare(params)
+    began = time.monotonic()
+    self.weights = jax.block_until_ready(self.made.prepare(params))
+    seconds = time.monotonic() - began
     self.rows = collections.deque(
         Row(place, prompt, rollout.row_key(seed, prompt.id, index))
         for place, (prompt, index) in enumerate(wanted))
@@ -42,7 +46,9 @@ class Call:
         np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, T), np.float32),
         np.zeros((B, T), np.float32), np.zeros(B, np.int32), weight_version)
     self.digest = hashlib.blake2b(digest_size=16)
-    self.seen = dict.fromkeys(("dispatches", "prefills", "tokens", "slot_tokens"), 0)
+    self.seen = dict.fromkeys(("dispatches", "prefills", "tokens", "slot_tokens"), 0) | {
+        "weights_seconds": seconds,
+        "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.weights))}
     self.read = {}  # prompt id -> (its cache, its row in it), of prompts that rows still wait for
 
   def run(self, ended):

@@ -48,7 +48,9 @@ def make(model, params, sampling, size, width, room=DEFAULT, text=None):
     prompt's samples side by side, in the order of `prompts`. `seed` is a tuple of ints; row (prompt
     id, sample index) draws from (seed…, prompt id, sample index) and from nothing else.
     ended(place, rollout) is called as rows end, while others still decode; that row is whole.
-    `draw.programs` is what was compiled, and `draw.seen` counts what the last call did.
+    `draw.programs` is what was compiled. `draw.seen` counts what the last call did: dispatches,
+    prefills, tokens, slot_tokens (slots times steps, what was paid for the tokens), and
+    weights_bytes and weights_seconds, laying the weights out for decoding.
   """
   return Sampler(model, params, sampling, size, width, room, text)
 

@@ -129,6 +129,20 @@ def matmul_peak(size, repeats, dtype="float32"):
   return {"size": size, "dtype": dtype, "flops_per_second": 2 * size**3 / taken["seconds"], **taken}
 
 
+def bandwidth(mebibytes, repeats, dtype="float32"):
+  """Bytes/s of reading a large array, by its sum or its product with a vector: the faster of them.
+
+  Like `matmul_peak`, what this machine reaches at best, now.
+  """
+  dtype = jnp.dtype(dtype)
+  matrix = jnp.ones((mebibytes * 2**20 // dtype.itemsize // 256, 256), dtype)
+  vector = jnp.ones(256, dtype)
+  ways = {"sum": jax.jit(jnp.sum), "product": jax.jit(lambda matrix: matrix @ vector)}
+  found = {name: timed(lambda read=read: read(matrix), repeats) for name, read in ways.items()}
+  return {"mebibytes": mebibytes, "dtype": str(dtype), **found,
+          "bytes_per_second": matrix.nbytes / min(way["seconds"] for way in found.values())}
+
+
 def machine():
   """The processor, how many, and the versions; nothing that names the host."""
   return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
@@ -146,8 +160,11 @@ def _processor():
 
 
 def write(name, asked, found):
-  """Writes <results>/<name>-<device>.json and prints it; returns its path."""
-  command = " ".join(["python -m", f"benchmarks.{name}", *asked.words])
+  """Writes <results>/<name>-<device>.json and prints it; returns its path.
+
+  The script is `name` up to a hyphen; what follows tells its results apart.
+  """
+  command = " ".join(["python -m", f"benchmarks.{name.partition('-')[0]}", *asked.words])
   result = {"benchmark": name, "command": command, "revision": manifest.revision(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
             "load_average": asked.load_average, "sizes": vars(asked.sizes), **found}

@@ -135,6 +135,8 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
         if saved != step and step != began:
           _save(work.folder, steps, logs, step, state)
         raise SystemExit(RETRY)
+      if programs.draw is not None:
+        programs.draw.seen = {}
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
       state, new = _step(work, programs, stores, state, step, logs, mesh)
       row |= new

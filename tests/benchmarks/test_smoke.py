@@ -114,6 +114,7 @@ def test_sampler(tmp_path):
 def test_sampler_decoding_alone(tmp_path):
   argv = ["--smoke", f"--results={tmp_path}", "--decode=1,4", "--max_tokens=16"]
   result = json.loads(sampler.main(argv).read_text())
+  assert result["command"] == " ".join(["python -m benchmarks.sampler", *argv])
   assert set(result["works"]) == {"decode_1", "decode_4"}
   for name, rows in (("decode_1", 1), ("decode_4", 4)):
     ours = result["works"][name]["ours"]

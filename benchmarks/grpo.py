@@ -1,0 +1,157 @@
+"""Seconds of one whole GRPO step, beside TRL's in turn: sample, reward, score, one update.
+
+  python -m benchmarks.grpo [--prompts=8] [--samples=8] [--max_tokens=128] [--trl=PYTHON]
+
+The programs are those that a stage of the recipe compiles, the reward is the number of even ids in
+an answer, every answer has `max_tokens` tokens, and no guide takes part. `--trl` names the Python
+of an environment that has TRL (`peers/README.md`): its GRPOTrainer takes the same step from the
+same weights. Both must have the same entropy at the first step, when no weight has moved.
+"""
+
+import json
+import statistics
+import tempfile
+from types import SimpleNamespace
+
+import jax
+import ml_collections
+import numpy as np
+
+from benchmarks import measure
+from configs import common
+from s2d_jax import ledger, models, objectives, optim, rollout, sampler, sharding, train, update
+from s2d_jax.losses import grpo
+from s2d_jax.models import hf
+
+FULL = {"shape": "qwen3-29m", "prompts": 8, "samples": 8, "prompt_tokens": 64, "max_tokens": 128,
+        "microbatches": 1, "block": 512, "dtype": "float32", "remat": "none", "attention": "auto",
+        "lr": 1e-5, "repeats": 5, "peak": 4096, "trl": ""}
+SMOKE = FULL | {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "prompt_tokens": 4,
+                "max_tokens": 8, "block": 8, "repeats": 1, "peak": 16}
+parse = measure.parser(__doc__, FULL, SMOKE)
+
+
+class Ours:
+  """Our stage's programs, compiled; `ask` takes a step."""
+
+  def __init__(self, sizes):
+    mesh = self.mesh = sharding.current_mesh()
+    self.model, params = measure.model(sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
+    self.start, axes = jax.device_get(params), models.axes(self.model.config)
+    params = jax.device_put(params, sharding.weight_shardings(
+        mesh, axes, models.shapes(self.model.config)))
+    hp = ml_collections.ConfigDict(common.stage(
+        steps=1000, prompts=sizes.prompts, optim=common.adamw(sizes.lr),
+        sampling=common.sampling(sizes.samples, sizes.max_tokens),
+        microbatches=sizes.microbatches, block=sizes.block) | common.grpo())
+    optimizer = optim.make(train.optim_config(hp), axes)
+    self.state = update.init(optimizer, mesh, params)
+    ids = np.random.default_rng(0).integers(
+        0, self.model.config.vocab_size, (sizes.prompts, sizes.prompt_tokens)).tolist()
+    self.prompts = [rollout.Prompt(i, tuple(row)) for i, row in enumerate(ids)]
+    work = SimpleNamespace(
+        hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=train.Role(self.model, params),
+        actor=None, guide=None, judge=None, frozen=None, given=None, text=None, optimizer=optimizer,
+        objective=objectives.clipped_surrogate, logp=objectives.logp, room=sampler.Room())
+    self.programs, self.compile_seconds = measure.stopwatch(
+        lambda: train.compile_programs(work, self.state, mesh))
+
+  def ask(self, seed):
+    """Takes a step: seconds, those of its parts, tokens and entropy."""
+    programs, seconds = self.programs, {}
+    rows, seconds["draw"] = measure.stopwatch(
+        lambda: programs.draw(self.state.params, self.prompts, (seed,)))
+    def scored():
+      even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
+      advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
+      batch = rollout.batch(rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32))
+      logp_BT, _ = sharding.fetch(
+          programs.score(self.state.params, sharding.put_batch(batch, self.mesh)))
+      return batch._replace(old_logp_BT=np.where(batch.sequence_BT >= 0, logp_BT, np.float32(0)))
+    batch, seconds["score"] = measure.stopwatch(scored)
+    def updated():
+      placed = sharding.put_batch(batch, self.mesh)
+      self.state, metrics = programs.step(self.state, None, placed, None)
+      return {name: float(x) for name, x in sharding.fetch(metrics).items()}
+    metrics, seconds["update"] = measure.stopwatch(updated)
+    gap_BT = np.abs(batch.old_logp_BT - batch.sampler_logp_BT)
+    return {"seconds": sum(seconds.values()), "parts": seconds, "logp_gap_max": float(gap_BT.max()),
+            "tokens": int(rows.response_length_B.sum()), "entropy": metrics["entropy"]}
+
+
+def told(runs):
+  """Medians of the steps after the first."""
+  seconds = [run["seconds"] for run in runs[1:]]
+  parts = {part: statistics.median(run["parts"][part] for run in runs[1:])
+           for part in runs[0].get("parts", {})}
+  most = {key: max(run[key] for run in runs) for key in ("logp_gap_max",) if key in runs[0]}
+  return {"seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
+          "tokens": runs[0]["tokens"], "entropy": runs[0]["entropy"], **parts, **most}
+
+
+def same(found):
+  """Refuses to time what is not the same step."""
+  mine = found["ours"]
+  for name, other in found.items():
+    if (other["tokens"] != mine["tokens"]
+        or abs(other["entropy"] - mine["entropy"]) > 1e-2 * mine["entropy"]):
+      raise ValueError(f"{name} has {other['tokens']} tokens of entropy {other['entropy']} and we "
+                       f"{mine['tokens']} of {mine['entropy']}: do not time what is not the same.")
+
+
+def peers(sizes, ours, scratch):
+  """{name: Peer} on our weights and prompts."""
+  if not sizes.trl:
+    return {}
+  folder, path = f"{scratch}/model", f"{scratch}/work.json"
+  hf.save(folder, ours.model, ours.start)
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(vars(sizes) | {"prompts": [list(p.tokens) for p in ours.prompts]}, file)
+  return {"trl": measure.Peer([sizes.trl, "benchmarks/peers/trl_grpo.py", folder, path])}
+
+
+def flops(config, sizes):
+  """FLOPs of our step: each prompt read once and every token drawn, then four forwards of the rows.
+
+  One scores, the update is three.
+  """
+  read, whole = (ledger.forward_flops(config, [n]) for n in (
+      sizes.prompt_tokens, sizes.prompt_tokens + sizes.max_tokens))
+  return sizes.prompts * (read + sizes.samples * (whole - read + 4 * whole))
+
+
+def run(sizes):
+  """{what a step takes, ours and TRL's}."""
+  ours = Ours(sizes)
+  with tempfile.TemporaryDirectory() as scratch:
+    others = peers(sizes, ours, scratch)
+    runs = {name: [] for name in ("ours", *others)}
+    try:
+      for seed in range(sizes.repeats + 1):
+        for name, seen in runs.items():
+          seen.append(ours.ask(seed) if name == "ours" else others[name].ask(seed))
+    finally:
+      for other in others.values():
+        other.close()
+  found = {name: told(seen) for name, seen in runs.items()}
+  same(found)
+  peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
+  work = flops(ours.model.config, sizes)
+  for row in found.values():
+    row["share_of_peak"] = work / row["seconds"] / peak["flops_per_second"]
+  return {"step": found, "flops": work, "compile_seconds": ours.compile_seconds,
+          "memory": {name: measure.memory(program) for name, program in (
+              ("draw", ours.programs.draw.compiled), ("score", ours.programs.score),
+              ("update", ours.programs.step))},
+          "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
+
+
+def main(argv=None):
+  """Measures, writes the JSON and returns its path."""
+  asked = parse(argv)
+  with jax.set_mesh(sharding.make_mesh()):
+    return measure.write("grpo", asked, run(asked.sizes))
+
+
+if __name__ == "__main__":
+  main()

@@ -70,6 +70,13 @@ def _of_target(logits_btV, targets_bt):
   return tokens.log_prob(logits_btV, targets_bt), tokens.entropy(logits_btV)
 
 
+def common(student_head, guide_head):
+  """Both heads with the rows of the vocabulary that both have: they may be padded differently."""
+  V = min(student_head[1].shape[0], guide_head[1].shape[0])
+  return tuple(Head(x, weight_VD if len(weight_VD) == V else weight_VD[:V])
+               for x, weight_VD in (student_head, guide_head))
+
+
 def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
   """Weighted sum of a per-token loss and what it found: (Σ weight · loss, found).
 
@@ -87,9 +94,8 @@ def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
   Returns:
     The sum, a scalar, and what f returned, for every token, [B, T].
   """
-  if guide_head is not None and guide_head[1].shape[0] != student_head[1].shape[0]:
-    V = min(guide_head[1].shape[0], student_head[1].shape[0])
-    student_head, guide_head = ((x, weight_VD[:V]) for x, weight_VD in (student_head, guide_head))
+  if guide_head is not None:
+    student_head, guide_head = common(student_head, guide_head)
   return _divergence(f, block, tuple(student_head), guide_head and tuple(guide_head), weight_BT,
                      more_BT)
 

@@ -24,7 +24,7 @@ from s2d_jax.losses import blockwise, kl, tokens
 FULL = {"tokens": "1024,2048,4096,8192", "width": 256, "guide_width": 512, "vocab": 32_000,
         "block": 512, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
         "memory_tokens": "4096,8192,16384", "memory_width": 2048, "memory_guide_width": 4096,
-        "memory_vocab": 151_936, "memory_blocks": "256,512,1024"}
+        "memory_vocab": 151_936, "memory_blocks": "64,128,256,512,1024"}
 SMOKE = FULL | {"tokens": "8,16", "width": 8, "guide_width": 16, "vocab": 32, "block": 4,
                 "repeats": 1, "peak": 16, "memory_tokens": "8,16", "memory_width": 8,
                 "memory_guide_width": 16, "memory_vocab": 32, "memory_blocks": "2,4"}
@@ -42,21 +42,22 @@ def losses(block):
   """{loss: {way: f(student_head, guide_head, targets_BT) -> scalar}}: sums over all tokens."""
   def nll(student_BTV, _, targets_BT):
     return tokens.negative_log_likelihood(student_BTV, targets_BT)
-  def door(f, *more):
+  def of_targets(student, _, targets_BT):
+    weight_BT = jnp.ones(targets_BT.shape, jnp.float32)
+    return blockwise.divergence(nll, student, None, weight_BT, block, targets_BT)[0]
+  def of_guide(f):
     def total(student, guide, targets_BT):
       weight_BT = jnp.ones(targets_BT.shape, jnp.float32)
-      if more:
-        return blockwise.divergence(f, student, None, weight_BT, block, targets_BT)[0]
       return blockwise.divergence(f, student, guide, weight_BT, block)[0]
     return total
   def half(s, g):
     return kl.jsd(s, g, 0.5)
   return {
       "negative_log_likelihood": {
-          "blockwise": door(nll, "targets"),
+          "blockwise": of_targets,
           "logp": lambda s, g, targets_BT: -blockwise.logp(s, targets_BT, block)[0].sum(),
           "direct": lambda s, g, targets_BT: nll(logits(s), None, targets_BT).sum()},
-      **{name: {"blockwise": door(f), "direct": lambda s, g, targets_BT, f=f: f(
+      **{name: {"blockwise": of_guide(f), "direct": lambda s, g, targets_BT, f=f: f(
           logits(s), logits(g)).sum()}
          for name, f in (("forward_kl", kl.forward_kl), ("reverse_kl", kl.reverse_kl),
                          ("jsd", half))}}
@@ -159,10 +160,10 @@ def run(sizes, mesh):
   where = sharding.replicated(mesh)
   counts, blocks = (list(map(int, text.split(",")))
                     for text in (sizes.memory_tokens, sizes.memory_blocks))
-  middle = counts[len(counts) // 2]
-  memory = {f"{count} tokens, block {block}": needs(sizes, count, block, where)
-            for count, block in [*((middle, b) for b in blocks),
-                                 *((c, blocks[0]) for c in counts if c != middle)]}
+  middle, block = (xs[len(xs) // 2] for xs in (counts, blocks))
+  memory = {f"{c} tokens, block {b}": needs(sizes, c, b, where)
+            for c, b in [*((middle, b) for b in blocks),
+                         *((c, block) for c in counts if c != middle)]}
   memory[f"{middle} tokens, direct"] = needs(sizes, middle, 0, where)
   if sizes.topology:
     return {"memory": memory}

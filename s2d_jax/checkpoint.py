@@ -101,7 +101,7 @@ def save_final(folder, params):
 
 
 def load_final(folder, abstract):
-  """A finished stage's weights, laid out as `abstract` says."""
+  """A finished stage's weights, of the types and laid out as `abstract` says."""
   with jax.transfer_guard("allow"):
     return ocp.load(_checkpoints(folder) / "final", abstract)
 

@@ -108,18 +108,23 @@ def _stored(store, work, step, picked, samples, draw):
   return rows, np.array([part == mine for part in parts])
 
 
-def weigh(work, programs, store, step, picked):
-  """(weight of each row, the judge's new samples, mean pass rate).
+def weigh(work, programs, store, step, drawn):
+  """(weight of each row learned from, the judge's new samples, mean pass rate).
 
   A prompt's pass rate is that of the learner's start, on hp.pass_samples of its samples. They are
-  drawn once, by this stage or by another.
+  drawn once, by this stage or by another. Its weight multiplies what `drawn` gives a row.
   """
-  seed = (work.seed, zlib.crc32(b"pass rate"))
+  seed, prompts = (work.seed, zlib.crc32(b"pass rate")), {p.id: p for p in drawn.picked}
+  id_B = drawn.rows.prompt_id_B.tolist()
+  picked = [prompts[i] for i in dict.fromkeys(id_B)]
   rows, new_B = _stored(store, work, step, picked, range(work.hp.pass_samples),
                         lambda missing: programs.judge(work.judge.params, missing, seed))
   pass_rate_P = rewards(work.reward, rows).reshape(len(picked), -1).mean(axis=1)
-  weight_B = np.repeat(work.weigh(pass_rate_P), work.hp.sampling.samples_per_prompt)
-  return weight_B.astype(np.float32), rollout.take(rows, new_B), pass_rate_P.mean()
+  weight_P = dict(zip((p.id for p in picked), work.weigh(pass_rate_P), strict=True))
+  weight_B = np.array([weight_P[i] for i in id_B], np.float32)
+  if drawn.weight_B is not None:
+    weight_B = weight_B * drawn.weight_B
+  return weight_B, rollout.take(rows, new_B), pass_rate_P.mean()
 
 
 def rewards(reward, rows, scored=types.MappingProxyType({})):

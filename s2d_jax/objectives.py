@@ -90,7 +90,8 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
           kl.reverse_kl, student_head, guide_head, weight_BT, hp.block)
       more = hp.kl_coef * total
     else:
-      reference_logp_BT, _ = logp(guide_head, batch, hp)
+      _, reference_head = blockwise.common(student_head, guide_head)
+      reference_logp_BT, _ = logp(reference_head, batch, hp)
       kl_BT = KL_PENALTIES[hp.kl](logp_BT, reference_logp_BT, old_logp_BT)
       loss_BT = loss_BT + hp.kl_coef * kl_BT
     sums["kl"] = summed(kl_BT, batch)
@@ -139,6 +140,7 @@ def _direct(f, student_head, guide_head, batch, hp, *more_BT):
 def _sampled(student_head, guide_head, batch, hp):
   """Reverse KL from the sampled token, with the exact KL as its baseline where hp.baseline."""
   _need(guide_head, "the sampled form")
+  student_head, guide_head = blockwise.common(student_head, guide_head)
   student_logp_BT, _ = logp(student_head, batch, hp)
   guide_logp_BT, _ = logp(guide_head, batch, hp)
   baseline_BT = 0.0

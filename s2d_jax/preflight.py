@@ -41,15 +41,15 @@ class Cost(NamedTuple):
   output: int  # beyond what reuses the arguments' memory
 
 
-def abstract_role(config, role, mesh):
-  """A base model with the shapes and layouts of its weights, from its config.json alone."""
+def abstract_role(config, role, mesh, shapes=models.frozen_shapes):
+  """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-  return train.Role(model, _laid_out(model, mesh))
+  return train.Role(model, _laid_out(model, mesh, shapes))
 
 
-def _laid_out(model, mesh):
-  """The shapes of a model's parameters, laid out on the mesh."""
-  shapes = models.shapes(model.config)
+def _laid_out(model, mesh, shapes):
+  """shapes(config) of a model's parameters, laid out on the mesh."""
+  shapes = shapes(model.config)
   return sharding.laid_out(shapes, sharding.weight_shardings(
       mesh, models.axes(model.config), shapes))
 
@@ -63,12 +63,14 @@ def costs(config, stages=recipe.STAGES):
     if hp.steps == 0:  # left out
       continue
     row = table[name]
-    base, lora = abstract_role(config, row.learner, mesh), models.lora(hp.lora)
+    base = abstract_role(config, row.learner, mesh, models.shapes)
+    lora = models.lora(hp.lora)
     learner, rest = base, None
     if lora is not None:
       model = models.build(dataclasses.replace(base.model.config, lora=lora))
       rest = base.params
-      learner = train.Role(model, models.split(model.config, _laid_out(model, mesh))[0])
+      learner = train.Role(model, models.split(
+          model.config, _laid_out(model, mesh, models.shapes))[0])
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
     optimizer = optim.make(train.optim_config(hp), models.trained(learner.model.config))
     work = train.Work(
@@ -79,9 +81,9 @@ def costs(config, stages=recipe.STAGES):
         guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
         frozen=rest,
         given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
-        judge=base if row.weigh else None, weigh=row.weigh, passes=None,
-        objective=row.objective, logp=objectives.logp, optimizer=optimizer, store=None,
-        validate=None, text=str, room=sampler.Room(**config.sampler.to_dict()))
+        judge=abstract_role(config, row.learner, mesh) if row.weigh else None, weigh=row.weigh,
+        passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
+        store=None, validate=None, text=str, room=sampler.Room(**config.sampler.to_dict()))
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
     found = {"score": programs.score, "update": programs.step}
     if programs.judge is not None:

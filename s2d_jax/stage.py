@@ -83,8 +83,12 @@ def _whole(model, params, frozen):
 
 
 def _learner(made, node, workdir, mesh):
-  """(what is trained, the leaves beside it that are not): adapters alone where the row has some."""
-  learner, lora = _load(made, node.learner, workdir, mesh), models.lora(node.hp.lora)
+  """(what is trained, the leaves beside it that are not): adapters alone where the row has some.
+
+  What adapters stand beside is float32 too: merged, it is what the stage leaves behind.
+  """
+  learner = _load(made, node.learner, workdir, mesh, models.shapes)
+  lora = models.lora(node.hp.lora)
   if lora is None:
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
@@ -123,15 +127,16 @@ def _room(config):
   return sampler.Room(**config.sampler.to_dict())
 
 
-def _load(made, role, workdir, mesh):
-  """A role's model and weights, in a copy of its own: the learner's buffers are donated."""
-  how = {key: made.config[key] for key in models.RUN}
+def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
+  """A role's model and weights, in a copy of its own: the learner's buffers are donated.
+
+  They are stored as shapes(config) says: as a frozen model's, if not otherwise.
+  """
   folder = made.base(role)["folder"]
+  model = models.get(hf.read_json(folder), **{key: made.config[key] for key in models.RUN})
+  shapes = shapes(model.config)
   if role in made.bases:
-    model, params = hf.load(folder, mesh)
-    return train.Role(models.build(dataclasses.replace(model.config, **how)), params)
-  model = models.get(hf.read_json(folder), **how)
-  shapes = models.shapes(model.config)
+    return train.Role(model, hf.load(folder, mesh, jax.tree.map(lambda x: x.dtype, shapes))[1])
   abstract = sharding.laid_out(shapes, sharding.weight_shardings(
       mesh, models.axes(model.config), shapes))
   return train.Role(model, checkpoint.load_final(workdir / role, abstract))

@@ -161,7 +161,7 @@ def _step(work, programs, stores, state, step, logs, mesh):
   picked, rows, weight_B = drawn.picked, drawn.rows, drawn.weight_B
   advantage_B = None
   if work.judge is not None:
-    weight_B, judged, row["pass_rate"] = drawing.weigh(work, programs, stores[1], step, picked)
+    weight_B, judged, row["pass_rate"] = drawing.weigh(work, programs, stores[1], step, drawn)
     row["weighted"] = (weight_B > 0).mean()
   if work.advantages is not None:
     shaped_B = drawn.reward_B

@@ -43,6 +43,19 @@ def test_the_commands_of_the_run_page(checkout):
   assert again == printed[0]
 
 
+@pytest.mark.slow
+def test_the_command_of_the_losses_page(checkout):
+  (block,) = blocks("docs/losses.md", "sh")
+  (words,) = map(str.split, block.splitlines())
+  command = pathlib.Path(sys.executable).with_name(words[0])  # the entry point beside this Python
+  run(checkout, [str(command), *words[1:]])
+  manifests = list((checkout / "runs" / "gspo").glob("teacher_grpo-*/manifest.json"))
+  assert manifests
+  for path in manifests:
+    rows = json.loads(path.read_text())["config"]["stages"]
+    assert rows["teacher_grpo"]["surrogate"] == "gspo"
+
+
 @pytest.mark.medium
 def test_the_models_page(checkout):
   (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")

@@ -118,6 +118,25 @@ def test_sampled_form(baseline):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grad, want)
 
 
+@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize("wider", ["student", "guide"])
+def test_padding_of_a_vocabulary_is_no_outcome(baseline, wider):
+  # Likely rows that only one of the two has: no part in a log-probability, and no gradient.
+  def padded(head):
+    return head[0], jnp.concatenate([head[1], 3 * head[1][:2]])
+  heads = {"student": STUDENT, "guide": GUIDE}
+  heads[wider] = padded(heads[wider])
+  def loss(student, guide):
+    how = hp(form="sampled", baseline=baseline)
+    return objectives.reverse_kl(student, guide, BATCH, how)["loss"][0]
+  want, dwant = jax.value_and_grad(loss)(STUDENT, GUIDE)
+  got, dgot = jax.value_and_grad(loss)(heads["student"], heads["guide"])
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(dgot[0], dwant[0], rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(dgot[1][:V], dwant[1], rtol=1e-4, atol=1e-6)
+  assert not np.any(dgot[1][V:])
+
+
 @pytest.mark.parametrize("change, said", [
     ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
     ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),

@@ -103,6 +103,19 @@ def test_every_row_holds_its_models(quick_compiles, config):
 
 
 @pytest.mark.medium
+def test_in_bfloat16_what_is_frozen_takes_half_and_what_learns_does_not(quick_compiles, config):
+  with config.unlocked():
+    config.stages = {"forward_kl": config.stages.forward_kl}
+  config.dtype = "bfloat16"
+  found = costs(config)
+  teacher, student = (parameters(role) for role in ("teacher", "student"))
+  for key, floor in {("forward_kl", "update"): 3 * 4 * student + 2 * teacher,
+                     ("forward_kl", "score"): 2 * teacher, ("forward_kl", "sample"): 2 * teacher,
+                     ("evaluation", "student"): 2 * student}.items():
+    assert floor <= found[key].arguments < floor + SLACK, key
+
+
+@pytest.mark.medium
 def test_adapters_have_their_programs(quick_compiles, config):
   # A row that asks its start for pass rates: the judge has no adapters, the learner has.
   with config.unlocked():

@@ -313,6 +313,37 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
       entry["flops"] for entry in spent[2:]]
 
 
+@pytest.mark.medium
+def test_pass_rates_weigh_what_rewards_left_and_bring_no_dropped_group_back(tmp_path, mesh,
+                                                                            monkeypatch):
+  # Prompts 0 to 3 are always right: their groups are dropped, drawn again in a second round, or
+  # fill the batch up with weight 0.
+  def reward(prompt_id, ids):
+    return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
+  learned, batch = [], rollout.batch
+  monkeypatch.setattr(rollout, "batch", lambda rows, mean, advantage_B, weight_B: (
+      learned.append((rows, weight_B)), batch(rows, mean, advantage_B, weight_B))[1])
+  work = make(tmp_path, mesh, reward=reward, clip_low=0.35, pass_samples=4, rounds=2)
+  run(work._replace(
+      weigh=lambda pass_rate_P: 1 + pass_rate_P,
+      judge=train.Role(work.learner.model, params_of(work.learner.model, 0, mesh)),
+      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write)))
+  right = {}
+  for path in (tmp_path / "passes").iterdir():
+    part = rollout.from_bytes(path.read_bytes())
+    for b, i in enumerate(part.prompt_id_B.tolist()):
+      right.setdefault(i, []).append(reward(i, part.response(b)))
+  dropped = 0
+  for rows, weight_B in learned:
+    rewards = [reward(i, rows.response(b)) for b, i in enumerate(rows.prompt_id_B.tolist())]
+    mixed_P = np.ptp(np.reshape(rewards, (4, 4)), axis=1) > 0
+    rate_P = [np.mean(right[i]) for i in rows.prompt_id_B[::4].tolist()]
+    np.testing.assert_allclose(weight_B, np.repeat((1 + np.array(rate_P)) * mixed_P, 4), rtol=1e-6)
+    dropped += (~mixed_P).sum()
+  redrawn = [row["rounds"] for row in metrics.read(tmp_path, "metrics")]
+  assert dropped > 0 and max(redrawn) == 2
+
+
 def test_a_pass_rates_weight_by_hand():
   np.testing.assert_allclose(objectives.learnable(np.array([0, 1 / 4, 1 / 2, 1])),
                              [0, 3 / 16, 1 / 4, 0])

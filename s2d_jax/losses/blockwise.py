@@ -70,6 +70,13 @@ def _of_target(logits_btV, targets_bt):
   return tokens.log_prob(logits_btV, targets_bt), tokens.entropy(logits_btV)
 
 
+def common(student_head, guide_head):
+  """Both heads with the rows of the vocabulary that both have: they may be padded differently."""
+  V = min(student_head[1].shape[0], guide_head[1].shape[0])
+  return tuple(Head(x, weight_VD if len(weight_VD) == V else weight_VD[:V])
+               for x, weight_VD in (student_head, guide_head))
+
+
 def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
   """Weighted sum of a per-token loss and what it found: (Σ weight · loss, found).
 
@@ -87,9 +94,8 @@ def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
   Returns:
     The sum, a scalar, and what f returned, for every token, [B, T].
   """
-  if guide_head is not None and guide_head[1].shape[0] != student_head[1].shape[0]:
-    V = min(guide_head[1].shape[0], student_head[1].shape[0])
-    student_head, guide_head = ((x, weight_VD[:V]) for x, weight_VD in (student_head, guide_head))
+  if guide_head is not None:
+    student_head, guide_head = common(student_head, guide_head)
   return _divergence(f, block, tuple(student_head), guide_head and tuple(guide_head), weight_BT,
                      more_BT)
 
@@ -171,20 +177,24 @@ def _logits(features_btD, weight_VD):
 
 def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
   """(dweight_VD with a block's part added, the gradient of the block's features)."""
-  dlogits_btV = dlogits_btV.astype(features_btD.dtype)
+  b, t, D = features_btD.shape
+  dlogits_NV = dlogits_btV.reshape(b * t, -1).astype(features_btD.dtype)
+  features_ND = features_btD.reshape(b * t, D)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  D = features_btD.shape[-1]
   few = math.gcd(D, COLUMNS) if sharding.platform() == "cpu" else D
-  def columns(i, dweight_VD):  # a CPU adds no product to a sum in place, but for a few at a time
-    own_btD = jax.lax.dynamic_slice_in_dim(features_btD, i * few, few, axis=2)
-    old_VD = jax.lax.dynamic_slice_in_dim(dweight_VD, i * few, few, axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(
-        dweight_VD, old_VD + product("btV,btD->VD", dlogits_btV, own_btD), i * few, axis=1)
-  dweight_VD = (columns(0, dweight_VD) if few == D
-                else jax.lax.fori_loop(0, D // few, columns, dweight_VD))
-  dfeatures_btD = product("btV,VD->btD", dlogits_btV, weight_VD)
-  return (sharding.constrain(dweight_VD, "vocab", "embed"),
-          dfeatures_btD.astype(features_btD.dtype))
+  def columns(i, carried):  # a CPU adds no product to a sum in place, but for a few at a time
+    dweight_VD, dlogits_NV = carried
+    own_Nd = jax.lax.dynamic_slice_in_dim(features_ND, i * few, few, axis=1)
+    old_Vd = jax.lax.dynamic_slice_in_dim(dweight_VD, i * few, few, axis=1)
+    dweight_VD = jax.lax.dynamic_update_slice_in_dim(
+        dweight_VD, old_Vd + product("NV,Nd->Vd", dlogits_NV, own_Nd), i * few, axis=1)
+    return dweight_VD, dlogits_NV
+  # The next product reads what the loop carries: what XLA fuses into each of two readers is there
+  # twice, and all that it is made of stays until the second.
+  dweight_VD, dlogits_NV = (columns(0, (dweight_VD, dlogits_NV)) if few == D else
+                            jax.lax.fori_loop(0, D // few, columns, (dweight_VD, dlogits_NV)))
+  dfeatures_ND = product("NV,VD->ND", dlogits_NV, weight_VD).astype(features_btD.dtype)
+  return sharding.constrain(dweight_VD, "vocab", "embed"), dfeatures_ND.reshape(b, t, D)
 
 
 def _map(on_block, block, rows):
@@ -203,11 +213,15 @@ def _scan(on_block, block, start, rows):
   def split(x_BT):  # the last block is filled up with zeros, whose finite results `join` drops
     x_N = x_BT.reshape(B * T, *x_BT.shape[2:])
     x_N = jnp.pad(x_N, [(0, n * size - B * T)] + [(0, 0)] * (x_N.ndim - 1))
-    return x_N.reshape(n, 1, size, *x_N.shape[1:])
+    return x_N.reshape(n, size, *x_N.shape[1:])
 
-  def join(x_nbt):
-    return x_nbt.reshape(n * size, *x_nbt.shape[3:])[: B * T].reshape(B, T, *x_nbt.shape[3:])
+  def join(x_nt):
+    return x_nt.reshape(n * size, *x_nt.shape[2:])[: B * T].reshape(B, T, *x_nt.shape[2:])
 
-  last, out = jax.lax.scan(lambda carried, xs: on_block(carried, *xs), start,
-                           jax.tree.map(split, rows))
+  # A block's axis of one row is there inside the loop alone: outside, XLA copies for its layout.
+  def step(carried, xs_t):
+    carried, out_bt = on_block(carried, *jax.tree.map(lambda x_t: x_t[None], xs_t))
+    return carried, jax.tree.map(lambda x_bt: x_bt[0], out_bt)
+
+  last, out = jax.lax.scan(step, start, jax.tree.map(split, rows))
   return jax.tree.map(join, out), last

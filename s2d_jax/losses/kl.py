@@ -138,8 +138,8 @@ def top_k_reverse_kl(student_logits_BTV, teacher_logits_BTV, k, support="student
 
   A divergence of two distributions, so never negative and no more than the full one (the
   data-processing inequality); without the rest it is neither. The support is the k most probable
-  tokens of the "teacher" or the "student", their "union" or "intersection", and is not
-  differentiated.
+  tokens of the "teacher" or the "student" (of equal ones the lower ids), their "union" or
+  "intersection", and is not differentiated.
 
   Returns:
     The divergence, [B, T], and the masses that the support holds: {"student_mass", "teacher_mass"}.
@@ -163,16 +163,22 @@ def _masses(student_BTV, teacher_BTV, inside_BTV):
           for who, x_BTV in (("student", student_BTV), ("teacher", teacher_BTV))}
 
 
+def _top(logits_BTV, k):
+  """bool_BTV: the k largest logits, exactly k of them; ties go to lower ids. No gradient."""
+  logits_BTV = jax.lax.stop_gradient(logits_BTV)
+  last_BTk, index_BTk = jax.lax.top_k(logits_BTV, k)
+  last_BT1, index_BT1 = last_BTk[..., -1:], index_BTk[..., -1:]
+  id_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+  return (logits_BTV > last_BT1) | ((logits_BTV == last_BT1) & (id_BTV <= index_BT1))
+
+
 def _support(student_BTV, teacher_BTV, k, support):
-  """bool_BTV: the tokens at or above the k-th largest logit; more than k where that one is tied."""
+  """bool_BTV: the tokens that are told apart."""
   if support not in SUPPORTS:
     raise ValueError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
-  def top(x_BTV):
-    x_BTV = jax.lax.stop_gradient(x_BTV)
-    return x_BTV >= jax.lax.top_k(x_BTV, k)[0][..., -1:]
-  found = {"teacher": lambda: top(teacher_BTV), "student": lambda: top(student_BTV),
-           "union": lambda: top(student_BTV) | top(teacher_BTV),
-           "intersection": lambda: top(student_BTV) & top(teacher_BTV)}
+  found = {"teacher": lambda: _top(teacher_BTV, k), "student": lambda: _top(student_BTV, k),
+           "union": lambda: _top(student_BTV, k) | _top(teacher_BTV, k),
+           "intersection": lambda: _top(student_BTV, k) & _top(teacher_BTV, k)}
   return found[support]()
 
 
@@ -260,21 +266,15 @@ def reverse_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
 
 def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
   """Share of p's k most probable tokens that are among q's k most probable, in [0, 1]."""
-  return jnp.sum(_both_top(p_logits_BTV, q_logits_BTV, k), axis=-1) / k
+  both_BTV = _support(p_logits_BTV, q_logits_BTV, k, "intersection")
+  return jnp.sum(both_BTV, axis=-1, dtype=jnp.float32) / k
 
 
 def overlap_mass(p_logits_BTV, q_logits_BTV, k):
   """Probability that p puts on the tokens that are among the k most probable of both."""
   p_BTV = jax.nn.softmax(p_logits_BTV.astype(jnp.float32))
-  return expectation(p_BTV, _both_top(p_logits_BTV, q_logits_BTV, k))
-
-
-def _both_top(p_logits_BTV, q_logits_BTV, k):
-  """1.0 on the tokens that are among the k largest logits of both, else 0; ties go to lower ids."""
-  def top(logits_BTV):
-    _, index_BTk = jax.lax.top_k(logits_BTV, k)
-    return jnp.sum(jax.nn.one_hot(index_BTk, logits_BTV.shape[-1]), axis=-2)
-  return top(p_logits_BTV) * top(q_logits_BTV)
+  both_BTV = _support(p_logits_BTV, q_logits_BTV, k, "intersection")
+  return expectation(p_BTV, both_BTV.astype(jnp.float32))
 
 
 def k2(logp_BT, reference_logp_BT):

@@ -16,8 +16,8 @@ from s2d_jax.models.layout import Weight
 
 __all__ = [
     "KV", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
-    "empty_cache", "get", "lora", "merge", "read_config", "shapes", "split", "trained",
-    "weights",
+    "empty_cache", "frozen_shapes", "get", "lora", "merge", "read_config", "shapes", "split",
+    "trained", "weights",
 ]
 
 FAMILIES = {"qwen3": qwen3, "llama": llama}
@@ -163,3 +163,16 @@ def merge(config, params):
 def shapes(config):
   """The parameters as `jax.ShapeDtypeStruct`s, without making them."""
   return jax.eval_shape(lambda: build(config).init(jax.random.key(0)))
+
+
+def frozen_shapes(config):
+  """`shapes` of a model that is not trained: stored in the type that products read, config.dtype.
+
+  RMSNorm's scales stay float32, as they are multiplied, so that the model computes to the last bit
+  what it does in float32.
+  """
+  found, table = layout.flat(shapes(config)), weights(config)
+  def stored(path, x):
+    scale = len(table[path].axes) - table[path].stacked == 1
+    return x if scale else jax.ShapeDtypeStruct(x.shape, config.dtype)
+  return layout.nest({path: stored(path, x) for path, x in found.items()})

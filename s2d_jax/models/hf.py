@@ -33,9 +33,10 @@ COPIED = (
 def load(folder, mesh=None, dtype=None):
   """(Model, params) of a Hugging Face folder.
 
-  The weights become `dtype`, float32 by default, whatever they are stored in; with a `mesh` each
-  device gets its own part, and each process reads no other. They go to the devices one layer of
-  one weight at a time: the host never holds more. The Model computes in float32: for another type
+  The weights become `dtype`, one for all or a tree of the parameters' structure, float32 by
+  default, whatever they are stored in; with a `mesh` each device gets its own part, and each
+  process reads no other. They go to the devices one layer of one weight at a time: the host never
+  holds more. The Model computes in float32: for another type
   or for remat, `models.build(dataclasses.replace(model.config, dtype="bfloat16", remat="block"))`.
 
   Raises:
@@ -48,9 +49,9 @@ def load(folder, mesh=None, dtype=None):
   model = models.build(models.read_config(read_json(folder)))
   shapes = layout.flat(models.shapes(model.config))
   stored = _checked(folder, model.config, shapes)
-  dtype = jnp.dtype(dtype or "float32")
+  types = layout.flat(dtype) if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
   return model, layout.nest({
-      path: _placed(stored, weight, shapes[path].shape, dtype, mesh)
+      path: _placed(stored, weight, shapes[path].shape, jnp.dtype(types[path] or "float32"), mesh)
       for path, weight in models.weights(model.config).items()})
 
 

@@ -183,6 +183,20 @@ def test_no_array_of_all_tokens_by_vocabulary():
   assert max(int(np.prod(shape)) for shape in shapes) == 4 * V  # one block of logits, no more
 
 
+def test_temporaries_are_three_arrays_of_a_block_and_do_not_grow_with_the_tokens():
+  def temporaries(count, block, D=512, V=4096):
+    head = blockwise.Head(jax.ShapeDtypeStruct((1, count, D), jnp.float32),
+                          jax.ShapeDtypeStruct((V, D), jnp.float32))
+    def total(student, guide):
+      weight_BT = jnp.ones((1, count), jnp.float32)
+      return blockwise.divergence(kl.reverse_kl, student, guide, weight_BT, block)[0]
+    program = jax.jit(jax.value_and_grad(total)).lower(head, head).compile()
+    return program.memory_analysis().temp_size_in_bytes / (4 * block * V)  # the gradient is output
+  # Two models' logits and what is made of them; beside them a block's features, an eighth each.
+  assert 2 < temporaries(1024, 256) < 3.5
+  assert temporaries(4096, 256) < temporaries(1024, 256) + 0.01
+
+
 def on_mesh(shape, axes=("data", "fsdp", "tensor"), rows=8, T=48, D=32, V=96):
   """(mesh, heads and batch laid out on it) with sizes that tell axes apart."""
   mesh = sharding.make_mesh(shape)

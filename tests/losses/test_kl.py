@@ -426,6 +426,30 @@ def test_fewer_outcomes_are_no_further_apart_and_never_negative(support):
                              rtol=1e-4, atol=1e-6)
 
 
+def test_ties_go_to_lower_ids_and_the_support_has_exactly_k():
+  # Teacher: 2, three times 1, twice 0; student: all equal. Two of the first are {0, 1}, three
+  # {0, 1, 3}; of the student's they are {0, 1} and {0, 1, 2}.
+  teacher_BTV = jnp.array([[[2.0, 1.0, 0.0, 1.0, 1.0, 0.0]]])
+  student_BTV = jnp.zeros((1, 1, 6))
+  p = np.exp(log_softmax(teacher_BTV))[0, 0]
+  for support, k, inside in (("teacher", 2, [0, 1]), ("teacher", 3, [0, 1, 3]),
+                             ("student", 2, [0, 1]), ("student", 3, [0, 1, 2]),
+                             ("union", 3, [0, 1, 2, 3]), ("intersection", 3, [0, 1])):
+    _, masses = kl.top_k_forward_kl(student_BTV, teacher_BTV, k, support)
+    np.testing.assert_allclose(masses["student_mass"], [[len(inside) / 6]], rtol=1e-6)
+    np.testing.assert_allclose(masses["teacher_mass"], [[p[inside].sum()]], rtol=1e-6)
+  np.testing.assert_allclose(kl.top_k_overlap(teacher_BTV, student_BTV, 3), [[2 / 3]], rtol=1e-6)
+  np.testing.assert_allclose(kl.overlap_mass(teacher_BTV, student_BTV, 3), [[p[:2].sum()]],
+                             rtol=1e-6)
+
+
+def test_a_support_needs_no_more_than_a_block_of_logits():
+  student, teacher = (jax.ShapeDtypeStruct((1, 8, 4096), jnp.float32) for _ in range(2))
+  for f in (kl.top_k_forward_kl, kl.top_k_overlap):
+    text = str(jax.make_jaxpr(lambda s, t, f=f: f(s, t, 64))(student, teacher))
+    assert "8,4096]" in text and "64,4096]" not in text
+
+
 def test_an_unknown_support_is_refused():
   with pytest.raises(ValueError, match="support is 'both': choose it from teacher, student, union"):
     kl.top_k_forward_kl(STUDENT_BTV, TEACHER_BTV, 3, "both")

@@ -1,0 +1,68 @@
+"""How a role is loaded: a learner whole, a frozen model in the type it is multiplied in."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from s2d_jax import checkpoint, models, objectives, rollout, sharding, stage, update
+from s2d_jax.models import hf, layout
+
+CONFIG = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 16, "head_dim": 8,
+          "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+          "tie_word_embeddings": False, "max_position_embeddings": 64}
+SCALES = {"norm", "layers/attn_norm", "layers/mlp_norm", "layers/attn/q_norm",
+          "layers/attn/k_norm"}
+
+
+@pytest.fixture
+def made(tmp_path):
+  """What `stage` reads of a plan: a base model, and a stage that has ended with other weights."""
+  rng = np.random.default_rng(0)
+  def draw(x):
+    return rng.normal(0.5, 0.3, x.shape).astype(np.float32)
+  model = models.get(CONFIG)
+  shapes = models.shapes(model.config)
+  folder = hf.save(tmp_path / "base", model, jax.tree.map(draw, shapes))
+  mesh = sharding.make_mesh((2, 2, 2))
+  where = sharding.weight_shardings(mesh, models.axes(model.config), shapes)
+  ended = jax.tree.map(lambda x, at: sharding.put(draw(x), at), shapes, where)
+  checkpoint.save_final(tmp_path / "ended", ended)
+  with jax.set_mesh(mesh):
+    yield types.SimpleNamespace(
+        config=ml_collections.ConfigDict({"dtype": "bfloat16", "remat": "none",
+                                          "attention": "auto"}),
+        bases={"base": {}}, base=lambda role: {"folder": str(folder)})
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("role", ["base", "ended"])
+def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
+    made, role, tmp_path):
+  mesh = sharding.current_mesh()
+  frozen = stage._load(made, role, tmp_path, mesh)
+  whole = stage._load(made, role, tmp_path, mesh, models.shapes)
+  assert frozen.model is whole.model
+  assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
+  for path, x in layout.flat(frozen.params).items():
+    assert x.dtype == ("float32" if path in SCALES else "bfloat16"), path
+  assert update.shardings(frozen.params) == update.shardings(whole.params)
+  rng = np.random.default_rng(1)
+  rows = rollout.Rollout(
+      np.arange(8), np.zeros(8, np.int32), rng.integers(0, 32, (8, 4)).astype(np.int32),
+      np.full(8, 4, np.int32), rng.integers(0, 32, (8, 5)).astype(np.int32),
+      rng.integers(1, 6, 8).astype(np.int32), np.zeros((8, 5), np.float32), np.ones(8, np.int32), 0)
+  batch = sharding.put_batch(rollout.batch(rows), mesh)
+  score = update.score(whole.model, objectives.logp, types.SimpleNamespace(microbatches=1, block=8))
+  (logp_BT, _), (want_BT, _) = (sharding.fetch(score(one.params, batch)) for one in (frozen, whole))
+  np.testing.assert_array_equal(logp_BT, want_BT)
+  assert np.abs(logp_BT).max() > 1
+
+
+def test_in_float32_a_frozen_model_is_stored_as_any_other():
+  config = models.get(CONFIG).config
+  assert models.frozen_shapes(config) == models.shapes(config)

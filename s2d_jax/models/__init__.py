@@ -173,6 +173,6 @@ def frozen_shapes(config):
   """
   found, table = layout.flat(shapes(config)), weights(config)
   def stored(path, x):
-    scale = len(table[path].axes) - table[path].stacked == 1
+    scale = path in table and len(table[path].axes) - table[path].stacked == 1  # no adapter
     return x if scale else jax.ShapeDtypeStruct(x.shape, config.dtype)
   return layout.nest({path: stored(path, x) for path, x in found.items()})

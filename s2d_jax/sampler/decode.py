@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2d_jax import sharding
+from s2d_jax import models, sharding
 from s2d_jax.models import caches, decoder
 
 
@@ -181,15 +181,18 @@ def draw(logits_BV, key_B2, index_B, sampling):
 
 
 class Weights(NamedTuple):
-  """A model's weights as decoding reads them, over and over: in the type of the activations."""
+  """A model's weights as decoding reads them, over and over: matrices in the activations' type."""
   params: dict
   head_DV: jax.Array  # the unembedding, as its product reads it
 
 
 def prepare(model, params):
-  """The Weights of parameters. Each layer's own: a stack would have to be copied from."""
-  dtype = decoder.DTYPES[model.config.dtype]
-  params = jax.tree.map(lambda w: w.astype(dtype), params)
+  """The Weights of parameters, each layer's own: a stack would have to be copied from.
+
+  Norms' scales stay as they are, as in the trainer, so the numbers are the same to the last bit.
+  """
+  params = jax.tree.map(lambda w, kept: w.astype(kept.dtype), params,
+                        models.frozen_shapes(model.config))
   return Weights(decoder.unstacked(params, model.config), model.unembed(params).T)
 
 

@@ -44,7 +44,7 @@ def penalised(penalty):
 
 def weighted(level, kept):
   def loss(s, g, batch):
-    ratio_BT = grpo.mismatch_ratio(batch.old_logp_BT, batch.sampler_logp_BT, batch.weight_BT > 0,
+    ratio_BT = grpo.mismatch_ratio(batch.old_logp_BT, batch.drawn_logp_BT, batch.weight_BT > 0,
                                    batch.segments_BT, level)
     return kept(ratio_BT) * CLIPPED(s, g, batch)
   return loss
@@ -148,7 +148,8 @@ def batches():
   rows = rollout.Rollout(
       np.arange(B), np.zeros(B, np.int32), rng.integers(0, V, (B, 4)).astype(np.int32), lengths[0],
       rng.integers(0, V, (B, 9)).astype(np.int32), lengths[1],
-      (0.3 * rng.normal(size=(B, 9))).astype(np.float32), np.ones(B, np.int32), 0)
+      np.zeros((B, 9), np.float32), (0.3 * rng.normal(size=(B, 9))).astype(np.float32),
+      np.ones(B, np.int32), 0)
   # Weights in quarters: their sum, which every number is divided by, is exact in any order.
   plain = rollout.batch(rows, "token", rng.normal(size=B).astype(np.float32) + 0.5,
                         rng.integers(0, 9, B).astype(np.float32) / 4)
@@ -158,13 +159,12 @@ def batches():
 
 
 def placed(batch):
-  """The batch with each place as its own input, and old and sampler's numbers near the student's.
-  """
+  """The batch with each place as its own input, and old and drawn numbers near the student's."""
   batch = batch._replace(inputs_BT=np.arange(B * T, dtype=np.int32).reshape(B, T))
   noise_BT = 0.3 * np.random.default_rng(4).normal(size=(B, T)).astype(np.float32)
   logits_BTV = OWN["features"][0, batch.inputs_BT] @ OWN["unembed"][0].T
   old_BT = np.asarray(logp(jnp.asarray(logits_BTV), batch)) + noise_BT
-  return batch._replace(old_logp_BT=old_BT, sampler_logp_BT=old_BT + batch.sampler_logp_BT)
+  return batch._replace(old_logp_BT=old_BT, drawn_logp_BT=old_BT + batch.drawn_logp_BT)
 
 
 @jax.jit

@@ -3,14 +3,15 @@
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
-from s2d_jax import sharding
+from s2d_jax import objectives, sharding, train, update
 from s2d_jax.losses import blockwise, kl, tokens
 
 B, T, D, V = 2, 7, 4, 11
@@ -160,14 +161,6 @@ def test_a_token_without_weight_has_no_gradient_whatever_it_holds():
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
 
 
-def arrays_in(jaxpr):
-  """Shapes of everything a program computes, loops looked into."""
-  for eqn in jaxpr.eqns:
-    yield from (v.aval.shape for v in eqn.outvars)
-    for inner in jaxprs_in_params(eqn.params):
-      yield from arrays_in(inner)
-
-
 def doors(student, guide, targets_BT, weight_BT, block):
   """A loss that enters both."""
   logp_BT, entropy_BT = blockwise.logp(student, targets_BT, block)
@@ -176,11 +169,34 @@ def doors(student, guide, targets_BT, weight_BT, block):
   return sum(parts), parts
 
 
-def test_no_array_of_all_tokens_by_vocabulary():
-  program = jax.make_jaxpr(jax.value_and_grad(doors, has_aux=True), static_argnums=4)(
-      STUDENT, GUIDE, TARGETS_BT, WEIGHT_BT, 4)
-  shapes = [shape for shape in arrays_in(program.jaxpr) if V in shape and shape[0] != V]
-  assert max(int(np.prod(shape)) for shape in shapes) == 4 * V  # one block of logits, no more
+def sizes(text):
+  """How many elements the arrays of a compiled program have, of any type."""
+  return {math.prod(map(int, dims.split(",")))
+          for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)}
+
+
+@pytest.mark.parametrize("door", ["logp", "divergence"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_array_of_all_tokens_by_vocabulary(door, backward):
+  count, wide, block = 256, 512, 16  # 131,072 logits, of which a block has 8,192
+  def head(width):
+    return blockwise.Head(jax.ShapeDtypeStruct((2, count // 2, width), jnp.float32),
+                          jax.ShapeDtypeStruct((wide, width), jnp.float32))
+  def total(student, guide, targets_BT, weight_BT, direct=False):
+    if direct:
+      return jnp.sum(weight_BT * kl.reverse_kl(full_logits(student), full_logits(guide)))
+    if door == "logp":
+      logp_BT, entropy_BT = blockwise.logp(student, targets_BT, block)
+      return jnp.sum(weight_BT * (logp_BT + entropy_BT))
+    return blockwise.divergence(kl.reverse_kl, student, guide, weight_BT, block)[0]
+  def largest(direct):
+    f = jax.value_and_grad(total) if backward else total
+    program = jax.jit(f, static_argnums=4).lower(
+        head(8), head(12), jax.ShapeDtypeStruct((2, count // 2), jnp.int32),
+        jax.ShapeDtypeStruct((2, count // 2), jnp.float32), direct)
+    return max(sizes(program.compile().as_text()))
+  assert largest(False) == block * wide  # one block of logits, and no more
+  assert largest(True) >= count * wide  # the search finds what it looks for
 
 
 def test_temporaries_are_three_arrays_of_a_block_and_do_not_grow_with_the_tokens():
@@ -197,7 +213,7 @@ def test_temporaries_are_three_arrays_of_a_block_and_do_not_grow_with_the_tokens
   assert temporaries(4096, 256) < temporaries(1024, 256) + 0.01
 
 
-def on_mesh(shape, axes=("data", "fsdp", "tensor"), rows=8, T=48, D=32, V=96):
+def on_mesh(shape, rows=8, T=48, D=32, V=480):
   """(mesh, heads and batch laid out on it) with sizes that tell axes apart."""
   mesh = sharding.make_mesh(shape)
   rng = np.random.default_rng(4)
@@ -212,30 +228,53 @@ def on_mesh(shape, axes=("data", "fsdp", "tensor"), rows=8, T=48, D=32, V=96):
 
 
 def loops(text):
-  """The lines of a compiled program that run in a loop: bodies of `while` and what they call."""
+  """The loops of a compiled program: for each `while`, the lines of its body and what they call."""
   found = re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-  computations = dict(found)
-  inside, todo = set(), re.findall(r"body=%([\w.-]+)", text)
-  while todo:
-    name = todo.pop()
-    if name not in inside:
-      inside.add(name)
-      todo += [n for n in re.findall(r"%([\w.-]+)", computations[name]) if n in computations]
-  return [line for name in inside for line in computations[name].splitlines()]
+  computations = {name: lines.splitlines() for name, lines in found}
+  def lines_of(name, seen):
+    seen.add(name)
+    lines = list(computations[name])
+    for called in re.findall(r"%([\w.-]+)", "\n".join(computations[name])):
+      if called in computations and called not in seen:
+        lines += lines_of(called, seen)
+    return lines
+  return [lines_of(name, set()) for name in re.findall(r"body=%([\w.-]+)", text)]
+
+
+def instructions(lines):
+  """{name: (what it is, the sizes of its arrays, its operands)}."""
+  def told(kind, result, operands):
+    dims = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", result)
+    return kind, [math.prod(map(int, d.split(","))) for d in dims], re.findall(
+        r"%([\w.-]+)", operands)
+  parts = (re.match(r" *(?:ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)", line) for line in lines)
+  return {part[1]: told(part[3], part[2], part[4].split("), ")[0]) for part in parts if part}
 
 
 def reduced(lines):
-  """Elements of each array that a line adds up over devices."""
-  for line in lines:
-    if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line):
-      for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", re.split(" (all-r|reduce-s)", line)[0]):
-        yield math.prod(map(int, dims.split(",")))
+  """Elements of each array that is added up over devices, before it is: what is left of it on a
+  device may be a part of the sum."""
+  every = instructions(lines)
+  return sorted(size for kind, _, operands in every.values()
+                if re.fullmatch(r"(all-reduce|reduce-scatter)(-start)?", kind)
+                for name in operands for size in every[name][1])
 
 
-def sizes(text):
-  """How many elements the arrays of a compiled program have."""
-  return {math.prod(map(int, dims.split(",")))
-          for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+def blocks(text, logits):
+  """The loops over blocks: the innermost that hold a product of so many logits."""
+  def holds(lines):
+    return any(kind in ("dot", "convolution") and logits in results
+               for kind, results, _ in instructions(lines).values())
+  held = [set(lines) for lines in loops(text) if holds(lines)]
+  return [lines for lines in held if not any(other < lines for other in held)]
+
+
+def check_one_reduction(text, own, logits):
+  """A gradient of `own` elements is added up over devices, and in no loop over blocks."""
+  found = blocks(text, logits)
+  assert found
+  assert own in reduced(text.splitlines())
+  assert max((size for lines in found for size in reduced(lines)), default=0) <= own // 8
 
 
 @pytest.mark.medium
@@ -245,12 +284,63 @@ def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(sha
   with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(doors, has_aux=True), static_argnums=4)
     text = step.lower(*args, 16).compile().as_text()
-  own = 96 * 32 // shape[2]  # a device's part of the vocabulary, whole rows
-  everywhere, inside = list(reduced(text.splitlines())), list(reduced(loops(text)))
-  assert [size for size in everywhere if size >= own // 8]  # the search finds what it looks for
-  assert max(inside, default=0) <= 16 * 40  # in the loop: at most a block of features
-  tokens_of_one = 8 * 48 // (shape[0] * shape[1])
-  assert tokens_of_one * 96 // shape[2] not in sizes(text)  # a device's whole logits
+  part = 480 // shape[2]  # a device's part of the vocabulary, whole rows
+  check_one_reduction(text, part * 32, 16 * part)
+  assert reduced(text.splitlines()).count(part * 32) == 2  # one of each door
+  assert max(sizes(text)) < 48 * part  # a device's whole logits
+
+
+def wrong(kind, block):
+  """What the doors must not do: the gradient is added up over `fsdp` at every block."""
+  def over_devices(part_VD):
+    if kind == "all-reduce":
+      return jax.lax.psum(part_VD, "fsdp")
+    return jax.lax.psum_scatter(part_VD, "fsdp", scatter_dimension=1, tiled=True)
+  def local(features_BTD, weight_VD, targets_BT):
+    def on_block(total, xs):
+      grad = jax.grad(lambda w: jnp.sum(tokens.log_prob(xs[0] @ w.T, xs[1])))(weight_VD)
+      return total + jnp.abs(over_devices(grad)), ()  # of plain sums a TPU's compiler makes one
+    split = features_BTD.reshape(-1, block, weight_VD.shape[1]), targets_BT.reshape(-1, block)
+    return jax.lax.scan(on_block, jnp.zeros_like(over_devices(weight_VD)), split)[0]
+  return jax.jit(jax.shard_map(
+      local, in_specs=(jax.P("fsdp"), jax.P(), jax.P("fsdp")), check_vma=False,
+      out_specs=jax.P() if kind == "all-reduce" else jax.P(None, "fsdp")))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("kind", ["all-reduce", "reduce-scatter"])
+def test_a_gradient_added_up_at_every_block_is_found(kind):
+  # A reduce-scatter leaves an eighth on a device, and adds up all of it.
+  mesh, (student, _, targets_BT, _) = on_mesh((1, 8, 1))
+  with jax.set_mesh(mesh):
+    text = wrong(kind, 16).lower(*student, targets_BT).compile().as_text()
+  assert f" {kind}(" in text
+  with pytest.raises(AssertionError, match=r"15360 <= \(15360 // 8\)"):
+    check_one_reduction(text, 480 * 32, 16 * 480)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_whole_update_adds_the_gradient_up_once_a_microbatch(shape):
+  # Microbatches are a loop of their own around that over blocks: in its body stands one reduction.
+  mesh = sharding.make_mesh(shape)
+  model = types.SimpleNamespace(
+      apply=lambda params, ids, *_: (params["in"][ids % 4], None), unembed=lambda p: p["out"])
+  hp = types.SimpleNamespace(microbatches=2, block=16)
+  params = {name: jax.ShapeDtypeStruct((rows, 32), jnp.float32, sharding=sharding.weight_sharding(
+      mesh, ("vocab", "embed"), (rows, 32))) for name, rows in (("in", 4), ("out", 480))}
+  optimizer = optax.sgd(0.1)
+  with jax.set_mesh(mesh):
+    state = update.abstract(optimizer, mesh, params)
+    step = update.make(model, None, objectives.negative_log_likelihood, optimizer, hp,
+                       update.shardings(state))
+    text = step.lower(state, None, train.abstract_batch(16, 48, mesh)).compile().as_text()
+  part = 480 // shape[2]
+  check_one_reduction(text, part * 32, 16 * part)
+  assert reduced(text.splitlines()).count(part * 32) == 1
+  around = [lines for lines in loops(text) if any(over < set(lines) for over in blocks(
+      text, 16 * part))]
+  assert len(around) == 1 and reduced(around[0]).count(part * 32) == 1
 
 
 @pytest.mark.medium

@@ -107,11 +107,23 @@ def test_the_gradient_of_the_unembedding_is_added_up_after_the_loop(topology, sh
     text = jax.jit(jax.grad(hlo.doors, has_aux=True), static_argnums=4).lower(
         head(D), head(2 * D), per_token(jnp.int32), per_token(jnp.float32), block
         ).compile().as_text()
-  own = V // shape[2] * D
-  assert max(hlo.reduced(text.splitlines())) >= own // 16  # the search finds what it looks for
-  assert max(hlo.reduced(hlo.loops(text)), default=0) <= block * 2 * D
+  part = V // shape[2]
+  hlo.check_one_reduction(text, part * D, block * part)
   tokens = rows * T // (shape[0] * shape[1])
-  assert tokens * V // shape[2] not in hlo.sizes(text)  # a device's logits of all its tokens
+  assert tokens * part not in hlo.sizes(text)  # a device's logits of all its tokens
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "reduce-scatter"])
+def test_a_gradient_added_up_at_every_block_is_found(kind):
+  where, (D, V, block) = mesh("v6e:4x4", (1, 16, 1)), (512, 4096, 128)
+  def laid_out(names, shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(where, shape, names))
+  with jax.set_mesh(where):
+    text = hlo.wrong(kind, block).lower(
+        laid_out(("batch",), (16, 512, D)), laid_out((), (V, D)),
+        laid_out(("batch",), (16, 512), jnp.int32)).compile().as_text()
+  with pytest.raises(AssertionError, match=f"{V * D} <= "):
+    hlo.check_one_reduction(text, V * D, block * V)
 
 
 def test_temporaries_are_a_small_share_of_those_of_all_logits():

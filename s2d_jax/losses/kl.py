@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.losses.tokens import expectation, log_sum, once
+from s2d_jax.losses.tokens import expectation, log_softmax, log_sum, once
 
 LOWEST = -1e30  # a logit of no probability, finite
 SUPPORTS = ("teacher", "student", "union", "intersection")
@@ -29,9 +29,7 @@ def _kl(p_logits_BTV, q_logits_BTV):
 
 def _ratio(p_logits_BTV, q_logits_BTV):
   """(p, q, log p/q), the last one exactly 0 where the logits are equal."""
-  (top_p_BT1, log_p_BT1), (top_q_BT1, log_q_BT1) = log_sum(p_logits_BTV), log_sum(q_logits_BTV)
-  log_p_BTV = p_logits_BTV - top_p_BT1 - log_p_BT1
-  log_q_BTV = q_logits_BTV - top_q_BT1 - log_q_BT1
+  log_p_BTV, log_q_BTV = log_softmax(p_logits_BTV), log_softmax(q_logits_BTV)
   return once(jnp.exp(log_p_BTV)), once(jnp.exp(log_q_BTV)), once(log_p_BTV - log_q_BTV)
 
 
@@ -184,29 +182,32 @@ def _support(student_BTV, teacher_BTV, k, support):
 
 @jax.custom_jvp
 def _kl_with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
-  p_BTV, _, ratio_BTV = _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV)
+  p_BTV, *_, ratio_BTV = _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV)
   return expectation(p_BTV, ratio_BTV)
 
 
 @_kl_with_rest.defjvp
 def _kl_with_rest_jvp(logits, tangents):
-  # A token outside shares the ratio of all the rest, inside it has its own.
-  p_BTV, q_BTV, ratio_BTV = _with_rest(*logits)
+  # A token outside shares the ratio of all the rest, inside it has its own; p_from_q is p inside,
+  # and outside what p's rest would be if shared out as q's. One exponential: q · p/q overflows.
+  p_BTV, q_BTV, p_from_q_BTV, ratio_BTV = _with_rest(*logits)
   kl_BT = expectation(p_BTV, ratio_BTV)
   in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
-  in_q_BTV = -q_BTV * jnp.expm1(ratio_BTV)
+  in_q_BTV = q_BTV - p_from_q_BTV
   return kl_BT, _along(in_p_BTV, tangents[0]) + _along(in_q_BTV, tangents[1])
 
 
 def _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
-  """(p, q, log p/q of each token's outcome)."""
-  p_BTV, q_BTV, ratio_BTV = _ratio(p_logits_BTV, q_logits_BTV)
+  """(p, q, q · p/q of each token's outcome, log p/q of it)."""
+  log_p_BTV, log_q_BTV = log_softmax(p_logits_BTV), log_softmax(q_logits_BTV)
   def rest(logits_BTV):  # log-mass outside, finite where there is nothing outside
     top_BT1, log_BT1 = log_sum(jnp.where(inside_BTV, LOWEST, logits_BTV))
     whole_BT1, log_whole_BT1 = log_sum(logits_BTV)
     return (top_BT1 - whole_BT1) + (log_BT1 - log_whole_BT1)
-  return p_BTV, q_BTV, once(jnp.where(inside_BTV, ratio_BTV,
-                                      rest(p_logits_BTV) - rest(q_logits_BTV)))
+  over_BT1 = rest(p_logits_BTV) - rest(q_logits_BTV)
+  ratio_BTV = jnp.where(inside_BTV, log_p_BTV - log_q_BTV, over_BT1)
+  p_from_q_BTV = jnp.exp(jnp.where(inside_BTV, log_p_BTV, log_q_BTV + over_BT1))
+  return (*(once(jnp.exp(x)) for x in (log_p_BTV, log_q_BTV)), once(p_from_q_BTV), once(ratio_BTV))
 
 
 def intersection_reverse_kl(student_logits_BTV, teacher_logits_BTV, k):

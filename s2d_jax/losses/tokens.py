@@ -49,14 +49,19 @@ def log_sum(logits_BTV):
   return top_BT1, once(jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT1), axis=-1, keepdims=True)))
 
 
+def log_softmax(logits_BTV):
+  """log π(v) of every token, [B, T, V], in nats; `once` is the reader's to ask for."""
+  top_BT1, log_BT1 = log_sum(logits_BTV)
+  return logits_BTV - top_BT1 - log_BT1
+
+
 def entropy(logits_BTV):
   """Entropy at each position, in nats: between 0 and log V.
 
     H(π) = −Σ_v π(v) · log π(v).
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  top_BT1, log_BT1 = log_sum(logits_BTV)
-  logp_BTV = once(logits_BTV - top_BT1 - log_BT1)
+  logp_BTV = once(log_softmax(logits_BTV))
   return -expectation(once(jnp.exp(logp_BTV)), logp_BTV)
 
 

@@ -17,6 +17,7 @@ BOTH = pytest.mark.parametrize("f", [kl.forward_kl, kl.reverse_kl])
 def log_softmax(logits_BTV):
   """In float64 NumPy."""
   logits_BTV = np.asarray(logits_BTV, np.float64)
+  logits_BTV = logits_BTV - logits_BTV.max(axis=-1, keepdims=True)
   return logits_BTV - np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
 
 
@@ -329,8 +330,9 @@ def numpy_jsd(log_s, log_t, pi):
 
 
 def numpy_support(log_s, log_t, k, support):
-  def top(x):
-    return x >= np.sort(x, axis=-1)[..., -k:][..., :1]
+  def top(x):  # of equal ones the lower ids
+    order = np.argsort(np.argsort(-np.asarray(x, np.float64), axis=-1, kind="stable"), axis=-1)
+    return order < k
   return {"teacher": top(log_t), "student": top(log_s), "union": top(log_t) | top(log_s),
           "intersection": top(log_t) & top(log_s)}[support]
 
@@ -340,6 +342,15 @@ def numpy_with_rest(log_p, log_q, inside):
     return np.concatenate([np.where(inside, np.exp(log), 0.0),
                            np.where(inside, 0.0, np.exp(log)).sum(-1, keepdims=True)], axis=-1)
   p, q = outcomes(log_p), outcomes(log_q)
+  return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
+
+
+def numpy_given(log_p, log_q, inside):
+  """KL of both renormalised on what is inside."""
+  def given(log):
+    kept = np.where(inside, np.exp(log), 0.0)
+    return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
+  p, q = given(log_p), given(log_q)
   return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
 
 
@@ -353,35 +364,74 @@ def numerical(f, x, h=1e-6):
   return grad
 
 
+# Ours of logits; NumPy's of log-probabilities, and of what the support is chosen by: it stays.
 FORMS = {
-    "jsd": (lambda s, t: kl.jsd(s, t, 0.3), lambda s, t: numpy_jsd(s, t, 0.3)),
+    "forward": (kl.forward_kl, lambda s, t, chosen: plain_kl(t, s)),
+    "reverse": (kl.reverse_kl, lambda s, t, chosen: plain_kl(s, t)),
+    "jsd": (lambda s, t: kl.jsd(s, t, 0.3), lambda s, t, chosen: numpy_jsd(s, t, 0.3)),
+    "intersection": (
+        lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0],
+        lambda s, t, chosen: numpy_given(s, t, numpy_support(*chosen, 3, "intersection"))),
     **{f"forward {support}": (
         lambda s, t, u=support: kl.top_k_forward_kl(s, t, 3, u)[0],
-        lambda s, t, u=support: numpy_with_rest(t, s, numpy_support(LOG_S, LOG_T, 3, u)))
+        lambda s, t, chosen, u=support: numpy_with_rest(t, s, numpy_support(*chosen, 3, u)))
        for support in kl.SUPPORTS},
     **{f"reverse {support}": (
         lambda s, t, u=support: kl.top_k_reverse_kl(s, t, 3, u)[0],
-        lambda s, t, u=support: numpy_with_rest(s, t, numpy_support(LOG_S, LOG_T, 3, u)))
+        lambda s, t, chosen, u=support: numpy_with_rest(s, t, numpy_support(*chosen, 3, u)))
        for support in kl.SUPPORTS}}
+EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
 
-@pytest.mark.parametrize("name", FORMS)
+def numpy_both(numpy, student_BTV, teacher_BTV):
+  """(value, gradient in the student's logits) of a form, in float64."""
+  student_BTV = np.asarray(student_BTV, np.float64)
+  log_s, log_t = log_softmax(student_BTV), log_softmax(teacher_BTV)
+  chosen = student_BTV, np.asarray(teacher_BTV)
+  return numpy(log_s, log_t, chosen), numerical(
+      lambda x: numpy(log_softmax(x), log_t, chosen), student_BTV)
+
+
+@EVERY_FORM
 def test_forms_and_their_gradients_are_those_of_float64(name):
   ours, numpy = FORMS[name]
-  np.testing.assert_allclose(ours(STUDENT_BTV, TEACHER_BTV), numpy(LOG_S, LOG_T), rtol=2e-5,
-                             atol=1e-6)
-  want = numerical(lambda x: numpy(log_softmax(x), LOG_T), np.asarray(STUDENT_BTV, np.float64))
+  value_BT, want = numpy_both(numpy, STUDENT_BTV, TEACHER_BTV)
+  np.testing.assert_allclose(ours(STUDENT_BTV, TEACHER_BTV), value_BT, rtol=2e-5, atol=1e-6)
   np.testing.assert_allclose(gradient(ours), want, atol=2e-6)
   jitted = jax.jit(jax.grad(lambda x: ours(x, TEACHER_BTV).sum()))(STUDENT_BTV)
   np.testing.assert_allclose(jitted, want, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [*FORMS, "intersection"])
+def far_apart():
+  """Student's and teacher's logits [1, N, 6]: 0 and ±100, and single peaks 85 to 200 high."""
+  rng = np.random.default_rng(11)
+  coarse = 100.0 * rng.integers(-1, 2, size=(2, 40, 6))
+  peaks = np.zeros((2, 10, 6))
+  for n, height in enumerate((85, 88, 100, 150, 200)):
+    peaks[0, n, 4], peaks[1, n, 1] = height, height  # each certain of another token
+    peaks[1, 5 + n, 4] = height  # a student that knows nothing
+  return (jnp.asarray(x, jnp.float32)[None] for x in np.concatenate([coarse, peaks], axis=1))
+
+
+@EVERY_FORM
+def test_gradients_where_one_finds_likely_what_the_other_finds_impossible(name):
+  ours, numpy = FORMS[name]
+  student_BTV, teacher_BTV = far_apart()
+  value_BT, want = numpy_both(numpy, student_BTV, teacher_BTV)
+  got = jax.jit(jax.grad(lambda s: ours(s, teacher_BTV).sum()))(student_BTV)
+  # Log-ratios up to 400, whose float32 neighbours are 3e-5 apart, times probabilities.
+  np.testing.assert_allclose(ours(student_BTV, teacher_BTV), value_BT, rtol=1e-6, atol=2e-5)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-5)
+
+
+@EVERY_FORM
 def test_equal_models_have_no_loss_and_no_gradient_in_any_form(name):
-  ours = FORMS[name][0] if name in FORMS else (
-      lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0])
-  np.testing.assert_array_equal(ours(TEACHER_BTV, TEACHER_BTV), 0.0)
-  np.testing.assert_array_equal(gradient(ours, TEACHER_BTV), 0.0)
+  ours, _ = FORMS[name]
+  for both_BTV in (TEACHER_BTV, next(far_apart())):
+    np.testing.assert_array_equal(ours(both_BTV, both_BTV), 0.0)
+    np.testing.assert_array_equal(gradient(ours, both_BTV, both_BTV), 0.0)
+    np.testing.assert_array_equal(jax.jit(
+        lambda s, t: gradient(ours, s, t))(both_BTV, both_BTV), 0.0)
 
 
 def test_jsd_by_hand_and_its_ends():
@@ -458,14 +508,9 @@ def test_an_unknown_support_is_refused():
 def test_the_intersection_is_renormalised_and_empty_is_nothing():
   got, _ = kl.intersection_reverse_kl(STUDENT_BTV, TEACHER_BTV, 4)
   inside = numpy_support(LOG_S, LOG_T, 4, "intersection")
-  def renormalised(log):
-    kept = np.where(inside, np.exp(log), 0.0)
-    return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
-  def numpy(log_s):
-    p, q = renormalised(log_s), renormalised(LOG_T)
-    return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
-  np.testing.assert_allclose(got, numpy(LOG_S), rtol=1e-5, atol=1e-6)
-  want = numerical(lambda x: numpy(log_softmax(x)), np.asarray(STUDENT_BTV, np.float64))
+  np.testing.assert_allclose(got, numpy_given(LOG_S, LOG_T, inside), rtol=1e-5, atol=1e-6)
+  want = numerical(lambda x: numpy_given(log_softmax(x), LOG_T, inside),
+                   np.asarray(STUDENT_BTV, np.float64))
   np.testing.assert_allclose(
       gradient(lambda s, t: kl.intersection_reverse_kl(s, t, 4)[0]), want, atol=2e-6)
   apart = jnp.array([[[5.0, 0.0, 0.0]]]), jnp.array([[[0.0, 5.0, 0.0]]])

@@ -23,8 +23,9 @@ class Drawn(NamedTuple):
   rows: Any           # the Rollout learned from, always of the same shape
   weight_B: Any       # a factor on each of its rows, 0 where nothing is learned; or None
   reward_B: Any       # its rewards, or None
-  reused: int         # tokens that another stage had sampled
+  fresh_B: Any        # which of them were sampled for this step, and not taken from a store
   dropped: Any        # a Rollout of the rows that are not learned from, or None
+  dropped_fresh_B: Any  # which of those were sampled for this step, or None
   metrics: dict       # of the rewards of all that was drawn
 
 
@@ -39,30 +40,30 @@ def drawn(work, programs, store, state, step):
   hp = work.hp
   if work.advantages is None:
     picked = _picked(work, step, 0, 1)
-    rows, reused = _draw(work, programs, store, state, step, picked)
-    return Drawn(picked, rows, None, None, reused, None, {})
-  picked, parts, groups, reused, G = [], [], [], 0, hp.sampling.samples_per_prompt
+    rows, fresh_B = _draw(work, programs, store, state, step, picked)
+    return Drawn(picked, rows, None, None, fresh_B, None, None, {})
+  picked, parts, fresh, groups, G = [], [], [], [], hp.sampling.samples_per_prompt
   for turn in range(max(hp.rounds, 1)):
     new, scored = _picked(work, step, turn, max(hp.rounds, 1)), {}
-    rows, before = _draw(work, programs, store, state, step, new, turn,
-                         _scorer(work.reward, new, G, scored))
-    picked, parts, reused = picked + new, [*parts, rows], reused + before
+    rows, fresh_B = _draw(work, programs, store, state, step, new, turn,
+                          _scorer(work.reward, new, G, scored))
+    picked, parts, fresh = picked + new, [*parts, rows], [*fresh, fresh_B]
     groups.append(rewards(work.reward, rows, scored).reshape(-1, G))
     reward_PG = np.concatenate(groups)
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     if mixed_P.sum() >= hp.prompts:
       break
-  every = rollout.concatenate(parts)
+  every, fresh_B = rollout.concatenate(parts), np.concatenate(fresh)
   order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
   own_P, rest_P = np.sort(order_P[: hp.prompts]), np.sort(order_P[hp.prompts:])
-  def rows_of(places_P):
-    return (places_P[:, None] * G + np.arange(G)).reshape(-1)
-  rows = rollout.take(every, rows_of(own_P))
+  own_B, rest_B = ((places_P[:, None] * G + np.arange(G)).reshape(-1)
+                   for places_P in (own_P, rest_P))
+  rows = rollout.take(every, own_B)
   weight_B = np.repeat(mixed_P[own_P] | (hp.rounds == 0), G).astype(np.float32)
   if hp.overlong == "mask":
     weight_B = weight_B * (rows.finish_reason_B == rollout.FINISHED.index("stop"))
-  return Drawn(picked, rows, weight_B, reward_PG[own_P].reshape(-1), reused,
-               rollout.take(every, rows_of(rest_P)) if len(rest_P) else None,
+  dropped = (rollout.take(every, rest_B), fresh_B[rest_B]) if len(rest_B) else (None, None)
+  return Drawn(picked, rows, weight_B, reward_PG[own_P].reshape(-1), fresh_B[own_B], *dropped,
                {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(),
                 "rounds": len(parts)})
 
@@ -81,26 +82,31 @@ def _scorer(reward, picked, G, scored):
 
 
 def _draw(work, programs, store, state, step, picked, turn=0, ended=None):
-  """A round's rollout, and how many of its tokens were sampled before."""
+  """A round's rollout, and which of its rows were sampled for it."""
   hp = work.hp
   G = hp.sampling.samples_per_prompt
   if work.given is not None:
-    return work.given(picked), 0
+    rows = work.given(picked)
+    return rows, np.zeros(len(rows.prompt_id_B), bool)
   if store is None:
     seed = (work.seed, zlib.crc32(work.name.encode()), step, turn)
     version = step * hp.epochs * hp.minibatches
     params = update.join(state.params, work.frozen)
-    return programs.draw(params, picked, seed, weight_version=version, ended=ended), 0
-  first = step // (len(work.prompts) // hp.prompts) * G  # each epoch asks for new samples
-  rows, new_B = _stored(store, work, step, picked, range(first, first + G),
-                        lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
-                                                      first_sample=first))
-  return rows, int(rows.response_length_B[~new_B].sum())
+    return (programs.draw(params, picked, seed, weight_version=version, ended=ended),
+            np.ones(len(picked) * G, bool))
+  rounds = 1 if work.advantages is None else max(hp.rounds, 1)
+  # Each epoch asks for new samples.
+  first = order.epoch(len(work.prompts), step, hp.prompts, rounds) * G
+  return _stored(store, work, step, turn, picked, range(first, first + G),
+                 lambda missing: programs.draw(work.actor.params, missing, (work.seed,),
+                                               first_sample=first))
 
 
-def _stored(store, work, step, picked, samples, draw):
-  """The rows of every (prompt, sample), drawn where the store lacks them; which are this step's."""
-  missing, mine = store.missing(picked, samples), f"{epath.Path(work.folder).name}-{step:08d}"
+def _stored(store, work, step, turn, picked, samples, draw):
+  """The rows of every (prompt, sample), drawn where the store lacks them; which are this round's.
+  """
+  mine = f"{epath.Path(work.folder).name}-{step:08d}-{turn}"
+  missing = store.missing(picked, samples)
   if missing:
     store.add(mine, draw(missing), checkpoint.leader())
   rows, parts = store.get(picked, samples)
@@ -117,7 +123,7 @@ def weigh(work, programs, store, step, drawn):
   seed, prompts = (work.seed, zlib.crc32(b"pass rate")), {p.id: p for p in drawn.picked}
   id_B = drawn.rows.prompt_id_B.tolist()
   picked = [prompts[i] for i in dict.fromkeys(id_B)]
-  rows, new_B = _stored(store, work, step, picked, range(work.hp.pass_samples),
+  rows, new_B = _stored(store, work, step, 0, picked, range(work.hp.pass_samples),
                         lambda missing: programs.judge(work.judge.params, missing, seed))
   pass_rate_P = rewards(work.reward, rows).reshape(len(picked), -1).mean(axis=1)
   weight_P = dict(zip((p.id for p in picked), work.weigh(pass_rate_P), strict=True))

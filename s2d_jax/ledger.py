@@ -63,32 +63,38 @@ def spent(work, step, drawn, labels, judged):
     work: the stage, a `train.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
     judged: the rows that a pass rate asked for, or None.
   """
-  hp, rows = work.hp, drawn.rows
-  length_B = rows.prompt_length_B + rows.response_length_B
-  learned = int(rows.response_length_B.sum(where=True if drawn.weight_B is None
-                                           else drawn.weight_B > 0))
-  tokens = int(rows.response_length_B.sum())
-  learner = forward_flops(work.learner.model.config, length_B)
-  actor = learner if work.actor is None else forward_flops(work.actor.model.config, length_B)
+  hp, rows, given = work.hp, drawn.rows, work.given is not None
+  length_B, response_B = rows.prompt_length_B + rows.response_length_B, rows.response_length_B
+  learned = int(response_B.sum(where=True if drawn.weight_B is None else drawn.weight_B > 0))
+  learner, actor = (work.learner.model.config, (work.actor or work.learner).model.config)
   guide = 0.0 if work.guide is None else forward_flops(work.guide.model.config, length_B)
-  sampled = 0 if work.given is not None else tokens - drawn.reused
-  share = sampled / max(tokens, 1)  # of the actor's own tokens, which are forwards of its model
-  flops, passes = 0.0, 3 if work.frozen is None else 2  # frozen weights ask for no gradient
-  discarded = tokens - learned
-  actors = (work.actor or work.learner).model
-  for more, model in ((judged, work.learner.model), (drawn.dropped, actors)):
-    if more is not None:
-      sampled += int(more.response_length_B.sum())
-      flops += forward_flops(model.config, more.prompt_length_B + more.response_length_B)
+  passes = 3 if work.frozen is None else 2  # frozen weights ask for no gradient
+  drawn_rows = [] if given else [(actor, rows, drawn.fresh_B)]  # a token drawn is a forward
+  if drawn.dropped is not None:
+    drawn_rows.append((actor, drawn.dropped, drawn.dropped_fresh_B))
+  if judged is not None:
+    drawn_rows.append((learner, judged, np.ones(len(judged.prompt_id_B), bool)))
+  (sampled, flops), (reused, flops_reused) = (
+      np.sum([_drawn(*each, fresh) for each in drawn_rows] or [(0, 0.0)], axis=0)
+      for fresh in (True, False))
+  discarded = int(response_B.sum()) - learned
   if drawn.dropped is not None:
     discarded += int(drawn.dropped.response_length_B.sum())
   return row(
       step, [p.id for p in drawn.picked], labels, sequences=len(length_B),
-      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=drawn.reused,
+      updates=hp.epochs * hp.minibatches, tokens_sampled=int(sampled), tokens_reused=int(reused),
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=flops + actor * (share + 1) + hp.epochs * (passes * learner + guide),
-      flops_reused=0.0 if work.given is not None else actor * (1 - share))
+      flops=float(flops) + forward_flops(actor, length_B) + hp.epochs * (
+          passes * forward_flops(learner, length_B) + guide),
+      flops_reused=float(flops_reused))
+
+
+def _drawn(config, rows, fresh_B, fresh):
+  """(tokens, FLOPs) of drawing those of the rows that are fresh, or those that are not."""
+  own_B = fresh_B == fresh
+  return (rows.response_length_B[own_B].sum(),
+          forward_flops(config, (rows.prompt_length_B + rows.response_length_B)[own_B]))
 
 
 def total(rows):

@@ -240,9 +240,18 @@ class Store:
     """Keeps a rollout under `name`, which says who sampled it; the leading process writes it.
 
     Rows that are here already are left out: each belongs to the part that had it first.
+
+    Raises:
+      ValueError: a part of that name is here, and other rows would take its place.
     """
     keys = zip(part.prompt_id_B.tolist(), part.sample_index_B.tolist(), strict=True)
-    part = take(part, [row for row, key in enumerate(keys) if key not in self._where])
+    new = [row for row, key in enumerate(keys) if key not in self._where]
+    if not new:
+      return
+    if name in self._parts:
+      raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows were to "
+                       "take its place: give them a name of their own.")
+    part = take(part, new)
     if leader:
       self._write(self._folder / f"{name}.npz", to_bytes(part))
     self._index(name, part)

@@ -137,6 +137,20 @@ def test_store_leaves_a_row_with_the_part_that_had_it_first(tmp_path):
     np.testing.assert_array_equal(rows.sample_index_B, [0, 1])
 
 
+def test_store_never_writes_over_a_part(tmp_path):
+  def write(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+  store = rollout.Store(tmp_path / "r", write)
+  store.add("a", rollout.take(two_rows(), [0]), leader=True)
+  with pytest.raises(ValueError, match="r already holds a, and 1 other rows were to take"):
+    store.add("a", two_rows(), leader=True)
+  store.add("a", rollout.take(two_rows(), [0]), leader=True)  # nothing that is not there
+  for opened in (store, rollout.Store(tmp_path / "r", write)):
+    rows, _ = opened.get([rollout.Prompt(10, (5, 6, 7))], range(1))
+    np.testing.assert_array_equal(rows.response(0), [1, 2])
+
+
 def test_given_rows():
   rows = rollout.given([rollout.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])

@@ -159,6 +159,41 @@ def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, mon
 
 
 @pytest.mark.medium
+def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
+  # A student learns from a teacher's samples and its rewards; two rounds of four prompts a step,
+  # so each step is an epoch of the eight. Prompts 0 to 3 are always right: dropped where possible.
+  def reward(prompt_id, ids):
+    return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
+  model = models.get(CONFIG)
+  opened = []
+  def store():
+    opened.append(rollout.Store(epath.Path(tmp_path / "rollouts"), checkpoint.write))
+    return opened[-1]
+  def stage(name, steps):
+    work = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
+    return work._replace(actor=train.Role(model, params_of(model, 1, mesh)), store=store)
+  run(stage("one", 2))
+  spent = metrics.read(tmp_path / "one", "ledger")
+  assert [len(entry["prompts"]) for entry in spent] == [8, 8]
+  store()
+  every = [(prompt, sample) for prompt in range(8) for sample in range(8)]
+  for kept in opened:  # as it was filled, and opened again
+    for prompt, sample in every:
+      rows, _ = kept.get([Prompt(prompt, ())], [sample])
+      assert (rows.prompt_id_B[0], rows.sample_index_B[0]) == (prompt, sample)
+  assert all(entry["tokens_reused"] == entry["flops_reused"] == 0 for entry in spent)
+  # Another stage draws what is there: as much is reused, of kept and of dropped groups alike.
+  run(stage("two", 3))
+  again = metrics.read(tmp_path / "two", "ledger")
+  for before, after in zip(spent, again, strict=False):
+    assert before["tokens_sampled"] == after["tokens_reused"] > 0 == after["tokens_sampled"]
+    assert before["tokens_discarded"] == after["tokens_discarded"] > 0
+    assert before["flops"] == pytest.approx(after["flops"] + after["flops_reused"])
+    assert 0 < after["flops_reused"] < before["flops"]
+  assert again[2]["tokens_sampled"] > 0 == again[2]["tokens_reused"]  # a third epoch: new samples
+
+
+@pytest.mark.medium
 def test_answers_cut_off_are_left_out_or_punished(tmp_path, mesh, monkeypatch):
   batches = step_batches(monkeypatch)
   run(make(tmp_path / "mask", mesh, overlong="mask", steps=2))

@@ -8,20 +8,26 @@ import numpy as np
 def at(count, seed, stage, step, size, round=0, rounds=1):
   """Indices in [0, count) of the `size` problems of (stage, step, round), distinct within a round.
 
-  Each epoch is a fresh permutation cut into batches, the short tail dropped; a step owns `rounds`
-  consecutive batches, so redrawing within a step does not move the steps after it. A pure function
-  of its arguments: ask again after a restart, get the same. ValueError when size exceeds count.
+  Each epoch is a fresh permutation cut into steps, the short tail dropped; a step owns `rounds`
+  consecutive batches, so redrawing within a step neither moves the steps after it nor draws a
+  problem twice. A pure function of its arguments: ask again after a restart, get the same.
+  ValueError when size times rounds exceeds count.
   """
-  if not 0 < size <= count:
-    raise ValueError(
-      f"{size} problems per step were asked of {count} in {stage}: lower the number of prompts per "
-      "step or add problems."
-    )
+  if size < 1 or not 0 < size * rounds <= count:
+    asked = f"{size} problems" if rounds == 1 else f"{rounds} rounds of {size} problems"
+    raise ValueError(f"{asked} per step were asked of {count} in {stage}: lower the number of "
+                     "prompts per step or of rounds, or add problems.")
   if not 0 <= round < rounds:
     raise ValueError(f"round {round} of {stage} is outside its {rounds} rounds: raise the rounds.")
-  epoch, batch = divmod(step * rounds + round, count // size)
-  order = np.random.default_rng((seed, zlib.crc32(stage.encode()), epoch)).permutation(count)
+  turn = epoch(count, step, size, rounds)
+  order = np.random.default_rng((seed, zlib.crc32(stage.encode()), turn)).permutation(count)
+  batch = step % (count // (size * rounds)) * rounds + round
   return order[batch * size : (batch + 1) * size]
+
+
+def epoch(count, step, size, rounds=1):
+  """Which pass over the `count` problems a step belongs to."""
+  return step // (count // (size * rounds))
 
 
 def share(ids, seed, fraction):

@@ -26,6 +26,16 @@ def test_rounds_are_consecutive_batches_and_do_not_move_later_steps():
   np.testing.assert_array_equal(plain, rounds)
 
 
+def test_no_problem_is_drawn_twice_in_a_step():
+  # Three rounds of ten are a step, so an epoch of 100 has three steps, and its last ten are left.
+  for step in range(12):
+    drawn = np.concatenate([prompts.at(100, 5, "grpo", step, 10, r, 3) for r in range(3)])
+    assert len(set(drawn)) == 30
+    assert prompts.epoch(100, step, 10, 3) == step // 3
+  with pytest.raises(ValueError, match="3 rounds of 10 problems per step were asked of 29 in grpo"):
+    prompts.at(29, 0, "grpo", 0, 10, 0, 3)
+
+
 def test_seed_and_stage_change_the_order():
   draws = {tuple(prompts.at(64, *key, 0, 16)) for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a"))}
   assert len(draws) == 3

@@ -1,9 +1,10 @@
 """Adapters that give the losses one signature: objective(student_head, guide_head, batch, hp).
 
 Each returns {name: (sum, count)} with "loss" among the names; `update` adds the pairs over
-microbatches and divides once. The sum is over tokens, weighted by batch.weight_BT, and the count is
-that of batch.count_BT. Heads are pairs (features_BTD, weight_VD); guide_head is None without a
-guide. `READS` names the config keys each objective reads.
+microbatches and divides once. The sum is over tokens, weighted by batch.weight_BT; the loss's count
+is that of batch.count_BT, and that of all else the weights', so that it is a mean whatever the kind
+of the loss's. Heads are pairs (features_BTD, weight_VD); guide_head is None without a guide.
+`READS` names the config keys each objective reads.
 """
 
 import functools
@@ -36,6 +37,11 @@ def summed(x_BT, batch):
   """(Σ weight · x, Σ count); where the weight is 0, x is left out, whatever it is."""
   weight_BT = batch.weight_BT
   return jnp.sum(x_BT * weight_BT, where=weight_BT > 0), jnp.sum(batch.count_BT)
+
+
+def metric(x_BT, batch):
+  """(Σ weight · x, Σ weight): the pair of something logged, a mean under the weights."""
+  return summed(x_BT, batch)[0], jnp.sum(batch.weight_BT)
 
 
 def logp(head, batch, hp):
@@ -73,15 +79,15 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
   advantage_BT = jnp.where(weight_BT > 0, batch.advantage_BT, 0.0)
   loss_BT = SURROGATES[hp.surrogate](logp_BT, old_logp_BT, advantage_BT, batch, hp)
   clipped_BT = grpo.clipped(logp_BT, old_logp_BT, advantage_BT, hp.clip_low, hp.clip_high)
-  sums = {"entropy": summed(entropy_BT, batch),
-          "ratio_mean": summed(jnp.exp(logp_BT - old_logp_BT), batch),
-          "clip_fraction": summed(clipped_BT.astype(jnp.float32), batch)}
+  sums = {"entropy": metric(entropy_BT, batch),
+          "ratio_mean": metric(jnp.exp(logp_BT - old_logp_BT), batch),
+          "clip_fraction": metric(clipped_BT.astype(jnp.float32), batch)}
   if hp.mismatch != "none":
     ratio_BT = grpo.mismatch_ratio(old_logp_BT, batch.drawn_logp_BT, weight_BT > 0,
                                    batch.segments_BT, hp.mismatch_level)
     kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
     loss_BT = loss_BT * kept_BT
-    sums |= {"mismatch_ratio": summed(ratio_BT, batch), "mismatch_weight": summed(kept_BT, batch)}
+    sums |= {"mismatch_ratio": metric(ratio_BT, batch), "mismatch_weight": metric(kept_BT, batch)}
   more = 0.0
   if hp.kl != "none" and hp.kl_coef > 0:
     _need(guide_head, f"clipped_surrogate with kl = \"{hp.kl}\"")
@@ -94,7 +100,7 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
       reference_logp_BT, _ = logp(reference_head, batch, hp)
       kl_BT = KL_PENALTIES[hp.kl](logp_BT, reference_logp_BT, old_logp_BT)
       loss_BT = loss_BT + hp.kl_coef * kl_BT
-    sums["kl"] = summed(kl_BT, batch)
+    sums["kl"] = metric(kl_BT, batch)
   total, count = summed(loss_BT, batch)
   return {"loss": (total + more, count), **sums}
 
@@ -131,9 +137,9 @@ def _direct(f, student_head, guide_head, batch, hp, *more_BT):
   """The sums of an f(student_logits, guide_logits, *more) -> (loss_BT, {name: value_BT})."""
   total, (value_BT, found) = blockwise.divergence(
       f, student_head, guide_head, batch.weight_BT, hp.block, *more_BT)
-  sums = {name: summed(x_BT, batch) for name, x_BT in found.items()}
+  sums = {name: metric(x_BT, batch) for name, x_BT in found.items()}
   if guide_head is not None:
-    sums["kl"] = summed(value_BT, batch)
+    sums["kl"] = metric(value_BT, batch)
   return {"loss": (total, summed(value_BT, batch)[1]), **sums}
 
 
@@ -149,7 +155,7 @@ def _sampled(student_head, guide_head, batch, hp):
         kl.reverse_kl, jax.lax.stop_gradient(student_head), guide_head, batch.weight_BT, hp.block)
   loss_BT = kl.sampled_reverse_kl(student_logp_BT, jax.lax.stop_gradient(guide_logp_BT),
                                   baseline_BT)
-  return {"loss": summed(loss_BT, batch), "kl": summed(jax.lax.stop_gradient(loss_BT), batch)}
+  return {"loss": summed(loss_BT, batch), "kl": metric(jax.lax.stop_gradient(loss_BT), batch)}
 
 
 FORWARD_FORMS = {

@@ -25,13 +25,14 @@ def head(seed):
 
 STUDENT, GUIDE = head(1), head(2)
 WEIGHT_BT = np.array([[0, 0.5, 1, 1], [0, 0, 0, 0], [1, 0.25, 0, 2]], np.float32)
-COUNT = 5.75
+COUNT_BT = np.where(WEIGHT_BT > 0, [[0.5], [1], [0.25]], 0).astype(np.float32)  # as Dr. GRPO's
+WEIGHT, COUNT = 5.75, 2.25
 
 
 def batch():
   fields = dict.fromkeys(rollout.Batch._fields)
   fields["targets_BT"] = jnp.asarray(RNG.integers(V, size=(B, T)), jnp.int32)
-  fields["weight_BT"] = fields["count_BT"] = jnp.asarray(WEIGHT_BT)
+  fields["weight_BT"], fields["count_BT"] = jnp.asarray(WEIGHT_BT), jnp.asarray(COUNT_BT)
   fields["segments_BT"] = jnp.ones((B, T), jnp.int32)
   fields["drawn_logp_BT"] = jnp.zeros((B, T))
   fields["advantage_BT"] = jnp.asarray(np.random.default_rng(3).normal(size=(B, T)), jnp.float32)
@@ -57,7 +58,7 @@ REFERENCE_BT = np.asarray(tokens.log_prob(logits(GUIDE), BATCH.targets_BT))
 def expect(sums, name, value_BT):
   total, count = sums[name]
   np.testing.assert_allclose(total, np.sum(WEIGHT_BT * np.asarray(value_BT)), rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(count, COUNT)
+  np.testing.assert_allclose(count, COUNT if name == "loss" else WEIGHT)
 
 
 def test_summed_by_hand():
@@ -66,6 +67,9 @@ def test_summed_by_hand():
                             count_BT=jnp.array([[1.0, 2.0, 0.0]]))
   total, count = objectives.summed(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
   assert (total, count) == (3.5, 3.0)
+  # What is logged is a mean under the weights: 3.5 over 1 + 0.5.
+  total, count = objectives.metric(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
+  assert (total, count) == (3.5, 1.5)
 
 
 def test_negative_log_likelihood():
@@ -158,7 +162,7 @@ def test_clipped_surrogate_without_penalty(guide_head):
   ratio_BT, loss_BT = surrogate_by_numpy()
   advantage_BT = np.asarray(BATCH.advantage_BT)
   clipped_BT = np.where(advantage_BT > 0, ratio_BT > 1.3, ratio_BT < 0.8)
-  assert 0 < np.sum(WEIGHT_BT * clipped_BT) < COUNT
+  assert 0 < np.sum(WEIGHT_BT * clipped_BT) < WEIGHT
   expect(sums, "loss", loss_BT)
   expect(sums, "ratio_mean", ratio_BT)
   expect(sums, "clip_fraction", clipped_BT)

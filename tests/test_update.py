@@ -293,14 +293,19 @@ def test_score_keeps_the_order_of_rows(mesh):
   np.testing.assert_allclose(entropy_BT, tokens.entropy(want_BTV), atol=1e-5)
 
 
-def test_on_policy_the_first_ratio_is_one():
+@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
+def test_on_policy_the_first_ratio_is_one(mean):
   batch = make_batch()
+  kept_BT = batch.weight_BT > 0
+  weight_BT, count_BT = (np.where(kept_BT, x_B[:, None], 0) for x_B in
+                         rollout.token_weights(kept_BT.sum(axis=1), mean, T))
+  batch = batch._replace(weight_BT=weight_BT, count_BT=count_BT)
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
     old_logp_BT, _ = update.score(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   batch = batch._replace(old_logp_BT=np.asarray(old_logp_BT))
-  _, first, *_ = run(batch, guide=False, kl="none")
+  _, first, *_ = run(batch, guide=False, kl="none", microbatches=2)
   np.testing.assert_allclose(first["ratio_mean"], 1.0, atol=1e-6)
   assert first["clip_fraction"] == 0
   _, last, *_ = run(batch, guide=False, kl="none", steps=20)  # more updates on one batch: it moves

@@ -20,14 +20,15 @@ ADVANTAGES = {"group": grpo.group_advantages, "centred": grpo.group_advantages_c
 KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
                 "k3": lambda logp, reference, old: kl.k3(logp, reference),
                 "k3_corrected": kl.k3_corrected}
-SURROGATES = {  # (logp, old logp, advantage, batch, hp) -> loss, all [B, T]
-    "clipped": lambda new, old, a, batch, hp: grpo.clipped_surrogate(
-        new, old, a, hp.clip_low, hp.clip_high),
-    "dual_clipped": lambda new, old, a, batch, hp: grpo.dual_clipped_surrogate(
-        new, old, a, hp.clip_low, hp.clip_high, hp.clip_most),
-    "gspo": lambda new, old, a, batch, hp: grpo.gspo(
-        new, old, a, hp.clip_low, hp.clip_high, batch.weight_BT > 0, batch.segments_BT),
-    "cispo": lambda new, old, a, batch, hp: grpo.cispo(new, old, a, hp.clip_low, hp.clip_high)}
+SURROGATES = {  # (the loss, whether its clip acts, what both read besides log-probabilities and A)
+    "clipped": (grpo.clipped_surrogate, grpo.clipped,
+                lambda batch, hp: (hp.clip_low, hp.clip_high)),
+    "dual_clipped": (grpo.dual_clipped_surrogate, grpo.dual_clipped,
+                     lambda batch, hp: (hp.clip_low, hp.clip_high, hp.clip_most)),
+    "gspo": (grpo.gspo, grpo.gspo_clipped,
+             lambda batch, hp: (hp.clip_low, hp.clip_high, batch.weight_BT > 0,
+                                batch.segments_BT)),
+    "cispo": (grpo.cispo, grpo.cispo_clipped, lambda batch, hp: (hp.clip_low, hp.clip_high))}
 MISMATCHES = {
     "truncate": lambda ratio_BT, hp: grpo.truncated(ratio_BT, hp.mismatch_most),
     "mask": lambda ratio_BT, hp: grpo.masked(ratio_BT, hp.mismatch_least, hp.mismatch_most)}
@@ -77,8 +78,9 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
   # A token without weight may hold anything, and 0 · anything can be NaN: give it ratio 1, A = 0.
   old_logp_BT = jnp.where(weight_BT > 0, batch.old_logp_BT, jax.lax.stop_gradient(logp_BT))
   advantage_BT = jnp.where(weight_BT > 0, batch.advantage_BT, 0.0)
-  loss_BT = SURROGATES[hp.surrogate](logp_BT, old_logp_BT, advantage_BT, batch, hp)
-  clipped_BT = grpo.clipped(logp_BT, old_logp_BT, advantage_BT, hp.clip_low, hp.clip_high)
+  loss, clipped, besides = SURROGATES[hp.surrogate]
+  args = logp_BT, old_logp_BT, advantage_BT, *besides(batch, hp)
+  loss_BT, clipped_BT = loss(*args), clipped(*args)
   sums = {"entropy": metric(entropy_BT, batch),
           "ratio_mean": metric(jnp.exp(logp_BT - old_logp_BT), batch),
           "clip_fraction": metric(clipped_BT.astype(jnp.float32), batch)}

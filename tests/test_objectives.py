@@ -191,9 +191,15 @@ def test_the_other_surrogates_and_penalties():
                                clipped_BT),
       "gspo": -np.minimum(s_BT * advantage_BT, np.clip(s_BT, 0.8, 1.3) * advantage_BT),
       "cispo": -np.clip(ratio_BT, 0.8, 1.3) * advantage_BT * new}
+  def stopped(ratio_BT):
+    return np.where(advantage_BT > 0, ratio_BT > 1.3, ratio_BT < 0.8)
+  held = {"dual_clipped": stopped(ratio_BT) | (advantage_BT < 0) & (ratio_BT > 1.1),
+          "gspo": stopped(s_BT), "cispo": (ratio_BT < 0.8) | (ratio_BT > 1.3)}
   for name, loss_BT in want.items():
     sums = objectives.clipped_surrogate(STUDENT, None, BATCH, hp(surrogate=name, clip_most=1.1))
     expect(sums, "loss", loss_BT)
+    expect(sums, "clip_fraction", held[name])
+    assert not np.array_equal(held[name][WEIGHT_BT > 0], stopped(ratio_BT)[WEIGHT_BT > 0])
   log_ratio_BT = new - REFERENCE_BT
   kls = {"k3_corrected": ratio_BT * (np.exp(-log_ratio_BT) - 1 + log_ratio_BT),
          "exact": np.asarray(kl.reverse_kl(logits(STUDENT), logits(GUIDE)))}

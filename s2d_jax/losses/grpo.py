@@ -48,7 +48,7 @@ def clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high):
   (https://arxiv.org/abs/2402.03300); low ≠ high as in DAPO (https://arxiv.org/abs/2503.14476).
   Log-probabilities in nats, [B, T]; the gradient is zero exactly where `clipped` is true.
   """
-  ratio_BT = jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
+  ratio_BT = _ratio(logp_BT, old_logp_BT)
   clipped_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
   return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
@@ -58,10 +58,15 @@ def clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
 
     r > 1 + high where A > 0,   r < 1 − low where A < 0.
   """
-  ratio_BT = jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
+  ratio_BT = _ratio(logp_BT, old_logp_BT)
   raised_BT = (advantage_BT > 0) & (ratio_BT > 1 + high)
   lowered_BT = (advantage_BT < 0) & (ratio_BT < 1 - low)
   return raised_BT | lowered_BT
+
+
+def _ratio(logp_BT, old_logp_BT):
+  """π(a) / π_old(a) in float32."""
+  return jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
 
 
 def dual_clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high, most):
@@ -75,6 +80,15 @@ def dual_clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high, most):
   """
   loss_BT = clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high)
   return jnp.where(advantage_BT < 0, jnp.minimum(loss_BT, -most * advantage_BT), loss_BT)
+
+
+def dual_clipped(logp_BT, old_logp_BT, advantage_BT, low, high, most):
+  """Whether `dual_clipped_surrogate` stops the gradient of each token; bool, [B, T].
+
+    As `clipped`, and r > most where A < 0.
+  """
+  bounded_BT = (advantage_BT < 0) & (_ratio(logp_BT, old_logp_BT) > most)
+  return clipped(logp_BT, old_logp_BT, advantage_BT, low, high) | bounded_BT
 
 
 def sequence_mean(x_BT, mask_BT, segments_BT):
@@ -102,9 +116,22 @@ def gspo(logp_BT, old_logp_BT, advantage_BT, low, high, mask_BT, segments_BT):
   At each token of y, so that a sequence's mean is its loss (https://arxiv.org/abs/2507.18071, eq. 5
   and 7). Log-probabilities in nats, [B, T]; `mask_BT` says which tokens are y's.
   """
-  log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
-  log_s_BT = sequence_mean(log_ratio_BT, mask_BT, segments_BT)
+  log_s_BT = _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT)
   return clipped_surrogate(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, low, high)
+
+
+def gspo_clipped(logp_BT, old_logp_BT, advantage_BT, low, high, mask_BT, segments_BT):
+  """Whether the clip of `gspo` stops the gradient of each token's sequence; bool, [B, T].
+
+    s > 1 + high where A > 0,   s < 1 − low where A < 0.
+  """
+  log_s_BT = _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT)
+  return clipped(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, low, high)
+
+
+def _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT):
+  log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
+  return sequence_mean(log_ratio_BT, mask_BT, segments_BT)
 
 
 def cispo(logp_BT, old_logp_BT, advantage_BT, low, high):
@@ -115,8 +142,17 @@ def cispo(logp_BT, old_logp_BT, advantage_BT, low, high):
   MiniMax-M1 (https://arxiv.org/abs/2506.13585, eq. 4). Log-probabilities in nats, [B, T].
   """
   logp_BT = logp_BT.astype(jnp.float32)
-  ratio_BT = jnp.exp(jax.lax.stop_gradient(logp_BT) - old_logp_BT.astype(jnp.float32))
+  ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
   return -jnp.clip(ratio_BT, 1 - low, 1 + high) * advantage_BT * logp_BT
+
+
+def cispo_clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
+  """Whether the clip of `cispo` changes the weight of each token that has one; bool, [B, T].
+
+    r > 1 + high or r < 1 − low, where A ≠ 0: no gradient is stopped.
+  """
+  ratio_BT = _ratio(logp_BT, old_logp_BT)
+  return ((ratio_BT > 1 + high) | (ratio_BT < 1 - low)) & (advantage_BT != 0)
 
 
 def mismatch_ratio(old_logp_BT, drawn_logp_BT, mask_BT, segments_BT, level):
@@ -162,8 +198,3 @@ def overlong_punishment(length_B, longest, cache):
   https://arxiv.org/abs/2503.14476, eq. 13.
   """
   return -np.clip((length_B - (longest - cache)) / cache, 0.0, 1.0).astype(np.float32)
-
-
-def zero_variance(reward_PG):
-  """bool_P: the groups whose rewards are all equal, whose advantages are 0."""
-  return _mixed(np.asarray(reward_PG))[:, 0] == 0

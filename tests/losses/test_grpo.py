@@ -119,6 +119,34 @@ def test_bfloat16_log_probabilities_are_cast_at_the_door():
   np.testing.assert_allclose(got_BT, [[-np.exp(0.25)]], rtol=1e-6)
 
 
+def test_gradients_of_dual_clip_are_finite_differences_away_from_the_kinks():
+  # A < 0: free, below the clip, free, beyond the bound. A > 0: free, free, twice above the clip.
+  logp_BT = jnp.log(jnp.array([[1.1, 0.5, 2.5, 4.0], [0.5, 1.1, 1.6, 4.0]]))
+  advantage_BT = jnp.array([[-1.0] * 4, [2.0] * 4])
+  def f(x):
+    return grpo.dual_clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH, 3.0)
+  check_grads(f, (logp_BT,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
+  grad_BT = jax.grad(lambda x: f(x).sum())(logp_BT)
+  np.testing.assert_allclose(grad_BT, [[1.1, 0, 2.5, 0], [-1.0, -2.2, 0, 0]], rtol=1e-6)
+  still_BT = grpo.dual_clipped(logp_BT, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH, 3.0)
+  np.testing.assert_array_equal(still_BT, grad_BT == 0)
+
+
+def test_what_each_surrogate_clips_by_hand():
+  # r = 1.5, 0.5, 1.5, 4, 0.5, 4 under a clip to [0.8, 1.2] and a bound of 3.
+  logp_BT = jnp.log(jnp.array([[1.5, 0.5, 1.5, 4.0, 0.5, 4.0]]))
+  advantage_BT = jnp.array([[1.0, 1.0, -1.0, -1.0, -1.0, 0.0]])
+  args = logp_BT, jnp.zeros((1, 6)), advantage_BT, 0.2, 0.2
+  np.testing.assert_array_equal(grpo.clipped(*args), [[1, 0, 0, 0, 1, 0]])
+  np.testing.assert_array_equal(grpo.dual_clipped(*args, 3.0), [[1, 0, 0, 1, 1, 0]])
+  np.testing.assert_array_equal(grpo.cispo_clipped(*args), [[1, 1, 1, 1, 1, 0]])
+  # Of a sequence: its geometric mean is √(1.5·0.5) = 0.87, inside; √(4·0.5) = 1.41, outside.
+  log_BT, A_BT = jnp.log(jnp.array([[1.5, 0.5, 4.0, 0.5]])), jnp.ones((1, 4))
+  got = grpo.gspo_clipped(log_BT, jnp.zeros((1, 4)), A_BT, 0.2, 0.2, np.ones((1, 4), bool),
+                          np.array([[1, 1, 2, 2]]))
+  np.testing.assert_array_equal(got, [[0, 0, 1, 1]])
+
+
 def test_dual_clip_bounds_the_loss_of_a_bad_token_by_hand():
   # A = −2, r = 10: the clipped surrogate has 20, the bound at 3 has 6; A = 2 is as before.
   logp_BT, advantage_BT = jnp.log(jnp.array([[10.0, 10.0, 0.5]])), jnp.array([[-2.0, 2.0, -2.0]])
@@ -190,8 +218,3 @@ def test_overlong_punishment_by_hand():
   # DAPO's own: 20,480 tokens of which the last 4,096 are punished.
   got = grpo.overlong_punishment(np.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
-
-
-def test_zero_variance():
-  assert grpo.zero_variance(np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0]])).tolist() == [
-      True, False, True]

@@ -98,9 +98,12 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
           kl.reverse_kl, student_head, guide_head, weight_BT, hp.block)
       more = hp.kl_coef * total
     else:
-      _, reference_head = blockwise.common(student_head, guide_head)
+      own_head, reference_head = blockwise.common(student_head, guide_head)
       reference_logp_BT, _ = logp(reference_head, batch, hp)
-      kl_BT = KL_PENALTIES[hp.kl](logp_BT, reference_logp_BT, old_logp_BT)
+      # A second pass only where the student has padding of its own, which the surrogate counts.
+      alike = own_head.weight_VD.shape == student_head[1].shape
+      own_logp_BT = logp_BT if alike else logp(own_head, batch, hp)[0]
+      kl_BT = KL_PENALTIES[hp.kl](own_logp_BT, reference_logp_BT, old_logp_BT)
       loss_BT = loss_BT + hp.kl_coef * kl_BT
     sums["kl"] = metric(kl_BT, batch)
   total, count = summed(loss_BT, batch)

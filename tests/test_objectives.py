@@ -122,12 +122,18 @@ def test_sampled_form(baseline):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grad, want)
 
 
+def padded(head):
+  """The head with two more rows, likely ones, that only it has."""
+  return head[0], jnp.concatenate([head[1], 3 * head[1][:2]])
+
+
+WIDER = pytest.mark.parametrize("wider", ["student", "guide"])
+
+
 @pytest.mark.parametrize("baseline", [True, False])
-@pytest.mark.parametrize("wider", ["student", "guide"])
+@WIDER
 def test_padding_of_a_vocabulary_is_no_outcome(baseline, wider):
-  # Likely rows that only one of the two has: no part in a log-probability, and no gradient.
-  def padded(head):
-    return head[0], jnp.concatenate([head[1], 3 * head[1][:2]])
+  # No part in a log-probability, and no gradient.
   heads = {"student": STUDENT, "guide": GUIDE}
   heads[wider] = padded(heads[wider])
   def loss(student, guide):
@@ -139,6 +145,30 @@ def test_padding_of_a_vocabulary_is_no_outcome(baseline, wider):
   np.testing.assert_allclose(dgot[0], dwant[0], rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(dgot[1][:V], dwant[1], rtol=1e-4, atol=1e-6)
   assert not np.any(dgot[1][V:])
+
+
+@pytest.mark.parametrize("name", objectives.KL_PENALTIES)
+@WIDER
+def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
+  # The surrogate is the policy's own, all it has: only the penalty leaves padding out.
+  heads = {"student": STUDENT, "guide": GUIDE}
+  heads[wider] = padded(heads[wider])
+  def logp(head):
+    return tokens.log_prob(logits(head), BATCH.targets_BT)
+  def direct(head):
+    cut = head[0], head[1][:V]
+    kl_BT = objectives.KL_PENALTIES[name](logp(cut), logp(GUIDE), BATCH.old_logp_BT)
+    loss_BT = grpo.clipped_surrogate(logp(head), BATCH.old_logp_BT, BATCH.advantage_BT, 0.2, 0.3)
+    return jnp.sum(WEIGHT_BT * (loss_BT + 0.5 * kl_BT)), kl_BT
+  def door(head):
+    sums = objectives.clipped_surrogate(head, heads["guide"], BATCH, hp(kl=name, kl_coef=0.5))
+    return sums["loss"][0], sums
+  (_, kl_BT), want = jax.value_and_grad(direct, has_aux=True)(heads["student"])
+  (_, sums), got = jax.value_and_grad(door, has_aux=True)(heads["student"])
+  expect(sums, "kl", kl_BT)
+  expect(sums, "loss", grpo.clipped_surrogate(logp(heads["student"]), BATCH.old_logp_BT,
+                                              BATCH.advantage_BT, 0.2, 0.3) + 0.5 * kl_BT)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -35,7 +35,9 @@ def drawn(work, programs, store, state, step):
   A group whose rewards are all equal teaches nothing: where hp.rounds is 1 or more it is dropped,
   and new prompts are drawn until the batch is full or the rounds are over, when dropped groups fill
   it up with weight 0 (dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476). Their labels and
-  tokens are charged. Answers that were cut off are left out where hp.overlong is "mask".
+  tokens are charged. The reward alone decides, before work.punish adds to it: lengths that differ
+  make no group worth learning from. Answers that were cut off are left out where hp.overlong is
+  "mask".
   """
   hp = work.hp
   if work.advantages is None:
@@ -137,13 +139,21 @@ def rewards(reward, rows, scored=types.MappingProxyType({})):
   """float32 [B]: every host scores its share of the rows, and reads the others'.
 
   What is scored already, by place, is not scored again.
+
+  Raises:
+    ValueError: a reward is not finite; names the prompt and the sample.
   """
   hosts, here = jax.process_count(), jax.process_index()
   B = len(rows.prompt_id_B)
   mine = np.zeros(B, np.float32)
   for b in range(here, B, hosts):
     mine[b] = scored[b] if b in scored else reward(int(rows.prompt_id_B[b]), rows.response(b))
-  return summed_over_hosts(mine)
+  reward_B = summed_over_hosts(mine)
+  for b in np.flatnonzero(~np.isfinite(reward_B)):
+    raise ValueError(f"prompt {rows.prompt_id_B[b]}, sample {rows.sample_index_B[b]} has the "
+                     f"reward {reward_B[b]}: a reward must be a finite number; look at what the "
+                     "task's reward makes of that answer.")
+  return reward_B
 
 
 def summed_over_hosts(mine_B):

@@ -214,6 +214,43 @@ def test_answers_cut_off_are_left_out_or_punished(tmp_path, mesh, monkeypatch):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_length_punished_does_not_make_a_group_worth_learning_from(tmp_path, mesh, monkeypatch,
+                                                                     rounds):
+  # The reward decides what is dropped, before anything is added to it: as many answers of prompts 0
+  # to 3 as of the others are punished for their lengths, and none of those groups has a weight.
+  def reward(prompt_id, ids):
+    return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
+  batches, learned = step_batches(monkeypatch), []
+  batch_of = rollout.batch
+  monkeypatch.setattr(rollout, "batch", lambda rows, *more: (
+      learned.append(rows), batch_of(rows, *more))[1])
+  run(make(tmp_path, mesh, reward=reward, rounds=rounds, overlong="soft", overlong_cache=3))
+  dropped = 0
+  for rows, batch in zip(learned, batches, strict=True):
+    raw = [reward(i, rows.response(b)) for b, i in enumerate(rows.prompt_id_B.tolist())]
+    shaped_PG = np.reshape(raw - np.clip((rows.response_length_B - 3) / 3, 0, 1), (4, 4))
+    mixed_P = np.ptp(np.reshape(raw, (4, 4)), axis=1) > 0
+    np.testing.assert_array_equal(batch.weight_BT.max(axis=1).reshape(4, 4) > 0,
+                                  np.repeat(mixed_P[:, None], 4, axis=1))
+    advantage_PG = batch.advantage_BT.sum(axis=1).reshape(4, 4) / np.reshape(
+        rows.response_length_B, (4, 4))
+    np.testing.assert_allclose(advantage_PG[mixed_P], grpo.group_advantages(shaped_PG)[mixed_P],
+                               atol=1e-5)
+    dropped += (~mixed_P & (np.ptp(shaped_PG, axis=1) > 0)).sum()
+  assert dropped > 0  # of groups that differ by their lengths alone
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path, mesh, value):
+  def reward(prompt_id, ids):
+    return value if prompt_id == 5 else odd(prompt_id, ids)
+  with pytest.raises(ValueError, match=rf"prompt 5, sample \d has the reward {value}: a"):
+    run(make(tmp_path, mesh, reward=reward, rounds=1))
+
+
+@pytest.mark.medium
 def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
   events = []
   save, step = checkpoint.Steps.save, train._step
@@ -258,12 +295,12 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path, mesh):
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, mesh):
   seen = []
 
-  def poison(prompt_id, ids):
-    seen.append(prompt_id)
-    return np.nan if len(seen) > 3 * 16 else odd(prompt_id, ids)
+  def poisoned(reward_PG):
+    seen.append(reward_PG)
+    return reward_PG * (np.nan if len(seen) > 3 else 1.0)
 
   with pytest.raises(FloatingPointError, match=r"step 3; the checkpoint of step 2 in .* is kept"):
-    run(make(tmp_path, mesh, reward=poison))
+    run(make(tmp_path, mesh)._replace(advantages=poisoned))
   steps = checkpoint.Steps(tmp_path)
   assert steps.latest() == 2
   steps.close()

@@ -106,7 +106,7 @@ def _check_stage(place, hp, stage):
     objectives.check_penalty(hp)
   if stage.reward and reads is not None:
     objectives.check_rewards(place, hp)
-  if stage.objective in (objectives.forward_kl, objectives.reverse_kl):
+  if stage.objective in (objectives.forward_kl, objectives.reverse_kl, objectives.jsd):
     objectives.check_form(stage.objective, hp)
   if stage.actor == "given" and hp.sampling.samples_per_prompt != 1:
     raise ValueError(f"{place}.sampling.samples_per_prompt is {hp.sampling.samples_per_prompt} and "
@@ -155,7 +155,7 @@ def check_pair(config):
 
   Raises:
     ValueError: what `hf.load` and `chat.Chat` refuse, two tokenizers or vocabularies, more tokens
-      than embeddings, an unknown dtype, remat or attention.
+      than embeddings, an unknown dtype, remat or attention, a top k beyond the vocabulary.
   """
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
@@ -173,7 +173,18 @@ def check_pair(config):
     raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
                      f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
   _check_windows(config)
+  _check_tops(config, sizes[0])
   return talk, bases
+
+
+def _check_tops(config, size):
+  """That no top k asks for more tokens than the models embed."""
+  tops = {f"stages.{name}": hp.top_k for name, hp in config.stages.items()
+          if "form" in hp and hp.form in objectives.TOPS}
+  for place, k in {**tops, "probe": config.probe.top_k}.items():
+    if k > size:
+      raise ValueError(f"config.{place}.top_k is {k} and the vocabulary has {size} tokens: lower "
+                       "it.")
 
 
 def _check_windows(config):

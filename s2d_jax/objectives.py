@@ -126,6 +126,7 @@ def reverse_kl(student_head, guide_head, batch, hp):
 
 def jsd(student_head, guide_head, batch, hp):
   """Between the two: the generalised Jensen–Shannon divergence, hp.pi the guide's share of it."""
+  check_form(jsd, hp)
   _need(guide_head, "jsd")
   def f(student_BTV, guide_BTV):
     return kl.jsd(student_BTV, guide_BTV, hp.pi, hp.student_temperature,
@@ -203,7 +204,9 @@ def agreement(student_head, guide_head, batch, hp):
   return found
 
 
-_DISTIL = ("block", "form", "top_k", "support", "student_temperature", "teacher_temperature")
+TEMPERATURES = ("student_temperature", "teacher_temperature")
+TOPS = ("top_k", "intersection")  # the forms that read top_k
+_DISTIL = ("block", "form", "top_k", "support", *TEMPERATURES)
 READS = {
     negative_log_likelihood: ("block",),
     clipped_surrogate: ("block", "surrogate", "clip_low", "clip_high", "clip_most", "kl",
@@ -211,7 +214,7 @@ READS = {
                         "mismatch_most"),
     forward_kl: _DISTIL,
     reverse_kl: (*_DISTIL, "baseline"),
-    jsd: ("block", "pi", "student_temperature", "teacher_temperature"),
+    jsd: ("block", "pi", *TEMPERATURES),
 }
 
 
@@ -264,18 +267,35 @@ def punishment(hp):
 
 
 def check_form(objective, hp):
-  """Refuses a form of a divergence that there is none of, and numbers that are out of range.
+  """Refuses a divergence that there is none of, and settings that are out of range or not read.
+
+  Args:
+    objective: forward_kl, reverse_kl or jsd.
 
   Raises:
     ValueError: what is wrong, with what there is.
   """
+  for key in TEMPERATURES:
+    if getattr(hp, key) <= 0:
+      raise ValueError(f"{key} is {getattr(hp, key)}: choose it above 0.")
+  if objective is jsd:
+    kl.check_share(hp.pi)
+    return
+  if hp.form == "k1":
+    raise ValueError(f"{kl.K1}: choose form = \"full\" or \"sampled\".")
   forms = {forward_kl: (*FORWARD_FORMS,), reverse_kl: (*REVERSE_FORMS, "sampled")}[objective]
   for key, choices in (("form", forms), ("support", kl.SUPPORTS)):
     if getattr(hp, key) not in choices:
       raise ValueError(f"{key} is {getattr(hp, key)!r}: choose it from {', '.join(choices)}.")
-  for key in ("top_k", "student_temperature", "teacher_temperature"):
-    if getattr(hp, key) <= 0:
-      raise ValueError(f"{key} is {getattr(hp, key)}: choose it above 0.")
+  if type(hp.top_k) is not int or hp.top_k < 1:
+    raise ValueError(f"top_k is {hp.top_k}: give a whole number of tokens, at least 1.")
+  for key in TEMPERATURES:
+    if hp.form != "full" and getattr(hp, key) != 1:
+      raise ValueError(f"{key} is {getattr(hp, key)} and the form \"{hp.form}\" takes logits as "
+                       "they are: set it to 1, or form to \"full\".")
+  if hp.form == "intersection" and hp.support != "intersection":
+    raise ValueError(f"support is {hp.support!r} and the form \"intersection\" takes what both "
+                     "have in their top: set it to \"intersection\", or form to \"top_k\".")
   if objective is reverse_kl and hp.baseline not in (True, False):
     raise ValueError(f"baseline is {hp.baseline!r}: choose True or False.")
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from configs import arithmetic
-from s2d_jax import models, recipe
+from s2d_jax import models, objectives, recipe
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
@@ -141,6 +141,10 @@ VALUES = [
     ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose one of"),
     ("stages.teacher_grpo.kl", "k1", "k1 .* cannot be a loss, .*: choose kl = \"k2\" or \"k3\"."),
     ("stages.teacher_grpo.kl", "k9", "kl is 'k9': choose it from none"),
+    ("stages.reverse_kl.form", "k1", "k1 .* cannot be a loss, .*: choose form = \"full\" or"),
+    ("stages.forward_kl.student_temperature", 0.0, "student_temperature is 0.0: choose it above"),
+    ("stages.weighted_fkl.top_k", 0, "top_k is 0: give a whole number of tokens"),
+    ("probe.top_k", 25, "config.probe.top_k is 25 and the vocabulary has 24 tokens: lower it."),
     ("stages.reverse_kl.minibatches", 3, r"reverse_kl draws 16 rows a step, .* 3 x 1"),
     ("stages.sft.microbatches", 32, r"config.stages.sft draws 16 rows a step, .* 1 x 32"),
     ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to 1 or more."),
@@ -172,6 +176,32 @@ def test_a_value_out_of_range_is_named(config, place, value, said, tmp_path):
   with config.ignore_type():
     at(config, block)[key] = value
   assert re.search(said, refused(config, tmp_path))
+
+
+def test_a_jsd_row_is_looked_at(config, tmp_path):
+  rows = [row._replace(objective=objectives.jsd) if row.name == "reverse_kl" else row
+          for row in recipe.STAGES]
+  hp = config.stages.reverse_kl
+  for key in ("form", "top_k", "support", "baseline"):
+    del hp[key]
+  for pi, temperature, said in ((1.5, 1.0, "pi is 1.5, the teacher's share"),
+                                (0.5, 0.0, "teacher_temperature is 0.0: choose it above 0")):
+    hp.pi, hp.teacher_temperature = pi, temperature
+    with pytest.raises(ValueError, match=said):
+      recipe.plan(config, task(), stages=rows)
+  hp.teacher_temperature = 1.0
+  assert recipe.plan(config, task(), stages=rows).nodes
+
+
+def test_the_top_of_a_vocabulary_is_no_more_than_it_has(config, tmp_path):
+  hp = config.stages.reverse_kl
+  hp.top_k = 25  # which the full divergence does not read
+  assert recipe.plan(config, task()).nodes
+  hp.form = "top_k"
+  said = "config.stages.reverse_kl.top_k is 25 and the vocabulary has 24 tokens: lower it."
+  assert said in refused(config, tmp_path)
+  hp.top_k = 24
+  assert recipe.plan(config, task()).nodes
 
 
 def test_an_arm_needs_its_rows(config, tmp_path):

@@ -89,15 +89,22 @@ def test_distillation(objective, f):
     objective(STUDENT, None, BATCH, hp())
 
 
-@pytest.mark.parametrize("objective, form, f", [
-    (objectives.forward_kl, "top_k", lambda s, t: kl.top_k_forward_kl(s, t, 3, "student")[0]),
-    (objectives.reverse_kl, "top_k", lambda s, t: kl.top_k_reverse_kl(s, t, 3, "student")[0]),
-    (objectives.reverse_kl, "intersection", lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0]),
-    (objectives.jsd, "full", lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
-    (objectives.forward_kl, "full", lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
-    (objectives.reverse_kl, "full", lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
-def test_forms(objective, form, f):
-  how = hp(form=form, support="student", student_temperature=2.0, teacher_temperature=3.0)
+WARM = {"student_temperature": 2.0, "teacher_temperature": 3.0}
+STUDENTS, BOTHS = {"support": "student"}, {"support": "intersection"}
+
+
+@pytest.mark.parametrize("objective, form, changes, f", [
+    (objectives.forward_kl, "top_k", STUDENTS,
+     lambda s, t: kl.top_k_forward_kl(s, t, 3, "student")[0]),
+    (objectives.reverse_kl, "top_k", STUDENTS,
+     lambda s, t: kl.top_k_reverse_kl(s, t, 3, "student")[0]),
+    (objectives.reverse_kl, "intersection", BOTHS,
+     lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0]),
+    (objectives.jsd, "full", WARM, lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
+    (objectives.forward_kl, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
+    (objectives.reverse_kl, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
+def test_forms(objective, form, changes, f):
+  how = hp(form=form, **changes)
   sums = objective(STUDENT, GUIDE, BATCH, how)
   expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
   def loss(head):
@@ -173,11 +180,31 @@ def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
 
 @pytest.mark.parametrize("change, said", [
     ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
+    ({"form": "k1"}, "k1 .* cannot be a loss, .* zero in expectation .*: choose form = \"full\""),
     ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),
-    ({"top_k": 0}, "top_k is 0: choose it above 0"), ({"baseline": 0.5}, "baseline is 0.5")])
+    ({"form": "intersection"}, "support is 'teacher' and the form \"intersection\" .*: set it to"),
+    *(({"top_k": k}, f"top_k is {k}: give a whole number of tokens, at least 1")
+      for k in (0, 2.5, True)),
+    *(({f"{who}_temperature": t}, f"{who}_temperature is {t}: choose it above 0")
+      for who in ("student", "teacher") for t in (0.0, -1.0)),
+    *(({"form": form, "support": "intersection", f"{who}_temperature": 2.0},
+       f"{who}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
+      for form in ("top_k", "intersection", "sampled") for who in ("student", "teacher")),
+    ({"baseline": 0.5}, "baseline is 0.5")])
 def test_forms_that_there_are_not_are_refused(change, said):
   with pytest.raises(ValueError, match=said):
     objectives.reverse_kl(STUDENT, GUIDE, BATCH, hp(**change))
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"pi": 0.0}, "pi is 0.0"), ({"pi": 1.5}, "pi is 1.5"),
+    ({"student_temperature": 0.0}, "student_temperature is 0.0: choose it above 0"),
+    ({"teacher_temperature": -1.0}, "teacher_temperature is -1.0: choose it above 0")])
+def test_a_jsd_that_there_is_not_is_refused(change, said):
+  with pytest.raises(ValueError, match=said):
+    objectives.check_form(objectives.jsd, hp(**change))
+  with pytest.raises(ValueError, match=said):
+    objectives.jsd(STUDENT, GUIDE, BATCH, hp(**change))
 
 
 def surrogate_by_numpy():

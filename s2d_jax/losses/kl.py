@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from s2d_jax.losses.tokens import expectation, log_softmax, log_sum, once
 
 LOWEST = -1e30  # a logit of no probability, finite
+K1 = ("k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
+      "never sees the reference")
 SUPPORTS = ("teacher", "student", "union", "intersection")
 
 
@@ -90,11 +92,20 @@ def jsd(student_logits_BTV, teacher_logits_BTV, pi, student_temperature=1.0,
   Raises:
     ValueError: π is not between 0 and 1.
   """
+  check_share(pi)
+  return _jsd(_warm(student_logits_BTV, student_temperature),
+              _warm(teacher_logits_BTV, teacher_temperature), pi)
+
+
+def check_share(pi):
+  """Refuses a share of `jsd`'s mixture that is none.
+
+  Raises:
+    ValueError: π is not between 0 and 1.
+  """
   if not 0 < pi < 1:
     raise ValueError(f"pi is {pi}, the teacher's share of a mixture: choose it between 0 and 1, or "
                      "take forward_kl or reverse_kl, which its ends go to.")
-  return _jsd(_warm(student_logits_BTV, student_temperature),
-              _warm(teacher_logits_BTV, teacher_temperature), pi)
 
 
 def _mixed(student_BTV, teacher_BTV, pi):
@@ -324,6 +335,4 @@ def k1_as_loss(logp_BT, reference_logp_BT):
     ValueError: always.
   """
   del logp_BT, reference_logp_BT
-  raise ValueError(
-      "k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
-      "never sees the reference: choose kl = \"k2\" or \"k3\".")
+  raise ValueError(f"{K1}: choose kl = \"k2\" or \"k3\".")

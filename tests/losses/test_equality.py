@@ -79,7 +79,7 @@ LOSSES = {  # what the trainer runs, and the same on logits [B, T, V]
         reverse(form="top_k", support=support),
         lambda s, g, _, support=support: kl.top_k_reverse_kl(s, g, 5, support)[0])
        for support in kl.SUPPORTS},
-    "intersection": (reverse(form="intersection"),
+    "intersection": (reverse(form="intersection", support="intersection"),
                      lambda s, g, _: kl.intersection_reverse_kl(s, g, 5)[0]),
     "sampled": (reverse(form="sampled", baseline=False),
                 lambda s, g, batch: kl.sampled_reverse_kl(logp(s, batch), logp(g, batch))),

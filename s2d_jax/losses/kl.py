@@ -167,9 +167,14 @@ def _top_k(student_BTV, teacher_BTV, k, support, forward):
 
 
 def _masses(student_BTV, teacher_BTV, inside_BTV):
-  return {f"{who}_mass": jax.lax.stop_gradient(
-              expectation(jax.nn.softmax(x_BTV), inside_BTV.astype(jnp.float32)))
+  return {f"{who}_mass": jax.lax.stop_gradient(_mass(x_BTV, inside_BTV))
           for who, x_BTV in (("student", student_BTV), ("teacher", teacher_BTV))}
+
+
+def _mass(logits_BTV, inside_BTV):
+  """The probability of what is inside."""
+  p_BTV = once(jnp.exp(log_softmax(logits_BTV.astype(jnp.float32))))
+  return expectation(p_BTV, inside_BTV.astype(jnp.float32))
 
 
 def _top(logits_BTV, k):
@@ -284,9 +289,7 @@ def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
 
 def overlap_mass(p_logits_BTV, q_logits_BTV, k):
   """Probability that p puts on the tokens that are among the k most probable of both."""
-  p_BTV = jax.nn.softmax(p_logits_BTV.astype(jnp.float32))
-  both_BTV = _support(p_logits_BTV, q_logits_BTV, k, "intersection")
-  return expectation(p_BTV, both_BTV.astype(jnp.float32))
+  return _mass(p_logits_BTV, _support(p_logits_BTV, q_logits_BTV, k, "intersection"))
 
 
 def k2(logp_BT, reference_logp_BT):

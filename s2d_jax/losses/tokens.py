@@ -20,7 +20,8 @@ def log_prob(logits_BTV, targets_BT):
   # only; a gather would collect the whole vocabulary first.
   target_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=jnp.bool_)
   logit_BT = jnp.sum(jnp.where(target_BTV, logits_BTV, 0.0), axis=-1)
-  return logit_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+  top_BT1, log_BT1 = log_sum(logits_BTV)
+  return (logit_BT - top_BT1[..., 0]) - log_BT1[..., 0]
 
 
 def expectation(p_BTV, x_BTV):

@@ -274,10 +274,10 @@ def test_the_one_cancels_over_the_whole_vocabulary_and_not_over_a_part():
   p_V, q_V = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.25, 0.25, 0.25, 0.25])
   slope_VV = np.diag(p_V) - np.outer(p_V, p_V)  # of p in its logits
   ratio_V = np.log(p_V / q_V)
-  whole_BTV = gradient(kl.reverse_kl, jnp.log(jnp.asarray(p_V, jnp.float32))[None, None],
+  quarters_BTV = gradient(kl.reverse_kl, jnp.log(jnp.asarray(p_V, jnp.float32))[None, None],
                        jnp.zeros((1, 1, 4)))
   for one in (0, 1):
-    np.testing.assert_allclose(whole_BTV[0, 0], (ratio_V + one) @ slope_VV, atol=1e-6)
+    np.testing.assert_allclose(quarters_BTV[0, 0], (ratio_V + one) @ slope_VV, atol=1e-6)
 
   def part(logits_V):
     log_p_V = log_softmax(logits_V)[:2]
@@ -318,6 +318,18 @@ def test_overlap_by_hand():
   np.testing.assert_allclose(kl.overlap_mass(q_BTV, p_BTV, 2), [[0.5]], rtol=1e-6)
   np.testing.assert_allclose(kl.top_k_overlap(p_BTV, q_BTV, 1), [[0.0]])
   np.testing.assert_allclose(kl.overlap_mass(p_BTV, q_BTV, 4), [[1.0]], rtol=1e-6)
+
+
+def test_masses_of_large_logits_are_those_of_their_differences():
+  # Shifted by 1e4, whose neighbours are 1e-3 apart, these quarters are what they were.
+  quarters_BTV = jnp.round(4 * STUDENT_BTV) / 4
+  far_BTV = quarters_BTV + 10_000
+  for k in (1, 3):
+    np.testing.assert_array_equal(kl.overlap_mass(far_BTV, TEACHER_BTV, k),
+                                  kl.overlap_mass(quarters_BTV, TEACHER_BTV, k))
+    np.testing.assert_array_equal(
+        kl.top_k_reverse_kl(far_BTV, TEACHER_BTV, k)[1]["student_mass"],
+        kl.top_k_reverse_kl(quarters_BTV, TEACHER_BTV, k)[1]["student_mass"])
 
 
 # The forms between, beside and of fewer outcomes; NumPy in float64 has the formulas once more.

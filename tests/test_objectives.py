@@ -266,6 +266,21 @@ def test_the_other_surrogates_and_penalties():
     expect(sums, "loss", clipped_BT + 0.5 * kl_BT)
 
 
+def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
+  # 5e-4 in bfloat16 is 4.997e-4. The surrogate is left out by advantages of 0.
+  head = STUDENT[0].astype(jnp.bfloat16), STUDENT[1]
+  def features_gradient(coefficient):
+    how = hp(kl="exact", kl_coef=coefficient)
+    still = BATCH._replace(advantage_BT=jnp.zeros((B, T)))
+    grad_BTD, _ = jax.grad(lambda head: objectives.clipped_surrogate(
+        head, GUIDE, still, how)["loss"][0])(head)
+    return np.asarray(grad_BTD.astype(jnp.float32))
+  for coefficient in (5e-4, 0.3):
+    exact_BTD = features_gradient(1.0) * np.float32(coefficient)
+    want_BTD = jnp.asarray(exact_BTD).astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(features_gradient(coefficient), want_BTD)
+
+
 @pytest.mark.parametrize("how", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):

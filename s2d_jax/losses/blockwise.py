@@ -134,7 +134,7 @@ def _divergence_forth(f, block, student, guide, weight_BT, more_BT):
 def _divergence_back(f, block, saved, cotangents):
   dfeatures_BTD, dweight_VD, weight_VD, *rest = saved
   scale = cotangents[0]
-  student = ((dfeatures_BTD * scale.astype(dfeatures_BTD.dtype)),
+  student = ((dfeatures_BTD.astype(jnp.float32) * scale).astype(dfeatures_BTD.dtype),
              (dweight_VD * scale).astype(weight_VD.dtype))
   return student, *jax.tree.map(_no_gradient, rest)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from s2d_jax import sharding
 from s2d_jax.losses import tokens
@@ -46,24 +47,31 @@ def _logp(features_BTD, weight_VD, targets_BT, block):
   return sharding.on_rows(on_rows, (features_BTD, targets_BT), _cast(weight_VD, features_BTD))[0]
 
 
-def _logp_forth(features_BTD, weight_VD, targets_BT, block):
-  return _logp(features_BTD, weight_VD, targets_BT, block), (features_BTD, weight_VD, targets_BT)
+def _logp_forth(features, weight, targets, block):  # each an array and whether it is differentiated
+  saved = tuple(x.value for x in (features, weight, targets))
+  return _logp(*saved, block), saved
 
 
 def _logp_back(block, saved, cotangents):
   features_BTD, weight_VD, targets_BT = saved
+  # An entropy that is only read costs nothing on the way back.
+  asked = [not isinstance(x, SymbolicZero) for x in cotangents]
+  cotangents = [x for x, is_asked in zip(cotangents, asked, strict=True) if is_asked]
   def on_rows(rows, wholes):
     def on_block(dweight_VD, features_btD, targets_bt, *cotangents_bt):
       logits_btV = _logits(features_btD, wholes)
-      _, back = jax.vjp(lambda logits_btV: _of_target(logits_btV, targets_bt), logits_btV)
-      return _into(dweight_VD, back(cotangents_bt)[0], features_btD, wholes)
+      def f(logits_btV):
+        both = _of_target(logits_btV, targets_bt)
+        return [x for x, is_asked in zip(both, asked, strict=True) if is_asked]
+      _, back = jax.vjp(f, logits_btV)
+      return _into(dweight_VD, back([*cotangents_bt])[0], features_btD, wholes)
     return _scan(on_block, block, _zeros(wholes), rows)
   dfeatures_BTD, dweight_VD = sharding.on_rows(
       on_rows, (features_BTD, targets_BT, *cotangents), _cast(weight_VD, features_BTD))
   return dfeatures_BTD, dweight_VD.astype(weight_VD.dtype), None
 
 
-_logp.defvjp(_logp_forth, _logp_back)
+_logp.defvjp(_logp_forth, _logp_back, symbolic_zeros=True)
 
 
 def _of_target(logits_btV, targets_bt):

@@ -159,18 +159,18 @@ def _processor():
   return names[0] if names else platform.machine()
 
 
-def write(name, asked, found):
-  """Writes <results>/<name>-<device>.json and prints it; returns its path.
+def write(script, asked, found, kind=""):
+  """Writes <results>/<script>-<device>.json and prints it; returns its path.
 
-  The script is `name` up to a hyphen; what follows tells its results apart.
+  `kind` stands behind the script's name where a script has results of several.
   """
-  command = " ".join(["python -m", f"benchmarks.{name.partition('-')[0]}", *asked.words])
-  result = {"benchmark": name, "command": command, "revision": manifest.revision(),
+  command = " ".join(["python -m", f"benchmarks.{script}", *asked.words])
+  result = {"benchmark": script, "command": command, "revision": manifest.revision(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
             "load_average": asked.load_average, "sizes": vars(asked.sizes), **found}
   device = result["machine"]["device"].lower().replace(" ", "-")
   asked.results.mkdir(parents=True, exist_ok=True)
-  path = asked.results / f"{name}-{device}.json"
+  path = asked.results / f"{'-'.join([script, *[kind] * bool(kind), device])}.json"
   path.write_text(json.dumps(result, indent=1) + "\n")
   print(path.read_text(), end="")
   return path

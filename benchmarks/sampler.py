@@ -203,9 +203,9 @@ def run(sizes):
 def main(argv=None):
   """Measures, writes the JSON and returns its path."""
   asked = parse(argv)
-  name = "sampler-decode" if asked.sizes.decode else "sampler"
+  kind = "decode" if asked.sizes.decode else ""
   with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
-    return measure.write(name, asked, run(asked.sizes))
+    return measure.write("sampler", asked, run(asked.sizes), kind)
 
 
 if __name__ == "__main__":

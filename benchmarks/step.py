@@ -64,12 +64,12 @@ class Ours:
     how = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
     self.model, params = measure.model(*how)
     self.start = jax.device_get(params)
-    self.guided = objective in (objectives.forward_kl, objectives.reverse_kl)
+    self.guided = objective in (objectives.forward_kl, objectives.reverse_kl, objectives.jsd)
     guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
     self.optimizer = optim.make(SimpleNamespace(
         lr=1e-4, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
         b2=0.999, eps=1e-8), models.axes(self.model.config))
-    hp = SimpleNamespace(**common.grpo(), **common.reverse(),
+    hp = SimpleNamespace(**common.grpo(), **common.reverse(), pi=0.5,
                          microbatches=sizes.microbatches, block=sizes.block)
     place = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
@@ -171,8 +171,10 @@ def run(sizes):
 def main(argv=None):
   """Measures, writes the JSON and returns its path."""
   asked = parse(argv)
+  objective = asked.sizes.objective
+  kind = "" if objective == FULL["objective"] else objective.replace("_", "-")
   with jax.set_mesh(sharding.make_mesh()):
-    return measure.write("step", asked, run(asked.sizes))
+    return measure.write("step", asked, run(asked.sizes), kind)
 
 
 if __name__ == "__main__":

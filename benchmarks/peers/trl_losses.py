@@ -1,6 +1,6 @@
 """TRL's distillation losses on the arrays of a file: one with gradients per line it reads.
 
-  PYTHON benchmarks/peers/trl_losses.py ARRAYS.npz
+  PYTHON benchmarks/peers/trl_losses.py ARRAYS.npz DTYPE
 
 Run by `benchmarks.loss` with the Python of an environment that has TRL and nothing of ours. A line
 is {"way": "trl" | "trl_chunked", "beta": b} as JSON: `generalized_jsd_loss` of the logits, or the
@@ -18,10 +18,10 @@ from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
-def main(path):
+def main(path, dtype):
   """Answers each line until there are no more."""
   with np.load(path) as arrays:
-    given = {name: torch.tensor(arrays[name]) for name in arrays}
+    given = {name: torch.tensor(arrays[name]).to(getattr(torch, dtype)) for name in arrays}
   features = given["student"].requires_grad_()
   weight = given["student_weight"].requires_grad_()
 
@@ -41,7 +41,7 @@ def main(path):
     value.backward()
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "loss": value.item(),
-                      "gradients": [features.grad.norm().item(), weight.grad.norm().item()]}),
+                      "gradients": [x.grad.double().norm().item() for x in (features, weight)]}),
           flush=True)
 
 

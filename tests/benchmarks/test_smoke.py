@@ -24,7 +24,7 @@ KEYS = {
              "matmul_peak", "profile"},
     "sampler": {"works", "peers", "matmul_peak", "bandwidth"},
     "grpo": {"step", "flops", "compile_seconds", "memory", "peers", "matmul_peak"},
-    "loss": {"memory", "time", "matmul_peak"},
+    "loss": {"memory", "time", "peers", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
 }
@@ -59,9 +59,10 @@ def test_every_benchmark_is_known():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("objective", ["clipped_surrogate", "reverse_kl"])
+@pytest.mark.parametrize("objective", ["clipped_surrogate", "forward_kl", "reverse_kl", "jsd"])
 def test_step(objective, tmp_path):
   result = smoke("step", tmp_path, f"--objective={objective}", "--repeats=2")
+  assert (tmp_path / f"step-{objective.replace('_', '-')}-cpu.json").exists()
   assert result["sizes"]["objective"] == objective and result["peers"] == {}
   for what in ("forward", "train"):
     assert set(result[what]) == {"ours"} and set(result[what]["ours"]) == STEP
@@ -71,7 +72,7 @@ def test_step(objective, tmp_path):
   # update, and the guide's once more.
   forward = 2 * 8 * 2 * (2 * 256 + 2 * 128 + 3 * 256 + 1024) + 2 * 36 * 4 * 2 * 8
   assert result["flops"] == {"forward": forward,
-                             "train": forward * (4 if objective == "reverse_kl" else 3)}
+                             "train": forward * (3 if objective == "clipped_surrogate" else 4)}
   train = result["train"]["ours"]
   assert train["tokens_per_second"] == pytest.approx(16 / train["seconds"])
   # Both slots of AdamW and the weights are donated, and 4 bytes each.
@@ -189,13 +190,37 @@ def test_loss(tmp_path):
                                    "16 tokens, direct"}
   for account in result["memory"].values():
     assert set(account) == COMPILED - {"compile_seconds"} | {"beyond_gradient_bytes"}
+  assert result["peers"] == {}
 
 
-def test_losses_that_differ_are_not_timed():
+@pytest.mark.medium
+def test_loss_in_another_type(tmp_path):
+  result = smoke("loss", tmp_path, "--dtype=bfloat16", "--tokens=16")
+  assert result["matmul_peak"]["dtype"] == "bfloat16"
+  single = json.loads(loss.main(["--smoke", f"--results={tmp_path}", "--tokens=16"]).read_text())
+  for name, ways in result["time"]["16"].items():
+    off = abs(ways["direct"]["loss"] / single["time"]["16"][name]["direct"]["loss"] - 1)
+    assert 1e-6 < off < 1e-2  # rounded, and nearly the same
+
+
+@pytest.mark.parametrize("dtype, off", [("float32", 2e-5), ("bfloat16", 2e-3)])
+def test_losses_that_differ_are_not_timed(dtype, off):
   ways = {"direct": {"loss": 1.0, "gradients": [2.0, 3.0]},
-          "blockwise": {"loss": 1.0, "gradients": [2.0, 3.1]}}
+          "blockwise": {"loss": 1.0, "gradients": [2.0, 3.0 * (1 + off)]}}
   with pytest.raises(ValueError, match="blockwise of reverse_kl has .*do not time what differs"):
-    loss.same("reverse_kl", ways)
+    loss.same("reverse_kl", ways, dtype)
+  ways["blockwise"]["gradients"][1] = 3.0 * (1 + off / 4)
+  loss.same("reverse_kl", ways, dtype)
+
+
+def test_the_command_is_the_scripts_and_the_file_says_of_which_kind(tmp_path):
+  parse = measure.parser("What.", {"rows": 8}, {"rows": 1})
+  asked = parse(["--smoke", f"--results={tmp_path}"])
+  path = measure.write("loss", asked, {}, "v5p")
+  assert path.name == "loss-v5p-cpu.json"
+  result = json.loads(path.read_text())
+  assert result["benchmark"] == "loss"
+  assert result["command"] == f"python -m benchmarks.loss --smoke --results={tmp_path}"
 
 
 @pytest.mark.medium

@@ -207,6 +207,57 @@ def test_a_jsd_that_there_is_not_is_refused(change, said):
     objectives.jsd(STUDENT, GUIDE, BATCH, hp(**change))
 
 
+SAME = {"student_temperature": 2.0, "teacher_temperature": 2.0}
+EVERY = [(objectives.forward_kl, {}), (objectives.forward_kl, SAME), (objectives.reverse_kl, {}),
+         (objectives.reverse_kl, SAME), (objectives.jsd, {}), (objectives.jsd, SAME),
+         (objectives.forward_kl, {"form": "top_k"}), (objectives.reverse_kl, {"form": "top_k"}),
+         (objectives.reverse_kl, {"form": "intersection"} | BOTHS),
+         *((objectives.reverse_kl, {"form": "sampled", "baseline": baseline})
+           for baseline in (True, False)),
+         *((objectives.clipped_surrogate, {"kl": name, "kl_coef": 0.5})
+           for name in (*objectives.KL_PENALTIES, "exact"))]
+
+
+@pytest.mark.parametrize("objective, changes", EVERY)
+def test_equal_models_have_no_loss_and_no_gradient(objective, changes):
+  still = BATCH._replace(advantage_BT=jnp.zeros((B, T)))  # a penalty alone
+  def loss(head, guide):
+    sums = objective(head, guide, still, hp(**changes))
+    return sums["loss"][0], sums["kl"][0]
+  for wrap in (lambda f: f, jax.jit):
+    (total, found), grads = wrap(jax.value_and_grad(loss, has_aux=True))(STUDENT, STUDENT)
+    assert total == 0 and found == 0
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
+
+
+ARRAYS = [(objectives.negative_log_likelihood, {}, 4), (objectives.forward_kl, {}, 4),
+          (objectives.reverse_kl, {}, 3), (objectives.jsd, {}, 6),
+          (objectives.forward_kl, {"form": "top_k"}, 8),
+          (objectives.reverse_kl, {"form": "top_k", "support": "union"}, 8),
+          (objectives.reverse_kl, {"form": "intersection"} | BOTHS, 8),
+          (objectives.reverse_kl, {"form": "sampled"}, 2),
+          (objectives.clipped_surrogate, {"kl": "k3", "kl_coef": 0.5}, 2),
+          (objectives.clipped_surrogate, {"kl": "exact", "kl_coef": 0.5}, 3)]
+
+
+@pytest.mark.parametrize("objective, changes, arrays", ARRAYS)
+def test_temporaries_are_so_many_arrays_of_a_block_by_the_vocabulary(objective, changes, arrays):
+  count, block, width, words = 2048, 1024, 64, 8192
+  def shapes(kind):
+    return jax.ShapeDtypeStruct((1, count), kind)
+  ids = {"targets_BT": jnp.int32, "segments_BT": jnp.int32}
+  batch = rollout.Batch(*(shapes(ids.get(name, jnp.float32)) for name in rollout.Batch._fields))
+  head = (jax.ShapeDtypeStruct((1, count, width), jnp.float32),
+          jax.ShapeDtypeStruct((words, width), jnp.float32))
+  def loss(head, guide, batch):
+    sums = objective(head, guide, batch, hp(block=block, **changes))
+    return sums["loss"][0], sums
+  program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(head, head, batch).compile()
+  got = program.memory_analysis().temp_size_in_bytes / (4 * block * words)
+  # Features, their gradients and numbers of every token beside them; the gradient is output.
+  assert arrays - 1 < got < arrays + 0.4
+
+
 def surrogate_by_numpy():
   ratio_BT = np.exp(LOGP_BT - np.asarray(BATCH.old_logp_BT))
   advantage_BT = np.asarray(BATCH.advantage_BT)

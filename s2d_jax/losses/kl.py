@@ -173,7 +173,7 @@ def _masses(student_BTV, teacher_BTV, inside_BTV):
 
 def _mass(logits_BTV, inside_BTV):
   """The probability of what is inside."""
-  p_BTV = once(jnp.exp(log_softmax(logits_BTV.astype(jnp.float32))))
+  p_BTV = jnp.exp(log_softmax(logits_BTV.astype(jnp.float32)))
   return expectation(p_BTV, inside_BTV.astype(jnp.float32))
 
 

@@ -488,6 +488,42 @@ def test_fewer_outcomes_are_no_further_apart_and_never_negative(support):
                              rtol=1e-4, atol=1e-6)
 
 
+def test_top_k_by_hand():
+  # Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), the teacher's first told apart: (1/4, 3/4)
+  # against (1/2, 1/2). Reverse 1/4·ln(1/2) + 3/4·ln(3/2) = 0.130812, forward
+  # 1/2·ln 2 + 1/2·ln(2/3) = 0.143841.
+  student_BTV, teacher_BTV = (jnp.log(jnp.array([[row]])) for row in ([.5, .25, .25],
+                                                                    [.25, .5, .25]))
+  def forward(s, t):
+    return kl.top_k_forward_kl(s, t, 1, "teacher")[0]
+  def reverse(s, t):
+    return kl.top_k_reverse_kl(s, t, 1, "teacher")[0]
+  np.testing.assert_allclose(forward(student_BTV, teacher_BTV), [[0.143841]], atol=1e-6)
+  np.testing.assert_allclose(reverse(student_BTV, teacher_BTV), [[0.130812]], atol=1e-6)
+  _, masses = kl.top_k_forward_kl(student_BTV, teacher_BTV, 1, "teacher")
+  np.testing.assert_allclose([masses["student_mass"], masses["teacher_mass"]], [[[.25]], [[.5]]])
+  # Forward: 1/4 − 1/2 of the token told apart, q·(1 − (1/2)/(3/4)) of the others. Reverse:
+  # 1/4·(ln(1/2) − KL), then 1/2 and 1/4 of ln(3/2) − KL = 0.274653.
+  np.testing.assert_allclose(gradient(forward, student_BTV, teacher_BTV),
+                             [[[1 / 6, -1 / 4, 1 / 12]]], atol=1e-6)
+  np.testing.assert_allclose(gradient(reverse, student_BTV, teacher_BTV),
+                             [[[0.137327, -0.205990, 0.068663]]], atol=1e-6)
+
+
+def test_the_sampled_form_and_corrected_k3_by_hand():
+  # log π = −1 and log π_ref = −1.5: log-ratio 0.5, with a baseline of 0.2 a slope of 0.3.
+  logp_BT, reference_logp_BT = jnp.array([[-1.0]]), jnp.array([[-1.5]])
+  for baseline, slope in ((0.0, 0.5), (0.2, 0.3)):
+    value, grad = jax.value_and_grad(
+        lambda x, b=baseline: kl.sampled_reverse_kl(x, reference_logp_BT, b)[0, 0])(logp_BT)
+    np.testing.assert_allclose([value, grad[0, 0]], [0.5, slope], atol=1e-6)
+  # log π_old = −1.2: e^0.2·k3 = 1.221403·0.106531 = 0.130117, and e^0.2·(1 − e^−0.5) = 0.480585
+  # more in its slope.
+  value, grad = jax.value_and_grad(
+      lambda x: kl.k3_corrected(x, reference_logp_BT, jnp.array([[-1.2]]))[0, 0])(logp_BT)
+  np.testing.assert_allclose([value, grad[0, 0]], [0.130117, 0.610702], atol=1e-6)
+
+
 def test_ties_go_to_lower_ids_and_the_support_has_exactly_k():
   # Teacher: 2, three times 1, twice 0; student: all equal. Two of the first are {0, 1}, three
   # {0, 1, 3}; of the student's they are {0, 1} and {0, 1, 2}.

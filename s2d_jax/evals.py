@@ -10,7 +10,7 @@ from s2d_jax import stats
 
 
 def solve(draw, params, prompts, reward, seed):
-  """Samples every prompt and checks every response.
+  """Samples every prompt and checks every response as it ends, while others are decoded.
 
   Args:
     draw: as `sampler.make` returns it; params: the weights; prompts: rollout.Prompt of P problems.
@@ -20,9 +20,11 @@ def solve(draw, params, prompts, reward, seed):
     (correct_PG, rollout): 1 where the reward is 1 or more, else 0, float32 [P, G], and the rows
     behind them.
   """
-  rows = draw(params, prompts, seed)
-  correct_B = np.array([reward(int(i), rows.response(b)) >= 1
-                        for b, i in enumerate(rows.prompt_id_B)], np.float32)
+  correct = {}
+  def ended(place, rows):
+    correct[place] = reward(int(rows.prompt_id_B[place]), rows.response(place)) >= 1
+  rows = draw(params, prompts, seed, ended=ended)
+  correct_B = np.array([correct[place] for place in range(len(rows.prompt_id_B))], np.float32)
   return correct_B.reshape(len(prompts), -1), rows
 
 

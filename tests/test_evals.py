@@ -10,17 +10,22 @@ RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of ea
 
 
 class Told:
-  """draw(params, prompts, seed) -> RESPONSES, with 99 behind every end; remembers its calls."""
+  """draw(params, prompts, seed, ended=None) -> RESPONSES, with 99 behind every end; remembers its
+  calls. Its rows end in `order`."""
 
-  def __init__(self):
-    self.calls = []
+  def __init__(self, order=range(6)):
+    self.calls, self.order = [], order
 
-  def __call__(self, params, prompts, seed):
+  def __call__(self, params, prompts, seed, ended=None):
     self.calls.append((params, prompts, seed))
     repeated = [p for p in prompts for _ in range(3)]
     rows = rollout.given(repeated, RESPONSES, 2, 4)
     beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
-    return rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
+    rows = rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
+    for place in self.order if ended is not None else ():
+      ended(place, rows)
+    self.calls.append("drawn")
+    return rows
 
 
 def reward(prompt_id, ids):
@@ -34,8 +39,18 @@ def test_solve_by_hand():
   correct_PG, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
   np.testing.assert_array_equal(correct_PG, [[1, 0, 1], [1, 0, 1]])
   assert correct_PG.dtype == np.float32
-  assert draw.calls == [("weights", PROMPTS, (4, 2))]
+  assert draw.calls == [("weights", PROMPTS, (4, 2)), "drawn"]
   assert [rows.response(b).tolist() for b in range(6)] == RESPONSES
+
+
+def test_a_row_is_scored_when_it_ends_and_once():
+  draw = Told(order=(5, 0, 3, 1, 2, 4))
+  def telling(prompt_id, ids):
+    draw.calls.append((prompt_id, ids.tolist()))
+    return reward(prompt_id, ids)
+  correct_PG, _ = evals.solve(draw, "weights", PROMPTS, telling, (4, 2))
+  np.testing.assert_array_equal(correct_PG, [[1, 0, 1], [1, 0, 1]])
+  assert draw.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in draw.order] + ["drawn"]
 
 
 def test_right_is_a_reward_of_one_or_more():
@@ -105,5 +120,5 @@ def test_validation_by_hand():
   assert dict(validate("old")) == {"validation/avg@3": np.float32(4 / 6),
                                    "validation/response_length": 11 / 6}
   assert dict(validate("new")) == dict(validate("old"))  # always the same draws
-  assert [call[0] for call in draw.calls] == ["old", "new", "old"]
-  assert {call[2] for call in draw.calls} == {(1,)}
+  assert [call[0] for call in draw.calls[::2]] == ["old", "new", "old"]
+  assert {call[2] for call in draw.calls[::2]} == {(1,)}

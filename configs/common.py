@@ -84,9 +84,10 @@ def grpo(advantages="group", surrogate="clipped", clip_low=0.2, clip_high=0.2, c
   advantages: "group" (divided by its standard deviation) or "centred". surrogate: "clipped",
   "dual_clipped" (bounded by clip_most), "gspo", "cispo". kl: "none", "k2", "k3", "k3_corrected",
   "exact". mismatch of sampler and trainer: "none", "truncate", "mask", by "token" or "sequence".
-  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws so often for
-  others. overlong: "none", "mask" (answers cut off are left out) or "soft" (the last overlong_cache
-  tokens before the limit are punished).
+  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws for others, in
+  so many rounds in all. overlong: "none", "mask" (answers cut off are left out) or "soft" (the last
+  overlong_cache tokens before the limit are punished). GSPO is surrogate="gspo" with
+  mean="sequence", clip_low=3e-4, clip_high=4e-4.
   """
   return {"advantages": advantages, "surrogate": surrogate, "clip_low": clip_low,
           "clip_high": clip_high, "clip_most": clip_most, "kl": kl, "kl_coef": kl_coef,
@@ -101,7 +102,7 @@ def distil(form="full", top_k=64, support="teacher", student_temperature=1.0,
 
   form: "full" or "top_k" (with all the rest as one outcome more); for reverse KL also
   "intersection" and "sampled". support: of the top k, "teacher", "student", "union" or
-  "intersection".
+  "intersection", which is the only one of that form. Temperatures are for "full" alone.
   """
   return {"form": form, "top_k": top_k, "support": support,
           "student_temperature": student_temperature, "teacher_temperature": teacher_temperature}

@@ -3,9 +3,8 @@
   python -m s2d_jax.main --config=configs/qwen3_math.py:models=/models,data=/data --workdir=...
 
 Needs the folders Qwen3-8B and Qwen3-1.7B under `models`, and JSON lines of problem and answer under
-`data` (`common.math` names them). Not yet run at this size, nor does it fit yet: the sampler holds
-every row's whole window at once (the README's limits; `s2d-jax preflight` tells). `:tiny` keeps the
-two folders and the data and shrinks everything else.
+`data` (`common.math` names them). Not yet run at this size; `s2d-jax preflight` says what it needs.
+`:tiny` keeps the two folders and the data and shrinks everything else.
 """
 
 from configs import common

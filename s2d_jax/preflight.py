@@ -87,12 +87,17 @@ def costs(config, stages=recipe.STAGES):
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
     found = {"score": programs.score, "update": programs.step}
     if programs.judge is not None:
-      found = {"judge": programs.judge.compiled, **found}
+      found = {**_sampling("judge", programs.judge), **found}
     if programs.draw is not None:
-      found = {"sample": programs.draw.compiled, **found}
+      found = {**_sampling("sample", programs.draw), **found}
     for program, compiled in found.items():
       yield _cost(name, program, compiled)
   yield from _scoring(config, mesh, stop_ids)
+
+
+def _sampling(name, draw):
+  """A sampler's two large programs: decoding the largest batch at its longest, and prefill."""
+  return {name: draw.compiled, f"{name} prefill": draw.programs.prefill}
 
 
 def _cost(stage, program, compiled):
@@ -108,8 +113,8 @@ def _scoring(config, mesh, stop_ids):
     how = train.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
       draw = sampler.make(model, params, how, size, config.prompt_tokens,
-                          sampler.Room(**config.sampler.to_dict()), str)
-      yield f"{role}{program}", draw.compiled
+                          sampler.Room(**config.sampler.to_dict()).exact(), str)
+      yield from _sampling(f"{role}{program}", draw).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),
       *sampling(config.evaluation, config.evaluation.prompts, " greedy", samples_per_prompt=1,

@@ -253,7 +253,7 @@ def compile_programs(work, state, mesh):
   if work.judge is not None:
     judge = sampler.make(work.judge.model, work.judge.params,
                          how._replace(samples_per_prompt=hp.pass_samples), hp.prompts, work.width,
-                         work.room, work.text)
+                         work.room.exact(), work.text)
   rows = hp.prompts * how.samples_per_prompt
   width = work.width + how.max_tokens - 1
   drawing.summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call

@@ -63,7 +63,9 @@ def check(config, expected):
     hp = config.stages[row]
     if row == "weighted_fkl":
       floor[row, "judge"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
+      floor[row, "judge prefill"] = size[learner]
     if row != "teacher_sft":
+      floor[row, "sample prefill"] = size[actor or learner]
       floor[row, "sample"] = sampled(
           actor or learner, hp.prompts * hp.sampling.samples_per_prompt, hp.sampling)
   # Two models are sampled for a score, with temperature and without, and for a probe, which lays
@@ -73,8 +75,10 @@ def check(config, expected):
       hp = config[block]
       rows = hp.prompts * hp.sampling.samples_per_prompt
       floor[block, role] = sampled(role, rows, hp.sampling)
+      floor[block, f"{role} prefill"] = size[role]
     greedy = sampled(role, config.evaluation.prompts, config.evaluation.sampling)
     floor["evaluation", f"{role} greedy"] = greedy
+    floor["evaluation", f"{role} greedy prefill"] = size[role]
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
@@ -127,7 +131,8 @@ def test_adapters_have_their_programs(quick_compiles, config):
   whole = arguments()
   config.stages.weighted_fkl.lora.rank = 1
   low = arguments()
-  assert low.keys() == whole.keys() == {"judge", "sample", "score", "update"}
+  assert low.keys() == whole.keys() == {
+      "judge", "judge prefill", "sample", "sample prefill", "score", "update"}
   assert low["judge"] == whole["judge"]
   assert low["update"] < whole["update"]  # no slots for the weights themselves
 

@@ -119,13 +119,14 @@ def solved(rows, path):
       if line.strip():
         place, row = f"{path} line {index + 1}", _object(f"{path} line {index + 1}", line)
         number, text = row.get("id"), row.get("response")
-        if not isinstance(number, int) or not isinstance(text, str) or not text:
+        if not isinstance(number, int) or not isinstance(text, str):
           raise ValueError(f"{place} lacks an integer id or a response's text: give both.")
         samples = responses.setdefault(number, {})
         if row.get("sample") in samples:
           raise ValueError(f"{place} answers problem {number} again: keep one response a problem, "
                            'or number them under "sample".')
-        samples[row.get("sample")] = text if row.get("finish", "stop") == "stop" else None
+        ended = row.get("finish", "stop") == "stop"
+        samples[row.get("sample")] = text if ended and text else None  # an empty one is no solution
   def solution(row):
     ended = sorted((sample or 0, text) for sample, text in responses.get(row["id"], {}).items()
                    if text is not None)

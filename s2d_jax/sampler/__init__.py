@@ -2,6 +2,6 @@
 
 from s2d_jax.sampler.decode import Sampling
 from s2d_jax.sampler.programs import Room
-from s2d_jax.sampler.scheduler import make, sample
+from s2d_jax.sampler.scheduler import check_ends, make, sample
 
-__all__ = ["Room", "Sampling", "make", "sample"]
+__all__ = ["Room", "Sampling", "check_ends", "make", "sample"]

@@ -4,13 +4,17 @@
       --temperature 0.7 --max-tokens 1024
 
 A line of the prompts has "problem", a text, or "messages", a chat; and where it has one an "id", an
-integer. A line of the output is one sample: {"id", "sample", "response", "finish", "tokens",
-"logp"}, finish "stop" or "length", logp the model's nats of each token. Lines come as rows end, in
+integer. A line of the output is one sample: {"id", "prompt", "sample", "response", "finish",
+"tokens", "logp"}, prompt a hash of its tokens, finish "stop" or "length", logp the model's nats of
+each token. Lines come as rows end, in
 any order. The same command again keeps what is there and samples what is not; the samples are those
 of one run. The output is what `config.data.solutions` takes.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
 import pathlib
 import sys
@@ -21,8 +25,15 @@ from tqdm import tqdm
 from s2d_jax import chat, models, rollout, sampler, sharding
 from s2d_jax.models import hf
 
+SLICE = 16_384  # rows that are asked for at a time: the memory of a host is not a file's
+
 
 def parse(argv):
+  """The command line, read.
+
+  Raises:
+    ValueError: a number out of its range; names the flag.
+  """
   flags = argparse.ArgumentParser(prog="python -m s2d_jax.sampler",
                                   description=__doc__.partition("\n")[0])
   flags.add_argument("--model", required=True, help="a Hugging Face folder")
@@ -36,6 +47,8 @@ def parse(argv):
   flags.add_argument("--max-tokens", type=int, default=1024)
   flags.add_argument("--min-tokens", type=int, default=0)
   flags.add_argument("--stop", action="append", default=[], help="a text that ends a response")
+  flags.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
+                     help="an argument of the chat template, such as enable_thinking=false")
   flags.add_argument("--seed", type=int, default=0)
   flags.add_argument("--dtype", default="float32", help="of the activations: float32 or bfloat16")
   flags.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
@@ -62,7 +75,8 @@ def read(path, talk):
   if not pathlib.Path(path).is_file():
     raise ValueError(f"{path} is no file: give JSON lines of problem or messages there.")
   found = {}
-  for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold the others
+  for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     place = f"{path} line {number}"
@@ -81,58 +95,111 @@ def read(path, talk):
   return list(found.values())
 
 
-def kept(path, settings):
+@contextlib.contextmanager
+def only_writer(path, settings):
+  """Holds the output's settings, beside it, while it is written.
+
+  Raises:
+    ValueError: another process writes it, or it was sampled from another model, or otherwise.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_name(path.name + ".settings.json")
+  with open(beside, "a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(f"{path} is being written by another process: wait for it, or choose "
+                       "another --out.") from error
+    file.seek(0)
+    text = file.read()
+    before = json.loads(text) if text else {}
+    differ = sorted(k for k in settings if before.get(k) != settings[k])
+    if path.exists() and differ:
+      raise ValueError(f"{path} was sampled with another {' and '.join(differ)}, or without "
+                       f"{beside.name} beside it: choose another --out, or remove both.")
+    if differ:
+      file.truncate(0)
+      file.write(json.dumps(settings, indent=1) + "\n")
+      file.flush()
+    yield
+
+
+def kept(path, prompts):
   """{(id, sample)} of the whole lines of the output; a last line that was cut off is taken away.
 
   Raises:
-    ValueError: they were sampled from another model, or otherwise.
+    ValueError: a line is of a prompt that has other tokens now.
   """
-  beside = path.with_name(path.name + ".settings.json")
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(settings, indent=1) + "\n")
     return set()
-  before = json.loads(beside.read_text()) if beside.exists() else {}
-  differ = sorted(k for k in settings if before.get(k) != settings[k])
-  if differ:
-    raise ValueError(f"{path} was sampled with another {' and '.join(differ)}, or without "
-                     f"{beside.name} beside it: choose another --out, or remove both.")
-  data = path.read_bytes()
+  data, found = path.read_bytes(), set()
   whole = data[: data.rfind(b"\n") + 1]
   if len(whole) < len(data):
     with open(path, "r+b") as out:
       out.truncate(len(whole))
-  rows = map(json.loads, whole.decode().splitlines())
-  return {(row["id"], row["sample"]) for row in rows}
+  names = {prompt.id: name_of(prompt) for prompt in prompts}
+  for row in map(json.loads, whole.decode().split("\n")[:-1]):
+    if names.get(row["id"], row["prompt"]) != row["prompt"]:
+      raise ValueError(f"{path} has samples of another prompt with the id {row['id']}: choose "
+                       "another --out, or another id.")
+    found.add((row["id"], row["sample"]))
+  return found
+
+
+def name_of(prompt):
+  """Eight hexadecimal digits that tell a prompt's tokens from others."""
+  return hashlib.blake2b(repr(prompt.tokens).encode(), digest_size=4).hexdigest()
 
 
 def main(argv=None):
   """Samples what the output lacks."""
   asked = parse(argv)
   path = pathlib.Path(asked.out)
-  talk = chat.Chat(asked.model)
+  talk = chat.Chat(asked.model, **template(asked.template))
   prompts = read(asked.prompts, talk)
   how = sampler.Sampling(asked.n, asked.temperature, asked.top_p, asked.top_k, asked.min_p,
                          asked.max_tokens, asked.min_tokens, tuple(talk.eos_ids), tuple(asked.stop))
-  longest = models.get(hf.read_json(asked.model)).config.max_positions
+  sampler.check_ends(how, talk.decode)
+  model = models.get(hf.read_json(asked.model), dtype=asked.dtype)
   for prompt in prompts:
-    if len(prompt.tokens) + asked.max_tokens > longest:
+    if len(prompt.tokens) + asked.max_tokens > model.config.max_positions:
       raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
-                       f"{asked.max_tokens} new ones leaves the model's {longest} positions: lower "
-                       "--max-tokens or drop it.")
-  with jax.set_mesh(sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))):
-    settings = {"model": hf.identity(asked.model), "sampling": how._replace(
-        samples_per_prompt=1)._asdict(), "seed": asked.seed, "dtype": asked.dtype}
-    settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
-    there = kept(path, settings)
+                       f"{asked.max_tokens} new ones leaves the model's "
+                       f"{model.config.max_positions} positions: lower --max-tokens or drop it.")
+  settings = {"model": hf.identity(asked.model), "tokenizer": talk.fingerprint(),
+              "sampling": how._replace(samples_per_prompt=1)._asdict(), "seed": asked.seed,
+              "dtype": asked.dtype}
+  settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
+  mesh = sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))
+  with jax.set_mesh(mesh), only_writer(path, settings):
+    there = kept(path, prompts)
     wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
     if wanted:
-      model, params = hf.load(asked.model, sharding.current_mesh())
-      model = models.get(hf.read_json(asked.model), dtype=asked.dtype)
-      draw = sampler.make(model, params, how, len(prompts), max(len(p.tokens) for p in prompts),
+      # As the sampler reads them: no float32 copy beside those of bfloat16.
+      _, params = hf.load(asked.model, mesh, jax.tree.map(lambda x: x.dtype,
+                                                         models.frozen_shapes(model.config)))
+      draw = sampler.make(model, params, how, min(len(prompts), SLICE),
+                          max(len(p.tokens) for p in prompts),
                           sampler.Room(cache_gib=asked.cache_gib), talk.decode)
       write(path, draw, params, wanted, asked.seed, talk, len(there))
   print(path)
+
+
+def template(words):
+  """The arguments of a chat template from KEY=JSON.
+
+  Raises:
+    ValueError: one is not that.
+  """
+  found = {}
+  for word in words:
+    key, equals, value = word.partition("=")
+    try:
+      found[key] = json.loads(value if equals else "")
+    except json.JSONDecodeError as error:
+      raise ValueError(f"--template {word} is not KEY=JSON: write enable_thinking=false."
+                       ) from error
+  return found
 
 
 def write(path, draw, params, wanted, seed, talk, before):
@@ -140,15 +207,18 @@ def write(path, draw, params, wanted, seed, talk, before):
   with open(path, "a", encoding="utf-8") as out, tqdm(
       total=before + len(wanted), initial=before, unit="row", file=sys.stderr) as bar:
     def ended(place, rows):
-      prompt, sample = wanted[place]
+      prompt, sample = part[place]
       ids = rows.response(place)
       out.write(json.dumps({
-          "id": prompt.id, "sample": sample, "response": talk.decode(ids),
+          "id": prompt.id, "prompt": name_of(prompt), "sample": sample,
+          "response": talk.decode(ids),
           "finish": rollout.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
           "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]}) + "\n")
       out.flush()
       bar.update()
-    draw.rows(params, wanted, (seed,), ended=ended)
+    for start in range(0, len(wanted), SLICE):
+      part = wanted[start: start + SLICE]
+      draw.rows(params, part, (seed,), ended=ended)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,18 @@ class Call:
 
   def __init__(self, sampler, params, wanted, seed, weight_version):
     self.sampler, self.made, self.shapes = sampler, sampler.programs, sampler.programs.shapes
-    began = time.monotonic()
-    self.weights = jax.block_until_ready(self.made.prepare(params))
-    seconds = time.monotonic() - began
     self.rows = collections.deque(
         Row(place, prompt, rollout.row_key(seed, prompt.id, index))
         for place, (prompt, index) in enumerate(wanted))
+    self.waiting = collections.Counter(row.prompt.id for row in self.rows)
+    self.digest = hashlib.blake2b(digest_size=16)
+    for row in self.rows:
+      self.digest.update(np.array([row.prompt.id, *row.prompt.tokens], np.int64).tobytes())
+      self.digest.update(row.key_2.tobytes())
+    self._agree(f"weights of version {weight_version}")
+    began = time.monotonic()
+    self.weights = jax.block_until_ready(self.made.prepare(params))
+    seconds = time.monotonic() - began
     B, T = len(wanted), sampler.sampling.max_tokens
     prompt_BW = np.zeros((B, sampler.width), np.int32)
     for row_W, (prompt, _) in zip(prompt_BW, wanted, strict=True):
@@ -45,7 +51,6 @@ class Call:
         prompt_BW, np.array([len(p.tokens) for p, _ in wanted], np.int32),
         np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, T), np.float32),
         np.zeros((B, T), np.float32), np.zeros(B, np.int32), weight_version)
-    self.digest = hashlib.blake2b(digest_size=16)
     self.seen = dict.fromkeys(("dispatches", "prefills", "tokens", "slot_tokens"), 0) | {
         "weights_seconds": seconds,
         "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.weights))}
@@ -58,10 +63,12 @@ class Call:
     self.slots, self.owners = self.made.empty(), [None] * self.batch
     ready = []
     while self.rows or any(self.owners):
+      # All that this turn sends to the devices is a function of what is compared here.
+      self._agree([row and row.place for row in self.owners], self.batch, self.length,
+                  len(self.rows))
       self._fill()
       self._fit()
       alive_B = np.array([row is not None for row in self.owners])
-      self._agree(alive_B)
       self.slots, written = self.made.decode[self.batch, self.length](
           self.weights, self.slots, sampler.put(alive_B), sampler.put(np.int32(self._enough())))
       for place in ready if ended is not None else ():  # while the device decodes
@@ -69,7 +76,8 @@ class Call:
       ready = self._take(sharding.fetch(written))
     for place in ready if ended is not None else ():
       ended(place, self.out)
-    sampler.seen = self.seen
+    for name, count in self.seen.items():
+      sampler.seen[name] = sampler.seen.get(name, 0) + count
     return self.out
 
   def _fill(self):
@@ -86,11 +94,11 @@ class Call:
         group, entered = self._admit(group, entered), []
       if self._enter(b, self.rows[0]):
         group = cache
-        self.owners[b] = self.rows.popleft()
+        row = self.owners[b] = self.rows.popleft()
+        self.waiting[row.prompt.id] -= 1
         entered.append(b)
     self._admit(group, entered)
-    waiting = {row.prompt.id for row in self.rows}
-    self.read = {k: v for k, v in self.read.items() if k in waiting}
+    self.read = {i: read for i, read in self.read.items() if self.waiting[i]}
 
   def _prefill(self):
     """Reads the prompts of the next rows, as many as the program takes: each once for its samples.
@@ -140,7 +148,8 @@ class Call:
     self.owners[b] = None
 
   def _fit(self):
-    """Shrinks the batch to the rows alive once nobody waits; grows the cache for the longest."""
+    """Shrinks the batch to the rows alive once nobody waits; the cache is as long as the longest.
+    """
     alive = [b for b, row in enumerate(self.owners) if row is not None]
     fewer = [B for B in self.shapes.batches if B < self.batch]
     while not self.rows and fewer and len(alive) <= fewer[0]:
@@ -150,9 +159,14 @@ class Call:
           self.slots, self.sampler.put(np.array(kept, np.int32)))
       self.owners, self.batch = [self.owners[b] for b in kept], size
       alive = list(range(len(alive)))
-    while max(self._tokens(self.owners[b]) for b in alive) > self.length:
+    longest, at = max(self._tokens(self.owners[b]) for b in alive), self.shapes.lengths.index
+    while longest > self.length:
       self.slots = self.made.grow[self.batch, self.length](self.slots)
-      self.length = self.shapes.lengths[self.shapes.lengths.index(self.length) + 1]
+      self.length = self.shapes.lengths[at(self.length) + 1]
+    while self.rows and at(self.length) and longest + self.made.room.tokens <= self.shapes.lengths[
+        at(self.length) - 1]:
+      self.slots = self.made.shorten[self.length](self.slots)
+      self.length = self.shapes.lengths[at(self.length) - 1]
 
   def _tokens(self, row):
     """Tokens of a row so far: those in the cache and the one to be read."""
@@ -165,10 +179,9 @@ class Call:
       return min(alive, self.batch) - min(alive, len(self.rows), max(1, self.batch // SHARE))
     return max((B for B in self.shapes.batches if B < self.batch), default=0)
 
-  def _agree(self, alive_B):
+  def _agree(self, *facts):
     """Every process is about to dispatch the same."""
-    self.digest.update(np.packbits(alive_B).tobytes())
-    self.digest.update(f"{self.batch},{self.length},{len(self.rows)}".encode())
+    self.digest.update(repr(facts).encode())
     sharding.agree("sampler", self.digest.hexdigest())
 
   def _take(self, written):
@@ -200,10 +213,17 @@ class Call:
     return done
 
   def _cut(self, ids, start):
-    """Length of a response up to the token that completes a stop string, or None."""
+    """Length of a response up to the token that completes a stop string, or None.
+
+    What was complete by `min_tokens` does not count.
+    """
     strings, text = self.sampler.sampling.stop_strings, self.sampler.text
-    if not strings or not any(s in text(ids) for s in strings):
+    least = self.sampler.sampling.min_tokens
+    if not strings or len(ids) <= least:
       return None
-    first = max(start + 1, self.sampler.sampling.min_tokens + 1)
-    return next((n for n in range(first, len(ids) + 1)
-                 if any(s in text(ids[:n]) for s in strings)), None)
+    before = {s: text(ids[:least]).count(s) for s in strings}
+    def ended(n):
+      return any(text(ids[:n]).count(s) > count for s, count in before.items())
+    if not ended(len(ids)):
+      return None
+    return next(n for n in range(max(start, least) + 1, len(ids) + 1) if ended(n))

@@ -134,17 +134,27 @@ def _pick(logits_BV, uniform_B):
   top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   p_BV = jnp.pad(jnp.exp(logits_BV - top_B1), ((0, 0), (0, -V % GROUP)))
   p_Bgn = jax.lax.optimization_barrier(p_BV.reshape(B, -1, GROUP))
-  upto_Bg = jnp.cumsum(jax.lax.optimization_barrier(jnp.sum(p_Bgn, axis=-1)), axis=-1)
+  mass_Bg = jax.lax.optimization_barrier(jnp.sum(p_Bgn, axis=-1))
+  upto_Bg = jnp.cumsum(mass_Bg, axis=-1)
   total_B = upto_Bg[:, -1]
   aim_B = uniform_B * total_B
-  group_B = jnp.sum(upto_Bg <= aim_B[:, None], axis=-1)
-  before_B = jnp.where(group_B > 0, _at(upto_Bg, jnp.maximum(group_B - 1, 0)), 0.0)
+  group_B = _passed(upto_Bg, mass_Bg, aim_B)
   own_Bn = jnp.take_along_axis(p_Bgn, group_B[:, None, None], axis=1)[:, 0]
-  upto_Bn = jnp.cumsum(own_Bn, axis=-1)
-  # Sums differ by rounding: where the group ends before the aim, its last possible token it is.
-  aim_B = jnp.minimum(aim_B - before_B, upto_Bn[:, -1] * (1 - 2**-23))
-  token_B = group_B * GROUP + jnp.sum(upto_Bn <= aim_B[:, None], axis=-1)
+  rest_B = aim_B - (_at(upto_Bg, group_B) - _at(mass_Bg, group_B))
+  token_B = group_B * GROUP + _passed(jnp.cumsum(own_Bn, axis=-1), own_Bn, rest_B)
   return token_B.astype(jnp.int32), _at(logits_BV, token_B) - top_B1[:, 0] - jnp.log(total_B)
+
+
+def _passed(upto_Bn, mass_Bn, aim_B):
+  """The first place with a mass where the running sum is beyond the aim, or the last with a mass.
+
+  Running sums are rounded, and need not even rise: a place that has no mass is never the one.
+  """
+  n = mass_Bn.shape[-1]
+  place_1n = jnp.arange(n, dtype=jnp.int32)[None]
+  beyond_Bn = (upto_Bn > aim_B[:, None]) & (mass_Bn > 0)
+  first_B = jnp.min(jnp.where(beyond_Bn, place_1n, n), axis=-1)
+  return jnp.where(first_B < n, first_B, jnp.max(jnp.where(mass_Bn > 0, place_1n, 0), axis=-1))
 
 
 def _at(x_BV, index_B):
@@ -264,6 +274,14 @@ def grow(slots, length):
         x, [(0, length - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
         for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
   return slots._replace(cache=tuple(map(longer, slots.cache)))
+
+
+def shorten(slots, length):
+  """The same rows with room for `length` tokens, which are not more than they have."""
+  def shorter(kv):
+    return caches.KV(*(x if x is None else jax.lax.slice_in_dim(x, 0, length, axis=axis)
+                       for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
+  return slots._replace(cache=tuple(map(shorter, slots.cache)))
 
 
 def shrink(slots, kept_b):

@@ -123,4 +123,5 @@ class PagedCall(Call):
     for x in (out.response_BT, out.response_length_B, out.sampler_logp_BT, out.drawn_logp_BT):
       x[row.place] = 0
     self.rows.appendleft(row)
+    self.waiting[row.prompt.id] += 1
     self._leave(b)

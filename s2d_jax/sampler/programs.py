@@ -16,7 +16,7 @@ from s2d_jax.sampler import decode
 
 SIZES = 4  # batches and lengths of the cache that programs are compiled for: halves of the largest
 LEAST_BATCH, LEAST_LENGTH = 8, 128
-PROMPTS = 16  # at most so many are read at once
+PROMPTS = 16  # at most so many are read at once on a device
 KINDS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
@@ -27,6 +27,10 @@ class Room(NamedTuple):
   chunk: int = 256        # tokens of a prompt that are read at a time
   cache: str = "auto"     # its numbers: float32, bfloat16, int8, or those of the activations
   page: int = 0           # tokens of a page, of which rows hold as many as they fill; 0: no pages
+
+  def exact(self):
+    """The same without an int8 cache: for what is not held against the trainer first."""
+    return self._replace(cache="auto") if self.cache == "int8" else self
 
 
 class Programs(NamedTuple):
@@ -40,12 +44,13 @@ class Programs(NamedTuple):
   admit: dict     # length -> program
   decode: dict    # (batch, length) -> program
   grow: dict      # (batch, length) -> program, to the next length
+  shorten: dict   # length -> program, of the largest batch to the length before
   shrink: dict    # (batch, length) -> program, to the next batch
 
   def all(self):
     """{name: executable}, every one."""
     found = {"prepare": self.prepare, "empty": self.empty, "prefill": self.prefill}
-    for kind in ("admit", "decode", "grow", "shrink"):
+    for kind in ("admit", "decode", "grow", "shorten", "shrink"):
       for shape, program in getattr(self, kind).items():
         sizes = shape if isinstance(shape, tuple) else (shape,)
         found[f"{kind} {'x'.join(map(str, sizes))}"] = program
@@ -70,47 +75,48 @@ def slot_bytes(config, length, dtype):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // parts
 
 
-def slots_for(config, room, rows, length, dtype):
-  """How many slots there are: for all the rows, or as many as the stated memory holds.
+def slots_for(config, room, rows, longest, spent, dtype):
+  """How many slots each device has: for its share of the rows, or as many as fit its memory.
+
+  `spent` bytes of it are taken already.
 
   Raises:
-    ValueError: it does not hold one row of every device.
+    ValueError: it does not hold one row.
   """
-  mesh = sharding.current_mesh()
-  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
-  one = slot_bytes(config, length, dtype)
-  fit = int(room.cache_gib * 2**30 // one) * shards
-  if not fit:
-    raise ValueError(f"one row of {length} tokens has a cache of {one / 2**30:.2f} GiB on a device "
-                     f"and config.sampler.cache_gib is {room.cache_gib}: raise it, or lower "
-                     "max_tokens.")
-  wanted = -(-rows // shards) * shards if rows >= shards else rows
-  return min(wanted, fit)
+  one = slot_bytes(config, longest, dtype)
+  fit = int(room.cache_gib * 2**30 - spent) // one
+  if fit < 1:
+    raise ValueError(f"one row of {longest} tokens and the reading of a prompt need "
+                     f"{(one + spent) / 2**30:.2g} GiB on a device and config.sampler.cache_gib is "
+                     f"{room.cache_gib}: raise it, or lower max_tokens.")
+  return min(rows, fit)
 
 
 CROWD = 2  # rows for each that has room to its end: few come to that, and who finds no page waits
 
 
-def pages_for(config, room, rows, longest, dtype):
-  """(slots, pages of each device, pages of the longest row) of a cache in pages.
+def pages_for(config, room, rows, longest, spent, dtype):
+  """(slots of each device, its pages, pages of the longest row), as `slots_for`.
 
   Raises:
     ValueError: an int8 cache, key heads that `tensor` does not divide, or not one row fits.
   """
   mesh = sharding.current_mesh()
-  if dtype == KINDS["int8"] or mesh is not None and sharding.parts(
-      mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
-    raise ValueError(f"config.sampler.page is {room.page}, and pages hold no int8 and their "
-                     f"{config.kv_heads} key heads are divided by the mesh's tensor: set it to 0.")
-  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  if dtype == KINDS["int8"]:
+    raise ValueError(f"config.sampler.page is {room.page} and its cache int8, which pages do not "
+                     "hold: set one of them to 0 or auto.")
+  if mesh is not None and sharding.parts(mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
+    raise ValueError(f"config.sampler.page is {room.page}, and the mesh's tensor of "
+                     f"{mesh.shape['tensor']} does not divide {config.kv_heads} key heads: set it "
+                     "to 0.")
   most, one = -(-longest // room.page), slot_bytes(config, room.page, dtype)
-  fit = (int(room.cache_gib * 2**30 // one) - 1) // most
-  if fit < 1:
+  count = int(room.cache_gib * 2**30 - spent) // one
+  if count <= most:
     raise ValueError(f"one row of {longest} tokens needs {most + 1} pages of {one:,} bytes on a "
                      f"device and config.sampler.cache_gib is {room.cache_gib}: raise it, or lower "
                      "max_tokens.")
-  own = min(-(-rows // shards), CROWD * fit)
-  return own * shards, min(int(room.cache_gib * 2**30 // one), own * most + 1), most
+  own = min(rows, CROWD * ((count - 1) // most))
+  return own, min(count, own * most + 1), most
 
 
 class Shapes(NamedTuple):
@@ -126,23 +132,32 @@ class Shapes(NamedTuple):
 
 
 def shapes(config, sampling, room, rows, width, dtype):
-  """The Shapes of a sampler of so many rows on the current mesh."""
+  """The Shapes of a sampler of so many rows on the current mesh.
+
+  Of a device's memory for the cache a quarter may be for prompts that are read: their keys and
+  values, and a chunk's scores.
+  """
   mesh = sharding.current_mesh()
   shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
   unit = room.page or 1
-  chunk = -(-min(room.chunk, width) // unit) * unit
-  width = -(-width // chunk) * chunk
-  longest = width + sampling.max_tokens
+  chunk = -(-width // -(-width // room.chunk))  # as many chunks as it takes, and no longer
+  chunk = -(-chunk // unit) * unit
+  window = -(-width // chunk) * chunk
+  longest = max(window, width + sampling.max_tokens)
+  own = -(-rows // shards)
+  heads = config.heads // (1 if mesh is None else sharding.parts(mesh, "heads", config.heads))
+  prompt = slot_bytes(config, window, dtype) + 4 * heads * chunk * window
+  prompts = max(1, min(PROMPTS, -(-own // sampling.samples_per_prompt),
+                       int(room.cache_gib * 2**30 / 4) // prompt))
   if room.page:
-    many, count, most = pages_for(config, room, rows, longest, dtype)
-    batches, lengths = (many,), (longest,)
+    own, count, most = pages_for(config, room, own, longest, prompts * prompt, dtype)
+    batches, lengths = (own * shards,), (longest,)
     table = -(-most // attention.PAGES) * attention.PAGES
   else:
-    many, count, table = slots_for(config, room, rows, longest, dtype), 0, 0
-    batches = halves(many, LEAST_BATCH, shards if many % shards == 0 else 1)
-    lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= width)
-  return Shapes(batches, lengths, width, chunk,
-                min(PROMPTS, -(-many // sampling.samples_per_prompt)), shards, count, table)
+    own, count, table = slots_for(config, room, own, longest, prompts * prompt, dtype), 0, 0
+    batches = halves(own * shards, LEAST_BATCH, shards)
+    lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)
+  return Shapes(batches, lengths, window, chunk, prompts * shards, shards, count, table)
 
 
 @functools.cache
@@ -194,6 +209,8 @@ def build(model, sampling, room, rows, width, mesh, tree, leaves):
                      flat(), donate=1) for B in batches for S in lengths},
       {(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer], slots[B, S])
        for B in batches for S, longer in itertools.pairwise(lengths)},
+      {S: lower(functools.partial(decode.shorten, length=shorter), slots[many, shorter],
+                slots[many, S]) for shorter, S in itertools.pairwise(lengths)},
       {(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], flat(fewer))
        for B, fewer in itertools.pairwise(batches) for S in lengths}))
 

@@ -11,19 +11,34 @@ from s2d_jax.sampler.programs import Room
 DEFAULT = Room()
 
 
+def check_ends(sampling, text):
+  """Refuses stop strings that cannot be looked for.
+
+  Raises:
+    ValueError: one is empty, or there is nobody to turn ids into text.
+  """
+  if "" in sampling.stop_strings:
+    raise ValueError("a stop string is empty, and would end every response: give it a text.")
+  if sampling.stop_strings and text is None:
+    raise ValueError("stop_strings are looked for in text and this sampler was given no tokenizer: "
+                     "give it `text`, or use stop_ids.")
+
+
 def check(prompts, sampling, width, text=None):
   """Refuses what cannot be sampled, by name, before any device is asked.
 
   Raises:
-    ValueError: no prompts, a prompt without tokens or with more than `width`, or stop strings and
-      nobody to turn ids into text.
+    ValueError: no prompts, a prompt without tokens, with more than `width` or with another's id, or
+      stop strings that are empty or have nobody to turn ids into text.
   """
-  if sampling.stop_strings and text is None:
-    raise ValueError("stop_strings are looked for in text and this sampler was given no tokenizer: "
-                     "give it `text`, or use stop_ids.")
+  check_ends(sampling, text)
   if not prompts:
     raise ValueError("there are no prompts to sample from: check the split's name and its size.")
+  tokens = {}
   for prompt in prompts:
+    if tokens.setdefault(prompt.id, prompt.tokens) != prompt.tokens:
+      raise ValueError(f"two prompts have the id {prompt.id} and not the same tokens: give each an "
+                       "id of its own.")
     if not len(prompt.tokens):
       raise ValueError(f"prompt {prompt.id} has no tokens, so nothing to continue: give its "
                        "problem a text.")
@@ -48,9 +63,10 @@ def make(model, params, sampling, size, width, room=DEFAULT, text=None):
     prompt's samples side by side, in the order of `prompts`. `seed` is a tuple of ints; row (prompt
     id, sample index) draws from (seed…, prompt id, sample index) and from nothing else.
     ended(place, rollout) is called as rows end, while others still decode; that row is whole.
-    `draw.programs` is what was compiled. `draw.seen` counts what the last call did: dispatches,
-    prefills, tokens, slot_tokens (slots times steps, what was paid for the tokens), and
-    weights_bytes and weights_seconds, laying the weights out for decoding.
+    `draw.programs` is what was compiled. `draw.seen` counts over calls, until it is emptied:
+    dispatches, prefills, tokens, slot_tokens (slots times steps, what was paid for the tokens),
+    waited_again (rows, of pages), and weights_bytes and weights_seconds, laying the weights out for
+    decoding.
   """
   return Sampler(model, params, sampling, size, width, room, text)
 
@@ -59,11 +75,10 @@ class Sampler:
   """What `make` returns."""
 
   def __init__(self, model, params, sampling, size, width, room, text):
-    if sampling.stop_strings and text is None:
-      check((), sampling, width)
     if room.tokens < 1 or room.chunk < 1 or room.cache not in (*programs.KINDS, "auto"):
       raise ValueError(f"config.sampler is {room}: tokens and chunk are 1 or more, and cache is "
                        f"auto, {', '.join(programs.KINDS)}.")
+    check_ends(sampling, text)
     self.mesh = sharding.current_mesh()
     leaves, tree = jax.tree.flatten(sharding.abstract(params))
     self.programs = programs.build(

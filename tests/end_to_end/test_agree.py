@@ -16,6 +16,22 @@ process, port, *turns = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 sharding.AGREE_SECONDS = 4
 try:
+  if turns[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
+    from s2d_jax import models, rollout, sampler
+    model = models.get({"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
+                        "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+                        "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+                        "tie_word_embeddings": True, "max_position_embeddings": 64})
+    mesh = sharding.make_mesh((1, 2, 1))
+    with jax.set_mesh(mesh):
+      where = sharding.weight_shardings(
+          mesh, models.axes(model.config), models.shapes(model.config))
+      params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
+      how = sampler.Sampling(2, 1.0, 1.0, 0, 0.0, 4, 0, ())
+      rows = sampler.sample(model, params, [rollout.Prompt(int(turns[1]), (1, 2))], how, (0,))
+      turns = [str(rows.response_length_B.sum())]
+    print("drew", *turns)
+    turns = []
   for text in turns:
     if text == "dead":
       time.sleep(8)
@@ -54,3 +70,10 @@ def test_what_differs_is_named():
 def test_who_does_not_come_is_named():
   here, _ = said(["a", "b"], ["a", "dead", "b"])
   assert here.startswith("refused: process 1 has not come to turn 1 of the sampler within 4 s")
+
+
+@pytest.mark.medium
+def test_samplers_with_other_prompts_do_not_start():
+  assert all("drew 8" in text for text in said(["sample", "5"], ["sample", "5"]))
+  for text in said(["sample", "5"], ["sample", "6"]):
+    assert "differ in turn 0 of the sampler" in text and "drew" not in text

@@ -148,6 +148,23 @@ def test_the_last_possible_token_is_drawn_and_none_beyond():
     np.testing.assert_allclose(logp, np.log(0.5), atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [{"top_k": 20}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8}])
+def test_what_is_excluded_is_never_drawn(case):
+  # Running sums over 151,936 tokens stand still between the few that are left, but for rounding,
+  # which may move them either way: uniforms on every step of them, and beside it.
+  logits = np.random.default_rng(7).normal(size=(1, 151_936)).astype(np.float32)
+  left = decode.truncate(jnp.asarray(logits), PLAIN._replace(**case))
+  p = np.exp(np.asarray(left[0], np.float64))
+  steps = np.cumsum(p[p > 0]) / p.sum()
+  around = [steps + k * 2.0**-24 for k in range(-12, 13)]
+  uniforms = np.clip(np.concatenate(around), 0, 1 - 2**-24).astype(np.float32)
+  pick = jax.jit(lambda u: decode._pick(jnp.broadcast_to(left, (len(u), left.shape[1])), u))
+  for part in np.array_split(uniforms, -(-len(uniforms) // 32)):
+    token, logp = pick(jnp.asarray(np.resize(part, 32)))
+    assert np.isfinite(logp).all() and (np.asarray(token) < left.shape[1]).all()
+    assert np.isfinite(np.asarray(left[0])[np.asarray(token)]).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cache_has_the_type_of_the_activations(dtype, tiny):
   model, params = tiny("qwen3", dtype=dtype)

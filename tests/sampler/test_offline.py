@@ -114,12 +114,45 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_written(line, more
   assert not out.parent.exists()
 
 
-def test_other_settings_do_not_go_on(prompts, tmp_path):
+def test_other_settings_or_another_writer_do_not_go_on(prompts, tmp_path):
   out = tmp_path / "out.jsonl"
-  offline.kept(out, {"seed": 1, "dtype": "float32"})
-  out.write_text("")
+  def write(**settings):
+    with offline.only_writer(out, {"seed": 1, "dtype": "float32"} | settings):
+      out.write_text("")
+  write()
+  write()
   with pytest.raises(ValueError, match="was sampled with another seed, or without"):
-    offline.kept(out, {"seed": 2, "dtype": "float32"})
+    write(seed=2)
+  with offline.only_writer(out, {"seed": 1, "dtype": "float32"}):
+    with pytest.raises(ValueError, match="is being written by another process"):
+      write()
   out.with_name("out.jsonl.settings.json").unlink()
   with pytest.raises(ValueError, match="another dtype and seed, or without out.jsonl.settings"):
-    offline.kept(out, {"seed": 1, "dtype": "float32"})
+    write()
+
+
+@pytest.mark.medium
+def test_an_id_that_has_become_another_problem_is_refused(prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  offline.main(command(prompts, out, n=1))
+  prompts.write_text(prompts.read_text().replace("10+50+30", "11+50+30"))
+  with pytest.raises(ValueError, match="samples of another prompt with the id 0"):
+    offline.main(command(prompts, out, n=2))
+
+
+def test_lines_end_with_newlines_alone(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(json.dumps({"problem": "1+2"}) + "\n"
+                  + '{"messages": [{"role": "user", "content": "3\u2028+4"}], "id": 3}\n')
+  class Talk:
+    def render(self, messages):
+      return [len(messages[0]["content"])]
+  assert [(p.id, p.tokens) for p in offline.read(path, Talk())][1] == (3, (4,))
+
+
+@pytest.mark.parametrize("word, found", [("enable_thinking=false", {"enable_thinking": False}),
+                                         ("a=1", {"a": 1})])
+def test_arguments_of_the_template(word, found):
+  assert offline.template([word]) == found
+  with pytest.raises(ValueError, match="is not KEY=JSON"):
+    offline.template([word.replace("=", "")])

@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 
 from s2d_jax import metrics, models, objectives, rollout, sampler, sharding, update
-from s2d_jax.sampler import decode, programs, scheduler
+from s2d_jax.sampler import call, decode, programs, scheduler
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
 STOPS = (3, 5)
 HOW = sampler.Sampling(samples_per_prompt=G, temperature=0.9, top_p=0.95, top_k=12, min_p=0.01,
                        max_tokens=T, min_tokens=2, stop_ids=STOPS)
+
+
+# Bytes of a row's cache: two layers, keys and values, two heads of eight, four bytes. Of a prompt
+# that is read: the same of its window, and its scores for four query heads.
+TOKEN = 2 * 2 * 2 * 8 * 4
+ROW, READ = TOKEN * (WINDOW + T), TOKEN * WINDOW + 4 * 4 * WINDOW * WINDOW
 
 
 def prompts(count):
@@ -160,6 +166,8 @@ def test_log_probabilities_are_the_trainers_for_llama(tiny):
     ([rollout.Prompt(1, (2,)), rollout.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
     ([rollout.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
     ([], HOW, "no prompts"),
+    ([rollout.Prompt(5, (1,)), rollout.Prompt(5, (2,))], HOW, "two prompts have the id 5"),
+    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("",)), "a stop string is empty"),
     ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
 ])
 def test_what_cannot_be_sampled_is_refused(bad, how, words):
@@ -179,10 +187,9 @@ def test_make_and_sample_refuse_too(crowd, tiny):
 @pytest.mark.medium
 @pytest.mark.parametrize("room", [
     sampler.Room(tokens=1, chunk=1), sampler.Room(tokens=3, chunk=4), sampler.Room(page=2),
-    sampler.Room(cache_gib=10 * 2 * 2 * 2 * 8 * 4 * (WINDOW + T) / 2**30)])
+    sampler.Room(cache_gib=(10.5 * ROW + 4 * READ) / 2**30)])
 def test_a_row_is_the_same_however_the_device_is_used(room, crowd, tiny):
-  # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen: two
-  # layers, keys and values, two heads of eight, four bytes.
+  # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen.
   _, params, rows, _ = crowd
   draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, room)
   assert draw.programs.shapes.batches[0] == (10 if room.cache_gib < 1 else 16)
@@ -202,7 +209,7 @@ def test_the_cache_grows_with_the_longest_row(tiny):
   finally:
     programs.LEAST_LENGTH = before
   assert draw.programs.shapes.lengths == (80, 156)
-  rows = draw(params, prompts(3), SEED)
+  rows = draw(params, prompts(3), SEED)  # a group waits, so the cache is short again for it
   gap, _ = trainer_gap(model, params, rows)
   assert gap.size == 3 * G * 150 and gap.max() < 1e-5
 
@@ -220,31 +227,45 @@ def test_rows_are_told_as_they_end(crowd):
   assert sorted(seen) == list(range(40)) and left[0] > 0 and left[-1] == 0
 
 
+def cut(ids, start=0, min_tokens=0, strings=("bc",)):
+  """Where `Call._cut` ends a response whose ids are letters."""
+  how = HOW._replace(stop_strings=strings, min_tokens=min_tokens)
+  fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text="".join))
+  return call.Call._cut(fake, list(ids), start)
+
+
+@pytest.mark.parametrize("ids, more, want", [
+    ("abcd", {}, 3), ("abd", {}, None), ("bcbc", {"min_tokens": 2}, 4),
+    ("bcxxx", {"min_tokens": 2}, None), ("bcxxx", {"min_tokens": 1}, 2), ("abc", {"start": 2}, 3),
+    ("xyzbc", {"strings": ("zz", "yz")}, 3), (["a", "xb", "cy", "z"], {}, 3),
+    (["abcabc"], {}, 1), ("ab", {"min_tokens": 2}, None)])
+def test_where_a_stop_string_ends_a_response(ids, more, want):
+  # With the token that completes it, however split; what was complete by min_tokens is not it.
+  assert cut(ids, **more) == want
+
+
 @pytest.mark.medium
 def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
   # Ids are letters, so a string of two letters is split over two tokens wherever it stands.
   _, params, _, _ = crowd
   def text(ids):
     return "".join(chr(97 + int(i)) for i in ids)
-  model, free = tiny("qwen3")[0], HOW._replace(stop_ids=(), max_tokens=20)
+  model, free = tiny("qwen3")[0], HOW._replace(stop_ids=(), max_tokens=20, min_tokens=0)
   rows = sampler.make(model, params, free, SIZE, WINDOW)(params, prompts(10), SEED)
-  pairs = [text(rows.response(b)) for b in range(40)]
-  stop = max((w[i: i + 2] for w in pairs for i in range(2, 10)), key=lambda s: sum(
-      s in w[2:] for w in pairs))
+  whole = [text(rows.response(b)) for b in range(40)]
+  stop = max((w[i: i + 2] for w in whole for i in range(2, 10)),
+             key=lambda s: sum(s in w for w in whole))
   some = free._replace(stop_strings=(stop, "zz"))
   got = sampler.make(model, params, some, SIZE, WINDOW, sampler.Room(tokens=3), text)(
       params, prompts(10), SEED)
-  cut = 0
-  for b, whole in enumerate(pairs):
-    n = next((n for n in range(HOW.min_tokens + 1, 21) if stop in whole[:n]), None)
-    assert text(got.response(b)) == whole[:n]
-    assert rollout.FINISHED[got.finish_reason_B[b]] == ("length" if n is None else "stop")
-    end = len(got.response(b))
+  for b, full in enumerate(whole):
+    end = full.find(stop) + 2 if stop in full else 20
+    assert text(got.response(b)) == full[:end]
+    assert rollout.FINISHED[got.finish_reason_B[b]] == ("stop" if stop in full else "length")
     np.testing.assert_allclose(got.sampler_logp_BT[b, :end], rows.sampler_logp_BT[b, :end],
                                atol=1e-5)
     assert not got.sampler_logp_BT[b, end:].any() and not got.drawn_logp_BT[b, end:].any()
-    cut += n is not None and n < 20
-  assert cut > 3
+  assert sum(stop in full[:18] for full in whole) > 3
 
 
 @pytest.mark.medium
@@ -255,7 +276,7 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
   model, params = tiny("qwen3")
   long = HOW._replace(max_tokens=40, stop_ids=(3,))
   want = sampler.make(model, params, long, SIZE, WINDOW)(params, prompts(10), SEED)
-  one = 2 * 2 * 2 * 8 * 4 * (WINDOW + 40)
+  one = TOKEN * (WINDOW + 40)
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
@@ -271,15 +292,23 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
 @pytest.mark.medium
 def test_memory_says_how_many_slots(tiny):
   model, params = tiny("qwen3")
-  one = 2 * 2 * 2 * 8 * 4 * (WINDOW + T)  # layers, keys and values, heads, width, bytes, tokens
-  for fit in (1, 7):
+  for fit, read in ((1, 1), (7, 3)):  # a quarter of the memory at most is for prompts
     draw = sampler.make(model, params, HOW, SIZE, WINDOW,
-                        sampler.Room(cache_gib=(fit + 0.5) * one / 2**30))
-    assert draw.programs.shapes.batches[0] == fit
+                        sampler.Room(cache_gib=((fit + 0.5) * ROW + read * READ) / 2**30))
+    assert draw.programs.shapes.batches[0] == fit and draw.programs.shapes.prompts == read
     cache = jax.tree.leaves(draw.programs.slots[fit, WINDOW + T].cache)
-    assert sum(x.size * x.dtype.itemsize for x in cache) == fit * one
-  with pytest.raises(ValueError, match="one row of 14 tokens has a cache of .*cache_gib is 1e-"):
+    assert sum(x.size * x.dtype.itemsize for x in cache) == fit * ROW
+  with pytest.raises(ValueError, match="one row of 14 tokens and .*cache_gib is 1e-"):
     sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache_gib=1e-9))
+  mesh = sharding.make_mesh((8, 1, 1))  # seven rows are eight slots, one a device
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, sharding.replicated(mesh))
+    seven = HOW._replace(samples_per_prompt=7)
+    draw = sampler.make(model, placed, seven, 1, WINDOW)
+    same(draw(placed, prompts(1), SEED), sampler.sample(model, placed, prompts(1), seven, SEED))
+  assert draw.programs.shapes.batches == (8,)
+  keys = draw.programs.slots[8, WINDOW + T].cache[0].k_BKHS
+  assert keys.sharding.shard_shape(keys.shape)[0] == 1
 
 
 @pytest.mark.medium

@@ -81,6 +81,7 @@ class Ours:
 
   def ask(self, seed):
     """Draws every row: seconds, lengths, tokens, and what the sampler counted."""
+    self.draw.seen = {}
     rows, seconds = measure.stopwatch(lambda: self.draw(self.params, self.prompts, (seed,)))
     return {"seconds": seconds, "lengths": rows.response_length_B.tolist(), "seen": self.draw.seen,
             "tokens": [rows.response(b).tolist() for b in range(len(rows.response_BT))]}

@@ -83,7 +83,7 @@ def costs(config, stages=recipe.STAGES):
         given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
         judge=abstract_role(config, row.learner, mesh) if row.weigh else None, weigh=row.weigh,
         passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
-        store=None, validate=None, text=str, room=sampler.Room(**config.sampler.to_dict()))
+        store=None, validate=None, text=str, room=train.room(config.sampler))
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
     found = {"score": programs.score, "update": programs.step}
     if programs.judge is not None:
@@ -113,7 +113,7 @@ def _scoring(config, mesh, stop_ids):
     how = train.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
       draw = sampler.make(model, params, how, size, config.prompt_tokens,
-                          sampler.Room(**config.sampler.to_dict()).exact(), str)
+                          train.room(config.sampler).exact(), str)
       yield from _sampling(f"{role}{program}", draw).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),

@@ -119,12 +119,12 @@ def _work(made, node, workdir, mesh):
                                    checkpoint.write),
       validate=_validation(made, learner.model, update.join(learner.params, rest))
       if hp.eval_every else None,
-      text=made.chat.decode, room=sampler.Room(**config.sampler.to_dict()))
+      text=made.chat.decode, room=train.room(config.sampler))
 
 
 def _room(config):
   """The sampler.Room of what scores: an int8 cache is for stages, which check it first."""
-  return sampler.Room(**config.sampler.to_dict()).exact()
+  return train.room(config.sampler).exact()
 
 
 def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):

@@ -74,6 +74,11 @@ def sampling(hp, stop_ids):
   return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
 
 
+def room(hp):
+  """The sampler.Room of config.sampler."""
+  return sampler.Room(**{name: hp[name] for name in sampler.Room._fields})
+
+
 def optim_config(hp):
   """A stage's optim block with the number of optimizer updates that its steps make."""
   return type(hp.optim)({**hp.optim.to_dict(), "steps": hp.steps * hp.epochs * hp.minibatches})

@@ -84,9 +84,9 @@ def grpo(advantages="group", surrogate="clipped", clip_low=0.2, clip_high=0.2, c
   advantages: "group" (divided by its standard deviation) or "centred". surrogate: "clipped",
   "dual_clipped" (bounded by clip_most), "gspo", "cispo". kl: "none", "k2", "k3", "k3_corrected",
   "exact". mismatch of sampler and trainer: "none", "truncate", "mask", by "token" or "sequence".
-  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws for others, in
-  so many rounds in all. overlong: "none", "mask" (answers cut off are left out) or "soft" (the last
-  overlong_cache tokens before the limit are punished). GSPO is surrogate="gspo" with
+  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws for others,
+  in so many rounds in all. overlong: "none", "mask" (answers cut off are left out) or "soft" (the
+  last overlong_cache tokens before the limit are punished). GSPO is surrogate="gspo" with
   mean="sequence", clip_low=3e-4, clip_high=4e-4.
   """
   return {"advantages": advantages, "surrogate": surrogate, "clip_low": clip_low,

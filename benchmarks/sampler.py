@@ -24,6 +24,7 @@ from benchmarks import measure
 from s2d_jax import ledger, sampler, sharding
 from s2d_jax.models import hf
 from s2d_jax.rollout import Prompt
+from s2d_jax.sampler import programs
 
 FULL = {"works": "ragged,refill,uniform", "decode": "", "shape": "qwen3-29m", "dtype": "float32",
         "prompts": 8, "samples": 8, "refill": 8, "prompt_tokens": 64, "max_tokens": 256,
@@ -71,9 +72,11 @@ class Ours:
     self.prompts = [Prompt(i, tuple(ids)) for i, ids in enumerate(work.prompts)]
     how = sampler.Sampling(work.samples, work.temperature, top_p=1.0, top_k=0, min_p=0.0,
                            max_tokens=work.max_tokens, min_tokens=0, stop_ids=work.stop_ids)
-    row = (width + work.max_tokens) * cache_bytes(model.config)
-    room = sampler.Room(cache_gib=(work.slots + 0.5) * row / 2**30, page=page)
     size = min(len(work.prompts), -(-work.slots // work.samples))
+    row = (width + work.max_tokens) * cache_bytes(model.config)
+    read = width * cache_bytes(model.config) + 4 * model.config.heads * width**2  # and its scores
+    need = (work.slots + 0.5) * row + min(size, programs.PROMPTS) * read
+    room = sampler.Room(cache_gib=need / 2**30, page=page)
     self.draw, seconds = measure.stopwatch(
         lambda: sampler.make(model, params, how, size, width, room))
     self.account = {"compile_seconds": seconds, "memory": measure.memory(self.draw.compiled),

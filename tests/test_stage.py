@@ -55,7 +55,8 @@ def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
   rows = rollout.Rollout(
       np.arange(8), np.zeros(8, np.int32), rng.integers(0, 32, (8, 4)).astype(np.int32),
       np.full(8, 4, np.int32), rng.integers(0, 32, (8, 5)).astype(np.int32),
-      rng.integers(1, 6, 8).astype(np.int32), np.zeros((8, 5), np.float32), np.ones(8, np.int32), 0)
+      rng.integers(1, 6, 8).astype(np.int32), *2 * (np.zeros((8, 5), np.float32),),
+      np.ones(8, np.int32), 0)
   batch = sharding.put_batch(rollout.batch(rows), mesh)
   score = update.score(whole.model, objectives.logp, types.SimpleNamespace(microbatches=1, block=8))
   (logp_BT, _), (want_BT, _) = (sharding.fetch(score(one.params, batch)) for one in (frozen, whole))

@@ -155,7 +155,7 @@ def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
   text = draw.compiled.as_text()
   assert ("tpu_custom_call" in text) == bool(page)
   longest = draw.programs.shapes.lengths[-1]
-  assert longest == (260 if page else 240)  # chunks of 160, which pages divide, or of 140
+  assert longest == 240
   held = [dims for dims in re.findall(r"bf16\[([\d,]+)\]", text)
           if {str(longest), "128"} <= set(dims.split(","))]
   assert bool(held) == (not page)

@@ -12,9 +12,9 @@ SCRIPT = """
 import sys, time
 import jax
 from s2d_jax import sharding
-process, port, *turns = sys.argv[1:]
+process, port, seconds, *turns = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-sharding.AGREE_SECONDS = 4
+sharding.AGREE_SECONDS = int(seconds)
 try:
   if turns[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
     from s2d_jax import models, rollout, sampler
@@ -34,7 +34,7 @@ try:
     turns = []
   for text in turns:
     if text == "dead":
-      time.sleep(8)
+      time.sleep(20)
     sharding.agree("sampler", text)
   print("agreed", len(turns))
 except RuntimeError as error:
@@ -43,14 +43,14 @@ time.sleep(6 if process == "0" else 0)  # process 0 serves the other
 """
 
 
-def said(*turns):
+def said(*turns, seconds=60):
   """What each of two processes says that compare these texts, one list a process."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  both = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(i), port, *own], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-          for i, own in enumerate(turns)]
+  both = [subprocess.Popen(
+      [sys.executable, "-c", SCRIPT, str(i), port, str(seconds), *own], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, own in enumerate(turns)]
   return [process.communicate(timeout=120)[0].strip() for process in both]
 
 
@@ -68,8 +68,8 @@ def test_what_differs_is_named():
 
 @pytest.mark.medium
 def test_who_does_not_come_is_named():
-  here, _ = said(["a", "b"], ["a", "dead", "b"])
-  assert here.startswith("refused: process 1 has not come to turn 1 of the sampler within 4 s")
+  here, _ = said(["a", "b"], ["a", "dead", "b"], seconds=10)
+  assert here.startswith("refused: process 1 has not come to turn 1 of the sampler within 10 s")
 
 
 @pytest.mark.medium

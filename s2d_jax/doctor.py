@@ -6,13 +6,12 @@ calls them all before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
-from s2d_jax import chat, models, objectives, optim, rollout, train, update
+from s2d_jax import chat, models, objectives, optim, rollout, sampler, train, update
 from s2d_jax.models import hf
 
 TOP = ("seed", "arms", "task", "data", "label_share", "half_seed", "teacher", "student", "template",
        "prompt_tokens", "dtype", "remat", "attention", "mesh", "sampler", "stages", "validation",
        "probe", "evaluation")
-ROOM = ("cache_gib", "tokens", "chunk", "cache", "page")
 TRAINED = ("labelled", "all", "1h", "2h")  # a split of the data by one of these names is not scored
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens",
             "min_tokens", "stop_strings")
@@ -28,7 +27,7 @@ def check_config(config, stages):
     config: the ConfigDict; stages: {row name: recipe.Stage}.
   """
   check_keys("config", config, TOP)
-  check_keys("config.sampler", config.sampler, ROOM)
+  check_keys("config.sampler", config.sampler, sampler.Room._fields)
   for place, wanted in (("validation", VALIDATION), ("probe", PROBE), ("evaluation", EVALUATION)):
     check_keys(f"config.{place}", config[place], wanted)
     _check_sampling(f"config.{place}.sampling", config[place].sampling)

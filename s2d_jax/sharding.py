@@ -70,24 +70,20 @@ def constrain(x, *names):
   return jax.lax.with_sharding_constraint(x, where)
 
 
-def on_shards(f, axis, args, names, out_names):
+def on_shards(f, axis, args, names):
   """f(index, *args) on each device's own parts of the arrays, for a kernel that XLA cannot split.
 
   Args:
-    f: sees local shapes; `index` is the device's place along the mesh axis that carries `axis`.
-    args: arrays; names: a tuple of logical names for each; out_names: those of the one result,
-      which is laid out as the first array is.
+    f: sees local shapes; `index` is the device's place along the mesh axis that carries `axis`. Its
+      one result is laid out as the first array is.
+    args: arrays; names: a tuple of logical names for each.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return f(0, *args)
-  specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
-                for n, x in zip(names, args, strict=True))
-  out = spec(ACTIVATION_RULES, out_names, args[0].shape, mesh.shape)
-  carrier = specs[0][names[0].index(axis)]
+  carrier = None if mesh.empty else _fits(
+      args[0].shape[names[0].index(axis)], ACTIVATION_RULES[axis], mesh.shape)
   def local(*args):
-    return f(0 if carrier is None else jax.lax.axis_index(carrier), *args)
-  return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*args)
+    return (f(0 if carrier is None else jax.lax.axis_index(carrier), *args),)
+  return on_parts(local, args, names, (0,))[0]
 
 
 def on_parts(f, args, names, outs):

@@ -176,7 +176,7 @@ def _step(work, programs, stores, state, step, logs, mesh):
     advantage_B = np.asarray(work.advantages(groups), np.float32).reshape(-1)
     row |= drawn.metrics
   batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
-  actor = update.join(state.params, work.frozen) if work.actor is None else work.actor.params
+  actor = _actor_params(work, state)
   logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
   response_BT = batch.sequence_BT >= 0
   if work.given is None:
@@ -196,6 +196,11 @@ def _step(work, programs, stores, state, step, logs, mesh):
         "finish_reason": rollout.FINISHED[rows.finish_reason_B[b]],
         "reward": None if drawn.reward_B is None else drawn.reward_B[b]})
   return state, row
+
+
+def _actor_params(work, state):
+  """The weights that sample: the learner's own where nobody else does."""
+  return update.join(state.params, work.frozen) if work.actor is None else work.actor.params
 
 
 def _updates(work, programs, state, step, batch, mesh):
@@ -283,7 +288,7 @@ def _check_cache(work, programs, state, mesh):
   """
   if work.room.cache != "int8" or programs.draw is None:
     return
-  params = update.join(state.params, work.frozen) if work.actor is None else work.actor.params
+  params = _actor_params(work, state)
   rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))
   batch = rollout.batch(rows)
   logp_BT, _ = sharding.fetch(programs.score(params, sharding.put_batch(batch, mesh)))

@@ -265,7 +265,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="cudnn"):
         implementation=implementation)[:, :T]
 
   return sharding.on_shards(local, "heads", (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
-                            (*HEADS, ("batch", "time", "cache")), HEADS[0])
+                            (*HEADS, ("batch", "time", "cache")))
 
 
 def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
@@ -283,7 +283,7 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
   return sharding.on_shards(local, "heads", (q_BTNH, k_BTKH, v_BTKH, segments_BT),
-                            (*HEADS, ("batch", "time")), HEADS[0])
+                            (*HEADS, ("batch", "time")))
 
 
 HEADS = (("batch", "time", "heads", "head"), *(("batch", "cache", "kv_heads", "head"),) * 2)

@@ -6,9 +6,9 @@
 A line of the prompts has "problem", a text, or "messages", a chat; and where it has one an "id", an
 integer. A line of the output is one sample: {"id", "prompt", "sample", "response", "finish",
 "tokens", "logp"}, prompt a hash of its tokens, finish "stop" or "length", logp the model's nats of
-each token. Lines come as rows end, in
-any order. The same command again keeps what is there and samples what is not; the samples are those
-of one run. The output is what `config.data.solutions` takes.
+each token. Lines come as rows end, in any order. The same command again keeps what is there and
+samples what is not; the samples are those of one run. The output is what `config.data.solutions`
+takes.
 """
 
 import argparse

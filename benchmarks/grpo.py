@@ -1,11 +1,12 @@
-"""Seconds of one whole GRPO step, beside TRL's in turn: sample, reward, score, one update.
+"""Seconds of one whole GRPO step, beside TRL's in turn: sample, reward, one update.
 
   python -m benchmarks.grpo [--prompts=8] [--samples=8] [--max_tokens=128] [--trl=PYTHON]
 
 The programs are those that a stage of the recipe compiles, the reward is the number of even ids in
 an answer, every answer has `max_tokens` tokens, and no guide takes part. `--trl` names the Python
 of an environment that has TRL (`peers/README.md`): its GRPOTrainer takes the same step from the
-same weights. Both must have the same entropy at the first step, when no weight has moved.
+same weights, in one piece and in as many as we do. All must have the same entropy at the first
+step, when no weight has moved.
 """
 
 import json
@@ -24,10 +25,10 @@ from s2d_jax.losses import grpo
 from s2d_jax.models import hf
 
 FULL = {"shape": "qwen3-29m", "prompts": 8, "samples": 8, "prompt_tokens": 64, "max_tokens": 128,
-        "microbatches": 1, "block": 512, "dtype": "float32", "remat": "none", "attention": "auto",
+        "microbatches": 16, "block": 512, "dtype": "float32", "remat": "none", "attention": "auto",
         "lr": 1e-5, "repeats": 5, "peak": 4096, "trl": ""}
 SMOKE = FULL | {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "prompt_tokens": 4,
-                "max_tokens": 8, "block": 8, "repeats": 1, "peak": 16}
+                "max_tokens": 8, "microbatches": 2, "block": 8, "repeats": 1, "peak": 16}
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
@@ -49,7 +50,7 @@ class Ours:
     ids = np.random.default_rng(0).integers(
         0, self.model.config.vocab_size, (sizes.prompts, sizes.prompt_tokens)).tolist()
     self.prompts = [rollout.Prompt(i, tuple(row)) for i, row in enumerate(ids)]
-    work = SimpleNamespace(
+    work = self.work = SimpleNamespace(
         hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=train.Role(self.model, params),
         actor=None, guide=None, judge=None, frozen=None, given=None, text=None, optimizer=optimizer,
         objective=objectives.clipped_surrogate, logp=objectives.logp, room=sampler.Room())
@@ -64,18 +65,16 @@ class Ours:
     def scored():
       even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
       advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
-      batch = rollout.batch(rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32))
-      logp_BT, _ = sharding.fetch(
-          programs.score(self.state.params, sharding.put_batch(batch, self.mesh)))
-      return batch._replace(old_logp_BT=np.where(batch.sequence_BT >= 0, logp_BT, np.float32(0)))
-    batch, seconds["score"] = measure.stopwatch(scored)
+      return train.known(self.work, rollout.batch(
+          rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32)))
+    batch, seconds["reward"] = measure.stopwatch(scored)
     def updated():
       placed = sharding.put_batch(batch, self.mesh)
       self.state, metrics = programs.step(self.state, None, placed, None)
       return {name: float(x) for name, x in sharding.fetch(metrics).items()}
     metrics, seconds["update"] = measure.stopwatch(updated)
-    gap_BT = np.abs(batch.old_logp_BT - batch.sampler_logp_BT)
-    return {"seconds": sum(seconds.values()), "parts": seconds, "logp_gap_max": float(gap_BT.max()),
+    return {"seconds": sum(seconds.values()), "parts": seconds,
+            "logp_gap_max": metrics["logp_gap_max"],
             "tokens": int(rows.response_length_B.sum()), "entropy": metrics["entropy"]}
 
 
@@ -103,21 +102,27 @@ def peers(sizes, ours, scratch):
   """{name: Peer} on our weights and prompts."""
   if not sizes.trl:
     return {}
-  folder, path = f"{scratch}/model", f"{scratch}/work.json"
-  hf.save(folder, ours.model, ours.start)
-  with open(path, "w", encoding="utf-8") as file:
-    json.dump(vars(sizes) | {"prompts": [list(p.tokens) for p in ours.prompts]}, file)
-  return {"trl": measure.Peer([sizes.trl, "benchmarks/peers/trl_grpo.py", folder, path])}
+  hf.save(f"{scratch}/model", ours.model, ours.start)
+  found = {}
+  for name, microbatches in {"trl": 1, "trl_accumulated": sizes.microbatches}.items():
+    path = f"{scratch}/{name}.json"
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump(vars(sizes) | {"microbatches": microbatches,
+                               "prompts": [list(p.tokens) for p in ours.prompts]}, file)
+    found[name] = measure.Peer(
+        [sizes.trl, "benchmarks/peers/trl_grpo.py", f"{scratch}/model", path])
+  return found
 
 
 def flops(config, sizes):
-  """FLOPs of our step: each prompt read once and every token drawn, then four forwards of the rows.
+  """FLOPs of our step: each prompt read once, every token drawn, and three forwards in the update.
 
-  One scores, the update is three.
+  Prompt tokens of an update pay no unembedding, and its logits are formed once.
   """
   read, whole = (ledger.forward_flops(config, [n]) for n in (
       sizes.prompt_tokens, sizes.prompt_tokens + sizes.max_tokens))
-  return sizes.prompts * (read + sizes.samples * (whole - read + 4 * whole))
+  spared = 2 * config.vocab_size * config.width * (sizes.prompt_tokens - 1)
+  return sizes.prompts * (read + sizes.samples * (whole - read + 3 * (whole - spared)))
 
 
 def run(sizes):
@@ -141,7 +146,7 @@ def run(sizes):
     row["share_of_peak"] = work / row["seconds"] / peak["flops_per_second"]
   return {"step": found, "flops": work, "compile_seconds": ours.compile_seconds,
           "memory": {name: measure.memory(program) for name, program in (
-              ("draw", ours.programs.draw.compiled), ("score", ours.programs.score),
+              ("draw", ours.programs.draw.compiled),
               ("update", ours.programs.step))},
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 

@@ -56,12 +56,13 @@ def labels(work, picked, before):
   return [i for i in problems if i not in known]
 
 
-def spent(work, step, drawn, labels, judged):
+def spent(work, step, drawn, labels, judged, scored):
   """One step's row.
 
   Args:
     work: the stage, a `train.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
     judged: the rows that a pass rate asked for, or None.
+    scored: whether the actor's log-probabilities were taken in a pass of their own.
   """
   hp, rows, given = work.hp, drawn.rows, work.given is not None
   length_B, response_B = rows.prompt_length_B + rows.response_length_B, rows.response_length_B
@@ -85,7 +86,7 @@ def spent(work, step, drawn, labels, judged):
       updates=hp.epochs * hp.minibatches, tokens_sampled=int(sampled), tokens_reused=int(reused),
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=float(flops) + forward_flops(actor, length_B) + hp.epochs * (
+      flops=float(flops) + scored * forward_flops(actor, length_B) + hp.epochs * (
           passes * forward_flops(learner, length_B) + guide),
       flops_reused=float(flops_reused))
 

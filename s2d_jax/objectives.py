@@ -3,8 +3,11 @@
 Each returns {name: (sum, count)} with "loss" among the names; `update` adds the pairs over
 microbatches and divides once. The sum is over tokens, weighted by batch.weight_BT; the loss's count
 is that of batch.count_BT, and that of all else the weights', so that it is a mean whatever the kind
-of the loss's. Heads are pairs (features_BTD, weight_VD); guide_head is None without a guide.
-`READS` names the config keys each objective reads.
+of the loss's. A name alone in its tuple is a largest value. Heads are pairs (features_BTD,
+weight_VD); guide_head is None without a guide. `READS` names the config keys each objective reads.
+
+A batch without old_logp_BT is the learner's own and is learned from once, with nothing between: the
+log-probabilities of the update are the old ones too, and the sampler's are held against them.
 """
 
 import functools
@@ -46,16 +49,38 @@ def metric(x_BT, batch):
 
 
 def logp(head, batch, hp):
-  """The model's own log-probability of each target and its entropy: what `update.score` runs."""
-  return blockwise.logp(head, batch.targets_BT, hp.block)
+  """The model's own log-probability of each response token and its entropy, elsewhere 0: what
+  `update.score` runs."""
+  return blockwise.logp(head, batch.targets_BT, hp.block, batch.sequence_BT >= 0)
+
+
+def _logp(head, batch, hp):
+  """The same where the batch has weight."""
+  return blockwise.logp(head, batch.targets_BT, hp.block, batch.weight_BT > 0)
+
+
+def unscored(batch):
+  """Whether an update is the first to see the log-probabilities of what a sampler drew."""
+  return batch.old_logp_BT is None and batch.sampler_logp_BT is not None
+
+
+def gap_sums(logp_BT, batch):
+  """How far the sampler's log-probabilities are from the update's own, in nats, if `unscored`."""
+  if not unscored(batch):
+    return {}
+  counts_BT = batch.weight_BT > 0
+  gap_BT = jnp.where(counts_BT, jnp.abs(logp_BT - batch.sampler_logp_BT), 0.0)
+  count = jnp.sum(counts_BT)
+  return {"logp_gap_mean": (jnp.sum(gap_BT), count),
+          "logp_gap_square": (jnp.sum(gap_BT**2), count), "logp_gap_max": (jnp.max(gap_BT),)}
 
 
 def negative_log_likelihood(student_head, guide_head, batch, hp):
   """Supervised fine-tuning: −log π of each target, in nats."""
   del guide_head
   def f(logits_BTV, _, targets_BT):
-    return (tokens.negative_log_likelihood(logits_BTV, targets_BT),
-            {"entropy": tokens.entropy(logits_BTV)})
+    logp_BT, entropy_BT = tokens.log_prob_and_entropy(logits_BTV, targets_BT)
+    return -logp_BT, {"entropy": entropy_BT, "logp": logp_BT}
   return _direct(f, student_head, None, batch, hp, batch.targets_BT)
 
 
@@ -73,41 +98,69 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
     ValueError: hp.kl is "k1", a name is unknown, or a KL is asked for and there is no guide.
   """
   check_penalty(hp)
-  weight_BT = batch.weight_BT
-  logp_BT, entropy_BT = logp(student_head, batch, hp)
-  # A token without weight may hold anything, and 0 · anything can be NaN: give it ratio 1, A = 0.
-  old_logp_BT = jnp.where(weight_BT > 0, batch.old_logp_BT, jax.lax.stop_gradient(logp_BT))
-  advantage_BT = jnp.where(weight_BT > 0, batch.advantage_BT, 0.0)
-  loss, clipped, besides = SURROGATES[hp.surrogate]
-  args = logp_BT, old_logp_BT, advantage_BT, *besides(batch, hp)
-  loss_BT, clipped_BT = loss(*args), clipped(*args)
-  sums = {"entropy": metric(entropy_BT, batch),
-          "ratio_mean": metric(jnp.exp(logp_BT - old_logp_BT), batch),
-          "clip_fraction": metric(clipped_BT.astype(jnp.float32), batch)}
-  if hp.mismatch != "none":
-    ratio_BT = grpo.mismatch_ratio(old_logp_BT, batch.drawn_logp_BT, weight_BT > 0,
-                                   batch.segments_BT, hp.mismatch_level)
-    kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
-    loss_BT = loss_BT * kept_BT
-    sums |= {"mismatch_ratio": metric(ratio_BT, batch), "mismatch_weight": metric(kept_BT, batch)}
-  more = 0.0
+  own_head, reference_BT = student_head, None
   if hp.kl != "none" and hp.kl_coef > 0:
     _need(guide_head, f"clipped_surrogate with kl = \"{hp.kl}\"")
-    if hp.kl == "exact":
-      total, kl_BT = blockwise.divergence(
-          kl.reverse_kl, student_head, guide_head, weight_BT, hp.block)
-      more = hp.kl_coef * total
-    else:
+    if hp.kl != "exact":
       own_head, reference_head = blockwise.common(student_head, guide_head)
-      reference_logp_BT, _ = logp(reference_head, batch, hp)
-      # A second pass only where the student has padding of its own, which the surrogate counts.
-      alike = own_head.weight_VD.shape == student_head[1].shape
-      own_logp_BT = logp_BT if alike else logp(own_head, batch, hp)[0]
-      kl_BT = KL_PENALTIES[hp.kl](own_logp_BT, reference_logp_BT, old_logp_BT)
-      loss_BT = loss_BT + hp.kl_coef * kl_BT
-    sums["kl"] = metric(kl_BT, batch)
-  total, count = summed(loss_BT, batch)
-  return {"loss": (total + more, count), **sums}
+      reference_BT = _logp(jax.lax.stop_gradient(reference_head), batch, hp)[0]
+  # Padding of the student's own counts in the surrogate and not in the KL.
+  alike = own_head[1].shape == student_head[1].shape
+  if alike and not _reads_sequences(batch, hp):
+    def f(logits_btV, _, batch_bt, reference_bt):
+      logp_bt, entropy_bt = tokens.log_prob_and_entropy(logits_btV, batch_bt.targets_BT)
+      loss_bt, found = _policy_gradient(logp_bt, logp_bt, reference_bt, batch_bt, hp)
+      return loss_bt, found | {"logp": logp_bt, "entropy": entropy_bt}
+    total, (_, found) = blockwise.divergence(
+        f, student_head, None, batch.weight_BT, hp.block, batch, reference_BT)
+  else:
+    logp_BT, entropy_BT = _logp(student_head, batch, hp)
+    own_logp_BT = logp_BT if alike else _logp(own_head, batch, hp)[0]
+    loss_BT, found = _policy_gradient(logp_BT, own_logp_BT, reference_BT, batch, hp)
+    total, found = summed(loss_BT, batch)[0], found | {"logp": logp_BT, "entropy": entropy_BT}
+  sums = gap_sums(found.pop("logp"), batch)
+  if hp.kl == "exact" and hp.kl_coef > 0:
+    more, found["kl"] = blockwise.divergence(
+        kl.reverse_kl, student_head, guide_head, batch.weight_BT, hp.block)
+    total = total + hp.kl_coef * more
+  return {"loss": (total, jnp.sum(batch.count_BT)), **sums,
+          **{name: metric(x_BT, batch) for name, x_BT in found.items()}}
+
+
+def _reads_sequences(batch, hp):
+  """Whether a token's loss reads log-probabilities, not known before the update, of other tokens.
+
+  If not, its gradient is formed in the same pass over the vocabulary.
+  """
+  return hp.surrogate == "gspo" or (
+      hp.mismatch != "none" and hp.mismatch_level == "sequence")
+
+
+def _policy_gradient(logp_BT, own_logp_BT, reference_BT, batch, hp):
+  """(loss_BT, {name: value_BT}) of `clipped_surrogate` but for the exact KL, of any tokens.
+
+  own_logp_BT is log π where only the vocabulary of the reference counts.
+  """
+  counts_BT, old_BT = batch.weight_BT > 0, jax.lax.stop_gradient(logp_BT)
+  if batch.old_logp_BT is not None:
+    # A token without weight may hold anything, and 0 · anything can be NaN: give it ratio 1, A = 0.
+    old_BT = jnp.where(counts_BT, batch.old_logp_BT, old_BT)
+  advantage_BT = jnp.where(counts_BT, batch.advantage_BT, 0.0)
+  loss, clipped, besides = SURROGATES[hp.surrogate]
+  args = logp_BT, old_BT, advantage_BT, *besides(batch, hp)
+  loss_BT = loss(*args)
+  found = {"ratio_mean": jnp.exp(logp_BT - old_BT),
+           "clip_fraction": clipped(*args).astype(jnp.float32)}
+  if hp.mismatch != "none":
+    ratio_BT = grpo.mismatch_ratio(old_BT, batch.drawn_logp_BT, counts_BT, batch.segments_BT,
+                                   hp.mismatch_level)
+    kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
+    loss_BT = loss_BT * kept_BT
+    found |= {"mismatch_ratio": ratio_BT, "mismatch_weight": kept_BT}
+  if reference_BT is not None:
+    found["kl"] = KL_PENALTIES[hp.kl](own_logp_BT, reference_BT, old_BT)
+    loss_BT = loss_BT + hp.kl_coef * found["kl"]
+  return loss_BT, found
 
 
 def forward_kl(student_head, guide_head, batch, hp):
@@ -128,22 +181,31 @@ def jsd(student_head, guide_head, batch, hp):
   """Between the two: the generalised Jensen–Shannon divergence, hp.pi the guide's share of it."""
   check_form(jsd, hp)
   _need(guide_head, "jsd")
-  def f(student_BTV, guide_BTV):
+  def form(student_BTV, guide_BTV, hp):
     return kl.jsd(student_BTV, guide_BTV, hp.pi, hp.student_temperature,
                   hp.teacher_temperature), {}
-  return _direct(f, student_head, guide_head, batch, hp)
+  return _distil(form, student_head, guide_head, batch, hp)
 
 
 def _distil(form, student_head, guide_head, batch, hp):
   _need(guide_head, "a divergence")
-  return _direct(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
+  if not unscored(batch):
+    return _direct(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
+  def f(student_BTV, guide_BTV, targets_BT):
+    loss_BT, found = form(student_BTV, guide_BTV, hp)
+    return loss_BT, found | {"logp": tokens.log_prob(student_BTV, targets_BT)}
+  return _direct(f, student_head, guide_head, batch, hp, batch.targets_BT)
 
 
 def _direct(f, student_head, guide_head, batch, hp, *more_BT):
-  """The sums of an f(student_logits, guide_logits, *more) -> (loss_BT, {name: value_BT})."""
+  """The sums of an f(student_logits, guide_logits, *more) -> (loss_BT, {name: value_BT}).
+
+  Log-probabilities under the name "logp" are held against the sampler's.
+  """
   total, (value_BT, found) = blockwise.divergence(
       f, student_head, guide_head, batch.weight_BT, hp.block, *more_BT)
-  sums = {name: metric(x_BT, batch) for name, x_BT in found.items()}
+  sums = gap_sums(found.pop("logp"), batch) if "logp" in found else {}
+  sums |= {name: metric(x_BT, batch) for name, x_BT in found.items()}
   if guide_head is not None:
     sums["kl"] = metric(value_BT, batch)
   return {"loss": (total, summed(value_BT, batch)[1]), **sums}
@@ -153,15 +215,16 @@ def _sampled(student_head, guide_head, batch, hp):
   """Reverse KL from the sampled token, with the exact KL as its baseline where hp.baseline."""
   _need(guide_head, "the sampled form")
   student_head, guide_head = blockwise.common(student_head, guide_head)
-  student_logp_BT, _ = logp(student_head, batch, hp)
-  guide_logp_BT, _ = logp(guide_head, batch, hp)
+  student_logp_BT, _ = _logp(student_head, batch, hp)
+  guide_logp_BT, _ = _logp(guide_head, batch, hp)
   baseline_BT = 0.0
   if hp.baseline:
     _, baseline_BT = blockwise.divergence(
         kl.reverse_kl, jax.lax.stop_gradient(student_head), guide_head, batch.weight_BT, hp.block)
   loss_BT = kl.sampled_reverse_kl(student_logp_BT, jax.lax.stop_gradient(guide_logp_BT),
                                   baseline_BT)
-  return {"loss": summed(loss_BT, batch), "kl": metric(jax.lax.stop_gradient(loss_BT), batch)}
+  return {"loss": summed(loss_BT, batch), "kl": metric(jax.lax.stop_gradient(loss_BT), batch),
+          **gap_sums(jax.lax.stop_gradient(student_logp_BT), batch)}
 
 
 FORWARD_FORMS = {

@@ -85,7 +85,9 @@ def costs(config, stages=recipe.STAGES):
         passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
         store=None, validate=None, text=str, room=train.room(config.sampler))
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
-    found = {"score": programs.score, "update": programs.step}
+    found = {"update": programs.step}
+    if programs.score is not None:
+      found = {"score": programs.score, **found}
     if programs.judge is not None:
       found = {**_sampling("judge", programs.judge), **found}
     if programs.draw is not None:

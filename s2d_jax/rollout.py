@@ -51,7 +51,7 @@ class Batch(NamedTuple):
   weight_BT: np.ndarray        # float32; 0 on prompt and padding
   count_BT: np.ndarray         # float32; what a token adds to the count that sums are divided by
   advantage_BT: np.ndarray     # float32; constant along a response
-  old_logp_BT: np.ndarray      # float32 nats, from the trainer's own forward pass
+  old_logp_BT: np.ndarray      # float32 nats, before an update; None: the update's own are the old
   sampler_logp_BT: np.ndarray  # float32 nats, as the sampler's model had it
   drawn_logp_BT: np.ndarray    # float32 nats, under the distribution that was sampled from
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
@@ -160,7 +160,7 @@ def minibatches(batch_, count, seed):
                      "choose prompts x samples_per_prompt as a multiple of minibatches.")
   order = np.random.default_rng(seed).permutation(B) if count > 1 else np.arange(B)
   for rows in np.split(order, count):
-    yield Batch(*(x[rows] for x in batch_))
+    yield Batch(*(None if x is None else x[rows] for x in batch_))
 
 
 def row_key(seed, prompt_id, sample_index):

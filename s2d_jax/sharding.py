@@ -124,6 +124,12 @@ def on_rows(f, rows, wholes):
       out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(rows, wholes)
 
 
+def largest(x):
+  """Inside `on_rows`, the largest x of any device, on each; elsewhere x."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  return jax.lax.pmax(x, axes) if axes else x
+
+
 def platform():
   """"cpu", "gpu" or "tpu": of the mesh's devices, which may be described and not here."""
   mesh = jax.sharding.get_abstract_mesh()  # the concrete one is out of sight inside `jit`

@@ -2,8 +2,9 @@
 
 A step is one rollout batch. In order: evaluate the old state when due, save *before* the draw,
 draw prompts and samples, score the text, build the batch, take the trainer's own log-probabilities
-once, then epochs × minibatches optimizer updates. Everything but the TrainState is a function of
-(seed, stage, step), so a stage that was killed goes on as if it had not been.
+once where the update does not (`scored`), then epochs × minibatches optimizer updates. Everything
+but the TrainState is a function of (seed, stage, step), so a stage that was killed goes on as if it
+had not been.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Programs(NamedTuple):
   """Everything a stage runs on the device, compiled before the first step."""
   draw: Callable | None
   judge: Callable | None
-  score: Callable
+  score: Callable | None
   step: Callable
 
 
@@ -176,18 +177,17 @@ def _step(work, programs, stores, state, step, logs, mesh):
     advantage_B = np.asarray(work.advantages(groups), np.float32).reshape(-1)
     row |= drawn.metrics
   batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
-  actor = _actor_params(work, state)
-  logp_BT, _ = sharding.fetch(programs.score(actor, sharding.put_batch(batch, mesh)))
-  response_BT = batch.sequence_BT >= 0
-  if work.given is None:
-    row |= _gap(logp_BT, batch.sampler_logp_BT, response_BT)
-  batch = batch._replace(old_logp_BT=np.where(response_BT, logp_BT, np.float32(0)))
-  state, losses = _updates(work, programs, state, step, batch, mesh)
+  if scored(work):
+    logp_BT, gap = _score(programs, _actor_params(work, state), batch, mesh)
+    batch, row = batch._replace(old_logp_BT=logp_BT), row | gap
+  state, losses = _updates(work, programs, state, step, known(work, batch), mesh)
+  if "logp_gap_square" in losses:
+    losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))
   length_B = rows.response_length_B
   row |= losses | {"tokens": int(length_B.sum()), "response_length": length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}
   labels = ledger.labels(work, picked, logs["ledger"].rows)
-  logs["ledger"].add(ledger.spent(work, step, drawn, labels, judged))
+  logs["ledger"].add(ledger.spent(work, step, drawn, labels, judged, scored(work)))
   for b in range(min(hp.log_samples, len(length_B))):
     logs["samples"].add({
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
@@ -216,11 +216,33 @@ def _updates(work, programs, state, step, batch, mesh):
   return state, means | {"finite": min(s["finite"] for s in seen)}
 
 
-def _gap(logp_BT, sampler_logp_BT, response_BT):
-  """How far the sampler's log-probabilities are from the trainer's on the same tokens, in nats."""
-  gap = np.abs(logp_BT - sampler_logp_BT)[response_BT]
-  return {"logp_gap_mean": gap.mean(), "logp_gap_rms": np.sqrt(np.mean(gap**2)),
-          "logp_gap_max": gap.max()}
+def scored(work):
+  """Whether the actor's log-probabilities are taken before the update, in a pass of their own.
+
+  A learner that makes one update of its own samples finds them in it: they are the old ones of its
+  ratio, and what the sampler's are held against. Given solutions ask for none. Where the guide's
+  vocabulary is padded otherwise, an update sees only what both have.
+  """
+  if work.given is not None:
+    return False
+  sizes = {role.model.config.vocab_size for role in (work.learner, work.guide) if role is not None}
+  return (work.actor is not None or work.hp.epochs * work.hp.minibatches > 1 or len(sizes) > 1)
+
+
+def known(work, batch):
+  """The batch without log-probabilities that nobody has taken."""
+  if scored(work):
+    return batch
+  batch = batch._replace(old_logp_BT=None)
+  return batch if work.given is None else batch._replace(sampler_logp_BT=None, drawn_logp_BT=None)
+
+
+def _score(programs, params, batch, mesh):
+  """(the trainer's log-probabilities of a batch, how far the sampler's are from them, in nats)."""
+  logp_BT, _ = sharding.fetch(programs.score(params, sharding.put_batch(batch, mesh)))
+  gap = np.abs(logp_BT - batch.sampler_logp_BT)[batch.sequence_BT >= 0]
+  return logp_BT, {"logp_gap_mean": gap.mean(), "logp_gap_rms": np.sqrt(np.mean(gap**2)),
+                   "logp_gap_max": gap.max()}
 
 
 def _save(folder, steps, logs, step, state):
@@ -248,8 +270,8 @@ def compile_programs(work, state, mesh):
   """Every program of a stage, ahead of time, for shapes that never change.
 
   Args:
-    work: of which hp, width, stop_ids, the roles, given, objective, logp and optimizer are read;
-      the roles' weights may be abstract (`sharding.abstract`).
+    work: of which hp, width, stop_ids, the roles, given, objective, logp, optimizer and room are
+      read; the roles' weights may be abstract (`sharding.abstract`).
     state: the TrainState, or its `update.abstract`.
   """
   hp, actor = work.hp, work.actor or work.learner
@@ -269,15 +291,16 @@ def compile_programs(work, state, mesh):
   drawing.summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
   if judge is not None:
     drawing.summed_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
-  score = update.score(actor.model, work.logp, hp)
   step = update.make(work.learner.model, None if work.guide is None else work.guide.model,
                      work.objective, work.optimizer, hp, update.shardings(state))
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
-  return Programs(
-      draw, judge,
-      score.lower(sharding.abstract(params), abstract_batch(rows, width, mesh)).compile(),
-      step.lower(sharding.abstract(state), guide,
-                 abstract_batch(rows // hp.minibatches, width, mesh), frozen).compile())
+  score = None
+  if scored(work) or (draw is not None and work.room.cache == "int8"):
+    score = update.score(actor.model, work.logp, hp).lower(
+        sharding.abstract(params), abstract_batch(rows, width, mesh)).compile()
+  part = known(work, abstract_batch(rows // hp.minibatches, width, mesh))
+  return Programs(draw, judge, score,
+                  step.lower(sharding.abstract(state), guide, part, frozen).compile())
 
 
 MOST_GAP = 0.01  # nats, root mean square
@@ -290,9 +313,7 @@ def _check_cache(work, programs, state, mesh):
     return
   params = _actor_params(work, state)
   rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))
-  batch = rollout.batch(rows)
-  logp_BT, _ = sharding.fetch(programs.score(params, sharding.put_batch(batch, mesh)))
-  gap = _gap(logp_BT, batch.sampler_logp_BT, batch.sequence_BT >= 0)["logp_gap_rms"]
+  gap = _score(programs, params, rollout.batch(rows), mesh)[1]["logp_gap_rms"]
   if gap > MOST_GAP:
     raise ValueError(f"config.sampler.cache is int8 and the sampler's log-probabilities are "
                      f"{gap:.3f} nats (root mean square) from the trainer's in {work.name}, where "

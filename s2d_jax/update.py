@@ -67,13 +67,14 @@ def make(model, guide_model, objective, optimizer, hp, layout):
 
   Args:
     model: what is trained; guide_model: a frozen model scored on the same tokens, or None.
-    objective: objective(head, guide_head, batch, hp) -> {name: (sum, count)}, "loss" among them.
+    objective: objective(head, guide_head, batch, hp) -> {name: (sum, count)}, "loss" among them;
+      (largest,) for what is not a mean.
     optimizer: an optax transformation.
     hp: microbatches, and what the objective reads.
     layout: `shardings` of the state.
 
   Returns:
-    A function whose metrics are float32 scalars: the objective's means, grad_norm (before
+    A function whose metrics are float32 scalars: the objective's, grad_norm (before
     clipping), update_norm, and finite, which is 0 where the loss or the gradient is not: the
     state is then returned as it came.
   """
@@ -96,12 +97,13 @@ def make(model, guide_model, objective, optimizer, hp, layout):
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
-    return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    return total, {name: [(jnp.sum if len(pair) == 2 else jnp.max)(x, axis=0) for x in pair]
+                   for name, pair in sums.items()}
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
   def step(state, guide_params, batch, frozen=None):
     total, sums = accumulated(state.params, frozen, guide_params, batch)
-    metrics = {name: _mean(*pair) for name, pair in sums.items()}
+    metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
     grads = jax.tree.map(
         lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

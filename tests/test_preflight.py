@@ -58,7 +58,8 @@ def check(config, expected):
     numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return size[role] + 4 * numbers * rows * (config.prompt_tokens + how.max_tokens)
   for row, (actor, learner, guide) in expected.items():
-    floor[row, "score"] = size[actor or learner]
+    if actor is not None:  # who learns from its own samples once scores them as it does
+      floor[row, "score"] = size[actor]
     floor[row, "update"] = 3 * size[learner] + size[guide]  # weights and Adam's two slots
     hp = config.stages[row]
     if row == "weighted_fkl":

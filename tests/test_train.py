@@ -109,6 +109,27 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
 
 
 @pytest.mark.medium
+def test_text_is_scored_before_the_update_only_where_the_update_cannot(tmp_path, mesh):
+  one, two = make(tmp_path / "one", mesh), make(tmp_path / "two", mesh, minibatches=2)
+  teacher = train.Role(models.get(CONFIG), params_of(one.learner.model, 1, mesh))
+  wide = train.Role(models.get(CONFIG | {"vocab_size": 20}), None)
+  for work, asked in ((one, False), (two, True), (one._replace(actor=teacher), True),
+                      (one._replace(given=list), False), (one._replace(guide=teacher), False),
+                      (one._replace(guide=wide), True)):
+    assert train.scored(work) == asked
+  spent = []
+  for work in (one, two):
+    run(work)
+    assert (train.compile_programs(work, None, mesh).score is None) == (work is one)
+    spent.append(metrics.read(work.folder, "ledger")[0])
+    assert all(row["logp_gap_rms"] <= row["logp_gap_max"] < 1e-5 and "logp_gap_square" not in row
+               for row in metrics.read(work.folder, "metrics"))
+  # The same samples: drawn once, learned from at three forwards, and scored at one more.
+  assert spent[0]["tokens_sampled"] == spent[1]["tokens_sampled"]
+  assert spent[1]["flops"] / spent[0]["flops"] == pytest.approx(5 / 4)
+
+
+@pytest.mark.medium
 def test_a_cache_too_far_from_the_trainer_is_refused(tmp_path, mesh, monkeypatch):
   # Keys and values in eight bits move log-probabilities; how far is allowed says MOST_GAP.
   monkeypatch.setattr(train, "compile_programs", PLAIN)

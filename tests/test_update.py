@@ -312,6 +312,44 @@ def test_on_policy_the_first_ratio_is_one(mean):
   assert last["clip_fraction"] > 0
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"surrogate": "gspo"}, {"surrogate": "cispo", "kl": "k3_corrected"}, {"kl": "exact"},
+    {"mismatch": "truncate"}, {"mismatch": "mask", "mismatch_level": "sequence"}])
+def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
+  batch, mesh = make_batch(), sharding.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh):
+    old_logp_BT = np.asarray(update.score(MODEL, objectives.logp, HP)(
+        place(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
+  gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
+  batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT, drawn_logp_BT=old_logp_BT - gap_BT)
+  how = dict(optimizer=SGD, microbatches=4, **changes)
+  want, told, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **how)
+  got, found, *_ = run(batch._replace(old_logp_BT=None), **how)
+  close(got, want)
+  gaps = np.abs(gap_BT[batch.weight_BT > 0])
+  close(found, told | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
+                       "logp_gap_square": np.mean(gaps**2)})
+
+
+@pytest.mark.parametrize("objective, changes", [
+    (objectives.reverse_kl, {}), (objectives.reverse_kl, {"form": "sampled"}),
+    (objectives.forward_kl, {"form": "top_k", "top_k": 3}),
+    (objectives.negative_log_likelihood, {})])
+def test_an_update_holds_the_sampler_against_itself(objective, changes):
+  batch = make_batch()
+  logp_BT = tokens.log_prob(logits(host_params(0), batch), batch.targets_BT)
+  gaps = np.abs(logp_BT - batch.sampler_logp_BT)[batch.weight_BT > 0]
+  params, told, *_ = run(batch, objective, microbatches=2, **changes)
+  assert not any(name.startswith("logp_gap") for name in told)
+  got, found, *_ = run(batch._replace(old_logp_BT=None), objective, microbatches=2, **changes)
+  close(got, params)
+  close(found, told | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
+                       "logp_gap_square": np.mean(gaps**2)})
+  # Given solutions were drawn by nobody.
+  given = batch._replace(old_logp_BT=None, sampler_logp_BT=None, drawn_logp_BT=None)
+  close(run(given, objective, microbatches=2, **changes)[1], told)
+
+
 # Learning
 
 

@@ -69,7 +69,8 @@ def main(folder, path):
         train_dataset=datasets.Dataset.from_dict(
             {"prompt": [" ".join(map(str, ids)) for ids in work["prompts"]]}),
         args=trl.GRPOConfig(
-            output_dir=f"{folder}-trl", per_device_train_batch_size=rows,
+            output_dir=f"{folder}-trl", per_device_train_batch_size=rows // work["microbatches"],
+            gradient_accumulation_steps=work["microbatches"],
             num_generations=work["samples"], max_completion_length=work["max_tokens"],
             max_steps=1000, learning_rate=work["lr"], lr_scheduler_type="constant", beta=0.0,
             activation_checkpointing=False,

@@ -160,14 +160,14 @@ def test_grpo(tmp_path):
   result = smoke("grpo", tmp_path, "--repeats=2")
   assert set(result["step"]) == {"ours"} and result["peers"] == {}
   ours = result["step"]["ours"]
-  assert set(ours) == GRPO | {"draw", "score", "update", "logp_gap_max"}
+  assert set(ours) == GRPO | {"draw", "reward", "update", "logp_gap_max"}
   assert len(ours["repeats"]) == 2 and ours["tokens"] == 2 * 2 * 8
   assert ours["logp_gap_max"] < 1e-5
   # Each of 2 prompts of 4 tokens, 10 pairs, is read once; 4 rows of 12 tokens, 78 pairs: 8 tokens
-  # drawn, then four forwards.
+  # drawn, then three forwards, of which the first 3 tokens ask for no unembedding (64 x 16).
   row, read = 12 * 2 * 2560 + 78 * 64, 4 * 2 * 2560 + 10 * 64
-  assert result["flops"] == 2 * (read + 2 * (row - read + 4 * row))
-  assert set(result["memory"]) == {"draw", "score", "update"}
+  assert result["flops"] == 2 * (read + 2 * (row - read + 3 * (row - 3 * 2 * 64 * 16)))
+  assert set(result["memory"]) == {"draw", "update"}
 
 
 def test_steps_that_differ_are_not_timed():

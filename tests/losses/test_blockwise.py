@@ -18,6 +18,7 @@ B, T, D, V = 2, 7, 4, 11
 RNG = np.random.default_rng(0)
 TARGETS_BT = RNG.integers(V, size=(B, T))
 WEIGHT_BT = jnp.asarray(RNG.random((B, T)) * (RNG.random((B, T)) > 0.3), jnp.float32)
+COUNTS_BT = (np.asarray(WEIGHT_BT) > 0).astype(np.float32)
 COTANGENTS = [jnp.asarray(RNG.normal(size=(B, T)), jnp.float32) for _ in range(2)]
 BLOCKS = pytest.mark.parametrize("block", [1, 6, 7, 64])  # of 14 tokens: some divide, some do not
 DIRECTIONS = pytest.mark.parametrize("f", [kl.forward_kl, kl.reverse_kl])
@@ -68,7 +69,8 @@ def test_divergence_equals_the_direct_form(f, block):
       jax.value_and_grad(direct_divergence, argnums=1), static_argnums=0)(f, STUDENT, GUIDE)
   assert door(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)  # without a gradient
   np.testing.assert_allclose(total, want, rtol=1e-5)
-  np.testing.assert_allclose(value_BT, f(full_logits(STUDENT), full_logits(GUIDE)), rtol=1e-5)
+  np.testing.assert_allclose(
+      value_BT, COUNTS_BT * f(full_logits(STUDENT), full_logits(GUIDE)), rtol=1e-5)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads, want_grads)
 
 
@@ -93,6 +95,30 @@ def test_weight_zero_leaves_a_token_out_whatever_it_holds():
     return jnp.where(value_BT > 0, jnp.inf, value_BT)  # every token's value is infinite
   total, _ = blockwise.divergence(wild, STUDENT, GUIDE, jnp.zeros((B, T)), 6)
   assert total == 0
+
+
+@pytest.mark.parametrize("kept, block, blocks", [(0, 2, 0), (1, 2, 1), (5, 2, 3), (14, 2, 7),
+                                                 (6, 6, 1), (7, 6, 2), (14, 64, 1)])
+def test_tokens_that_do_not_count_are_in_no_block(kept, block, blocks):
+  weight_BT = np.zeros(B * T, np.float32)
+  weight_BT[RNG.permutation(B * T)[:kept]] = 1
+  weight_BT, formed = weight_BT.reshape(B, T), []
+  def f(student_BTV, guide_BTV):
+    jax.debug.callback(lambda: formed.append(1))
+    return kl.reverse_kl(student_BTV, guide_BTV)
+  total, value_BT = blockwise.divergence(f, STUDENT, GUIDE, jnp.asarray(weight_BT), block)
+  jax.effects_barrier()
+  assert len(formed) == blocks
+  want_BT = weight_BT * kl.reverse_kl(full_logits(STUDENT), full_logits(GUIDE))
+  np.testing.assert_allclose(value_BT, want_BT, rtol=1e-5)
+  np.testing.assert_allclose(total, want_BT.sum(), rtol=1e-5)
+  both = blockwise.logp(STUDENT, TARGETS_BT, block, weight_BT > 0)
+  for got_BT, want_BT in zip(both, direct_logp(STUDENT), strict=True):
+    np.testing.assert_allclose(got_BT, weight_BT * want_BT, atol=2e-6)
+  grads = jax.grad(lambda s: jnp.sum(
+      blockwise.logp(s, TARGETS_BT, block, weight_BT > 0)[0] * COTANGENTS[0]))(STUDENT)
+  want = jax.grad(lambda s: jnp.sum(weight_BT * COTANGENTS[0] * direct_logp(s)[0]))(STUDENT)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads, want)
 
 
 def test_bfloat16_features_accumulate_in_float32():
@@ -120,8 +146,8 @@ def test_what_is_found_besides_the_loss_is_read_in_the_same_pass():
   (total, (value_BT, found)), grads = jax.value_and_grad(
       lambda s: blockwise.divergence(f, s, GUIDE, WEIGHT_BT, 6, TARGETS_BT), has_aux=True)(STUDENT)
   logp_BT, entropy_BT = direct_logp(STUDENT)
-  np.testing.assert_allclose(found["entropy"], entropy_BT, rtol=1e-5)
-  np.testing.assert_allclose(found["logp"], logp_BT, rtol=1e-5)
+  np.testing.assert_allclose(found["entropy"], COUNTS_BT * entropy_BT, rtol=1e-5)
+  np.testing.assert_allclose(found["logp"], COUNTS_BT * logp_BT, rtol=1e-5)
   want, want_grads = jax.value_and_grad(
       lambda s: direct_divergence(kl.reverse_kl, s, GUIDE))(STUDENT)
   np.testing.assert_allclose(total, want, rtol=1e-5)

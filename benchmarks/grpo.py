@@ -117,12 +117,12 @@ def peers(sizes, ours, scratch):
 def flops(config, sizes):
   """FLOPs of our step: each prompt read once, every token drawn, and three forwards in the update.
 
-  Prompt tokens of an update pay no unembedding, and its logits are formed once.
+  Only tokens of an answer are unembedded.
   """
-  read, whole = (ledger.forward_flops(config, [n]) for n in (
-      sizes.prompt_tokens, sizes.prompt_tokens + sizes.max_tokens))
-  spared = 2 * config.vocab_size * config.width * (sizes.prompt_tokens - 1)
-  return sizes.prompts * (read + sizes.samples * (whole - read + 3 * (whole - spared)))
+  read = ledger.forward_flops(config, [sizes.prompt_tokens], [0])
+  whole = ledger.forward_flops(
+      config, [sizes.prompt_tokens + sizes.max_tokens], [sizes.max_tokens])
+  return sizes.prompts * (read + sizes.samples * (whole - read + 3 * whole))
 
 
 def run(sizes):

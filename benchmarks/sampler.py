@@ -2,12 +2,15 @@
 
   python -m benchmarks.sampler [--works=ragged,refill,uniform] [--tunix=PYTHON] [--rivals=]
   python -m benchmarks.sampler --decode=1,16,64,256 --shape=qwen3-1.7b --dtype=bfloat16
+  python -m benchmarks.sampler --alone=float32,bfloat16
 
 *ragged*: `prompts` × `samples` rows at temperature 1, of which each token is the last with
 probability `stops` / vocabulary; *refill*: `refill` times as many rows in the same memory;
 *uniform*: every row to `max_tokens`. `--decode` has such rows, one of each of so many prompts, and
 also what decoding alone takes: a draw of `max_tokens` less one of a single token. Each repeat has a
-seed of its own. Everyone must draw our greedy tokens before anything is timed.
+seed of its own. Everyone must draw our greedy tokens before anything is timed. `--alone` times
+nothing: it draws *ragged* in a crowd and through one slot, row after row, and counts the rows that
+are not the same.
 """
 
 import json
@@ -26,10 +29,11 @@ from s2d_jax.models import hf
 from s2d_jax.rollout import Prompt
 from s2d_jax.sampler import programs
 
-FULL = {"works": "ragged,refill,uniform", "decode": "", "shape": "qwen3-29m", "dtype": "float32",
-        "prompts": 8, "samples": 8, "refill": 8, "prompt_tokens": 64, "max_tokens": 256,
-        "stops": 533, "page": 0, "rivals": "transformers,transformers_continuous", "tunix": "",
-        "repeats": 5, "refill_repeats": 3, "peak": 4096, "stream": 512}
+FULL = {"works": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "qwen3-29m",
+        "dtype": "float32", "prompts": 8, "samples": 8, "refill": 8, "prompt_tokens": 64,
+        "max_tokens": 256, "stops": 533, "page": 0,
+        "rivals": "transformers,transformers_continuous", "tunix": "", "repeats": 5,
+        "refill_repeats": 3, "peak": 4096, "stream": 512}
 SMOKE = FULL | {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "refill": 3, "prompt_tokens": 4,
                 "max_tokens": 8, "stops": 8, "rivals": "", "repeats": 1, "refill_repeats": 1,
                 "peak": 16, "stream": 1}
@@ -162,6 +166,20 @@ def same(greedy):
                        f"{greedy['ours']['tokens'][0]}: do not time what is not the same.")
 
 
+def alone(sizes, dtype):
+  """{"rows": how many, "differ": the share that is not the same in a crowd and alone}."""
+  model, params = measure.model(sizes.shape, dtype)
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  crowd = works(sizes, model.config.vocab_size)["ragged"]
+  crowded, single = (Ours(model, params, work, sizes.page)
+                     for work in (crowd, crowd._replace(slots=1)))
+  if single.account["slots"] != 1:
+    raise ValueError(f"a row is not alone in {single.account['slots']} slots: leave --page out.")
+  crowded, single = (sampled.ask(1)["tokens"] for sampled in (crowded, single))
+  differ = [a != b for a, b in zip(crowded, single, strict=True)]
+  return {"rows": len(differ), "differ": statistics.mean(differ)}
+
+
 def run(sizes):
   """{work: {who: tokens a second beside the bound}}, and the machine's two rates."""
   model, params = measure.model(sizes.shape, sizes.dtype)
@@ -209,6 +227,9 @@ def main(argv=None):
   asked = parse(argv)
   kind = "decode" if asked.sizes.decode else ""
   with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
+    if asked.sizes.alone:
+      return measure.write("sampler", asked, {"alone": {
+          dtype: alone(asked.sizes, dtype) for dtype in asked.sizes.alone.split(",")}}, "alone")
     return measure.write("sampler", asked, run(asked.sizes), kind)
 
 

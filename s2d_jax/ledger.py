@@ -12,18 +12,22 @@ COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled",
           "tokens_discarded", "tokens_trained", "tokens_guide", "flops", "flops_reused")
 
 
-def forward_flops(config, length_B):
-  """FLOPs of one forward pass over sequences of `length_B` tokens, unembedding included.
+def forward_flops(config, length_B, headed_B=None):
+  """FLOPs of one forward pass over sequences of `length_B` tokens, `headed_B` of them unembedded.
+
+  None: all of them.
 
   2 per weight that multiplies and token, and 4·N·H per layer and attended pair (causal): the
   count of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, table 1) with attention exact.
   A backward pass costs twice a forward.
   """
   c, n = config, np.asarray(length_B, np.float64)
+  headed = n if headed_B is None else np.asarray(headed_B, np.float64)
   attention = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
-  weights = c.layers * (attention + 3 * c.width * c.mlp) + c.vocab_size * c.width
+  weights, head = c.layers * (attention + 3 * c.width * c.mlp), c.vocab_size * c.width
   pairs = n * (n + 1) / 2
-  return float(np.sum(2 * weights * n + 4 * c.layers * c.heads * c.head_width * pairs))
+  return float(np.sum(2 * (weights * n + head * headed)
+                      + 4 * c.layers * c.heads * c.head_width * pairs))
 
 
 def row(step, prompt_ids, labels, **counts):
@@ -66,9 +70,11 @@ def spent(work, step, drawn, labels, judged, scored):
   """
   hp, rows, given = work.hp, drawn.rows, work.given is not None
   length_B, response_B = rows.prompt_length_B + rows.response_length_B, rows.response_length_B
-  learned = int(response_B.sum(where=True if drawn.weight_B is None else drawn.weight_B > 0))
+  learned_B = response_B if drawn.weight_B is None else response_B * (drawn.weight_B > 0)
+  learned = int(learned_B.sum())
   learner, actor = (work.learner.model.config, (work.actor or work.learner).model.config)
-  guide = 0.0 if work.guide is None else forward_flops(work.guide.model.config, length_B)
+  guide = 0.0 if work.guide is None else forward_flops(
+      work.guide.model.config, length_B, learned_B)
   passes = 3 if work.frozen is None else 2  # frozen weights ask for no gradient
   drawn_rows = [] if given else [(actor, rows, drawn.fresh_B)]  # a token drawn is a forward
   if drawn.dropped is not None:
@@ -86,8 +92,8 @@ def spent(work, step, drawn, labels, judged, scored):
       updates=hp.epochs * hp.minibatches, tokens_sampled=int(sampled), tokens_reused=int(reused),
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
       tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=float(flops) + scored * forward_flops(actor, length_B) + hp.epochs * (
-          passes * forward_flops(learner, length_B) + guide),
+      flops=float(flops) + scored * forward_flops(actor, length_B, response_B) + hp.epochs * (
+          passes * forward_flops(learner, length_B, learned_B) + guide),
       flops_reused=float(flops_reused))
 
 
@@ -95,7 +101,8 @@ def _drawn(config, rows, fresh_B, fresh):
   """(tokens, FLOPs) of drawing those of the rows that are fresh, or those that are not."""
   own_B = fresh_B == fresh
   return (rows.response_length_B[own_B].sum(),
-          forward_flops(config, (rows.prompt_length_B + rows.response_length_B)[own_B]))
+          forward_flops(config, (rows.prompt_length_B + rows.response_length_B)[own_B],
+                        rows.response_length_B[own_B]))
 
 
 def total(rows):

@@ -6,8 +6,9 @@ is that of batch.count_BT, and that of all else the weights', so that it is a me
 of the loss's. A name alone in its tuple is a largest value. Heads are pairs (features_BTD,
 weight_VD); guide_head is None without a guide. `READS` names the config keys each objective reads.
 
-A batch without old_logp_BT is the learner's own and is learned from once, with nothing between: the
-log-probabilities of the update are the old ones too, and the sampler's are held against them.
+A batch whose old_logp_BT is None was not scored before (`train.scored`): of the learner's own
+samples, learned from once, the update's log-probabilities are the old ones too, and the sampler's
+are held against them (`gap_sums`); of given solutions there are none of either.
 """
 
 import functools
@@ -106,7 +107,7 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
       reference_BT = _logp(jax.lax.stop_gradient(reference_head), batch, hp)[0]
   # Padding of the student's own counts in the surrogate and not in the KL.
   alike = own_head[1].shape == student_head[1].shape
-  if alike and not _reads_sequences(batch, hp):
+  if alike and not _reads_sequences(hp):
     def f(logits_btV, _, batch_bt, reference_bt):
       logp_bt, entropy_bt = tokens.log_prob_and_entropy(logits_btV, batch_bt.targets_BT)
       loss_bt, found = _policy_gradient(logp_bt, logp_bt, reference_bt, batch_bt, hp)
@@ -127,8 +128,8 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
           **{name: metric(x_BT, batch) for name, x_BT in found.items()}}
 
 
-def _reads_sequences(batch, hp):
-  """Whether a token's loss reads log-probabilities, not known before the update, of other tokens.
+def _reads_sequences(hp):
+  """Whether a token's loss reads other tokens of its response.
 
   If not, its gradient is formed in the same pass over the vocabulary.
   """

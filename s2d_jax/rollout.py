@@ -52,8 +52,8 @@ class Batch(NamedTuple):
   count_BT: np.ndarray         # float32; what a token adds to the count that sums are divided by
   advantage_BT: np.ndarray     # float32; constant along a response
   old_logp_BT: np.ndarray      # float32 nats, before an update; None: the update's own are the old
-  sampler_logp_BT: np.ndarray  # float32 nats, as the sampler's model had it
-  drawn_logp_BT: np.ndarray    # float32 nats, under the distribution that was sampled from
+  sampler_logp_BT: np.ndarray  # float32 nats, as the sampler's model had it; None: nobody sampled
+  drawn_logp_BT: np.ndarray    # float32 nats, under the distribution sampled from; None as above
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
 
 
@@ -83,7 +83,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
     row_weight_B: float32 factor on each sequence's weight; 0 drops a row without moving a shape.
 
   Returns:
-    A Batch whose `old_logp_BT` is zero until the trainer has scored it.
+    A Batch whose `old_logp_BT` is zero until the trainer has scored it, or taken it out.
   """
   B, prompt_width = rollout.prompt_BT.shape
   width = prompt_width + rollout.response_BT.shape[1]
@@ -135,13 +135,14 @@ def pack(batch_, width):
                      "widen the row.")
   B = len(length_B)
   used, segments = np.zeros(B, np.int64), np.zeros(B, np.int64)
-  packed = Batch(*(np.zeros((B, width), x.dtype) for x in batch_))
+  packed = Batch(*(None if x is None else np.zeros((B, width), x.dtype) for x in batch_))
   packed.sequence_BT[:] = -1
   for b in sorted(range(B), key=lambda i: (-length_B[i], i)):
     n = length_B[b]
     row = int(np.argmax(used + n <= width))
     for to, x in zip(packed, batch_, strict=True):
-      to[row, used[row]: used[row] + n] = x[b, :n]
+      if x is not None:
+        to[row, used[row]: used[row] + n] = x[b, :n]
     segments[row] += 1
     packed.segments_BT[row, used[row]: used[row] + n] = segments[row]
     used[row] += n

@@ -183,6 +183,8 @@ def _step(work, programs, stores, state, step, logs, mesh):
   state, losses = _updates(work, programs, state, step, known(work, batch), mesh)
   if "logp_gap_square" in losses:
     losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))
+  if not np.any(batch.weight_BT > 0):  # nothing was compared
+    losses = {name: x for name, x in losses.items() if not name.startswith("logp_gap")}
   length_B = rows.response_length_B
   row |= losses | {"tokens": int(length_B.sum()), "response_length": length_B.mean(),
                    "stopped": (rows.finish_reason_B == 1).mean()}

@@ -38,6 +38,8 @@ def test_forward_flops_by_hand():
                            vocab_size=7)
   assert ledger.forward_flops(config, [3]) == 960 + 144
   assert ledger.forward_flops(config, [3, 3]) == 2 * (960 + 144)
+  # Two of three tokens of the first and none of the second unembedded: 28 weights at 4 less.
+  assert ledger.forward_flops(config, [3, 3], [2, 0]) == 2 * (960 + 144) - 4 * 2 * 28
 
 
 @pytest.mark.parametrize("name, parameters, beside", [

@@ -241,13 +241,17 @@ ARRAYS = [(objectives.negative_log_likelihood, {}, 3), (objectives.forward_kl, {
           (objectives.clipped_surrogate, {"kl": "exact", "kl_coef": 0.5}, 3)]
 
 
+@pytest.mark.parametrize("unscored", [False, True])
 @pytest.mark.parametrize("objective, changes, arrays", ARRAYS)
-def test_temporaries_are_so_many_arrays_of_a_block_by_the_vocabulary(objective, changes, arrays):
+def test_temporaries_are_so_many_arrays_of_a_block_by_the_vocabulary(
+    objective, changes, arrays, unscored):
   count, block, width, words = 2048, 1024, 64, 8192
   def shapes(kind):
     return jax.ShapeDtypeStruct((1, count), kind)
   ids = {"targets_BT": jnp.int32, "segments_BT": jnp.int32}
   batch = rollout.Batch(*(shapes(ids.get(name, jnp.float32)) for name in rollout.Batch._fields))
+  if unscored:
+    batch = batch._replace(old_logp_BT=None)
   head = (jax.ShapeDtypeStruct((1, count, width), jnp.float32),
           jax.ShapeDtypeStruct((words, width), jnp.float32))
   def loss(head, guide, batch):

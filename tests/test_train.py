@@ -130,6 +130,14 @@ def test_text_is_scored_before_the_update_only_where_the_update_cannot(tmp_path,
 
 
 @pytest.mark.medium
+def test_where_every_group_is_dropped_no_gap_is_claimed(tmp_path, mesh):
+  run(make(tmp_path, mesh, reward=lambda prompt_id, ids: 1.0, rounds=1, steps=2))
+  for row in metrics.read(tmp_path, "metrics"):
+    assert row["mixed_groups"] == 0 == row["loss"]
+    assert not any(name.startswith("logp_gap") for name in row)
+
+
+@pytest.mark.medium
 def test_a_cache_too_far_from_the_trainer_is_refused(tmp_path, mesh, monkeypatch):
   # Keys and values in eight bits move log-probabilities; how far is allowed says MOST_GAP.
   monkeypatch.setattr(train, "compile_programs", PLAIN)

@@ -61,7 +61,7 @@ def make_batch(seed=0, rows=B):
       count_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       advantage_BT=numbers[0], old_logp_BT=-2 + 0.2 * numbers[1], sampler_logp_BT=numbers[2],
       drawn_logp_BT=numbers[2],
-      sequence_BT=np.zeros((rows, T), np.int32))
+      sequence_BT=np.where(keep_BT, 0, -1).astype(np.int32))
 
 
 def host_params(seed):
@@ -181,7 +181,7 @@ def test_microbatches_must_divide_the_rows():
 
 @pytest.mark.medium
 def test_every_mesh_gives_the_same_parameters():
-  # The stand-in leaves its layout to the compiler, and blocks of 16 // 8 = 2 positions do not
+  # The stand-in leaves its layout to the compiler, and blocks of 16 tokens do not
   # divide T = 5.
   want, want_metrics, *_ = run(make_batch(), steps=2, microbatches=2)
   for shape in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
@@ -289,8 +289,12 @@ def test_score_keeps_the_order_of_rows(mesh):
     logp_BT, entropy_BT = update.score(MODEL, objectives.logp, hp)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   want_BTV = logits(host_params(0), jax.tree.map(jnp.asarray, batch))
-  np.testing.assert_allclose(logp_BT, tokens.log_prob(want_BTV, batch.targets_BT), atol=1e-5)
-  np.testing.assert_allclose(entropy_BT, tokens.entropy(want_BTV), atol=1e-5)
+  response_BT = batch.sequence_BT >= 0
+  assert 0.5 < response_BT.mean() < 1  # and elsewhere 0
+  want_BT = np.where(response_BT, tokens.log_prob(want_BTV, batch.targets_BT), 0)
+  np.testing.assert_allclose(logp_BT, want_BT, atol=1e-5)
+  np.testing.assert_allclose(
+      entropy_BT, np.where(response_BT, tokens.entropy(want_BTV), 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])

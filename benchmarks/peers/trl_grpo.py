@@ -10,6 +10,7 @@ model, whose vocabulary is one smaller, never draws.
 
 import contextlib
 import json
+import statistics
 import sys
 import time
 
@@ -53,7 +54,8 @@ class Answers(transformers.TrainerCallback):
       torch.cuda.synchronize()
     seconds = time.perf_counter() - self.start
     self.say({"seconds": seconds, "tokens": self.tokens,
-              "entropy": self.trainer._metrics["train"]["entropy"][-1]})
+              "entropy": statistics.mean(
+                  self.trainer._metrics["train"]["entropy"][-args.gradient_accumulation_steps:])})
 
 
 def main(folder, path):

@@ -231,10 +231,10 @@ def _scan(on_block, block, start, rows, counts_BT):
   # wait for each other in each.
   blocks = sharding.largest(-(-jnp.sum(counts_N) // size))
 
-  def at(i):  # whose turn it is; N, which is nobody, fills up the last block
+  def at(i):  # whose turn it is; what fills up the last block is nobody, each another
     turn_t = i * size + jnp.arange(size)
     token_t = order_N[jnp.minimum(turn_t, N - 1)]
-    return jnp.where((turn_t < N) & jnp.take(counts_N, token_t), token_t, N)
+    return jnp.where((turn_t < N) & jnp.take(counts_N, token_t), token_t, N + jnp.arange(size))
 
   def of_block(token_t, carried):
     # A block's axis of one row is there inside the loop alone: outside, XLA copies for its layout.

@@ -49,8 +49,10 @@ def clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high):
   Log-probabilities in nats, [B, T]; the gradient is zero exactly where `clipped` is true.
   """
   ratio_BT = _ratio(logp_BT, old_logp_BT)
-  clipped_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
-  return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+  # As one choice, since the gradients of a minimum and of a clip are halved where both are equal.
+  clipped_BT = clipped(logp_BT, old_logp_BT, advantage_BT, low, high)
+  bound_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, 1 - low, 1 + high))
+  return -jnp.where(clipped_BT, bound_BT, ratio_BT) * advantage_BT
 
 
 def clipped(logp_BT, old_logp_BT, advantage_BT, low, high):

@@ -126,6 +126,14 @@ def test_sampler_decoding_alone(tmp_path):
                                      "share_of_bound"}
 
 
+@pytest.mark.medium
+def test_rows_alone_and_in_a_crowd(tmp_path):
+  argv = ["--smoke", f"--results={tmp_path}", "--alone=float32,bfloat16"]
+  found = json.loads(sampler.main(argv).read_text())["alone"]
+  assert found["float32"] == {"rows": 4, "differ": 0}
+  assert found["bfloat16"]["rows"] == 4
+
+
 def test_the_bound_follows_the_rows_through_their_slots():
   config = models.get(measure.SHAPES["qwen3-smoke"]).config
   work = sampler.Work([[1, 2, 3]] * 3, 1, 8, 1.0, (), slots=2)
@@ -164,9 +172,9 @@ def test_grpo(tmp_path):
   assert len(ours["repeats"]) == 2 and ours["tokens"] == 2 * 2 * 8
   assert ours["logp_gap_max"] < 1e-5
   # Each of 2 prompts of 4 tokens, 10 pairs, is read once; 4 rows of 12 tokens, 78 pairs: 8 tokens
-  # drawn, then three forwards, of which the first 3 tokens ask for no unembedding (64 x 16).
-  row, read = 12 * 2 * 2560 + 78 * 64, 4 * 2 * 2560 + 10 * 64
-  assert result["flops"] == 2 * (read + 2 * (row - read + 3 * (row - 3 * 2 * 64 * 16)))
+  # drawn, then three forwards. 1,536 weights at every token, 64 x 16 more at the 8 of an answer.
+  row, read = 2 * (12 * 1536 + 8 * 1024) + 78 * 64, 2 * 4 * 1536 + 10 * 64
+  assert result["flops"] == 2 * (read + 2 * (row - read + 3 * row))
   assert set(result["memory"]) == {"draw", "update"}
 
 

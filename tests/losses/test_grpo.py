@@ -86,6 +86,15 @@ def test_both_sides_of_the_clip_by_hand(ratio, advantage, value, grad, clipped):
   assert got[2] == clipped
 
 
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_a_ratio_at_the_end_of_the_clip_is_inside_it(advantage):
+  # On policy with no room on either side: nothing is clipped, and the gradient is the whole −A.
+  args = jnp.full((1, 1), -1.5), jnp.full((1, 1), advantage), 0.0, 0.0
+  grad_BT = jax.grad(lambda x_BT: grpo.clipped_surrogate(x_BT, *args)[0, 0])(args[0])
+  np.testing.assert_allclose(grad_BT, [[-advantage]], rtol=1e-6)
+  assert not grpo.clipped(args[0], *args)[0, 0]
+
+
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
   rng = np.random.default_rng(2)
   logits_BTV = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)

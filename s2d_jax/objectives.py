@@ -80,8 +80,8 @@ def negative_log_likelihood(student_head, guide_head, batch, hp):
   """Supervised fine-tuning: −log π of each target, in nats."""
   del guide_head
   def f(logits_BTV, _, targets_BT):
-    logp_BT, entropy_BT = tokens.log_prob_and_entropy(logits_BTV, targets_BT)
-    return -logp_BT, {"entropy": entropy_BT, "logp": logp_BT}
+    loss_BT = tokens.negative_log_likelihood(logits_BTV, targets_BT)
+    return loss_BT, {"entropy": tokens.entropy(logits_BTV), "logp": -loss_BT}
   return _direct(f, student_head, None, batch, hp, batch.targets_BT)
 
 
@@ -109,9 +109,9 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
   alike = own_head[1].shape == student_head[1].shape
   if alike and not _reads_sequences(hp):
     def f(logits_btV, _, batch_bt, reference_bt):
-      logp_bt, entropy_bt = tokens.log_prob_and_entropy(logits_btV, batch_bt.targets_BT)
+      logp_bt = tokens.log_prob(logits_btV, batch_bt.targets_BT)
       loss_bt, found = _policy_gradient(logp_bt, logp_bt, reference_bt, batch_bt, hp)
-      return loss_bt, found | {"logp": logp_bt, "entropy": entropy_bt}
+      return loss_bt, found | {"logp": logp_bt, "entropy": tokens.entropy(logits_btV)}
     total, (_, found) = blockwise.divergence(
         f, student_head, None, batch.weight_BT, hp.block, batch, reference_BT)
   else:

@@ -237,7 +237,7 @@ ARRAYS = [(objectives.negative_log_likelihood, {}, 3), (objectives.forward_kl, {
           (objectives.reverse_kl, {"form": "intersection"} | BOTHS, 8),
           (objectives.reverse_kl, {"form": "sampled"}, 2),
           (objectives.clipped_surrogate, {"kl": "k3", "kl_coef": 0.5}, 3),
-          (objectives.clipped_surrogate, {"surrogate": "gspo"}, 3),
+          (objectives.clipped_surrogate, {"surrogate": "gspo"}, 2),
           (objectives.clipped_surrogate, {"kl": "exact", "kl_coef": 0.5}, 3)]
 
 

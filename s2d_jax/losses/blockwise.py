@@ -47,7 +47,7 @@ def _logp(features_BTD, weight_VD, targets_BT, counts_BT, block):
   def on_rows(rows, wholes):
     *rows, counts_BT = rows
     def on_block(features_btD, targets_bt):
-      return tokens.log_prob_and_entropy(_logits(features_btD, wholes), targets_bt)
+      return _of_target(_logits(features_btD, wholes), targets_bt)
     return _map(on_block, block, rows, counts_BT), ()
   return sharding.on_rows(on_rows, (features_BTD, targets_BT, counts_BT),
                           _cast(weight_VD, features_BTD))[0]
@@ -69,7 +69,7 @@ def _logp_back(block, saved, cotangents):
     def on_block(dweight_VD, features_btD, targets_bt, *cotangents_bt):
       logits_btV = _logits(features_btD, wholes)
       def f(logits_btV):
-        both = tokens.log_prob_and_entropy(logits_btV, targets_bt)
+        both = _of_target(logits_btV, targets_bt)
         return [x for x, is_asked in zip(both, asked, strict=True) if is_asked]
       _, back = jax.vjp(f, logits_btV)
       return _into(dweight_VD, back([*cotangents_bt])[0], features_btD, wholes)
@@ -80,6 +80,10 @@ def _logp_back(block, saved, cotangents):
 
 
 _logp.defvjp(_logp_forth, _logp_back, symbolic_zeros=True)
+
+
+def _of_target(logits_btV, targets_bt):
+  return tokens.log_prob(logits_btV, targets_bt), tokens.entropy(logits_btV)
 
 
 def common(student_head, guide_head):

@@ -66,22 +66,6 @@ def entropy(logits_BTV):
   return -expectation(once(jnp.exp(logp_BTV)), logp_BTV)
 
 
-def log_prob_and_entropy(logits_BTV, targets_BT):
-  """`log_prob` and `entropy` of the same logits, from one exponential of each.
-
-    H(π) = log Σ_v exp z(v) − Σ_v π(v) · z(v),   z above the largest.
-  """
-  logits_BTV = logits_BTV.astype(jnp.float32)
-  top_BT1 = once(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True)))
-  below_BTV = logits_BTV - top_BT1
-  exp_BTV = once(jnp.exp(below_BTV))
-  sum_BT = jnp.sum(exp_BTV, axis=-1)
-  log_BT = jnp.log(sum_BT)
-  target_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=jnp.bool_)
-  logp_BT = jnp.sum(jnp.where(target_BTV, below_BTV, 0.0), axis=-1) - log_BT
-  return logp_BT, log_BT - expectation(exp_BTV, below_BTV) / sum_BT
-
-
 def negative_log_likelihood(logits_BTV, targets_BT):
   """−log π(a) at each position, in nats: the loss of supervised fine-tuning."""
   return -log_prob(logits_BTV, targets_BT)

@@ -41,24 +41,6 @@ def test_equals_float64(wrap):
   np.testing.assert_allclose(wrap(tokens.entropy)(logits_BTV), want_BT, atol=2e-6)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_both_at_once_equal_float64_and_so_do_their_gradients(wrap):
-  logp_BTV = reference(LOGITS_BTV)
-  one_BTV = np.eye(5)[TARGETS_BT]
-  entropy_BT = -(np.exp(logp_BTV) * logp_BTV).sum(axis=-1)
-  logits_BTV = jnp.asarray(LOGITS_BTV, jnp.float32)
-  both, pull = jax.vjp(
-      wrap(lambda z_BTV: tokens.log_prob_and_entropy(z_BTV, TARGETS_BT)), logits_BTV)
-  np.testing.assert_allclose(both[0], (one_BTV * logp_BTV).sum(axis=-1), atol=2e-6)
-  np.testing.assert_allclose(both[1], entropy_BT, atol=2e-6)
-  np.testing.assert_array_equal(both[0], wrap(tokens.log_prob)(logits_BTV, TARGETS_BT))
-  # d log π(a) / dz = 1[a] − π, and dH / dz = −π · (log π + H).
-  ones, none = jnp.ones((2, 3)), jnp.zeros((2, 3))
-  np.testing.assert_allclose(pull((ones, none))[0], one_BTV - np.exp(logp_BTV), atol=2e-6)
-  np.testing.assert_allclose(pull((none, ones))[0], -np.exp(logp_BTV) * (
-      logp_BTV + entropy_BT[..., None]), atol=2e-6)
-
-
 def test_bfloat16_is_cast_at_the_door():
   logits_BTV = jnp.asarray(LOGITS_BTV, jnp.bfloat16)
   want_BTV = reference(np.asarray(logits_BTV.astype(jnp.float32), np.float64))

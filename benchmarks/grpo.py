@@ -62,12 +62,12 @@ class Ours:
     programs, seconds = self.programs, {}
     rows, seconds["draw"] = measure.stopwatch(
         lambda: programs.draw(self.state.params, self.prompts, (seed,)))
-    def scored():
+    def rewarded():
       even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
       advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
       return train.known(self.work, rollout.batch(
           rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32)))
-    batch, seconds["reward"] = measure.stopwatch(scored)
+    batch, seconds["reward"] = measure.stopwatch(rewarded)
     def updated():
       placed = sharding.put_batch(batch, self.mesh)
       self.state, metrics = programs.step(self.state, None, placed, None)
@@ -146,8 +146,7 @@ def run(sizes):
     row["share_of_peak"] = work / row["seconds"] / peak["flops_per_second"]
   return {"step": found, "flops": work, "compile_seconds": ours.compile_seconds,
           "memory": {name: measure.memory(program) for name, program in (
-              ("draw", ours.programs.draw.compiled),
-              ("update", ours.programs.step))},
+              ("draw", ours.programs.draw.compiled), ("update", ours.programs.step))},
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 

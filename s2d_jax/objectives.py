@@ -100,7 +100,8 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
   """
   check_penalty(hp)
   own_head, reference_BT = student_head, None
-  if hp.kl != "none" and hp.kl_coef > 0:
+  penalised = hp.kl != "none" and hp.kl_coef > 0
+  if penalised:
     _need(guide_head, f"clipped_surrogate with kl = \"{hp.kl}\"")
     if hp.kl != "exact":
       own_head, reference_head = blockwise.common(student_head, guide_head)
@@ -120,7 +121,7 @@ def clipped_surrogate(student_head, guide_head, batch, hp):
     loss_BT, found = _policy_gradient(logp_BT, own_logp_BT, reference_BT, batch, hp)
     total, found = summed(loss_BT, batch)[0], found | {"logp": logp_BT, "entropy": entropy_BT}
   sums = gap_sums(found.pop("logp"), batch)
-  if hp.kl == "exact" and hp.kl_coef > 0:
+  if penalised and hp.kl == "exact":
     more, found["kl"] = blockwise.divergence(
         kl.reverse_kl, student_head, guide_head, batch.weight_BT, hp.block)
     total = total + hp.kl_coef * more

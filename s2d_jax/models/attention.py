@@ -137,9 +137,14 @@ def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
 
   The scales of an int8 cache multiply scores and shares, not keys and values.
   """
-  (N, H), K, dtype = q_BTNH.shape[2:], v_BKSH.shape[1], q_BTNH.dtype
-  score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", _together(q_BTNH, K), k_BKHS.astype(dtype),
-                          preferred_element_type=jnp.float32) * H**-0.5
+  (T, N, H), K, dtype = q_BTNH.shape[1:], v_BKSH.shape[1], q_BTNH.dtype
+  q_BKXH, k_BKHS = _together(q_BTNH, K), k_BKHS.astype(dtype)
+  if T == 1 and sharding.platform() == "cpu":  # as a sum it reads the keys in half the time
+    score_BKXS = jnp.sum(q_BKXH[..., None].astype(jnp.float32)
+                         * k_BKHS[:, :, None].astype(jnp.float32), axis=3) * H**-0.5
+  else:
+    score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS,
+                            preferred_element_type=jnp.float32) * H**-0.5
   if k_scale_BKS is not None:
     score_BKXS = score_BKXS * k_scale_BKS[:, :, None]
   mask_BKXS = jnp.repeat(mask_BTS, N // K, axis=1)[:, None]

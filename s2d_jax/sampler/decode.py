@@ -34,6 +34,11 @@ class Sampling(NamedTuple):
   stop_ids: tuple
   stop_strings: tuple = ()
 
+  def plain(self):
+    """Is a token drawn from the model's own distribution, as it is?"""
+    banned = self.min_tokens and self.stop_ids
+    return (self.temperature, self.top_p, self.top_k, self.min_p) == (1, 1, 0, 0) and not banned
+
 
 class Slots(NamedTuple):
   """What the device keeps of B rows."""
@@ -186,6 +191,8 @@ def draw(logits_BV, key_B2, index_B, sampling):
   else:
     token_B = _greatest(allowed_BV)
     drawn_logp_B = jnp.zeros(token_B.shape, jnp.float32)
+  if sampling.plain():
+    return token_B, drawn_logp_B, drawn_logp_B
   logp_B = _at(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
   return token_B, logp_B, drawn_logp_B
 

@@ -180,8 +180,10 @@ def test_the_backend_chooses(platform, dtype, width, want, monkeypatch):
         attention.choose(how, dtype, width)
 
 
-def test_a_cache_is_read_as_the_reference_reads():
-  q, k, v, mask = draws(B=3, T=4, S=9, N=8, K=2, H=6)
+@pytest.mark.parametrize("T, platform", [(4, "cpu"), (1, "cpu"), (1, "gpu")])
+def test_a_cache_is_read_as_the_reference_reads(T, platform, monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)  # one query: a sum or a product
+  q, k, v, mask = draws(B=3, T=T, S=9, N=8, K=2, H=6)
   got = attention.cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None, mask)
   np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
   # And an int8 one as the numbers it stands for.

@@ -289,6 +289,15 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
   assert draw.seen.get("waited_again", 0) > 0
 
 
+@pytest.mark.parametrize("platform, largest, shards, want", [
+    ("cpu", 64, 1, (64, 48, 32, 24, 16, 12, 8, 4)), ("cpu", 10, 1, (10, 5)), ("cpu", 3, 1, (3,)),
+    ("cpu", 64, 8, (64, 48, 32, 24, 16, 8)), ("tpu", 64, 1, (64, 32, 16, 8)),
+    ("gpu", 512, 4, (512, 256, 128, 64)), ("gpu", 8, 1, (8,))])
+def test_batches_that_decoding_is_compiled_for(platform, largest, shards, want, monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  assert programs.batch_sizes(largest, shards) == want
+
+
 @pytest.mark.medium
 def test_memory_says_how_many_slots(tiny):
   model, params = tiny("qwen3")

@@ -39,12 +39,13 @@ def sampling(samples_per_prompt, max_tokens, temperature=1.0, top_p=1.0, top_k=0
 
 
 def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto", page=0):
-  """How samplers use a device; nothing of it changes a sample, but for cache="int8".
+  """How samplers use a device; samples depend on it by rounding alone (docs/sampling.md).
 
   cache_gib: memory of each device for keys and values, which says how many rows are sampled side by
   side. tokens: at most so many of each row between two looks by the host. chunk: tokens of a prompt
-  read at a time. cache: "auto" keeps keys and values in the activations' type. page: tokens of a
-  page, where rows are to hold pages as they fill them (TPU and GPU; 16 to 64), or 0.
+  read at a time. cache: "auto" keeps keys and values in the activations' type; in a
+  narrower one ("bfloat16", "int8") they are held against the trainer before a stage starts. page:
+  tokens of a page, where rows are to hold pages as they fill them (TPU and GPU; 16 to 64), or 0.
   """
   return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache,
           "page": page}

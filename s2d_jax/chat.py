@@ -47,6 +47,21 @@ class Chat:
       [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
+  def check_stops(self, strings):
+    """Refuses stop strings that no response can end with.
+
+    Raises:
+      ValueError: one holds a special token, which the text of a response leaves out; names it.
+    """
+    special = sorted(t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special)
+    for string in strings:
+      for token in special:
+        if token in string:
+          raise ValueError(
+            f"the stop string {string!r} holds {token!r}, a special token of {self.folder}, and a "
+            "response is read without those: choose another."
+          )
+
   def fingerprint(self):
     """SHA-256 of everything that decides which ids a text becomes: what a manifest records."""
     facts = (sorted(self.vocabulary.items()), self.eos_ids, self.chat_template, self._template)

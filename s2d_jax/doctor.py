@@ -28,6 +28,7 @@ def check_config(config, stages):
   """
   check_keys("config", config, TOP)
   check_keys("config.sampler", config.sampler, sampler.Room._fields)
+  sampler.check_room(train.room(config.sampler))
   for place, wanted in (("validation", VALIDATION), ("probe", PROBE), ("evaluation", EVALUATION)):
     check_keys(f"config.{place}", config[place], wanted)
     _check_sampling(f"config.{place}.sampling", config[place].sampling)
@@ -130,6 +131,10 @@ def _check_sampling(place, sampling):
   for key, (fits, wanted) in ranges.items():
     if not fits:
       raise ValueError(f"{place}.{key} is {sampling[key]}: choose {wanted}.")
+  strings = sampling.stop_strings
+  if not isinstance(strings, tuple) or not all(isinstance(s, str) and s for s in strings):
+    raise ValueError(f"{place}.stop_strings is {strings!r}: give a tuple of texts, none of them "
+                     "empty.")
 
 
 def _positive(place, block, *keys):
@@ -173,7 +178,28 @@ def check_pair(config):
                      f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
   _check_windows(config)
   _check_tops(config, sizes[0])
+  _check_pages(config)
+  for block in _samplings(config).values():
+    talk.check_stops(block.stop_strings)
   return talk, bases
+
+
+def _samplings(config):
+  """{its place in the config: a sampling block}, all of them."""
+  blocks = {f"stages.{name}": hp for name, hp in config.stages.items()}
+  blocks |= {name: config[name] for name in ("validation", "probe", "evaluation")}
+  return {place: block.sampling for place, block in blocks.items()}
+
+
+def _check_pages(config):
+  """That the mesh splits each model's key heads, where a cache in pages is to lie on it."""
+  tensor = config.mesh[2]
+  for role in ("teacher", "student"):
+    heads = models.read_config(hf.read_json(config[role])).kv_heads
+    if config.sampler.page and heads % tensor:
+      raise ValueError(f"config.sampler.page is {config.sampler.page}, and config.mesh's tensor of "
+                       f"{tensor} does not divide the {heads} key heads of the {role}: set page "
+                       "to 0.")
 
 
 def _check_tops(config, size):
@@ -188,12 +214,10 @@ def _check_tops(config, size):
 
 def _check_windows(config):
   """That a prompt and its answer fit in the positions both models were made for."""
-  blocks = {f"stages.{name}": hp for name, hp in config.stages.items()}
-  blocks |= {name: config[name] for name in ("validation", "probe", "evaluation")}
   for role in ("teacher", "student"):
     held = hf.read_json(config[role]).get("max_position_embeddings")
-    for place, block in blocks.items():
-      need = config.prompt_tokens + block.sampling.max_tokens
+    for place, block in _samplings(config).items():
+      need = config.prompt_tokens + block.max_tokens
       if held is not None and need > held:
         raise ValueError(f"config.prompt_tokens + config.{place}.sampling.max_tokens is {need} and "
                          f"the {role} has {held} positions (max_position_embeddings): lower one.")

@@ -23,7 +23,7 @@ WEIGHT_RULES = {
 }
 ACTIVATION_RULES = {
     "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
-    "kv_heads": "tensor", "group": None, "head": None, "mlp": "tensor", "vocab": "tensor",
+    "kv_heads": "tensor", "head": None, "mlp": "tensor", "vocab": "tensor",
     "cache": None, "layer": None, "pages": ("data", "fsdp"),
 }
 
@@ -272,27 +272,28 @@ def put_batch(tree, mesh):
 
 AGREED = {}  # name -> how often the processes have compared it
 AGREE_SECONDS = 60
+START_SECONDS = 600  # where a process may still compile, or load weights
 
 
-def agree(name, digest):
+def agree(name, digest, seconds=None):
   """Compares a short text over processes before they dispatch the same program; one has nothing to.
 
   Raises:
-    RuntimeError: a process has another text, or none within AGREE_SECONDS; names it. It would be a
-      program that waits for ever otherwise.
+    RuntimeError: a process has another text, or none within `seconds` (AGREE_SECONDS); names it. It
+      would be a program that waits for ever otherwise.
   """
   if jax.process_count() == 1:
     return
-  client = distributed.global_state.client
+  client, seconds = distributed.global_state.client, seconds or AGREE_SECONDS
   turn = AGREED[name] = AGREED.get(name, -1) + 1
   own = jax.process_index()
   client.key_value_set(f"{name}/{turn}/{own}", digest)
   for other in range(jax.process_count()):
     try:
-      theirs = client.blocking_key_value_get(f"{name}/{turn}/{other}", 1000 * AGREE_SECONDS)
+      theirs = client.blocking_key_value_get(f"{name}/{turn}/{other}", 1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
       raise RuntimeError(f"process {other} has not come to turn {turn} of the {name} within "
-                         f"{AGREE_SECONDS} s: look for its error, and start again.") from error
+                         f"{seconds} s: look for its error, and start again.") from error
     if theirs != digest:
       raise RuntimeError(f"processes {own} and {other} differ in turn {turn} of the {name}: they "
                          "must run one program on the same data; start again from the checkpoint.")

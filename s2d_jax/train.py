@@ -309,17 +309,17 @@ MOST_GAP = 0.01  # nats, root mean square
 
 
 def _check_cache(work, programs, state, mesh):
-  """Refuses an int8 cache whose log-probabilities are too far from the trainer's, on one rollout.
+  """Refuses a narrow cache whose log-probabilities are too far from the trainer's, on one rollout.
   """
-  if work.room.cache != "int8" or programs.draw is None:
+  if programs.draw is None or not work.room.narrow(work.learner.model.config.dtype):
     return
   params = _actor_params(work, state)
   rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))
   gap = _score(programs, params, rollout.batch(rows), mesh)[1]["logp_gap_rms"]
-  if gap > MOST_GAP:
-    raise ValueError(f"config.sampler.cache is int8 and the sampler's log-probabilities are "
-                     f"{gap:.3f} nats (root mean square) from the trainer's in {work.name}, where "
-                     f"{MOST_GAP} is allowed: set it to auto.")
+  if not gap <= MOST_GAP:  # nor where it is no number
+    raise ValueError(f"config.sampler.cache is {work.room.cache} and the sampler's "
+                     f"log-probabilities are {gap:.3f} nats (root mean square) from the trainer's "
+                     f"in {work.name}, where {MOST_GAP} is allowed: set it to auto.")
 
 
 def abstract_batch(rows, width, mesh):

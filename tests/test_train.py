@@ -1,7 +1,9 @@
 """One stage's loop: the order of things, epochs and minibatches, stopping and failing in order."""
 
+import contextlib
 import os
 import signal
+import types
 import zlib
 
 import jax
@@ -152,6 +154,21 @@ def test_a_cache_too_far_from_the_trainer_is_refused(tmp_path, mesh, monkeypatch
   (row,), (_, timing) = (metrics.read(tmp_path, name) for name in ("metrics", "timing"))
   assert 1e-5 < row["logp_gap_rms"] < 1 and row["logp_gap_rms"] <= row["logp_gap_max"]
   assert timing["sampler_tokens"] == row["tokens"] <= timing["sampler_slot_tokens"]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("cache, gap, wrong", [
+    ("int8", 0.0099, False), ("int8", 0.0101, True), ("int8", np.nan, True), ("auto", 1.0, False),
+    ("float32", 1.0, False), ("bfloat16", 0.0101, True)])
+def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, gap, wrong, tmp_path, mesh,
+                                                        monkeypatch):
+  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
+  monkeypatch.setattr(train, "_score", lambda *_: (None, {"logp_gap_rms": gap}))
+  programs = types.SimpleNamespace(
+      draw=lambda *_: rollout.given([Prompt(0, (1,))], [[1, 2]], 3, 2))
+  with pytest.raises(ValueError, match=f"sampler.cache is {cache} and .* where 0.01 is"
+                     ) if wrong else contextlib.nullcontext():
+    train._check_cache(work, programs, types.SimpleNamespace(params=None), mesh)
 
 
 def step_batches(monkeypatch):

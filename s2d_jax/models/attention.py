@@ -154,6 +154,15 @@ def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
   return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
 
 
+def table_size(pages):
+  """Entries of the table of a row that holds so many pages: PAGES times 1, 2, 4 or a multiple of 8.
+
+  The GPU's kernel reads a table in PAGES parts, and a part so many pages at a time.
+  """
+  part = -(-pages // PAGES)
+  return PAGES * next((size for size in (1, 2, 4) if part <= size), -(-part // 8) * 8)
+
+
 def paged(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B, how=None):
   """One token more of each row, written to its page and read with what is before it.
 

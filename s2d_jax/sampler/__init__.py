@@ -1,7 +1,10 @@
-"""Sampling: `decode` is what a device runs, `programs` compiles it, `call` says what runs when."""
+"""Sampling: `decode` is what a device runs, `programs` compiles it, `scheduler` says when.
+
+`engine` puts them together: what is refused, what is compiled, the calls.
+"""
 
 from s2d_jax.sampler.decode import Sampling
+from s2d_jax.sampler.engine import check_ends, check_memory, check_room, make, sample
 from s2d_jax.sampler.programs import Room
-from s2d_jax.sampler.scheduler import check_ends, make, sample
 
-__all__ = ["Room", "Sampling", "check_ends", "make", "sample"]
+__all__ = ["Room", "Sampling", "check_ends", "check_memory", "check_room", "make", "sample"]

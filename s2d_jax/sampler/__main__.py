@@ -7,8 +7,8 @@ A line of the prompts has "problem", a text, or "messages", a chat; and where it
 integer. A line of the output is one sample: {"id", "prompt", "sample", "response", "finish",
 "tokens", "logp"}, prompt a hash of its tokens, finish "stop" or "length", logp the model's nats of
 each token. Lines come as rows end, in any order. The same command again keeps what is there and
-samples what is not; the samples are those of one run. The output is what `config.data.solutions`
-takes.
+samples what is not: the samples of one run, but where another batch rounds otherwise
+(docs/sampling.md). The output is what `config.data.solutions` takes.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import pathlib
 import sys
 
@@ -53,14 +54,17 @@ def parse(argv):
   flags.add_argument("--dtype", default="float32", help="of the activations: float32 or bfloat16")
   flags.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
   flags.add_argument("--cache-gib", type=float, default=4.0, help="of each device, for the cache")
+  flags.add_argument("--page", type=int, default=0, help="tokens of a page of the cache; 0: none")
   asked = flags.parse_args(argv)
   for name, wrong, remedy in (
       ("n", asked.n < 1, "1 or more"), ("max-tokens", asked.max_tokens < 1, "1 or more"),
       ("min-tokens", not 0 <= asked.min_tokens <= asked.max_tokens, "0 to max-tokens"),
-      ("temperature", asked.temperature < 0, "0 (greedy) or more"),
+      ("temperature", not 0 <= asked.temperature < math.inf, "0 (greedy) or more"),
       ("top-p", not 0 < asked.top_p <= 1, "above 0, up to 1"),
       ("min-p", not 0 <= asked.min_p <= 1, "0 to 1"), ("top-k", asked.top_k < 0, "0 or more"),
-      ("seed", asked.seed < 0, "0 or more")):
+      ("seed", asked.seed < 0, "0 or more"), ("page", asked.page < 0, "0 (none) or more"),
+      ("cache-gib", not asked.cache_gib > 0, "more than 0"),
+      ("mesh", not all(size.isdigit() for size in asked.mesh.split(",")), "sizes such as 1,4,1")):
     if wrong:
       raise ValueError(f"--{name} is {getattr(asked, name.replace('-', '_'))}: choose {remedy}.")
   return asked
@@ -83,10 +87,13 @@ def read(path, talk):
     try:
       row = json.loads(line)
       messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
-    except (json.JSONDecodeError, AttributeError, KeyError) as error:
-      raise ValueError(f'{place} is no JSON object with "problem" or "messages": give it one.'
-                       ) from error
-    own = row.get("id", rollout.text_id(row.get("problem") or json.dumps(messages)))
+      text = row.get("problem") or json.dumps(messages)
+      if not all(isinstance(x, str) for x in (text, *(m["content"] for m in messages))):
+        raise TypeError("not a text")
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+      raise ValueError(f'{place} is no JSON object with "problem", a text, or "messages", a chat: '
+                       "give it one.") from error
+    own = row["id"] if "id" in row else rollout.text_id(text)
     if not isinstance(own, int) or not 0 <= own < 2**63 or own in found:
       raise ValueError(f"{place} has id {own!r}: ids are integers from 0 to 2**63 - 1, each once.")
     found[own] = rollout.Prompt(own, tuple(talk.render(messages)))
@@ -128,21 +135,28 @@ def kept(path, prompts):
   """{(id, sample)} of the whole lines of the output; a last line that was cut off is taken away.
 
   Raises:
-    ValueError: a line is of a prompt that has other tokens now.
+    ValueError: a line is no sample, or of a prompt that has other tokens now.
   """
   if not path.exists():
     return set()
   data, found = path.read_bytes(), set()
   whole = data[: data.rfind(b"\n") + 1]
+  names = {prompt.id: name_of(prompt) for prompt in prompts}
+  for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    try:
+      row = json.loads(line)
+      own, prompt, sample = row["id"], row["prompt"], row["sample"]
+      hash((own, sample))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{path} line {number} is no sample: take the line out, which will be "
+                       "sampled again, or choose another --out.") from error
+    if names.get(own, prompt) != prompt:
+      raise ValueError(f"{path} has samples of another prompt with the id {own}: choose "
+                       "another --out, or another id.")
+    found.add((own, sample))
   if len(whole) < len(data):
     with open(path, "r+b") as out:
       out.truncate(len(whole))
-  names = {prompt.id: name_of(prompt) for prompt in prompts}
-  for row in map(json.loads, whole.decode().split("\n")[:-1]):
-    if names.get(row["id"], row["prompt"]) != row["prompt"]:
-      raise ValueError(f"{path} has samples of another prompt with the id {row['id']}: choose "
-                       "another --out, or another id.")
-    found.add((row["id"], row["sample"]))
   return found
 
 
@@ -160,6 +174,8 @@ def main(argv=None):
   how = sampler.Sampling(asked.n, asked.temperature, asked.top_p, asked.top_k, asked.min_p,
                          asked.max_tokens, asked.min_tokens, tuple(talk.eos_ids), tuple(asked.stop))
   sampler.check_ends(how, talk.decode)
+  talk.check_stops(how.stop_strings)
+  hf.check(asked.model)
   model = models.get(hf.read_json(asked.model), dtype=asked.dtype)
   for prompt in prompts:
     if len(prompt.tokens) + asked.max_tokens > model.config.max_positions:
@@ -170,19 +186,35 @@ def main(argv=None):
               "sampling": how._replace(samples_per_prompt=1)._asdict(), "seed": asked.seed,
               "dtype": asked.dtype}
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
+  room = sampler.Room(cache_gib=asked.cache_gib, page=asked.page)
+  size, width = min(len(prompts), SLICE), max(len(p.tokens) for p in prompts)
   mesh = sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))
-  with jax.set_mesh(mesh), only_writer(path, settings):
-    there = kept(path, prompts)
-    wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
-    if wanted:
-      # As the sampler reads them: no float32 copy beside those of bfloat16.
-      _, params = hf.load(asked.model, mesh, jax.tree.map(lambda x: x.dtype,
-                                                         models.frozen_shapes(model.config)))
-      draw = sampler.make(model, params, how, min(len(prompts), SLICE),
-                          max(len(p.tokens) for p in prompts),
-                          sampler.Room(cache_gib=asked.cache_gib), talk.decode)
-      write(path, draw, params, wanted, asked.seed, talk, len(there))
+  with jax.set_mesh(mesh):
+    _check_memory(model, how, room, size, width)
+    with only_writer(path, settings):
+      there = kept(path, prompts)
+      wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
+      if wanted:
+        # As the sampler reads them: no float32 copy beside those of bfloat16.
+        _, params = hf.load(asked.model, mesh, jax.tree.map(lambda x: x.dtype,
+                                                           models.frozen_shapes(model.config)))
+        draw = sampler.make(model, params, how, size, width, room, talk.decode)
+        weights = draw.lay_out(params)
+        del params  # nobody else reads them
+        write(path, draw, weights, wanted, asked.seed, talk, len(there))
   print(path)
+
+
+def _check_memory(model, how, room, size, width):
+  """Refuses a cache that holds no row, in the words of this command."""
+  try:
+    sampler.check_memory(model, how, size, width, room)
+  except ValueError as error:
+    text = str(error)
+    for key, flag in (("config.sampler.cache_gib", "--cache-gib"), ("max_tokens", "--max-tokens"),
+                      ("config.sampler.page", "--page")):
+      text = text.replace(key, flag)
+    raise ValueError(text) from error
 
 
 def template(words):

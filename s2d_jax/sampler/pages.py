@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from s2d_jax import sharding
-from s2d_jax.sampler.call import Call
+from s2d_jax.sampler.scheduler import Call
 
 
 class PagedCall(Call):

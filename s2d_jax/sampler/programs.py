@@ -22,16 +22,22 @@ KINDS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
 class Room(NamedTuple):
-  """How a sampler uses a device; nothing here changes a sample, but for an int8 cache."""
+  """How a sampler uses a device; samples depend on it by rounding alone."""
   cache_gib: float = 4.0  # of each device's memory, for the cache: the number of slots follows
   tokens: int = 32        # at most so many of each row in one dispatch
   chunk: int = 256        # tokens of a prompt that are read at a time
   cache: str = "auto"     # its numbers: float32, bfloat16, int8, or those of the activations
   page: int = 0           # tokens of a page, of which rows hold as many as they fill; 0: no pages
 
+  def narrow(self, dtype):
+    """Has the cache fewer bits than activations of `dtype`, so that something is lost in it?"""
+    kept, given = (jnp.dtype(KINDS[name]).itemsize for name in (
+        dtype if self.cache == "auto" else self.cache, dtype))
+    return kept < given
+
   def exact(self):
-    """The same without an int8 cache: for what is not held against the trainer first."""
-    return self._replace(cache="auto") if self.cache == "int8" else self
+    """The same with a cache of the activations: for what is not held against the trainer first."""
+    return self._replace(cache="auto")
 
 
 class Programs(NamedTuple):
@@ -47,15 +53,6 @@ class Programs(NamedTuple):
   grow: dict      # (batch, length) -> program, to the next length
   shorten: dict   # length -> program, of the largest batch to the length before
   shrink: dict    # (batch, length) -> program, to the next batch
-
-  def all(self):
-    """{name: executable}, every one."""
-    found = {"prepare": self.prepare, "empty": self.empty, "prefill": self.prefill}
-    for kind in ("admit", "decode", "grow", "shorten", "shrink"):
-      for shape, program in getattr(self, kind).items():
-        sizes = shape if isinstance(shape, tuple) else (shape,)
-        found[f"{kind} {'x'.join(map(str, sizes))}"] = program
-    return found
 
 
 def halves(largest, least, multiple, sizes=SIZES):
@@ -82,6 +79,11 @@ def batch_sizes(largest, multiple):
 
 def _up(count, multiple):
   return -(-count // multiple) * multiple
+
+
+def cache_type(config, room):
+  """The type of the numbers in a cache."""
+  return KINDS[config.dtype if room.cache == "auto" else room.cache]
 
 
 def slot_bytes(config, length, dtype):
@@ -116,12 +118,9 @@ def pages_for(config, room, rows, longest, spent, dtype):
   """(slots of each device, its pages, pages of the longest row), as `slots_for`.
 
   Raises:
-    ValueError: an int8 cache, key heads that `tensor` does not divide, or not one row fits.
+    ValueError: key heads that `tensor` does not divide, or not one row fits.
   """
   mesh = sharding.current_mesh()
-  if dtype == KINDS["int8"]:
-    raise ValueError(f"config.sampler.page is {room.page} and its cache int8, which pages do not "
-                     "hold: set one of them to 0 or auto.")
   if mesh is not None and sharding.parts(mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
     raise ValueError(f"config.sampler.page is {room.page}, and the mesh's tensor of "
                      f"{mesh.shape['tensor']} does not divide {config.kv_heads} key heads: set it "
@@ -169,7 +168,7 @@ def shapes(config, sampling, room, rows, width, dtype):
   if room.page:
     own, count, most = pages_for(config, room, own, longest, prompts * prompt, dtype)
     batches, lengths = (own * shards,), (longest,)
-    table = _up(most, attention.PAGES)
+    table = attention.table_size(most)
   else:
     own, count, table = slots_for(config, room, own, longest, prompts * prompt, dtype), 0, 0
     batches = batch_sizes(own * shards, shards)
@@ -181,7 +180,7 @@ def shapes(config, sampling, room, rows, width, dtype):
 def build(model, sampling, room, rows, width, mesh, tree, leaves):
   """The Programs of a sampler of so many rows, compiled ahead of time."""
   config, params = model.config, jax.tree.unflatten(tree, leaves)
-  dtype = KINDS[config.dtype if room.cache == "auto" else room.cache]
+  dtype = cache_type(config, room)
   made = shapes(config, sampling, room, rows, width, dtype)
   many, batches, lengths = made.batches[0], made.batches, made.lengths
   whole = mesh and sharding.replicated(mesh)

@@ -27,7 +27,7 @@ try:
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
-      how = sampler.Sampling(2, 1.0, 1.0, 0, 0.0, 4, 0, ())
+      how = sampler.Sampling(2, float(turns[2]), 1.0, 0, 0.0, 4, 0, ())
       rows = sampler.sample(model, params, [rollout.Prompt(int(turns[1]), (1, 2))], how, (0,))
       turns = [str(rows.response_length_B.sum())]
     print("drew", *turns)
@@ -73,7 +73,9 @@ def test_who_does_not_come_is_named():
 
 
 @pytest.mark.medium
-def test_samplers_with_other_prompts_do_not_start():
-  assert all("drew 8" in text for text in said(["sample", "5"], ["sample", "5"]))
-  for text in said(["sample", "5"], ["sample", "6"]):
-    assert "differ in turn 0 of the sampler" in text and "drew" not in text
+def test_samplers_of_other_prompts_or_settings_do_not_start():
+  one = ["sample", "5", "1.0"]
+  assert all("drew 8" in text for text in said(one, one))
+  for other in (["sample", "6", "1.0"], ["sample", "5", "0.9"]):
+    for text in said(one, other):
+      assert "differ in turn 0 of the sampler" in text and "drew" not in text

@@ -216,18 +216,31 @@ def test_keys_and_values_are_not_repeated_for_the_query_heads(how):
   assert held and max(map(math.prod, held)) == 3 * 13 * 2 * 6
 
 
+def test_a_table_is_one_that_kernels_take():
+  # The GPU's wants eight parts, each in blocks of up to eight pages, and of a power of two.
+  for pages in range(1, 700):
+    part, rest = divmod(attention.table_size(pages), 8)
+    block = min(part, 8)
+    assert not rest and not part % block and not block & (block - 1)
+    assert pages <= 8 * part < pages + 64
+  assert [attention.table_size(pages) for pages in (1, 9, 17, 33, 65, 608)] == [8, 16, 32, 64, 128,
+                                                                              640]
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize("how, dtype", [(None, "float32"), ("gpu", "float32"), ("tpu", "bfloat16")])
-def test_pages_are_read_in_the_order_of_the_table(how, dtype):
-  # Rows of 6, 41 and 128 tokens in pages of 16 that lie anywhere, against the same side by side;
-  # the kernels are interpreted.
+@pytest.mark.parametrize("how, dtype, most", [
+    (None, "float32", 8), ("gpu", "float32", 8), ("gpu", "float32", 25), ("tpu", "bfloat16", 8),
+    ("tpu", "bfloat16", 25)])
+def test_pages_are_read_in_the_order_of_the_table(how, dtype, most):
+  # Rows of 6, 41 and 128 tokens in pages of 16 that lie anywhere, in tables for so many pages or
+  # more, against the same side by side; the kernels are interpreted.
   rng = np.random.default_rng(0)
-  B, N, K, H, S, n = 3, 4, 2, 128, 16, 8
+  B, N, K, H, S, n = 3, 4, 2, 128, 16, attention.table_size(most)
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), dtype)
   q, k, v = normal(B, 1, N, H), normal(B, 1, K, H), normal(B, 1, K, H)
-  pages = normal(2, K, 30, S, H)
-  table = jnp.asarray(rng.permutation(np.arange(1, 25)).reshape(B, n), jnp.int32)
+  pages = normal(2, K, 6 + B * n, S, H)
+  table = jnp.asarray(rng.permutation(np.arange(1, 1 + B * n)).reshape(B, n), jnp.int32)
   at = jnp.asarray([5, 40, 127], jnp.int32)
   out, *written = attention.paged(q, k, v, *pages, table, at, how=how)
   whole = [np.asarray(x, np.float64)[:, np.asarray(table)].swapaxes(0, 1).reshape(B, K, n * S, H)

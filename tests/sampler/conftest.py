@@ -31,3 +31,23 @@ def tiny():
       return jax.device_put(rng.normal(centre, 0.3, x.shape).astype(np.float32))
     return model, jax.tree_util.tree_map_with_path(draw, models.shapes(model.config))
   return make
+
+
+@pytest.fixture(scope="session")
+def truncated():
+  """truncated(logits, temperature, top_p, top_k, min_p): what one row is sampled with, in float64.
+  """
+  def probabilities(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
+    """The probabilities that one row of logits is sampled with, token by token in float64."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    p = np.exp(np.asarray(logits, np.float64) / temperature)
+    order = order[:top_k] if top_k else order
+    mass, kept = 0.0, []
+    for i in order:
+      kept.append(i)
+      mass += p[i] / p[order].sum()
+      if mass >= top_p:
+        break
+    kept = [i for i in kept if p[i] >= min_p * p[order[0]]]
+    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / p[kept].sum()
+  return probabilities

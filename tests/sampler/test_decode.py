@@ -21,23 +21,8 @@ ids = functools.partial(map, lambda case: "-".join(f"{k}={v}" for k, v in case.i
 draw = jax.jit(decode.draw, static_argnums=3)
 
 
-def truncated(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
-  """The probabilities that one row of logits is sampled with, token by token in float64."""
-  order = sorted(range(len(logits)), key=lambda i: -logits[i])
-  p = np.exp(np.asarray(logits, np.float64) / temperature)
-  order = order[:top_k] if top_k else order
-  mass, kept = 0.0, []
-  for i in order:
-    kept.append(i)
-    mass += p[i] / p[order].sum()
-    if mass >= top_p:
-      break
-  kept = [i for i in kept if p[i] >= min_p * p[order[0]]]
-  return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / p[kept].sum()
-
-
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_what_is_kept(case):
+def test_what_is_kept(case, truncated):
   logits = np.random.default_rng(0).normal(0, 2, (50, 12)).astype(np.float32)
   got = np.asarray(decode.truncate(jnp.asarray(logits), PLAIN._replace(**case)))
   want = np.array([truncated(row, **case) for row in logits])
@@ -64,7 +49,7 @@ def drawn(sampling, index=0, logits=LOGITS):
     ({"temperature": 0.6}, 8), ({"top_p": 0.75}, 4), ({"top_k": 3}, 3), ({"min_p": 0.2}, 5),
     ({"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.3}, 4)],
     ids=lambda v: next(ids([v])) if isinstance(v, dict) else "")
-def test_how_often(case, kept):
+def test_how_often(case, kept, truncated):
   token, logp, drawn_logp = drawn(PLAIN._replace(**case))
   want = truncated(LOGITS, **case)
   count = np.bincount(token, minlength=len(LOGITS))

@@ -55,8 +55,9 @@ def test_a_killed_run_goes_on(prompts, tmp_path):
     time.sleep(0.002)
   os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
   process.wait()
-  out.write_bytes(out.read_bytes()[: len(lines) // 2])
-  assert 5 < out.read_bytes().count(b"\n") < 120
+  there = out.read_bytes()
+  out.write_bytes(there[: there.rfind(b"\n") - 7])
+  assert 4 < out.read_bytes().count(b"\n") < 120
   offline.main(command(prompts, out))
   assert out.read_bytes().count(b"\n") == 120
   got = rows(out)
@@ -101,7 +102,14 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
 
 @pytest.mark.parametrize("line, more, words", [
     ('{"problem": "1+2"}\n{"problem": "1+2"}', {}, "prompts.jsonl line 2 has id .* each once"),
-    ('{"answer": "3"}', {}, 'line 1 is no JSON object with "problem" or "messages"'),
+    ('{"answer": "3"}', {}, 'line 1 is no JSON object with "problem", a text, or "messages"'),
+    ('{"problem": 3, "id": 1}', {}, 'line 1 is no JSON object with "problem", a text'),
+    ('{"messages": [3]}', {}, "line 1 is no JSON object"),
+    ('{"problem": "1+2"}', {"mesh": "a,1,1"}, "--mesh is a,1,1: choose sizes such as 1,4,1"),
+    ('{"problem": "1+2"}', {"mesh": "1,1"}, "mesh"),
+    ('{"problem": "1+2"}', {"temperature": "nan"}, "--temperature is nan"),
+    ('{"problem": "1+2"}', {"stop": "<|end|>"}, "'<.end.>', a special token of"),
+    ('{"problem": "1+2"}', {"cache-gib": 1e-9}, "--cache-gib is 1e-09: raise it, or lower --max-t"),
     ("", {}, "has no prompts"), ('{"problem": "1+2"}', {"n": 0}, "--n is 0: choose 1 or more"),
     ('{"problem": "1+2"}', {"temperature": -1}, "--temperature is -1.0"),
     ('{"problem": "1+2", "id": 4}', {"max-tokens": 10_000}, "prompt 4 has 5 tokens and with 10000"),
@@ -129,6 +137,16 @@ def test_other_settings_or_another_writer_do_not_go_on(prompts, tmp_path):
   out.with_name("out.jsonl.settings.json").unlink()
   with pytest.raises(ValueError, match="another dtype and seed, or without out.jsonl.settings"):
     write()
+
+
+def test_a_damaged_line_is_named(prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  for damaged in ("{", '{"id": 1}', "3"):
+    out.write_text('{"id": 0, "prompt": "00", "sample": 0}\n' + damaged + "\n{\"cut")
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="out.jsonl line 2 is no sample: take the line out"):
+      offline.kept(out, [])
+    assert out.read_bytes() == before
 
 
 @pytest.mark.medium

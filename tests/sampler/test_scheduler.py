@@ -1,13 +1,14 @@
 """Rows: what a sampled row depends on, how it ends, and that the trainer agrees on its tokens."""
 
 import types
+import weakref
 
 import jax
 import numpy as np
 import pytest
 
 from s2d_jax import metrics, models, objectives, rollout, sampler, sharding, update
-from s2d_jax.sampler import call, decode, programs, scheduler
+from s2d_jax.sampler import decode, engine, programs, scheduler
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
 STOPS = (3, 5)
@@ -44,7 +45,8 @@ def same(got, want, atol=1e-5):
   for field in ("prompt_id_B", "sample_index_B", "response_BT", "response_length_B",
                 "finish_reason_B"):
     np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
-  np.testing.assert_allclose(got.sampler_logp_BT, want.sampler_logp_BT, atol=atol)
+  for field in ("sampler_logp_BT", "drawn_logp_BT"):
+    np.testing.assert_allclose(getattr(got, field), getattr(want, field), atol=atol, err_msg=field)
 
 
 @pytest.mark.medium
@@ -138,6 +140,60 @@ def test_log_probabilities_are_the_trainers(crowd, tiny):
 
 
 @pytest.mark.medium
+def test_what_was_drawn_from_is_the_trainers_distribution(crowd, tiny, truncated):
+  _, params, rows, _ = crowd
+  model, _ = tiny("qwen3")
+  for b in range(0, 40, 4):
+    length = rows.prompt_length_B[b]
+    ids = np.concatenate([rows.prompt_BT[b, :length], rows.response(b)])
+    features, _ = model.apply(params, ids[None], np.arange(len(ids))[None],
+                              np.ones((1, len(ids)), np.int32))
+    logits = np.asarray(features[0] @ model.unembed(params).T, np.float64)[length - 1:]
+    for t, token in enumerate(rows.response(b)):
+      logits[t, list(STOPS)] = -np.inf if t < HOW.min_tokens else logits[t, list(STOPS)]
+      p = truncated(logits[t], temperature=0.9, top_p=0.95, top_k=12, min_p=0.01)
+      np.testing.assert_allclose(rows.drawn_logp_BT[b, t], np.log(p[token]), atol=1e-5)
+  assert np.abs(rows.drawn_logp_BT - rows.sampler_logp_BT).max() > 0.1
+
+
+@pytest.mark.medium
+def test_weights_may_be_laid_out_once(crowd, tiny):
+  draw, params, rows, _ = crowd
+  same(draw(draw.lay_out(params), prompts(10), SEED), rows, atol=0)
+
+
+@pytest.mark.medium
+def test_what_was_drawn_is_part_of_what_hosts_compare(crowd, tiny, monkeypatch):
+  draw, params, _, _ = crowd
+  def compared(params):
+    seen = []
+    monkeypatch.setattr(sharding, "agree", lambda name, digest, seconds: seen.append(digest))
+    draw(params, prompts(10), SEED)
+    return seen
+  first, other = compared(params), compared(tiny("qwen3", seed=1)[1])
+  assert compared(params) == first and len(set(first)) == len(first) > 4
+  assert first[:2] == other[:2] and not set(first[2:]) & set(other[2:])
+
+
+@pytest.mark.medium
+def test_of_prompts_that_nobody_waits_for_nothing_is_kept(tiny):
+  # Seven slots and three prompts at a time, so that one filling reads three times.
+  model, params = tiny("qwen3")
+  draw = sampler.make(model, params, HOW._replace(samples_per_prompt=1), 16, WINDOW,
+                      sampler.Room(cache_gib=(7.5 * ROW + 3 * READ) / 2**30))
+  assert draw.programs.shapes.batches[0] == 7 and draw.programs.shapes.prompts == 3
+  compiled, made, alive = draw.programs.prefill, [], []
+  def prefill(*args):
+    alive.append(sum(ref() is not None for ref in made))
+    cache = compiled(*args)
+    made.append(weakref.ref(cache[0].k_BKHS))
+    return cache
+  draw.programs = draw.programs._replace(prefill=prefill)
+  draw(params, prompts(16), SEED)
+  assert len(made) >= 6 and not any(alive)
+
+
+@pytest.mark.medium
 def test_weights_are_laid_out_without_another_rounding(tiny):
   # In bfloat16 the trainer multiplies norms' scales in float32 and matrices in bfloat16.
   model, params = tiny("qwen3", dtype="bfloat16")
@@ -168,11 +224,12 @@ def test_log_probabilities_are_the_trainers_for_llama(tiny):
     ([], HOW, "no prompts"),
     ([rollout.Prompt(5, (1,)), rollout.Prompt(5, (2,))], HOW, "two prompts have the id 5"),
     ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("",)), "a stop string is empty"),
+    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings="ab"), "stop_strings is 'ab': give a"),
     ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
 ])
 def test_what_cannot_be_sampled_is_refused(bad, how, words):
   with pytest.raises(ValueError, match=words):
-    scheduler.check(bad, how, WINDOW)
+    engine.check(bad, how, WINDOW)
 
 
 @pytest.mark.medium
@@ -231,7 +288,7 @@ def cut(ids, start=0, min_tokens=0, strings=("bc",)):
   """Where `Call._cut` ends a response whose ids are letters."""
   how = HOW._replace(stop_strings=strings, min_tokens=min_tokens)
   fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text="".join))
-  return call.Call._cut(fake, list(ids), start)
+  return scheduler.Call._cut(fake, list(ids), start)
 
 
 @pytest.mark.parametrize("ids, more, want", [
@@ -242,6 +299,23 @@ def cut(ids, start=0, min_tokens=0, strings=("bc",)):
 def test_where_a_stop_string_ends_a_response(ids, more, want):
   # With the token that completes it, however split; what was complete by min_tokens is not it.
   assert cut(ids, **more) == want
+
+
+@pytest.mark.parametrize("ids, start, want", [
+    (["a"] * 50 + ["b"] + [""] * 40 + ["c"], 91, 92), (["a"] * 50 + ["b", "x", "c"], 52, None),
+    (["b", "c"] + ["a"] * 60, 60, None), (["a"] * 60 + ["b", "c"] + ["a"] * 9, 60, 62)])
+def test_a_stop_string_is_looked_for_in_what_is_new(ids, start, want):
+  # What was complete before `start` ended nothing then, and is not looked at again.
+  assert cut(ids, start=start) == want
+
+
+def test_of_a_long_response_only_the_end_is_read():
+  read = []
+  def text(ids):
+    read.append(len(ids))
+    return "".join(ids)
+  assert not scheduler._near(text, ("bc",), ["a"] * 10_000, 9_990)
+  assert sum(read) < 100
 
 
 @pytest.mark.medium
@@ -333,6 +407,8 @@ def test_an_int8_cache_is_near(crowd, tiny):
 
 @pytest.mark.parametrize("room, words", [
     (sampler.Room(tokens=0), "tokens and chunk are 1 or more"),
+    (sampler.Room(page=-4), "page is 0 .none. or more"), (sampler.Room(cache_gib=0.0), "above 0"),
+    (sampler.Room(page=4, cache="int8"), "page is 4 and its cache int8, which pages do not hold"),
     (sampler.Room(cache="int4"), "cache is auto, float32, bfloat16, int8")])
 def test_a_room_that_cannot_be_is_refused(room, words, tiny):
   with pytest.raises(ValueError, match=words):

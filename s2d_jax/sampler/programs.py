@@ -16,7 +16,8 @@ from s2d_jax.sampler import decode
 
 SIZES = 4  # batches and lengths of the cache that programs are compiled for: halves of the largest
 LEAST_BATCH, LEAST_LENGTH = 8, 128
-CPU_SIZES, CPU_LEAST_BATCH = 5, 4  # of batches
+# The same of batches on a CPU, for models of so many weights: a row less is worth a program there.
+FINE_SIZES, FINE_LEAST_BATCH, FINE_WEIGHTS = 5, 4, 10_000_000
 PROMPTS = 16  # at most so many are read at once on a device
 KINDS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
@@ -64,15 +65,16 @@ def halves(largest, least, multiple, sizes=SIZES):
   return tuple(dict.fromkeys(found))
 
 
-def batch_sizes(largest, multiple):
-  """Rows that decoding is compiled for, falling.
+def batch_sizes(largest, multiple, weights):
+  """Rows that decoding is compiled for, falling, of a model of so many weights.
 
-  A step on an accelerator is mostly the reading of weights: halves are enough. On a CPU a row less
-  is time saved: there are smaller ones too, and three quarters of those from 16 on.
+  A step on an accelerator is mostly the reading of weights: halves are enough, and for a small
+  model as well. On a CPU a row is arithmetic: a large model has smaller batches too, and three
+  quarters of those from 16 on.
   """
-  if sharding.platform() != "cpu":
+  if sharding.platform() != "cpu" or weights < FINE_WEIGHTS:
     return halves(largest, LEAST_BATCH, multiple)
-  found = halves(largest, CPU_LEAST_BATCH, multiple, CPU_SIZES)
+  found = halves(largest, FINE_LEAST_BATCH, multiple, FINE_SIZES)
   between = {_up(-(-3 * B // 4), multiple) for B in found if B >= 16}
   return tuple(sorted(between.union(found), reverse=True))
 
@@ -171,7 +173,8 @@ def shapes(config, sampling, room, rows, width, dtype):
     table = attention.table_size(most)
   else:
     own, count, table = slots_for(config, room, own, longest, prompts * prompt, dtype), 0, 0
-    batches = batch_sizes(own * shards, shards)
+    weights = sum(x.size for x in jax.tree.leaves(models.shapes(config)))
+    batches = batch_sizes(own * shards, shards, weights)
     lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)
   return Shapes(batches, lengths, window, chunk, prompts * shards, shards, count, table)
 

@@ -363,13 +363,24 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
   assert draw.seen.get("waited_again", 0) > 0
 
 
-@pytest.mark.parametrize("platform, largest, shards, want", [
-    ("cpu", 64, 1, (64, 48, 32, 24, 16, 12, 8, 4)), ("cpu", 10, 1, (10, 5)), ("cpu", 3, 1, (3,)),
-    ("cpu", 64, 8, (64, 48, 32, 24, 16, 8)), ("tpu", 64, 1, (64, 32, 16, 8)),
-    ("gpu", 512, 4, (512, 256, 128, 64)), ("gpu", 8, 1, (8,))])
-def test_batches_that_decoding_is_compiled_for(platform, largest, shards, want, monkeypatch):
+@pytest.mark.parametrize("platform, weights, largest, shards, want", [
+    ("cpu", 10**7, 64, 1, (64, 48, 32, 24, 16, 12, 8, 4)), ("cpu", 10**7, 10, 1, (10, 5)),
+    ("cpu", 10**7, 3, 1, (3,)), ("cpu", 10**7, 64, 8, (64, 48, 32, 24, 16, 8)),
+    ("cpu", 10**6, 64, 1, (64, 32, 16, 8)), ("tpu", 10**9, 64, 1, (64, 32, 16, 8)),
+    ("gpu", 10**9, 512, 4, (512, 256, 128, 64)), ("gpu", 10**9, 8, 1, (8,))])
+def test_batches_that_decoding_is_compiled_for(platform, weights, largest, shards, want,
+                                               monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert programs.batch_sizes(largest, shards) == want
+  assert programs.batch_sizes(largest, shards, weights) == want
+
+
+@pytest.mark.medium
+def test_fine_batches_draw_the_same(crowd, tiny, monkeypatch):
+  _, params, rows, _ = crowd
+  monkeypatch.setattr(programs, "FINE_WEIGHTS", 0)
+  draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, sampler.Room(tokens=31))
+  assert draw.programs.shapes.batches == (16, 12, 8, 4)
+  same(draw(params, prompts(10), SEED), rows)
 
 
 @pytest.mark.medium

@@ -45,7 +45,7 @@ def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto", page=0):
   side. tokens: at most so many of each row between two looks by the host. chunk: tokens of a prompt
   read at a time. cache: "auto" keeps keys and values in the activations' type; in a
   narrower one ("bfloat16", "int8") they are held against the trainer before a stage starts. page:
-  tokens of a page, where rows are to hold pages as they fill them (TPU and GPU; 16 to 64), or 0.
+  tokens of a page (16, 32 or 64), where rows are to hold pages as they fill them (TPU, GPU), or 0.
   """
   return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache,
           "page": page}

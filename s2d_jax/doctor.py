@@ -6,6 +6,8 @@ calls them all before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
+import math
+
 from s2d_jax import chat, models, objectives, optim, rollout, sampler, train, update
 from s2d_jax.models import hf
 
@@ -123,7 +125,7 @@ def _check_sampling(place, sampling):
   """A sampling block: its keys, and that something can be sampled that way."""
   check_keys(place, sampling, SAMPLING)
   _positive(place, sampling, "samples_per_prompt", "max_tokens")
-  ranges = {"temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
+  ranges = {"temperature": (0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
             "top_p": (0 < sampling.top_p <= 1, "above 0, up to 1 (off)"),
             "top_k": (sampling.top_k >= 0, "0 (off) or more"),
             "min_p": (0 <= sampling.min_p <= 1, "0 (off) to 1"),
@@ -179,8 +181,11 @@ def check_pair(config):
   _check_windows(config)
   _check_tops(config, sizes[0])
   _check_pages(config)
-  for block in _samplings(config).values():
-    talk.check_stops(block.stop_strings)
+  for place, block in _samplings(config).items():
+    try:
+      talk.check_stops(block.stop_strings)
+    except ValueError as error:
+      raise ValueError(f"config.{place}.sampling: {error}") from error
   return talk, bases
 
 

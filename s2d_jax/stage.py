@@ -123,7 +123,7 @@ def _work(made, node, workdir, mesh):
 
 
 def _room(config):
-  """The sampler.Room of what scores: an int8 cache is for stages, which check it first."""
+  """The sampler.Room of what scores: a narrower cache is for stages, which check it first."""
   return train.room(config.sampler).exact()
 
 

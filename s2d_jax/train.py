@@ -297,7 +297,7 @@ def compile_programs(work, state, mesh):
                      work.objective, work.optimizer, hp, update.shardings(state))
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
   score = None
-  if scored(work) or (draw is not None and work.room.cache == "int8"):
+  if scored(work) or _narrow(work):
     score = update.score(actor.model, work.logp, hp).lower(
         sharding.abstract(params), abstract_batch(rows, width, mesh)).compile()
   part = known(work, abstract_batch(rows // hp.minibatches, width, mesh))
@@ -308,10 +308,15 @@ def compile_programs(work, state, mesh):
 MOST_GAP = 0.01  # nats, root mean square
 
 
+def _narrow(work):
+  """Does the stage sample with a cache of fewer bits than its activations?"""
+  return work.given is None and work.room.narrow(work.learner.model.config.dtype)
+
+
 def _check_cache(work, programs, state, mesh):
   """Refuses a narrow cache whose log-probabilities are too far from the trainer's, on one rollout.
   """
-  if programs.draw is None or not work.room.narrow(work.learner.model.config.dtype):
+  if not _narrow(work):
     return
   params = _actor_params(work, state)
   rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))

@@ -140,13 +140,14 @@ def test_where_every_group_is_dropped_no_gap_is_claimed(tmp_path, mesh):
 
 
 @pytest.mark.medium
-def test_a_cache_too_far_from_the_trainer_is_refused(tmp_path, mesh, monkeypatch):
-  # Keys and values in eight bits move log-probabilities; how far is allowed says MOST_GAP.
+@pytest.mark.parametrize("cache", ["int8", "bfloat16"])
+def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monkeypatch):
+  # Keys and values of fewer bits move log-probabilities; how far is allowed says MOST_GAP.
   monkeypatch.setattr(train, "compile_programs", PLAIN)
-  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache="int8"))
+  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
   monkeypatch.setattr(train, "MOST_GAP", 1e-6)
-  with pytest.raises(ValueError, match=r"int8 and the sampler's log-probabilities are 0\.\d+ nats "
-                     r"\(root mean square\) from the trainer's in student_grpo, where 1e-06 is"):
+  with pytest.raises(ValueError, match=cache + r" and the sampler's log-probabilities are 0\.\d+ "
+                     r"nats \(root mean square\) from the trainer's in student_grpo, where 1e-06"):
     run(work)
   assert not (tmp_path / "metrics").exists()
   monkeypatch.setattr(train, "MOST_GAP", 1.0)

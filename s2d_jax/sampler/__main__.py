@@ -21,6 +21,7 @@ import pathlib
 import sys
 
 import jax
+import jinja2
 from tqdm import tqdm
 
 from s2d_jax import chat, models, rollout, sampler, sharding
@@ -63,7 +64,7 @@ def parse(argv):
       ("top-p", not 0 < asked.top_p <= 1, "above 0, up to 1"),
       ("min-p", not 0 <= asked.min_p <= 1, "0 to 1"), ("top-k", asked.top_k < 0, "0 or more"),
       ("seed", asked.seed < 0, "0 or more"), ("page", asked.page < 0, "0 (none) or more"),
-      ("cache-gib", not asked.cache_gib > 0, "more than 0"),
+      ("cache-gib", not 0 < asked.cache_gib < math.inf, "more than 0"),
       ("mesh", not all(size.isdigit() for size in asked.mesh.split(",")), "sizes such as 1,4,1")):
     if wrong:
       raise ValueError(f"--{name} is {getattr(asked, name.replace('-', '_'))}: choose {remedy}.")
@@ -88,7 +89,8 @@ def read(path, talk):
       row = json.loads(line)
       messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
       text = row.get("problem") or json.dumps(messages)
-      if not all(isinstance(x, str) for x in (text, *(m["content"] for m in messages))):
+      words = [m[key] for m in messages for key in ("role", "content")]
+      if not all(isinstance(x, str) for x in (text, *words)):
         raise TypeError("not a text")
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
       raise ValueError(f'{place} is no JSON object with "problem", a text, or "messages", a chat: '
@@ -96,7 +98,11 @@ def read(path, talk):
     own = row["id"] if "id" in row else rollout.text_id(text)
     if not isinstance(own, int) or not 0 <= own < 2**63 or own in found:
       raise ValueError(f"{place} has id {own!r}: ids are integers from 0 to 2**63 - 1, each once.")
-    found[own] = rollout.Prompt(own, tuple(talk.render(messages)))
+    try:
+      found[own] = rollout.Prompt(own, tuple(talk.render(messages)))
+    except jinja2.TemplateError as error:
+      raise ValueError(f"{place} is no chat that the model's template takes ({error}): correct its "
+                       "messages.") from error
   if not found:
     raise ValueError(f"{path} has no prompts: give it one JSON object per line.")
   return list(found.values())
@@ -188,9 +194,11 @@ def main(argv=None):
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
   room = sampler.Room(cache_gib=asked.cache_gib, page=asked.page)
   size, width = min(len(prompts), SLICE), max(len(p.tokens) for p in prompts)
-  mesh = sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))
+  with _in_our_words():
+    mesh = sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))
   with jax.set_mesh(mesh):
-    _check_memory(model, how, room, size, width)
+    with _in_our_words():
+      sampler.check_memory(model, how, size, width, room)
     with only_writer(path, settings):
       there = kept(path, prompts)
       wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
@@ -205,14 +213,15 @@ def main(argv=None):
   print(path)
 
 
-def _check_memory(model, how, room, size, width):
-  """Refuses a cache that holds no row, in the words of this command."""
+@contextlib.contextmanager
+def _in_our_words():
+  """Refusals name a config's keys: here they name the flags."""
   try:
-    sampler.check_memory(model, how, size, width, room)
+    yield
   except ValueError as error:
     text = str(error)
     for key, flag in (("config.sampler.cache_gib", "--cache-gib"), ("max_tokens", "--max-tokens"),
-                      ("config.sampler.page", "--page")):
+                      ("config.sampler.page", "--page"), ("config.mesh", "--mesh")):
       text = text.replace(key, flag)
     raise ValueError(text) from error
 

@@ -1,5 +1,7 @@
 """A sampler: what it refuses, what is compiled for it, and the calls that are made of it."""
 
+import math
+
 import jax
 
 from s2d_jax import sharding
@@ -34,9 +36,9 @@ def check_room(room):
     ValueError: a number out of its range, an unknown cache, or pages of int8.
   """
   if (min(room.tokens, room.chunk) < 1 or room.page < 0 or not room.cache_gib > 0
-      or room.cache not in (*programs.KINDS, "auto")):
+      or room.cache_gib == math.inf or room.cache not in (*programs.KINDS, "auto")):
     raise ValueError(f"config.sampler is {room}: tokens and chunk are 1 or more, page is 0 (none) "
-                     "or more, cache_gib is above 0, and cache is auto, "
+                     "or more, cache_gib is a number above 0, and cache is auto, "
                      f"{', '.join(programs.KINDS)}.")
   if room.page and room.cache == "int8":
     raise ValueError(f"config.sampler.page is {room.page} and its cache int8, which pages do not "

@@ -120,13 +120,17 @@ def pages_for(config, room, rows, longest, spent, dtype):
   """(slots of each device, its pages, pages of the longest row), as `slots_for`.
 
   Raises:
-    ValueError: key heads that `tensor` does not divide, or not one row fits.
+    ValueError: pages that a GPU does not read, key heads that `tensor` does not divide, or not one
+      row fits.
   """
   mesh = sharding.current_mesh()
   if mesh is not None and sharding.parts(mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
     raise ValueError(f"config.sampler.page is {room.page}, and the mesh's tensor of "
                      f"{mesh.shape['tensor']} does not divide {config.kv_heads} key heads: set it "
                      "to 0.")
+  if sharding.platform() == "gpu" and room.page not in (16, 32, 64):
+    raise ValueError(f"config.sampler.page is {room.page} and the GPU's kernel reads pages of 16, "
+                     "32 or 64 tokens: choose one of those.")
   most, one = -(-longest // room.page), slot_bytes(config, room.page, dtype)
   count = int(room.cache_gib * 2**30 - spent) // one
   if count <= most:

@@ -240,10 +240,11 @@ class Call:
 def _near(text, strings, ids, start):
   """May one of the strings end among the tokens from `start` on? Reads no more text than it must.
   """
-  longest, back = max(map(len, strings)), 1
-  # A token may have no text of its own, or a part of a character: so many before that theirs is
-  # longer than any string.
-  while back < start and len(text(ids[start - back: start])) < longest + 8:
-    back *= 2
+  longest, back, before = max(map(len, strings)), 0, ""
+  # A token may have no text of its own, or a part of a character, which would spoil what comes
+  # after: so many before that theirs is longer than any string, and begins whole.
+  while back < start and (len(before) < longest + 8 or before.startswith("\ufffd")):
+    back = 2 * back + 1
+    before = text(ids[max(0, start - back): start])
   tail = text(ids[max(0, start - back):])
   return any(s in tail for s in strings)

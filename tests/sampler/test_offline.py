@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jinja2
 import pytest
 
 from s2d_jax import chat
@@ -77,6 +78,27 @@ def test_a_killed_run_goes_on(prompts, tmp_path):
 
 
 @pytest.mark.medium
+def test_pages_hold_the_same_rows(prompts, tmp_path):
+  one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+  offline.main(command(prompts, one, n=2))
+  offline.main(command(prompts, other, n=1, page=16))
+  offline.main(command(prompts, other, n=2, page=16))  # a part of the rows
+  got, want = rows(other), rows(one)
+  assert got.keys() == want.keys()
+  assert all(got[key]["tokens"] == row["tokens"] for key, row in want.items())
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(json.dumps({"messages": [{"role": "user", "content": "1+2"}]}) + "\n")
+  class Talk:
+    def render(self, messages):
+      raise jinja2.TemplateError("roles must alternate")
+  with pytest.raises(ValueError, match="line 1 is no chat that .* takes .roles must altern"):
+    offline.read(path, Talk())
+
+
+@pytest.mark.medium
 def test_its_output_is_an_input_of_teacher_sft(prompts, tmp_path):
   out, data = tmp_path / "out.jsonl", tmp_path / "data.jsonl"
   offline.main(command(prompts, out, n=2))
@@ -105,8 +127,10 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
     ('{"answer": "3"}', {}, 'line 1 is no JSON object with "problem", a text, or "messages"'),
     ('{"problem": 3, "id": 1}', {}, 'line 1 is no JSON object with "problem", a text'),
     ('{"messages": [3]}', {}, "line 1 is no JSON object"),
+    ('{"messages": [{"content": "1+2"}]}', {}, "line 1 is no JSON object"),
+    ('{"problem": "1+2"}', {"cache-gib": "inf"}, "--cache-gib is inf"),
     ('{"problem": "1+2"}', {"mesh": "a,1,1"}, "--mesh is a,1,1: choose sizes such as 1,4,1"),
-    ('{"problem": "1+2"}', {"mesh": "1,1"}, "mesh"),
+    ('{"problem": "1+2"}', {"mesh": "1,1"}, "set --mesh to three sizes"),
     ('{"problem": "1+2"}', {"temperature": "nan"}, "--temperature is nan"),
     ('{"problem": "1+2"}', {"stop": "<|end|>"}, "'<.end.>', a special token of"),
     ('{"problem": "1+2"}', {"cache-gib": 1e-9}, "--cache-gib is 1e-09: raise it, or lower --max-t"),

@@ -284,10 +284,10 @@ def test_rows_are_told_as_they_end(crowd):
   assert sorted(seen) == list(range(40)) and left[0] > 0 and left[-1] == 0
 
 
-def cut(ids, start=0, min_tokens=0, strings=("bc",)):
+def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
   """Where `Call._cut` ends a response whose ids are letters."""
   how = HOW._replace(stop_strings=strings, min_tokens=min_tokens)
-  fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text="".join))
+  fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text=text))
   return scheduler.Call._cut(fake, list(ids), start)
 
 
@@ -307,6 +307,17 @@ def test_where_a_stop_string_ends_a_response(ids, more, want):
 def test_a_stop_string_is_looked_for_in_what_is_new(ids, start, want):
   # What was complete before `start` ended nothing then, and is not looked at again.
   assert cut(ids, start=start) == want
+
+
+def test_a_character_in_pieces_hides_no_stop_string():
+  # A tokenizer of bytes that reads a run of them whole or not at all; `start` is in a character.
+  def text(ids):
+    try:
+      return b"".join(ids).decode()
+    except UnicodeDecodeError:
+      return "\ufffd" * len(ids)
+  ids = [bytes([x]) for x in ("aaa" + "\U0001f600" * 6 + "bc").encode()]
+  assert cut(ids, start=len(ids) - 4, text=text) == len(ids)
 
 
 def test_of_a_long_response_only_the_end_is_read():

@@ -198,10 +198,12 @@ def _samplings(config):
 
 def _check_pages(config):
   """That the mesh splits each model's key heads, where a cache in pages is to lie on it."""
+  if not config.sampler.page:
+    return
   tensor = config.mesh[2]
   for role in ("teacher", "student"):
     heads = models.read_config(hf.read_json(config[role])).kv_heads
-    if config.sampler.page and heads % tensor:
+    if heads % tensor:
       raise ValueError(f"config.sampler.page is {config.sampler.page}, and config.mesh's tensor of "
                        f"{tensor} does not divide the {heads} key heads of the {role}: set page "
                        "to 0.")

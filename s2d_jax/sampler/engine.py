@@ -35,8 +35,8 @@ def check_room(room):
   Raises:
     ValueError: a number out of its range, an unknown cache, or pages of int8.
   """
-  if (min(room.tokens, room.chunk) < 1 or room.page < 0 or not room.cache_gib > 0
-      or room.cache_gib == math.inf or room.cache not in (*programs.KINDS, "auto")):
+  if (min(room.tokens, room.chunk) < 1 or room.page < 0 or not 0 < room.cache_gib < math.inf
+      or room.cache not in (*programs.KINDS, "auto")):
     raise ValueError(f"config.sampler is {room}: tokens and chunk are 1 or more, page is 0 (none) "
                      "or more, cache_gib is a number above 0, and cache is auto, "
                      f"{', '.join(programs.KINDS)}.")

@@ -38,7 +38,6 @@ def truncated():
   """truncated(logits, temperature, top_p, top_k, min_p): what one row is sampled with, in float64.
   """
   def probabilities(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
-    """The probabilities that one row of logits is sampled with, token by token in float64."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     order = order[:top_k] if top_k else order

@@ -39,7 +39,7 @@ test-fast: lint
 	$(BIN)/python -m pytest -m "not slow and not medium and not tpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow --durations 10
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations 10
 
 # libtpu beside the rest would claim the machine's accelerator, so it has an environment of its own.
 test-tpu: .venv-tpu/.installed
@@ -50,7 +50,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-312 .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: installed once, and again when the requirements change.

@@ -1,6 +1,19 @@
-"""Eight CPU devices and strict arrays for every test, set before anything touches a device."""
+"""Eight CPU devices, strict arrays and one cache of compiled programs for every test.
 
-import jax
+All of it is set before anything touches a device. The cache is shared by pytest's workers and by the
+processes that tests start, because they read it from the environment: most programs of the suite are
+compiled by several tests. It has a program however short its compilation was.
+"""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402 - it reads the environment when it is imported
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,8 +1,8 @@
 """Eight CPU devices, strict arrays and one cache of compiled programs for every test.
 
-All of it is set before anything touches a device. The cache is shared by pytest's workers and by the
-processes that tests start, because they read it from the environment: most programs of the suite are
-compiled by several tests. It has a program however short its compilation was.
+All of it is set before anything touches a device. Most programs of the suite are compiled by
+several tests, so pytest's workers and the processes that tests start share the cache: they read its
+place from the environment. It keeps a program however short its compilation was.
 """
 
 import os

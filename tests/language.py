@@ -2,8 +2,8 @@
 
   python -m tests.language [FOLDER] [--list]
 
-prints the figures beside those of other projects; with --list also what has no type or docstring, and
-banned words. Counts are simple on purpose, so that anyone can check them by eye.
+prints the figures beside those of other projects; with --list also what has no type or docstring,
+and banned words. Counts are simple on purpose, so that anyone can check them by eye.
 `tests/test_language.py` holds the package to its limits.
 """
 
@@ -157,7 +157,7 @@ def sentences(markdown: str) -> list[str]:
   text = re.sub(r"^#+ .*$", "\n", text, flags=re.M)  # headings
   text = re.sub(r"^\s*([-*]|\d+\.) ", "\n\n", text, flags=re.M)  # list items
   text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)  # links keep their words
-  text = re.sub(r"`[^`]*`", "code", text)  # a command counts as one word
+  text = re.sub(r"`[^`]*`", "Code", text)  # a command is one word, and may open a sentence
   paragraphs = re.split(r"\n\s*\n", text)
   found = []
   for paragraph in paragraphs:
@@ -215,7 +215,7 @@ def report(folder: Path) -> str:
   return "\n".join([
     f"{len(texts)} files, {sum(len(text.splitlines()) for text in texts)} lines, "
     f"{sum(map(code_lines, texts))} of them code; {names} public names, {silent} without a "
-    f"docstring; {arguments} public parameters, {len(missing)} parameters or results without a type",
+    f"docstring; {arguments} public parameters; {len(missing)} parameters or results have no type",
     "", f"{'':<24}{'line':>8}{'ternaries':>11}{'star-args':>11}{'tuples':>8}{'comments':>10}",
     f"{'':<24}{'mean':>8}{'/kloc':>11}{'/kloc':>11}{'/kloc':>8}{'%':>10}", *table])
 

@@ -1,0 +1,123 @@
+"""Keys of a config as records, kept beside the code that reads them.
+
+A record maps each key's name to a `Key`, or to another record where the key holds a block:
+
+  KEYS = {"steps": keys.at_least(0), "optim": optim.KEYS}
+
+The doctor checks a config against the records, and a stage's name is hashed from what they say.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Union
+
+from ml_collections import ConfigDict
+
+REQUIRED = object()  # stands for "no such value"; equal to nothing else
+
+
+class Key(NamedTuple):
+  """One key of a config: its range, and what it means for a stage's name."""
+  check: Callable[[Any], bool]  # value -> whether it is in range; a TypeError counts as False
+  remedy: str                   # ends the error message: "choose it above 0"
+  neutral: Any = REQUIRED       # the value at which the key changes nothing: it is not hashed
+  default: Any = REQUIRED       # the value where a caller gives none; else the neutral value
+  hashed: bool = True           # False where no value changes a result beyond rounding and logs
+
+
+Record = Mapping[str, Union[Key, "Record"]]
+
+
+def at_least(low: float, **fields: Any) -> Key:
+  """A Key for whole numbers of at least `low`; `fields` are further fields of the Key."""
+  def check(value: Any) -> bool:
+    return not isinstance(value, bool) and value >= low and value % 1 == 0
+  return Key(check, f"set it to a whole number of at least {low}", **fields)
+
+
+def one_of(choices: Iterable[str], **fields: Any) -> Key:
+  """A Key for one of a few names; `fields` are further fields of the Key."""
+  names = tuple(choices)
+  return Key(lambda value: value in names, f"choose it from {', '.join(names)}", **fields)
+
+
+def check_block(path: str, block: ConfigDict, record: Record) -> None:
+  """Checks that a block has exactly the keys of its record, each in range.
+
+  Args:
+    path: names the block in messages, such as "config.stages.sft".
+
+  Raises:
+    ValueError: a key is missing, unknown or out of range.
+  """
+  check_names(path, block, record)
+  for name, key in record.items():
+    if isinstance(key, Key):
+      check_value(f"{path}.{name}", block[name], key)
+    else:
+      check_block(f"{path}.{name}", block[name], key)
+
+
+def check_names(path: str, names: Iterable[str], expected: Iterable[str]) -> None:
+  """Raises ValueError unless a block at `path` has exactly the expected names."""
+  missing = sorted(set(expected) - set(names))
+  unknown = sorted(set(names) - set(expected))
+  if missing:
+    raise ValueError(f"{path} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
+                     "them all).")
+  if unknown:
+    raise ValueError(f"{path} has the key {unknown[0]!r}, which nothing reads: remove it, or "
+                     "correct its spelling.")
+
+
+def check_values(values: Any, record: Mapping[str, Key]) -> None:
+  """Checks the attributes of any object against a flat record; messages name the bare key.
+
+  Args:
+    values: has an attribute for each key: a ConfigDict, a NamedTuple or a namespace.
+
+  Raises:
+    ValueError: a value is out of range.
+  """
+  for name, key in record.items():
+    check_value(name, getattr(values, name), key)
+
+
+def check_value(path: str, value: Any, key: Key) -> None:
+  """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
+  try:
+    fits = key.check(value)
+  except TypeError:  # such as a text compared with a number
+    fits = False
+  if not fits:
+    raise ValueError(f"{path} is {value!r}: {key.remedy}.")
+
+
+def defaults(record: Mapping[str, Key]) -> ConfigDict:
+  """A locked block of the default of each key of a flat record.
+
+  Raises:
+    ValueError: a key has neither a default nor a neutral value.
+  """
+  block = ConfigDict()
+  for name, key in record.items():
+    block[name] = key.neutral if key.default is REQUIRED else key.default
+    if block[name] is REQUIRED:
+      raise ValueError(f"{name} has no default: give a value for it.")
+  return block.lock()
+
+
+def hashed(block: ConfigDict, record: Record) -> dict[str, Any]:
+  """The part of a checked block that names a result.
+
+  A key at its neutral value is left out, so that a new key renames no finished stage.
+  """
+  found: dict[str, Any] = {}
+  for name, key in record.items():
+    value = block[name]
+    if not isinstance(key, Key):
+      inner = hashed(value, key)
+      if inner:  # a block of neutral values is neutral itself
+        found[name] = inner
+    elif key.hashed and value != key.neutral:
+      found[name] = value
+  return found

@@ -1,5 +1,11 @@
 """The mathematics reward: pairs whose verdict is known, and texts a checker must survive."""
 
+import contextlib
+import re
+import signal
+import string
+import time
+
 import pytest
 
 from s2d_jax.rewards import math
@@ -50,3 +56,71 @@ def test_thousands_of_digits_and_braces_are_quick():
   assert math.reward({"answer": "1"}, "\\boxed{" + "1" * 10000 + "}") == 0.0
   assert math.reward({"answer": "1"}, "\\boxed{" + "{}" * 1_000_000 + "}") == 0.0
   assert math.reward({"answer": "1"}, "\\boxed{\\text{" + " " * 100_000 + "}") == 0.0
+
+
+@contextlib.contextmanager
+def limited(seconds):
+  """Stops a search that would not end; Python's pattern engine looks for signals as it runs."""
+  def stop(*_):
+    raise TimeoutError(f"no answer in {seconds} seconds")
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def cpu_seconds(function, text):
+  """The lesser of two measured times, in seconds of this thread's processor time."""
+  times = []
+  for _ in range(2):
+    start = time.thread_time()
+    function(text)
+    times.append(time.thread_time() - start)
+  return min(times)
+
+
+def assert_linear(function, prefix, filler, suffix, length):
+  """Four times the text takes about four times as long; a quadratic search takes 16 times."""
+  short, long = (prefix + filler * (n // len(filler)) + suffix for n in (length, 4 * length))
+  bound = 8 * cpu_seconds(function, short) + 0.002
+  assert cpu_seconds(function, long) < bound, (prefix, filler, suffix)
+
+
+PATTERNS = {name: value for name, value in vars(math).items() if isinstance(value, re.Pattern)}
+FILLERS = [*string.printable, "\\!", "{,}", ",000", " 000", "0 ", "\\frac{", "\\text{ ", "\\$"]
+PREFIXES = ["", "-", "1", "1,", "1 ", "1.", "(", "x=", "\\frac", "\\frac{", "\\text{ ", "\\sqrt"]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_takes_linear_time(name):
+  pattern = PATTERNS[name]
+
+  def search(text):
+    pattern.sub("", text)
+    pattern.fullmatch(text)
+
+  with limited(120):
+    for prefix in PREFIXES:
+      for filler in FILLERS:
+        assert_linear(search, prefix, filler, "\x00", 2000)
+
+
+def test_the_control_of_linear_time_is_quadratic():
+  with limited(60), pytest.raises(AssertionError):
+    assert_linear(re.compile(r"0*(\d+)").fullmatch, "", "0", "x", 2000)
+
+
+@pytest.mark.parametrize("prefix, filler, suffix", [
+  ("", "0", "x"), ("", "0", ".5"), ("-", "0", "x"), ("", "0", ","), ("", "0", ""), ("", " ", "x"),
+  ("1", " ", "1"), ("", "1,", "x"), ("", "1,000", "x"), ("", "1 ", "/"), ("", "1 000 ", "x"),
+  ("x", "=", "1"), ("", "\\frac1", "{"), ("", "{", ""), ("", "\\text{ a}", "1"), ("5", ".", "x"),
+  ("1", "{,}000", "x"), ("1", "\\!", "000"), ("", "\\sqrt", "2"), ("1.", "0", "1"),
+])  # fmt: skip
+def test_a_reward_takes_linear_time(prefix, filler, suffix):
+  """16,384 tokens of three digits each are 49,000 characters, as long as a response gets."""
+  with limited(60):
+    assert_linear(lambda text: math.reward({"answer": "1"}, f"\\boxed{{{text}}}"),
+                  prefix, filler, suffix, 12_000)

@@ -6,7 +6,7 @@ what did run.
 
 from typing import NamedTuple
 
-from s2d_jax import checkpoint
+from s2d_jax import files
 
 
 class Part(NamedTuple):
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
 
 
 def configured(made):
-  """{arm: Budget} of a `recipe.Plan`, as its config has it."""
+  """{arm: Budget} of a `planning.Plan`, as its config has it."""
   def part(node):
     hp = node.hp
     return _part(node, hp.steps * hp.epochs * hp.minibatches,
@@ -37,7 +37,7 @@ def configured(made):
 def spent(made, workdir):
   """{arm: Budget} of a plan whose stages are finished, from their ledgers."""
   def part(node):
-    ledger = checkpoint.read_json(workdir / node.name / "ledger.json")
+    ledger = files.read_json(workdir / node.name / "ledger.json")
     return _part(node, ledger["updates"], ledger["sequences"])
   return _by_arm(made, part)
 
@@ -87,13 +87,13 @@ def check_labels(made, arm, workdir):
   """
   held_out = {p.id for p in made.prompts["2h"]}
   for name in made.arms[arm]:
-    node, ledger = made.nodes[name], checkpoint.read_json(workdir / name / "ledger.json")
+    node, ledger = made.nodes[name], files.read_json(workdir / name / "ledger.json")
     stray = set(ledger["labels"]) - {p.id for p in made.prompts[node.split]}
     if stray:
       raise ValueError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
                        f"{node.split}: delete the stage's folder and run it again.")
     for parent in made.ancestors(name)[:-1] if node.split == "2h" else ():
-      leaked = held_out & set(checkpoint.read_json(workdir / parent / "ledger.json")["labels"])
+      leaked = held_out & set(files.read_json(workdir / parent / "ledger.json")["labels"])
       if leaked:
         raise ValueError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "
                          f"config.arms {arm} is not a half_* arm, so give it another split.")

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from s2d_jax import recipe, sweep
+from s2d_jax import recipe, sweep, tasks
 
 COMMANDS = {
     "run": "train and score the arms of a config",
@@ -57,7 +57,7 @@ def diagnosis(config):
   Of a sweep every run is checked, and the first is told.
   """
   try:
-    made, *_ = [recipe.plan(one, recipe.task(one)) for one in sweep.expand(config)]
+    made, *_ = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)]
   except ValueError as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
     sys.exit(2)

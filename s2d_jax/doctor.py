@@ -26,7 +26,7 @@ def check_config(config, stages):
   """Holds a config's keys against those that are read: none missing, none unknown.
 
   Args:
-    config: the ConfigDict; stages: {row name: recipe.Stage}.
+    config: the ConfigDict; stages: {row name: planning.Stage}.
   """
   check_keys("config", config, TOP)
   check_keys("config.sampler", config.sampler, sampler.Room._fields)
@@ -84,7 +84,7 @@ def _check_stage(place, hp, stage):
   """One stage's block: its keys, and that its numbers divide."""
   reads = objectives.READS.get(stage.objective)
   if reads is not None:  # a user's own objective reads what it likes
-    more = objectives.REWARD_READS * stage.reward + ("pass_samples",) * (stage.weigh is not None)
+    more = objectives.REWARD_READS * stage.reward + ("pass_samples",) * bool(stage.prompt_weights)
     check_keys(place, hp, (*train.READS, *update.READS, *reads, *more, "optim"))
   check_keys(f"{place}.lora", hp.lora, ("rank", "alpha", "targets"))
   try:
@@ -94,7 +94,8 @@ def _check_stage(place, hp, stage):
   check_keys(f"{place}.optim", hp.optim, [k for k in optim.READS if k != "steps"])
   _check_sampling(f"{place}.sampling", hp.sampling)
   _positive(place, hp, "prompts", "epochs", "minibatches", "microbatches", "save_every",
-            *(("block",) if reads is not None else ()), *(("pass_samples",) if stage.weigh else ()))
+            *(("block",) if reads is not None else ()),
+            *(("pass_samples",) if stage.prompt_weights else ()))
   if hp.steps < 0:
     raise ValueError(f"{place}.steps is {hp.steps}: set it to 1 or more, or to 0 to leave the row "
                      "out of every arm.")

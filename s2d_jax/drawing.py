@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from s2d_jax import checkpoint, rollout, update
+from s2d_jax import hosts, rollout, update
 from s2d_jax.data import prompts as order
 
 
@@ -110,7 +109,7 @@ def _stored(store, work, step, turn, picked, samples, draw):
   mine = f"{epath.Path(work.folder).name}-{step:08d}-{turn}"
   missing = store.missing(picked, samples)
   if missing:
-    store.add(mine, draw(missing), checkpoint.leader())
+    store.add(mine, draw(missing), hosts.leader())
   rows, parts = store.get(picked, samples)
   # By the part's name, not by what was missing: a killed step, done again, is charged the same.
   return rows, np.array([part == mine for part in parts])
@@ -148,17 +147,9 @@ def rewards(reward, rows, scored=types.MappingProxyType({})):
   mine = np.zeros(B, np.float32)
   for b in range(here, B, hosts):
     mine[b] = scored[b] if b in scored else reward(int(rows.prompt_id_B[b]), rows.response(b))
-  reward_B = summed_over_hosts(mine)
+  reward_B = hosts.sum_over_hosts(mine)
   for b in np.flatnonzero(~np.isfinite(reward_B)):
     raise ValueError(f"prompt {rows.prompt_id_B[b]}, sample {rows.sample_index_B[b]} has the "
                      f"reward {reward_B[b]}: a reward must be a finite number; look at what the "
                      "task's reward makes of that answer.")
   return reward_B
-
-
-def summed_over_hosts(mine_B):
-  """The sum of every host's array of this shape, on every host; itself on one."""
-  if jax.process_count() == 1:
-    return mine_B
-  with jax.transfer_guard("allow"):  # asked for: it goes through the devices
-    return multihost_utils.process_allgather(mine_B).sum(axis=0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from s2d_jax import checkpoint, manifest, stats
+from s2d_jax import files, manifest, stats
 
 SWEPT = {"labels": ("label_share",),  # what a curve may be drawn over: the config keys it moves
          "division": ("stages.forward_kl.steps", "stages.reverse_kl.steps")}
@@ -99,7 +99,7 @@ def read(workdirs):
     if not found:
       raise ValueError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
     for path in found:
-      entry = checkpoint.read_json(path)
+      entry = files.read_json(path)
       for row in entry["rows"]:
         new = _row(workdir, entry, row)
         made = rows.setdefault((row["label"], entry["seed"], row["score"], *row["stages"]), new)
@@ -110,7 +110,7 @@ def read(workdirs):
 
 def _row(workdir, entry, row):
   stages = [workdir / name for name in row["stages"]]
-  manifests = [checkpoint.read_json(f / "manifest.json") for f in (*stages, workdir / row["score"])]
+  manifests = [files.read_json(f / "manifest.json") for f in (*stages, workdir / row["score"])]
   inputs = [m["inputs"] for m in manifests]
   names = set(row["stages"])
   recipe = [[{k: v for k, v in i.items() if k not in ("seed", "parents")},
@@ -118,12 +118,12 @@ def _row(workdir, entry, row):
             for i in inputs[:-1]]
   base = inputs[-1]["weights"] if not stages else None  # an untrained model's own
   probes = [{"stage": probe["stage"],
-             **{when: probe[when] and checkpoint.read_json(workdir / probe[when] / "result.json")
+             **{when: probe[when] and files.read_json(workdir / probe[when] / "result.json")
                 for when in ("before", "after")}}
             for probe in entry["probes"] if probe["stage"] in names]
   return {
       "arm": entry["arm"], "label": row["label"], "seed": entry["seed"], "stages": stages,
-      "result": checkpoint.read_json(workdir / row["score"] / "result.json"),
+      "result": files.read_json(workdir / row["score"] / "result.json"),
       "settings": {k: v for k, v in inputs[-1].items() if k not in ("weights", "seed")},
       "shaped": any(made["row"][2] == "teacher" for made in inputs[:-1]),
       "recipe": manifest.digest([recipe, base]), "contexts": set(), "probes": probes,
@@ -137,7 +137,7 @@ def _updates(stages, inputs):
   for folder, made in zip(stages, inputs[:-1], strict=True):
     if made["row"][2] == "student":
       kind = "rewarded" if "advantages" in made["config"] else "dense"
-      found[kind] += checkpoint.read_json(folder / "ledger.json")["updates"]
+      found[kind] += files.read_json(folder / "ledger.json")["updates"]
   return found
 
 
@@ -174,7 +174,7 @@ def spent(stages):
   A label that two of them used is one distinct label. Samples that a stage found there already,
   drawn for another arm, count as its own; only the device-seconds are those that were used.
   """
-  ledgers = [checkpoint.read_json(f / "ledger.json") for f in stages]
+  ledgers = [files.read_json(f / "ledger.json") for f in stages]
   names = ("label_uses", "tokens_sampled", "tokens_trained", "tokens_guide", "flops",
            "device_seconds_used", "device_seconds_lost")
   sums = {name: sum(entry[name] for entry in ledgers) for name in names}

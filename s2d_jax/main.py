@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from s2d_jax import cli, manifest, recipe, report, sharding, sweep
+from s2d_jax import cli, manifest, recipe, report, sharding, sweep, tasks, walk
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
                                          lock_config=True)
@@ -35,16 +35,16 @@ def main(argv):
   manifest.revision()  # of the code as it starts
   try:
     configs = sweep.expand(config)
-    plans = [recipe.plan(one, recipe.task(one)) for one in configs]
+    plans = [recipe.plan(one, tasks.get(one)) for one in configs]
     mesh = sharding.make_mesh(configs[0].mesh)
     for made in plans:
-      recipe.check_folders(made, workdir)
+      walk.check_folders(made, workdir)
     if PLAN.value:
       print("\n".join(sweep.outline(plans, config.get("sweep", ({},)), workdir)))
       return
     with jax.set_mesh(mesh):
       for made in plans:
-        recipe.walk(made, workdir)
+        walk.run(made, workdir)
   except (ValueError, FloatingPointError) as error:
     print(f"s2d_jax: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from s2d_jax import checkpoint
+from s2d_jax import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
@@ -66,7 +66,7 @@ def read(folder):
   if not path.exists():
     return None
   try:
-    found = checkpoint.read_json(path)
+    found = files.read_json(path)
     named = name(path.parent.name.rpartition("-")[0], found["inputs"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not a manifest this code wrote: delete the folder, or put the "

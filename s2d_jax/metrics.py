@@ -17,7 +17,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from s2d_jax import checkpoint
+from s2d_jax import files, hosts
 
 
 def plain(value):
@@ -40,7 +40,7 @@ class Log:
     """Opens the log at `step`, dropping every part that speaks of it or of a later one."""
     self._folder, self._start, self._new = epath.Path(folder) / name, step, []
     _cut(self._folder, step)
-    checkpoint.barrier(f"{folder}/{name}")
+    hosts.barrier(f"{folder}/{name}")
     self.rows = read(folder, name)
 
   def add(self, row):
@@ -51,21 +51,21 @@ class Log:
   def flush(self, step):
     """Writes what was added since the last flush as one part; `step` starts the next."""
     new, self._new, start, self._start = self._new, [], self._start, step
-    if new and checkpoint.leader():
+    if new and hosts.leader():
       text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in new)
-      checkpoint.write(self._folder / f"{start:08d}.jsonl", text)
+      files.write(self._folder / f"{start:08d}.jsonl", text)
     return start, new
 
 
 def read(folder, name):
   """Every row of a log, in order; an absent log is empty."""
-  return [json.loads(line) for part in checkpoint.parts(epath.Path(folder) / name)
+  return [json.loads(line) for part in files.finished_files(epath.Path(folder) / name)
           for line in part.read_text().splitlines()]
 
 
 def write_tensorboard(folder, start, rows):
   """One event file for one part: every number of every row against its step."""
-  if not (rows and checkpoint.leader()):
+  if not (rows and hosts.leader()):
     return
   with tempfile.TemporaryDirectory() as scratch:
     with SummaryWriter(scratch) as writer:
@@ -74,7 +74,7 @@ def write_tensorboard(folder, start, rows):
           if name != "step" and isinstance(value, int | float):
             writer.add_scalar(name, value, row["step"])
     events = next(pathlib.Path(scratch).iterdir())
-    checkpoint.write(epath.Path(folder) / "tensorboard" / f"{start:08d}.{events.name}",
+    files.write(epath.Path(folder) / "tensorboard" / f"{start:08d}.{events.name}",
                      events.read_bytes())
 
 
@@ -85,8 +85,8 @@ def cut_tensorboard(folder, step):
 
 def _cut(folder, step):
   """Deletes the parts that start at `step` or later."""
-  if checkpoint.leader():
-    for part in checkpoint.parts(folder):
+  if hosts.leader():
+    for part in files.finished_files(folder):
       if int(part.name.split(".")[0]) >= step:
         part.unlink()
 
@@ -94,7 +94,7 @@ def _cut(folder, step):
 def bar(name, start, total):
   """A stage's progress bar on standard error: steps, time left, and what `set_postfix` is told."""
   return tqdm(desc=name, initial=start, total=total, file=sys.stderr, dynamic_ncols=True,
-              mininterval=1.0, disable=not checkpoint.leader())
+              mininterval=1.0, disable=not hosts.leader())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from s2d_jax import (
   models,
   objectives,
   optim,
+  planning,
   recipe,
   sampler,
   sharding,
@@ -78,10 +79,11 @@ def costs(config, stages=recipe.STAGES):
         width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
         actor=None if row.actor in ("given", row.learner)
         else abstract_role(config, row.actor, mesh),
-        guide=abstract_role(config, frozen[row.guide], mesh) if recipe.guided(row, hp) else None,
+        guide=abstract_role(config, frozen[row.guide], mesh) if planning.guided(row, hp) else None,
         frozen=rest,
         given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
-        judge=abstract_role(config, row.learner, mesh) if row.weigh else None, weigh=row.weigh,
+        judge=abstract_role(config, row.learner, mesh) if row.prompt_weights else None,
+        weigh=row.prompt_weights,
         passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
         store=None, validate=None, text=str, room=train.room(config.sampler))
     programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)

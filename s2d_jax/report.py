@@ -13,7 +13,7 @@ import sys
 import numpy as np
 from etils import epath
 
-from s2d_jax import checkpoint, figures, ladder, metrics
+from s2d_jax import figures, files, ladder, metrics
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
 # they hold: its RL'd 8B and 14B teachers on three benchmarks (arXiv 2605.12483v1, tables 2-6).
@@ -265,7 +265,7 @@ def write(workdirs):
   for at, (_, part) in enumerate(ladder.tables(rows)):
     with (folder / picture(at)).open("wb") as out:
       figures.figure(part, out)
-  checkpoint.write(folder / "report.md", text)
+  files.write(folder / "report.md", text)
   return text
 
 

@@ -10,7 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -268,37 +267,6 @@ def _taker(where, all_of_it, turn):
 def put_batch(tree, mesh):
   """`put` of every leaf, rows split over `data` and `fsdp`."""
   return jax.tree.map(lambda x: put(x, batch_sharding(mesh, np.shape(x))), tree)
-
-
-AGREED = {}  # name -> how often the processes have compared it
-AGREE_SECONDS = 60
-START_SECONDS = 600  # where a process may still compile, or load weights
-
-
-def agree(name, digest, seconds=None):
-  """Compares a short text over processes before they dispatch the same program; one has nothing to.
-
-  Raises:
-    RuntimeError: a process has another text, or none within `seconds` (AGREE_SECONDS); names it. It
-      would be a program that waits for ever otherwise.
-  """
-  if jax.process_count() == 1:
-    return
-  client, seconds = distributed.global_state.client, seconds or AGREE_SECONDS
-  turn = AGREED[name] = AGREED.get(name, -1) + 1
-  own = jax.process_index()
-  client.key_value_set(f"{name}/{turn}/{own}", digest)
-  for other in range(jax.process_count()):
-    try:
-      theirs = client.blocking_key_value_get(f"{name}/{turn}/{other}", 1000 * seconds)
-    except jax.errors.JaxRuntimeError as error:
-      raise RuntimeError(f"process {other} has not come to turn {turn} of the {name} within "
-                         f"{seconds} s: look for its error, and start again.") from error
-    if theirs != digest:
-      raise RuntimeError(f"processes {own} and {other} differ in turn {turn} of the {name}: they "
-                         "must run one program on the same data; start again from the checkpoint.")
-  if turn > 1:  # everyone has read what is two turns old
-    client.key_value_delete(f"{name}/{turn - 2}/{own}")
 
 
 def fetch(tree):

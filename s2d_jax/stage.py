@@ -1,7 +1,7 @@
 """One node of the walk on disk: a stage's folder from its roles to its manifest, or a score's.
 
-It turns a node of `recipe.Plan` into what `train.run` takes, and leaves the folder finished: final
-weights, a Hugging Face folder, the ledger, and last the manifest.
+It turns a node of `planning.Plan` into what `train.run` takes, and leaves the folder finished:
+final weights, a Hugging Face folder, the ledger, and last the manifest.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ import numpy as np
 from s2d_jax import (
   checkpoint,
   evals,
+  files,
+  hosts,
   manifest,
   metrics,
   models,
@@ -34,7 +36,7 @@ from s2d_jax.models import hf
 def train_node(made, node, workdir, stop):
   """Runs one stage to its end and leaves its folder finished: the manifest is written last."""
   mesh, folder = sharding.current_mesh(), workdir / node.name
-  with checkpoint.only_writer(folder) as (beat, left):
+  with files.only_writer(folder) as (beat, left):
     work = _work(made, node, workdir, mesh)
     params, totals = train.run(work, beat, left, stop)
     model, params = _whole(work.learner.model, params, work.frozen)
@@ -43,12 +45,12 @@ def train_node(made, node, workdir, stop):
                "bases": {r: b["identity"] for r, b in made.bases.items()},
                "revision": manifest.revision()}
     _export(folder / "hf", model, params, made.base(node.name)["folder"], lineage)
-    if checkpoint.leader():
-      checkpoint.write_json(folder / "ledger.json", totals)
-      checkpoint.write_json(folder / "manifest.json", metrics.plain({
+    if hosts.leader():
+      files.write_json(folder / "ledger.json", totals)
+      files.write_json(folder / "manifest.json", metrics.plain({
           "inputs": node.inputs, "config": made.config.to_dict(), "bases": made.bases,
           **manifest.provenance(mesh)}))
-    checkpoint.barrier(node.name)
+    hosts.barrier(node.name)
     checkpoint.drop_steps(folder)
 
 
@@ -69,8 +71,8 @@ def _export(folder, *saved):
     return
   with tempfile.TemporaryDirectory() as scratch:
     written = hf.save(pathlib.Path(scratch) / "hf", *saved)  # by the first process
-    for path in written.iterdir() if checkpoint.leader() else ():
-      checkpoint.write(folder / path.name, path.read_bytes())
+    for path in written.iterdir() if hosts.leader() else ():
+      files.write(folder / path.name, path.read_bytes())
 
 
 def _whole(model, params, frozen):
@@ -107,16 +109,17 @@ def _work(made, node, workdir, mesh):
       width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
       actor=frozen.get(node.actor), guide=frozen.get(node.guide), frozen=rest,
       given=_given(made, hp) if row.actor == "given" else None,
-      reward=made.reward if row.reward or row.weigh else None,
+      reward=made.reward if row.reward or row.prompt_weights else None,
       advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
-      judge=_load(made, node.learner, workdir, mesh) if row.weigh else None, weigh=row.weigh,
+      judge=_load(made, node.learner, workdir, mesh) if row.prompt_weights else None,
+      weigh=row.prompt_weights,
       punish=objectives.punishment(hp) if row.reward else None,
       objective=row.objective, logp=objectives.logp,
       optimizer=optim.make(train.optim_config(hp), models.trained(learner.model.config)),
       store=lambda: rollout.Store(workdir / _rollouts(made, node.actor, node.hp),
-                                  checkpoint.write),
+                                  files.write),
       passes=lambda: rollout.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
-                                   checkpoint.write),
+                                   files.write),
       validate=_validation(made, learner.model, update.join(learner.params, rest))
       if hp.eval_every else None,
       text=made.chat.decode, room=train.room(config.sampler))
@@ -182,12 +185,12 @@ def evaluate(made, role, workdir):
   if manifest.read(folder) is None:
     learner = _load(made, role, workdir, mesh)
     result, samples = _scores(made, learner, prompts)
-    if checkpoint.leader():
-      checkpoint.write_json(folder / "result.json", result)
-      checkpoint.write_json(folder / "samples.json", samples)
-      checkpoint.write_json(folder / "manifest.json",
+    if hosts.leader():
+      files.write_json(folder / "result.json", result)
+      files.write_json(folder / "samples.json", samples)
+      files.write_json(folder / "manifest.json",
                             {"inputs": inputs, **manifest.provenance(mesh)})
-    checkpoint.barrier(folder.name)
+    hosts.barrier(folder.name)
   return folder.name
 
 
@@ -211,11 +214,11 @@ def probe(made, role, guide, workdir):
   folder = workdir / manifest.name("probe", inputs)
   if manifest.read(folder) is None:
     result = _measured(made, role, guide, prompts, workdir, mesh)
-    if checkpoint.leader():
-      checkpoint.write_json(folder / "result.json", metrics.plain(result))
-      checkpoint.write_json(folder / "manifest.json",
+    if hosts.leader():
+      files.write_json(folder / "result.json", metrics.plain(result))
+      files.write_json(folder / "manifest.json",
                             {"inputs": inputs, **manifest.provenance(mesh)})
-    checkpoint.barrier(folder.name)
+    hosts.barrier(folder.name)
   return folder.name
 
 

@@ -37,7 +37,7 @@ def expand(config):
 
 
 def outline(plans, overrides, workdir):
-  """What `recipe.walk` would do with these plans, each with its overrides, in lines."""
+  """What `walk.run` would do with these plans, each with its overrides, in lines."""
   lines, seen = [], {}
   for made, changes in zip(plans, overrides, strict=True):
     new = [name for name in made.nodes if name not in seen]

@@ -7,9 +7,6 @@ but the TrainState is a function of (seed, stage, step), so a stage that was kil
 had not been.
 """
 
-import contextlib
-import itertools
-import signal
 import time
 import zlib
 from collections.abc import Callable
@@ -18,11 +15,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from s2d_jax import checkpoint, drawing, ledger, metrics, rollout, sampler, sharding, update
+from s2d_jax import (
+  checkpoint,
+  drawing,
+  files,
+  hosts,
+  ledger,
+  metrics,
+  rollout,
+  sampler,
+  sharding,
+  update,
+)
 
-RETRY = 75  # EX_TEMPFAIL: told to stop, saved, start the same command again
 READS = ("steps", "prompts", "sampling", "mean", "epochs", "minibatches", "eval_every",
          "save_every", "log_samples", "lora")
 
@@ -89,7 +95,7 @@ def run(work, beat, left, stop):
   """Trains one stage from its newest checkpoint, or from the start, to its last step.
 
   Args:
-    work: the stage; beat, left: as `checkpoint.only_writer` yields them; stop: as `termination`
+    work: the stage; beat, left: as `files.only_writer` yields them; stop: as `termination`
       yields it.
 
   Returns:
@@ -98,10 +104,10 @@ def run(work, beat, left, stop):
   Raises:
     FloatingPointError: a loss or gradient is not finite; names the step, keeps the last checkpoint.
     RuntimeError: a program compiled after the stage's start.
-    SystemExit: code RETRY after a termination signal, once the state is saved.
+    SystemExit: code `hosts.RETRY` after a termination signal, once the state is saved.
   """
   began, mesh = time.monotonic(), sharding.current_mesh()
-  steps = checkpoint.Steps(work.folder)
+  steps = checkpoint.Checkpoints(work.folder)
   try:
     state = update.init(work.optimizer, mesh, work.learner.params)
     start = steps.latest() or 0
@@ -140,7 +146,7 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
       if stop():
         if saved != step and step != began:
           _save(work.folder, steps, logs, step, state)
-        raise SystemExit(RETRY)
+        raise SystemExit(hosts.RETRY)
       if programs.draw is not None:
         programs.draw.seen = {}
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
@@ -290,9 +296,9 @@ def compile_programs(work, state, mesh):
                          work.room.exact(), work.text)
   rows = hp.prompts * how.samples_per_prompt
   width = work.width + how.max_tokens - 1
-  drawing.summed_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
+  hosts.sum_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
   if judge is not None:
-    drawing.summed_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
+    hosts.sum_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
   step = update.make(work.learner.model, None if work.guide is None else work.guide.model,
                      work.objective, work.optimizer, hp, update.shardings(state))
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
@@ -344,31 +350,13 @@ def _lost_seconds(folder, start, left):
   checkpoint, or since its own start where that is later, is done again.
   """
   folder = epath.Path(folder)
-  starts = [checkpoint.read_json(path) for path in checkpoint.parts(folder / "starts")]
+  starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
   lost = 0.0
   if left is not None and starts:
     saved = folder / "checkpoints" / str(start)
     since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
     lost = max(0.0, left - since)
-  if checkpoint.leader():
-    checkpoint.write_json(folder / "starts" / f"{len(starts):08d}.json",
+  if hosts.leader():
+    files.write_json(folder / "starts" / f"{len(starts):08d}.json",
                           {"at": time.time(), "step": start, "lost": lost})
   return lost + sum(s["lost"] for s in starts)
-
-
-@contextlib.contextmanager
-def termination():
-  """Yields stop() -> bool: was this process told to stop (SIGTERM), agreed by all hosts?
-
-  On several hosts every call must be made by all of them: it is a meeting point.
-  """
-  told, calls, alone = [], itertools.count(), jax.process_count() == 1
-  before = signal.signal(signal.SIGTERM, lambda *_: told.append(True)) if alone else None
-  try:
-    if alone:
-      yield lambda: bool(told)
-    else:
-      yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-  finally:
-    if alone:
-      signal.signal(signal.SIGTERM, before)

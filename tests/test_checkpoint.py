@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2d_jax import checkpoint, sharding
+from s2d_jax import checkpoint, files, hosts, sharding
 
 
 def state(value, mesh):
@@ -21,7 +21,7 @@ def state(value, mesh):
 
 def test_saved_on_one_mesh_restored_on_another(tmp_path):
   one, many = sharding.make_mesh((1, 1, 1)), sharding.make_mesh((2, 2, 2))
-  steps = checkpoint.Steps(tmp_path)
+  steps = checkpoint.Checkpoints(tmp_path)
   assert steps.latest() is None
   for step in (2, 4, 6):
     steps.save(step, state(step, one))
@@ -43,7 +43,7 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path):
 def test_a_relative_folder_will_do(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   mesh = sharding.make_mesh((1, 1, 1))
-  steps = checkpoint.Steps("runs/stage")
+  steps = checkpoint.Checkpoints("runs/stage")
   steps.save(1, state(3, mesh))
   steps.close()
   checkpoint.save_final("runs/stage", state(4, mesh))
@@ -54,11 +54,11 @@ def test_a_relative_folder_will_do(tmp_path, monkeypatch):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
   path = tmp_path / "deep" / "x.json"
-  checkpoint.write_json(path, {"b": 1, "a": [2]})
+  files.write_json(path, {"b": 1, "a": [2]})
   assert path.read_text() == '{\n "a": [\n  2\n ],\n "b": 1\n}\n'
   with pytest.raises(ValueError):
-    checkpoint.write_json(path, {"a": float("nan")})
-  assert checkpoint.read_json(path) == {"a": [2], "b": 1}
+    files.write_json(path, {"a": float("nan")})
+  assert files.read_json(path) == {"a": [2], "b": 1}
   assert [p.name for p in path.parent.iterdir()] == ["x.json"]  # no temporary is left
 
 
@@ -69,14 +69,14 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   path.write_text(json.dumps(other))
   try:
     with pytest.raises(ValueError, match=rf"process {sleeper.pid} .*delete .*writer.lock"):
-      with checkpoint.only_writer(tmp_path):
+      with files.only_writer(tmp_path):
         pass
   finally:
     sleeper.kill()
     sleeper.wait()
-  with checkpoint.only_writer(tmp_path) as (beat, left):
+  with files.only_writer(tmp_path) as (beat, left):
     assert left == other["beat"]
-    assert checkpoint.read_json(path)["pid"] == os.getpid()
+    assert files.read_json(path)["pid"] == os.getpid()
     beat()
   assert "taking over" in capsys.readouterr().out
   assert not path.exists()
@@ -86,24 +86,24 @@ def test_another_host_is_believed_for_an_hour(tmp_path):
   path = tmp_path / "writer.lock"
   path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 600}))
   with pytest.raises(ValueError, match="elsewhere"):
-    with checkpoint.only_writer(tmp_path):
+    with files.only_writer(tmp_path):
       pass
   path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 4000}))
-  with checkpoint.only_writer(tmp_path):
+  with files.only_writer(tmp_path):
     pass
 
 
 def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):
   with pytest.raises(FloatingPointError):
-    with checkpoint.only_writer(tmp_path):
+    with files.only_writer(tmp_path):
       raise FloatingPointError
   assert (tmp_path / "writer.lock").exists()
   with pytest.raises(SystemExit):
-    with checkpoint.only_writer(tmp_path):
+    with files.only_writer(tmp_path):
       raise SystemExit(75)
   assert not (tmp_path / "writer.lock").exists()
 
 
 def test_leader_and_barrier_alone():
-  assert jax.process_count() == 1 and checkpoint.leader()
-  checkpoint.barrier("nobody to wait for")
+  assert jax.process_count() == 1 and hosts.leader()
+  hosts.barrier("nobody to wait for")

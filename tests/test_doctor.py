@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from configs import arithmetic
-from s2d_jax import models, objectives, recipe
+from s2d_jax import models, objectives, planning, recipe, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
@@ -56,7 +56,7 @@ def student(bases, config, tmp_path):
 
 def task(**splits):
   splits = SPLITS | splits
-  return recipe.Task(splits.__getitem__,
+  return planning.Task(splits.__getitem__,
                      lambda problem: [{"role": "user", "content": problem["problem"]}],
                      lambda problem, text: 0.0)
 
@@ -279,7 +279,7 @@ def test_splits_that_share_a_problem(config, tmp_path):
 
 
 def test_solutions_that_are_needed(config, tmp_path):
-  arms = {"teach": (("teacher_sft", "all"),)}
+  arms = {"teach": (planning.Use("teacher_sft", "all"),)}
   config.arms = "teach"
   labelled = [{k: v for k, v in row.items() if k != "solution"} for row in SPLITS["labelled"]]
   for rows, said in ((labelled, "has no solution and config.stages.teacher_sft learns from it: "),
@@ -320,21 +320,21 @@ def test_a_broken_file_of_a_model_is_named(config, student, name, tmp_path):
 def test_an_unknown_task(config):
   config.task = "algebra"
   with pytest.raises(ValueError, match="config.task is 'algebra': choose arithmetic or math"):
-    recipe.task(config)
+    tasks.get(config)
 
 
 def test_the_data_block_of_the_arithmetic_world(config, tmp_path):
   config.data.banana = 1
   with pytest.raises(ValueError, match="config.data has the key 'banana', which nothing reads"):
-    recipe.task(config)
+    tasks.get(config)
   config.data = {}
   with pytest.raises(ValueError, match="config.data lacks the key 'dir': add it"):
-    recipe.task(config)
+    tasks.get(config)
 
 
 def test_a_split_that_the_data_does_not_name(config, tmp_path):
   config.task, config.data = "math", {"labelled": str(tmp_path / "labelled.jsonl")}
   (tmp_path / "labelled.jsonl").write_text(json.dumps({"problem": "1+1", "answer": "2"}) + "\n")
   config.prompt_tokens = 200
-  said = refused(config, tmp_path, recipe.task(config))
+  said = refused(config, tmp_path, tasks.get(config))
   assert "config.data names no split 'validation': add its file" in said

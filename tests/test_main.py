@@ -9,7 +9,7 @@ import time
 import pytest
 
 from configs import arithmetic
-from s2d_jax import recipe
+from s2d_jax import recipe, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ def test_a_second_writer_is_one_sentence(tmp_path):
   config = arithmetic.get_config("tiny")
   with config.unlocked():
     config.arms, config.data.dir = "cold_grpo", str(tmp_path / "data")
-  (name,) = recipe.plan(config, recipe.task(config)).nodes
+  (name,) = recipe.plan(config, tasks.get(config)).nodes
   (tmp_path / "work" / name).mkdir(parents=True)
   (tmp_path / "work" / name / "writer.lock").write_text(
       json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time()}))

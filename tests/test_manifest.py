@@ -7,7 +7,7 @@ import subprocess
 import jax
 import pytest
 
-from s2d_jax import checkpoint, manifest, sharding
+from s2d_jax import files, manifest, sharding
 
 INPUTS = {"row": ["reverse_kl", "teacher"], "config": {"steps": 100, "optim": {"lr": 1e-3}},
           "seed": 0, "parents": {"guide": "teacher_grpo-1", "actor": None}}
@@ -40,13 +40,13 @@ def test_a_manifest_is_read_back_and_an_edited_one_refused(tmp_path):
   folder = tmp_path / manifest.name("student_grpo", INPUTS)
   assert manifest.read(folder) is None
   written = {"inputs": INPUTS, "revision": "abc"}
-  checkpoint.write_json(folder / "manifest.json", written)
+  files.write_json(folder / "manifest.json", written)
   assert manifest.read(folder) == written
   moved = folder.rename(tmp_path / "student_grpo-0123456789ab")
   with pytest.raises(ValueError, match="disagrees with its folder's name"):
     manifest.read(moved)
   folder = moved.rename(folder)
-  checkpoint.write_json(folder / "manifest.json", {"inputs": INPUTS | {"seed": 1}})
+  files.write_json(folder / "manifest.json", {"inputs": INPUTS | {"seed": 1}})
   with pytest.raises(ValueError, match="disagrees with its folder's name") as error:
     manifest.read(folder)
   assert str(folder / "manifest.json") in str(error.value)

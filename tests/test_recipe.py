@@ -5,7 +5,8 @@ import re
 import pytest
 
 from configs import arithmetic
-from s2d_jax import budget, checkpoint, recipe
+from s2d_jax import budget, files, recipe, tasks
+from s2d_jax.planning import Use
 
 ROWS = ("teacher_grpo", "teacher_sft", "forward_kl", "sft", "reverse_kl", "student_grpo")
 HALF = "half_bridge_grpo_2h"  # teacher_grpo 1h, forward_kl 1h, reverse_kl 1h, student_grpo 2h
@@ -17,7 +18,7 @@ def plan(tmp_path_factory):
   """plan(changes, arms): the shipped tiny config, changed, on the first 64 problems of a split."""
   made = arithmetic.get_config("tiny")
   made.data.dir = str(tmp_path_factory.mktemp("data"))
-  given, rows = recipe.task(made), {}
+  given, rows = tasks.get(made), {}
 
   def source(split):
     if split not in rows:
@@ -41,9 +42,9 @@ def shipped(plan):
 
 
 def test_a_name_is_its_row_and_twelve_digits(shipped):
-  for arm, stages in ARMS.items():
+  for arm, uses in ARMS.items():
     assert [re.sub("-[0-9a-f]{12}$", "", name) for name in shipped.arms[arm]] == [
-        row for row, _ in stages]
+        use.stage for use in uses]
 
 
 @pytest.mark.parametrize("key, value, renamed", [
@@ -77,9 +78,9 @@ def test_the_mesh_keeps_every_name(plan, shipped):
 
 
 def test_arms_share_the_stages_of_a_common_beginning(plan, shipped):
-  start = (("teacher_grpo", "all"), ("forward_kl", "all"))
-  made = plan(arms={"short": start, "long": (*start, ("reverse_kl", "all")),
-                    "bridge": recipe.ARMS["bridge"], "other_split": (("teacher_grpo", "1h"),)})
+  start = (Use("teacher_grpo", "all"), Use("forward_kl", "all"))
+  made = plan(arms={"short": start, "long": (*start, Use("reverse_kl", "all")),
+                    "bridge": recipe.ARMS["bridge"], "other_split": (Use("teacher_grpo", "1h"),)})
   assert made.arms["long"][:2] == made.arms["short"]
   assert made.arms["long"] == made.arms["bridge"] == shipped.arms["bridge"]
   assert made.arms["other_split"] == shipped.arms[HALF][:1]
@@ -121,7 +122,7 @@ def test_the_bridge_follows_its_arms_own_teacher(shipped, arm, teacher):
 def spend(workdir, made, arm, *labels):
   """Writes the ledgers of an arm, by hand: each stage's labels in turn; returns the names."""
   for name, spent in zip(made.arms[arm], labels, strict=True):
-    checkpoint.write_json(workdir / name / "ledger.json", {"labels": spent})
+    files.write_json(workdir / name / "ledger.json", {"labels": spent})
   return made.arms[arm]
 
 
@@ -153,7 +154,8 @@ def test_a_label_of_the_test_split_is_refused(shipped, tmp_path):
 
 def test_a_held_out_label_spent_before_its_turn_is_refused(plan, tmp_path):
   # Every stage keeps to its own split, and yet the last one's labels are no longer fresh.
-  arms = {"leaky": (("teacher_grpo", "all"), ("forward_kl", "all"), ("student_grpo", "2h"))}
+  arms = {"leaky": (Use("teacher_grpo", "all"), Use("forward_kl", "all"),
+                    Use("student_grpo", "2h"))}
   made = plan(arms=arms)
   last = ids(made, "2h")[:4]
   spend(tmp_path, made, "leaky", ids(made, "1h"), [], last)

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from s2d_jax import checkpoint, figures, ladder, report
+from s2d_jax import figures, files, ladder, report
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
 COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0,
@@ -16,16 +16,16 @@ COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0
 
 
 def stage(run, name, labels=(), revision=REVISION, metrics=(), inputs=None, **counts):
-  checkpoint.write_json(run / name / "ledger.json",
+  files.write_json(run / name / "ledger.json",
                         {**COUNTS, "labels": list(labels), "label_uses": len(labels), **counts})
   role = "teacher" if name.startswith("teacher") else "student"
   config = {"advantages": "group"} if "grpo" in name else {}
   inputs = {"row": [name, role, role, None], "config": config, "seed": 0, "parents": {}} | (
       inputs or {})
-  checkpoint.write_json(run / name / "manifest.json", {"inputs": inputs, "revision": revision})
+  files.write_json(run / name / "manifest.json", {"inputs": inputs, "revision": revision})
   if metrics:
     lines = "".join(f"{row}\n".replace("'", '"') for row in metrics)
-    checkpoint.write(run / name / "metrics" / "00000000.jsonl", lines)
+    files.write(run / name / "metrics" / "00000000.jsonl", lines)
   return name
 
 
@@ -34,12 +34,12 @@ def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="tes
   samples = len(correct[0])
   scores = {"greedy": [0.25, 0.2, 0.3], f"avg@{samples}": [0.5, 0.4, 0.625],
             f"pass@{samples}": [0.75, 0.7, 0.8], "pass@1": [0.5, 0.4, 0.6]}
-  checkpoint.write_json(run / name / "result.json", {
+  files.write_json(run / name / "result.json", {
       "scores": scores, "correct": correct, "greedy": [row[0] for row in correct],
       "response_length": 12.345})
   evaluation = {"split": split, "level": 0.95,
                 "sampling": {"samples_per_prompt": samples, "temperature": 1.0}}
-  checkpoint.write_json(run / name / "manifest.json", {
+  files.write_json(run / name / "manifest.json", {
       "inputs": {"weights": name, "seed": seed, "evaluation": evaluation, "dtype": "float32",
                  "tokenizer": "t", "problems": problems}, "revision": revision})
   return name
@@ -48,7 +48,7 @@ def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="tes
 def arm(run, name, rows, seed=0, at=0, config=None, probes=()):
   """rows: (label, folders of its stages, its score's folder); `at` orders the arms."""
   path = run / "arms" / f"{name}-{seed}-{at}.json"
-  checkpoint.write_json(path, {
+  files.write_json(path, {
       "arm": name, "seed": seed, "config": config or {"a": 1}, "probes": list(probes), "rows": [
           {"label": label, "stages": stages, "score": scored} for label, stages, scored in rows]})
   os.utime(path, (at, at))
@@ -202,7 +202,7 @@ PROBE = {"forward_kl": 1.25, "reverse_kl": 2.5, "overlap": 0.5, "student_mass": 
 
 
 def probe(run, name, **change):
-  checkpoint.write_json(run / name / "result.json",
+  files.write_json(run / name / "result.json",
                         {text: PROBE | change for text in ("student", "teacher")})
   return name
 
@@ -342,7 +342,7 @@ def test_text_from_outside_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "arms").mkdir(),
-                                  lambda path: checkpoint.write(path / "arms/.a.json.7", "{")])
+                                  lambda path: files.write(path / "arms/.a.json.7", "{")])
 def test_a_folder_without_arms_is_refused(make, tmp_path, monkeypatch):
   make(tmp_path)
   sentence = f"{tmp_path} has no finished arm: run the recipe with --workdir={tmp_path}."

@@ -16,6 +16,8 @@ from configs import common
 from s2d_jax import (
   checkpoint,
   drawing,
+  files,
+  hosts,
   metrics,
   models,
   objectives,
@@ -86,8 +88,8 @@ def mesh(monkeypatch):
 
 
 def run(work):
-  with checkpoint.only_writer(work.folder) as (beat, left):
-    with train.termination() as stop:
+  with files.only_writer(work.folder) as (beat, left):
+    with hosts.stop_signal() as stop:
       return train.run(work, beat, left, stop)
 
 
@@ -214,7 +216,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   model = models.get(CONFIG)
   opened = []
   def store():
-    opened.append(rollout.Store(epath.Path(tmp_path / "rollouts"), checkpoint.write))
+    opened.append(rollout.Store(epath.Path(tmp_path / "rollouts"), files.write))
     return opened[-1]
   def stage(name, steps):
     work = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
@@ -300,8 +302,8 @@ def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path, mesh, value):
 @pytest.mark.medium
 def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
   events = []
-  save, step = checkpoint.Steps.save, train._step
-  monkeypatch.setattr(checkpoint.Steps, "save", lambda self, at, state: (
+  save, step = checkpoint.Checkpoints.save, train._step
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, at, state: (
       events.append(("save", at)), save(self, at, state)))
   monkeypatch.setattr(train, "_step", lambda *args: (events.append(("draw", args[4])),
                                                      step(*args))[1])
@@ -326,7 +328,7 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path, mesh):
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as stop:
     run(make(tmp_path / "cut", mesh, reward=stopping))
-  assert stop.value.code == train.RETRY == 75
+  assert stop.value.code == hosts.RETRY == 75
   assert signal.getsignal(signal.SIGTERM) == before
   assert len(metrics.read(tmp_path / "cut", "metrics")) == 1  # step 0, saved between two saves
   again, totals_again = run(make(tmp_path / "cut", mesh))
@@ -348,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
 
   with pytest.raises(FloatingPointError, match=r"step 3; the checkpoint of step 2 in .* is kept"):
     run(make(tmp_path, mesh)._replace(advantages=poisoned))
-  steps = checkpoint.Steps(tmp_path)
+  steps = checkpoint.Checkpoints(tmp_path)
   assert steps.latest() == 2
   steps.close()
 
@@ -389,8 +391,8 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
     return work._replace(
         name="weighted", advantages=None, weigh=objectives.learnable, actor=teacher, judge=start,
         objective=objectives.negative_log_likelihood,
-        store=lambda: rollout.Store(epath.Path(tmp_path / "rollouts"), checkpoint.write),
-        passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write))
+        store=lambda: rollout.Store(epath.Path(tmp_path / "rollouts"), files.write),
+        passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), files.write))
 
   run(weighted("one"))
   rows, spent = (metrics.read(tmp_path / "one", name) for name in ("metrics", "ledger"))
@@ -446,7 +448,7 @@ def test_pass_rates_weigh_what_rewards_left_and_bring_no_dropped_group_back(tmp_
   run(work._replace(
       weigh=lambda pass_rate_P: 1 + pass_rate_P,
       judge=train.Role(work.learner.model, params_of(work.learner.model, 0, mesh)),
-      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), checkpoint.write)))
+      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), files.write)))
   right = {}
   for path in (tmp_path / "passes").iterdir():
     part = rollout.from_bytes(path.read_bytes())

@@ -11,13 +11,13 @@ import sys
 import numpy as np
 
 from configs import arithmetic
-from s2d_jax import ladder, recipe
+from s2d_jax import ladder, tasks
 
 
 def main(workdir):
   """Prints a Markdown table."""
   config = arithmetic.get_config()
-  source = recipe.task(config).source(config.evaluation.split)
+  source = tasks.get(config).source(config.evaluation.split)
   operands_P = np.array([source[i]["problem"].count("+") + 1 for i in range(len(source))])
   kinds = sorted(set(operands_P.tolist()))
   print("| arm | seeds | " + " | ".join(f"{n} operands" for n in kinds) + " |")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from s2d_jax import rollout, sharding
+from s2d_jax import hosts, rollout, sharding
 from s2d_jax.sampler.decode import Weights
 
 SHARE = 8  # one slot in so many is free before decoding stops to fill it
@@ -41,7 +41,7 @@ class Call:
       self.digest.update(row.key_2.tobytes())
     # Processes may come here from compiling or from loading weights, and not at once.
     self._agree(weight_version, sampler.sampling, self.made.room, self.shapes,
-                seconds=sharding.START_SECONDS)
+                seconds=hosts.START_SECONDS)
     began = time.monotonic()
     self.weights = params if isinstance(params, Weights) else sampler.lay_out(params)
     seconds = time.monotonic() - began
@@ -190,7 +190,7 @@ class Call:
   def _agree(self, *facts, seconds=None):
     """Every process is about to dispatch the same."""
     self.digest.update(repr(facts).encode())
-    sharding.agree("sampler", self.digest.hexdigest(), seconds)
+    hosts.agree("sampler", self.digest.hexdigest(), seconds)
 
   def _take(self, written):
     """Notes what a dispatch wrote; returns the places of the rows that have ended."""

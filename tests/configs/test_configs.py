@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from configs import common
-from s2d_jax import doctor, recipe, sweep
+from s2d_jax import doctor, recipe, sweep, tasks
 
 ROOT = Path(__file__).parents[2]
 KEYS = Path(__file__).with_name("keys.json")
@@ -50,7 +50,7 @@ def test_builds_locked_and_sound(name, arg):
     doctor.check_config(run, {row.name: row for row in recipe.STAGES})
   assert config.seed == (3 if "seed" in arg else 0)
   assert set(config.arms.split(",")) <= set(recipe.ARMS)
-  assert config.task in recipe.TASKS
+  assert config.task in tasks.TASKS
 
 
 @pytest.mark.parametrize("name", NAMES)

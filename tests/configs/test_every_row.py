@@ -15,15 +15,16 @@ import ml_collections
 import numpy as np
 import pytest
 
-from s2d_jax import chat, checkpoint, doctor, models, recipe, sampler, sharding
+from s2d_jax import chat, checkpoint, doctor, models, recipe, sampler, sharding, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.models import hf
+from s2d_jax.planning import Use
 
 pytestmark = pytest.mark.slow
 TORCH = importlib.util.find_spec("torch") is not None  # absent: the folders are read by hf alone
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
         "student_grpo")
-ARMS = {"every_row": tuple((row, "1h") for row in ROWS[:-1]) + (("student_grpo", "2h"),)}
+ARMS = {"every_row": (*(Use(row, "1h") for row in ROWS[:-1]), Use("student_grpo", "2h"))}
 BENCHMARKS = ("math500", "aime24", "aime25")
 # As Qwen3's: with thinking switched off, the assistant's turn opens with a thought that is empty.
 SWITCH = """\
@@ -190,7 +191,7 @@ def odd(task):
 class Ran(NamedTuple):
   """A finished run."""
   name: str
-  plans: dict    # evaluation split -> recipe.Plan
+  plans: dict    # evaluation split -> planning.Plan
   workdir: Path
   unread: list   # keys of the config
 
@@ -222,7 +223,7 @@ def ran(request, quick_compiles, tmp_path_factory):
     for split in BENCHMARKS if config.task == "math" else (config.evaluation.split,):
       config.evaluation.split = split
       with jax.transfer_guard("disallow"):
-        plans[split] = recipe.run(config, folder / "run", odd(recipe.task(config)), arms=ARMS)
+        plans[split] = recipe.run(config, folder / "run", odd(tasks.get(config)), arms=ARMS)
   return Ran(request.param, plans, folder / "run", unread(config))
 
 

@@ -18,14 +18,15 @@ import numpy as np
 from etils import epath
 
 from configs import arithmetic
-from s2d_jax import checkpoint, models, recipe, rollout, sharding, stage, train
+from s2d_jax import checkpoint, files, models, recipe, rollout, sharding, stage, tasks, train
 from s2d_jax.assets import tokenizer
 from s2d_jax.models import hf
+from s2d_jax.planning import Use
 
 ARMS = recipe.ARMS | {
-    "every_row": (("teacher_sft", "1h"), ("teacher_grpo", "1h"), ("forward_kl", "1h"),
-                  ("weighted_fkl", "1h"), ("sft", "1h"), ("reverse_kl", "1h"),
-                  ("student_grpo", "2h")),
+    "every_row": (Use("teacher_sft", "1h"), Use("teacher_grpo", "1h"), Use("forward_kl", "1h"),
+                  Use("weighted_fkl", "1h"), Use("sft", "1h"), Use("reverse_kl", "1h"),
+                  Use("student_grpo", "2h")),
 }
 
 
@@ -99,8 +100,8 @@ def deadly(row, n):
   local = type(epath.Path("/"))
   replace = local.replace
   local.replace = lambda self, target: (event(), replace(self, target))[1]
-  for place, name in ((checkpoint, "write_json"), (checkpoint, "save_final"), (hf, "save"),
-                      (checkpoint, "drop_steps"), (checkpoint.Steps, "save"),
+  for place, name in ((files, "write_json"), (checkpoint, "save_final"), (hf, "save"),
+                      (checkpoint, "drop_steps"), (checkpoint.Checkpoints, "save"),
                       (rollout.Store, "add"), (train, "_updates")):
     setattr(place, name, around(getattr(place, name)))
 
@@ -128,7 +129,7 @@ def main():
     deadly(row, int(n))
   with jax.set_mesh(sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))):
     # Random models never add right; an arbitrary reward gives their groups a gradient.
-    task = recipe.task(made)._replace(reward=lambda problem, text: float(len(text) % 2))
+    task = tasks.get(made)._replace(reward=lambda problem, text: float(len(text) % 2))
     recipe.run(made, args.workdir, task, arms=ARMS)
 
 

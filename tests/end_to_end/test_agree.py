@@ -11,10 +11,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
 import jax
-from s2d_jax import sharding
+from s2d_jax import hosts, sharding
 process, port, seconds, *turns = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-sharding.AGREE_SECONDS = int(seconds)
+hosts.AGREE_SECONDS = int(seconds)
 try:
   if turns[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
     from s2d_jax import models, rollout, sampler
@@ -35,7 +35,7 @@ try:
   for text in turns:
     if text == "dead":
       time.sleep(20)
-    sharding.agree("sampler", text)
+    hosts.agree("sampler", text)
   print("agreed", len(turns))
 except RuntimeError as error:
   print("refused:", error)

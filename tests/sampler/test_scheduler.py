@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2d_jax import metrics, models, objectives, rollout, sampler, sharding, update
+from s2d_jax import hosts, metrics, models, objectives, rollout, sampler, sharding, update
 from s2d_jax.sampler import decode, engine, programs, scheduler
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
@@ -167,7 +167,7 @@ def test_what_was_drawn_is_part_of_what_hosts_compare(crowd, tiny, monkeypatch):
   draw, params, _, _ = crowd
   def compared(params):
     seen = []
-    monkeypatch.setattr(sharding, "agree", lambda name, digest, seconds: seen.append(digest))
+    monkeypatch.setattr(hosts, "agree", lambda name, digest, seconds: seen.append(digest))
     draw(params, prompts(10), SEED)
     return seen
   first, other = compared(params), compared(tiny("qwen3", seed=1)[1])

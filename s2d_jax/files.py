@@ -1,0 +1,124 @@
+"""Files that are written whole or not at all, JSON, and the lock that lets one process write.
+
+Paths may be local or in an object store. Everything read back (reports, ledgers, manifests) goes
+through here, so that a report needs no checkpoint library.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from s2d_jax import hosts
+
+SILENT_SECONDS = 3600  # a lock without a beat for so long belongs to a dead process
+
+
+def write(path: epath.PathLike, data: str | bytes) -> None:
+  """Writes a file so that a reader sees all of it, or the file that was there before."""
+  path = epath.Path(path)
+  data = data.encode() if isinstance(data, str) else data
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # An object store's put is whole as it is, and a store has no rename.
+  if "://" in os.fspath(path):
+    path.write_bytes(data)
+    return
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_bytes(data)
+  temporary.replace(path)
+
+
+def finished_files(folder: epath.PathLike) -> list[epath.Path]:
+  """A folder's files by name, without what a killed `write` left; [] where it does not exist."""
+  folder = epath.Path(folder)
+  if not folder.exists():
+    return []
+  return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes canonical JSON: sorted keys, a newline at the end.
+
+  Raises:
+    ValueError: the value holds a NaN or an infinity, which JSON has no word for.
+  """
+  write(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """The value in a JSON file."""
+  return json.loads(epath.Path(path).read_text())
+
+
+@contextlib.contextmanager
+def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], float | None]]:
+  """Holds the lock of a folder, so that one process writes it.
+
+  The lock of a dead process on this host, or of any host silent for an hour, is taken over, with a
+  printed sentence.
+
+  Yields:
+    (beat, last): `beat()` is to be called now and then, and keeps the lock alive; `last` is the
+    previous writer's last beat in Unix seconds, or None where the folder was not locked.
+
+  Raises:
+    ValueError: another process that may be alive writes here.
+  """
+  path = epath.Path(folder) / "writer.lock"
+  if not hosts.leader():
+    yield (lambda: None), None
+    return
+  own = {"host": socket.gethostname(), "pid": os.getpid()}
+  last = _take_over(path, own) if path.exists() else None
+  written = 0.0
+
+  def beat() -> None:
+    nonlocal written
+    if time.time() - written > 1:
+      written = time.time()
+      write_json(path, {**own, "beat": written})
+
+  beat()
+  try:
+    yield beat, last
+  except Exception:
+    raise  # the lock stays, with its last beat: what the failure cost can still be counted
+  except BaseException:
+    path.unlink(missing_ok=True)  # a stop that was asked for is an orderly end
+    raise
+  path.unlink(missing_ok=True)
+
+
+def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
+  """The last beat of a lock that this process may take over."""
+  try:
+    lock = read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{path} is not a lock this code wrote: delete it if nobody writes "
+                     f"{path.parent}.") from error
+  age = int(time.time() - lock["beat"])
+  here = lock["host"] == own["host"]
+  if age > SILENT_SECONDS or here and not _alive(lock["pid"]):
+    print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
+          f"{age} s; taking over.", flush=True)
+  elif not here or lock["pid"] != own["pid"]:
+    raise ValueError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
+                     f"(last sign of life {age} s ago): wait for it, or delete {path} if that "
+                     "process is gone.")
+  return lock["beat"]
+
+
+def _alive(pid: int) -> bool:
+  """Whether a process of this machine exists; signal 0 asks and does nothing."""
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True

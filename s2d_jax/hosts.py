@@ -1,0 +1,93 @@
+"""What several processes of one run do together: one writer, barriers, sums, a stop agreed by all.
+
+On one process every function here returns at once. Collectives go through the devices, so they
+allow the transfers that the rest of a run forbids.
+"""
+
+import contextlib
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
+from jax.experimental import multihost_utils
+
+RETRY = 75  # exit code EX_TEMPFAIL: stopped and saved, so the same command goes on
+AGREE_SECONDS = 60
+START_SECONDS = 600  # where a process may still compile, or load weights
+ROUNDS: dict[str, int] = {}  # name -> number of its last comparison in `agree`
+
+
+def leader() -> bool:
+  """True on the one process that writes files."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns once every process has called it with this name."""
+  if jax.process_count() > 1:
+    with jax.transfer_guard("allow"):
+      multihost_utils.sync_global_devices(name)
+
+
+def sum_over_hosts(own_B: np.ndarray) -> np.ndarray:
+  """The sum of the arrays of all processes, on each; all must call it, with equal shapes."""
+  if jax.process_count() == 1:
+    return own_B
+  with jax.transfer_guard("allow"):
+    return multihost_utils.process_allgather(own_B).sum(axis=0)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+  """Yields a function that is true once a SIGTERM has come, on all processes at the same call.
+
+  On several processes every call is a collective: all must make it.
+  """
+  if jax.process_count() > 1:
+    # jax's own service catches the signal and picks the call at which all processes see it.
+    calls = itertools.count()
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    return
+  signals = []
+  before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
+  try:
+    yield lambda: bool(signals)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def agree(name: str, digest: str, seconds: int | None = None) -> None:
+  """Compares a short text over processes before they dispatch the same program.
+
+  Args:
+    name: of the comparison, counted in rounds; digest: the text, equal on every process.
+    seconds: how long to wait for each process, AGREE_SECONDS where None.
+
+  Raises:
+    RuntimeError: a process has another text, or sends none in time; the message names it.
+      Without this check the processes' collectives would wait for each other for ever.
+  """
+  if jax.process_count() == 1:
+    return
+  client = distributed.global_state.client
+  seconds = seconds or AGREE_SECONDS
+  current = ROUNDS.get(name, -1) + 1
+  ROUNDS[name] = current
+  own = jax.process_index()
+  client.key_value_set(f"{name}/{current}/{own}", digest)
+  for other in range(jax.process_count()):
+    try:
+      theirs = client.blocking_key_value_get(f"{name}/{current}/{other}", 1000 * seconds)
+    except jax.errors.JaxRuntimeError as error:
+      raise RuntimeError(f"process {other} has not come to turn {current} of the {name} within "
+                         f"{seconds} s: look for its error, and start again.") from error
+    if theirs != digest:
+      raise RuntimeError(
+          f"processes {own} and {other} differ in turn {current} of the {name}: they "
+          "must run one program on the same data; start again from the checkpoint.")
+  # A process that is in this round has read all of the last but one, so its key can go.
+  if current > 1:
+    client.key_value_delete(f"{name}/{current - 2}/{own}")

@@ -1,0 +1,242 @@
+"""A config becomes a checked plan: a graph of stages, each named by a hash of what determines it.
+
+Arms that share a prefix of stages share the nodes, so a stage is trained once. Everything that can
+be wrong is checked here, before anything runs or is written.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2d_jax import chat, doctor, manifest, objectives
+from s2d_jax.data import prompts as data_prompts
+from s2d_jax.rollout import Prompt
+
+# What a stage's result does not depend on, up to rounding and logging.
+UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")
+
+
+class Stage(NamedTuple):
+  """A kind of training: who samples, who learns, who guides, and by which objective."""
+  name: str
+  actor: str           # whose samples: "teacher", "student", or "given" solutions
+  learner: str         # whose weights move: "teacher" or "student"
+  guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
+  objective: Callable
+  reward: bool = False  # whether the samples' rewards are read, and so labels are spent
+  prompt_weights: Callable[[np.ndarray], np.ndarray] | None = None  # of the start's pass rates
+
+
+class Use(NamedTuple):
+  """A stage in an arm."""
+  stage: str
+  labels: str                        # "all", or one of the fixed halves "1h" and "2h"
+  steps_from: tuple[str, ...] = ()   # stages whose steps it makes in sum, instead of its own
+
+
+Arm = tuple[Use, ...]
+
+
+class Task(NamedTuple):
+  """The problems, how they are asked and how answers are checked."""
+  source: Callable[[str], Sequence[dict]]  # split -> {"id", "problem", "answer"[, "solution"]}
+  messages: Callable[[dict], list[dict]]   # problem -> chat messages
+  reward: Callable[[dict, str], float]     # (problem, text); an evaluation counts 1 or more right
+
+
+class Node(NamedTuple):
+  """A stage placed in an arm. A role is "teacher" or "student" (a base model) or a node's name."""
+  name: str            # of its folder: the stage and a hash of `inputs`
+  stage: Stage
+  split: str
+  actor: str | None    # role; None where the learner samples, or solutions are given
+  learner: str         # role
+  guide: str | None    # role
+  hp: ConfigDict       # the stage's config, its steps as the arm has them
+  inputs: dict         # all that determines its result
+
+
+class Plan(NamedTuple):
+  """A checked config, and all that follows from it before anything runs or is written."""
+  config: ConfigDict
+  task: Task
+  chat: chat.Chat
+  prompts: dict[str, list[Prompt]]      # by split; "all", "1h" and "2h" are the labelled ones
+  problems: dict[int, dict]             # by id, over all splits
+  bases: dict[str, dict[str, str]]      # "teacher", "student" -> {"folder", "identity"}
+  compared: tuple[str, ...]             # arms that must train their students by equal budgets
+  nodes: dict[str, Node]                # by name, parents first
+  arms: dict[str, list[str]]            # arm -> names of its nodes
+  scored: dict[str, dict[str, str]]     # arm -> {label in the table: role whose weights it scores}
+
+  def reward(self, prompt_id: int, ids: Sequence[int]) -> float:
+    """The task's reward of a response, from a problem's id and the response's tokens."""
+    return float(self.task.reward(self.problems[prompt_id], self.chat.decode(ids)))
+
+  def task_identity(self) -> list:
+    """The task's name and its functions by name and source, for a hash."""
+    return [self.config.task, *map(source_of, (self.task.messages, self.task.reward))]
+
+  def identity(self, role: str) -> str:
+    """The name of a role's weights: the base folder's identity, or the node's name."""
+    return self.bases[role]["identity"] if role in self.bases else role
+
+  def base(self, role: str) -> dict[str, str]:
+    """The base folder that a role's weights descend from, and its identity."""
+    return self.bases[role if role in self.bases else self.nodes[role].stage.learner]
+
+  def ancestors(self, role: str | None) -> list[str]:
+    """Names of every node behind a role's weights, parents first, itself last."""
+    if role in self.bases or role is None:
+      return []
+    node = self.nodes[role]
+    found: list[str] = []
+    for parent in (node.actor, node.guide, node.learner):
+      found += [name for name in self.ancestors(parent) if name not in found]
+    return [*found, role]
+
+
+def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[str, Arm],
+         compared: tuple[str, ...]) -> Plan:
+  """Checks a config and lays out the nodes of its arms.
+
+  Args:
+    config: as configs/arithmetic.py makes it; task: the problems; stages, arms: the tables.
+    compared: arms that must train their students by equal budgets.
+
+  Raises:
+    ValueError: one sentence that names what is wrong and the remedy.
+  """
+  table = {stage.name: stage for stage in stages}
+  doctor.check_config(config, table)
+  chosen = _chosen_arms(config, arms)
+  tokenizer, bases = doctor.check_pair(config)
+  prompts, problems = doctor.check_problems(config, task, tokenizer)
+  ids = np.array([p.id for p in prompts["labelled"]])
+  labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
+  prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
+                     config.half_seed)
+  empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {})
+  nodes, arm_nodes, scored = {}, {}, {}
+  for arm in chosen:
+    # The weights that each name stands for so far: a stage moves its learner's.
+    current = {"teacher": "teacher", "student": "student"}
+    arm_nodes[arm] = []
+    for use in arms[arm]:
+      node = _node(empty, table[use.stage], use, current)
+      if node is not None:
+        nodes.setdefault(node.name, node)
+        arm_nodes[arm].append(node.name)
+        current[node.stage.learner] = node.name
+    scored[arm] = {arm: current["student"]}
+  if "untrained" in chosen:
+    teachers = {f"teacher after {node.stage.name} ({node.split})": name
+                for name, node in nodes.items() if node.stage.learner == "teacher"}
+    untrained = {"untrained student": "student", "untrained teacher": "teacher"}
+    scored["untrained"] = untrained | teachers
+  return empty._replace(nodes=nodes, arms=arm_nodes, scored=scored)
+
+
+def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
+  """The arms of config.arms, each once; all their stages are in the config."""
+  chosen = list(dict.fromkeys(a.strip() for a in config.arms.split(",") if a.strip()))
+  for arm in chosen:
+    if arm not in arms:
+      raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
+    for use in arms[arm]:
+      for needed in (use.stage, *use.steps_from):
+        if needed not in config.stages:
+          raise ValueError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
+  if not chosen:
+    raise ValueError(f"config.arms is empty: choose from {', '.join(arms)}.")
+  return chosen
+
+
+def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
+  """{"all", "1h", "2h"}: the labelled prompts and their halves by a seeded hash of the id."""
+  first = data_prompts.half(np.array([p.id for p in labelled]), seed)
+  split = {"all": labelled, "1h": [p for p, f in zip(labelled, first, strict=True) if f],
+           "2h": [p for p, f in zip(labelled, first, strict=True) if not f]}
+  for name, prompts in split.items():
+    if not prompts:
+      raise ValueError(f"the split {name} has no problems: label more of them.")
+  return split
+
+
+def guided(stage: Stage, hp: ConfigDict) -> bool:
+  """Whether a stage's objective reads its guide: a KL penalty of weight 0 does not."""
+  penalty = stage.guide == "reference" and stage.objective is objectives.clipped_surrogate
+  return stage.guide is not None and not (penalty and (hp.kl == "none" or hp.kl_coef == 0))
+
+
+def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Node | None:
+  """A stage placed where an arm has come to; None for a stage of 0 steps, which is left out."""
+  config = plan.config
+  prompts = plan.prompts[use.labels]
+  hp = config.stages[stage.name]
+  if use.steps_from:
+    hp = hp.copy_and_resolve_references()
+    with hp.unlocked():
+      hp.steps = sum(config.stages[name].steps for name in use.steps_from)
+  if hp.steps == 0:
+    return None
+  if hp.prompts > len(prompts):
+    raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
+                     f"{use.labels} has {len(prompts)} problems: lower it.")
+  if stage.actor == "given":
+    doctor.check_solutions(f"config.stages.{stage.name}", hp.sampling.max_tokens, prompts,
+                           plan.problems, plan.chat)
+  learner = current[stage.learner]
+  actor = None if stage.actor in ("given", stage.learner) else current[stage.actor]
+  guide = None
+  if guided(stage, hp):
+    guide = learner if stage.guide == "reference" else current[stage.guide]
+  inputs = _inputs(plan, stage, use.labels, hp,
+                   {"actor": actor, "learner": learner, "guide": guide})
+  name = manifest.name(stage.name, inputs)
+  return Node(name, stage, use.labels, actor, learner, guide, hp, inputs)
+
+
+def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
+            parents: Mapping[str, str | None]) -> dict:
+  """All that determines a stage's result up to rounding: what its folder's name is a hash of."""
+  # A label that no reward reads must not rename the stage, nor a solution that it does not learn.
+  checked = stage.reward or stage.prompt_weights is not None
+  facts = [(p.id, p.tokens, plan.problems[p.id]["answer"] if checked else None,
+            plan.problems[p.id].get("solution") if stage.actor == "given" else None)
+           for p in plan.prompts[split]]
+  return {
+      "row": [stage.name, stage.actor, stage.learner, stage.guide],
+      "objective": source_of(stage.objective),
+      "weigh": stage.prompt_weights and source_of(stage.prompt_weights),
+      "task": plan.task_identity() if checked else None,
+      "config": {k: v for k, v in hp.to_dict().items()
+                 if k not in UNHASHED and not (k == "lora" and v["rank"] == 0)},
+      "seed": plan.config.seed, "dtype": plan.config.dtype, "cache": plan.config.sampler.cache,
+      "tokenizer": plan.chat.fingerprint(),
+      "split": {"name": split, "problems": manifest.digest(facts)},
+      "parents": {name: role and plan.identity(role) for name, role in parents.items()}}
+
+
+def source_of(function: Callable) -> list[Any]:
+  """A function's module, name and source text (its own, not what it calls), for a hash.
+
+  A partial is its function and arguments, another callable its class. Where there is no text (typed
+  at a prompt), the compiled code stands for it.
+  """
+  if isinstance(function, functools.partial):
+    return [source_of(function.func), repr(function.args), repr(sorted(function.keywords.items()))]
+  if not (inspect.isroutine(function) or inspect.isclass(function)):
+    function = type(function)
+  try:
+    text = inspect.getsource(function)
+  except (OSError, TypeError):
+    text = ""
+    if inspect.isfunction(function):
+      code = function.__code__
+      text = f"{code.co_code.hex()} {code.co_consts!r} {code.co_names!r}"
+  return [function.__module__, function.__qualname__, text]

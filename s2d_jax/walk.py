@@ -1,0 +1,111 @@
+"""The walk over a plan: trains its nodes, probes the weights around them, scores every arm.
+
+A finished folder (its manifest, written last, says so) is skipped and an unfinished one resumed, so
+the same walk again goes on where the last one ended.
+"""
+
+from collections.abc import Callable
+
+from absl import logging
+from etils import epath
+
+from s2d_jax import budget, checkpoint, files, hosts, manifest, stage
+from s2d_jax.planning import Node, Plan
+
+FEW_MIXED_GROUPS = 0.5  # below this share of groups with both right and wrong answers, warn
+
+
+def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
+  """Compares every folder of the plan that exists, and every score, with its manifest.
+
+  Raises:
+    ValueError: a manifest cannot be read, or does not match its folder's name.
+  """
+  workdir = epath.Path(workdir)
+  existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
+  for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
+    manifest.read(workdir / name)
+
+
+def run(plan: Plan, workdir: epath.PathLike) -> None:
+  """Trains unfinished nodes, checks budgets and labels, scores every line of every arm's table.
+
+  Raises:
+    ValueError: ledgers of finished stages break a budget or a label split.
+    SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
+  """
+  workdir = epath.Path(workdir)
+  with hosts.stop_signal() as stop:
+    probes = {name: _train(plan, node, workdir, stop) for name, node in plan.nodes.items()}
+    budget.check_equal(budget.spent(plan, workdir), plan.compared,
+                       "by their ledgers: delete the stages of one and run it again")
+    for arm in plan.arms:
+      budget.check_labels(plan, arm, workdir)
+      _score(plan, arm, probes, workdir, stop)
+    hosts.barrier("arms")
+
+
+def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]) -> dict:
+  """Trains a node where it is not finished; returns the names of its probes' folders."""
+  before = _probe(plan, node, node.learner, workdir)
+  _warn(plan, node, before, workdir)
+  if manifest.read(workdir / node.name) is not None:
+    checkpoint.drop_steps(workdir / node.name)  # a kill may come between the manifest and this
+  else:
+    stage.train_node(plan, node, workdir, stop)
+  after = None if node.stage.reward else _probe(plan, node, node.name, workdir)
+  _exit_if_stopped(stop)
+  return {"stage": node.name, "before": before, "after": after}
+
+
+def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
+           stop: Callable[[], bool]) -> None:
+  """Scores the weights in an arm's part of the table, and records the arm as done."""
+  rows = []
+  for label, role in plan.scored[arm].items():
+    rows.append({"label": label, "score": stage.evaluate(plan, role, workdir),
+                 "stages": plan.ancestors(role)})
+    _exit_if_stopped(stop)
+  entry = {"arm": arm, "seed": plan.config.seed, "rows": rows,
+           "config": {k: v for k, v in plan.config.to_dict().items()
+                      if k not in ("arms", "seed", "mesh")},
+           "probes": [probes[name] for name in plan.arms[arm] if probes[name]["before"]]}
+  path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
+  # An existing entry stays: the report orders arms by the age of their files.
+  if hosts.leader() and not path.exists():
+    files.write_json(path, entry)
+
+
+def _exit_if_stopped(stop: Callable[[], bool]) -> None:
+  if stop():
+    raise SystemExit(hosts.RETRY)
+
+
+def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None:
+  """The folder of a probe of a role's weights; with the node's teacher where it distils one."""
+  if node.stage.actor == "given":
+    return None
+  guide = None if node.stage.reward else node.guide or node.actor
+  return stage.probe(plan, role, guide, workdir)
+
+
+def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> None:
+  """Warns before a stage begins where the method's preconditions do not hold."""
+  if before is None:
+    return
+  found = files.read_json(workdir / before / "result.json")
+  mixed = found["student"]["mixed_groups"]
+  if node.stage.reward and mixed < FEW_MIXED_GROUPS:
+    logging.warning("%s: %.0f %% of its groups of %d would be mixed, and the others teach nothing "
+                    "(most groups are constant).", node.name, 100 * mixed, plan.config.probe.group)
+  guide = node.guide or node.actor
+  if "teacher" in found and guide == "teacher":
+    logging.warning("%s: its teacher is the untouched one, which no reward or solution has shaped.",
+                    node.name)
+  if "teacher" in found and guide in plan.nodes:
+    raw = stage.probe(plan, "teacher", None, workdir)
+    raw_rate = files.read_json(workdir / raw / "result.json")["student"]["pass_rate"]
+    if found["teacher"]["pass_rate"] <= raw_rate:
+      logging.warning("%s: its teacher solves %.1f %% of the probe's problems and the untouched "
+                      "one %.1f %% (the teacher did not improve).", node.name,
+                      100 * found["teacher"]["pass_rate"], 100 * raw_rate)

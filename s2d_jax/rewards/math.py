@@ -8,31 +8,39 @@ time linear in the text, because a policy may write any text during training.
 import re
 from collections.abc import Mapping
 
-FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
-SPACES_AND_SIGNS = ("\\!", "\\,", "\\;", "\\ ", "\\left", "\\right", "\\$", "$", "\\%", "%")
-DEGREES = ("^{\\circ}", "^\\circ")
-RESPELLED = (
-  ("\\tfrac", "\\frac"),
-  ("\\dfrac", "\\frac"),
-  ("\\cfrac", "\\frac"),
-  ("{,}", ","),
-  ("\n", ""),
+RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
+DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")  # not one between two digits, which it separates
+NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")  # 1,\!000
+# What only spaces or decorates. It becomes a space, so that the digits around it stay apart.
+SPACING = re.compile(
+  r"(?<!\\)\\[ ,;:!]|~|\\(?:left|right)(?![a-zA-Z])|\\?%|\^(?:\{\\circ\}|\\circ)"
+)
+DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")  # 1 000, 4 2, .141 592
+THOUSANDS = re.compile(r"(?:\.\d{3}|\d{1,3})(?:(?: |\{,\})\d{3})+")
+MIXED = re.compile(  # 1 1/2, 1\frac{1}{2}; an exponent or a factor before it is no whole part
+  r"(?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})(?: (\d{1,9}) ?/ ?(\d{1,9})(?![\w./])"
+  r"| ?\\frac(?:\{(\d{1,9})\}|(\d)) ?(?:\{(\d{1,9})\}|(\d)))"
 )
 UNIT = re.compile(r"\\text\{\s[^{}]*\}\s*$")  # 5\text{ cm}
 WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
 SHORT_ROOT = re.compile(r"\\sqrt(\w)")
-SPACES = re.compile(r"\s+")
+FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
+NAME = re.compile(r"^\s*[a-zA-Z]\s*=")  # x=5
+COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,000
+LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")  # all but those between two numbers
 PLAIN_FRACTION = re.compile(r"(-?)\((-?\w+)\)/\((-?\w+)\)")
-NAME = re.compile(r"^[a-zA-Z]=")  # x=5
 BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")  # .5
-GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,000
 WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")  # without "0*" before the digits, which is quadratic
 
 
 def reward(problem: Mapping[str, str], text: str) -> float:
   r"""1.0 where the last \boxed{} of the text matches the answer after normalisation, else 0.0."""
   boxed = last_boxed(text)
-  return float(boxed is not None and normalised(boxed) == normalised(problem["answer"]))
+  if boxed is None:
+    return 0.0
+  # "100,200" is a number, and also how a list is written without a space.
+  readings = (normalised(boxed), normalised(boxed.replace(",", ", ")))
+  return float(normalised(problem["answer"]) in readings)
 
 
 def verified(problem: Mapping[str, str], text: str) -> float:
@@ -67,28 +75,52 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalised(answer: str) -> str:
-  r"""One spelling for answers that mean the same: " \dfrac12 " and "1/2", "1,000" and "1000"."""
+  r"""One spelling for answers that mean the same: " \dfrac12 " and "1/2", "1,000" and "1000".
+
+  Digits close up only in groups of three: "1 000" is 1000, but "4 2" and "32, 349" are two numbers
+  each. A mixed number becomes a fraction: "1 1/2" is "3/2".
+  """
   for old, new in RESPELLED:
     answer = answer.replace(old, new)
-  for old in SPACES_AND_SIGNS + DEGREES:
-    answer = answer.replace(old, "")
+  answer = DOLLAR.sub("", answer)
+  answer = NEGATIVE_SPACE.sub("{,}", answer)
+  answer = " ".join(SPACING.sub(" ", answer).split())
+  answer = DIGIT_GROUPS.sub(_closed, answer)
+  answer = MIXED.sub(_improper, answer)
+  answer = answer.replace("{,}", ",")
   answer = UNIT.sub("", answer)
   answer = WRAPPED.sub(r"\1", answer)
   answer = SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
   answer = FRACTION.sub(_over, answer)
-  answer = SPACES.sub("", answer)
+  answer = NAME.sub("", answer).rstrip(" .").lstrip()
+  # Before its spaces go, so that "3, 125" stays a list.
+  if COMMA_GROUPS.fullmatch(answer):
+    answer = answer.replace(",", "")
+  answer = LOOSE_SPACE.sub("", answer)
   plain = PLAIN_FRACTION.fullmatch(answer)
   if plain:
     answer = f"{plain[1]}{plain[2]}/{plain[3]}"
-  answer = NAME.sub("", answer).rstrip(".")
   answer = BARE_POINT.sub("0.", answer)
-  if GROUPED.fullmatch(answer):
-    answer = answer.replace(",", "")
   number = WHOLE.fullmatch(answer)
   if number:  # by its text: int() refuses the thousands of digits a model may write
     digits = number[2].lstrip("0") or "0"
     return "-" + digits if number[1] == "-" and digits != "0" else digits
   return answer
+
+
+def _closed(groups: re.Match) -> str:
+  """The digits without their separators, where every group but the first has exactly three."""
+  if THOUSANDS.fullmatch(groups[0]):
+    return groups[0].replace(" ", "").replace("{,}", "")
+  return groups[0]
+
+
+def _improper(mixed: re.Match) -> str:
+  r"""A whole number and a proper fraction as one fraction: 1 1/2 is \frac{3}{2}."""
+  whole, top, bottom = mixed[1], mixed[2] or mixed[4] or mixed[5], mixed[3] or mixed[6] or mixed[7]
+  if not 0 < int(top) < int(bottom):
+    return mixed[0]
+  return f"\\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"
 
 
 def _over(match: re.Match) -> str:

@@ -21,7 +21,25 @@ MIXED = re.compile(  # 1 1/2, 1\frac{1}{2}; an exponent or a factor before it is
   r"(?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})(?: (\d{1,9}) ?/ ?(\d{1,9})(?![\w./])"
   r"| ?\\frac(?:\{(\d{1,9})\}|(\d)) ?(?:\{(\d{1,9})\}|(\d)))"
 )
-UNIT = re.compile(r"\\text\{\s[^{}]*\}\s*$")  # 5\text{ cm}
+LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")  # 5\text{ cm}
+CONTROL_WORD = re.compile(r"\\[a-zA-Z]+")
+LETTER = re.compile(r"[^\W\d_]")
+# Digits (but for the exponent of cm^2), relations and signs: more than a unit.
+BEYOND_UNIT = re.compile(r"(?<!\^)(?<!\^-)\d|[<>=+≤≥≠±]|^(?:squared|cubed)\b")
+WORD = re.compile(r"[a-z]+")
+# Words behind a number that change its value, say something of it or add an alternative.
+NOT_IN_UNITS = frozenset(
+  """
+  zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
+  sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions
+  trillion trillions quadrillion dozen dozens half halves third thirds fourth fourths fifth fifths
+  sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
+  thousandth thousandths millionth millionths negative positive minus plus factorial
+  or and to through but not nor if when where for except excluding is are was equals with without
+  mod modulo remainder base than most least odd even prime none infinity
+  am pm bc ad bce ce north south east west
+  """.split()
+)
 WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
 SHORT_ROOT = re.compile(r"\\sqrt(\w)")
 FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
@@ -34,13 +52,17 @@ WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")  # without "0*" before the digits, wh
 
 
 def reward(problem: Mapping[str, str], text: str) -> float:
-  r"""1.0 where the last \boxed{} of the text matches the answer after normalisation, else 0.0."""
+  r"""1.0 where the last \boxed{} of the text matches the answer after normalisation, else 0.0.
+
+  An answer of which normalisation leaves nothing matches nothing.
+  """
   boxed = last_boxed(text)
   if boxed is None:
     return 0.0
+  answer = normalised(problem["answer"])
   # "100,200" is a number, and also how a list is written without a space.
   readings = (normalised(boxed), normalised(boxed.replace(",", ", ")))
-  return float(normalised(problem["answer"]) in readings)
+  return float(answer != "" and answer in readings)
 
 
 def verified(problem: Mapping[str, str], text: str) -> float:
@@ -88,7 +110,7 @@ def normalised(answer: str) -> str:
   answer = DIGIT_GROUPS.sub(_closed, answer)
   answer = MIXED.sub(_improper, answer)
   answer = answer.replace("{,}", ",")
-  answer = UNIT.sub("", answer)
+  answer = _without_unit(answer)
   answer = WRAPPED.sub(r"\1", answer)
   answer = SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
   answer = FRACTION.sub(_over, answer)
@@ -106,6 +128,25 @@ def normalised(answer: str) -> str:
     digits = number[2].lstrip("0") or "0"
     return "-" + digits if number[1] == "-" and digits != "0" else digits
   return answer
+
+
+def _without_unit(answer: str) -> str:
+  r"""The answer without a unit at its end: 5\text{ cm} is 5, but n\text{ is odd} stays whole."""
+  last = LAST_TEXT.search(answer)
+  if last is None:
+    return answer
+  # "x=5\text{ cm}" has its number behind the "=".
+  value = answer[: last.start()].rpartition("=")[2]
+  if "\\pi" not in value and not any(c.isdigit() for c in value):
+    return answer
+  # Letters beyond control words such as \frac make it an expression, of which a text may say more.
+  if LETTER.search(CONTROL_WORD.sub("", value)) or BEYOND_UNIT.search(last[1]):
+    return answer
+  # Without points, "p.m." is one word.
+  words = WORD.findall(last[1].lower().replace(".", ""))
+  if not NOT_IN_UNITS.isdisjoint(words):
+    return answer
+  return answer[: last.start()]
 
 
 def _closed(groups: re.Match) -> str:

@@ -91,6 +91,41 @@ def test_separators_between_digits(answer, boxed, expected):
   assert math.reward({"answer": answer}, f"so \\boxed{{{boxed}}}.") == expected
 
 
+# (answer, boxed, reward): a text at the end is a unit only behind a number.
+UNITS = [
+  ("\\text{ Monday}", "", 0), ("\\text{ Monday}", "\\text{ Tuesday}", 0),
+  ("\\text{ Monday}", "Monday", 1), ("\\text{Monday}", "\\text{ Monday}", 1),
+  ("n\\text{ is even}", "n\\text{ is odd}", 0), ("n\\text{ is even}", "n\\text{ is  even}", 1),
+  ("n^2\\text{ is even}", "n^2\\text{ is odd}", 0), ("(A)\\text{ only}", "(A)\\text{ and B}", 0),
+  ("\\infty\\text{ many}", "\\infty\\text{ few}", 0), ("x=2\\text{ or 3}", "x=2", 0),
+  ("5", "5\\text{ or 6}", 0), ("5", "5\\text{ million}", 0), ("5", "5\\text{ and 6}", 0),
+  ("2\\text{ (mod 3)}", "2\\text{ (mod 5)}", 0), ("2", "2\\text{ mod }", 0),
+  ("5", "5\\text{ thousand}", 0), ("5", "5\\text{ dozen eggs}", 0), ("2", "2\\text{ thirds}", 0),
+  ("5", "5\\text{ and a half}", 0), ("5", "5\\text{ Hundred}", 0), ("5", "5\\text{ or more}", 0),
+  ("5", "5\\text{ feet 6 inches}", 0), ("7", "7\\text{ R 3}", 0), ("5", "5\\text{ < x}", 0),
+  ("5", "5\\text{ to ten}", 0), ("5", "5\\text{ squared}", 0), ("101", "101\\text{ base 2}", 0),
+  ("5\\text{ p.m.}", "5\\text{ a.m.}", 0), ("3", "3\\text{ at most}", 0),
+  ("5\\text{ million}", "5\\text{ million}", 1), ("5\\text{ or 6}", "5\\text{ or  6}", 1),
+  # Units that are one.
+  ("5", "5\\text{ cm}", 1), ("5\\text{ cm}", "5", 1), ("5\\text{ in}", "5\\text{ inches}", 1),
+  ("12", "12\\text{ ways}", 1), ("5", "5\\text{ sq. ft.}", 1), ("5", "5\\text{ cm$^2$}", 1),
+  ("5", "5\\text{ m/s^2}", 1), ("5", "5\\text{ s^-1}", 1), ("5", "5\\text{ cm squared}", 1),
+  ("\\frac{1}{2}", "\\frac12\\text{ hour}", 1), ("10\\pi", "10\\pi\\text{ units}", 1),
+  ("2\\sqrt{3}", "2\\sqrt3\\text{ m}", 1), ("(3,4)", "(3, 4)\\text{ km}", 1),
+  ("5", "x = 5\\text{ cm}", 1), ("5", "5\\text{ miles per hour}", 1), ("5", "5\\text{ times}", 1),
+  ("5", "5\\text{ percent}", 1), ("5", "$5\\text{ cm}$", 1), ("5", "5\\text{ cm}.", 1),
+  ("3\\times10^8", "3\\times10^8\\text{ m/s}", 1), ("5", "5\\text{ µm}", 1),
+  # Nothing matches nothing.
+  ("\\%", "", 0), ("  ", "", 0), ("", "", 0), ("\\$", "\\%", 0), (".", ".", 0), ("x=", "", 0),
+  ("\\text{}", "", 0), ("^\\circ", "\\text{ }", 0), ("\\left\\right", "\\,", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, boxed, expected", UNITS)
+def test_units_and_answers_of_nothing(answer, boxed, expected):
+  assert math.reward({"answer": answer}, f"so \\boxed{{{boxed}}}.") == expected
+
+
 @contextlib.contextmanager
 def limited(seconds):
   """Stops a search that would not end; Python's pattern engine looks for signals as it runs."""

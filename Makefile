@@ -44,6 +44,7 @@ test-slow: $(VENV)/.installed-test
 # libtpu beside the rest would claim the machine's accelerator, so it has an environment of its own.
 test-tpu: .venv-tpu/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
+	  JAX_ENABLE_COMPILATION_CACHE=false \
 	  .venv-tpu/bin/python -m pytest -m tpu tests/tpu -n $(WORKERS)
 
 lint: $(VENV)/.installed-test

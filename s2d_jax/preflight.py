@@ -148,6 +148,8 @@ def main(config, topology):
   devices = None
   if topology:
     from jax.experimental import topologies  # needs libtpu, which only this option asks for
+    # A cached program cannot be read back without a chip: it would be a warning each.
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   try:
     with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):

@@ -32,11 +32,13 @@ def abstract(optimizer, mesh, params):
   params = sharding.abstract(params)
   shapes = jax.eval_shape(optimizer.init, params)
   whole = sharding.replicated(mesh)
-  with jax.transfer_guard_host_to_device("allow"):  # optax asks its transforms by running them
-    slots = optax.tree.map_params(
-        optimizer, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: whole)
+  slots = []
+  # optax finds the slots by running `optimizer.init`. It is traced here, because the mesh may be a
+  # described topology, on whose devices nothing can run.
+  jax.eval_shape(lambda: slots.append(optax.tree.map_params(
+      optimizer, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: whole)))
   return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params,
-                    sharding.laid_out(shapes, slots))
+                    sharding.laid_out(shapes, slots[0]))
 
 
 def init(optimizer, mesh, params):

@@ -1,0 +1,53 @@
+"""`s2d-jax preflight --topology`: a recipe's programs compiled for TPUs that are not here."""
+
+import importlib.util
+import json
+import shutil
+
+import jax
+import pytest
+
+from configs import arithmetic, qwen3_math
+from s2d_jax import models, objectives, optim, preflight, sharding, train, update
+from tests.tpu import test_aot
+
+pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="make test-tpu has libtpu")]
+
+
+def test_every_program_of_a_tiny_config_is_compiled(capsys):
+  config = arithmetic.get_config("tiny")
+  config.mesh = (1, 2, 2)
+  with config.unlocked():
+    config.stages = {name: config.stages[name] for name in ("reverse_kl", "student_grpo")}
+  preflight.main(config, "v5e:2x2")
+  found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+  for stage in config.stages:
+    assert [stage, "update"] in found and [stage, "sample"] in found
+  assert ["evaluation", "student"] in found and ["probe", "both"] in found
+
+
+def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
+  for name in ("Qwen3-8B", "Qwen3-1.7B"):
+    shutil.copytree(arithmetic.get_config().teacher, tmp_path / name,
+                    ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / name / "config.json").write_text(json.dumps(models.PUBLISHED[name.lower()]))
+  config = qwen3_math.get_config(f"models={tmp_path},data={tmp_path}")
+  hp = config.stages.teacher_grpo
+  where = test_aot.mesh("v5p:2x2x4", config.mesh)
+  with jax.set_mesh(where):
+    learner = preflight.abstract_role(config, "teacher", where, models.shapes)
+    optimizer = optim.make(train.optim_config(hp), models.trained(learner.model.config))
+    state = update.abstract(optimizer, where, learner.params)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params))
+    assert {x.sharding for x in moments} == {x.sharding for x in jax.tree.leaves(state.params)
+                                             if x.ndim}
+    start = preflight.abstract_role(config, "teacher", where)  # its KL penalty's reference
+    step = update.make(learner.model, start.model, objectives.clipped_surrogate, optimizer, hp,
+                       update.shardings(state))
+    rows = hp.prompts * hp.sampling.samples_per_prompt
+    batch = train.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
+    text = step.lower(state, start.params, batch).as_text()
+  assert "sharding" in text and sharding.platform() == "cpu"

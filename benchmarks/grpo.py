@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import measure
 from configs import common
-from s2d_jax import ledger, models, objectives, optim, rollout, sampler, sharding, train, update
+from s2d_jax import ledger, loop, models, objectives, optim, rollouts, sampler, sharding, training
 from s2d_jax.losses import grpo
 from s2d_jax.models import hf
 
@@ -45,17 +45,17 @@ class Ours:
         steps=1000, prompts=sizes.prompts, optim=common.adamw(sizes.lr),
         sampling=common.sampling(sizes.samples, sizes.max_tokens),
         microbatches=sizes.microbatches, block=sizes.block) | common.grpo())
-    optimizer = optim.make(train.optim_config(hp), axes)
-    self.state = update.init(optimizer, mesh, params)
+    optimizer = optim.make(loop.optim_config(hp), axes)
+    self.state = training.init(optimizer, mesh, params)
     ids = np.random.default_rng(0).integers(
         0, self.model.config.vocab_size, (sizes.prompts, sizes.prompt_tokens)).tolist()
-    self.prompts = [rollout.Prompt(i, tuple(row)) for i, row in enumerate(ids)]
+    self.prompts = [rollouts.Prompt(i, tuple(row)) for i, row in enumerate(ids)]
     work = self.work = SimpleNamespace(
-        hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=train.Role(self.model, params),
+        hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=loop.Role(self.model, params),
         actor=None, guide=None, judge=None, frozen=None, given=None, text=None, optimizer=optimizer,
         objective=objectives.clipped_surrogate, logp=objectives.logp, room=sampler.Room())
     self.programs, self.compile_seconds = measure.stopwatch(
-        lambda: train.compile_programs(work, self.state, mesh))
+        lambda: loop.compile_programs(work, self.state, mesh))
 
   def ask(self, seed):
     """Takes a step: seconds, those of its parts, tokens and entropy."""
@@ -65,7 +65,7 @@ class Ours:
     def rewarded():
       even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
       advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
-      return train.known(self.work, rollout.batch(
+      return loop.known(self.work, rollouts.batch(
           rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32)))
     batch, seconds["reward"] = measure.stopwatch(rewarded)
     def updated():

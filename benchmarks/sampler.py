@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import measure
 from s2d_jax import ledger, sampler, sharding
 from s2d_jax.models import hf
-from s2d_jax.rollout import Prompt
+from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler import programs
 
 FULL = {"works": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "qwen3-29m",

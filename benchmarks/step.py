@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import measure
 from configs import common
-from s2d_jax import ledger, models, objectives, optim, rollout, sharding, update
+from s2d_jax import ledger, models, objectives, optim, rollouts, sharding, training
 from s2d_jax.losses import blockwise
 from s2d_jax.models import hf
 
@@ -44,7 +44,7 @@ def random_batch(vocab_size, rows, tokens):
   def normal(mean=0.0):
     return rng.normal(mean, 1.0, (rows, tokens)).astype(np.float32)
   ones = np.ones((rows, tokens), np.int32)
-  return rollout.Batch(
+  return rollouts.Batch(
       inputs_BT=ids(), targets_BT=ids(), segments_BT=ones, weight_BT=ones.astype(np.float32),
       count_BT=ones.astype(np.float32),
       positions_BT=np.tile(np.arange(tokens, dtype=np.int32), (rows, 1)), advantage_BT=normal(),
@@ -73,14 +73,14 @@ class Ours:
                          microbatches=sizes.microbatches, block=sizes.block)
     place = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
-    self.state = update.init(self.optimizer, mesh, jax.device_put(params, place))
+    self.state = training.init(self.optimizer, mesh, jax.device_put(params, place))
     if self.guided:
       self.guide_params = jax.device_put(self.guide_params, place)
     self.batch = random_batch(self.model.config.vocab_size, sizes.rows, sizes.tokens)
     self.placed = sharding.put_batch(self.batch, mesh)
-    step = update.make(self.model, guide, objective, self.optimizer, hp,
-                       update.shardings(self.state))
-    score = update.score(self.model, objectives.logp, hp)
+    step = training.make(self.model, guide, objective, self.optimizer, hp,
+                       training.shardings(self.state))
+    score = training.score(self.model, objectives.logp, hp)
     self.program, self.compile_seconds = measure.stopwatch(
         lambda: step.lower(self.state, self.guide_params, self.placed).compile())
     self.scored = score.lower(self.state.params, self.placed).compile()

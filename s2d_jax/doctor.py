@@ -8,7 +8,7 @@ calls them all before it writes anything.
 
 import math
 
-from s2d_jax import chat, models, objectives, optim, rollout, sampler, train, update
+from s2d_jax import chat, loop, models, objectives, optim, rollouts, sampler, training
 from s2d_jax.models import hf
 
 TOP = ("seed", "arms", "task", "data", "label_share", "half_seed", "teacher", "student", "template",
@@ -30,7 +30,7 @@ def check_config(config, stages):
   """
   check_keys("config", config, TOP)
   check_keys("config.sampler", config.sampler, sampler.Room._fields)
-  sampler.check_room(train.room(config.sampler))
+  sampler.check_room(loop.room(config.sampler))
   for place, wanted in (("validation", VALIDATION), ("probe", PROBE), ("evaluation", EVALUATION)):
     check_keys(f"config.{place}", config[place], wanted)
     _check_sampling(f"config.{place}.sampling", config[place].sampling)
@@ -85,7 +85,7 @@ def _check_stage(place, hp, stage):
   reads = objectives.READS.get(stage.objective)
   if reads is not None:  # a user's own objective reads what it likes
     more = objectives.REWARD_READS * stage.reward + ("pass_samples",) * bool(stage.prompt_weights)
-    check_keys(place, hp, (*train.READS, *update.READS, *reads, *more, "optim"))
+    check_keys(place, hp, (*loop.READS, *training.READS, *reads, *more, "optim"))
   check_keys(f"{place}.lora", hp.lora, ("rank", "alpha", "targets"))
   try:
     models.lora(hp.lora)
@@ -101,7 +101,7 @@ def _check_stage(place, hp, stage):
                      "out of every arm.")
   if hp.eval_every < 0:
     raise ValueError(f"{place}.eval_every is {hp.eval_every}: choose 0 (never) or more.")
-  rollout.token_weights((1,), hp.mean, 1)  # its own check
+  rollouts.token_weights((1,), hp.mean, 1)  # its own check
   if stage.reward and hp.advantages not in objectives.ADVANTAGES:
     raise ValueError(f"{place}.advantages is {hp.advantages!r}: choose one of "
                      f"{', '.join(objectives.ADVANTAGES)}.")
@@ -119,7 +119,7 @@ def _check_stage(place, hp, stage):
     raise ValueError(f"{place} draws {rows} rows a step, which minibatches x microbatches = "
                      f"{hp.minibatches} x {hp.microbatches} does not divide: change one of them.")
   if hp.steps:
-    optim.make(train.optim_config(hp), {})  # its own checks
+    optim.make(loop.optim_config(hp), {})  # its own checks
 
 
 def _check_sampling(place, sampling):
@@ -261,7 +261,7 @@ def check_problems(config, task, talk):
         raise ValueError(f"problem {problem['id']} of {split} takes {len(tokens)} tokens and its "
                          f"window is {config.prompt_tokens}: raise config.prompt_tokens.")
       problems[problem["id"]] = problem
-      prompts[split].append(rollout.Prompt(problem["id"], tokens))
+      prompts[split].append(rollouts.Prompt(problem["id"], tokens))
   held = len(prompts[config.probe.split])
   if config.probe.problems > held:
     raise ValueError(f"config.probe.problems is {config.probe.problems} and the split "

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from s2d_jax import hosts, rollout, update
+from s2d_jax import hosts, rollouts, training
 from s2d_jax.data import prompts as order
 
 
@@ -54,16 +54,16 @@ def drawn(work, programs, store, state, step):
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     if mixed_P.sum() >= hp.prompts:
       break
-  every, fresh_B = rollout.concatenate(parts), np.concatenate(fresh)
+  every, fresh_B = rollouts.concatenate(parts), np.concatenate(fresh)
   order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
   own_P, rest_P = np.sort(order_P[: hp.prompts]), np.sort(order_P[hp.prompts:])
   own_B, rest_B = ((places_P[:, None] * G + np.arange(G)).reshape(-1)
                    for places_P in (own_P, rest_P))
-  rows = rollout.take(every, own_B)
+  rows = rollouts.take(every, own_B)
   weight_B = np.repeat(mixed_P[own_P] | (hp.rounds == 0), G).astype(np.float32)
   if hp.overlong == "mask":
-    weight_B = weight_B * (rows.finish_reason_B == rollout.FINISHED.index("stop"))
-  dropped = (rollout.take(every, rest_B), fresh_B[rest_B]) if len(rest_B) else (None, None)
+    weight_B = weight_B * (rows.finish_reason_B == rollouts.FINISHED.index("stop"))
+  dropped = (rollouts.take(every, rest_B), fresh_B[rest_B]) if len(rest_B) else (None, None)
   return Drawn(picked, rows, weight_B, reward_PG[own_P].reshape(-1), fresh_B[own_B], *dropped,
                {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(),
                 "rounds": len(parts)})
@@ -92,7 +92,7 @@ def _draw(work, programs, store, state, step, picked, turn=0, ended=None):
   if store is None:
     seed = (work.seed, zlib.crc32(work.name.encode()), step, turn)
     version = step * hp.epochs * hp.minibatches
-    params = update.join(state.params, work.frozen)
+    params = training.join(state.params, work.frozen)
     return (programs.draw(params, picked, seed, weight_version=version, ended=ended),
             np.ones(len(picked) * G, bool))
   rounds = 1 if work.advantages is None else max(hp.rounds, 1)
@@ -131,7 +131,7 @@ def weigh(work, programs, store, step, drawn):
   weight_B = np.array([weight_P[i] for i in id_B], np.float32)
   if drawn.weight_B is not None:
     weight_B = weight_B * drawn.weight_B
-  return weight_B, rollout.take(rows, new_B), pass_rate_P.mean()
+  return weight_B, rollouts.take(rows, new_B), pass_rate_P.mean()
 
 
 def rewards(reward, rows, scored=types.MappingProxyType({})):
@@ -142,10 +142,10 @@ def rewards(reward, rows, scored=types.MappingProxyType({})):
   Raises:
     ValueError: a reward is not finite; names the prompt and the sample.
   """
-  hosts, here = jax.process_count(), jax.process_index()
+  count, here = jax.process_count(), jax.process_index()
   B = len(rows.prompt_id_B)
   mine = np.zeros(B, np.float32)
-  for b in range(here, B, hosts):
+  for b in range(here, B, count):
     mine[b] = scored[b] if b in scored else reward(int(rows.prompt_id_B[b]), rows.response(b))
   reward_B = hosts.sum_over_hosts(mine)
   for b in np.flatnonzero(~np.isfinite(reward_B)):

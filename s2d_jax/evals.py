@@ -13,7 +13,7 @@ def solve(draw, params, prompts, reward, seed):
   """Samples every prompt and checks every response as it ends, while others are decoded.
 
   Args:
-    draw: as `sampler.make` returns it; params: the weights; prompts: rollout.Prompt of P problems.
+    draw: as `sampler.make` returns it; params: the weights; prompts: rollouts.Prompt of P problems.
     reward: (prompt id, response ids) -> float; seed: a tuple of ints.
 
   Returns:

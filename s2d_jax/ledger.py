@@ -49,7 +49,7 @@ def row(step, prompt_ids, labels, **counts):
 
 
 def labels(work, picked, before):
-  """Whose answers a step of a `train.Work` spends: all it draws; where they serve pass rates alone,
+  """Whose answers a step of a `loop.Work` spends: all it draws; where they serve pass rates alone,
   those that no row `before` has."""
   problems = [p.id for p in picked]
   if work.advantages is not None or work.given is not None:
@@ -64,7 +64,7 @@ def spent(work, step, drawn, labels, judged, scored):
   """One step's row.
 
   Args:
-    work: the stage, a `train.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
+    work: the stage, a `loop.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
     judged: the rows that a pass rate asked for, or None.
     scored: whether the actor's log-probabilities were taken in a pass of their own.
   """

@@ -6,7 +6,7 @@ is that of batch.count_BT, and that of all else the weights', so that it is a me
 of the loss's. A name alone in its tuple is a largest value. Heads are pairs (features_BTD,
 weight_VD); guide_head is None without a guide. `READS` names the config keys each objective reads.
 
-A batch whose old_logp_BT is None was not scored before (`train.scored`): of the learner's own
+A batch whose old_logp_BT is None was not scored before (`loop.scored`): of the learner's own
 samples, learned from once, the update's log-probabilities are the old ones too, and the sampler's
 are held against them (`gap_sums`); of given solutions there are none of either.
 """
@@ -51,7 +51,7 @@ def metric(x_BT, batch):
 
 def logp(head, batch, hp):
   """The model's own log-probability of each response token and its entropy, elsewhere 0: what
-  `update.score` runs."""
+  `training.score` runs."""
   return blockwise.logp(head, batch.targets_BT, hp.block, batch.sequence_BT >= 0)
 
 
@@ -254,7 +254,7 @@ def agreement(student_head, guide_head, batch, hp):
 
   What condition C2 of arXiv 2605.12483 asks for and leaves unmeasured: both divergences, the top-k
   sets (hp.top_k) and the mass on what they share, both entropies, and the lengths of the two
-  objectives' gradients in the student's logits. `update.compare` runs it.
+  objectives' gradients in the student's logits. `training.compare` runs it.
   """
   def f(s, t):
     return kl.reverse_kl(s, t), {

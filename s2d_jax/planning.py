@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import chat, doctor, manifest, objectives
 from s2d_jax.data import prompts as data_prompts
-from s2d_jax.rollout import Prompt
+from s2d_jax.rollouts import Prompt
 
 # What a stage's result does not depend on, up to rounding and logging.
 UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")

@@ -19,6 +19,7 @@ from s2d_jax import (
   chat,
   cli,
   doctor,
+  loop,
   models,
   objectives,
   optim,
@@ -27,8 +28,7 @@ from s2d_jax import (
   sampler,
   sharding,
   sweep,
-  train,
-  update,
+  training,
 )
 from s2d_jax.models import hf
 
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 def abstract_role(config, role, mesh, shapes=models.frozen_shapes):
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-  return train.Role(model, _laid_out(model, mesh, shapes))
+  return loop.Role(model, _laid_out(model, mesh, shapes))
 
 
 def _laid_out(model, mesh, shapes):
@@ -70,11 +70,11 @@ def costs(config, stages=recipe.STAGES):
     if lora is not None:
       model = models.build(dataclasses.replace(base.model.config, lora=lora))
       rest = base.params
-      learner = train.Role(model, models.split(
+      learner = loop.Role(model, models.split(
           model.config, _laid_out(model, mesh, models.shapes))[0])
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
-    optimizer = optim.make(train.optim_config(hp), models.trained(learner.model.config))
-    work = train.Work(
+    optimizer = optim.make(loop.optim_config(hp), models.trained(learner.model.config))
+    work = loop.Work(
         name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
         width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
         actor=None if row.actor in ("given", row.learner)
@@ -85,8 +85,8 @@ def costs(config, stages=recipe.STAGES):
         judge=abstract_role(config, row.learner, mesh) if row.prompt_weights else None,
         weigh=row.prompt_weights,
         passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
-        store=None, validate=None, text=str, room=train.room(config.sampler))
-    programs = train.compile_programs(work, update.abstract(optimizer, mesh, learner.params), mesh)
+        store=None, validate=None, text=str, room=loop.room(config.sampler))
+    programs = loop.compile_programs(work, training.abstract(optimizer, mesh, learner.params), mesh)
     found = {"update": programs.step}
     if programs.score is not None:
       found = {"score": programs.score, **found}
@@ -114,10 +114,10 @@ def _scoring(config, mesh, stop_ids):
   """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
-    how = train.sampling(block.sampling, stop_ids)._replace(**change)
+    how = loop.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
       draw = sampler.make(model, params, how, size, config.prompt_tokens,
-                          train.room(config.sampler).exact(), str)
+                          loop.room(config.sampler).exact(), str)
       yield from _sampling(f"{role}{program}", draw).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),
@@ -137,8 +137,8 @@ def _compare(config, roles, mesh):
   """The program that lays a probe's two models side by side."""
   hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
   rows = hp.prompts * hp.sampling.samples_per_prompt
-  batch = train.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
-  compared = update.compare(student.model, teacher.model, objectives.agreement, hp)
+  batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
+  compared = training.compare(student.model, teacher.model, objectives.agreement, hp)
   return compared.lower(*(sharding.abstract(role.params) for role in (student, teacher)),
                         batch).compile()
 

@@ -1,6 +1,6 @@
 """One node of the walk on disk: a stage's folder from its roles to its manifest, or a score's.
 
-It turns a node of `planning.Plan` into what `train.run` takes, and leaves the folder finished:
+It turns a node of `planning.Plan` into what `loop.run` takes, and leaves the folder finished:
 final weights, a Hugging Face folder, the ledger, and last the manifest.
 """
 
@@ -19,16 +19,16 @@ from s2d_jax import (
   evals,
   files,
   hosts,
+  loop,
   manifest,
   metrics,
   models,
   objectives,
   optim,
-  rollout,
+  rollouts,
   sampler,
   sharding,
-  train,
-  update,
+  training,
 )
 from s2d_jax.models import hf
 
@@ -38,7 +38,7 @@ def train_node(made, node, workdir, stop):
   mesh, folder = sharding.current_mesh(), workdir / node.name
   with files.only_writer(folder) as (beat, left):
     work = _work(made, node, workdir, mesh)
-    params, totals = train.run(work, beat, left, stop)
+    params, totals = loop.run(work, beat, left, stop)
     model, params = _whole(work.learner.model, params, work.frozen)
     checkpoint.save_final(folder, params)
     lineage = {"stage": node.name, "parents": made.ancestors(node.name)[:-1],
@@ -58,7 +58,7 @@ def _validation(made, model, params):
   """validate(params), its sampler compiled; for a stage that asks for it."""
   config = made.config.validation
   draw = sampler.make(model, params,
-                      train.sampling(config.sampling, made.chat.eos_ids), config.problems,
+                      loop.sampling(config.sampling, made.chat.eos_ids), config.problems,
                       made.config.prompt_tokens, _room(made.config), made.chat.decode)
   return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
                           (made.config.seed, zlib.crc32(b"validation")))
@@ -80,7 +80,7 @@ def _whole(model, params, frozen):
   if frozen is None:
     return model, params
   merged = jax.jit(functools.partial(models.merge, model.config),
-                   out_shardings=update.shardings(frozen))(update.join(params, frozen))
+                   out_shardings=training.shardings(frozen))(training.join(params, frozen))
   return models.build(dataclasses.replace(model.config, lora=None)), merged
 
 
@@ -95,16 +95,16 @@ def _learner(made, node, workdir, mesh):
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
   seed = zlib.crc32(f"{made.config.seed} {node.stage.name} adapters".encode())
-  return train.Role(model, models.adapters(model, seed)), learner.params
+  return loop.Role(model, models.adapters(model, seed)), learner.params
 
 
 def _work(made, node, workdir, mesh):
-  """Everything `train.run` needs to know of a node."""
+  """Everything `loop.run` needs to know of a node."""
   config, row = made.config, node.stage
   hp, seed = node.hp, config.seed
   learner, rest = _learner(made, node, workdir, mesh)
   frozen = {role: _load(made, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
-  return train.Work(
+  return loop.Work(
       name=row.name, folder=workdir / node.name, hp=hp, seed=seed, prompts=made.prompts[node.split],
       width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
       actor=frozen.get(node.actor), guide=frozen.get(node.guide), frozen=rest,
@@ -115,19 +115,19 @@ def _work(made, node, workdir, mesh):
       weigh=row.prompt_weights,
       punish=objectives.punishment(hp) if row.reward else None,
       objective=row.objective, logp=objectives.logp,
-      optimizer=optim.make(train.optim_config(hp), models.trained(learner.model.config)),
-      store=lambda: rollout.Store(workdir / _rollouts(made, node.actor, node.hp),
+      optimizer=optim.make(loop.optim_config(hp), models.trained(learner.model.config)),
+      store=lambda: rollouts.Store(workdir / _rollouts(made, node.actor, node.hp),
                                   files.write),
-      passes=lambda: rollout.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
+      passes=lambda: rollouts.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
                                    files.write),
-      validate=_validation(made, learner.model, update.join(learner.params, rest))
+      validate=_validation(made, learner.model, training.join(learner.params, rest))
       if hp.eval_every else None,
-      text=made.chat.decode, room=train.room(config.sampler))
+      text=made.chat.decode, room=loop.room(config.sampler))
 
 
 def _room(config):
   """The sampler.Room of what scores: a narrower cache is for stages, which check it first."""
-  return train.room(config.sampler).exact()
+  return loop.room(config.sampler).exact()
 
 
 def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
@@ -139,10 +139,10 @@ def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
   model = models.get(hf.read_json(folder), **{key: made.config[key] for key in models.RUN})
   shapes = shapes(model.config)
   if role in made.bases:
-    return train.Role(model, hf.load(folder, mesh, jax.tree.map(lambda x: x.dtype, shapes))[1])
+    return loop.Role(model, hf.load(folder, mesh, jax.tree.map(lambda x: x.dtype, shapes))[1])
   abstract = sharding.laid_out(shapes, sharding.weight_shardings(
       mesh, models.axes(model.config), shapes))
-  return train.Role(model, checkpoint.load_final(workdir / role, abstract))
+  return loop.Role(model, checkpoint.load_final(workdir / role, abstract))
 
 
 def _rollouts(made, actor, hp, kind="rollouts"):
@@ -161,7 +161,7 @@ def _given(made, hp):
   def draw(picked):
     T = hp.sampling.max_tokens
     rows = [made.chat.encode_response(made.problems[p.id]["solution"]) for p in picked]
-    return rollout.given(picked, rows, made.config.prompt_tokens, T)
+    return rollouts.given(picked, rows, made.config.prompt_tokens, T)
   return draw
 
 
@@ -228,11 +228,11 @@ def _measured(made, role, guide, prompts, workdir, mesh):
   models_ = {"student": _load(made, role, workdir, mesh)}
   if guide is not None:
     models_["teacher"] = _load(made, guide, workdir, mesh)
-    compared = update.compare(models_["student"].model, models_["teacher"].model,
+    compared = training.compare(models_["student"].model, models_["teacher"].model,
                               objectives.agreement, config)
   found = {}
   for name, (model, params) in models_.items():
-    draw = sampler.make(model, params, train.sampling(config.sampling, made.chat.eos_ids),
+    draw = sampler.make(model, params, loop.sampling(config.sampling, made.chat.eos_ids),
                         config.prompts, made.config.prompt_tokens, _room(made.config),
                         made.chat.decode)
     correct_PG, rows = evals.solve(draw, params, prompts, made.reward,
@@ -240,9 +240,9 @@ def _measured(made, role, guide, prompts, workdir, mesh):
     found[name] = dict(evals.text(correct_PG, rows, config.group))
     if guide is not None:
       size, parts = config.prompts * config.sampling.samples_per_prompt, []
-      batch = rollout.batch(rows)
+      batch = rollouts.batch(rows)
       for b in range(0, len(rows.prompt_id_B), size):
-        part = rollout.Batch(*(x[b: b + size] for x in batch))
+        part = rollouts.Batch(*(x[b: b + size] for x in batch))
         parts.append(sharding.fetch(compared(models_["student"].params, models_["teacher"].params,
                                              sharding.put_batch(part, mesh))))
       values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -253,7 +253,7 @@ def _measured(made, role, guide, prompts, workdir, mesh):
 def _scores(made, learner, prompts):
   """(result, samples) of one model: greedy, avg@k and pass@k, with the matrix behind them."""
   config, seed = made.config.evaluation, (made.config.seed, zlib.crc32(b"evaluation"))
-  sampled = train.sampling(config.sampling, made.chat.eos_ids)
+  sampled = loop.sampling(config.sampling, made.chat.eos_ids)
   greedy = sampled._replace(samples_per_prompt=1, temperature=0.0)
   matrices, found = {}, {}
   for name, how in (("sampled", sampled), ("greedy", greedy)):

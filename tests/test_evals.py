@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from s2d_jax import evals, rollout
+from s2d_jax import evals, rollouts
 
-PROMPTS = [rollout.Prompt(30, (1, 2)), rollout.Prompt(20, (3,))]
+PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
 RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
 
 
@@ -19,7 +19,7 @@ class Told:
   def __call__(self, params, prompts, seed, ended=None):
     self.calls.append((params, prompts, seed))
     repeated = [p for p in prompts for _ in range(3)]
-    rows = rollout.given(repeated, RESPONSES, 2, 4)
+    rows = rollouts.given(repeated, RESPONSES, 2, 4)
     beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
     rows = rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
     for place in self.order if ended is not None else ():

@@ -22,15 +22,15 @@ ARROWS = {
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},
   "planning": {"doctor", "manifest", "data"},
-  "doctor": {"train", "objectives"},
-  "stage": {"planning", "train", "objectives", "manifest"},
-  "train": {"drawing", "update", "sampler", "evals", "rewards", "data", "chat", "checkpoint",
+  "doctor": {"loop", "objectives"},
+  "stage": {"planning", "loop", "objectives", "manifest"},
+  "loop": {"drawing", "training", "sampler", "evals", "rewards", "data", "chat", "checkpoint",
             "metrics", "ledger", "optim"},
-  "drawing": {"update", "data", "hosts"},
-  "update": {"rollout", "sharding", "keys"},
+  "drawing": {"training", "data", "hosts"},
+  "training": {"rollouts", "sharding", "keys"},
   "evals": {"sampler", "stats"},
-  "sampler": {"models", "chat", "rollout", "keys", "hosts"},
-  "data": {"rollout"},
+  "sampler": {"models", "chat", "rollouts", "keys", "hosts"},
+  "data": {"rollouts"},
   "objectives": {"losses", "keys"},
   "optim": {"keys"},
   "losses": {"sharding"},
@@ -46,7 +46,7 @@ ARROWS = {
   "ladder": {"stats", "manifest"},
 }
 # These are handed functions: they know no loss and no model.
-NEVER = {unit: {"models", "losses", "objectives"} for unit in ("train", "drawing", "update")}
+NEVER = {unit: {"models", "losses", "objectives"} for unit in ("loop", "drawing", "training")}
 # A library with opinions is imported in one place.
 HOMES = {
   "flax": "models",
@@ -142,11 +142,11 @@ def test_configs_import_ml_collections_alone():
 
 
 @pytest.mark.parametrize("file, line, arrow", [
-  ("train.py", "from s2d_jax import models", "train -> models"),
-  ("train.py", "from s2d_jax.losses import kl", "train -> losses"),
-  ("update.py", "import s2d_jax.objectives", "update -> objectives"),
-  ("losses/kl.py", "from s2d_jax.losses import tokens\nfrom s2d_jax import rollout",
-   "losses -> rollout"),
+  ("loop.py", "from s2d_jax import models", "loop -> models"),
+  ("loop.py", "from s2d_jax.losses import kl", "loop -> losses"),
+  ("training.py", "import s2d_jax.objectives", "training -> objectives"),
+  ("losses/kl.py", "from s2d_jax.losses import tokens\nfrom s2d_jax import rollouts",
+   "losses -> rollouts"),
   ("models/hf.py", "def f():\n  from s2d_jax.chat import Chat", "models -> chat"),
   ("sharding.py", "import s2d_jax", "sharding -> s2d_jax"),
   ("recipe.py", "from s2d_jax import main", "recipe -> main"),
@@ -159,7 +159,7 @@ def test_a_wrong_arrow_is_seen(tmp_path, file, line, arrow):
 
 
 @pytest.mark.parametrize("file, line, names", [
-  ("train.py", "import flax.linen as nn", {"flax"}),
+  ("loop.py", "import flax.linen as nn", {"flax"}),
   ("models/hf.py", "import torch, flax", {"torch"}),
   ("chat.py", "from transformers import AutoTokenizer", set()),
   ("data/sources.py", "from orbax.checkpoint import v1", {"orbax"}),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import common
-from s2d_jax import models, objectives, rollout, sharding, update
+from s2d_jax import models, objectives, rollouts, sharding, training
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 TEACHER = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 32, "head_dim": 8,
@@ -31,11 +31,11 @@ def batch():
   rng = np.random.default_rng(0)
   B = 16
   length_B = rng.integers(1, 8, B).astype(np.int32)
-  rows = rollout.Rollout(
+  rows = rollouts.Rollout(
       np.arange(B), np.zeros(B, np.int32), rng.integers(0, 32, (B, 4)).astype(np.int32),
       rng.integers(1, 5, B).astype(np.int32), rng.integers(0, 32, (B, 8)).astype(np.int32),
       length_B, *2 * (rng.normal(size=(B, 8)).astype(np.float32) - 3,), np.ones(B, np.int32), 0)
-  made = rollout.batch(rows, "sequence", rng.normal(size=B).astype(np.float32))
+  made = rollouts.batch(rows, "sequence", rng.normal(size=B).astype(np.float32))
   return made._replace(old_logp_BT=made.sampler_logp_BT)
 
 
@@ -46,9 +46,9 @@ def step(shape, objective, guided):
                                  common.grpo(kl="k3", kl_coef=0.1) | common.reverse())
   with jax.set_mesh(mesh):
     optimizer = optax.sgd(0.5, momentum=0.9)
-    state = update.init(optimizer, mesh, params(student, 1, mesh))
-    run = update.make(student, teacher if guided else None, objective, optimizer, hp,
-                      update.shardings(state))
+    state = training.init(optimizer, mesh, params(student, 1, mesh))
+    run = training.make(student, teacher if guided else None, objective, optimizer, hp,
+                      training.shardings(state))
     guide = params(teacher, 2, mesh) if guided else None
     before = jax.device_get(guide)
     data = sharding.put_batch(batch(), mesh)
@@ -56,8 +56,8 @@ def step(shape, objective, guided):
     new, metrics = run(new, guide, data)
     assert run._cache_size() == 1  # the second step found the first one's program
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(guide))
-    assert update.shardings(new) == update.shardings(
-        update.abstract(optimizer, mesh, new.params))
+    assert training.shardings(new) == training.shardings(
+        training.abstract(optimizer, mesh, new.params))
     return jax.device_get(metrics), jax.device_get(new.params)
 
 

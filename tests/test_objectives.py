@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from s2d_jax import objectives, rollout
+from s2d_jax import objectives, rollouts
 from s2d_jax.losses import grpo, kl, tokens
 
 B, T, D, V = 3, 4, 5, 7
@@ -30,7 +30,7 @@ WEIGHT, COUNT = 5.75, 2.25
 
 
 def batch():
-  fields = dict.fromkeys(rollout.Batch._fields)
+  fields = dict.fromkeys(rollouts.Batch._fields)
   fields["targets_BT"] = jnp.asarray(RNG.integers(V, size=(B, T)), jnp.int32)
   fields["weight_BT"], fields["count_BT"] = jnp.asarray(WEIGHT_BT), jnp.asarray(COUNT_BT)
   fields["segments_BT"] = jnp.ones((B, T), jnp.int32)
@@ -39,7 +39,7 @@ def batch():
   noise_BT = 0.4 * np.random.default_rng(4).normal(size=(B, T))
   logp_BT = tokens.log_prob(logits(STUDENT), fields["targets_BT"])
   fields["old_logp_BT"] = logp_BT + jnp.asarray(noise_BT, jnp.float32)
-  return rollout.Batch(**fields)
+  return rollouts.Batch(**fields)
 
 
 def logits(head):
@@ -249,7 +249,7 @@ def test_temporaries_are_so_many_arrays_of_a_block_by_the_vocabulary(
   def shapes(kind):
     return jax.ShapeDtypeStruct((1, count), kind)
   ids = {"targets_BT": jnp.int32, "segments_BT": jnp.int32}
-  batch = rollout.Batch(*(shapes(ids.get(name, jnp.float32)) for name in rollout.Batch._fields))
+  batch = rollouts.Batch(*(shapes(ids.get(name, jnp.float32)) for name in rollouts.Batch._fields))
   if unscored:
     batch = batch._replace(old_logp_BT=None)
   head = (jax.ShapeDtypeStruct((1, count, width), jnp.float32),

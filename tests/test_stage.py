@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from s2d_jax import checkpoint, models, objectives, rollout, sharding, stage, update
+from s2d_jax import checkpoint, models, objectives, rollouts, sharding, stage, training
 from s2d_jax.models import hf, layout
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 16, "head_dim": 8,
@@ -50,15 +50,16 @@ def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
   assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
   for path, x in layout.flat(frozen.params).items():
     assert x.dtype == ("float32" if path in SCALES else "bfloat16"), path
-  assert update.shardings(frozen.params) == update.shardings(whole.params)
+  assert training.shardings(frozen.params) == training.shardings(whole.params)
   rng = np.random.default_rng(1)
-  rows = rollout.Rollout(
+  rows = rollouts.Rollout(
       np.arange(8), np.zeros(8, np.int32), rng.integers(0, 32, (8, 4)).astype(np.int32),
       np.full(8, 4, np.int32), rng.integers(0, 32, (8, 5)).astype(np.int32),
       rng.integers(1, 6, 8).astype(np.int32), *2 * (np.zeros((8, 5), np.float32),),
       np.ones(8, np.int32), 0)
-  batch = sharding.put_batch(rollout.batch(rows), mesh)
-  score = update.score(whole.model, objectives.logp, types.SimpleNamespace(microbatches=1, block=8))
+  batch = sharding.put_batch(rollouts.batch(rows), mesh)
+  hp = types.SimpleNamespace(microbatches=1, block=8)
+  score = training.score(whole.model, objectives.logp, hp)
   (logp_BT, _), (want_BT, _) = (sharding.fetch(score(one.params, batch)) for one in (frozen, whole))
   np.testing.assert_array_equal(logp_BT, want_BT)
   assert np.abs(logp_BT).max() > 1

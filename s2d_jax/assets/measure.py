@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import rollout, sampler
+from s2d_jax import rollouts, sampler
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.losses import kl
 from s2d_jax.rewards import arithmetic
@@ -17,7 +17,7 @@ def prompts(talk, split):
   """rollout.Prompt of every row of a split, and {id: row}."""
   rows = problems.splits()[split]
   turns = [talk.render([{"role": "user", "content": row["problem"]}]) for row in rows]
-  asked = [rollout.Prompt(row["id"], tuple(ids)) for row, ids in zip(rows, turns, strict=True)]
+  asked = [rollouts.Prompt(row["id"], tuple(ids)) for row, ids in zip(rows, turns, strict=True)]
   return asked, {row["id"]: row for row in rows}
 
 
@@ -49,7 +49,7 @@ def overlap(teacher, student, wrote):
   teacher, student: pairs (model, params). "kl" is KL(teacher ‖ student) in nats, "top1" the share
   of tokens at which both find the same one most probable.
   """
-  batch = rollout.batch(wrote)
+  batch = rollouts.batch(wrote)
   teacher_BTV, student_BTV = (_logits(model, params, batch) for model, params in (teacher, student))
   weight_BT = batch.weight_BT / batch.weight_BT.sum()
   same_BT = jnp.argmax(teacher_BTV, axis=-1) == jnp.argmax(student_BTV, axis=-1)

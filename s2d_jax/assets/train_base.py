@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from s2d_jax import chat, models, objectives, optim, rollout, sharding, update
+from s2d_jax import chat, models, objectives, optim, rollouts, sharding, training
 from s2d_jax.assets import measure, tokenizer
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
@@ -97,15 +97,15 @@ def packed(pairs):
     given_BT, given_length_B = _padded(given)
     predicted_BT, length_B = _padded(predicted)
     B = len(given)
-    wrote = rollout.Rollout(
+    wrote = rollouts.Rollout(
       np.arange(B), np.zeros(B, np.int32), given_BT, given_length_B, predicted_BT, length_B,
       *(np.zeros(predicted_BT.shape, np.float32) for _ in range(2)), np.ones(B, np.int32), 0,
     )  # fmt: skip
-    rows = rollout.pack(rollout.batch(wrote), ROW)
+    rows = rollouts.pack(rollouts.batch(wrote), ROW)
     used = np.flatnonzero(rows.segments_BT[:, 0])
     order = np.random.default_rng(start).permutation(used)  # `pack` puts the longest first
-    parts.append(rollout.Batch(*(x[order] for x in rows)))
-  return rollout.Batch(*(np.concatenate(xs) for xs in zip(*parts, strict=True)))
+    parts.append(rollouts.Batch(*(x[order] for x in rows)))
+  return rollouts.Batch(*(np.concatenate(xs) for xs in zip(*parts, strict=True)))
 
 
 def _padded(sequences):
@@ -128,12 +128,12 @@ def train(name, base, talk, seed):
     layout = sharding.weight_shardings(mesh, axes, shapes)
     params = jax.jit(model.init, out_shardings=layout)(jax.random.key(seed))
     optimizer = optim.make(base, axes)
-    state = update.init(optimizer, mesh, params)
-    step = update.make(
-      model, None, objectives.negative_log_likelihood, optimizer, base, update.shardings(state)
+    state = training.init(optimizer, mesh, params)
+    step = training.make(
+      model, None, objectives.negative_log_likelihood, optimizer, base, training.shardings(state)
     )
     for i in range(base.steps):
-      batch = rollout.Batch(*(x[i * ROWS : (i + 1) * ROWS] for x in rows))
+      batch = rollouts.Batch(*(x[i * ROWS : (i + 1) * ROWS] for x in rows))
       state, metrics = step(state, None, sharding.put_batch(batch, mesh))
       if (i + 1) % 100 == 0 or i + 1 == base.steps:
         loss = float(jax.device_get(metrics["loss"]))

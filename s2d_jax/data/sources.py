@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from s2d_jax import rollout
+from s2d_jax import rollouts
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
 
 REQUIRED = ("id", "problem", "answer")
@@ -149,7 +149,7 @@ def _row(place, line):
   for key in ("problem", "answer"):
     if not isinstance(row.get(key), str) or not row[key]:
       raise ValueError(f'{place} has no text under "{key}": give every row problem and answer.')
-  number = row.get("id", rollout.text_id(row["problem"]))
+  number = row.get("id", rollouts.text_id(row["problem"]))
   if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
     raise ValueError(f"{place} has id {number!r}: ids are integers from 0 to 2**63 - 1, or left "
                      "out.")

@@ -24,7 +24,7 @@ import jax
 import jinja2
 from tqdm import tqdm
 
-from s2d_jax import chat, models, rollout, sampler, sharding
+from s2d_jax import chat, models, rollouts, sampler, sharding
 from s2d_jax.models import hf
 
 SLICE = 16_384  # rows that are asked for at a time: the memory of a host is not a file's
@@ -95,11 +95,11 @@ def read(path, talk):
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
       raise ValueError(f'{place} is no JSON object with "problem", a text, or "messages", a chat: '
                        "give it one.") from error
-    own = row["id"] if "id" in row else rollout.text_id(text)
+    own = row["id"] if "id" in row else rollouts.text_id(text)
     if not isinstance(own, int) or not 0 <= own < 2**63 or own in found:
       raise ValueError(f"{place} has id {own!r}: ids are integers from 0 to 2**63 - 1, each once.")
     try:
-      found[own] = rollout.Prompt(own, tuple(talk.render(messages)))
+      found[own] = rollouts.Prompt(own, tuple(talk.render(messages)))
     except jinja2.TemplateError as error:
       raise ValueError(f"{place} is no chat that the model's template takes ({error}): correct its "
                        "messages.") from error
@@ -253,7 +253,7 @@ def write(path, draw, params, wanted, seed, talk, before):
       out.write(json.dumps({
           "id": prompt.id, "prompt": name_of(prompt), "sample": sample,
           "response": talk.decode(ids),
-          "finish": rollout.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
+          "finish": rollouts.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
           "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]}) + "\n")
       out.flush()
       bar.update()

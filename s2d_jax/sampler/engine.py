@@ -148,7 +148,7 @@ def sample(model, params, prompts, sampling, seed, room=DEFAULT, text=None):
   """Samples every prompt: `make` then draw, for when compiling once does not matter.
 
   Args:
-    model: a Model; params: its weights; prompts: list of rollout.Prompt; sampling: a Sampling.
+    model: a Model; params: its weights; prompts: list of rollouts.Prompt; sampling: a Sampling.
     seed: a tuple of ints; room, text: as `make` takes them.
 
   Returns:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from s2d_jax import hosts, rollout, sharding
+from s2d_jax import hosts, rollouts, sharding
 from s2d_jax.sampler.decode import Weights
 
 SHARE = 8  # one slot in so many is free before decoding stops to fill it
@@ -32,7 +32,7 @@ class Call:
   def __init__(self, sampler, params, wanted, seed, weight_version):
     self.sampler, self.made, self.shapes = sampler, sampler.programs, sampler.programs.shapes
     self.rows = collections.deque(
-        Row(place, prompt, rollout.row_key(seed, prompt.id, index))
+        Row(place, prompt, rollouts.row_key(seed, prompt.id, index))
         for place, (prompt, index) in enumerate(wanted))
     self.waiting = collections.Counter(row.prompt.id for row in self.rows)
     self.digest = hashlib.blake2b(digest_size=16)
@@ -49,7 +49,7 @@ class Call:
     prompt_BW = np.zeros((B, sampler.width), np.int32)
     for row_W, (prompt, _) in zip(prompt_BW, wanted, strict=True):
       row_W[: len(prompt.tokens)] = prompt.tokens
-    self.out = rollout.Rollout(
+    self.out = rollouts.Rollout(
         np.array([p.id for p, _ in wanted], np.int64), np.array([g for _, g in wanted], np.int32),
         prompt_BW, np.array([len(p.tokens) for p, _ in wanted], np.int32),
         np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros((B, T), np.float32),

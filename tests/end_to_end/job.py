@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from configs import arithmetic
-from s2d_jax import checkpoint, files, models, recipe, rollout, sharding, stage, tasks, train
+from s2d_jax import checkpoint, files, loop, models, recipe, rollouts, sharding, stage, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.models import hf
 from s2d_jax.planning import Use
@@ -102,7 +102,7 @@ def deadly(row, n):
   local.replace = lambda self, target: (event(), replace(self, target))[1]
   for place, name in ((files, "write_json"), (checkpoint, "save_final"), (hf, "save"),
                       (checkpoint, "drop_steps"), (checkpoint.Checkpoints, "save"),
-                      (rollout.Store, "add"), (train, "_updates")):
+                      (rollouts.Store, "add"), (loop, "_updates")):
     setattr(place, name, around(getattr(place, name)))
 
 

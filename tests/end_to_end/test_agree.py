@@ -17,7 +17,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 hosts.AGREE_SECONDS = int(seconds)
 try:
   if turns[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
-    from s2d_jax import models, rollout, sampler
+    from s2d_jax import models, rollouts, sampler
     model = models.get({"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
                         "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
                         "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
@@ -28,7 +28,7 @@ try:
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
       how = sampler.Sampling(2, float(turns[2]), 1.0, 0, 0.0, 4, 0, ())
-      rows = sampler.sample(model, params, [rollout.Prompt(int(turns[1]), (1, 2))], how, (0,))
+      rows = sampler.sample(model, params, [rollouts.Prompt(int(turns[1]), (1, 2))], how, (0,))
       turns = [str(rows.response_length_B.sum())]
     print("drew", *turns)
     turns = []

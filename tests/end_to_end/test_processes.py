@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from s2d_jax import metrics, rollout
+from s2d_jax import metrics, rollouts
 from tests.end_to_end import job
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,5 +69,5 @@ def test_the_frozen_teachers_rollouts_are_the_same(runs):
   parts = [sorted(run.glob("rollouts-*/*.npz")) for run in runs]
   assert [p.name for p in parts[0]] == [p.name for p in parts[1]] != []
   for one, two in zip(*parts, strict=True):
-    one, two = rollout.from_bytes(one.read_bytes()), rollout.from_bytes(two.read_bytes())
+    one, two = rollouts.from_bytes(one.read_bytes()), rollouts.from_bytes(two.read_bytes())
     np.testing.assert_array_equal(one.response_BT, two.response_BT)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from configs import common
-from s2d_jax import objectives, rollout, sharding, update
+from s2d_jax import objectives, rollouts, sharding, training
 from s2d_jax.losses import grpo, kl, tokens
 
 B, T, D, V = 16, 12, 8, 16
@@ -145,15 +145,15 @@ def batches():
   """{name: Batch}: sixteen sequences of unequal lengths and weights, a row each and packed."""
   rng = np.random.default_rng(3)
   lengths = [rng.integers(1, high, B).astype(np.int32) for high in (4, 7)]
-  rows = rollout.Rollout(
+  rows = rollouts.Rollout(
       np.arange(B), np.zeros(B, np.int32), rng.integers(0, V, (B, 4)).astype(np.int32), lengths[0],
       rng.integers(0, V, (B, 9)).astype(np.int32), lengths[1],
       np.zeros((B, 9), np.float32), (0.3 * rng.normal(size=(B, 9))).astype(np.float32),
       np.ones(B, np.int32), 0)
   # Weights in quarters: their sum, which every number is divided by, is exact in any order.
-  plain = rollout.batch(rows, "token", rng.normal(size=B).astype(np.float32) + 0.5,
+  plain = rollouts.batch(rows, "token", rng.normal(size=B).astype(np.float32) + 0.5,
                         rng.integers(0, 9, B).astype(np.float32) / 4)
-  packed = rollout.pack(plain, T)
+  packed = rollouts.pack(plain, T)
   assert packed.segments_BT.max() > 1 and (packed.segments_BT.max(axis=1) == 0).any()
   return {"plain": placed(plain), "packed": placed(packed)}
 
@@ -202,10 +202,10 @@ def test_every_loss_is_the_direct_one(wanted, shape, block, microbatches):
   def put(params):
     return jax.tree.map(sharding.put, params, sharding.weight_shardings(mesh, AXES, params))
   with jax.set_mesh(mesh):
-    layout = update.shardings(update.init(keep, mesh, put(STUDENT)))
-    step = update.make(Model(), Model(), every, keep, hp, layout)
+    layout = training.shardings(training.init(keep, mesh, put(STUDENT)))
+    step = training.make(Model(), Model(), every, keep, hp, layout)
     for batch, means, grads in wanted.values():
-      state, metrics = jax.device_get(step(update.init(keep, mesh, put(STUDENT)), put(GUIDE),
+      state, metrics = jax.device_get(step(training.init(keep, mesh, put(STUDENT)), put(GUIDE),
                                            sharding.put_batch(batch, mesh)))
       for l, name in enumerate(LOSSES):
         near(metrics[name], means[name], name)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from configs import common
-from s2d_jax import models, optim, sharding, update
+from s2d_jax import models, optim, sharding, training
 from s2d_jax.models import layout
 
 LIST = pathlib.Path(__file__).parent / "layout.json"
@@ -40,7 +40,7 @@ def places(config, shape):
   params = sharding.laid_out(shapes, sharding.weight_shardings(mesh, models.axes(config), shapes))
   trained, rest = (params, {}) if config.lora is None else models.split(config, params)
   hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10)
-  state = update.abstract(optim.make(hp, models.trained(config)), mesh, trained)
+  state = training.abstract(optim.make(hp, models.trained(config)), mesh, trained)
   moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
   return {f"{kind}{path}": spelled(x.sharding)
           for kind, tree in (("", trained), ("frozen ", rest), ("mu ", moments["mu"]),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2d_jax import models, optim, sharding, update
+from s2d_jax import models, optim, sharding, training
 from s2d_jax.models import layout
 
 Rows = collections.namedtuple("Rows", "inputs_BT positions_BT segments_BT")
@@ -64,14 +64,14 @@ def test_new_adapters_change_nothing(base):
   made = adapted(model)
   new = models.adapters(made, 0)
   assert all(np.any(x) == path.endswith("_a") for path, x in layout.flat(new).items())
-  np.testing.assert_array_equal(features(made, update.join(new, params)), features(model, params))
+  np.testing.assert_array_equal(features(made, training.join(new, params)), features(model, params))
 
 
 def test_merging_is_the_formula(base):
   # In float64: W + (alpha / rank) A B, for every target of every layer; nothing else moves.
   model, params = base
   made, more = adapted(model), drawn(adapted(model))
-  merged = layout.flat(models.merge(made.config, update.join(more, params)))
+  merged = layout.flat(models.merge(made.config, training.join(more, params)))
   low, flat = layout.flat(more), layout.flat(params)
   assert merged.keys() == flat.keys()
   for path, before in flat.items():
@@ -88,7 +88,7 @@ def test_merging_is_the_formula(base):
 def test_merged_weights_compute_what_the_adapters_do(targets, base):
   model, params = base
   made = adapted(model, targets)
-  params = update.join(drawn(made), params)
+  params = training.join(drawn(made), params)
   got, want = features(model, models.merge(made.config, params)), features(made, params)
   np.testing.assert_allclose(got, want, atol=3e-5)
   assert np.abs(want - features(model, models.split(made.config, params)[1])).max() > 0.1
@@ -107,9 +107,9 @@ def test_an_update_moves_the_adapters_alone(shape, base):
     new = models.adapters(made, 0)
     first = jax.device_get(new)
     optimizer = optim.make(HP, models.trained(made.config))
-    state = update.init(optimizer, mesh, new)
-    step = update.make(made, None, objective, optimizer, types.SimpleNamespace(microbatches=2),
-                       update.shardings(state))
+    state = training.init(optimizer, mesh, new)
+    step = training.make(made, None, objective, optimizer, types.SimpleNamespace(microbatches=2),
+                       training.shardings(state))
     rows = np.zeros((8, 5), np.int32)
     batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(5, dtype=np.int32), rows + 1), mesh)
     for _ in range(2):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from s2d_jax import rollout, sampler
+from s2d_jax import rollouts, sampler
 from s2d_jax.sampler import Sampling, decode
 
 PLAIN = Sampling(samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
@@ -36,7 +36,7 @@ ROWS = 20_000
 
 @functools.cache
 def keys():
-  return np.stack([rollout.row_key((0, 7), row // 8, row % 8) for row in range(ROWS)])
+  return np.stack([rollouts.row_key((0, 7), row // 8, row % 8) for row in range(ROWS)])
 
 
 def drawn(sampling, index=0, logits=LOGITS):

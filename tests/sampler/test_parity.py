@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from s2d_jax import rollout, sampler
+from s2d_jax import rollouts, sampler
 from s2d_jax.models import hf
 
 T = 14
@@ -53,7 +53,7 @@ def test_greedy_is_generate(family, tmp_path):
   greedy = sampler.Sampling(samples_per_prompt=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
                             max_tokens=T, min_tokens=0, stop_ids=(stop,))
   rows = sampler.sample(
-      model, params, [rollout.Prompt(i, tuple(p)) for i, p in enumerate(PROMPTS)], greedy, (0,))
+      model, params, [rollouts.Prompt(i, tuple(p)) for i, p in enumerate(PROMPTS)], greedy, (0,))
   for b, prompt in enumerate(PROMPTS):
     tokens, logp = generated(theirs, prompt, stop)
     assert rows.response(b).tolist() == tokens

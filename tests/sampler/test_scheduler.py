@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2d_jax import hosts, metrics, models, objectives, rollout, sampler, sharding, update
+from s2d_jax import hosts, metrics, models, objectives, rollouts, sampler, sharding, training
 from s2d_jax.sampler import decode, engine, programs, scheduler
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
@@ -25,7 +25,7 @@ ROW, READ = TOKEN * (WINDOW + T), TOKEN * WINDOW + 4 * 4 * WINDOW * WINDOW
 def prompts(count):
   """Prompts of 1 to 6 tokens, their ids far from their places."""
   rng = np.random.default_rng(3)
-  return [rollout.Prompt(1000 - 7 * i, tuple(rng.integers(0, 16, 1 + i % WINDOW).tolist()))
+  return [rollouts.Prompt(1000 - 7 * i, tuple(rng.integers(0, 16, 1 + i % WINDOW).tolist()))
           for i in range(count)]
 
 
@@ -66,7 +66,7 @@ def test_rows_are_the_samples_of_each_prompt_in_order(crowd):
 def test_a_row_ends_at_its_stop_or_at_max_tokens(crowd):
   _, _, rows, _ = crowd
   for b in range(40):
-    response, stopped = rows.response(b), rollout.FINISHED[rows.finish_reason_B[b]] == "stop"
+    response, stopped = rows.response(b), rollouts.FINISHED[rows.finish_reason_B[b]] == "stop"
     n = len(response)
     assert not np.isin(response[:-1], STOPS).any()
     assert (response[-1] in STOPS) == stopped
@@ -83,7 +83,7 @@ def test_a_row_is_the_same_alone_and_in_any_order(crowd):
   some = prompts(10)[2:8]
   for order in ([3], [5, 0, 4, 2, 1, 3]):
     want = np.concatenate([np.arange(G) + (2 + i) * G for i in order])
-    same(draw(params, [some[i] for i in order], SEED), rollout.take(rows, want))
+    same(draw(params, [some[i] for i in order], SEED), rollouts.take(rows, want))
   other = draw(params, some, (0, 12))
   assert (other.response_BT != rows.response_BT[2 * G: 8 * G]).mean() > 0.3
 
@@ -95,7 +95,7 @@ def test_a_fork_is_a_prompt_read_again_in_whatever_window(crowd, tiny):
   draw = sampler.make(tiny("qwen3")[0], params, one, SIZE, WINDOW + 5)
   for g in range(G):
     got = draw(params, prompts(10), SEED, first_sample=g)
-    same(got, rollout.take(rows, np.arange(g, 10 * G, G)))
+    same(got, rollouts.take(rows, np.arange(g, 10 * G, G)))
 
 
 @pytest.mark.medium
@@ -124,8 +124,8 @@ def test_weights_are_an_argument_and_nothing_compiles_after_make(crowd, tiny):
 
 def trainer_gap(model, params, rows):
   """|trainer's − sampler's| log-probability of every response token, and the trainer's."""
-  batch = rollout.batch(rows)
-  score = update.score(model, objectives.logp, types.SimpleNamespace(microbatches=1, block=64))
+  batch = rollouts.batch(rows)
+  score = training.score(model, objectives.logp, types.SimpleNamespace(microbatches=1, block=64))
   logp_BT = np.asarray(score(params, jax.device_put(batch))[0])
   response_BT = batch.sequence_BT >= 0
   assert response_BT.sum() == rows.response_length_B.sum()
@@ -219,13 +219,13 @@ def test_log_probabilities_are_the_trainers_for_llama(tiny):
 
 
 @pytest.mark.parametrize("bad, how, words", [
-    ([rollout.Prompt(1, (2,)), rollout.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
-    ([rollout.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
+    ([rollouts.Prompt(1, (2,)), rollouts.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
+    ([rollouts.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
     ([], HOW, "no prompts"),
-    ([rollout.Prompt(5, (1,)), rollout.Prompt(5, (2,))], HOW, "two prompts have the id 5"),
-    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("",)), "a stop string is empty"),
-    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings="ab"), "stop_strings is 'ab': give a"),
-    ([rollout.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
+    ([rollouts.Prompt(5, (1,)), rollouts.Prompt(5, (2,))], HOW, "two prompts have the id 5"),
+    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings=("",)), "a stop string is empty"),
+    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings="ab"), "stop_strings is 'ab': give a"),
+    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
 ])
 def test_what_cannot_be_sampled_is_refused(bad, how, words):
   with pytest.raises(ValueError, match=words):
@@ -236,7 +236,7 @@ def test_what_cannot_be_sampled_is_refused(bad, how, words):
 def test_make_and_sample_refuse_too(crowd, tiny):
   draw, params, _, _ = crowd
   with pytest.raises(ValueError, match="prompt 77 has 7 tokens"):
-    draw(params, [rollout.Prompt(77, (1,) * 7)], SEED)
+    draw(params, [rollouts.Prompt(77, (1,) * 7)], SEED)
   with pytest.raises(ValueError, match="no prompts"):
     sampler.sample(*tiny("qwen3"), [], HOW, SEED)
 
@@ -346,7 +346,7 @@ def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
   for b, full in enumerate(whole):
     end = full.find(stop) + 2 if stop in full else 20
     assert text(got.response(b)) == full[:end]
-    assert rollout.FINISHED[got.finish_reason_B[b]] == ("stop" if stop in full else "length")
+    assert rollouts.FINISHED[got.finish_reason_B[b]] == ("stop" if stop in full else "length")
     np.testing.assert_allclose(got.sampler_logp_BT[b, :end], rows.sampler_logp_BT[b, :end],
                                atol=1e-5)
     assert not got.sampler_logp_BT[b, end:].any() and not got.drawn_logp_BT[b, end:].any()

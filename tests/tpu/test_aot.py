@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import loss
 from configs import common
-from s2d_jax import models, objectives, optim, sampler, sharding, train, update
+from s2d_jax import loop, models, objectives, optim, sampler, sharding, training
 from s2d_jax.losses import blockwise
 from tests.losses import test_blockwise as hlo
 
@@ -79,11 +79,11 @@ def test_an_8b_training_step_of_a_slice_fits():
   params = sharding.laid_out(shapes, sharding.weight_shardings(where, axes, shapes))
   hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10, microbatches=1, block=512)
   optimizer = optim.make(hp, axes)
-  state = update.abstract(optimizer, where, params)
-  step = update.make(model, None, objectives.negative_log_likelihood, optimizer, hp,
-                     update.shardings(state))
+  state = training.abstract(optimizer, where, params)
+  step = training.make(model, None, objectives.negative_log_likelihood, optimizer, hp,
+                     training.shardings(state))
   with jax.set_mesh(where):
-    needs = step.lower(state, None, train.abstract_batch(16, 4096, where)).compile(
+    needs = step.lower(state, None, loop.abstract_batch(16, 4096, where)).compile(
         ).memory_analysis()
   total = (needs.argument_size_in_bytes + needs.temp_size_in_bytes
            + needs.output_size_in_bytes - needs.alias_size_in_bytes)

@@ -18,23 +18,23 @@ from s2d_jax import (
   drawing,
   files,
   hosts,
+  loop,
   metrics,
   models,
   objectives,
   optim,
-  rollout,
+  rollouts,
   sampler,
   sharding,
-  train,
 )
 from s2d_jax.losses import grpo
-from s2d_jax.rollout import Prompt
+from s2d_jax.rollouts import Prompt
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
           "tie_word_embeddings": True, "max_position_embeddings": 64}
-PLAIN = train.compile_programs
+PLAIN = loop.compile_programs
 PROGRAMS = {}  # compiled once for all the tests of one setting
 
 
@@ -58,22 +58,22 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
   hp = ml_collections.ConfigDict(
       common.stage(4, 4, common.sampling(4, 6), common.adamw(1e-2), save_every=2) | common.grpo())
   hp.update(changes)
-  return train.Work(
+  return loop.Work(
       name="student_grpo", folder=folder, hp=hp, seed=0,
       prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
-      learner=train.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
+      learner=loop.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
       given=None,
       reward=reward, advantages=grpo.group_advantages, punish=objectives.punishment(hp),
       judge=None, weigh=None,
       objective=objectives.clipped_surrogate, logp=objectives.logp,
-      optimizer=optim.make(train.optim_config(hp), models.axes(model.config)),
+      optimizer=optim.make(loop.optim_config(hp), models.axes(model.config)),
       store=None, passes=None, validate=validate, text=str, room=sampler.Room())
 
 
 @pytest.fixture
 def mesh(monkeypatch):
   """One device, and compiled programs shared between tests of equal settings."""
-  compile_programs = train.compile_programs
+  compile_programs = loop.compile_programs
 
   def cached(work, state, mesh):
     key = work.hp.epochs, work.hp.minibatches, work.hp.clip_low
@@ -81,7 +81,7 @@ def mesh(monkeypatch):
       PROGRAMS[key] = compile_programs(work, state, mesh)
     return PROGRAMS[key]
 
-  monkeypatch.setattr(train, "compile_programs", cached)
+  monkeypatch.setattr(loop, "compile_programs", cached)
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
     yield mesh
@@ -90,7 +90,7 @@ def mesh(monkeypatch):
 def run(work):
   with files.only_writer(work.folder) as (beat, left):
     with hosts.stop_signal() as stop:
-      return train.run(work, beat, left, stop)
+      return loop.run(work, beat, left, stop)
 
 
 def equal(a, b):
@@ -115,16 +115,16 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
 @pytest.mark.medium
 def test_text_is_scored_before_the_update_only_where_the_update_cannot(tmp_path, mesh):
   one, two = make(tmp_path / "one", mesh), make(tmp_path / "two", mesh, minibatches=2)
-  teacher = train.Role(models.get(CONFIG), params_of(one.learner.model, 1, mesh))
-  wide = train.Role(models.get(CONFIG | {"vocab_size": 20}), None)
+  teacher = loop.Role(models.get(CONFIG), params_of(one.learner.model, 1, mesh))
+  wide = loop.Role(models.get(CONFIG | {"vocab_size": 20}), None)
   for work, asked in ((one, False), (two, True), (one._replace(actor=teacher), True),
                       (one._replace(given=list), False), (one._replace(guide=teacher), False),
                       (one._replace(guide=wide), True)):
-    assert train.scored(work) == asked
+    assert loop.scored(work) == asked
   spent = []
   for work in (one, two):
     run(work)
-    assert (train.compile_programs(work, None, mesh).score is None) == (work is one)
+    assert (loop.compile_programs(work, None, mesh).score is None) == (work is one)
     spent.append(metrics.read(work.folder, "ledger")[0])
     assert all(row["logp_gap_rms"] <= row["logp_gap_max"] < 1e-5 and "logp_gap_square" not in row
                for row in metrics.read(work.folder, "metrics"))
@@ -145,14 +145,14 @@ def test_where_every_group_is_dropped_no_gap_is_claimed(tmp_path, mesh):
 @pytest.mark.parametrize("cache", ["int8", "bfloat16"])
 def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monkeypatch):
   # Keys and values of fewer bits move log-probabilities; how far is allowed says MOST_GAP.
-  monkeypatch.setattr(train, "compile_programs", PLAIN)
+  monkeypatch.setattr(loop, "compile_programs", PLAIN)
   work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
-  monkeypatch.setattr(train, "MOST_GAP", 1e-6)
+  monkeypatch.setattr(loop, "MOST_GAP", 1e-6)
   with pytest.raises(ValueError, match=cache + r" and the sampler's log-probabilities are 0\.\d+ "
                      r"nats \(root mean square\) from the trainer's in student_grpo, where 1e-06"):
     run(work)
   assert not (tmp_path / "metrics").exists()
-  monkeypatch.setattr(train, "MOST_GAP", 1.0)
+  monkeypatch.setattr(loop, "MOST_GAP", 1.0)
   run(work)
   (row,), (_, timing) = (metrics.read(tmp_path, name) for name in ("metrics", "timing"))
   assert 1e-5 < row["logp_gap_rms"] < 1 and row["logp_gap_rms"] <= row["logp_gap_max"]
@@ -166,18 +166,18 @@ def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monk
 def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, gap, wrong, tmp_path, mesh,
                                                         monkeypatch):
   work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
-  monkeypatch.setattr(train, "_score", lambda *_: (None, {"logp_gap_rms": gap}))
+  monkeypatch.setattr(loop, "_score", lambda *_: (None, {"logp_gap_rms": gap}))
   programs = types.SimpleNamespace(
-      draw=lambda *_: rollout.given([Prompt(0, (1,))], [[1, 2]], 3, 2))
+      draw=lambda *_: rollouts.given([Prompt(0, (1,))], [[1, 2]], 3, 2))
   with pytest.raises(ValueError, match=f"sampler.cache is {cache} and .* where 0.01 is"
                      ) if wrong else contextlib.nullcontext():
-    train._check_cache(work, programs, types.SimpleNamespace(params=None), mesh)
+    loop._check_cache(work, programs, types.SimpleNamespace(params=None), mesh)
 
 
 def step_batches(monkeypatch):
-  """Every batch that `train._updates` is given, as the steps go."""
-  seen, updates = [], train._updates
-  monkeypatch.setattr(train, "_updates", lambda *args: (seen.append(args[4]), updates(*args))[1])
+  """Every batch that `loop._updates` is given, as the steps go."""
+  seen, updates = [], loop._updates
+  monkeypatch.setattr(loop, "_updates", lambda *args: (seen.append(args[4]), updates(*args))[1])
   return seen
 
 
@@ -216,11 +216,11 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   model = models.get(CONFIG)
   opened = []
   def store():
-    opened.append(rollout.Store(epath.Path(tmp_path / "rollouts"), files.write))
+    opened.append(rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write))
     return opened[-1]
   def stage(name, steps):
     work = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
-    return work._replace(actor=train.Role(model, params_of(model, 1, mesh)), store=store)
+    return work._replace(actor=loop.Role(model, params_of(model, 1, mesh)), store=store)
   run(stage("one", 2))
   spent = metrics.read(tmp_path / "one", "ledger")
   assert [len(entry["prompts"]) for entry in spent] == [8, 8]
@@ -271,8 +271,8 @@ def test_a_length_punished_does_not_make_a_group_worth_learning_from(tmp_path, m
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
   batches, learned = step_batches(monkeypatch), []
-  batch_of = rollout.batch
-  monkeypatch.setattr(rollout, "batch", lambda rows, *more: (
+  batch_of = rollouts.batch
+  monkeypatch.setattr(rollouts, "batch", lambda rows, *more: (
       learned.append(rows), batch_of(rows, *more))[1])
   run(make(tmp_path, mesh, reward=reward, rounds=rounds, overlong="soft", overlong_cache=3))
   dropped = 0
@@ -302,10 +302,10 @@ def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path, mesh, value):
 @pytest.mark.medium
 def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
   events = []
-  save, step = checkpoint.Checkpoints.save, train._step
+  save, step = checkpoint.Checkpoints.save, loop._step
   monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, at, state: (
       events.append(("save", at)), save(self, at, state)))
-  monkeypatch.setattr(train, "_step", lambda *args: (events.append(("draw", args[4])),
+  monkeypatch.setattr(loop, "_step", lambda *args: (events.append(("draw", args[4])),
                                                      step(*args))[1])
   run(make(tmp_path, mesh, eval_every=2,
            validate=lambda params: (events.append(("evaluate",)), [("validation/x", 1.0)])[1]))
@@ -381,24 +381,24 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
   # A weighted supervised stage of two epochs over eight prompts: the learner's start samples each
   # prompt in the first epoch and never again, though the learner has moved by the second step.
   model, weights = models.get(CONFIG), []
-  batch = rollout.batch
-  monkeypatch.setattr(rollout, "batch", lambda rows, mean, advantage_B, weight_B: (
+  batch = rollouts.batch
+  monkeypatch.setattr(rollouts, "batch", lambda rows, mean, advantage_B, weight_B: (
       weights.append(weight_B), batch(rows, mean, advantage_B, weight_B))[1])
-  start, teacher = (train.Role(model, params_of(model, seed, mesh)) for seed in (0, 1))
+  start, teacher = (loop.Role(model, params_of(model, seed, mesh)) for seed in (0, 1))
 
   def weighted(name):
     work = make(tmp_path / name, mesh, clip_low=0.3, pass_samples=4)
     return work._replace(
         name="weighted", advantages=None, weigh=objectives.learnable, actor=teacher, judge=start,
         objective=objectives.negative_log_likelihood,
-        store=lambda: rollout.Store(epath.Path(tmp_path / "rollouts"), files.write),
-        passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), files.write))
+        store=lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write),
+        passes=lambda: rollouts.Store(epath.Path(tmp_path / "passes"), files.write))
 
   run(weighted("one"))
   rows, spent = (metrics.read(tmp_path / "one", name) for name in ("metrics", "ledger"))
   prompts = [row["prompts"] for row in spent]
   assert sorted(prompts[0] + prompts[1]) == sorted(prompts[2] + prompts[3]) == list(range(8))
-  parts = [rollout.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "passes").iterdir())]
+  parts = [rollouts.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "passes").iterdir())]
   assert len(parts) == 2
   # The weights by hand: p(1 - p) of each prompt, for each of its four rows.
   right = {i: [] for i in range(8)}
@@ -413,13 +413,13 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
     assert row["pass_rate"] == np.mean([rate[i] for i in entry["prompts"]])
     assert row["weighted"] == np.mean(np.array(want) > 0)
   # Samples of the second step are those of the start, and not of the learner as it was then.
-  programs = train.compile_programs(weighted("one"), None, mesh)
+  programs = loop.compile_programs(weighted("one"), None, mesh)
   again = programs.judge(start.params, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
                          (0, zlib.crc32(b"pass rate")))
   np.testing.assert_array_equal(again.response_BT, parts[1].response_BT)
   np.testing.assert_array_equal(again.sampler_logp_BT, parts[1].sampler_logp_BT)
   # Labels and tokens in the first epoch alone; the actor asks for new samples in the second.
-  actors = [rollout.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "rollouts").iterdir())]
+  actors = [rollouts.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "rollouts").iterdir())]
   judged = [int(part.response_length_B.sum()) for part in parts] + [0, 0]
   assert [entry["tokens_sampled"] for entry in spent] == [
       tokens + int(part.response_length_B.sum())
@@ -441,17 +441,17 @@ def test_pass_rates_weigh_what_rewards_left_and_bring_no_dropped_group_back(tmp_
   # fill the batch up with weight 0.
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
-  learned, batch = [], rollout.batch
-  monkeypatch.setattr(rollout, "batch", lambda rows, mean, advantage_B, weight_B: (
+  learned, batch = [], rollouts.batch
+  monkeypatch.setattr(rollouts, "batch", lambda rows, mean, advantage_B, weight_B: (
       learned.append((rows, weight_B)), batch(rows, mean, advantage_B, weight_B))[1])
   work = make(tmp_path, mesh, reward=reward, clip_low=0.35, pass_samples=4, rounds=2)
   run(work._replace(
       weigh=lambda pass_rate_P: 1 + pass_rate_P,
-      judge=train.Role(work.learner.model, params_of(work.learner.model, 0, mesh)),
-      passes=lambda: rollout.Store(epath.Path(tmp_path / "passes"), files.write)))
+      judge=loop.Role(work.learner.model, params_of(work.learner.model, 0, mesh)),
+      passes=lambda: rollouts.Store(epath.Path(tmp_path / "passes"), files.write)))
   right = {}
   for path in (tmp_path / "passes").iterdir():
-    part = rollout.from_bytes(path.read_bytes())
+    part = rollouts.from_bytes(path.read_bytes())
     for b, i in enumerate(part.prompt_id_B.tolist()):
       right.setdefault(i, []).append(reward(i, part.response(b)))
   dropped = 0

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from s2d_jax import rollout
+from s2d_jax import rollouts
 
 
 def two_rows():
   """Prompts 5 6 7 and 8; responses 1 2 and 3 4 9, the widths 4 and 3."""
-  return rollout.Rollout(
+  return rollouts.Rollout(
       prompt_id_B=np.array([10, 20], np.int64), sample_index_B=np.zeros(2, np.int32),
       prompt_BT=np.array([[5, 6, 7, 0], [8, 0, 0, 0]], np.int32),
       prompt_length_B=np.array([3, 1], np.int32),
@@ -20,7 +20,7 @@ def two_rows():
 
 
 def test_the_one_shift():
-  got = rollout.batch(two_rows(), "token", advantage_B=np.array([2., -1.], np.float32))
+  got = rollouts.batch(two_rows(), "token", advantage_B=np.array([2., -1.], np.float32))
   # Row 0 is 5 6 7 1 2: having read 5, predict 6; the first response token, 1, is predicted at 2.
   np.testing.assert_array_equal(got.inputs_BT, [[5, 6, 7, 1, 0, 0], [8, 3, 4, 0, 0, 0]])
   np.testing.assert_array_equal(got.targets_BT, [[6, 7, 1, 2, 0, 0], [3, 4, 9, 0, 0, 0]])
@@ -37,28 +37,28 @@ def test_the_one_shift():
 def test_a_constant_counts_sequences_and_weighs_tokens_alike():
   # Responses of up to n tokens: each token weighs 1/n and a sequence counts one (Dr. GRPO).
   rows = two_rows()
-  got = rollout.batch(rows, "constant")
+  got = rollouts.batch(rows, "constant")
   n = rows.response_BT.shape[1]
   np.testing.assert_allclose(got.weight_BT[got.sequence_BT >= 0], 1 / n, rtol=1e-6)
   np.testing.assert_allclose(got.count_BT.sum(axis=1), [1, 1], rtol=1e-6)
   for mean in ("token", "sequence"):
-    same = rollout.batch(rows, mean)
+    same = rollouts.batch(rows, mean)
     np.testing.assert_array_equal(same.count_BT, same.weight_BT)
 
 
 def test_weights_are_the_kind_of_mean():
-  got = rollout.batch(two_rows(), "sequence").weight_BT
+  got = rollouts.batch(two_rows(), "sequence").weight_BT
   np.testing.assert_allclose(got.sum(axis=1), [1, 1])  # each sequence counts once
   np.testing.assert_allclose(got[0, 2], 1 / 2)
-  dropped = rollout.batch(two_rows(), "token", row_weight_B=np.array([0., 1.], np.float32))
+  dropped = rollouts.batch(two_rows(), "token", row_weight_B=np.array([0., 1.], np.float32))
   np.testing.assert_allclose(dropped.weight_BT.sum(axis=1), [0, 3])
   with pytest.raises(ValueError, match="set it to one of"):
-    rollout.batch(two_rows(), "average")
+    rollouts.batch(two_rows(), "average")
 
 
 def test_packing_keeps_every_sequence_whole():
-  loose = rollout.batch(two_rows(), "token")
-  packed = rollout.pack(loose, 8)
+  loose = rollouts.batch(two_rows(), "token")
+  packed = rollouts.pack(loose, 8)
   # The 4 and the 3 tokens share the first row, longest first; the second row is padding.
   np.testing.assert_array_equal(packed.inputs_BT[0], [5, 6, 7, 1, 8, 3, 4, 0])
   np.testing.assert_array_equal(packed.segments_BT[0], [1, 1, 1, 1, 2, 2, 2, 0])
@@ -67,36 +67,38 @@ def test_packing_keeps_every_sequence_whole():
   assert packed.weight_BT.sum() == loose.weight_BT.sum()
   assert (packed.sequence_BT[1] == -1).all()
   with pytest.raises(ValueError, match="widen the row"):
-    rollout.pack(loose, 3)
+    rollouts.pack(loose, 3)
 
 
 def test_minibatches_are_a_seeded_partition():
-  batch = rollout.batch(two_rows(), "token")
-  parts = list(rollout.minibatches(batch, 2, (0, 1)))
-  again = list(rollout.minibatches(batch, 2, (0, 1)))
+  batch = rollouts.batch(two_rows(), "token")
+  parts = list(rollouts.minibatches(batch, 2, (0, 1)))
+  again = list(rollouts.minibatches(batch, 2, (0, 1)))
   rows = np.concatenate([p.inputs_BT for p in parts])
   assert sorted(rows.tolist()) == sorted(batch.inputs_BT.tolist())
   np.testing.assert_array_equal(rows, np.concatenate([p.inputs_BT for p in again]))
-  orders = {tuple(np.concatenate([p.targets_BT[:, 0] for p in rollout.minibatches(batch, 2, (s,))]))
-            for s in range(8)}
+  def order(seed):
+    return tuple(np.concatenate([p.targets_BT[:, 0]
+                                 for p in rollouts.minibatches(batch, 2, (seed,))]))
+  orders = {order(seed) for seed in range(8)}
   assert len(orders) == 2  # both orders of two rows turn up
   with pytest.raises(ValueError, match="multiple of minibatches"):
-    list(rollout.minibatches(batch, 3, (0,)))
+    list(rollouts.minibatches(batch, 3, (0,)))
 
 
 def test_row_keys_name_prompt_sample_and_seed():
-  keys = {rollout.row_key(seed, i, g).tobytes()
+  keys = {rollouts.row_key(seed, i, g).tobytes()
           for seed in ((0, 1), (0, 2)) for i in range(3) for g in range(3)}
   assert len(keys) == 18
   # (1, 23) and (12, 3) must not collide by concatenation.
-  assert (rollout.row_key((0,), 1, 23) != rollout.row_key((0,), 12, 3)).any()
+  assert (rollouts.row_key((0,), 1, 23) != rollouts.row_key((0,), 12, 3)).any()
 
 
 def test_bytes_come_back_and_are_reproducible():
   rows = two_rows()
-  data = rollout.to_bytes(rows)
-  assert data == rollout.to_bytes(two_rows())
-  for a, b in zip(rows, rollout.from_bytes(data), strict=True):
+  data = rollouts.to_bytes(rows)
+  assert data == rollouts.to_bytes(two_rows())
+  for a, b in zip(rows, rollouts.from_bytes(data), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -104,13 +106,13 @@ def test_store_asks_only_for_what_is_missing(tmp_path):
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-  prompts = [rollout.Prompt(10, (5, 6, 7)), rollout.Prompt(20, (8,))]
-  store = rollout.Store(tmp_path / "r", write)
+  prompts = [rollouts.Prompt(10, (5, 6, 7)), rollouts.Prompt(20, (8,))]
+  store = rollouts.Store(tmp_path / "r", write)
   assert store.missing(prompts, range(1)) == prompts
-  store.add("stage-00000000", rollout.take(two_rows(), slice(0, 1)), leader=True)
+  store.add("stage-00000000", rollouts.take(two_rows(), slice(0, 1)), leader=True)
   assert store.missing(prompts, range(1)) == prompts[1:]
-  store.add("stage-00000001", rollout.take(two_rows(), slice(1, 2)), leader=True)
-  reopened = rollout.Store(tmp_path / "r", write)
+  store.add("stage-00000001", rollouts.take(two_rows(), slice(1, 2)), leader=True)
+  reopened = rollouts.Store(tmp_path / "r", write)
   assert reopened.missing(prompts, range(1)) == []
   assert reopened.missing(prompts, range(1, 2)) == prompts  # another sample index
   rows, parts = reopened.get(prompts[::-1], range(1))
@@ -124,14 +126,14 @@ def test_store_leaves_a_row_with_the_part_that_had_it_first(tmp_path):
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-  prompt = rollout.Prompt(10, (5, 6, 7))
+  prompt = rollouts.Prompt(10, (5, 6, 7))
   both = two_rows()._replace(prompt_id_B=np.array([10, 10], np.int64),
                              sample_index_B=np.array([0, 1], np.int32))
-  store = rollout.Store(tmp_path / "r", write)
-  store.add("b", rollout.take(both, [0]), leader=True)
+  store = rollouts.Store(tmp_path / "r", write)
+  store.add("b", rollouts.take(both, [0]), leader=True)
   assert store.missing([prompt], range(2)) == [prompt]
   store.add("a", both, leader=True)
-  for opened in (store, rollout.Store(tmp_path / "r", write)):
+  for opened in (store, rollouts.Store(tmp_path / "r", write)):
     rows, parts = opened.get([prompt], range(2))
     assert parts == ["b", "a"]
     np.testing.assert_array_equal(rows.sample_index_B, [0, 1])
@@ -141,18 +143,18 @@ def test_store_never_writes_over_a_part(tmp_path):
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-  store = rollout.Store(tmp_path / "r", write)
-  store.add("a", rollout.take(two_rows(), [0]), leader=True)
+  store = rollouts.Store(tmp_path / "r", write)
+  store.add("a", rollouts.take(two_rows(), [0]), leader=True)
   with pytest.raises(ValueError, match="r already holds a, and 1 other rows were to take"):
     store.add("a", two_rows(), leader=True)
-  store.add("a", rollout.take(two_rows(), [0]), leader=True)  # nothing that is not there
-  for opened in (store, rollout.Store(tmp_path / "r", write)):
-    rows, _ = opened.get([rollout.Prompt(10, (5, 6, 7))], range(1))
+  store.add("a", rollouts.take(two_rows(), [0]), leader=True)  # nothing that is not there
+  for opened in (store, rollouts.Store(tmp_path / "r", write)):
+    rows, _ = opened.get([rollouts.Prompt(10, (5, 6, 7))], range(1))
     np.testing.assert_array_equal(rows.response(0), [1, 2])
 
 
 def test_given_rows():
-  rows = rollout.given([rollout.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
+  rows = rollouts.given([rollouts.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])
   np.testing.assert_array_equal(rows.response(0), [7, 8, 9])
-  assert rollout.FINISHED[rows.finish_reason_B[0]] == "stop"
+  assert rollouts.FINISHED[rows.finish_reason_B[0]] == "stop"

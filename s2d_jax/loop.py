@@ -23,10 +23,10 @@ from s2d_jax import (
   hosts,
   ledger,
   metrics,
-  rollout,
+  rollouts,
   sampler,
   sharding,
-  update,
+  training,
 )
 
 READS = ("steps", "prompts", "sampling", "mean", "epochs", "minibatches", "eval_every",
@@ -45,7 +45,7 @@ class Work(NamedTuple):
   folder: Any              # the stage's folder
   hp: Any                  # the stage's config
   seed: int
-  prompts: list            # rollout.Prompt of every problem the stage may draw
+  prompts: list            # rollouts.Prompt of every problem the stage may draw
   width: int               # tokens of the longest prompt's window
   stop_ids: tuple
   learner: Role
@@ -58,10 +58,10 @@ class Work(NamedTuple):
   judge: Role | None       # the learner's start, where its pass rates weigh the prompts
   weigh: Callable | None   # pass_rate_P -> weight_P
   objective: Callable
-  logp: Callable           # as `update.score` takes it
+  logp: Callable           # as `training.score` takes it
   optimizer: Any
-  store: Callable          # () -> rollout.Store of a frozen actor
-  passes: Callable         # () -> rollout.Store of the judge
+  store: Callable          # () -> rollouts.Store of a frozen actor
+  passes: Callable         # () -> rollouts.Store of the judge
   punish: Callable | None  # response lengths -> what is added to their rewards, for the advantages
   validate: Callable       # params -> iterable of (name, value)
   text: Callable           # ids -> str, for the samples log
@@ -109,7 +109,7 @@ def run(work, beat, left, stop):
   began, mesh = time.monotonic(), sharding.current_mesh()
   steps = checkpoint.Checkpoints(work.folder)
   try:
-    state = update.init(work.optimizer, mesh, work.learner.params)
+    state = training.init(work.optimizer, mesh, work.learner.params)
     start = steps.latest() or 0
     lost = _lost_seconds(work.folder, start, left)
     if start:
@@ -139,7 +139,7 @@ def _loop(work, programs, state, start, steps, logs, beat, stop, mesh):
       beat()
       row = {"step": step}
       if hp.eval_every and step % hp.eval_every == 0:
-        row |= dict(work.validate(update.join(state.params, work.frozen)))
+        row |= dict(work.validate(training.join(state.params, work.frozen)))
       if step % hp.save_every == 0 and step != began:
         _save(work.folder, steps, logs, step, state)
         saved = step
@@ -182,7 +182,7 @@ def _step(work, programs, stores, state, step, logs, mesh):
     groups = shaped_B.reshape(hp.prompts, -1)
     advantage_B = np.asarray(work.advantages(groups), np.float32).reshape(-1)
     row |= drawn.metrics
-  batch = rollout.batch(rows, hp.mean, advantage_B, weight_B)
+  batch = rollouts.batch(rows, hp.mean, advantage_B, weight_B)
   if scored(work):
     logp_BT, gap = _score(programs, _actor_params(work, state), batch, mesh)
     batch, row = batch._replace(old_logp_BT=logp_BT), row | gap
@@ -201,14 +201,14 @@ def _step(work, programs, stores, state, step, logs, mesh):
         "step": step, "prompt_id": rows.prompt_id_B[b], "sample_index": rows.sample_index_B[b],
         "tokens": rows.response(b), "text": work.text(rows.response(b)),
         "logp": rows.sampler_logp_BT[b, : rows.response_length_B[b]],
-        "finish_reason": rollout.FINISHED[rows.finish_reason_B[b]],
+        "finish_reason": rollouts.FINISHED[rows.finish_reason_B[b]],
         "reward": None if drawn.reward_B is None else drawn.reward_B[b]})
   return state, row
 
 
 def _actor_params(work, state):
   """The weights that sample: the learner's own where nobody else does."""
-  return update.join(state.params, work.frozen) if work.actor is None else work.actor.params
+  return training.join(state.params, work.frozen) if work.actor is None else work.actor.params
 
 
 def _updates(work, programs, state, step, batch, mesh):
@@ -217,7 +217,7 @@ def _updates(work, programs, state, step, batch, mesh):
   guide = None if work.guide is None else work.guide.params
   for epoch in range(hp.epochs):
     seed = (work.seed, zlib.crc32(work.name.encode()), step, epoch)
-    for part in rollout.minibatches(batch, hp.minibatches, seed):
+    for part in rollouts.minibatches(batch, hp.minibatches, seed):
       state, values = programs.step(state, guide, sharding.put_batch(part, mesh), work.frozen)
       seen.append({k: float(v) for k, v in sharding.fetch(values).items()})
   means = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
@@ -280,11 +280,11 @@ def compile_programs(work, state, mesh):
   Args:
     work: of which hp, width, stop_ids, the roles, given, objective, logp, optimizer and room are
       read; the roles' weights may be abstract (`sharding.abstract`).
-    state: the TrainState, or its `update.abstract`.
+    state: the TrainState, or its `training.abstract`.
   """
   hp, actor = work.hp, work.actor or work.learner
   frozen = None if work.frozen is None else sharding.abstract(work.frozen)
-  params = update.join(state.params, frozen) if work.actor is None else work.actor.params
+  params = training.join(state.params, frozen) if work.actor is None else work.actor.params
   how = sampling(hp.sampling, work.stop_ids)
   draw = None
   if work.given is None:
@@ -299,12 +299,12 @@ def compile_programs(work, state, mesh):
   hosts.sum_over_hosts(np.zeros(rows, np.float32))  # compiles on its first call
   if judge is not None:
     hosts.sum_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
-  step = update.make(work.learner.model, None if work.guide is None else work.guide.model,
-                     work.objective, work.optimizer, hp, update.shardings(state))
+  step = training.make(work.learner.model, None if work.guide is None else work.guide.model,
+                     work.objective, work.optimizer, hp, training.shardings(state))
   guide = None if work.guide is None else sharding.abstract(work.guide.params)
   score = None
   if scored(work) or _narrow(work):
-    score = update.score(actor.model, work.logp, hp).lower(
+    score = training.score(actor.model, work.logp, hp).lower(
         sharding.abstract(params), abstract_batch(rows, width, mesh)).compile()
   part = known(work, abstract_batch(rows // hp.minibatches, width, mesh))
   return Programs(draw, judge, score,
@@ -326,7 +326,7 @@ def _check_cache(work, programs, state, mesh):
     return
   params = _actor_params(work, state)
   rows = programs.draw(params, work.prompts[: work.hp.prompts], (work.seed, zlib.crc32(b"cache")))
-  gap = _score(programs, params, rollout.batch(rows), mesh)[1]["logp_gap_rms"]
+  gap = _score(programs, params, rollouts.batch(rows), mesh)[1]["logp_gap_rms"]
   if not gap <= MOST_GAP:  # nor where it is no number
     raise ValueError(f"config.sampler.cache is {work.room.cache} and the sampler's "
                      f"log-probabilities are {gap:.3f} nats (root mean square) from the trainer's "
@@ -334,13 +334,13 @@ def _check_cache(work, programs, state, mesh):
 
 
 def abstract_batch(rows, width, mesh):
-  """A `rollout.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
+  """A `rollouts.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
   types = {"weight_BT", "count_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT",
            "drawn_logp_BT"}
   where = sharding.batch_sharding(mesh, (rows, width))
-  return rollout.Batch(*(
+  return rollouts.Batch(*(
       jax.ShapeDtypeStruct((rows, width), np.float32 if f in types else np.int32, sharding=where)
-      for f in rollout.Batch._fields))
+      for f in rollouts.Batch._fields))
 
 
 def _lost_seconds(folder, start, left):

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from s2d_jax import objectives, optim, rollout, sharding, update
+from s2d_jax import objectives, optim, rollouts, sharding, training
 from s2d_jax.losses import kl, tokens
 
 B, T, D, V = 16, 5, 8, 12
@@ -52,7 +52,7 @@ def make_batch(seed=0, rows=B):
   keep_BT = rng.random((rows, T)) < 0.7
   keep_BT[0, 0] = True
   numbers = rng.normal(size=(3, rows, T)).astype(np.float32)
-  return rollout.Batch(
+  return rollouts.Batch(
       inputs_BT=rng.integers(V, size=(rows, T), dtype=np.int32),
       targets_BT=rng.integers(V, size=(rows, T), dtype=np.int32),
       positions_BT=np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
@@ -82,8 +82,8 @@ def compiled(objective, guide, shape, optimizer, changes):
   hp = ConfigDict({**HP.to_dict(), **dict(changes)})
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
-    layout = update.shardings(update.init(optimizer, mesh, place(host_params(0), mesh)))
-  return mesh, update.make(MODEL, MODEL if guide else None, objective, optimizer, hp, layout)
+    layout = training.shardings(training.init(optimizer, mesh, place(host_params(0), mesh)))
+  return mesh, training.make(MODEL, MODEL if guide else None, objective, optimizer, hp, layout)
 
 
 def run(batch, objective=objectives.clipped_surrogate, guide=True, mesh=(1, 1, 1), steps=1,
@@ -91,7 +91,8 @@ def run(batch, objective=objectives.clipped_surrogate, guide=True, mesh=(1, 1, 1
   """(params, metrics, state, step) after `steps` updates on one batch, parameters fetched."""
   mesh, step = compiled(objective, guide, mesh, optimizer, tuple(sorted(changes.items())))
   with jax.set_mesh(mesh):
-    state = update.init(optimizer, mesh, place(host_params(0) if params is None else params, mesh))
+    start = host_params(0) if params is None else params
+    state = training.init(optimizer, mesh, place(start, mesh))
     guide_params = place(host_params(1), mesh) if guide else None
     batch = sharding.put_batch(batch, mesh)
     for _ in range(steps):
@@ -220,7 +221,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
   mesh = sharding.make_mesh((2, 2, 2))
   params = place(host_params(0), mesh)
   with jax.set_mesh(mesh):
-    state, shapes = update.init(ADAMW, mesh, params), update.abstract(ADAMW, mesh, params)
+    state, shapes = training.init(ADAMW, mesh, params), training.abstract(ADAMW, mesh, params)
   want = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), shapes) == want
 
@@ -231,7 +232,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
 def test_the_old_state_is_donated_and_the_guide_is_not():
   mesh, step = compiled(objectives.reverse_kl, True, (1, 1, 1), ADAMW, ())
   with jax.set_mesh(mesh):
-    old = update.init(ADAMW, mesh, place(host_params(0), mesh))
+    old = training.init(ADAMW, mesh, place(host_params(0), mesh))
     guide = place(host_params(1), mesh)
     batch = sharding.put_batch(make_batch(), mesh)
     with jax.transfer_guard("disallow"):
@@ -286,7 +287,7 @@ def test_score_keeps_the_order_of_rows(mesh):
   mesh = sharding.make_mesh(mesh)
   hp = ConfigDict({**HP.to_dict(), "microbatches": 4})
   with jax.set_mesh(mesh):
-    logp_BT, entropy_BT = update.score(MODEL, objectives.logp, hp)(
+    logp_BT, entropy_BT = training.score(MODEL, objectives.logp, hp)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   want_BTV = logits(host_params(0), jax.tree.map(jnp.asarray, batch))
   response_BT = batch.sequence_BT >= 0
@@ -302,11 +303,11 @@ def test_on_policy_the_first_ratio_is_one(mean):
   batch = make_batch()
   kept_BT = batch.weight_BT > 0
   weight_BT, count_BT = (np.where(kept_BT, x_B[:, None], 0) for x_B in
-                         rollout.token_weights(kept_BT.sum(axis=1), mean, T))
+                         rollouts.token_weights(kept_BT.sum(axis=1), mean, T))
   batch = batch._replace(weight_BT=weight_BT, count_BT=count_BT)
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
-    old_logp_BT, _ = update.score(MODEL, objectives.logp, HP)(
+    old_logp_BT, _ = training.score(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   batch = batch._replace(old_logp_BT=np.asarray(old_logp_BT))
   _, first, *_ = run(batch, guide=False, kl="none", microbatches=2)
@@ -322,7 +323,7 @@ def test_on_policy_the_first_ratio_is_one(mean):
 def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
   batch, mesh = make_batch(), sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
-    old_logp_BT = np.asarray(update.score(MODEL, objectives.logp, HP)(
+    old_logp_BT = np.asarray(training.score(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
   gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
   batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT, drawn_logp_BT=old_logp_BT - gap_BT)

@@ -154,6 +154,8 @@ def math(arg):
                  "validation": f"{arg.data}/validation.jsonl",
                  "math500": f"{arg.data}/math500.jsonl", "aime24": f"{arg.data}/aime24.jsonl",
                  "aime25": f"{arg.data}/aime25.jsonl"}
+  # Optional: config.data.solutions, a file of responses (docs/sampling.md), and config.data.grader,
+  # "math_verify" instead of the string match.
   config.label_share = 1.0
   config.half_seed = 0
   config.template = {}

@@ -3,6 +3,7 @@
 A task of your own is a `planning.Task`, handed to `recipe.run`; nothing here needs to know it.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -19,21 +20,32 @@ def arithmetic(config: ConfigDict) -> Task:
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
   doctor.check_keys("config.data", config.data, ("dir",))
   folder = os.path.expanduser(config.data.dir)
-  return Task(lambda split: sources.tfds_source("arithmetic", split, folder),
+  return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
               arithmetic_reward.reward)
 
 
 def math(config: ConfigDict) -> Task:
-  """Problems of JSON-lines files, config.data[split], answered in the last \\boxed{}."""
+  """Problems of config.data[split], a file of JSON lines or a TFDS folder, answered in \\boxed{}.
+
+  The answer in the last box is checked as config.data.grader says: "string_match", the default, or
+  "math_verify", in a process with limits.
+  """
+  graders = {"string_match": math_reward.reward, "math_verify": math_reward.verified}
+  grader = config.data.get("grader", "string_match")
+  if grader not in graders:
+    raise ValueError(f"config.data.grader is {grader!r}: choose {' or '.join(graders)}.")
+  if grader == "math_verify" and importlib.util.find_spec("math_verify") is None:
+    raise ValueError("config.data.grader is 'math_verify', which is not installed: pip install "
+                     "math-verify.")
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
     if split not in config.data:
       raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(config.data)}.")
-    return sources.solved(sources.jsonl(config.data[split]), config.data.get("solutions"))
+    return sources.solved(sources.read(config.data[split], split), config.data.get("solutions"))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
-              math_reward.reward)
+              graders[grader])
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}

@@ -1,1 +1,1 @@
-"""Checkers: pure functions reward(problem, text) -> 0.0 or 1.0, and a pool that survives them."""
+"""Checkers of answers, reward(problem, text) -> 0.0 or 1.0, and a process with limits for them."""

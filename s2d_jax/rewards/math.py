@@ -5,8 +5,12 @@ are brought to one spelling and compared. It never evaluates the text. Every pat
 time linear in the text, because a policy may write any text during training.
 """
 
+import atexit
+import functools
 import re
 from collections.abc import Mapping
+
+from s2d_jax.rewards import worker
 
 RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
 DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")  # not one between two digits, which it separates
@@ -68,18 +72,18 @@ def reward(problem: Mapping[str, str], text: str) -> float:
 def verified(problem: Mapping[str, str], text: str) -> float:
   r"""1.0 where math_verify finds the last \boxed{} equal to the answer, else 0.0.
 
-  It parses and simplifies the text, which may take unbounded time and memory. Call it only
-  through `rewards.pool`, whose workers have limits and can be killed.
+  It runs in a process with limits: a text that exceeds them gets 0.0, with a warning.
   """
-  import math_verify  # here, so that no process but a worker ever loads sympy
+  return _verifier()(problem, text)
 
-  boxed = last_boxed(text)
-  if boxed is None:
-    return 0.0
-  gold, answer = (
-    math_verify.parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (problem["answer"], boxed)
-  )
-  return float(math_verify.verify(gold, answer, timeout_seconds=None))
+
+@functools.cache
+def _verifier() -> worker.Worker:
+  """The process that runs math_verify, started by the first call and ended with this one."""
+  verifier = worker.Worker("s2d_jax.rewards.verify:check", seconds=60.0, cpu_seconds=5,
+                           memory_bytes=4 << 30)
+  atexit.register(verifier.close)
+  return verifier
 
 
 def last_boxed(text: str) -> str | None:

@@ -68,14 +68,22 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_tfds_rows_are_a_sequence(tmp_path):
-  rows = sources.tfds_source("arithmetic", "validation", tmp_path)
+  rows = sources.arithmetic("validation", tmp_path)
   assert rows[-1] == rows[255] == rows[np.int64(255)] and type(rows[0]["id"]) is int
   with pytest.raises(IndexError):
     rows[256]
 
 
-def test_an_absent_split_and_an_unknown_name_are_refused(tmp_path):
+def test_an_absent_split_and_an_unprepared_folder_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no rows in split train: choose one of \['labelled'"):
-    sources.tfds_source("arithmetic", "train", tmp_path)
+    sources.arithmetic("train", tmp_path)
   with pytest.raises(ValueError, match="algebra is no prepared TFDS folder"):
-    sources.tfds_source("algebra", "train", tmp_path)
+    sources.prepared("algebra", "train")
+
+
+def test_a_path_is_a_folder_of_tfds_or_a_file_of_json_lines(tmp_path):
+  rows = sources.arithmetic("test", tmp_path / "data")
+  (folder,) = {path.parent for path in tmp_path.rglob("dataset_info.json")}
+  assert list(sources.read(folder, "test")) == list(rows)
+  path = write(tmp_path, GOOD | {"id": 7})
+  assert list(sources.read(path, "test")) == [GOOD | {"id": 7}]

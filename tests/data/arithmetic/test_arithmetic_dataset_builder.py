@@ -9,14 +9,14 @@ from s2d_jax.data.arithmetic import problems
 READ = """
 import sys
 from s2d_jax.data import sources
-print(len(sources.tfds_source("arithmetic", "test", sys.argv[1])), "tensorflow" in sys.modules)
+print(len(sources.arithmetic("test", sys.argv[1])), "tensorflow" in sys.modules)
 """
 
 
 def test_reads_back_what_was_generated(tmp_path):
   rows = problems.splits()
   for split in rows:
-    assert list(sources.tfds_source("arithmetic", split, tmp_path)) == rows[split]
+    assert list(sources.arithmetic(split, tmp_path)) == rows[split]
 
 
 def test_two_processes_may_prepare_at_once_and_say_nothing(tmp_path):
@@ -26,8 +26,8 @@ def test_two_processes_may_prepare_at_once_and_say_nothing(tmp_path):
 
 
 def test_a_second_opening_writes_nothing(tmp_path):
-  sources.tfds_source("arithmetic", "test", tmp_path)
+  sources.arithmetic("test", tmp_path)
   files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.array_record*")}
-  sources.tfds_source("arithmetic", "labelled", tmp_path)
+  sources.arithmetic("labelled", tmp_path)
   assert len(files) == 3
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.array_record*")} == files

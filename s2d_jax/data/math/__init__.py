@@ -1,1 +1,0 @@
-"""Any JSONL of problems and answers as a TFDS data set."""

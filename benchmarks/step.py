@@ -49,7 +49,7 @@ def random_batch(vocab_size, rows, tokens):
       count_BT=ones.astype(np.float32),
       positions_BT=np.tile(np.arange(tokens, dtype=np.int32), (rows, 1)), advantage_BT=normal(),
       old_logp_BT=normal(-10.0), sampler_logp_BT=normal(-10.0),
-      drawn_logp_BT=normal(-10.0),
+      behaviour_logp_BT=normal(-10.0),
       sequence_BT=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, tokens)))
 
 

@@ -242,7 +242,9 @@ def known(work, batch):
   if scored(work):
     return batch
   batch = batch._replace(old_logp_BT=None)
-  return batch if work.given is None else batch._replace(sampler_logp_BT=None, drawn_logp_BT=None)
+  if work.given is not None:
+    batch = batch._replace(sampler_logp_BT=None, behaviour_logp_BT=None)
+  return batch
 
 
 def _score(programs, params, batch, mesh):
@@ -336,7 +338,7 @@ def _check_cache(work, programs, state, mesh):
 def abstract_batch(rows, width, mesh):
   """A `rollouts.Batch` of shapes, laid out on the mesh: what a program is compiled for."""
   types = {"weight_BT", "count_BT", "advantage_BT", "old_logp_BT", "sampler_logp_BT",
-           "drawn_logp_BT"}
+           "behaviour_logp_BT"}
   where = sharding.batch_sharding(mesh, (rows, width))
   return rollouts.Batch(*(
       jax.ShapeDtypeStruct((rows, width), np.float32 if f in types else np.int32, sharding=where)

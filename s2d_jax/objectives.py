@@ -154,7 +154,7 @@ def _policy_gradient(logp_BT, own_logp_BT, reference_BT, batch, hp):
   found = {"ratio_mean": jnp.exp(logp_BT - old_BT),
            "clip_fraction": clipped(*args).astype(jnp.float32)}
   if hp.mismatch != "none":
-    ratio_BT = grpo.mismatch_ratio(old_BT, batch.drawn_logp_BT, counts_BT, batch.segments_BT,
+    ratio_BT = grpo.mismatch_ratio(old_BT, batch.behaviour_logp_BT, counts_BT, batch.segments_BT,
                                    hp.mismatch_level)
     kept_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
     loss_BT = loss_BT * kept_BT

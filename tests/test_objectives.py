@@ -34,7 +34,7 @@ def batch():
   fields["targets_BT"] = jnp.asarray(RNG.integers(V, size=(B, T)), jnp.int32)
   fields["weight_BT"], fields["count_BT"] = jnp.asarray(WEIGHT_BT), jnp.asarray(COUNT_BT)
   fields["segments_BT"] = jnp.ones((B, T), jnp.int32)
-  fields["drawn_logp_BT"] = jnp.zeros((B, T))
+  fields["behaviour_logp_BT"] = jnp.zeros((B, T))
   fields["advantage_BT"] = jnp.asarray(np.random.default_rng(3).normal(size=(B, T)), jnp.float32)
   noise_BT = 0.4 * np.random.default_rng(4).normal(size=(B, T))
   logp_BT = tokens.log_prob(logits(STUDENT), fields["targets_BT"])
@@ -341,7 +341,7 @@ def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):
   sampler_BT = np.asarray(BATCH.old_logp_BT) - np.array([-0.9, 0.2, -0.1, 1.0], np.float32)
-  batch_ = BATCH._replace(drawn_logp_BT=jnp.asarray(sampler_BT))
+  batch_ = BATCH._replace(behaviour_logp_BT=jnp.asarray(sampler_BT))
   sums = objectives.clipped_surrogate(STUDENT, None, batch_, hp(mismatch=how, mismatch_level=level))
   log_BT = (np.asarray(BATCH.old_logp_BT) - sampler_BT) * (WEIGHT_BT > 0)
   if level == "sequence":

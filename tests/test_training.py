@@ -60,7 +60,7 @@ def make_batch(seed=0, rows=B):
       weight_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       count_BT=(keep_BT * weight_B[:, None]).astype(np.float32),
       advantage_BT=numbers[0], old_logp_BT=-2 + 0.2 * numbers[1], sampler_logp_BT=numbers[2],
-      drawn_logp_BT=numbers[2],
+      behaviour_logp_BT=numbers[2],
       sequence_BT=np.where(keep_BT, 0, -1).astype(np.int32))
 
 
@@ -326,7 +326,8 @@ def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
     old_logp_BT = np.asarray(training.score(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
   gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
-  batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT, drawn_logp_BT=old_logp_BT - gap_BT)
+  batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT,
+                         behaviour_logp_BT=old_logp_BT - gap_BT)
   how = dict(optimizer=SGD, microbatches=4, **changes)
   want, told, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **how)
   got, found, *_ = run(batch._replace(old_logp_BT=None), **how)
@@ -351,7 +352,7 @@ def test_an_update_holds_the_sampler_against_itself(objective, changes):
   close(found, told | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
                        "logp_gap_square": np.mean(gaps**2)})
   # Given solutions were drawn by nobody.
-  given = batch._replace(old_logp_BT=None, sampler_logp_BT=None, drawn_logp_BT=None)
+  given = batch._replace(old_logp_BT=None, sampler_logp_BT=None, behaviour_logp_BT=None)
   close(run(given, objective, microbatches=2, **changes)[1], told)
 
 

@@ -157,7 +157,7 @@ def cispo_clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
   return ((ratio_BT > 1 + high) | (ratio_BT < 1 - low)) & (advantage_BT != 0)
 
 
-def mismatch_ratio(old_logp_BT, drawn_logp_BT, mask_BT, segments_BT, level):
+def mismatch_ratio(old_logp_BT, behaviour_logp_BT, mask_BT, segments_BT, level):
   """π_old(a) / μ(a): how much likelier the trainer finds what the sampler drew. No gradient.
 
   "token": of each token; "sequence": the product over the response, unbiased and of high variance.
@@ -167,7 +167,7 @@ def mismatch_ratio(old_logp_BT, drawn_logp_BT, mask_BT, segments_BT, level):
   Raises:
     ValueError: an unknown level.
   """
-  log_BT = jnp.where(mask_BT, old_logp_BT - drawn_logp_BT, 0.0)
+  log_BT = jnp.where(mask_BT, old_logp_BT - behaviour_logp_BT, 0.0)
   if level == "sequence":
     log_BT = _over_sequence(log_BT, segments_BT)
   elif level != "token":

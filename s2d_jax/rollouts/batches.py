@@ -19,7 +19,7 @@ class Batch(NamedTuple):
   advantage_BT: np.ndarray     # float32; constant along a response
   old_logp_BT: np.ndarray      # float32 nats, before an update; None: the update's own are the old
   sampler_logp_BT: np.ndarray  # float32 nats, as the sampler's model had it; None: nobody sampled
-  drawn_logp_BT: np.ndarray    # float32 nats, under the distribution sampled from; None as above
+  behaviour_logp_BT: np.ndarray  # float32 nats, as the tempered, truncated distribution had it
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
 
 
@@ -55,7 +55,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
   width = prompt_width + rollout.response_BT.shape[1]
   length_B = rollout.prompt_length_B + rollout.response_length_B
   tokens = np.zeros((B, width), np.int32)
-  weight, logp, drawn_logp = (np.zeros((B, width), np.float32) for _ in range(3))
+  weight, logp, behaviour_logp = (np.zeros((B, width), np.float32) for _ in range(3))
   per_token_B, count_B = token_weights(rollout.response_length_B, mean,
                                        rollout.response_BT.shape[1])
   if row_weight_B is not None:
@@ -66,7 +66,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
     tokens[b, p:n] = rollout.response(b)
     weight[b, p:n] = per_token_B[b]
     logp[b, p:n] = rollout.sampler_logp_BT[b, : n - p]
-    drawn_logp[b, p:n] = rollout.drawn_logp_BT[b, : n - p]
+    behaviour_logp[b, p:n] = rollout.behaviour_logp_BT[b, : n - p]
   place_T = np.arange(width - 1, dtype=np.int32)
   # Having read token t, predict token t + 1: inputs lose the last column, all the rest the first.
   inside_BT = place_T[None] < length_B[:, None] - 1
@@ -82,7 +82,7 @@ def batch(rollout, mean="token", advantage_B=None, row_weight_B=None):
       advantage_BT=np.where(response_BT, advantage_B[:, None], 0).astype(np.float32),
       old_logp_BT=np.zeros_like(logp[:, 1:]),
       sampler_logp_BT=logp[:, 1:],
-      drawn_logp_BT=drawn_logp[:, 1:],
+      behaviour_logp_BT=behaviour_logp[:, 1:],
       sequence_BT=np.where(response_BT, np.arange(B, dtype=np.int32)[:, None], np.int32(-1)))
 
 

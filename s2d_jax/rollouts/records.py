@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+OLD_NAMES = {"drawn_logp_BT": "behaviour_logp_BT"}  # of fields in files that are already stored
 FINISHED = ("length", "stop")  # what finish_reason 0 and 1 mean
 
 
@@ -33,7 +34,7 @@ class Rollout(NamedTuple):
   response_BT: np.ndarray        # int32, right-padded; a stop token belongs to the response
   response_length_B: np.ndarray  # int32 tokens
   sampler_logp_BT: np.ndarray    # float32 nats, of each response token under the whole model
-  drawn_logp_BT: np.ndarray      # float32 nats, under what it was drawn from: tempered, truncated
+  behaviour_logp_BT: np.ndarray  # float32 nats, under the tempered, truncated distribution
   finish_reason_B: np.ndarray    # int32 index into FINISHED
   weight_version: int            # optimizer updates behind the weights that sampled
 
@@ -71,9 +72,9 @@ def to_bytes(rollout):
 
 
 def from_bytes(data):
-  """The rollout `to_bytes` wrote."""
-  with np.load(io.BytesIO(data), allow_pickle=False) as f:
-    fields = {name: f[name] for name in Rollout._fields}
+  """The rollout that `to_bytes` wrote, now or when a field had its old name."""
+  with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    fields = {OLD_NAMES.get(name, name): file[name] for name in file.files}
   return Rollout(**{**fields, "weight_version": int(fields["weight_version"])})
 
 

@@ -53,7 +53,7 @@ class Written(NamedTuple):
   """What a dispatch gives the host, the same on every process; 0 after a row's end."""
   tokens_BN: jax.Array      # int32
   logp_BN: jax.Array        # float32 nats, under the model
-  drawn_logp_BN: jax.Array  # float32 nats, under the distribution drawn from
+  behaviour_logp_BN: jax.Array  # float32 nats, under the distribution drawn from
   count_B: jax.Array        # int32 tokens
   stopped_B: jax.Array      # bool: the last one is a stop id
 
@@ -187,14 +187,14 @@ def draw(logits_BV, key_B2, index_B, sampling):
     early_B1 = (index_B < sampling.min_tokens)[:, None]
     allowed_BV = jnp.where(stop_V[None] & early_B1, -jnp.inf, logits_BV)
   if sampling.temperature > 0:
-    token_B, drawn_logp_B = _pick(truncate(allowed_BV, sampling), _uniform(key_B2, index_B))
+    token_B, behaviour_logp_B = _pick(truncate(allowed_BV, sampling), _uniform(key_B2, index_B))
   else:
     token_B = _greatest(allowed_BV)
-    drawn_logp_B = jnp.zeros(token_B.shape, jnp.float32)
+    behaviour_logp_B = jnp.zeros(token_B.shape, jnp.float32)
   if sampling.plain():
-    return token_B, drawn_logp_B, drawn_logp_B
+    return token_B, behaviour_logp_B, behaviour_logp_B
   logp_B = _at(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
-  return token_B, logp_B, drawn_logp_B
+  return token_B, logp_B, behaviour_logp_B
 
 
 class Weights(NamedTuple):

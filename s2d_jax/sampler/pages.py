@@ -120,7 +120,7 @@ class PagedCall(Call):
     row, out = self.owners[b], self.out
     self.seen["tokens"] -= self._drawn(b)
     self.seen["waited_again"] = self.seen.get("waited_again", 0) + 1
-    for x in (out.response_BT, out.response_length_B, out.sampler_logp_BT, out.drawn_logp_BT):
+    for x in (out.response_BT, out.response_length_B, out.sampler_logp_BT, out.behaviour_logp_BT):
       x[row.place] = 0
     self.rows.appendleft(row)
     self.waiting[row.prompt.id] += 1

@@ -208,7 +208,7 @@ class Call:
       if cut is not None:
         out.response_BT[place, cut:], end, stopped = 0, cut, True
       for to, x in ((out.sampler_logp_BT, written.logp_BN),
-                    (out.drawn_logp_BT, written.drawn_logp_BN)):
+                    (out.behaviour_logp_BT, written.behaviour_logp_BN)):
         to[place, start: end] = x[b, : end - start]
       out.response_length_B[place], out.finish_reason_B[place] = end, stopped
       self.seen["tokens"] += end - start

@@ -44,7 +44,7 @@ def penalised(penalty):
 
 def weighted(level, kept):
   def loss(s, g, batch):
-    ratio_BT = grpo.mismatch_ratio(batch.old_logp_BT, batch.drawn_logp_BT, batch.weight_BT > 0,
+    ratio_BT = grpo.mismatch_ratio(batch.old_logp_BT, batch.behaviour_logp_BT, batch.weight_BT > 0,
                                    batch.segments_BT, level)
     return kept(ratio_BT) * CLIPPED(s, g, batch)
   return loss
@@ -164,7 +164,7 @@ def placed(batch):
   noise_BT = 0.3 * np.random.default_rng(4).normal(size=(B, T)).astype(np.float32)
   logits_BTV = OWN["features"][0, batch.inputs_BT] @ OWN["unembed"][0].T
   old_BT = np.asarray(logp(jnp.asarray(logits_BTV), batch)) + noise_BT
-  return batch._replace(old_logp_BT=old_BT, drawn_logp_BT=old_BT + batch.drawn_logp_BT)
+  return batch._replace(old_logp_BT=old_BT, behaviour_logp_BT=old_BT + batch.behaviour_logp_BT)
 
 
 @jax.jit

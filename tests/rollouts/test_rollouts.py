@@ -1,5 +1,7 @@
 """The one shift, the weights, packing, and the store of frozen rollouts."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def two_rows():
       response_BT=np.array([[1, 2, 0], [3, 4, 9]], np.int32),
       response_length_B=np.array([2, 3], np.int32),
       sampler_logp_BT=np.array([[-.1, -.2, 0], [-.3, -.4, -.5]], np.float32),
-      drawn_logp_BT=np.array([[-.01, -.02, 0], [-.03, -.04, -.05]], np.float32),
+      behaviour_logp_BT=np.array([[-.01, -.02, 0], [-.03, -.04, -.05]], np.float32),
       finish_reason_B=np.array([1, 0], np.int32), weight_version=7)
 
 
@@ -31,7 +33,7 @@ def test_the_one_shift():
   np.testing.assert_array_equal(got.sequence_BT, [[-1, -1, 0, 0, -1, -1], [1, 1, 1, -1, -1, -1]])
   np.testing.assert_allclose(got.sampler_logp_BT,
                              [[0, 0, -.1, -.2, 0, 0], [-.3, -.4, -.5, 0, 0, 0]])
-  np.testing.assert_allclose(got.drawn_logp_BT, got.sampler_logp_BT / 10)
+  np.testing.assert_allclose(got.behaviour_logp_BT, got.sampler_logp_BT / 10)
 
 
 def test_a_constant_counts_sequences_and_weighs_tokens_alike():
@@ -99,6 +101,14 @@ def test_bytes_come_back_and_are_reproducible():
   data = rollouts.to_bytes(rows)
   assert data == rollouts.to_bytes(two_rows())
   for a, b in zip(rows, rollouts.from_bytes(data), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_rollout_stored_under_an_old_field_name_is_read():
+  out = io.BytesIO()
+  fields = two_rows()._asdict()
+  np.savez_compressed(out, drawn_logp_BT=fields.pop("behaviour_logp_BT"), **fields)
+  for a, b in zip(two_rows(), rollouts.from_bytes(out.getvalue()), strict=True):
     np.testing.assert_array_equal(a, b)
 
 

@@ -50,14 +50,14 @@ def drawn(sampling, index=0, logits=LOGITS):
     ({"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.3}, 4)],
     ids=lambda v: next(ids([v])) if isinstance(v, dict) else "")
 def test_how_often(case, kept, truncated):
-  token, logp, drawn_logp = drawn(PLAIN._replace(**case))
+  token, logp, behaviour_logp = drawn(PLAIN._replace(**case))
   want = truncated(LOGITS, **case)
   count = np.bincount(token, minlength=len(LOGITS))
   assert (want > 0).sum() == kept and count[want == 0].sum() == 0
   assert scipy.stats.chisquare(count[want > 0], ROWS * want[want > 0]).pvalue > 0.001
   # Whatever was done to the distribution, the model's own log-probability is reported.
   np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # LOGITS are normalised
-  np.testing.assert_allclose(drawn_logp, np.log(want[token]), atol=1e-5)
+  np.testing.assert_allclose(behaviour_logp, np.log(want[token]), atol=1e-5)
 
 
 def test_successive_tokens_are_independent():
@@ -70,9 +70,9 @@ def test_successive_tokens_are_independent():
 
 def test_temperature_0_is_the_most_probable():
   logits = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
-  token, logp, drawn_logp = draw(jnp.asarray(logits), keys(), jnp.zeros(ROWS, jnp.int32),
+  token, logp, behaviour_logp = draw(jnp.asarray(logits), keys(), jnp.zeros(ROWS, jnp.int32),
                                  PLAIN._replace(temperature=0.0))
-  assert not drawn_logp.any()  # certain
+  assert not behaviour_logp.any()  # certain
   np.testing.assert_array_equal(token, logits.argmax(axis=1))
   p = np.exp(logits.astype(np.float64))
   np.testing.assert_allclose(logp, np.log(p.max(axis=1) / p.sum(axis=1)), atol=1e-5)
@@ -86,9 +86,9 @@ def test_a_stop_waits_for_min_tokens(temperature):
     assert np.isin(token, (0, 2)).any() == stops
     np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # and not of what was allowed
   if temperature:
-    token, _, drawn_logp = drawn(early)
+    token, _, behaviour_logp = drawn(early)
     want = np.exp(LOGITS.astype(np.float64)) * ~np.isin(np.arange(8), (0, 2))
-    np.testing.assert_allclose(drawn_logp, np.log((want / want.sum())[token]), atol=1e-5)
+    np.testing.assert_allclose(behaviour_logp, np.log((want / want.sum())[token]), atol=1e-5)
     assert scipy.stats.chisquare(np.bincount(token, minlength=8)[want > 0],
                                  ROWS * want[want > 0] / want.sum()).pvalue > 0.001
 
@@ -96,11 +96,11 @@ def test_a_stop_waits_for_min_tokens(temperature):
 def test_a_vocabulary_of_many_groups():
   # 1,000 tokens are eight groups, the last not full; every token is drawn as often as it should.
   logits = np.random.default_rng(5).normal(0, 1.5, 1000).astype(np.float32)
-  token, logp, drawn_logp = drawn(PLAIN, logits=logits)
+  token, logp, behaviour_logp = drawn(PLAIN, logits=logits)
   want = np.exp(logits.astype(np.float64))
   want = want / want.sum()
   np.testing.assert_allclose(logp, np.log(want)[token], atol=1e-5)
-  np.testing.assert_allclose(drawn_logp, logp, atol=1e-5)
+  np.testing.assert_allclose(behaviour_logp, logp, atol=1e-5)
   order = np.argsort(want)  # rare ones together, so that none is expected less than ten times
   groups = np.cumsum(want[order]) // (10 / ROWS)
   expected = np.array([want[order][groups == g].sum() for g in np.unique(groups)]) * ROWS

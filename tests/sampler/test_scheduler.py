@@ -45,7 +45,7 @@ def same(got, want, atol=1e-5):
   for field in ("prompt_id_B", "sample_index_B", "response_BT", "response_length_B",
                 "finish_reason_B"):
     np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
-  for field in ("sampler_logp_BT", "drawn_logp_BT"):
+  for field in ("sampler_logp_BT", "behaviour_logp_BT"):
     np.testing.assert_allclose(getattr(got, field), getattr(want, field), atol=atol, err_msg=field)
 
 
@@ -152,8 +152,8 @@ def test_what_was_drawn_from_is_the_trainers_distribution(crowd, tiny, truncated
     for t, token in enumerate(rows.response(b)):
       logits[t, list(STOPS)] = -np.inf if t < HOW.min_tokens else logits[t, list(STOPS)]
       p = truncated(logits[t], temperature=0.9, top_p=0.95, top_k=12, min_p=0.01)
-      np.testing.assert_allclose(rows.drawn_logp_BT[b, t], np.log(p[token]), atol=1e-5)
-  assert np.abs(rows.drawn_logp_BT - rows.sampler_logp_BT).max() > 0.1
+      np.testing.assert_allclose(rows.behaviour_logp_BT[b, t], np.log(p[token]), atol=1e-5)
+  assert np.abs(rows.behaviour_logp_BT - rows.sampler_logp_BT).max() > 0.1
 
 
 @pytest.mark.medium
@@ -349,7 +349,7 @@ def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
     assert rollouts.FINISHED[got.finish_reason_B[b]] == ("stop" if stop in full else "length")
     np.testing.assert_allclose(got.sampler_logp_BT[b, :end], rows.sampler_logp_BT[b, :end],
                                atol=1e-5)
-    assert not got.sampler_logp_BT[b, end:].any() and not got.drawn_logp_BT[b, end:].any()
+    assert not got.sampler_logp_BT[b, end:].any() and not got.behaviour_logp_BT[b, end:].any()
   assert sum(stop in full[:18] for full in whole) > 3
 
 

@@ -1,8 +1,8 @@
-"""Logs that survive a kill: one part per checkpoint, cut back on resume; progress; compile count.
+"""Logs that survive a kill, event files for TensorBoard, a progress bar, a count of compilations.
 
-A log is a folder of JSON-lines parts, each named for its first step and written whole just before
-the checkpoint that ends it. Resuming at step s deletes the parts that start at s or later, so a
-killed and resumed run leaves the bytes of an undisturbed one. Nothing is appended or renamed.
+A log is a folder of JSON-lines parts. Each part is named for its first step and written whole, just
+before the checkpoint that ends it. Resuming at step s deletes the parts that start at s or later,
+so a killed and resumed run leaves the bytes of an undisturbed one. Nothing is appended or renamed.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from s2d_jax import files, hosts
 
 
-def plain(value):
+def plain(value: Any) -> Any:
   """Python numbers and lists for JSON; NaN and infinities as strings, which JSON lacks."""
   if isinstance(value, np.ndarray | np.generic):
     value = value.tolist()
@@ -34,56 +36,71 @@ def plain(value):
 
 
 class Log:
-  """Rows of one kind (`metrics`, `ledger`, `timing`, `samples`) of one stage."""
+  """Entries of one kind (`metrics`, `ledger`, `timing`, `samples`) of one stage.
 
-  def __init__(self, folder, name, step):
-    """Opens the log at `step`, dropping every part that speaks of it or of a later one."""
-    self._folder, self._start, self._new = epath.Path(folder) / name, step, []
+  Attributes:
+    rows: every entry, those of earlier processes first.
+  """
+
+  def __init__(self, folder: epath.PathLike, name: str, step: int) -> None:
+    """Opens the log at `step`, dropping every part that starts at it or later."""
+    self._folder = epath.Path(folder) / name
+    self._start = step
+    self._new: list[dict] = []
     _cut(self._folder, step)
+    # No host may read before the leader has cut.
     hosts.barrier(f"{folder}/{name}")
     self.rows = read(folder, name)
 
-  def add(self, row):
-    """Appends one row, a dict of plain values, arrays or numbers."""
-    self._new.append(plain(row))
+  def add(self, entry: Mapping[str, Any]) -> None:
+    """Appends one entry, a dict of plain values, arrays or numbers."""
+    self._new.append(plain(entry))
     self.rows.append(self._new[-1])
 
-  def flush(self, step):
-    """Writes what was added since the last flush as one part; `step` starts the next."""
-    new, self._new, start, self._start = self._new, [], self._start, step
+  def flush(self, step: int) -> tuple[int, list[dict]]:
+    """Writes the entries since the last flush as one part; the next part starts at `step`.
+
+    Returns:
+      (the part's first step, its entries).
+    """
+    start = self._start
+    new = self._new
+    self._start = step
+    self._new = []
     if new and hosts.leader():
-      text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in new)
+      text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in new)
       files.write(self._folder / f"{start:08d}.jsonl", text)
     return start, new
 
 
-def read(folder, name):
-  """Every row of a log, in order; an absent log is empty."""
+def read(folder: epath.PathLike, name: str) -> list[dict]:
+  """Every entry of a log, in order; an absent log is empty."""
   return [json.loads(line) for part in files.finished_files(epath.Path(folder) / name)
           for line in part.read_text().splitlines()]
 
 
-def write_tensorboard(folder, start, rows):
-  """One event file for one part: every number of every row against its step."""
-  if not (rows and hosts.leader()):
+def write_tensorboard(folder: epath.PathLike, start: int, entries: Sequence[dict]) -> None:
+  """Writes one event file for one part: every number of every entry against its step."""
+  if not (entries and hosts.leader()):
     return
+  # The writer appends, which an object store cannot: it writes beside, and the whole is copied.
   with tempfile.TemporaryDirectory() as scratch:
     with SummaryWriter(scratch) as writer:
-      for row in rows:
-        for name, value in row.items():
+      for entry in entries:
+        for name, value in entry.items():
           if name != "step" and isinstance(value, int | float):
-            writer.add_scalar(name, value, row["step"])
+            writer.add_scalar(name, value, entry["step"])
     events = next(pathlib.Path(scratch).iterdir())
     files.write(epath.Path(folder) / "tensorboard" / f"{start:08d}.{events.name}",
-                     events.read_bytes())
+                events.read_bytes())
 
 
-def cut_tensorboard(folder, step):
-  """Drops the event files of `step` and later; called where the logs are cut."""
+def cut_tensorboard(folder: epath.PathLike, step: int) -> None:
+  """Drops the event files of `step` and later; to be called where the logs are opened."""
   _cut(epath.Path(folder) / "tensorboard", step)
 
 
-def _cut(folder, step):
+def _cut(folder: epath.Path, step: int) -> None:
   """Deletes the parts that start at `step` or later."""
   if hosts.leader():
     for part in files.finished_files(folder):
@@ -91,24 +108,29 @@ def _cut(folder, step):
         part.unlink()
 
 
-def bar(name, start, total):
-  """A stage's progress bar on standard error: steps, time left, and what `set_postfix` is told."""
+def bar(name: str, start: int, total: int) -> tqdm:
+  """A stage's progress bar on standard error: steps done of `total`, and the time left."""
   return tqdm(desc=name, initial=start, total=total, file=sys.stderr, dynamic_ncols=True,
               mininterval=1.0, disable=not hosts.leader())
 
 
 @contextlib.contextmanager
-def compilations():
-  """Counts XLA compilations while open: yields count() -> int."""
-  seen = 0
+def compilations() -> Iterator[Callable[[], int]]:
+  """Counts XLA compilations while open.
 
-  def on_event(name, seconds, **kwargs):
+  Yields:
+    A function that returns the number so far.
+  """
+  count = 0
+
+  def on_event(name: str, seconds: float, **kwargs: Any) -> None:
     del seconds, kwargs
-    nonlocal seen
-    seen += name == "/jax/core/compile/backend_compile_duration"
+    nonlocal count
+    # JAX has no public counter; it times each compilation under this name.
+    count += name == "/jax/core/compile/backend_compile_duration"
 
   jax.monitoring.register_event_duration_secs_listener(on_event)
   try:
-    yield lambda: seen
+    yield lambda: count
   finally:
     jax.monitoring.unregister_event_duration_listener(on_event)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from s2d_jax import doctor
-from s2d_jax.data import sources
+from s2d_jax.data import jsonl, sources
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
 from s2d_jax.rewards import math as math_reward
@@ -43,7 +43,8 @@ def math(config: ConfigDict) -> Task:
     if split not in config.data:
       raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(config.data)}.")
-    return sources.solved(sources.read(config.data[split], split), config.data.get("solutions"))
+    problems = sources.read(config.data[split], split)
+    return jsonl.solved(problems, config.data.get("solutions"))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
               graders[grader])
 

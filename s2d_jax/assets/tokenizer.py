@@ -1,6 +1,7 @@
-"""The embedded world's tokenizer: one token per character, and markers for who speaks."""
+"""The embedded world's tokenizer: one token per character, and one for each role of a chat."""
 
 import json
+import os
 from pathlib import Path
 
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
@@ -15,8 +16,12 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write(folder, max_length):
-  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for `AutoTokenizer`."""
+def write(folder: str | os.PathLike, max_length: int) -> None:
+  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for `AutoTokenizer`.
+
+  Args:
+    max_length: tokens of the longest sequence, as transformers' warnings have it.
+  """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -31,7 +36,7 @@ def write(folder, max_length):
     "normalizer": None,
     "pre_tokenizer": {**every_character, "invert": False},
     "post_processor": None,
-    "decoder": {"type": "Fuse"},
+    "decoder": {"type": "Fuse"},  # joins the characters without spaces between them
     "model": {
       "type": "WordLevel",
       "vocab": {token: i for i, token in enumerate(VOCABULARY)},
@@ -46,10 +51,10 @@ def write(folder, max_length):
     "model_max_length": max_length,
     "clean_up_tokenization_spaces": False,
   }
-  _dump(folder / "tokenizer.json", tokenizer)
-  _dump(folder / "tokenizer_config.json", config)
+  _write_json(folder / "tokenizer.json", tokenizer)
+  _write_json(folder / "tokenizer_config.json", config)
   (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _dump(path, tree):
+def _write_json(path: Path, tree: dict) -> None:
   path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

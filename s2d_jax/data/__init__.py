@@ -1,1 +1,1 @@
-"""Where problems come from: sources of them, and which ones each step draws."""
+"""Problems: where they come from, which ones a step draws, and which labels a budget buys."""

@@ -1,9 +1,11 @@
-"""Exact check of chained addition: what follows the last "=" must be the answer."""
+"""Exact check of chained addition: the text after the last "=" must be the answer."""
+
+from collections.abc import Mapping
 
 
-def reward(problem, text):
+def reward(problem: Mapping[str, str], text: str) -> float:
   """1.0 where the text's last number is the answer to the digit ("03", not "3"), else 0.0.
 
-  "12+34=46+57=03" answers "03", and so does a bare "03"; the steps before it are not judged.
+  "12+34=46+57=03" answers "03", and so does a bare "03". The steps before it are not checked.
   """
   return float(text.rpartition("=")[2] == problem["answer"])

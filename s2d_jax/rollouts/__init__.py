@@ -3,6 +3,7 @@
 Token ids stay ids from the sampler to the loss: text is never tokenized a second time.
 """
 
+from s2d_jax.data.jsonl import text_id
 from s2d_jax.rollouts.batches import Batch, batch, minibatches, pack, token_weights
 from s2d_jax.rollouts.records import (
   FINISHED,
@@ -13,7 +14,6 @@ from s2d_jax.rollouts.records import (
   given,
   row_key,
   take,
-  text_id,
   to_bytes,
 )
 from s2d_jax.rollouts.stores import Store

@@ -20,11 +20,6 @@ class Prompt(NamedTuple):
   tokens: tuple
 
 
-def text_id(text):
-  """The id of a problem that brings none: 63 bits of a hash of its text, wherever it stands."""
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
 class Rollout(NamedTuple):
   """What a sampler wrote: B = P·G rows, a prompt's samples side by side."""
   prompt_id_B: np.ndarray        # int64

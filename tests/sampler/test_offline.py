@@ -12,7 +12,7 @@ import jinja2
 import pytest
 
 from s2d_jax import chat
-from s2d_jax.data import sources
+from s2d_jax.data import jsonl
 from s2d_jax.sampler import __main__ as offline
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_its_output_is_an_input_of_teacher_sft(prompts, tmp_path):
   offline.main(command(prompts, out, n=2))
   data.write_text("".join(json.dumps({"problem": p, "id": 7 * i, "answer": "1"}) + "\n"
                           for i, p in enumerate(PROBLEMS)))
-  found, talk = sources.solved(sources.jsonl(data), out), chat.Chat(TEACHER)
+  found, talk = jsonl.solved(jsonl.rows(data), out), chat.Chat(TEACHER)
   wrote = rows(out)
   for row in found:
     samples = [wrote[row["id"], g] for g in range(2)]

@@ -1,33 +1,40 @@
 """Chained addition modulo 100: problems, worked solutions, splits and the base models' corpus.
 
-A problem is "12+34+57"; its worked solution carries the running sum along, "12+34=46+57=03"; its
-answer is what follows the last "=". Every number is two digits. NumPy only.
+A problem is "12+34+57". Its worked solution carries the running sum along, "12+34=46+57=03". Its
+answer is the text after the last "=". Every number has two digits. NumPy only.
 """
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
 MODULUS = 100
-SHORTEST, LONGEST = 2, 4  # operands
+SHORTEST = 2  # operands
+LONGEST = 4
 SEED = 0
 SIZES = {"labelled": 2048, "validation": 256, "test": 512}
 
 
-def draw(rng, shortest=SHORTEST, longest=LONGEST):
-  """Operands of one problem: as many as a uniform draw says, each uniform in 0..99."""
+def draw(rng: np.random.Generator, shortest: int = SHORTEST,
+         longest: int = LONGEST) -> tuple[int, ...]:
+  """The operands of one problem: their number is uniform, and each is uniform in 0..99."""
   count = int(rng.integers(shortest, longest + 1))
   return tuple(int(x) for x in rng.integers(0, MODULUS, count))
 
 
-def problem(operands):
+def problem(operands: Sequence[int]) -> str:
   """The text of a problem: (12, 34, 57) is "12+34+57"."""
   return "+".join(f"{x:02d}" for x in operands)
 
 
-def worked(operands, slips=None):
+def worked(operands: Sequence[int], slips: Sequence[int] | np.ndarray | None = None) -> str:
   """The worked solution: (12, 34, 57) is "12+34=46+57=03".
 
-  `slips` is added to the running sum after each step (modulo 100, one number for each operand but
-  the first): a slip of 0 is a right step, and what follows a wrong step builds on it.
+  Args:
+    slips: added to the running sum after each step, modulo 100; one number for each operand but
+      the first. A slip of 0 is a right step, and the steps after a wrong one build on it. None
+      makes no slip.
   """
   slips = (0,) * (len(operands) - 1) if slips is None else slips
   total = operands[0]
@@ -38,57 +45,62 @@ def worked(operands, slips=None):
   return text
 
 
-def answer(operands):
+def answer(operands: Sequence[int]) -> str:
   """The sum modulo 100, two digits."""
   return f"{sum(operands) % MODULUS:02d}"
 
 
-def splits(seed=SEED, sizes=None):
-  """{split: rows} of distinct problems, disjoint between splits, ids running through all of them.
+def splits(seed: int = SEED, sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
+  """{split: rows} of distinct problems, disjoint between splits; ids count through all splits.
 
-  A row is {"id", "problem", "answer", "solution"}. A pure function of the seed and the sizes.
+  A row is {"id", "problem", "answer", "solution"}. Seed and sizes determine the result.
   """
   sizes = SIZES if sizes is None else sizes
   rng = np.random.default_rng(seed)
-  chosen = {}  # a dict keeps the order of the draws
+  chosen: dict[tuple[int, ...], None] = {}  # a dict keeps the order of the draws; a set does not
   while len(chosen) < sum(sizes.values()):
     chosen.setdefault(draw(rng))
-  rows = [
-    {"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
-    for i, x in enumerate(chosen)
-  ]
-  out, start = {}, 0
+  rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
+          for i, x in enumerate(chosen)]
+  found = {}
+  start = 0
   for name, size in sizes.items():
-    out[name] = rows[start : start + size]
+    found[name] = rows[start : start + size]
     start += size
-  assert_disjoint(out)
-  return out
+  assert_disjoint(found)
+  return found
 
 
-def assert_disjoint(rows_by_split):
-  """Raises ValueError naming the first problem that stands twice, in one split or in two."""
-  seen = {}
+def assert_disjoint(rows_by_split: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+  """Checks that no problem occurs twice, in one split or in two.
+
+  Raises:
+    ValueError: names the first problem that does.
+  """
+  split_of = {}
   for split, rows in rows_by_split.items():
     for row in rows:
-      if row["problem"] in seen:
-        raise ValueError(
-          f"problem {row['problem']} stands in {seen[row['problem']]} and again in {split}: "
-          "every problem must belong to one split, once."
-        )
-      seen[row["problem"]] = split
+      first = split_of.get(row["problem"])
+      if first is not None:
+        raise ValueError(f"problem {row['problem']} stands in {first} and again in {split}: every "
+                         "problem must belong to one split, once.")
+      split_of[row["problem"]] = split
 
 
-def corpus(seed, count, longest, worked_share, slip_share, held_out):
+def corpus(seed: int, count: int, longest: int, worked_share: float, slip_share: float,
+           held_out: Set[str]) -> list[tuple[str, str]]:
   """`count` pairs (problem, response) for next-token training of a base model.
 
-  Problems have up to `longest` operands; those in `held_out` (a set of texts) never appear. A share
-  `worked_share` of the responses is a worked solution in which each step is, with probability
-  `slip_share`, replaced by a wrong one; the others are a bare guess, two digits drawn without
-  looking at the problem.
+  Args:
+    longest: most operands of a problem; held_out: texts of problems that must not appear.
+    worked_share: probability that a response is a worked solution. The others are a bare guess, two
+      digits drawn without looking at the problem.
+    slip_share: probability that a step of a worked solution is replaced by a wrong one.
   """
   rng = np.random.default_rng((seed, 1))
   pairs = []
   while len(pairs) < count:
+    # A held-out problem still takes its draws, so that the others stay as they are.
     operands = draw(rng, longest=longest)
     steps = len(operands) - 1
     slips = rng.integers(1, MODULUS, steps) * (rng.random(steps) < slip_share)
@@ -99,11 +111,11 @@ def corpus(seed, count, longest, worked_share, slip_share, held_out):
   return pairs
 
 
-def sums(seed, count):
-  """`count` pairs ("12+34=", "46"): the single steps that every solution is made of.
+def sums(seed: int, count: int) -> list[tuple[str, str]]:
+  """`count` pairs ("12+34=", "46"): the single steps that every solution consists of.
 
-  They are written without a question, as text a base model might have read; of the 10,000 there
-  are, none is held out.
+  They have no question before them, like text that a base model might have read. None of the
+  10,000 possible pairs is held out.
   """
   operands = np.random.default_rng((seed, 2)).integers(0, MODULUS, (count, 2))
   return [(f"{a:02d}+{b:02d}=", f"{(a + b) % MODULUS:02d}") for a, b in operands.tolist()]

@@ -5,7 +5,11 @@ Text is turned into ids here and nowhere else, so training, sampling and scoring
 
 import hashlib
 import json
+import os
 from pathlib import Path
+
+# Without torch, transformers announces that it has tokenizers alone. That is all this file uses.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import transformers
 

@@ -1,57 +1,62 @@
-"""Flags, hosts, mesh; then `recipe.run`, and the report.
+"""`s2d-jax run`: hosts, mesh, the recipe's arms, and the report.
 
-  python -m s2d_jax.main --config=configs/arithmetic.py --workdir=runs/arithmetic
-
-Exit codes: 0 done; 2 something is wrong with what was asked, in one sentence; 1 a stage failed;
-75 told to stop and saved: start the same command again.
+Exit codes: 0 done; 1 a stage failed; 2 the request is wrong, in one sentence; 75 stopped and saved,
+so the same command goes on.
 """
 
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-from s2d_jax import cli, manifest, recipe, report, sharding, sweep, tasks, walk
+from s2d_jax import command, hosts, manifest, recipe, report, sharding, sweep, tasks, walk
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().",
-                                         lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where runs are kept.")
-PLAN = flags.DEFINE_bool("plan", False, "Print the runs and count their stages; train nothing.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU slice).")
+EXAMPLE = "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny"
 
 
-def main(argv):
-  """Runs every arm of the config, or of every config of a sweep, and writes the report."""
-  del argv
-  if DISTRIBUTED.value:
+def main(argv: Sequence[str]) -> None:
+  """Runs every arm of the config, or of every config of a sweep, and prints the report.
+
+  Raises:
+    ValueError: the request is wrong, in one sentence; FloatingPointError: a stage failed.
+  """
+  parser = command.config_parser("run", "Trains and scores the arms of a config.", EXAMPLE)
+  parser.add_argument("--workdir", required=True, help="the folder that keeps what is done")
+  parser.add_argument("--plan", action="store_true",
+                      help="print the runs and count their stages; train nothing")
+  parser.add_argument("--distributed", action="store_true",
+                      help="this is one process of several, such as a TPU slice's")
+  config, args = command.parse_config(parser, argv)
+  if args.distributed:
     jax.distributed.initialize()
+  _set_up_process()
+  configs = sweep.expand(config)
+  plans = [recipe.plan(one, tasks.get(one)) for one in configs]
+  mesh = sharding.make_mesh(configs[0].mesh)
+  for plan in plans:
+    walk.check_folders(plan, args.workdir)
+  if args.plan:
+    print("\n".join(sweep.outline(plans, config.get("sweep", ({},)), args.workdir)))
+    return
+  with jax.set_mesh(mesh):
+    for plan in plans:
+      walk.run(plan, args.workdir)
+  if hosts.leader():
+    print(report.write([args.workdir]))
+
+
+def _set_up_process() -> None:
+  """Warnings on standard error, one cache of programs, and no transfer that is not asked for."""
+  logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  if jax.config.jax_compilation_cache_dir is None:  # stages of equal shapes share their programs
+  # Stages of equal shapes, and the same command again, share their compiled programs.
+  if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/s2d_jax/xla"))
   jax.config.update("jax_transfer_guard", "disallow")
-  config, workdir = CONFIG.value, WORKDIR.value
-  manifest.revision()  # of the code as it starts
-  try:
-    configs = sweep.expand(config)
-    plans = [recipe.plan(one, tasks.get(one)) for one in configs]
-    mesh = sharding.make_mesh(configs[0].mesh)
-    for made in plans:
-      walk.check_folders(made, workdir)
-    if PLAN.value:
-      print("\n".join(sweep.outline(plans, config.get("sweep", ({},)), workdir)))
-      return
-    with jax.set_mesh(mesh):
-      for made in plans:
-        walk.run(made, workdir)
-  except (ValueError, FloatingPointError) as error:
-    print(f"s2d_jax: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, ValueError) else 1)
-  if jax.process_index() == 0:
-    print(report.write([workdir]))
+  manifest.revision()  # of the code as it starts, before a long run in which it may change
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=cli.parse)
+  command.call(main, sys.argv[1:])

@@ -1,6 +1,4 @@
-"""Compiles every program of every stage ahead of time: does it fit, what will it cost.
-
-  python -m s2d_jax.preflight --config=configs/qwen3_math.py [--topology=v5p:2x2x2]
+"""`s2d-jax preflight`: compiles a config's programs ahead of time and prints what memory they need.
 
 Needs the two model folders' config.json and tokenizer, no weights, no data and, with `--topology`
 (needs libtpu), no chip. Memory is the compiled program's own account, per device.
@@ -9,15 +7,15 @@ Needs the two model folders' config.json and tokenizer, no weights, no data and,
 import dataclasses
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from s2d_jax import (
   chat,
-  cli,
+  command,
   doctor,
   loop,
   models,
@@ -31,6 +29,8 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.models import hf
+
+EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
 
 
 class Cost(NamedTuple):
@@ -143,7 +143,17 @@ def _compare(config, roles, mesh):
                         batch).compile()
 
 
-def main(config, topology):
+def main(argv: Sequence[str]) -> None:
+  """`s2d-jax preflight`: prints the table of a config's programs."""
+  parser = command.config_parser(
+      "preflight", "Compiles every program of a config and prints the memory it needs.", EXAMPLE)
+  parser.add_argument("--topology", metavar="v5e:4x4",
+                      help="a TPU to compile for that is not here; needs libtpu")
+  config, args = command.parse_config(parser, argv)
+  show(config, args.topology)
+
+
+def show(config: ConfigDict, topology: str | None = None) -> None:
   """Prints a line per program: bytes of arguments, temporaries and outputs on each device."""
   devices = None
   if topology:
@@ -151,24 +161,17 @@ def main(config, topology):
     # A cached program cannot be read back without a chip: it would be a warning each.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  try:
-    with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
-      print("bytes on each device")
-      print(f"{'stage':<16}{'program':<16}{'arguments':>14}{'temporaries':>14}{'output':>14}")
-      seen = set()
-      for one in sweep.expand(config):
-        for cost in costs(one):
-          if cost not in seen:  # runs of a sweep share programs
-            seen.add(cost)
-            print(f"{cost.stage:<16}{cost.program:<16}{cost.arguments:>14,}"
-                  f"{cost.temporaries:>14,}{cost.output:>14,}", flush=True)
-  except ValueError as error:
-    print(f"s2d_jax: {error}", file=sys.stderr)
-    sys.exit(2)
+  with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
+    print("bytes on each device")
+    print(f"{'stage':<16}{'program':<16}{'arguments':>14}{'temporaries':>14}{'output':>14}")
+    printed = set()
+    for one in sweep.expand(config):
+      for cost in costs(one):
+        if cost not in printed:  # runs of a sweep share programs
+          printed.add(cost)
+          print(f"{cost.stage:<16}{cost.program:<16}{cost.arguments:>14,}"
+                f"{cost.temporaries:>14,}{cost.output:>14,}", flush=True)
 
 
 if __name__ == "__main__":
-  CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config().")
-  TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU to compile for, such as v5e:4x4.")
-  flags.mark_flags_as_required(["config"])
-  app.run(lambda argv: main(CONFIG.value, TOPOLOGY.value), flags_parser=cli.parse)
+  command.call(main, sys.argv[1:])

@@ -1,6 +1,6 @@
 """Run folders -> the report: the ladder, paired differences with verdicts, sweeps, conditions.
 
-  python -m s2d_jax.report runs/arithmetic [runs/another ...]
+  s2d-jax report runs/arithmetic [runs/another ...]
 
 Reads only what the stages left behind and writes report.md and report.png (report-2.png for a
 second way of scoring) into the first folder. A file choice.md there (how hyperparameters were
@@ -9,11 +9,12 @@ chosen) becomes the report's last section.
 
 import re
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from s2d_jax import figures, files, ladder, metrics
+from s2d_jax import command, figures, files, ladder, metrics
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
 # they hold: its RL'd 8B and 14B teachers on three benchmarks (arXiv 2605.12483v1, tables 2-6).
@@ -261,7 +262,7 @@ def write(workdirs):
   rows, folder = ladder.read(workdirs), epath.Path(workdirs[0])
   choice = folder / "choice.md"
   text = markdown(rows, choice.read_text() if choice.exists() else "",
-                  " ".join(["python -m s2d_jax.report", *map(str, workdirs)]))
+                  " ".join(["s2d-jax report", *map(str, workdirs)]))
   for at, (_, part) in enumerate(ladder.tables(rows)):
     with (folder / picture(at)).open("wb") as out:
       figures.figure(part, out)
@@ -269,13 +270,14 @@ def write(workdirs):
   return text
 
 
-def main():
-  """`python -m s2d_jax.report WORKDIR...` prints the report."""
-  try:
-    print(write(sys.argv[1:] or ["runs/arithmetic"]))
-  except ValueError as error:
-    sys.exit(f"s2d_jax: {error}")
+def main(argv: Sequence[str]) -> None:
+  """`s2d-jax report`: writes the report of work folders and prints it."""
+  parser = command.Parser("report", "Writes report.md into the first folder and prints it.",
+                          "s2d-jax report runs/arithmetic", "WORKDIR ... ")
+  parser.add_argument("workdirs", nargs="*", metavar="WORKDIR", default=["runs/arithmetic"],
+                      help="work folders of one or several seeds; runs/arithmetic if none is named")
+  print(write(parser.parse_args(argv).workdirs))
 
 
 if __name__ == "__main__":
-  main()
+  command.call(main, sys.argv[1:])

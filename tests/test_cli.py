@@ -1,5 +1,6 @@
-"""`s2d-jax doctor`: what it says of a sound config, and its one sentence for another."""
+"""`s2d-jax`: each command's help, the diagnosis of a sound config, and one sentence for another."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from configs import arithmetic
-from s2d_jax import cli
+from s2d_jax import cli, command, diagnosis
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -27,7 +28,7 @@ def config(data):
 
 @pytest.mark.medium
 def test_diagnosis_lists_models_problems_and_chains(config):
-  text = cli.diagnosis(config)
+  text = diagnosis.diagnosis(config)
   for role in ("teacher", "student"):
     folder = ROOT / "s2d_jax" / "assets" / "arithmetic" / role
     assert re.search(rf"^{role}: {re.escape(str(folder))} \([0-9a-f]{{12}}\)$", text, re.M)
@@ -44,12 +45,11 @@ def test_diagnosis_lists_models_problems_and_chains(config):
       "half_bridge_grpo_2h: teacher_grpo -> forward_kl -> reverse_kl -> student_grpo"]
 
 
-def test_every_run_of_a_sweep_is_checked(config, capsys):
+def test_every_run_of_a_sweep_is_checked(config):
   with config.unlocked():
     config.sweep = ({"seed": 1}, {"arms": "nope"})
-  with pytest.raises(SystemExit):
-    cli.diagnosis(config)
-  assert "there is no arm 'nope'" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="there is no arm 'nope'"):
+    diagnosis.diagnosis(config)
 
 
 @pytest.mark.parametrize("key, value, said", [
@@ -61,7 +61,7 @@ def test_every_run_of_a_sweep_is_checked(config, capsys):
 def test_a_wrong_config_ends_in_one_sentence(config, capsys, key, value, said):
   config[key] = value
   with pytest.raises(SystemExit) as error:
-    cli.diagnosis(config)
+    command.call(lambda argv: diagnosis.diagnosis(config), [])
   assert error.value.code == 2
   sentence = capsys.readouterr().err.rstrip("\n")
   assert re.fullmatch(r"s2d_jax: [^\n]+[:,;] [^\n]+\.", sentence) and said in sentence
@@ -78,3 +78,68 @@ def test_the_command_says_the_sentence_and_no_more(data):
   assert done.returncode != 0 and done.stdout == ""
   (line,) = done.stderr.splitlines()
   assert line.startswith("s2d_jax: there is no arm 'nope': choose config.arms from untrained, ")
+
+
+def console(*words, env=None):
+  """A finished `s2d-jax WORDS`, in a process of its own."""
+  return subprocess.run([sys.executable, "-c", "from s2d_jax import cli; cli.main()", *words],
+                        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_a_screen_and_ends_with_an_example(name, capsys):
+  module = importlib.import_module(cli.COMMANDS[name][0])
+  with pytest.raises(SystemExit) as error:
+    module.main(["--help"])
+  lines = capsys.readouterr().out.splitlines()
+  assert error.value.code == 0 and len(lines) <= 24 and max(map(len, lines)) <= 100
+  assert lines[-1].startswith(f"example: s2d-jax {name} ") and lines[-2] == ""
+  described = [line for line in lines if re.match(r"  (--[a-z-]+|WORKDIR)( \S+)?( {2,}|$)", line)]
+  assert len(described) == len([line for line in lines if line.startswith("  ")]) > 0
+
+
+def test_the_list_of_commands_is_help_and_the_answer_to_an_unknown_one(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["s2d-jax", "--help"])
+  cli.main()
+  text = capsys.readouterr().out
+  assert text == cli.usage() + "\n" and len(text.splitlines()) <= 24
+  monkeypatch.setattr(sys, "argv", ["s2d-jax", "trian"])
+  with pytest.raises(SystemExit) as error:
+    cli.main()
+  assert error.value.code == cli.usage()
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["run", "--config=configs/arithmetic.py:tiny"], "missing: --workdir: s2d-jax run --help has"),
+    (["run", "--workdir", "x"], "missing: --config: "),
+    (["export", "--workdir=x", "--stage", "y"], "missing: --out: "),
+    (["export", "--workdir=x", "--stage=y", "--out=z", "--dtype=int8"], "argument --dtype: "),
+    (["export", "--workdir=x", "--stage=y", "--out=z"],
+     "x has no finished stage 'y': choose --stage from nothing: run its recipe first."),
+    (["report", "nowhere"], "nowhere has no finished arm: "),
+])
+def test_a_wrong_line_is_one_sentence(argv, said, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["s2d-jax", *argv])
+  with pytest.raises(SystemExit) as error:
+    cli.main()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert error.value.code == 2 and line.startswith("s2d_jax: ") and said in line
+
+
+# ml_collections loads config files by importlib's old name.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_flags_take_a_space_or_an_equals_sign():
+  parser = command.config_parser("x", "", "")
+  parser.add_argument("--workdir")
+  seen = []
+  for line in (["--config=configs/arithmetic.py:tiny", "--workdir=w", "--config.seed=3"],
+               ["--workdir", "w", "--config", "configs/arithmetic.py:tiny", "--config.seed", "3"]):
+    config, args = command.parse_config(parser, line)
+    seen.append((config.to_dict(), config.is_locked, vars(args)))
+  assert seen[0][0] == seen[1][0] and seen[0][0]["seed"] == 3 and seen[0][1] and seen[1][1]
+  assert [args["workdir"] for _, _, args in seen] == ["w", "w"]
+
+
+@pytest.mark.medium
+def test_a_library_that_is_absent_is_not_announced():
+  assert console("doctor", "--help").stderr == ""

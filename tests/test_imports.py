@@ -13,9 +13,11 @@ PACKAGE = ROOT / "s2d_jax"
 # Who may call whom, nearest first; who may call a file may also import what lies below it. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
-  "main": {"cli", "report"},
-  "preflight": {"cli"},
-  "cli": {"recipe", "sweep"},
+  "cli": {"main", "preflight", "diagnosis", "export"},
+  "main": {"recipe", "sweep", "report"},
+  "preflight": {"recipe", "sweep", "command"},
+  "diagnosis": {"recipe", "sweep", "command"},
+  "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},
   "walk": {"stage", "budget"},
@@ -30,7 +32,7 @@ ARROWS = {
   "training": {"rollouts", "sharding", "keys"},
   "evals": {"sampler", "stats"},
   "rollouts": {"data"},
-  "sampler": {"models", "chat", "rollouts", "keys", "hosts"},
+  "sampler": {"command", "models", "chat", "rollouts", "keys", "hosts"},
   "objectives": {"losses", "keys"},
   "optim": {"keys"},
   "losses": {"sharding"},
@@ -41,7 +43,7 @@ ARROWS = {
   "checkpoint": {"hosts"},
   "files": {"hosts"},
   "sweep": {"manifest"},
-  "report": {"ladder", "figures"},
+  "report": {"command", "ladder", "figures"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import arithmetic
-from s2d_jax import preflight, sharding
+from s2d_jax import command, preflight, sharding
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
 
@@ -144,14 +144,16 @@ def test_the_programs_of_a_sweep_are_told_once(quick_compiles, config, capsys):
   with config.unlocked():
     config.stages = {"teacher_sft": config.stages.teacher_sft}
     config.sweep = ({"seed": 1}, {"seed": 2}, {"stages.teacher_sft.prompts": 8})
-  preflight.main(config, None)
+  preflight.show(config)
   rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
   assert rows.count(["teacher_sft", "update"]) == 2 and rows.count(["probe", "both"]) == 1
 
 
-def test_a_wrong_config_ends_in_one_sentence(config, capsys):
-  config.stages.sft.steps = -1
+# ml_collections loads config files by importlib's old name.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_wrong_config_ends_in_one_sentence(capsys):
   with pytest.raises(SystemExit) as error:
-    preflight.main(config, None)
+    command.call(preflight.main, ["--config=configs/arithmetic.py:tiny",
+                                  "--config.stages.sft.steps=-1"])
   assert error.value.code == 2
   assert "s2d_jax: config.stages.sft.steps is -1: set it to 1 or " in capsys.readouterr().err

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from s2d_jax import figures, files, ladder, report
+from s2d_jax import command, figures, files, ladder, report
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
 COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0,
@@ -343,15 +343,16 @@ def test_text_from_outside_does_nothing(tmp_path):
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "arms").mkdir(),
                                   lambda path: files.write(path / "arms/.a.json.7", "{")])
-def test_a_folder_without_arms_is_refused(make, tmp_path, monkeypatch):
+def test_a_folder_without_arms_is_refused(make, tmp_path, capsys):
   make(tmp_path)
   sentence = f"{tmp_path} has no finished arm: run the recipe with --workdir={tmp_path}."
   with pytest.raises(ValueError) as error:
     ladder.read([tmp_path])
   assert str(error.value) == sentence
-  monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
-  with pytest.raises(SystemExit, match="^s2d_jax: .* has no finished arm"):
-    report.main()
+  with pytest.raises(SystemExit) as error:
+    command.call(report.main, [str(tmp_path)])
+  assert error.value.code == 2
+  assert capsys.readouterr().err == f"s2d_jax: {sentence}\n"
   assert not (tmp_path / "report.md").exists()
 
 

@@ -1,6 +1,6 @@
 """Samples of a model for the prompts of a file, outside any training.
 
-  python -m s2d_jax.sampler --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16 \
+  s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16 \
       --temperature 0.7 --max-tokens 1024
 
 A line of the prompts has "problem", a text, or "messages", a chat; and where it has one an "id", an
@@ -11,7 +11,6 @@ samples what is not: the samples of one run, but where another batch rounds othe
 (docs/sampling.md). The output is what `config.data.solutions` takes.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -24,9 +23,10 @@ import jax
 import jinja2
 from tqdm import tqdm
 
-from s2d_jax import chat, models, rollouts, sampler, sharding
+from s2d_jax import chat, command, models, rollouts, sampler, sharding
 from s2d_jax.models import hf
 
+EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16"
 SLICE = 16_384  # rows that are asked for at a time: the memory of a host is not a file's
 
 
@@ -36,8 +36,7 @@ def parse(argv):
   Raises:
     ValueError: a number out of its range; names the flag.
   """
-  flags = argparse.ArgumentParser(prog="python -m s2d_jax.sampler",
-                                  description=__doc__.partition("\n")[0])
+  flags = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
   flags.add_argument("--model", required=True, help="a Hugging Face folder")
   flags.add_argument("--prompts", required=True, help="JSON lines of problem or messages")
   flags.add_argument("--out", required=True, help="JSON lines, one a sample; kept and gone on with")
@@ -263,8 +262,4 @@ def write(path, draw, params, wanted, seed, talk, before):
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except ValueError as error:
-    print(f"s2d_jax: {error}", file=sys.stderr)
-    sys.exit(2)
+  command.call(main, sys.argv[1:])

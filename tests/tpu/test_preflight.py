@@ -20,7 +20,7 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   config.mesh = (1, 2, 2)
   with config.unlocked():
     config.stages = {name: config.stages[name] for name in ("reverse_kl", "student_grpo")}
-  preflight.main(config, "v5e:2x2")
+  preflight.show(config, "v5e:2x2")
   found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found

@@ -1,0 +1,83 @@
+"""How every command of `s2d-jax` reads its line: argparse, and config files with overrides.
+
+A mistake is one sentence on standard error and exit code 2. Flags are written `--name=value` or
+`--name value`.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+WRONG = 2  # exit code: the request has a mistake, and nothing was written
+FAILED = 1  # exit code: the work itself failed
+
+
+class Parser(argparse.ArgumentParser):
+  """A command's flags; its help is a line a flag and ends with an example."""
+
+  def __init__(self, command: str, description: str, example: str, arguments: str = ""):
+    super().__init__(
+        prog=f"s2d-jax {command}", usage=f"s2d-jax {command} {arguments}[flags]",
+        description=description, epilog=f"example: {example}", add_help=False, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=38, width=100))
+    self.add_argument("--help", "-h", action="help", help=argparse.SUPPRESS)
+
+  def error(self, message: str) -> NoReturn:
+    """Exits with argparse's complaint as one sentence."""
+    message = message.replace("the following arguments are required:", "missing:")
+    fail(f"{message}: {self.prog} --help has an example.")
+
+
+def config_parser(command: str, description: str, example: str) -> Parser:
+  """A Parser with --config, for `parse_config`."""
+  parser = Parser(command, description, example)
+  parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
+                      help="a file with get_config(ARG); --config.KEY=VALUE changes a key")
+  return parser
+
+
+def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
+  """The config of a command line, its overrides applied, and the command's own flags.
+
+  Exits with a sentence where a flag, a file or a key is wrong.
+  """
+  args, others = parser.parse_known_args(argv)
+  sys.path.insert(0, os.getcwd())  # config files import their neighbours, as with python -m
+  line = [parser.prog, f"--config={args.config}", *others]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values,
+                                  sys_argv=line)
+  try:
+    strays = values(line)[1:]
+    values.config.keys()  # a config file that did not load says so when it is first read
+  except (AttributeError, KeyError) as error:  # ml_collections, of a key that the file lacks
+    key = re.search(r"\w+", str(error.args[0]))[0]
+    fail(f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file.")
+  except (flags.Error, ValueError, OSError) as error:
+    fail(str(error).strip().splitlines()[-1].strip() + ": correct the command line.")
+  if strays:
+    fail(f"{strays[0]!r} is no flag: write --config.KEY=VALUE.")
+  return values.config, args
+
+
+def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+  """Runs a command; an error becomes one sentence and exit code 2, or 1 for numbers not finite."""
+  try:
+    main(argv)
+  except ValueError as error:
+    fail(str(error))
+  except FloatingPointError as error:
+    fail(str(error), FAILED)
+
+
+def fail(sentence: str, code: int = WRONG) -> NoReturn:
+  """Prints a sentence on standard error and exits."""
+  print(f"s2d_jax: {sentence}", file=sys.stderr)
+  sys.exit(code)

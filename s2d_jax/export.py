@@ -1,0 +1,73 @@
+"""`s2d-jax export`: a finished stage as a Hugging Face folder of its own."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from s2d_jax import checkpoint, command, files, manifest, models, sharding
+from s2d_jax.models import hf
+
+EXAMPLE = "s2d-jax export --workdir=runs/tiny --stage=student_grpo --out=models/student"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Writes the folder and prints its path."""
+  parser = command.Parser("export", "Writes a finished stage as a Hugging Face folder.", EXAMPLE)
+  parser.add_argument("--workdir", required=True, help="the work folder of a run")
+  parser.add_argument("--stage", required=True,
+                      help="the stage's folder in it, or its name where there is one such folder")
+  parser.add_argument("--out", required=True, help="the new folder")
+  parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE",
+                      help=f"of the weights: {', '.join(DTYPES)}; by default as they are")
+  args = parser.parse_args(argv)
+  print(export(args.workdir, args.stage, args.out, args.dtype))
+
+
+def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None = None) -> Path:
+  """Writes a finished stage's model to `out`; returns its path.
+
+  The weights are those of the stage's `hf/` or, where that was deleted, of `checkpoints/final`.
+
+  Raises:
+    ValueError: no such finished stage, or several; a folder that `hf.load` or `hf.save` refuses.
+  """
+  folder = find(Path(workdir), stage)
+  saved = folder / "hf"
+  if saved.exists():
+    model, params = hf.load(saved)
+    lineage = files.read_json(saved / "lineage.json")
+    return hf.save(out, model, params, saved, lineage, dtype or "source")
+  record = manifest.read(folder)
+  base = record["bases"][record["inputs"]["row"][2]]["folder"]  # of the learner
+  model = models.get(hf.read_json(base))
+  shapes = models.shapes(model.config)
+  layout = sharding.weight_shardings(
+      sharding.make_mesh((1, 1, 1)), models.axes(model.config), shapes)
+  params = checkpoint.load_final(folder, sharding.laid_out(shapes, layout))
+  lineage = {"stage": folder.name, "revision": record["revision"],
+             "bases": {role: base["identity"] for role, base in record["bases"].items()}}
+  return hf.save(out, model, jax.device_get(params), base, lineage, dtype)
+
+
+def find(workdir: Path, stage: str) -> Path:
+  """The one finished stage folder of that name, or of that name before its hash.
+
+  Raises:
+    ValueError: there is none, or there are several.
+  """
+  folders = workdir.iterdir() if workdir.is_dir() else ()
+  finished = sorted(path.name for path in folders if (path / "checkpoints" / "final").exists()
+                    and manifest.read(path) is not None)
+  found = [name for name in finished if stage in (name, name.rpartition("-")[0])]
+  if len(found) == 1:
+    return workdir / found[0]
+  number = "no finished stage" if not found else "several finished stages"
+  choices = ", ".join(found or finished) or "nothing: run its recipe first"
+  raise ValueError(f"{workdir} has {number} {stage!r}: choose --stage from {choices}.")
+
+
+if __name__ == "__main__":
+  command.call(main, sys.argv[1:])

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import arithmetic, qwen3_math
-from s2d_jax import models, objectives, optim, preflight, sharding, train, update
+from s2d_jax import loop, models, objectives, optim, preflight, sharding, training
 from tests.tpu import test_aot
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
@@ -37,17 +37,17 @@ def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
   where = test_aot.mesh("v5p:2x2x4", config.mesh)
   with jax.set_mesh(where):
     learner = preflight.abstract_role(config, "teacher", where, models.shapes)
-    optimizer = optim.make(train.optim_config(hp), models.trained(learner.model.config))
-    state = update.abstract(optimizer, where, learner.params)
+    optimizer = optim.make(loop.optim_config(hp), models.trained(learner.model.config))
+    state = training.abstract(optimizer, where, learner.params)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(state.params))
     assert {x.sharding for x in moments} == {x.sharding for x in jax.tree.leaves(state.params)
                                              if x.ndim}
     start = preflight.abstract_role(config, "teacher", where)  # its KL penalty's reference
-    step = update.make(learner.model, start.model, objectives.clipped_surrogate, optimizer, hp,
-                       update.shardings(state))
+    step = training.make(learner.model, start.model, objectives.clipped_surrogate, optimizer, hp,
+                       training.shardings(state))
     rows = hp.prompts * hp.sampling.samples_per_prompt
-    batch = train.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
+    batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
     text = step.lower(state, start.params, batch).as_text()
   assert "sharding" in text and sharding.platform() == "cpu"

@@ -6,12 +6,14 @@ which mesh axis carries each. To try another layout, change a table. Parameters 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+Params = Any  # a pytree of arrays
 AXES = ("data", "fsdp", "tensor")
 
 # Two tables, because a weight's "embed" is split over fsdp and an activation's must not be:

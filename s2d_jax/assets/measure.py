@@ -1,56 +1,75 @@
-"""What the embedded world's models can do before anyone trains them: the method's preconditions."""
+"""Scores of the embedded world's untrained models: the conditions that the method assumes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax import rollouts, sampler
+from s2d_jax.chat import Chat
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.losses import kl
+from s2d_jax.models import Model
 from s2d_jax.rewards import arithmetic
+from s2d_jax.rollouts import Prompt, Rollout
+from s2d_jax.sharding import Params
 
-PROMPT_TOKENS, RESPONSE_TOKENS = 13, 21  # of four operands: the longest there are
+# Of problems of four operands, the longest there are.
+PROMPT_TOKENS = 13
+RESPONSE_TOKENS = 21
 SAMPLES = 8
 
+ModelAndParams = tuple[Model, Params]
 
-def prompts(talk, split):
-  """rollout.Prompt of every row of a split, and {id: row}."""
+
+def prompts(chat: Chat, split: str) -> tuple[list[Prompt], dict[int, dict]]:
+  """The rendered problems of a split, and its rows by id."""
   rows = problems.splits()[split]
-  turns = [talk.render([{"role": "user", "content": row["problem"]}]) for row in rows]
-  asked = [rollouts.Prompt(row["id"], tuple(ids)) for row, ids in zip(rows, turns, strict=True)]
-  return asked, {row["id"]: row for row in rows}
+  rendered = [Prompt(row["id"], tuple(chat.render([{"role": "user", "content": row["problem"]}])))
+              for row in rows]
+  return rendered, {row["id"]: row for row in rows}
 
 
-def sampled(talk, model, params, split, samples, temperature, seed):
-  """(correct_PG of zeros and ones, the Rollout behind it) of a split's every problem."""
-  asked, rows = prompts(talk, split)
-  how = sampler.Sampling(
-    samples, temperature, 1.0, 0, 0.0, RESPONSE_TOKENS, 0, stop_ids=talk.eos_ids
-  )
-  draw = sampler.make(model, params, how, len(asked), PROMPT_TOKENS)
-  wrote = draw(params, asked, seed)
-  correct_B = [
-    arithmetic.reward(rows[int(i)], talk.decode(wrote.response(b)))
-    for b, i in enumerate(wrote.prompt_id_B)
-  ]
-  return np.array(correct_B).reshape(len(asked), samples), wrote
+def sampled(chat: Chat, model: Model, params: Params, split: str, samples: int, temperature: float,
+            seed: tuple[int, ...]) -> tuple[np.ndarray, Rollout]:
+  """Samples every problem of a split.
 
-
-def scores(talk, model, params, split, seed):
-  """Share of right answers: {"avg@8" at temperature 1, "greedy"}, and the Rollout of the first."""
-  correct_PG, wrote = sampled(talk, model, params, split, SAMPLES, 1.0, seed)
-  greedy_P1, _ = sampled(talk, model, params, split, 1, 0.0, seed)
-  return {f"avg@{SAMPLES}": correct_PG.mean(), "greedy": greedy_P1.mean()}, wrote
-
-
-def overlap(teacher, student, wrote):
-  """How far the two models are apart on responses the teacher wrote, as means over their tokens.
-
-  teacher, student: pairs (model, params). "kl" is KL(teacher ‖ student) in nats, "top1" the share
-  of tokens at which both find the same one most probable.
+  Returns:
+    (correct_PG of zeros and ones, the Rollout behind it).
   """
-  batch = rollouts.batch(wrote)
-  teacher_BTV, student_BTV = (_logits(model, params, batch) for model, params in (teacher, student))
+  split_prompts, rows = prompts(chat, split)
+  sampling = sampler.Sampling(samples_per_prompt=samples, temperature=temperature, top_p=1.0,
+                              top_k=0, min_p=0.0, max_tokens=RESPONSE_TOKENS, min_tokens=0,
+                              stop_ids=chat.eos_ids)
+  sample = sampler.make(model, params, sampling, len(split_prompts), PROMPT_TOKENS)
+  rollout = sample(params, split_prompts, seed)
+  correct_B = [arithmetic.reward(rows[int(i)], chat.decode(rollout.response(b)))
+               for b, i in enumerate(rollout.prompt_id_B)]
+  return np.array(correct_B).reshape(len(split_prompts), samples), rollout
+
+
+def scores(chat: Chat, model: Model, params: Params, split: str,
+           seed: tuple[int, ...]) -> tuple[dict[str, float], Rollout]:
+  """Shares of right answers.
+
+  Returns:
+    ({"avg@8": at temperature 1, "greedy": at temperature 0}, the Rollout of the first).
+  """
+  correct_PG, rollout = sampled(chat, model, params, split, SAMPLES, 1.0, seed)
+  greedy_P1, _ = sampled(chat, model, params, split, 1, 0.0, seed)
+  return {f"avg@{SAMPLES}": correct_PG.mean(), "greedy": greedy_P1.mean()}, rollout
+
+
+def overlap(teacher: ModelAndParams, student: ModelAndParams,
+            rollout: Rollout) -> dict[str, float]:
+  """The distance of two models on responses that the teacher sampled, as means over their tokens.
+
+  Returns:
+    "kl": KL(teacher ‖ student) in nats; "top1": the share of tokens at which both models find the
+    same token most probable.
+  """
+  batch = rollouts.batch(rollout)
+  teacher_BTV = _logits(*teacher, batch)
+  student_BTV = _logits(*student, batch)
   weight_BT = batch.weight_BT / batch.weight_BT.sum()
   same_BT = jnp.argmax(teacher_BTV, axis=-1) == jnp.argmax(student_BTV, axis=-1)
   kl_BT = kl.forward_kl(student_BTV, teacher_BTV)
@@ -60,9 +79,11 @@ def overlap(teacher, student, wrote):
   }
 
 
-def _logits(model, params, batch):
+def _logits(model: Model, params: Params, batch: rollouts.Batch) -> jax.Array:
+  """All logits at once: the vocabulary has 24 tokens."""
   @jax.jit
-  def logits(params, inputs_BT, positions_BT, segments_BT):
+  def logits(params: Params, inputs_BT: jax.Array, positions_BT: jax.Array,
+             segments_BT: jax.Array) -> jax.Array:
     features_BTD, _ = model.apply(params, inputs_BT, positions_BT, segments_BT)
     return jnp.einsum("BTD,VD->BTV", features_BTD, model.unembed(params))
 

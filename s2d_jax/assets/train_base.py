@@ -4,32 +4,38 @@
 
 Writes arithmetic/{teacher,student}/, Hugging Face folders, and arithmetic/record.json beside this
 file. Plain next-token training with the package's own model, loss and update; about five minutes
-on two CPU cores. The student reads less, shorter and noisier text than the teacher. What RL or
-distillation make of it later is not looked at: the scores recorded here alone chose the numbers.
+on two CPU cores. The student reads less, shorter and noisier text than the teacher. The numbers
+were chosen by the scores recorded here alone, not by results of later training.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from s2d_jax import chat, models, objectives, optim, rollouts, sharding, training
+from s2d_jax import models, objectives, optim, rollouts, sharding, training
 from s2d_jax.assets import measure, tokenizer
+from s2d_jax.chat import Chat
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
+from s2d_jax.rollouts import Batch
+from s2d_jax.sharding import Params
 
 FOLDER = Path(__file__).parent / "arithmetic"
-ROW, ROWS = 64, 32  # tokens in a packed row, rows in a batch
+ROW_TOKENS = 64  # of a packed row
+BATCH_ROWS = 32
+PAIRS_AT_ONCE = 1000  # packed together
 MAX_POSITIONS = 64
 
 
 class Base(NamedTuple):
-  """One base model: its shape, what it reads, how fast it learns."""
+  """One base model: its shape, the text it reads, and the keys of its training."""
 
   width: int
   layers: int
@@ -62,7 +68,7 @@ BASES = {
 }
 
 
-def config_json(base):
+def config_json(base: Base) -> dict[str, Any]:
   """config.json of a Qwen3 of this shape."""
   return {
     "model_type": "qwen3", "vocab_size": len(tokenizer.VOCABULARY), "hidden_size": base.width,
@@ -72,54 +78,62 @@ def config_json(base):
   }  # fmt: skip
 
 
-def documents(base, talk, seed):
-  """What the model reads, in order: (ids given, ids to predict) of sums, then of problems."""
+def documents(base: Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+  """The model's text in reading order, sums and then problems: (ids of context, ids to predict)."""
   held_out = {row["problem"] for rows in problems.splits().values() for row in rows}
-  vocabulary = talk.vocabulary
-  head, tail = talk.render([{"role": "user", "content": ""}])  # around the problem's text
+  vocabulary = chat.vocabulary
+  # The template puts one token before the problem's text and one behind it.
+  head, tail = chat.render([{"role": "user", "content": ""}])
 
-  def ids(text):
+  def ids(text: str) -> list[int]:
     return [vocabulary[character] for character in text]
 
-  for given, total in problems.sums(seed, base.sums):
-    yield ids(given), ids(total) + [talk.eos_ids[0]]
+  for context, total in problems.sums(seed, base.sums):
+    yield ids(context), ids(total) + [chat.eos_ids[0]]
   for problem, response in problems.corpus(
     seed, base.problems, base.longest, base.worked_share, base.slip_share, held_out
   ):
-    yield [head, *ids(problem), tail], ids(response) + [talk.eos_ids[0]]
+    yield [head, *ids(problem), tail], ids(response) + [chat.eos_ids[0]]
 
 
-def packed(pairs):
-  """A Batch of full rows: the pairs as given, 1,000 at a time, packed several to a row."""
+def packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+  """A Batch of full rows: the pairs in order, some at a time, several packed into a row."""
   parts = []
-  for start in range(0, len(pairs), 1000):
-    given, predicted = zip(*pairs[start : start + 1000], strict=True)
-    given_BT, given_length_B = _padded(given)
+  for start in range(0, len(pairs), PAIRS_AT_ONCE):
+    context, predicted = zip(*pairs[start : start + PAIRS_AT_ONCE], strict=True)
+    context_BT, context_length_B = _padded(context)
     predicted_BT, length_B = _padded(predicted)
-    B = len(given)
-    wrote = rollouts.Rollout(
-      np.arange(B), np.zeros(B, np.int32), given_BT, given_length_B, predicted_BT, length_B,
-      *(np.zeros(predicted_BT.shape, np.float32) for _ in range(2)), np.ones(B, np.int32), 0,
+    B = len(context)
+    logp_BT = np.zeros(predicted_BT.shape, np.float32)  # nothing was sampled
+    rollout = rollouts.Rollout(
+      np.arange(B), np.zeros(B, np.int32), context_BT, context_length_B, predicted_BT, length_B,
+      logp_BT, logp_BT, np.ones(B, np.int32), 0,
     )  # fmt: skip
-    rows = rollouts.pack(rollouts.batch(wrote), ROW)
+    rows = rollouts.pack(rollouts.batch(rollout), ROW_TOKENS)
     used = np.flatnonzero(rows.segments_BT[:, 0])
     order = np.random.default_rng(start).permutation(used)  # `pack` puts the longest first
-    parts.append(rollouts.Batch(*(x[order] for x in rows)))
-  return rollouts.Batch(*(np.concatenate(xs) for xs in zip(*parts, strict=True)))
+    parts.append(_take(rows, order))
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def _padded(sequences):
+def _take(batch: Batch, rows: np.ndarray | slice) -> Batch:
+  """Some rows of a batch."""
+  return jax.tree.map(lambda array: array[rows], batch)
+
+
+def _padded(sequences: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """(ids_BT, zeros behind each sequence; length_B)."""
   length_B = np.array([len(ids) for ids in sequences], np.int32)
-  out = np.zeros((len(sequences), length_B.max()), np.int32)
-  for row, ids in zip(out, sequences, strict=True):
+  ids_BT = np.zeros((len(sequences), length_B.max()), np.int32)
+  for row, ids in zip(ids_BT, sequences, strict=True):
     row[: len(ids)] = ids
-  return out, length_B
+  return ids_BT, length_B
 
 
-def train(name, base, talk, seed):
+def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:
   """(model, params) after one pass over the documents; prints the loss on the way."""
-  rows = packed(list(documents(base, talk, seed)))
-  base = base._replace(steps=len(rows.inputs_BT) // ROWS)
+  rows = packed(list(documents(base, chat, seed)))
+  base = base._replace(steps=len(rows.inputs_BT) // BATCH_ROWS)
   model = models.get(config_json(base))
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
@@ -133,7 +147,7 @@ def train(name, base, talk, seed):
       model, None, objectives.negative_log_likelihood, optimizer, base, training.shardings(state)
     )
     for i in range(base.steps):
-      batch = rollouts.Batch(*(x[i * ROWS : (i + 1) * ROWS] for x in rows))
+      batch = _take(rows, slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS))
       state, metrics = step(state, None, sharding.put_batch(batch, mesh))
       if (i + 1) % 100 == 0 or i + 1 == base.steps:
         loss = float(jax.device_get(metrics["loss"]))
@@ -141,28 +155,29 @@ def train(name, base, talk, seed):
   return model, jax.device_get(state.params)
 
 
-def write(folder, model, params):
-  """The Hugging Face folder of one base model."""
+def write(folder: Path, model: models.Model, params: Params) -> None:
+  """Writes the Hugging Face folder of one base model."""
   hf.save(folder, model, params)
   tokenizer.write(folder, MAX_POSITIONS)
   generation = {"eos_token_id": 1, "pad_token_id": 0, "do_sample": True, "temperature": 1.0}
   (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def record(folder, seed):
-  """What the two models of `folder` can do, measured from the files."""
-  talk = chat.Chat(folder / "teacher")
+def record(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+  """Scores of the two models of `folder`, measured from the files."""
+  chat = Chat(folder / "teacher")
   loaded = {name: hf.load(folder / name) for name in BASES}
-  out, text = {}, None
+  found = {}
+  rollout_of = {}
   for name, (model, params) in loaded.items():
-    out[name], wrote = measure.scores(talk, model, params, "validation", (seed,))
-    out[name]["parameters"] = sum(x.size for x in jax.tree.leaves(params))
-    text = text or wrote  # the teacher's
-  out["on the teacher's text"] = measure.overlap(loaded["teacher"], loaded["student"], text)
-  return out
+    found[name], rollout_of[name] = measure.scores(chat, model, params, "validation", (seed,))
+    found[name]["parameters"] = sum(x.size for x in jax.tree.leaves(params))
+  found["on the teacher's text"] = measure.overlap(loaded["teacher"], loaded["student"],
+                                                   rollout_of["teacher"])
+  return found
 
 
-def main():
+def main() -> None:
   """Trains, writes, measures."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -172,10 +187,10 @@ def main():
   args.folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.write(folder, MAX_POSITIONS)
-    talk = chat.Chat(folder)
+    chat = Chat(folder)
   for name, base in BASES.items():
-    write(args.folder / name, *train(name, base, talk, args.seed))
-  out = {
+    write(args.folder / name, *train(name, base, chat, args.seed))
+  results = {
     "command": f"python -m s2d_jax.assets.train_base --seed={args.seed}",
     "jax": jax.__version__,
     "split": "validation",
@@ -183,8 +198,8 @@ def main():
     "scores": record(args.folder, args.seed),
     "seconds": round(time.monotonic() - start),
   }
-  (args.folder / "record.json").write_text(json.dumps(out, indent=2) + "\n")
-  print(json.dumps(out["scores"], indent=2))
+  (args.folder / "record.json").write_text(json.dumps(results, indent=2) + "\n")
+  print(json.dumps(results["scores"], indent=2))
 
 
 if __name__ == "__main__":

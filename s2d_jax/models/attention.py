@@ -14,12 +14,13 @@ groups of heads straddle devices).
 
 import contextlib
 import functools
+import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.gpu import paged_attention as gpu_pages
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu_pages
 from jax.experimental.pallas.ops.tpu import splash_attention
 
@@ -210,8 +211,29 @@ def _paged_tpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
         pages_per_compute_block=PAGES)
 
 
+@functools.cache
+def _gpu_kernel() -> Callable:
+  """`paged_attention` of JAX's GPU kernels, imported at the first use.
+
+  JAX 0.12 deprecates the module and names no successor, so a later one may lack it.
+
+  Raises:
+    ImportError: this JAX has no such module.
+  """
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+      from jax.experimental.pallas.ops.gpu import paged_attention as gpu_pages
+    except ImportError as error:
+      raise ImportError(
+          f"jax {jax.__version__} has no jax.experimental.pallas.ops.gpu.paged_attention, which "
+          "reads a cache in pages on a GPU: install the jax of constraints.txt, or set "
+          "the sampler's page to 0.") from error
+  return gpu_pages.paged_attention
+
+
 def _paged_gpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
-  return gpu_pages.paged_attention(
+  return _gpu_kernel()(
       q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, table_Bn, length_B, k_splits=PAGES,
       interpret=interpret)
 

@@ -1,7 +1,10 @@
 """Attention against NumPy in float64, its implementations against each other, and its edges."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -257,3 +260,27 @@ def test_pages_are_read_in_the_order_of_the_table(how, dtype, most):
     assert set(zip(*np.nonzero(changed), strict=True)) == places
     for b in range(B):
       np.testing.assert_array_equal(x[:, table[b, at[b] // S], at[b] % S], new[b, 0])
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, s2d_jax
+for module in pkgutil.walk_packages(s2d_jax.__path__, "s2d_jax."):
+  if not module.name.endswith("__main__"):
+    importlib.import_module(module.name)
+"""
+
+
+def test_importing_every_module_raises_no_warning():
+  # In a process of its own: here pytest has imported most of them already.
+  found = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT_ALL],
+                         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                         capture_output=True, text=True)
+  assert found.returncode == 0, found.stderr
+
+
+def test_a_jax_without_the_gpu_kernel_is_named_where_it_is_used(monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.paged_attention", None)
+  monkeypatch.delattr("jax.experimental.pallas.ops.gpu.paged_attention", raising=False)
+  attention._gpu_kernel.cache_clear()
+  with pytest.raises(ImportError, match="has no .*paged_attention.*constraints.txt"):
+    attention._gpu_kernel()

@@ -42,10 +42,11 @@ class Ours:
     params = jax.device_put(params, sharding.weight_shardings(
         mesh, axes, models.shapes(self.model.config)))
     hp = ml_collections.ConfigDict(common.stage(
-        steps=1000, prompts=sizes.prompts, optim=common.adamw(sizes.lr),
-        sampling=common.sampling(sizes.samples, sizes.max_tokens),
+        steps=1000, prompts=sizes.prompts, optim=common.adamw(lr=sizes.lr),
+        sampling=common.sampling(samples_per_prompt=sizes.samples,
+                                 max_tokens=sizes.max_tokens),
         microbatches=sizes.microbatches, block=sizes.block) | common.grpo())
-    optimizer = optim.make(loop.optim_config(hp), axes)
+    optimizer = optim.make(hp.optim, loop.update_count(hp), axes)
     self.state = training.init(optimizer, mesh, params)
     ids = np.random.default_rng(0).integers(
         0, self.model.config.vocab_size, (sizes.prompts, sizes.prompt_tokens)).tolist()
@@ -53,7 +54,7 @@ class Ours:
     work = self.work = SimpleNamespace(
         hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=loop.Role(self.model, params),
         actor=None, guide=None, judge=None, frozen=None, given=None, text=None, optimizer=optimizer,
-        objective=objectives.clipped_surrogate, logp=objectives.logp, room=sampler.Room())
+        objective=objectives.GRPO, logp=objectives.logp, room=sampler.Room())
     self.programs, self.compile_seconds = measure.stopwatch(
         lambda: loop.compile_programs(work, self.state, mesh))
 

@@ -26,7 +26,10 @@ from s2d_jax import ledger, models, objectives, optim, rollouts, sharding, train
 from s2d_jax.losses import blockwise
 from s2d_jax.models import hf
 
-OBJECTIVES = {f.__name__: f for f in objectives.READS}
+OBJECTIVES = {
+    "negative_log_likelihood": objectives.NEGATIVE_LOG_LIKELIHOOD, "grpo": objectives.GRPO,
+    "forward_kl": objectives.FORWARD_KL, "reverse_kl": objectives.REVERSE_KL,
+    "jsd": objectives.JSD}
 FULL = {"shape": "qwen3-29m", "objective": "negative_log_likelihood", "rows": 8, "tokens": 512,
         "microbatches": 1, "block": 512, "dtype": "float32", "remat": "none",
         "attention": "auto", "repeats": 7, "peak": 4096}
@@ -64,13 +67,11 @@ class Ours:
     how = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
     self.model, params = measure.model(*how)
     self.start = jax.device_get(params)
-    self.guided = objective in (objectives.forward_kl, objectives.reverse_kl, objectives.jsd)
-    guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
-    self.optimizer = optim.make(SimpleNamespace(
-        lr=1e-4, warmup=0, steps=1000, decay="constant", clip=1.0, weight_decay=0.1, b1=0.9,
-        b2=0.999, eps=1e-8), models.axes(self.model.config))
-    hp = SimpleNamespace(**common.grpo(), **common.reverse(), pi=0.5,
+    hp = SimpleNamespace(**common.grpo(), **common.reverse_kl(), pi=0.5,
                          microbatches=sizes.microbatches, block=sizes.block)
+    self.optimizer = optim.adamw(1e-4, models.axes(self.model.config), weight_decay=0.1)
+    self.guided = objective.uses_guide(hp)
+    guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
     place = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
     self.state = training.init(self.optimizer, mesh, jax.device_put(params, place))

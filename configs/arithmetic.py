@@ -13,6 +13,8 @@ import ml_collections
 from configs import common
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "s2d_jax" / "assets" / "arithmetic"
+ANSWER = 21     # tokens of the longest worked answer, its end included
+BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
 
 
 def get_config(arg=""):
@@ -34,30 +36,34 @@ def get_config(arg=""):
   config.remat = "block"                    # on CPU recomputing a layer beats storing it
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 1, 1)                   # data, fsdp, tensor
-  config.sampler = common.room()            # memory and dispatches of every sampler
+  config.sampler = common.sampler()            # memory and dispatches of every sampler
 
   # Rates were chosen on `validation`: results/arithmetic/choice.md.
-  T = 21      # tokens of the longest worked answer, its end included
-  B = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
-  rl, four, given = common.sampling(8, T), common.sampling(4, T), common.sampling(1, T)
-  optim = {lr: common.adamw(lr, warmup=5, decay="linear") for lr in (1e-3, 2e-3, 4e-3)}
+  def answers(samples):
+    return common.sampling(samples_per_prompt=samples, max_tokens=ANSWER)
+
+  def stage(lr, samples, **changes):
+    return common.stage(sampling=answers(samples), block=BLOCK,
+                        optim=common.adamw(lr=lr, warmup=5, decay="linear"), **changes)
+
+  def transfer():
+    return stage(4e-3, samples=4, steps=60, prompts=64, minibatches=4)
+
   config.stages = {
-      "teacher_grpo": common.stage(40, 32, rl, optim[1e-3], block=B) | common.grpo(),
-      "teacher_sft": common.stage(40, 64, given, optim[1e-3], block=B),
-      "forward_kl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
-                    | common.distil(top_k=4),
-      "weighted_fkl": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B)
-                      | common.distil(top_k=4) | {"pass_samples": 8},
-      "sft": common.stage(60, 64, four, optim[4e-3], minibatches=4, block=B),
-      "reverse_kl": common.stage(30, 64, four, optim[2e-3], minibatches=4, block=B)
-                    | common.reverse(top_k=4),
-      "student_grpo": common.stage(100, 32, rl, optim[1e-3], minibatches=2, block=B)
+      "teacher_grpo": stage(1e-3, samples=8, steps=40, prompts=32) | common.grpo(),
+      "teacher_sft": stage(1e-3, samples=1, steps=40, prompts=64),
+      "forward_kl": transfer() | common.forward_kl(top_k=4),
+      "weighted_fkl": transfer() | common.forward_kl(top_k=4) | {"pass_samples": 8},
+      "sft": transfer(),
+      "reverse_kl": stage(2e-3, samples=4, steps=30, prompts=64, minibatches=4)
+                    | common.reverse_kl(top_k=4),
+      "student_grpo": stage(1e-3, samples=8, steps=100, prompts=32, minibatches=2)
                       | common.grpo(),
   }
-  config.validation = {"split": "validation", "problems": 64, "sampling": common.sampling(4, T)}
+  config.validation = {"split": "validation", "problems": 64, "sampling": answers(4)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
-                  "microbatches": 1, "block": B, "sampling": common.sampling(16, T)}
-  config.evaluation = {"split": "test", "prompts": 64, "sampling": common.sampling(16, T),
+                  "microbatches": 1, "block": BLOCK, "sampling": answers(16)}
+  config.evaluation = {"split": "test", "prompts": 64, "sampling": answers(16),
                        "ks": (1, 4, 16), "draws": 1000, "level": 0.95, "log_samples": 64}
   if arg.tiny:
     common.shrink(config)

@@ -1,24 +1,29 @@
-"""Shared pieces of configs: the argument string and the blocks most stages have in common."""
+"""Shared pieces of configs: the argument string, and each block's keys with default and remark."""
 
-import ml_collections
+from typing import Any
+
+from ml_collections import ConfigDict
 
 
-def parse_arg(arg, **defaults):
-  """`config.py:seed=1,tiny` -> a ConfigDict of the defaults' types; unknown names are refused.
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """The argument of `config.py:seed=1,tiny` as a ConfigDict of the defaults' types.
 
   Only for what moves several settings at once or names the run; everything else is a flat override
   on the command line, `--config.stages.reverse_kl.optim.lr=1e-4`.
+
+  Raises:
+    ValueError: an unknown name, or a value that is not of the default's type.
   """
-  parsed = ml_collections.ConfigDict(defaults)
+  parsed = ConfigDict(defaults)
   for item in filter(None, (arg or "").split(",")):
-    name, given, value = item.partition("=")
+    name, equals, value = item.partition("=")
     if name not in defaults:
       raise ValueError(f"the config's argument {name!r} is unknown: use {', '.join(defaults)}.")
     kind = type(defaults[name])
     if kind is bool:
-      if given and value.lower() not in ("true", "1", "false", "0"):
+      if equals and value.lower() not in ("true", "1", "false", "0"):
         raise ValueError(f"the config's argument {name} is {value!r}: use true or false.")
-      parsed[name] = not given or value.lower() in ("true", "1")
+      parsed[name] = not equals or value.lower() in ("true", "1")
     elif not value or kind is int and not value.lstrip("-").isdecimal():
       raise ValueError(f"the config's argument {name} is {value!r}: give it as in "
                        f"{name}={defaults[name]}.")
@@ -27,94 +32,125 @@ def parse_arg(arg, **defaults):
   return parsed
 
 
-def sampling(samples_per_prompt, max_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-             min_tokens=0, stop_strings=()):
-  """How to sample; the defaults sample the model's own distribution.
+REQUIRED = object()  # the default of a key that every config must choose
 
-  A response ends with the tokenizer's end ids, and with the token that completes a stop string.
+
+class Block:
+  """A block of a config: its keys with their defaults. A call returns a dict of them with changes.
+
+  Ranges and meanings beyond the remarks stand beside the code that reads a key, in its KEYS.
   """
-  return {"samples_per_prompt": samples_per_prompt, "temperature": temperature, "top_p": top_p,
-          "top_k": top_k, "min_p": min_p, "max_tokens": max_tokens, "min_tokens": min_tokens,
-          "stop_strings": stop_strings}
+
+  def __init__(self, *bases: "Block", **defaults: Any) -> None:
+    self.defaults: dict[str, Any] = {}
+    for base in bases:
+      self.defaults |= base.defaults
+    self.defaults |= defaults
+
+  def __call__(self, **changes: Any) -> dict[str, Any]:
+    """The block with the named keys changed.
+
+    Raises:
+      ValueError: a name that is not a key, or a key without a default that is not named.
+    """
+    for name in changes:
+      if name not in self.defaults:
+        raise ValueError(f"{name!r} is no key of this block: use {', '.join(self.defaults)}.")
+    values = self.defaults | changes
+    for name, value in values.items():
+      if value is REQUIRED:
+        raise ValueError(f"the block lacks {name}: give it a value, as in {name}=1.")
+    # Copied, because a ConfigDict keeps a dict that stands in two places as one block, and an
+    # override would then change both.
+    return {name: dict(value) if isinstance(value, dict) else value
+            for name, value in values.items()}
 
 
-def room(cache_gib=4.0, tokens=32, chunk=256, cache="auto", page=0):
-  """How samplers use a device; samples depend on it by rounding alone (docs/sampling.md).
+sampling = Block(             # how responses are sampled; also ended by the tokenizer's end ids
+    samples_per_prompt=REQUIRED,
+    temperature=1.0,          # 0 is greedy
+    top_p=1.0,                # keep the most probable tokens up to this mass; 1 is off
+    top_k=0,                  # keep this many tokens; 0 is off
+    min_p=0.0,                # keep tokens of at least this share of the largest probability
+    max_tokens=REQUIRED,      # of a response
+    min_tokens=0,             # before an end token may be sampled
+    stop_strings=(),          # a response ends with the token that completes one of these
+)
 
-  cache_gib: memory of each device for keys and values, which says how many rows are sampled side by
-  side. tokens: at most so many of each row between two looks by the host. chunk: tokens of a prompt
-  read at a time. cache: "auto" keeps keys and values in the activations' type; in a
-  narrower one ("bfloat16", "int8") they are held against the trainer before a stage starts. page:
-  tokens of a page (16, 32 or 64), where rows are to hold pages as they fill them (TPU, GPU), or 0.
-  """
-  return {"cache_gib": cache_gib, "tokens": tokens, "chunk": chunk, "cache": cache,
-          "page": page}
+sampler = Block(              # memory and dispatches; samples depend on them by rounding alone
+    cache_gib=4.0,            # of each device for keys and values; bounds the rows sampled at once
+    tokens=32,                # of each row that are decoded between two looks by the host
+    chunk=256,                # tokens of a prompt that are read at a time
+    cache="auto",             # type of keys and values; "bfloat16" and "int8" are checked at start
+    page=0,                   # tokens of a page of the cache: 16, 32, 64 (TPU, GPU), or 0: no pages
+)
+
+adamw = Block(
+    lr=REQUIRED,
+    warmup=0,                 # optimizer updates
+    decay="constant",         # "constant" "linear" "cosine", over the stage's updates
+    clip=1.0,                 # global norm of the gradient at most
+    weight_decay=0.0,         # on matrices, not on norm scales
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+)
+
+lora = Block(
+    rank=0,                   # 0 trains the weights themselves, not adapters
+    alpha=32.0,               # the adapters' product is scaled by alpha / rank
+    targets=("q", "k", "v", "o", "gate", "up", "down"),
+)
+
+stage = Block(                # what every stage reads; `|` adds the keys of its objective
+    steps=REQUIRED,           # rollout batches; 0 leaves the stage out of every arm
+    prompts=REQUIRED,         # problems a step
+    sampling=REQUIRED,
+    optim=REQUIRED,
+    epochs=1,                 # passes over a step's rollouts
+    minibatches=1,            # optimizer updates of a pass
+    microbatches=1,           # slices of an update, one at a time in memory
+    mean="token",             # the loss is a mean over "token" "sequence" or "constant" lengths
+    block=4096,               # tokens whose logits exist at once on a device
+    eval_every=0,             # steps between validations; 0 never validates
+    save_every=50,            # steps between checkpoints
+    log_samples=4,            # samples a step that are logged as text
+    lora=lora(),
+)
+
+# GSPO is surrogate="gspo" with mean="sequence", clip_low=3e-4, clip_high=4e-4.
+grpo = Block(
+    advantages="group",       # "group": (r - mean) / std of a prompt's samples; "centred": no std
+    surrogate="clipped",      # "clipped" "dual_clipped" "gspo" "cispo"
+    clip_low=0.2,             # the ratio is clipped below 1 - clip_low
+    clip_high=0.2,            # and above 1 + clip_high
+    clip_most=3.0,            # dual_clipped: bounds the loss of a negative advantage
+    kl="none",                # to the stage's start: "none" "k2" "k3" "k3_corrected" "exact"
+    kl_coef=0.0,
+    mismatch="none",          # corrects for the sampler's numbers: "none" "truncate" "mask"
+    mismatch_level="token",   # "token" "sequence"
+    mismatch_least=0.5,       # mask: ratios below count as 0
+    mismatch_most=2.0,        # truncate: ratios above count as this; mask: as 0
+    rounds=0,                 # 0 keeps groups of equal rewards; n samples n rounds to replace them
+    overlong="none",          # long responses: "none", "mask" leaves cut ones out, "soft" penalises
+    overlong_cache=1,         # soft: tokens before max_tokens over which the penalty grows
+)
+
+forward_kl = Block(
+    form="full",              # "full", or "top_k": all other tokens count as one outcome
+    top_k=64,
+    support="teacher",        # whose top k: "teacher" "student" "union" "intersection"
+    student_temperature=1.0,  # of the logits, "full" only
+    teacher_temperature=1.0,
+)
+
+reverse_kl = Block(
+    forward_kl,               # form also "intersection" (support likewise) or "sampled"
+    baseline=True,            # sampled: subtract the exact divergence
+)
 
 
-def adamw(lr, warmup=0, decay="constant", clip=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
-  """AdamW; warmup counts optimizer updates."""
-  return {"lr": lr, "warmup": warmup, "decay": decay, "clip": clip, "weight_decay": weight_decay,
-          "b1": b1, "b2": b2, "eps": eps}
-
-
-def stage(steps, prompts, sampling, optim, epochs=1, minibatches=1, microbatches=1, mean="token",
-          block=4096, eval_every=0, save_every=50, log_samples=4, adapters=None):
-  """What every row of the recipe reads.
-
-  A step draws `prompts` problems; `mean` is "token", "sequence" or "constant"; `block` is how many
-  tokens' logits exist at once on a device; `eval_every` 0 never evaluates on the way; `adapters`
-  are arguments of `lora`. The blocks are copied: a ConfigDict keeps a dict that stands in two
-  places as one, and an override would change both.
-  """
-  return {"steps": steps, "prompts": prompts, "sampling": dict(sampling), "optim": dict(optim),
-          "epochs": epochs, "minibatches": minibatches, "microbatches": microbatches, "mean": mean,
-          "block": block, "eval_every": eval_every, "save_every": save_every,
-          "log_samples": log_samples, "lora": lora(**(adapters or {}))}
-
-
-def lora(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")):
-  """Low-rank adapters instead of the weights themselves; rank 0 trains the weights."""
-  return {"rank": rank, "alpha": alpha, "targets": targets}
-
-
-def grpo(advantages="group", surrogate="clipped", clip_low=0.2, clip_high=0.2, clip_most=3.0,
-         kl="none", kl_coef=0.0, mismatch="none", mismatch_level="token", mismatch_least=0.5,
-         mismatch_most=2.0, rounds=0, overlong="none", overlong_cache=1):
-  """What a row with rewards reads besides; the names stand in `objectives`.
-
-  advantages: "group" (divided by its standard deviation) or "centred". surrogate: "clipped",
-  "dual_clipped" (bounded by clip_most), "gspo", "cispo". kl: "none", "k2", "k3", "k3_corrected",
-  "exact". mismatch of sampler and trainer: "none", "truncate", "mask", by "token" or "sequence".
-  rounds: 0 keeps every group; 1 or more drops those whose rewards are equal and draws for others,
-  in so many rounds in all. overlong: "none", "mask" (answers cut off are left out) or "soft" (the
-  last overlong_cache tokens before the limit are punished). GSPO is surrogate="gspo" with
-  mean="sequence", clip_low=3e-4, clip_high=4e-4.
-  """
-  return {"advantages": advantages, "surrogate": surrogate, "clip_low": clip_low,
-          "clip_high": clip_high, "clip_most": clip_most, "kl": kl, "kl_coef": kl_coef,
-          "mismatch": mismatch, "mismatch_level": mismatch_level,
-          "mismatch_least": mismatch_least, "mismatch_most": mismatch_most, "rounds": rounds,
-          "overlong": overlong, "overlong_cache": overlong_cache}
-
-
-def distil(form="full", top_k=64, support="teacher", student_temperature=1.0,
-           teacher_temperature=1.0):
-  """What a row with a guide reads besides; "full" is the exact divergence.
-
-  form: "full" or "top_k" (with all the rest as one outcome more); for reverse KL also
-  "intersection" and "sampled". support: of the top k, "teacher", "student", "union" or
-  "intersection", which is the only one of that form. Temperatures are for "full" alone.
-  """
-  return {"form": form, "top_k": top_k, "support": support,
-          "student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
-
-
-def reverse(baseline=True, **how):
-  """`distil` for reverse KL; the sampled form has the exact divergence as its baseline or none."""
-  return distil(**how) | {"baseline": baseline}
-
-
-def shrink(config):
+def shrink(config: ConfigDict) -> None:
   """Makes a config small enough to try in seconds: few steps, few samples, short answers."""
   for hp in config.stages.values():
     hp.update({"steps": 4, "prompts": 4, "save_every": 2, "minibatches": 1, "microbatches": 1})
@@ -132,7 +168,37 @@ def shrink(config):
   config.mesh = (1, 1, 1)
 
 
-def math(arg):
+def _answers(samples: int, **decoding: Any) -> dict[str, Any]:
+  """The sampling of `math`: responses of at most 16,384 tokens."""
+  return sampling(samples_per_prompt=samples, max_tokens=16_384, **decoding)
+
+
+def _math_stages() -> dict[str, dict[str, Any]]:
+  """The stages of `math`."""
+  epoch = 271          # steps of 64 in DAPO-Math-17K's 17,398 problems
+  optim = adamw(lr=1e-6, weight_decay=0.1)
+
+  def rl():
+    return stage(steps=10 * epoch, prompts=64, sampling=_answers(8), optim=optim, minibatches=8,
+                 microbatches=4, block=1024, save_every=10, eval_every=50) | grpo(
+                     kl="k3", kl_coef=5e-4)
+
+  def transfer(samples, **memory):
+    return stage(steps=epoch, prompts=64, sampling=_answers(samples), optim=optim, save_every=10,
+                 eval_every=50, **memory)
+
+  bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
+  return {
+      "teacher_grpo": rl(),
+      "teacher_sft": transfer(1, microbatches=4, block=1024),
+      "forward_kl": transfer(8, **bridge) | forward_kl(),
+      "sft": transfer(8, **bridge),
+      "weighted_fkl": transfer(8, **bridge) | forward_kl() | {"pass_samples": 8},
+      "reverse_kl": transfer(8, **bridge) | reverse_kl(),
+      "student_grpo": rl()}
+
+
+def math(arg: ConfigDict) -> ConfigDict:
   """The settings the two mathematics configs share, after the paper's tables 8 and 9 (v4).
 
   `arg` has seed, data (a folder) and tiny. Printed in the paper: AdamW at 1e-6, clip 0.2, KL
@@ -145,7 +211,7 @@ def math(arg):
   decay 0.1, no warmup, evaluation at temperature 0.7, top-p 0.8, top-k 20. A half arm makes as many
   updates as a full one, and so twice the passes over its half.
   """
-  config = ml_collections.ConfigDict()
+  config = ConfigDict()
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
   config.task = "math"
@@ -164,27 +230,14 @@ def math(arg):
   config.remat = "block"
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 16, 1)
-  config.sampler = room(cache_gib=16.0, chunk=512)
+  config.sampler = sampler(cache_gib=16.0, chunk=512)
 
-  T, epoch = 16_384, 271  # tokens of an answer; steps of 64 in DAPO-Math-17K's 17,398 problems
-  optim = adamw(1e-6, weight_decay=0.1)
-  def rl():
-    return stage(10 * epoch, 64, sampling(8, T), optim, minibatches=8, microbatches=4, block=1024,
-                 save_every=10, eval_every=50) | grpo(kl="k3", kl_coef=5e-4)
-  def transfer(samples, **memory):
-    return stage(epoch, 64, sampling(samples, T), optim, save_every=10, eval_every=50, **memory)
-  bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
-  config.stages = {
-      "teacher_grpo": rl(), "teacher_sft": transfer(1, microbatches=4, block=1024),
-      "forward_kl": transfer(8, **bridge) | distil(), "sft": transfer(8, **bridge),
-      "weighted_fkl": transfer(8, **bridge) | distil() | {"pass_samples": 8},
-      "reverse_kl": transfer(8, **bridge) | reverse(), "student_grpo": rl()}
+  config.stages = _math_stages()
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
-  config.validation = {"split": "validation", "problems": 32,
-                       "sampling": sampling(1, T, **decoding)}
+  config.validation = {"split": "validation", "problems": 32, "sampling": _answers(1, **decoding)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
-                  "microbatches": 128, "block": 256, "sampling": sampling(16, T)}
-  config.evaluation = {"split": "math500", "prompts": 32, "sampling": sampling(16, T, **decoding),
+                  "microbatches": 128, "block": 256, "sampling": _answers(16)}
+  config.evaluation = {"split": "math500", "prompts": 32, "sampling": _answers(16, **decoding),
                        "ks": (1, 4, 16), "draws": 2000, "level": 0.95, "log_samples": 64}
   if arg.tiny:
     config.prompt_tokens = 256

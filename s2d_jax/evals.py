@@ -6,7 +6,44 @@ from `stats`. Training calls these on the old state; the recipe calls them on fi
 
 import numpy as np
 
-from s2d_jax import stats
+from s2d_jax import keys, sampler, stats
+from s2d_jax.keys import Key
+
+TRAINED = ("labelled", "all", "1h", "2h")  # splits that stages learn from
+SPLIT = Key(lambda split: split not in TRAINED, "choose a split that arms do not learn from")
+VALIDATION_KEYS = {"split": SPLIT, "problems": keys.at_least(1), "sampling": sampler.Sampling.KEYS}
+PROBE_KEYS = {
+    "split": SPLIT, "problems": keys.at_least(0), "prompts": keys.at_least(1, hashed=False),
+    "sampling": sampler.Sampling.KEYS, "group": keys.at_least(1), "top_k": keys.at_least(1),
+    "microbatches": keys.at_least(1, hashed=False), "block": keys.at_least(1, hashed=False)}
+EVALUATION_KEYS = {
+    "split": SPLIT, "prompts": keys.at_least(1, hashed=False), "sampling": sampler.Sampling.KEYS,
+    "ks": Key(lambda ks: all(k >= 1 for k in ks), "choose each k at least 1"),
+    "draws": keys.at_least(1),
+    "level": Key(lambda level: 0 < level < 1, "choose it between 0 and 1"),
+    "log_samples": keys.at_least(0, hashed=False)}
+
+
+def check_evaluation(hp):
+  """Raises ValueError, starting with a key's name, where a k asks for more than is sampled."""
+  samples = hp.sampling.samples_per_prompt
+  if max(hp.ks, default=1) > samples:
+    raise ValueError(f"ks is {tuple(hp.ks)} and {samples} samples are drawn: choose each k at most "
+                     "sampling.samples_per_prompt.")
+
+
+def check_probe(hp):
+  """Raises ValueError, starting with a key's name, unless samples fill groups and batches split."""
+  samples = hp.sampling.samples_per_prompt
+  if hp.group > samples:
+    raise ValueError(f"group is {hp.group} and {samples} samples are drawn: raise "
+                     "sampling.samples_per_prompt, or lower the group.")
+  if hp.problems % hp.prompts:
+    raise ValueError(f"problems is {hp.problems}: make it a multiple of prompts = {hp.prompts}, or "
+                     "0 to measure nothing.")
+  if hp.prompts * samples % hp.microbatches:
+    raise ValueError(f"microbatches is {hp.microbatches} and does not divide the "
+                     f"{hp.prompts * samples} rows that are scored at once: change one of them.")
 
 
 def solve(draw, params, prompts, reward, seed):
@@ -71,7 +108,7 @@ def text(correct_PG, rows, group):
 
 
 def agreement(value_BT, weight_BT):
-  """Yields (name, value): means over response tokens of what `objectives.agreement` measures.
+  """Yields (name, value): means over response tokens of what `losses.agreement` measures.
 
   A gradient becomes its concentration: the share of the summed lengths that the worst 1 % of the
   tokens have.

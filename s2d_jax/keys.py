@@ -25,6 +25,7 @@ class Key(NamedTuple):
 
 
 Record = Mapping[str, Union[Key, "Record"]]
+ANY = Key(lambda value: True, "")  # any value; other code checks it where it is read
 
 
 def at_least(low: float, **fields: Any) -> Key:
@@ -92,17 +93,21 @@ def check_value(path: str, value: Any, key: Key) -> None:
     raise ValueError(f"{path} is {value!r}: {key.remedy}.")
 
 
-def defaults(record: Mapping[str, Key]) -> ConfigDict:
-  """A locked block of the default of each key of a flat record.
+def defaults(record: Mapping[str, Key], **changes: Any) -> ConfigDict:
+  """A locked block of a flat record: the named values, and every other key at its default.
 
   Raises:
-    ValueError: a key has neither a default nor a neutral value.
+    ValueError: an unknown name, a value out of range, or a key that has no default and no value.
   """
-  block = ConfigDict()
+  block = ConfigDict(changes)
   for name, key in record.items():
-    block[name] = key.neutral if key.default is REQUIRED else key.default
-    if block[name] is REQUIRED:
-      raise ValueError(f"{name} has no default: give a value for it.")
+    value = key.neutral if key.default is REQUIRED else key.default
+    if name not in changes:
+      if value is REQUIRED:
+        raise ValueError(f"{name} has no default: give a value for it.")
+      block[name] = value
+  check_names("the block", block, record)
+  check_values(block, record)
   return block.lock()
 
 

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from s2d_jax import (
   checkpoint,
   drawing,
   files,
   hosts,
+  keys,
   ledger,
   metrics,
   rollouts,
@@ -29,8 +31,17 @@ from s2d_jax import (
   training,
 )
 
-READS = ("steps", "prompts", "sampling", "mean", "epochs", "minibatches", "eval_every",
-         "save_every", "log_samples", "lora")
+KEYS = {
+    "steps": keys.Key(lambda steps: steps >= 0,
+                      "set it to 1 or more, or to 0 to leave the stage out of every arm"),
+    "prompts": keys.at_least(1),
+    "sampling": sampler.Sampling.KEYS,
+    "mean": keys.one_of(rollouts.MEANS, neutral="token"),
+    "epochs": keys.at_least(1, neutral=1),
+    "minibatches": keys.at_least(1, neutral=1),
+    "eval_every": keys.Key(lambda steps: steps >= 0, "choose 0 (never) or more", hashed=False),
+    "save_every": keys.at_least(1, hashed=False),
+    "log_samples": keys.at_least(0, hashed=False)}
 
 
 class Role(NamedTuple):
@@ -86,9 +97,9 @@ def room(hp):
   return sampler.Room(**{name: hp[name] for name in sampler.Room._fields})
 
 
-def optim_config(hp):
-  """A stage's optim block with the number of optimizer updates that its steps make."""
-  return type(hp.optim)({**hp.optim.to_dict(), "steps": hp.steps * hp.epochs * hp.minibatches})
+def update_count(hp: ConfigDict) -> int:
+  """The optimizer updates that a stage makes in all."""
+  return hp.steps * hp.epochs * hp.minibatches
 
 
 def run(work, beat, left, stop):

@@ -1,69 +1,85 @@
 """AdamW from a config: learning-rate schedule, clipping by global norm, decay on matrices only."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
-READS = ("lr", "warmup", "decay", "steps", "clip", "weight_decay", "b1", "b2", "eps")
-DECAYS = {
+from s2d_jax import keys
+from s2d_jax.keys import Key
+
+Axes = Any  # the pytree of `models.axes`: a tuple of axis names for each parameter
+
+DECAYS = {  # the share of the learning rate left when a share `progress` of the updates is made
     "constant": lambda progress: jnp.ones_like(progress),
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
 }
+KEYS = {
+    "lr": Key(lambda rate: rate > 0, "choose it above 0"),
+    "warmup": keys.at_least(0, neutral=0),
+    "decay": keys.one_of(DECAYS, neutral="constant"),
+    "clip": Key(lambda norm: norm > 0, "choose it above 0, inf to never clip", neutral=math.inf,
+                default=1.0),
+    "weight_decay": Key(lambda decay: decay >= 0, "choose 0 or more", neutral=0.0),
+    "b1": Key(lambda b1: 0 <= b1 < 1, "choose it from 0 to below 1", default=0.9),
+    "b2": Key(lambda b2: 0 <= b2 < 1, "choose it from 0 to below 1", default=0.999),
+    "eps": Key(lambda eps: eps > 0, "choose it above 0", default=1e-8),
+}
 
 
-def schedule(hp):
-  """Learning rate of update i = 0, 1, ...: a linear warmup, then the decay down to 0 at hp.steps.
+def check_warmup(hp: ConfigDict, updates: int) -> None:
+  """Raises ValueError unless the warmup leaves updates to decay over."""
+  if hp.warmup >= updates:
+    raise ValueError(f"warmup is {hp.warmup} and the stage makes {updates} optimizer updates: "
+                     "shorten the warmup or train longer.")
 
-    lr(i) = hp.lr · min(1, (i + 1) / warmup) · decay((i − warmup) / (steps − warmup)).
+
+def schedule(hp: ConfigDict, updates: int) -> optax.Schedule:
+  """The learning rate of update i = 0, 1, ...: a linear warmup, then the decay.
+
+    lr(i) = hp.lr · min(1, (i + 1) / warmup) · decay((i − warmup) / (updates − warmup)).
 
   The first update already moves; "constant" never decays; progress is held to [0, 1].
 
-  Args:
-    hp: lr; warmup and steps, in optimizer updates; decay: "constant", "linear" or "cosine".
-
   Raises:
-    ValueError: an unknown decay, or a warmup that leaves no updates.
+    ValueError: the warmup leaves no updates.
   """
-  if hp.decay not in DECAYS:
-    raise ValueError(f"decay = \"{hp.decay}\" is unknown: choose one of {sorted(DECAYS)}.")
-  if not 0 <= hp.warmup < hp.steps:
-    raise ValueError(f"warmup = {hp.warmup} does not fit in steps = {hp.steps} updates: "
-                     "shorten the warmup or train longer.")
+  check_warmup(hp, updates)
 
-  def lr(count):
+  def lr(count: jax.Array) -> jax.Array:
     count = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum(1.0, (count + 1) / max(hp.warmup, 1))
-    progress = jnp.clip((count - hp.warmup) / (hp.steps - hp.warmup), 0.0, 1.0)
+    progress = jnp.clip((count - hp.warmup) / (updates - hp.warmup), 0.0, 1.0)
     return hp.lr * warm * DECAYS[hp.decay](progress)
 
   return lr
 
 
-def make(hp, axes):
+def make(hp: ConfigDict, updates: int, axes: Axes | None) -> optax.GradientTransformation:
   """AdamW (https://arxiv.org/abs/1711.05101) as an optax transformation.
 
-  Gradients are first scaled to global norm hp.clip at most (`inf` never clips); decay is hp.lr ·
-  hp.weight_decay · w per update, on matrices and not on norm scales.
+  Gradients are first scaled to global norm hp.clip at most; decay is hp.lr · hp.weight_decay · w
+  per update, on matrices and not on norm scales.
 
   Args:
-    hp: the keys of `READS`.
+    hp: the keys of `KEYS`.
+    updates: optimizer updates in all, over which the schedule decays.
     axes: the parameters' logical axes, as `models.axes(config)`. A matrix has two or more axes that
-      are not "layer": the stacking makes a norm scale look like one to its rank.
+      are not "layer": the stacking makes a norm scale look like one to its rank. With None, decay
+      acts on every parameter.
 
   Raises:
     ValueError: a value out of its range.
   """
-  fits = {"lr": hp.lr > 0, "clip": hp.clip > 0, "weight_decay": hp.weight_decay >= 0,
-          "b1": 0 <= hp.b1 < 1, "b2": 0 <= hp.b2 < 1, "eps": hp.eps > 0}
-  for key, fit in fits.items():
-    if not fit:
-      raise ValueError(f"{key} = {getattr(hp, key)} is out of range for AdamW: correct the config.")
+  keys.check_values(hp, KEYS)
   adamw = optax.chain(
       optax.clip_by_global_norm(hp.clip),
-      optax.adamw(schedule(hp), b1=hp.b1, b2=hp.b2, eps=hp.eps, weight_decay=hp.weight_decay,
-                  mask=matrices(axes)),
-  )
+      optax.adamw(schedule(hp, updates), b1=hp.b1, b2=hp.b2, eps=hp.eps,
+                  weight_decay=hp.weight_decay, mask=None if axes is None else matrices(axes)))
 
   def update(updates, state, params):
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer count
@@ -72,7 +88,22 @@ def make(hp, axes):
   return optax.GradientTransformation(adamw.init, update)
 
 
-def matrices(axes):
+def adamw(lr: float, axes: Axes | None = None, **changes: Any) -> optax.GradientTransformation:
+  """AdamW at a constant learning rate, for a script that has no config.
+
+  Args:
+    lr: the learning rate; changes: further keys of `KEYS`, such as weight_decay=0.1.
+    axes: as in `make`.
+
+  Raises:
+    ValueError: an unknown name, or a value out of its range.
+  """
+  constant = {name: key for name, key in KEYS.items() if name not in ("warmup", "decay")}
+  hp = keys.defaults(constant, lr=lr, **changes)
+  return make(ConfigDict({**hp, "warmup": 0, "decay": "constant"}), 1, axes)
+
+
+def matrices(axes: Axes) -> Any:
   """True for each parameter that is a matrix (or a stack of them), in the tree of `axes`."""
   return jax.tree.map(lambda names: sum(name != "layer" for name in names) >= 2, axes,
                       is_leaf=lambda x: isinstance(x, tuple))

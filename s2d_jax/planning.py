@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, doctor, manifest, objectives
+from s2d_jax import chat, doctor, keys, manifest
 from s2d_jax.data import prompts as data_prompts
+from s2d_jax.objectives import Objective
 from s2d_jax.rollouts import Prompt
-
-# What a stage's result does not depend on, up to rounding and logging.
-UNHASHED = ("microbatches", "block", "eval_every", "save_every", "log_samples")
 
 
 class Stage(NamedTuple):
@@ -26,7 +24,7 @@ class Stage(NamedTuple):
   actor: str           # whose samples: "teacher", "student", or "given" solutions
   learner: str         # whose weights move: "teacher" or "student"
   guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
-  objective: Callable
+  objective: Objective
   reward: bool = False  # whether the samples' rewards are read, and so labels are spent
   prompt_weights: Callable[[np.ndarray], np.ndarray] | None = None  # of the start's pass rates
 
@@ -78,8 +76,8 @@ class Plan(NamedTuple):
     return float(self.task.reward(self.problems[prompt_id], self.chat.decode(ids)))
 
   def task_identity(self) -> list:
-    """The task's name and its functions by name and source, for a hash."""
-    return [self.config.task, *map(source_of, (self.task.messages, self.task.reward))]
+    """The task's name and its functions for a hash."""
+    return [self.config.task, *map(identity_of, (self.task.messages, self.task.reward))]
 
   def identity(self, role: str) -> str:
     """The name of a role's weights: the base folder's identity, or the node's name."""
@@ -168,9 +166,8 @@ def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
 
 
 def guided(stage: Stage, hp: ConfigDict) -> bool:
-  """Whether a stage's objective reads its guide: a KL penalty of weight 0 does not."""
-  penalty = stage.guide == "reference" and stage.objective is objectives.clipped_surrogate
-  return stage.guide is not None and not (penalty and (hp.kl == "none" or hp.kl_coef == 0))
+  """Whether a stage has a guide and its objective reads it: a KL penalty of weight 0 does not."""
+  return stage.guide is not None and stage.objective.uses_guide(hp)
 
 
 def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Node | None:
@@ -211,27 +208,33 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
            for p in plan.prompts[split]]
   return {
       "row": [stage.name, stage.actor, stage.learner, stage.guide],
-      "objective": source_of(stage.objective),
-      "weigh": stage.prompt_weights and source_of(stage.prompt_weights),
+      "objective": [identity_of(stage.objective.loss), stage.objective.version],
+      "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),
       "task": plan.task_identity() if checked else None,
-      "config": {k: v for k, v in hp.to_dict().items()
-                 if k not in UNHASHED and not (k == "lora" and v["rank"] == 0)},
+      "config": keys.hashed(hp, doctor.stage_keys(stage)),
       "seed": plan.config.seed, "dtype": plan.config.dtype, "cache": plan.config.sampler.cache,
       "tokenizer": plan.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
       "parents": {name: role and plan.identity(role) for name, role in parents.items()}}
 
 
-def source_of(function: Callable) -> list[Any]:
-  """A function's module, name and source text (its own, not what it calls), for a hash.
+def identity_of(function: Callable) -> list[Any]:
+  """Names a function for a hash, so that a change of its meaning renames what depends on it.
+
+  A function of this package is its module, its qualified name and its attribute `version`, 1 where
+  it has none: a new wording renames nothing, and whoever changes the meaning raises the version. A
+  user's function is its module, name and source text (its own, not that of what it calls).
 
   A partial is its function and arguments, another callable its class. Where there is no text (typed
   at a prompt), the compiled code stands for it.
   """
   if isinstance(function, functools.partial):
-    return [source_of(function.func), repr(function.args), repr(sorted(function.keywords.items()))]
+    return [identity_of(function.func), repr(function.args),
+            repr(sorted(function.keywords.items()))]
   if not (inspect.isroutine(function) or inspect.isclass(function)):
     function = type(function)
+  if function.__module__.split(".")[0] == __package__:
+    return [function.__module__, function.__qualname__, getattr(function, "version", 1)]
   try:
     text = inspect.getsource(function)
   except (OSError, TypeError):

@@ -28,6 +28,7 @@ from s2d_jax import (
   sweep,
   training,
 )
+from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
 
 EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
@@ -73,7 +74,7 @@ def costs(config, stages=recipe.STAGES):
       learner = loop.Role(model, models.split(
           model.config, _laid_out(model, mesh, models.shapes))[0])
     frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
-    optimizer = optim.make(loop.optim_config(hp), models.trained(learner.model.config))
+    optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
     work = loop.Work(
         name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
         width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
@@ -138,7 +139,7 @@ def _compare(config, roles, mesh):
   hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
   rows = hp.prompts * hp.sampling.samples_per_prompt
   batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
-  compared = training.compare(student.model, teacher.model, objectives.agreement, hp)
+  compared = training.compare(student.model, teacher.model, agreement, hp)
   return compared.lower(*(sharding.abstract(role.params) for role in (student, teacher)),
                         batch).compile()
 

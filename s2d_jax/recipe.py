@@ -14,15 +14,15 @@ from s2d_jax import budget, objectives, planning, walk
 from s2d_jax.planning import Arm, Plan, Stage, Task, Use
 
 STAGES = (
-    Stage("teacher_grpo", "teacher", "teacher", "reference", objectives.clipped_surrogate,
+    Stage("teacher_grpo", "teacher", "teacher", "reference", objectives.GRPO,
           reward=True),
-    Stage("teacher_sft", "given", "teacher", None, objectives.negative_log_likelihood),
-    Stage("forward_kl", "teacher", "student", "teacher", objectives.forward_kl),
-    Stage("weighted_fkl", "teacher", "student", "teacher", objectives.forward_kl,
+    Stage("teacher_sft", "given", "teacher", None, objectives.NEGATIVE_LOG_LIKELIHOOD),
+    Stage("forward_kl", "teacher", "student", "teacher", objectives.FORWARD_KL),
+    Stage("weighted_fkl", "teacher", "student", "teacher", objectives.FORWARD_KL,
           prompt_weights=objectives.learnable),
-    Stage("sft", "teacher", "student", None, objectives.negative_log_likelihood),
-    Stage("reverse_kl", "student", "student", "teacher", objectives.reverse_kl),
-    Stage("student_grpo", "student", "student", "reference", objectives.clipped_surrogate,
+    Stage("sft", "teacher", "student", None, objectives.NEGATIVE_LOG_LIKELIHOOD),
+    Stage("reverse_kl", "student", "student", "teacher", objectives.REVERSE_KL),
+    Stage("student_grpo", "student", "student", "reference", objectives.GRPO,
           reward=True),
 )
 

@@ -19,6 +19,7 @@ from s2d_jax import (
   evals,
   files,
   hosts,
+  keys,
   loop,
   manifest,
   metrics,
@@ -30,6 +31,7 @@ from s2d_jax import (
   sharding,
   training,
 )
+from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
 
 
@@ -113,9 +115,9 @@ def _work(made, node, workdir, mesh):
       advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
       judge=_load(made, node.learner, workdir, mesh) if row.prompt_weights else None,
       weigh=row.prompt_weights,
-      punish=objectives.punishment(hp) if row.reward else None,
+      punish=objectives.length_penalty(hp) if row.reward else None,
       objective=row.objective, logp=objectives.logp,
-      optimizer=optim.make(loop.optim_config(hp), models.trained(learner.model.config)),
+      optimizer=optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config)),
       store=lambda: rollouts.Store(workdir / _rollouts(made, node.actor, node.hp),
                                   files.write),
       passes=lambda: rollouts.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
@@ -147,10 +149,11 @@ def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
 
 def _rollouts(made, actor, hp, kind="rollouts"):
   """The folder of a frozen actor's rollouts; samples_per_prompt does not name a row, so is out."""
-  how = hp.sampling.to_dict()
-  how.pop("samples_per_prompt")
+  record = {name: key for name, key in sampler.Sampling.KEYS.items()
+            if name != "samples_per_prompt"}
   return manifest.name(kind, {
-      "actor": made.identity(actor), "sampling": how, "seed": made.config.seed,
+      "actor": made.identity(actor), "sampling": keys.hashed(hp.sampling, record),
+      "seed": made.config.seed,
       "prompts": manifest.digest(made.prompts["all"]), "width": made.config.prompt_tokens,
       "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype,
       "cache": made.config.sampler.cache, "drawn by": "one uniform number a token"})
@@ -165,17 +168,12 @@ def _given(made, hp):
   return draw
 
 
-def _hashed(config):
-  """A scoring block without what changes no score: batch sizes and how many samples are kept."""
-  return {k: v for k, v in config.to_dict().items()
-          if k not in ("prompts", "log_samples", "microbatches", "block")}
-
-
 def evaluate(made, role, workdir):
   """Scores a role's weights on the evaluation split, once; returns the folder's name."""
   config, mesh = made.config.evaluation, sharding.current_mesh()
   prompts = made.prompts[config.split]
-  inputs = {"weights": made.identity(role), "evaluation": _hashed(config),
+  inputs = {"weights": made.identity(role),
+            "evaluation": keys.hashed(config, evals.EVALUATION_KEYS),
             "dtype": made.config.dtype, "cache": made.config.sampler.cache,
             "seed": made.config.seed,
             "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
@@ -199,14 +197,14 @@ def probe(made, role, guide, workdir):
 
   On config.probe.problems of a split whose answers no arm buys: how often the model is right, how
   many groups are mixed, how long it writes; and with a `guide` (a role), how near the two are on
-  the text of each (`objectives.agreement`). Probes are diagnostics: no ledger charges them.
+  the text of each (`losses.agreement`). Probes are diagnostics: no ledger charges them.
   """
   config, mesh = made.config.probe, sharding.current_mesh()
   if config.problems == 0:
     return None
   prompts = made.prompts[config.split][: config.problems]
   inputs = {"weights": made.identity(role), "guide": guide and made.identity(guide),
-            "probe": _hashed(config), "dtype": made.config.dtype,
+            "probe": keys.hashed(config, evals.PROBE_KEYS), "dtype": made.config.dtype,
             "cache": made.config.sampler.cache, "seed": made.config.seed,
             "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
             "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
@@ -229,7 +227,7 @@ def _measured(made, role, guide, prompts, workdir, mesh):
   if guide is not None:
     models_["teacher"] = _load(made, guide, workdir, mesh)
     compared = training.compare(models_["student"].model, models_["teacher"].model,
-                              objectives.agreement, config)
+                              agreement, config)
   found = {}
   for name, (model, params) in models_.items():
     draw = sampler.make(model, params, loop.sampling(config.sampling, made.chat.eos_ids),

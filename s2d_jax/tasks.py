@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from s2d_jax import doctor
+from s2d_jax import doctor, keys
 from s2d_jax.data import jsonl, sources
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -18,7 +18,7 @@ from s2d_jax.rewards import math as math_reward
 
 def arithmetic(config: ConfigDict) -> Task:
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
-  doctor.check_keys("config.data", config.data, ("dir",))
+  keys.check_names("config.data", config.data, ("dir",))
   folder = os.path.expanduser(config.data.dir)
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
@@ -58,7 +58,7 @@ def get(config: ConfigDict) -> Task:
   Raises:
     ValueError: an unknown name, or a key that config or config.data lacks.
   """
-  doctor.check_keys("config", config, doctor.TOP)
+  keys.check_names("config", config, doctor.CONFIG_KEYS)
   if config.task not in TASKS:
     raise ValueError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
                      "recipe.run with a Task of your own.")

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2d_jax import sharding
+from s2d_jax import keys, sharding
 
-READS = ("microbatches",)
+KEYS = {"microbatches": keys.at_least(1, neutral=1, hashed=False)}
 
 
 class TrainState(NamedTuple):
@@ -156,7 +156,7 @@ def compare(model, guide_model, measure, hp):
 
   Args:
     model, guide_model: the two; neither is trained.
-    measure: measure(head, guide_head, batch, hp) -> {name: value_BT}, as `objectives.agreement`.
+    measure: measure(head, guide_head, batch, hp) -> {name: value_BT}, as `losses.agreement`.
     hp: microbatches, and what `measure` reads.
 
   The results are replicated, so that every host reads the same.

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from configs import arithmetic
-from s2d_jax import models, objectives, planning, recipe, tasks
+from s2d_jax import keys, models, objectives, planning, recipe, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
@@ -109,7 +109,7 @@ def test_a_missing_key_is_named(config, place, tmp_path):
       block[key] = value
 
 
-def test_keys_of_another_row_are_unknown(config, tmp_path):
+def test_keys_of_another_stage_are_unknown(config, tmp_path):
   config.stages.sft.kl_coef = 0.1  # a penalty without a reference
   assert "config.stages.sft has the key 'kl_coef'" in refused(config, tmp_path)
 
@@ -123,54 +123,62 @@ VALUES = [
     ("half_seed", -1, "config.half_seed is -1: choose it from 0"),
     ("prompt_tokens", 500, r"prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "
      "521 and the teacher has 512 positions .*: lower one."),
-    ("validation.split", "1h", "config.validation.split is '1h', which arms learn from: choose"),
-    ("evaluation.split", "labelled", "config.evaluation.split is 'labelled', which arms learn"),
+    ("validation.split", "1h", "config.validation.split is '1h': choose a split that arms do not"),
+    ("evaluation.split", "labelled", "config.evaluation.split is 'labelled': choose a split that"),
     ("stages.sft.eval_every", -5, "config.stages.sft.eval_every is -5: choose 0"),
-    ("stages.teacher_grpo.kl_coef", -0.1, "kl_coef is -0.1: choose it at least 0"),
-    ("stages.teacher_grpo.clip_low", 1.5, "clip_low is 1.5: choose it at least 0, and clip_low at"),
-    ("stages.student_grpo.clip_high", -3.0, "clip_high is -3.0: choose it at least 0"),
+    ("stages.teacher_grpo.kl_coef", -0.1, "config.stages.teacher_grpo.kl_coef is -0.1: choose 0"),
+    ("stages.teacher_grpo.clip_low", 1.5, "teacher_grpo.clip_low is 1.5: choose it from 0 to 1"),
+    ("stages.student_grpo.clip_high", -3.0, "student_grpo.clip_high is -3.0: choose 0"),
     ("prompt_tokens", 6, r"of labelled takes \d+ tokens and its window is 6: raise config"),
-    ("validation.problems", 0, "config.validation.problems is 0: set it to 1 or more."),
+    ("validation.problems", 0, "config.validation.problems is 0: set it to a whole number of"),
     ("validation.sampling.top_p", 0.0, r"config.validation.sampling.top_p is 0.0: choose"),
     ("validation.sampling.stop_strings", "ab", "sampling.stop_strings is 'ab': give a tuple"),
     ("probe.sampling.stop_strings", ("a", ""), r"probe.sampling.stop_strings is \('a', ''\): give"),
     ("stages.reverse_kl.sampling.stop_strings", ("<|end|>",),
      r"config.stages.reverse_kl.sampling: .*'<\|end\|>', a special token of"),
-    ("sampler.cache", "int4", "cache is auto, float32, bfloat16, int8."),
-    ("sampler.page", -4, r"page is 0 \(none\) or more"),
+    ("sampler.cache", "int4", "config.sampler.cache is 'int4': choose it from auto, float32, bf"),
+    ("sampler.page", -4, r"config.sampler.page is -4: choose 0 \(no pages\) or more"),
     ("evaluation.ks", (1, 99), r"config.evaluation.ks is \(1, 99\) and 2 samples"),
-    ("evaluation.ks", (0,), r"config.evaluation.ks is \(0,\) and 2 samples"),
-    ("evaluation.draws", 0, "config.evaluation.draws is 0: set it to 1 or more."),
-    ("evaluation.prompts", 0, "config.evaluation.prompts is 0: set it to 1 or more."),
+    ("evaluation.ks", (0,), r"config.evaluation.ks is \(0,\): choose each k at least 1"),
+    ("evaluation.draws", 0, "config.evaluation.draws is 0: set it to a whole number of at"),
+    ("evaluation.prompts", 0, "config.evaluation.prompts is 0: set it to a whole number of"),
     ("evaluation.level", 95.0, "config.evaluation.level is 95.0: choose it between 0 and 1."),
     ("evaluation.sampling.max_tokens", 0, "evaluation.sampling.max_tokens is 0: set it"),
-    ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose one of"),
-    ("stages.teacher_grpo.kl", "k1", "k1 .* cannot be a loss, .*: choose kl = \"k2\" or \"k3\"."),
-    ("stages.teacher_grpo.kl", "k9", "kl is 'k9': choose it from none"),
-    ("stages.reverse_kl.form", "k1", "k1 .* cannot be a loss, .*: choose form = \"full\" or"),
-    ("stages.forward_kl.student_temperature", 0.0, "student_temperature is 0.0: choose it above"),
-    ("stages.weighted_fkl.top_k", 0, "top_k is 0: give a whole number of tokens"),
+    ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose it from gr"),
+    ("stages.teacher_grpo.kl", "k1", "grpo.kl is 'k1': choose it from none, .*; k1 .* cannot be"),
+    ("stages.teacher_grpo.kl", "k9", "teacher_grpo.kl is 'k9': choose it from none"),
+    ("stages.reverse_kl.form", "k1", "kl.form is 'k1': choose it from full, .*; k1 .* cannot"),
+    ("stages.forward_kl.student_temperature", 0.0, "kl.student_temperature is 0.0: choose it"),
+    ("stages.weighted_fkl.top_k", 0, "weighted_fkl.top_k is 0: set it to a whole number of"),
     ("probe.top_k", 25, "config.probe.top_k is 25 and the vocabulary has 24 tokens: lower it."),
     ("stages.reverse_kl.minibatches", 3, r"reverse_kl draws 16 rows a step, .* 3 x 1"),
     ("stages.sft.microbatches", 32, r"config.stages.sft draws 16 rows a step, .* 1 x 32"),
-    ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to 1 or more."),
+    ("stages.sft.microbatches", 0, "config.stages.sft.microbatches is 0: set it to a whole"),
     ("stages.sft.steps", -1, "config.stages.sft.steps is -1: set it to 1 or more, or to 0"),
     ("label_share", 0.0, "config.label_share is 0.0: choose it above 0, up to 1"),
     ("mesh", (0, 1, 1), r"config.mesh is \(0, 1, 1\): give three sizes of at least 1"),
-    ("probe.split", "labelled", "config.probe.split is 'labelled', which arms learn from"),
+    ("probe.split", "labelled", "config.probe.split is 'labelled': choose a split that arms do"),
     ("probe.group", 9, "config.probe.group is 9 and 2 samples are drawn: raise"),
-    ("probe.problems", 3, "config.probe.problems is 3: make it a multiple of config.probe.prompts"),
+    ("probe.problems", 3, "config.probe.problems is 3: make it a multiple of prompts = "),
     ("probe.problems", 400, "probe.problems is 400 and the split validation has 8: lower it."),
-    ("stages.weighted_fkl.pass_samples", 0, "weighted_fkl.pass_samples is 0: set it to 1 or more."),
-    ("stages.sft.save_every", 0, "config.stages.sft.save_every is 0: set it to 1 or more."),
-    ("stages.sft.block", 0, "config.stages.sft.block is 0: set it to 1 or more."),
-    ("stages.sft.mean", "word", "mean is 'word': set it to one of"),
-    ("stages.sft.optim.lr", 0.0, "lr = 0.0 is out of range for AdamW: correct"),
-    ("stages.sft.optim.decay", "step", "decay = \"step\" is unknown: choose"),
-    ("stages.sft.optim.warmup", 4, "warmup = 4 does not fit in steps = 4 updates: shorten"),
+    ("stages.weighted_fkl.pass_samples", 0, "weighted_fkl.pass_samples is 0: set it to a whole"),
+    ("stages.sft.save_every", 0, "config.stages.sft.save_every is 0: set it to a whole number"),
+    ("stages.sft.block", 0, "config.stages.sft.block is 0: set it to a whole number of at"),
+    ("stages.sft.mean", "word", "config.stages.sft.mean is 'word': choose it from token, seq"),
+    ("stages.sft.optim.lr", 0.0, "config.stages.sft.optim.lr is 0.0: choose it above 0."),
+    ("stages.sft.optim.decay", "step", "sft.optim.decay is 'step': choose it from const"),
+    ("stages.sft.optim.warmup", 4, "config.stages.sft.optim.warmup is 4 and the stage makes 4"),
     ("stages.sft.sampling.temperature", -1.0, "sft.sampling.temperature is -1.0: choose"),
-    ("stages.sft.sampling.samples_per_prompt", 0, "samples_per_prompt is 0: set it to 1 or more."),
+    ("stages.sft.sampling.samples_per_prompt", 0, "samples_per_prompt is 0: set it to a whole"),
     ("stages.teacher_sft.sampling.samples_per_prompt", 4, "a problem has one given solution"),
+    ("stages.student_grpo.mismatch_least", 3.0, "grpo.mismatch_least is 3.0: choose it below mism"),
+    ("stages.student_grpo.overlong", "cut", "overlong is 'cut': choose it from none, mask, soft."),
+    ("stages.student_grpo.overlong_cache", 99, "overlong_cache is 99: choose at most sampling.max"),
+    ("stages.student_grpo.rounds", -1, "student_grpo.rounds is -1: set it to a whole number of"),
+    ("stages.sft.sampling.min_tokens", 99, "sft.sampling.min_tokens is 99: choose at most max_tok"),
+    ("stages.sft.lora.rank", -1, "config.stages.sft.lora.rank is -1: set it to a whole number"),
+    ("stages.sft.lora.targets", ("z",), r"sft.lora.targets is \('z',\): choose from q, k, v, o,"),
+    ("stages.sft.steps", "many", "config.stages.sft.steps is 'many': set it to 1 or more"),
     ("stages.cold_grpo", {}, "config.stages.cold_grpo is no row of the recipe: remove it"),
     ("stages.teacher_grpo.prompts", 64, "prompts is 64 and the split 1h has .*: lower it."),
 ]
@@ -184,14 +192,14 @@ def test_a_value_out_of_range_is_named(config, place, value, said, tmp_path):
   assert re.search(said, refused(config, tmp_path))
 
 
-def test_a_jsd_row_is_looked_at(config, tmp_path):
-  rows = [row._replace(objective=objectives.jsd) if row.name == "reverse_kl" else row
+def test_a_stage_with_the_jsd_objective_is_checked(config, tmp_path):
+  rows = [row._replace(objective=objectives.JSD) if row.name == "reverse_kl" else row
           for row in recipe.STAGES]
   hp = config.stages.reverse_kl
   for key in ("form", "top_k", "support", "baseline"):
     del hp[key]
-  for pi, temperature, said in ((1.5, 1.0, "pi is 1.5, the teacher's share"),
-                                (0.5, 0.0, "teacher_temperature is 0.0: choose it above 0")):
+  for pi, temperature, said in ((1.5, 1.0, "reverse_kl.pi is 1.5: choose the teacher's share"),
+                                (0.5, 0.0, "reverse_kl.teacher_temperature is 0.0: choose it")):
     hp.pi, hp.teacher_temperature = pi, temperature
     with pytest.raises(ValueError, match=said):
       recipe.plan(config, task(), stages=rows)
@@ -199,7 +207,7 @@ def test_a_jsd_row_is_looked_at(config, tmp_path):
   assert recipe.plan(config, task(), stages=rows).nodes
 
 
-def test_the_top_of_a_vocabulary_is_no_more_than_it_has(config, tmp_path):
+def test_a_top_k_beyond_the_vocabulary_is_refused(config, tmp_path):
   hp = config.stages.reverse_kl
   hp.top_k = 25  # which the full divergence does not read
   assert recipe.plan(config, task()).nodes
@@ -210,7 +218,7 @@ def test_the_top_of_a_vocabulary_is_no_more_than_it_has(config, tmp_path):
   assert recipe.plan(config, task()).nodes
 
 
-def test_an_arm_needs_its_rows(config, tmp_path):
+def test_an_arm_needs_its_stages(config, tmp_path):
   del config.stages.reverse_kl
   assert "arm raw_bridge needs config.stages.reverse_kl: add it" in refused(config, tmp_path)
 
@@ -338,3 +346,38 @@ def test_a_split_that_the_data_does_not_name(config, tmp_path):
   config.prompt_tokens = 200
   said = refused(config, tmp_path, tasks.get(config))
   assert "config.data names no split 'validation': add its file" in said
+
+
+def test_a_users_own_objective_is_checked_like_ours(config):
+  def loss(student_head, guide_head, batch, hp):
+    raise NotImplementedError
+  def at_most_two(hp):
+    if hp.alpha > 2:
+      raise ValueError(f"alpha is {hp.alpha}: choose at most 2.")
+  record = objectives.BLOCK_KEYS | {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")}
+  own = objectives.Objective(loss, record, check=at_most_two)
+  stages = [stage._replace(objective=own) if stage.name == "sft" else stage
+            for stage in recipe.STAGES]
+
+  def refusal():
+    with pytest.raises(ValueError) as error:
+      recipe.plan(config, task(), stages=stages)
+    return str(error.value)
+
+  assert refusal().startswith("config.stages.sft lacks the key 'alpha': add it")
+  config.stages.sft.alpha = -1.0
+  assert refusal() == "config.stages.sft.alpha is -1.0: choose it above 0."
+  config.stages.sft.alpha = 3.0
+  assert refusal() == "config.stages.sft.alpha is 3.0: choose at most 2."
+  config.stages.sft.alpha = 1.0
+  config.stages.sft.banana = 1.0
+  assert refusal().startswith("config.stages.sft has the key 'banana', which nothing reads")
+  del config.stages.sft.banana
+  assert recipe.plan(config, task(), stages=stages).nodes
+
+
+def test_an_objective_that_declares_no_keys_is_refused(config):
+  stages = [stage._replace(objective=objectives.forward_kl) if stage.name == "sft" else stage
+            for stage in recipe.STAGES]
+  with pytest.raises(ValueError, match="objective of the stage sft is .*: make it an objec"):
+    recipe.plan(config, task(), stages=stages)

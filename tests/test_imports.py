@@ -33,7 +33,7 @@ ARROWS = {
   "evals": {"sampler", "stats"},
   "rollouts": {"data"},
   "sampler": {"command", "models", "chat", "rollouts", "keys", "hosts"},
-  "objectives": {"losses", "keys"},
+  "objectives": {"losses", "keys", "rollouts"},
   "optim": {"keys"},
   "losses": {"sharding"},
   "models": {"sharding", "keys"},

@@ -71,6 +71,11 @@ def test_defaults():
   assert found.to_dict() == {"decay": "constant", "clip": 1.0} and found.is_locked
   with pytest.raises(ValueError, match="steps has no default: give a value"):
     keys.defaults({"steps": RECORD["steps"]})
+  assert keys.defaults(RECORD["optim"], clip=2.0).to_dict() == {"decay": "constant", "clip": 2.0}
+  with pytest.raises(ValueError, match="the block has the key 'banana', which nothing reads"):
+    keys.defaults(RECORD["optim"], banana=2.0)
+  with pytest.raises(ValueError, match="clip is -2.0: choose it above 0"):
+    keys.defaults(RECORD["optim"], clip=-2.0)
 
 
 def test_a_key_at_its_neutral_value_is_not_hashed():

@@ -56,17 +56,19 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
   """A student_grpo stage of four steps on eight prompts, saved every two."""
   model = models.get(CONFIG)
   hp = ml_collections.ConfigDict(
-      common.stage(4, 4, common.sampling(4, 6), common.adamw(1e-2), save_every=2) | common.grpo())
+      common.stage(steps=4, prompts=4, save_every=2, optim=common.adamw(lr=1e-2),
+                   sampling=common.sampling(samples_per_prompt=4, max_tokens=6))
+      | common.grpo())
   hp.update(changes)
   return loop.Work(
       name="student_grpo", folder=folder, hp=hp, seed=0,
       prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
       learner=loop.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
       given=None,
-      reward=reward, advantages=grpo.group_advantages, punish=objectives.punishment(hp),
+      reward=reward, advantages=grpo.group_advantages, punish=objectives.length_penalty(hp),
       judge=None, weigh=None,
-      objective=objectives.clipped_surrogate, logp=objectives.logp,
-      optimizer=optim.make(loop.optim_config(hp), models.axes(model.config)),
+      objective=objectives.GRPO, logp=objectives.logp,
+      optimizer=optim.make(hp.optim, loop.update_count(hp), models.axes(model.config)),
       store=None, passes=None, validate=validate, text=str, room=sampler.Room())
 
 
@@ -390,7 +392,7 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
     work = make(tmp_path / name, mesh, clip_low=0.3, pass_samples=4)
     return work._replace(
         name="weighted", advantages=None, weigh=objectives.learnable, actor=teacher, judge=start,
-        objective=objectives.negative_log_likelihood,
+        objective=objectives.NEGATIVE_LOG_LIKELIHOOD,
         store=lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write),
         passes=lambda: rollouts.Store(epath.Path(tmp_path / "passes"), files.write))
 

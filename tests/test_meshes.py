@@ -42,8 +42,9 @@ def batch():
 def step(shape, objective, guided):
   """(metrics, new parameters, slots' shardings agree) of one update with momentum on a mesh."""
   mesh, student, teacher = sharding.make_mesh(shape), models.get(STUDENT), models.get(TEACHER)
-  hp = ml_collections.ConfigDict(common.stage(1, 16, {}, {}, microbatches=2, block=64) |
-                                 common.grpo(kl="k3", kl_coef=0.1) | common.reverse())
+  hp = ml_collections.ConfigDict(common.stage(steps=1, prompts=16, sampling={}, optim={},
+                                              microbatches=2, block=64) |
+                                 common.grpo(kl="k3", kl_coef=0.1) | common.reverse_kl())
   with jax.set_mesh(mesh):
     optimizer = optax.sgd(0.5, momentum=0.9)
     state = training.init(optimizer, mesh, params(student, 1, mesh))
@@ -63,8 +64,8 @@ def step(shape, objective, guided):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective, guided", [
-    (objectives.clipped_surrogate, True), (objectives.forward_kl, True),
-    (objectives.reverse_kl, True), (objectives.negative_log_likelihood, False)])
+    (objectives.GRPO, True), (objectives.FORWARD_KL, True),
+    (objectives.REVERSE_KL, True), (objectives.NEGATIVE_LOG_LIKELIHOOD, False)])
 def test_one_step_on_every_mesh(objective, guided):
   metrics, params = step(MESHES[0], objective, guided)
   assert metrics["grad_norm"] > 1e-3 and metrics["finite"] == 1

@@ -1,4 +1,4 @@
-"""The adapters: sums, counts, penalties, refusals, and exactly the config keys they declare."""
+"""The objectives: sums, counts, penalties, refusals, and exactly the config keys they declare."""
 
 from types import SimpleNamespace
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from s2d_jax import objectives, rollouts
+from s2d_jax import keys, objectives, optim, rollouts
 from s2d_jax.losses import grpo, kl, tokens
 
 B, T, D, V = 3, 4, 5, 7
 RNG = np.random.default_rng(0)
-HP = common.grpo() | common.reverse(top_k=3) | {
+HP = common.grpo() | common.reverse_kl(top_k=3) | {
     "block": 9, "clip_high": 0.3, "form": "full", "pi": 0.5}
 
 
@@ -61,31 +61,31 @@ def expect(sums, name, value_BT):
   np.testing.assert_allclose(count, COUNT if name == "loss" else WEIGHT)
 
 
-def test_summed_by_hand():
+def test_sums_by_hand():
   # 2·1 + 3·0.5 = 3.5 over 1 + 2; the token of weight 0 is not a number and is left out.
   weights = SimpleNamespace(weight_BT=jnp.array([[1.0, 0.5, 0.0]]),
                             count_BT=jnp.array([[1.0, 2.0, 0.0]]))
-  total, count = objectives.summed(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
+  total, count = objectives.weighted_loss_sum(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
   assert (total, count) == (3.5, 3.0)
   # What is logged is a mean under the weights: 3.5 over 1 + 0.5.
-  total, count = objectives.metric(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
+  total, count = objectives.weighted_mean_pair(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
   assert (total, count) == (3.5, 1.5)
 
 
 def test_negative_log_likelihood():
-  sums = objectives.negative_log_likelihood(STUDENT, None, BATCH, hp())
+  sums = objectives.NEGATIVE_LOG_LIKELIHOOD(STUDENT, None, BATCH, hp())
   expect(sums, "loss", -LOGP_BT)
   expect(sums, "entropy", tokens.entropy(logits(STUDENT)))
   assert set(sums) == {"loss", "entropy"}
 
 
-@pytest.mark.parametrize("objective, f", [(objectives.forward_kl, kl.forward_kl),
-                                          (objectives.reverse_kl, kl.reverse_kl)])
+@pytest.mark.parametrize("objective, f", [(objectives.FORWARD_KL, kl.forward_kl),
+                                          (objectives.REVERSE_KL, kl.reverse_kl)])
 def test_distillation(objective, f):
   sums = objective(STUDENT, GUIDE, BATCH, hp())
   expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
   expect(sums, "kl", f(logits(STUDENT), logits(GUIDE)))
-  with pytest.raises(ValueError, match="a divergence compares with a guide and has none"):
+  with pytest.raises(ValueError, match="_kl compares with a guide and has none: name one"):
     objective(STUDENT, None, BATCH, hp())
 
 
@@ -94,15 +94,15 @@ STUDENTS, BOTHS = {"support": "student"}, {"support": "intersection"}
 
 
 @pytest.mark.parametrize("objective, form, changes, f", [
-    (objectives.forward_kl, "top_k", STUDENTS,
+    (objectives.FORWARD_KL, "top_k", STUDENTS,
      lambda s, t: kl.top_k_forward_kl(s, t, 3, "student")[0]),
-    (objectives.reverse_kl, "top_k", STUDENTS,
+    (objectives.REVERSE_KL, "top_k", STUDENTS,
      lambda s, t: kl.top_k_reverse_kl(s, t, 3, "student")[0]),
-    (objectives.reverse_kl, "intersection", BOTHS,
+    (objectives.REVERSE_KL, "intersection", BOTHS,
      lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0]),
-    (objectives.jsd, "full", WARM, lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
-    (objectives.forward_kl, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
-    (objectives.reverse_kl, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
+    (objectives.JSD, "full", WARM, lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
+    (objectives.FORWARD_KL, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
+    (objectives.REVERSE_KL, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
 def test_forms(objective, form, changes, f):
   how = hp(form=form, **changes)
   sums = objective(STUDENT, GUIDE, BATCH, how)
@@ -118,9 +118,9 @@ def test_forms(objective, form, changes, f):
 
 @pytest.mark.parametrize("baseline", [True, False])
 def test_sampled_form(baseline):
-  sums = objectives.reverse_kl(STUDENT, GUIDE, BATCH, hp(form="sampled", baseline=baseline))
+  sums = objectives.REVERSE_KL(STUDENT, GUIDE, BATCH, hp(form="sampled", baseline=baseline))
   expect(sums, "loss", LOGP_BT - REFERENCE_BT)
-  grad = jax.grad(lambda head: objectives.reverse_kl(
+  grad = jax.grad(lambda head: objectives.REVERSE_KL(
       head, GUIDE, BATCH, hp(form="sampled", baseline=baseline))["loss"][0])(STUDENT)
   base_BT = np.asarray(kl.reverse_kl(logits(STUDENT), logits(GUIDE))) if baseline else 0.0
   advantage_BT = LOGP_BT - REFERENCE_BT - base_BT
@@ -139,13 +139,13 @@ WIDER = pytest.mark.parametrize("wider", ["student", "guide"])
 
 @pytest.mark.parametrize("baseline", [True, False])
 @WIDER
-def test_padding_of_a_vocabulary_is_no_outcome(baseline, wider):
+def test_padding_of_a_vocabulary_is_not_an_outcome(baseline, wider):
   # No part in a log-probability, and no gradient.
   heads = {"student": STUDENT, "guide": GUIDE}
   heads[wider] = padded(heads[wider])
   def loss(student, guide):
     how = hp(form="sampled", baseline=baseline)
-    return objectives.reverse_kl(student, guide, BATCH, how)["loss"][0]
+    return objectives.REVERSE_KL(student, guide, BATCH, how)["loss"][0]
   want, dwant = jax.value_and_grad(loss)(STUDENT, GUIDE)
   got, dgot = jax.value_and_grad(loss)(heads["student"], heads["guide"])
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -156,7 +156,7 @@ def test_padding_of_a_vocabulary_is_no_outcome(baseline, wider):
 
 @pytest.mark.parametrize("name", objectives.KL_PENALTIES)
 @WIDER
-def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
+def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
   # The surrogate is the policy's own, all it has: only the penalty leaves padding out.
   heads = {"student": STUDENT, "guide": GUIDE}
   heads[wider] = padded(heads[wider])
@@ -167,11 +167,11 @@ def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
     kl_BT = objectives.KL_PENALTIES[name](logp(cut), logp(GUIDE), BATCH.old_logp_BT)
     loss_BT = grpo.clipped_surrogate(logp(head), BATCH.old_logp_BT, BATCH.advantage_BT, 0.2, 0.3)
     return jnp.sum(WEIGHT_BT * (loss_BT + 0.5 * kl_BT)), kl_BT
-  def door(head):
-    sums = objectives.clipped_surrogate(head, heads["guide"], BATCH, hp(kl=name, kl_coef=0.5))
+  def through_the_objective(head):
+    sums = objectives.GRPO(head, heads["guide"], BATCH, hp(kl=name, kl_coef=0.5))
     return sums["loss"][0], sums
   (_, kl_BT), want = jax.value_and_grad(direct, has_aux=True)(heads["student"])
-  (_, sums), got = jax.value_and_grad(door, has_aux=True)(heads["student"])
+  (_, sums), got = jax.value_and_grad(through_the_objective, has_aux=True)(heads["student"])
   expect(sums, "kl", kl_BT)
   expect(sums, "loss", grpo.clipped_surrogate(logp(heads["student"]), BATCH.old_logp_BT,
                                               BATCH.advantage_BT, 0.2, 0.3) + 0.5 * kl_BT)
@@ -180,10 +180,10 @@ def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
 
 @pytest.mark.parametrize("change, said", [
     ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
-    ({"form": "k1"}, "k1 .* cannot be a loss, .* zero in expectation .*: choose form = \"full\""),
+    ({"form": "k1"}, "form is 'k1': choose it from full, .*; k1 .* cannot be a loss, .* zero in e"),
     ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),
     ({"form": "intersection"}, "support is 'teacher' and the form \"intersection\" .*: set it to"),
-    *(({"top_k": k}, f"top_k is {k}: give a whole number of tokens, at least 1")
+    *(({"top_k": k}, f"top_k is {k}: set it to a whole number of at least 1")
       for k in (0, 2.5, True)),
     *(({f"{who}_temperature": t}, f"{who}_temperature is {t}: choose it above 0")
       for who in ("student", "teacher") for t in (0.0, -1.0)),
@@ -191,30 +191,30 @@ def test_a_penalty_is_of_the_vocabulary_that_both_have(name, wider):
        f"{who}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
       for form in ("top_k", "intersection", "sampled") for who in ("student", "teacher")),
     ({"baseline": 0.5}, "baseline is 0.5")])
-def test_forms_that_there_are_not_are_refused(change, said):
+def test_values_that_a_divergence_cannot_have_are_refused(change, said):
   with pytest.raises(ValueError, match=said):
-    objectives.reverse_kl(STUDENT, GUIDE, BATCH, hp(**change))
+    objectives.REVERSE_KL(STUDENT, GUIDE, BATCH, hp(**change))
 
 
 @pytest.mark.parametrize("change, said", [
     ({"pi": 0.0}, "pi is 0.0"), ({"pi": 1.5}, "pi is 1.5"),
     ({"student_temperature": 0.0}, "student_temperature is 0.0: choose it above 0"),
     ({"teacher_temperature": -1.0}, "teacher_temperature is -1.0: choose it above 0")])
-def test_a_jsd_that_there_is_not_is_refused(change, said):
+def test_values_that_a_jsd_cannot_have_are_refused(change, said):
   with pytest.raises(ValueError, match=said):
-    objectives.check_form(objectives.jsd, hp(**change))
+    keys.check_values(hp(**change), objectives.JSD.keys)
   with pytest.raises(ValueError, match=said):
-    objectives.jsd(STUDENT, GUIDE, BATCH, hp(**change))
+    objectives.JSD(STUDENT, GUIDE, BATCH, hp(**change))
 
 
 SAME = {"student_temperature": 2.0, "teacher_temperature": 2.0}
-EVERY = [(objectives.forward_kl, {}), (objectives.forward_kl, SAME), (objectives.reverse_kl, {}),
-         (objectives.reverse_kl, SAME), (objectives.jsd, {}), (objectives.jsd, SAME),
-         (objectives.forward_kl, {"form": "top_k"}), (objectives.reverse_kl, {"form": "top_k"}),
-         (objectives.reverse_kl, {"form": "intersection"} | BOTHS),
-         *((objectives.reverse_kl, {"form": "sampled", "baseline": baseline})
+EVERY = [(objectives.FORWARD_KL, {}), (objectives.FORWARD_KL, SAME), (objectives.REVERSE_KL, {}),
+         (objectives.REVERSE_KL, SAME), (objectives.JSD, {}), (objectives.JSD, SAME),
+         (objectives.FORWARD_KL, {"form": "top_k"}), (objectives.REVERSE_KL, {"form": "top_k"}),
+         (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS),
+         *((objectives.REVERSE_KL, {"form": "sampled", "baseline": baseline})
            for baseline in (True, False)),
-         *((objectives.clipped_surrogate, {"kl": name, "kl_coef": 0.5})
+         *((objectives.GRPO, {"kl": name, "kl_coef": 0.5})
            for name in (*objectives.KL_PENALTIES, "exact"))]
 
 
@@ -230,20 +230,20 @@ def test_equal_models_have_no_loss_and_no_gradient(objective, changes):
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
 
 
-ARRAYS = [(objectives.negative_log_likelihood, {}, 3), (objectives.forward_kl, {}, 5),
-          (objectives.reverse_kl, {}, 3), (objectives.jsd, {}, 6),
-          (objectives.forward_kl, {"form": "top_k"}, 6),
-          (objectives.reverse_kl, {"form": "top_k", "support": "union"}, 8),
-          (objectives.reverse_kl, {"form": "intersection"} | BOTHS, 8),
-          (objectives.reverse_kl, {"form": "sampled"}, 2),
-          (objectives.clipped_surrogate, {"kl": "k3", "kl_coef": 0.5}, 3),
-          (objectives.clipped_surrogate, {"surrogate": "gspo"}, 2),
-          (objectives.clipped_surrogate, {"kl": "exact", "kl_coef": 0.5}, 3)]
+ARRAYS = [(objectives.NEGATIVE_LOG_LIKELIHOOD, {}, 3), (objectives.FORWARD_KL, {}, 5),
+          (objectives.REVERSE_KL, {}, 3), (objectives.JSD, {}, 6),
+          (objectives.FORWARD_KL, {"form": "top_k"}, 6),
+          (objectives.REVERSE_KL, {"form": "top_k", "support": "union"}, 8),
+          (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS, 8),
+          (objectives.REVERSE_KL, {"form": "sampled"}, 2),
+          (objectives.GRPO, {"kl": "k3", "kl_coef": 0.5}, 3),
+          (objectives.GRPO, {"surrogate": "gspo"}, 2),
+          (objectives.GRPO, {"kl": "exact", "kl_coef": 0.5}, 3)]
 
 
 @pytest.mark.parametrize("unscored", [False, True])
 @pytest.mark.parametrize("objective, changes, arrays", ARRAYS)
-def test_temporaries_are_so_many_arrays_of_a_block_by_the_vocabulary(
+def test_temporaries_are_a_few_arrays_of_a_block_by_the_vocabulary(
     objective, changes, arrays, unscored):
   count, block, width, words = 2048, 1024, 64, 8192
   def shapes(kind):
@@ -271,7 +271,7 @@ def surrogate_by_numpy():
 
 @pytest.mark.parametrize("guide_head", [None, GUIDE])
 def test_clipped_surrogate_without_penalty(guide_head):
-  sums = objectives.clipped_surrogate(STUDENT, guide_head, BATCH, hp(kl_coef=0.5))
+  sums = objectives.GRPO(STUDENT, guide_head, BATCH, hp(kl_coef=0.5))
   ratio_BT, loss_BT = surrogate_by_numpy()
   advantage_BT = np.asarray(BATCH.advantage_BT)
   clipped_BT = np.where(advantage_BT > 0, ratio_BT > 1.3, ratio_BT < 0.8)
@@ -285,7 +285,7 @@ def test_clipped_surrogate_without_penalty(guide_head):
 
 @pytest.mark.parametrize("name", ["k2", "k3"])
 def test_clipped_surrogate_with_penalty(name):
-  sums = objectives.clipped_surrogate(STUDENT, GUIDE, BATCH, hp(kl=name, kl_coef=0.5))
+  sums = objectives.GRPO(STUDENT, GUIDE, BATCH, hp(kl=name, kl_coef=0.5))
   log_ratio_BT = LOGP_BT - REFERENCE_BT
   kl_BT = {"k2": log_ratio_BT ** 2 / 2, "k3": np.exp(-log_ratio_BT) - 1 + log_ratio_BT}[name]
   expect(sums, "kl", kl_BT)
@@ -309,7 +309,7 @@ def test_the_other_surrogates_and_penalties():
   held = {"dual_clipped": stopped(ratio_BT) | (advantage_BT < 0) & (ratio_BT > 1.1),
           "gspo": stopped(s_BT), "cispo": (ratio_BT < 0.8) | (ratio_BT > 1.3)}
   for name, loss_BT in want.items():
-    sums = objectives.clipped_surrogate(STUDENT, None, BATCH, hp(surrogate=name, clip_most=1.1))
+    sums = objectives.GRPO(STUDENT, None, BATCH, hp(surrogate=name, clip_most=1.1))
     expect(sums, "loss", loss_BT)
     expect(sums, "clip_fraction", held[name])
     assert not np.array_equal(held[name][WEIGHT_BT > 0], stopped(ratio_BT)[WEIGHT_BT > 0])
@@ -317,7 +317,7 @@ def test_the_other_surrogates_and_penalties():
   kls = {"k3_corrected": ratio_BT * (np.exp(-log_ratio_BT) - 1 + log_ratio_BT),
          "exact": np.asarray(kl.reverse_kl(logits(STUDENT), logits(GUIDE)))}
   for name, kl_BT in kls.items():
-    sums = objectives.clipped_surrogate(STUDENT, GUIDE, BATCH, hp(kl=name, kl_coef=0.5))
+    sums = objectives.GRPO(STUDENT, GUIDE, BATCH, hp(kl=name, kl_coef=0.5))
     expect(sums, "kl", kl_BT)
     expect(sums, "loss", clipped_BT + 0.5 * kl_BT)
 
@@ -328,7 +328,7 @@ def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
   def features_gradient(coefficient):
     how = hp(kl="exact", kl_coef=coefficient)
     still = BATCH._replace(advantage_BT=jnp.zeros((B, T)))
-    grad_BTD, _ = jax.grad(lambda head: objectives.clipped_surrogate(
+    grad_BTD, _ = jax.grad(lambda head: objectives.GRPO(
         head, GUIDE, still, how)["loss"][0])(head)
     return np.asarray(grad_BTD.astype(jnp.float32))
   for coefficient in (5e-4, 0.3):
@@ -342,7 +342,7 @@ def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
 def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):
   sampler_BT = np.asarray(BATCH.old_logp_BT) - np.array([-0.9, 0.2, -0.1, 1.0], np.float32)
   batch_ = BATCH._replace(behaviour_logp_BT=jnp.asarray(sampler_BT))
-  sums = objectives.clipped_surrogate(STUDENT, None, batch_, hp(mismatch=how, mismatch_level=level))
+  sums = objectives.GRPO(STUDENT, None, batch_, hp(mismatch=how, mismatch_level=level))
   log_BT = (np.asarray(BATCH.old_logp_BT) - sampler_BT) * (WEIGHT_BT > 0)
   if level == "sequence":
     log_BT = np.broadcast_to(log_BT.sum(axis=1, keepdims=True), log_BT.shape)
@@ -356,12 +356,12 @@ def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):
 
 
 def test_a_penalty_needs_a_guide_and_k1_is_refused():
-  with pytest.raises(ValueError, match="clipped_surrogate with kl = \"k3\" compares with a guide"):
-    objectives.clipped_surrogate(STUDENT, None, BATCH, hp(kl="k3", kl_coef=0.1))
+  with pytest.raises(ValueError, match="grpo_loss compares with a guide"):
+    objectives.GRPO(STUDENT, None, BATCH, hp(kl="k3", kl_coef=0.1))
   with pytest.raises(ValueError, match="gradient is zero in expectation"):
-    objectives.clipped_surrogate(STUDENT, GUIDE, BATCH, hp(kl="k1", kl_coef=0.1))
+    objectives.GRPO(STUDENT, GUIDE, BATCH, hp(kl="k1", kl_coef=0.1))
   with pytest.raises(ValueError, match="kl is 'k4': choose it from none, k2, k3, k3_corrected"):
-    objectives.check_penalty(hp(kl="k4"))
+    keys.check_values(hp(kl="k4"), objectives.GRPO.keys)
 
 
 def test_a_token_without_weight_cannot_spoil_the_gradient():
@@ -370,7 +370,7 @@ def test_a_token_without_weight_cannot_spoil_the_gradient():
                         advantage_BT=jnp.where(keep_BT, BATCH.advantage_BT, jnp.nan))
 
   def loss(head, batch):
-    return objectives.clipped_surrogate(head, None, batch, hp())["loss"][0]
+    return objectives.GRPO(head, None, batch, hp())["loss"][0]
 
   grad = jax.jit(jax.grad(loss))
   want, got = grad(STUDENT, BATCH), grad(STUDENT, wild)
@@ -384,7 +384,7 @@ def test_group_advantages_give_the_gradient_of_the_group():
   on_policy = BATCH._replace(advantage_BT=advantage_BT, old_logp_BT=jnp.asarray(LOGP_BT))
 
   def loss(head):
-    return objectives.clipped_surrogate(head, None, on_policy, hp())["loss"][0]
+    return objectives.GRPO(head, None, on_policy, hp())["loss"][0]
 
   def policy_gradient(head):
     logp_BT = tokens.log_prob(logits(head), BATCH.targets_BT)
@@ -394,14 +394,71 @@ def test_group_advantages_give_the_gradient_of_the_group():
                jax.jit(jax.grad(loss))(STUDENT), jax.jit(jax.grad(policy_gradient))(STUDENT))
 
 
-@pytest.mark.parametrize("objective", objectives.READS)
-def test_each_objective_reads_exactly_the_keys_it_declares(objective):
+BROKEN = [
+    (objectives.GRPO, {"clip_low": -0.1}, "clip_low is -0.1: choose it from 0 to 1"),
+    (objectives.GRPO, {"clip_high": -0.1}, "clip_high is -0.1: choose 0 or more"),
+    (objectives.GRPO, {"kl_coef": -0.1}, "kl_coef is -0.1: choose 0 or more"),
+    (objectives.GRPO, {"clip_most": 1.0}, "clip_most is 1.0: choose it above 1"),
+    (objectives.GRPO, {"mismatch_least": 0.0}, "mismatch_least is 0.0: choose it above 0"),
+    (objectives.GRPO, {"mismatch_least": 2.0}, "mismatch_least is 2.0: choose it below mismatch_m"),
+    (objectives.GRPO, {"surrogate": "ppo"}, "surrogate is 'ppo': choose it from clipped, dual_cl"),
+    (objectives.GRPO, {"mismatch": "drop"}, "mismatch is 'drop': choose it from none, truncate"),
+    (objectives.GRPO, {"mismatch_level": "word"}, "mismatch_level is 'word': choose it from token"),
+    (objectives.NEGATIVE_LOG_LIKELIHOOD, {"block": 0}, "block is 0: set it to a whole number")]
+
+
+@pytest.mark.parametrize("objective, change, said", BROKEN)
+def test_values_out_of_range_are_refused(objective, change, said):
+  objective(STUDENT, GUIDE, BATCH, hp())
+  with pytest.raises(ValueError, match=said):
+    objective(STUDENT, GUIDE, BATCH, hp(**change))
+
+
+FULL_CONFIGS = [  # objective, settings under which its loss reads all of its keys between them
+    (objectives.NEGATIVE_LOG_LIKELIHOOD, [{}]),
+    (objectives.GRPO, [{"kl": "k2", "kl_coef": 0.1}, {"surrogate": "dual_clipped"},
+                       {"mismatch": "mask"}]),
+    (objectives.FORWARD_KL, [{}, {"form": "top_k"}]),
+    (objectives.REVERSE_KL, [{}, {"form": "top_k"}, {"form": "sampled"}]),
+    (objectives.JSD, [{}])]
+
+
+@pytest.mark.parametrize("objective, settings", FULL_CONFIGS)
+def test_each_loss_reads_exactly_the_keys_it_declares(objective, settings):
   read = set()
 
   class Spy:
+    def __init__(self, values):
+      self.values = values
+
     def __getattr__(self, key):
       read.add(key)
-      return {**HP, "kl": "k2", "kl_coef": 0.1}[key]
+      return self.values[key]
 
-  objective(STUDENT, GUIDE, BATCH, Spy())
-  assert read == set(objectives.READS[objective])
+  for changes in settings:  # the loss alone: a check of a key does not count as reading it
+    objective.loss(STUDENT, GUIDE, BATCH, Spy({**HP, **changes}))
+  assert read == set(objective.keys)
+
+
+def test_the_config_files_and_a_script_have_the_same_defaults():
+  # configs/ and s2d_jax/ may not import each other, so each has the defaults once.
+  blocks = [(objectives.GRPO.keys | objectives.REWARD_KEYS, common.grpo),
+            (objectives.FORWARD_KL.keys, common.forward_kl),
+            (objectives.REVERSE_KL.keys, common.reverse_kl)]
+  for record, block in blocks:
+    assert keys.defaults(record).to_dict() == block() | {"block": common.stage.defaults["block"]}
+  assert keys.defaults(optim.KEYS, lr=0.1).to_dict() == common.adamw(lr=0.1)
+  assert keys.defaults(objectives.JSD.keys).to_dict() == {
+      "block": 4096, "pi": 0.5, "student_temperature": 1.0, "teacher_temperature": 1.0}
+
+
+def test_a_users_objective_is_checked_like_ours():
+  def loss(student_head, guide_head, batch, hp):
+    return {"loss": (hp.alpha, 1.0)}
+  own = objectives.Objective(loss, {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")},
+                             uses_guide=lambda hp: hp.alpha > 1)
+  assert own(STUDENT, None, BATCH, SimpleNamespace(alpha=0.5)) == {"loss": (0.5, 1.0)}
+  with pytest.raises(ValueError, match="^alpha is -1: choose it above 0.$"):
+    own(STUDENT, GUIDE, BATCH, SimpleNamespace(alpha=-1))
+  with pytest.raises(ValueError, match="loss compares with a guide and has none: name one in the"):
+    own(STUDENT, None, BATCH, SimpleNamespace(alpha=2.0))

@@ -141,10 +141,10 @@ def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, P
     shapes = models.shapes(model.config)
     layout = sharding.weight_shardings(mesh, axes, shapes)
     params = jax.jit(model.init, out_shardings=layout)(jax.random.key(seed))
-    optimizer = optim.make(base, axes)
+    optimizer = optim.make(base, base.steps, axes)
     state = training.init(optimizer, mesh, params)
     step = training.make(
-      model, None, objectives.negative_log_likelihood, optimizer, base, training.shardings(state)
+      model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, base, training.shardings(state)
     )
     for i in range(base.steps):
       batch = _take(rows, slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import sharding
+from s2d_jax import keys, sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
 from s2d_jax.models.caches import KV, empty_cache
-from s2d_jax.models.decoder import Config, Lora
+from s2d_jax.models.decoder import ADAPTED, Config, Lora
 from s2d_jax.models.layout import Weight
 
 __all__ = [
@@ -107,6 +107,13 @@ def _adapters(config):
       (layer, *names), n = weight.axes, weight.inputs
       yield (path, (f"{path}_a", (layer, *names[:n], "rank")),
              (f"{path}_b", (layer, "rank", *names[n:])))
+
+
+LORA_KEYS = {
+    "rank": keys.at_least(0, neutral=0),
+    "alpha": keys.Key(lambda alpha: alpha > 0, "choose it above 0", neutral=32.0),
+    "targets": keys.Key(lambda names: set(names) <= set(ADAPTED),
+                        f"choose from {', '.join(ADAPTED)}", neutral=ADAPTED)}
 
 
 def lora(hp):

@@ -4,7 +4,7 @@ Token ids stay ids from the sampler to the loss: text is never tokenized a secon
 """
 
 from s2d_jax.data.jsonl import text_id
-from s2d_jax.rollouts.batches import Batch, batch, minibatches, pack, token_weights
+from s2d_jax.rollouts.batches import MEANS, Batch, batch, minibatches, pack, token_weights
 from s2d_jax.rollouts.records import (
   FINISHED,
   Prompt,
@@ -18,6 +18,6 @@ from s2d_jax.rollouts.records import (
 )
 from s2d_jax.rollouts.stores import Store
 
-__all__ = ["FINISHED", "Batch", "Prompt", "Rollout", "Store", "batch", "concatenate", "from_bytes",
-           "given", "minibatches", "pack", "row_key", "take", "text_id", "to_bytes",
+__all__ = ["FINISHED", "MEANS", "Batch", "Prompt", "Rollout", "Store", "batch", "concatenate",
+           "from_bytes", "given", "minibatches", "pack", "row_key", "take", "text_id", "to_bytes",
            "token_weights"]

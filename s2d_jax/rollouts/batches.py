@@ -23,6 +23,9 @@ class Batch(NamedTuple):
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
 
 
+MEANS = ("token", "sequence", "constant")
+
+
 def token_weights(length_B, mean, longest):
   """(weight, count) of one response token, float32 [B] each: the kind of mean is data, no flag.
 

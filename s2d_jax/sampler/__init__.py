@@ -4,7 +4,15 @@
 """
 
 from s2d_jax.sampler.decode import Sampling
-from s2d_jax.sampler.engine import check_ends, check_memory, check_room, make, sample
+from s2d_jax.sampler.engine import (
+  check_ends,
+  check_memory,
+  check_room,
+  check_sampling,
+  make,
+  sample,
+)
 from s2d_jax.sampler.programs import Room
 
-__all__ = ["Room", "Sampling", "check_ends", "check_memory", "check_room", "make", "sample"]
+__all__ = ["Room", "Sampling", "check_ends", "check_memory", "check_room", "check_sampling", "make",
+           "sample"]

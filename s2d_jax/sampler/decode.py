@@ -8,12 +8,14 @@ its neighbours, its slot or when it came to it.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from s2d_jax import models, sharding
+from s2d_jax import keys, models, sharding
+from s2d_jax.keys import Key
 from s2d_jax.models import caches, decoder
 
 
@@ -33,6 +35,18 @@ class Sampling(NamedTuple):
   min_tokens: int
   stop_ids: tuple
   stop_strings: tuple = ()
+
+  KEYS = {  # the block of a config that becomes a Sampling; the tokenizer gives the stop ids
+      "samples_per_prompt": keys.at_least(1),
+      "temperature": Key(lambda x: 0 <= x < math.inf, "choose 0 (greedy) or more", neutral=1.0),
+      "top_p": Key(lambda p: 0 < p <= 1, "choose it above 0, up to 1 (off)", neutral=1.0),
+      "top_k": Key(lambda k: k >= 0 and k % 1 == 0, "choose 0 (off) or more", neutral=0),
+      "min_p": Key(lambda p: 0 <= p <= 1, "choose it from 0 (off) to 1", neutral=0.0),
+      "max_tokens": keys.at_least(1),
+      "min_tokens": keys.at_least(0, neutral=0),
+      "stop_strings": Key(lambda texts: isinstance(texts, tuple) and all(
+          isinstance(text, str) and text for text in texts),
+          "give a tuple of texts, none of them empty", neutral=())}
 
   def plain(self):
     """Is a token drawn from the model's own distribution, as it is?"""

@@ -1,11 +1,10 @@
 """A sampler: what it refuses, what is compiled for it, and the calls that are made of it."""
 
-import math
-
 import jax
 
-from s2d_jax import sharding
+from s2d_jax import keys, sharding
 from s2d_jax.sampler import programs
+from s2d_jax.sampler.decode import Sampling
 from s2d_jax.sampler.pages import PagedCall
 from s2d_jax.sampler.programs import Room
 from s2d_jax.sampler.scheduler import Call
@@ -35,14 +34,18 @@ def check_room(room):
   Raises:
     ValueError: a number out of its range, an unknown cache, or pages of int8.
   """
-  if (min(room.tokens, room.chunk) < 1 or room.page < 0 or not 0 < room.cache_gib < math.inf
-      or room.cache not in (*programs.KINDS, "auto")):
-    raise ValueError(f"config.sampler is {room}: tokens and chunk are 1 or more, page is 0 (none) "
-                     "or more, cache_gib is a number above 0, and cache is auto, "
-                     f"{', '.join(programs.KINDS)}.")
+  keys.check_values(room, Room.KEYS)
   if room.page and room.cache == "int8":
-    raise ValueError(f"config.sampler.page is {room.page} and its cache int8, which pages do not "
-                     "hold: set one of them to 0 or auto.")
+    raise ValueError(f"page is {room.page} and the cache int8, which pages do not hold: set one of "
+                     "them to 0 or auto.")
+
+
+def check_sampling(sampling):
+  """Raises ValueError, starting with a key's name, for a sampling block out of its ranges."""
+  keys.check_values(sampling, Sampling.KEYS)
+  if sampling.min_tokens > sampling.max_tokens:
+    raise ValueError(f"min_tokens is {sampling.min_tokens}: choose at most max_tokens, "
+                     f"{sampling.max_tokens}.")
 
 
 def check_memory(model, sampling, size, width, room):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import models, sharding
+from s2d_jax import keys, models, sharding
+from s2d_jax.keys import Key
 from s2d_jax.models import attention, caches
 from s2d_jax.sampler import decode
 
@@ -29,6 +31,13 @@ class Room(NamedTuple):
   chunk: int = 256        # tokens of a prompt that are read at a time
   cache: str = "auto"     # its numbers: float32, bfloat16, int8, or those of the activations
   page: int = 0           # tokens of a page, of which rows hold as many as they fill; 0: no pages
+
+  KEYS = {
+      "cache_gib": Key(lambda gib: 0 < gib < math.inf, "choose a number above 0", default=4.0),
+      "tokens": keys.at_least(1, default=32),
+      "chunk": keys.at_least(1, default=256),
+      "cache": keys.one_of(("auto", *KINDS), neutral="auto"),
+      "page": Key(lambda tokens: tokens >= 0, "choose 0 (no pages) or more", neutral=0)}
 
   def narrow(self, dtype):
     """Has the cache fewer bits than activations of `dtype`, so that something is lost in it?"""

@@ -59,7 +59,7 @@ def test_every_benchmark_is_known():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("objective", ["clipped_surrogate", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("objective", ["grpo", "forward_kl", "reverse_kl", "jsd"])
 def test_step(objective, tmp_path):
   result = smoke("step", tmp_path, f"--objective={objective}", "--repeats=2")
   assert (tmp_path / f"step-{objective.replace('_', '-')}-cpu.json").exists()
@@ -72,7 +72,7 @@ def test_step(objective, tmp_path):
   # update, and the guide's once more.
   forward = 2 * 8 * 2 * (2 * 256 + 2 * 128 + 3 * 256 + 1024) + 2 * 36 * 4 * 2 * 8
   assert result["flops"] == {"forward": forward,
-                             "train": forward * (3 if objective == "clipped_surrogate" else 4)}
+                             "train": forward * (3 if objective == "grpo" else 4)}
   train = result["train"]["ours"]
   assert train["tokens_per_second"] == pytest.approx(16 / train["seconds"])
   # Both slots of AdamW and the weights are donated, and 4 bytes each.

@@ -367,7 +367,7 @@ def test_a_whole_update_adds_the_gradient_up_once_a_microbatch(shape):
   optimizer = optax.sgd(0.1)
   with jax.set_mesh(mesh):
     state = training.abstract(optimizer, mesh, params)
-    step = training.make(model, None, objectives.negative_log_likelihood, optimizer, hp,
+    step = training.make(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
                        training.shardings(state))
     text = step.lower(state, None, loop.abstract_batch(16, 48, mesh)).compile().as_text()
   part = 480 // shape[2]

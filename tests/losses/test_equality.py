@@ -17,7 +17,7 @@ from s2d_jax import objectives, rollouts, sharding, training
 from s2d_jax.losses import grpo, kl, tokens
 
 B, T, D, V = 16, 12, 8, 16
-HP = common.grpo(clip_high=0.3, clip_most=1.1) | common.reverse(top_k=5) | {"pi": 0.3}
+HP = common.grpo(clip_high=0.3, clip_most=1.1) | common.reverse_kl(top_k=5) | {"pi": 0.3}
 AXES = {"features": ("layer", "layer", "embed"), "unembed": ("layer", "vocab", "embed")}
 
 
@@ -51,26 +51,26 @@ def weighted(level, kept):
 
 
 def surrogate(**changes):
-  return objectives.clipped_surrogate, changes
+  return objectives.GRPO, changes
 
 
 def forward(**changes):
-  return objectives.forward_kl, changes
+  return objectives.FORWARD_KL, changes
 
 
 def reverse(**changes):
-  return objectives.reverse_kl, changes
+  return objectives.REVERSE_KL, changes
 
 
 WARM = {"student_temperature": 2.0, "teacher_temperature": 0.5}
 LOSSES = {  # what the trainer runs, and the same on logits [B, T, V]
-    "nll": ((objectives.negative_log_likelihood, {}), lambda s, g, batch: -logp(s, batch)),
+    "nll": ((objectives.NEGATIVE_LOG_LIKELIHOOD, {}), lambda s, g, batch: -logp(s, batch)),
     "forward": (forward(), lambda s, g, _: kl.forward_kl(s, g)),
     "forward, warm": (forward(**WARM), lambda s, g, _: kl.forward_kl(s, g, 2.0, 0.5)),
     "reverse": (reverse(), lambda s, g, _: kl.reverse_kl(s, g)),
     "reverse, warm": (reverse(**WARM), lambda s, g, _: kl.reverse_kl(s, g, 2.0, 0.5)),
-    "jsd": ((objectives.jsd, {}), lambda s, g, _: kl.jsd(s, g, 0.3)),
-    "jsd, warm": ((objectives.jsd, WARM), lambda s, g, _: kl.jsd(s, g, 0.3, 2.0, 0.5)),
+    "jsd": ((objectives.JSD, {}), lambda s, g, _: kl.jsd(s, g, 0.3)),
+    "jsd, warm": ((objectives.JSD, WARM), lambda s, g, _: kl.jsd(s, g, 0.3, 2.0, 0.5)),
     **{f"forward top {support}": (
         forward(form="top_k", support=support),
         lambda s, g, _, support=support: kl.top_k_forward_kl(s, g, 5, support)[0])

@@ -39,8 +39,8 @@ def places(config, shape):
   shapes = models.shapes(config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(mesh, models.axes(config), shapes))
   trained, rest = (params, {}) if config.lora is None else models.split(config, params)
-  hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10)
-  state = training.abstract(optim.make(hp, models.trained(config)), mesh, trained)
+  hp = types.SimpleNamespace(**common.adamw(lr=1e-6))
+  state = training.abstract(optim.make(hp, 10, models.trained(config)), mesh, trained)
   moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
   return {f"{kind}{path}": spelled(x.sharding)
           for kind, tree in (("", trained), ("frozen ", rest), ("mu ", moments["mu"]),

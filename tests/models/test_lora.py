@@ -13,7 +13,7 @@ from s2d_jax import models, optim, sharding, training
 from s2d_jax.models import layout
 
 Rows = collections.namedtuple("Rows", "inputs_BT positions_BT segments_BT")
-HP = types.SimpleNamespace(lr=1e-2, warmup=0, decay="constant", steps=9, clip=1.0, weight_decay=0.1,
+HP = types.SimpleNamespace(lr=1e-2, warmup=0, decay="constant", clip=1.0, weight_decay=0.1,
                            b1=0.9, b2=0.95, eps=1e-8)
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -106,7 +106,7 @@ def test_an_update_moves_the_adapters_alone(shape, base):
     frozen = jax.tree.map(jax.device_put, jax.device_get(params), place)
     new = models.adapters(made, 0)
     first = jax.device_get(new)
-    optimizer = optim.make(HP, models.trained(made.config))
+    optimizer = optim.make(HP, 9, models.trained(made.config))
     state = training.init(optimizer, mesh, new)
     step = training.make(made, None, objective, optimizer, types.SimpleNamespace(microbatches=2),
                        training.shardings(state))

@@ -77,10 +77,10 @@ def test_an_8b_training_step_of_a_slice_fits():
   model = models.get("qwen3-8b", dtype="bfloat16", remat="block")
   axes, shapes = models.axes(model.config), models.shapes(model.config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(where, axes, shapes))
-  hp = types.SimpleNamespace(**common.adamw(1e-6), steps=10, microbatches=1, block=512)
-  optimizer = optim.make(hp, axes)
+  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=512)
+  optimizer = optim.make(hp, 10, axes)
   state = training.abstract(optimizer, where, params)
-  step = training.make(model, None, objectives.negative_log_likelihood, optimizer, hp,
+  step = training.make(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
                      training.shardings(state))
   with jax.set_mesh(where):
     needs = step.lower(state, None, loop.abstract_batch(16, 4096, where)).compile(

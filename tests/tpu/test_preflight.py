@@ -37,7 +37,7 @@ def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
   where = test_aot.mesh("v5p:2x2x4", config.mesh)
   with jax.set_mesh(where):
     learner = preflight.abstract_role(config, "teacher", where, models.shapes)
-    optimizer = optim.make(loop.optim_config(hp), models.trained(learner.model.config))
+    optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
     state = training.abstract(optimizer, where, learner.params)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -45,7 +45,7 @@ def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
     assert {x.sharding for x in moments} == {x.sharding for x in jax.tree.leaves(state.params)
                                              if x.ndim}
     start = preflight.abstract_role(config, "teacher", where)  # its KL penalty's reference
-    step = training.make(learner.model, start.model, objectives.clipped_surrogate, optimizer, hp,
+    step = training.make(learner.model, start.model, objectives.GRPO, optimizer, hp,
                        training.shardings(state))
     rows = hp.prompts * hp.sampling.samples_per_prompt
     batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)

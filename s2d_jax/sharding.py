@@ -6,6 +6,7 @@ which mesh axis carries each. To try another layout, change a table. Parameters 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-Params = Any  # a pytree of arrays
+Params = Any  # a pytree of arrays: a model's weights, their shapes or their layouts
+
 AXES = ("data", "fsdp", "tensor")
 
 # Two tables, because a weight's "embed" is split over fsdp and an activation's must not be:
@@ -65,7 +67,7 @@ def constrain(x, *names):
   if mesh.empty:
     return x
   where = spec(ACTIVATION_RULES, names, x.shape, mesh.shape)
-  if mesh.manual_axes:  # inside `on_rows`: those axes are not there to be split over
+  if mesh.manual_axes:  # inside `per_device`: those axes are not there to be split over
     where = PartitionSpec(*(axes if axes not in (*mesh.manual_axes, mesh.manual_axes) else None
                             for axes in where))
   return jax.lax.with_sharding_constraint(x, where)
@@ -103,30 +105,35 @@ def on_parts(f, args, names, outs):
                        check_vma=False)(*args)
 
 
-def on_rows(f, rows, wholes):
-  """f(rows, wholes) -> (rows, totals) on each device's own rows; totals are added up once, after f.
+def per_device(
+    f: Callable, per_row: Params, replicated: Params) -> tuple[Params, Params]:
+  """f(per_row, replicated) -> (outputs, totals) on each device's own rows.
 
-  For a loop whose running total would otherwise be added up over devices at every turn. `rows` and
-  the first result are trees of arrays whose first axis is the batch; `wholes` and the totals are
-  the same on every device, but for what XLA splits over `tensor`, inside f as outside.
+  The totals are added up over devices once, after f. It is for a loop whose running total would
+  otherwise be added up over devices in each iteration.
+
+  Args:
+    f: sees a device's rows alone; XLA still splits over `tensor` inside it.
+    per_row: a tree of arrays whose first axis is the batch, as the outputs are.
+    replicated: a tree of arrays that are equal on every device, as the totals are.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = ACTIVATION_RULES["batch"]
-  size = jax.tree.leaves(rows)[0].shape[0]
+  size = jax.tree.leaves(per_row)[0].shape[0]
   if mesh.empty or _fits(size, axes, mesh.shape) is None or all(mesh.shape[a] == 1 for a in axes):
-    return f(rows, wholes)
+    return f(per_row, replicated)
 
-  def local(rows, wholes):
-    out, totals = f(rows, wholes)
-    return out, jax.lax.psum(totals, axes)
+  def local(per_row: Params, replicated: Params) -> tuple[Params, Params]:
+    outputs, totals = f(per_row, replicated)
+    return outputs, jax.lax.psum(totals, axes)
 
   return jax.shard_map(
       local, axis_names=set(axes), in_specs=(PartitionSpec(axes), PartitionSpec()),
-      out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(rows, wholes)
+      out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(per_row, replicated)
 
 
-def largest(x):
-  """Inside `on_rows`, the largest x of any device, on each; elsewhere x."""
+def max_over_devices(x):
+  """The largest x of any device inside `per_device`; outside of it x itself."""
   axes = jax.sharding.get_abstract_mesh().manual_axes
   return jax.lax.pmax(x, axes) if axes else x
 
@@ -188,7 +195,7 @@ def slot_sharding(mesh, shape, pages):
   return batch_sharding(mesh, shape, names)
 
 
-def parts(mesh, name, size):
+def shard_count(mesh, name, size):
   """Into how many parts an activation's axis of `size` is split; None asks for those of any size.
   """
   axes = ACTIVATION_RULES[name]

@@ -49,7 +49,7 @@ def _logp(features_BTD, weight_VD, targets_BT, counts_BT, block):
     def on_block(features_btD, targets_bt):
       return _of_target(_logits(features_btD, wholes), targets_bt)
     return _map(on_block, block, rows, counts_BT), ()
-  return sharding.on_rows(on_rows, (features_BTD, targets_BT, counts_BT),
+  return sharding.per_device(on_rows, (features_BTD, targets_BT, counts_BT),
                           _cast(weight_VD, features_BTD))[0]
 
 
@@ -74,7 +74,7 @@ def _logp_back(block, saved, cotangents):
       _, back = jax.vjp(f, logits_btV)
       return _into(dweight_VD, back([*cotangents_bt])[0], features_btD, wholes)
     return _scan(on_block, block, _zeros(wholes), rows, counts_BT)
-  dfeatures_BTD, dweight_VD = sharding.on_rows(
+  dfeatures_BTD, dweight_VD = sharding.per_device(
       on_rows, (features_BTD, targets_BT, *cotangents, counts_BT), _cast(weight_VD, features_BTD))
   return dfeatures_BTD, dweight_VD.astype(weight_VD.dtype), None, None
 
@@ -124,7 +124,7 @@ def _divergence(f, block, student, guide, weight_BT, more_BT):
       return _values(f, _logits(student_btD, wholes[0]), guide_btD, wholes[1], more_bt)
     return _map(on_block, block, rows, rows[2] > 0), ()
   rows, wholes = _split(student, guide, weight_BT, more_BT)
-  found, _ = sharding.on_rows(on_rows, rows, wholes)
+  found, _ = sharding.per_device(on_rows, rows, wholes)
   return _total(found, weight_BT), found
 
 
@@ -142,7 +142,7 @@ def _divergence_forth(f, block, student, guide, weight_BT, more_BT):
       return dweight_VD, (found, dstudent_btD)
     return _scan(on_block, block, _zeros(wholes[0]), rows, rows[2] > 0)
   rows, wholes = _split(student, guide, weight_BT, more_BT)
-  (found, dfeatures_BTD), dweight_VD = sharding.on_rows(on_rows, rows, wholes)
+  (found, dfeatures_BTD), dweight_VD = sharding.per_device(on_rows, rows, wholes)
   saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
   return (_total(found, weight_BT), found), saved
 
@@ -233,7 +233,7 @@ def _scan(on_block, block, start, rows, counts_BT):
   order_N = jnp.argsort(~counts_N, stable=True)
   # Every device does as many blocks as the one with most to do: those that share the vocabulary
   # wait for each other in each.
-  blocks = sharding.largest(-(-jnp.sum(counts_N) // size))
+  blocks = sharding.max_over_devices(-(-jnp.sum(counts_N) // size))
 
   def at(i):  # whose turn it is; what fills up the last block is nobody, each another
     turn_t = i * size + jnp.arange(size)

@@ -101,7 +101,7 @@ def slot_bytes(config, length, dtype):
   """Bytes of one row's cache on a device that has its part of the key heads."""
   shapes = jax.eval_shape(lambda: caches.empty_cache(config, 1, length, dtype))
   mesh, heads = sharding.current_mesh(), config.kv_heads
-  parts = 1 if mesh is None else sharding.parts(mesh, "kv_heads", heads)
+  parts = 1 if mesh is None else sharding.shard_count(mesh, "kv_heads", heads)
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // parts
 
 
@@ -133,7 +133,8 @@ def pages_for(config, room, rows, longest, spent, dtype):
       row fits.
   """
   mesh = sharding.current_mesh()
-  if mesh is not None and sharding.parts(mesh, "kv_heads", config.kv_heads) != mesh.shape["tensor"]:
+  if mesh is not None and mesh.shape["tensor"] != sharding.shard_count(
+      mesh, "kv_heads", config.kv_heads):
     raise ValueError(f"config.sampler.page is {room.page}, and the mesh's tensor of "
                      f"{mesh.shape['tensor']} does not divide {config.kv_heads} key heads: set it "
                      "to 0.")
@@ -169,14 +170,14 @@ def shapes(config, sampling, room, rows, width, dtype):
   values, and a chunk's scores.
   """
   mesh = sharding.current_mesh()
-  shards = 1 if mesh is None else sharding.parts(mesh, "batch", None)
+  shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
   unit = room.page or 1
   chunk = -(-width // -(-width // room.chunk))  # as many chunks as it takes, and no longer
   chunk = _up(chunk, unit)
   window = _up(width, chunk)
   longest = max(window, width + sampling.max_tokens)
   own = -(-rows // shards)
-  heads = config.heads // (1 if mesh is None else sharding.parts(mesh, "heads", config.heads))
+  heads = config.heads // (1 if mesh is None else sharding.shard_count(mesh, "heads", config.heads))
   prompt = slot_bytes(config, window, dtype) + 4 * heads * chunk * window
   prompts = max(1, min(PROMPTS, -(-own // sampling.samples_per_prompt),
                        int(room.cache_gib * 2**30 / 4) // prompt))

@@ -5,15 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/spec.sh
 
-dry_run=0
-if [[ "${1:-}" == --dry-run ]]; then
-  dry_run=1
-  shift
-fi
-
+read_dry_run "$@"
+shift "$dry_run"
 set_job "$@"
-if ((dry_run)); then
-  quote "${JOB[@]}"
-  exit
-fi
-exec "${JOB[@]}"
+# The process takes this shell's place, so that a signal reaches it.
+if ((dry_run)); then quote "${JOB[@]}"; else exec "${JOB[@]}"; fi

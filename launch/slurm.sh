@@ -13,22 +13,12 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source launch/spec.sh
 
-dry_run=0
-if [[ "${1:-}" == --dry-run ]]; then
-  dry_run=1
-  shift
-fi
-
+read_dry_run "$@"
+shift "$dry_run"
 set_job --distributed "$@"
-command=(srun --kill-on-bad-exit=1 "${JOB[@]}")
-if ((dry_run)); then
-  quote "${command[@]}"
-  exit
-fi
-
-# The allocation is about to end, so the retry code asks for a new one: no loop inside this one.
 code=0
-"${command[@]}" || code=$?
+run srun --kill-on-bad-exit=1 "${JOB[@]}" || code=$?
+# A job stopped by the end of its allocation needs a new one, so there is no loop in this one.
 if ((code == RETRY_CODE && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# The one spec every launcher runs. Sourced, never run; each value can be set in the environment.
-# The YAML launchers say the same in their own words, and a test compares them with this file.
+# The job that every launcher runs. Sourced, never run; each value can be set in the environment.
+# The YAML launchers repeat these values, and a test compares them with this file.
 
 CONFIG="${CONFIG:-configs/arithmetic.py}"
 WORKDIR="${WORKDIR:-runs/arithmetic}"
 PYTHON="${PYTHON:-python}"
 
-# main leaves with EX_TEMPFAIL of sysexits.h after a preemption notice, its state saved: the same
-# command then goes on from there. Any other code but 0 is a fault that a restart would only repeat.
+# After a preemption notice main saves its state and exits with EX_TEMPFAIL of sysexits.h: the same
+# command resumes it. Any other code but 0 is a fault that a restart would only repeat.
 RETRY_CODE=75
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
@@ -16,6 +16,17 @@ RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
 # shellcheck disable=SC2034  # the launchers read it
 set_job() {
   JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
+}
+
+# Sets dry_run to 1 where the first argument is --dry-run, else to 0; the launcher shifts by it.
+read_dry_run() {
+  dry_run=0
+  if [[ "${1:-}" == --dry-run ]]; then dry_run=1; fi
+}
+
+# Runs its arguments; in a dry run it prints them instead.
+run() {
+  if ((dry_run)); then quote "$@"; else "$@"; fi
 }
 
 # Prints its arguments as one line that a shell reads back as the same words.
@@ -28,8 +39,8 @@ quote() {
   printf '%s\n' "${line% }"
 }
 
-# Runs its arguments again while they leave with RETRY_CODE, at most MAX_RESTARTS times more, and
-# returns their last code.
+# Runs its arguments again while they exit with RETRY_CODE, at most MAX_RESTARTS times more, and
+# returns their last exit code.
 retry() {
   local code restarts=0
   while true; do
@@ -37,7 +48,7 @@ retry() {
     "$@" || code=$?
     if ((code != RETRY_CODE)); then return "$code"; fi
     if ((restarts >= MAX_RESTARTS)); then
-      echo "Gave up after $restarts restarts; raise MAX_RESTARTS or run the same command again." >&2
+      echo "Gave up after $restarts restarts: raise MAX_RESTARTS or run the same command again." >&2
       return "$code"
     fi
     restarts=$((restarts + 1))
@@ -46,7 +57,7 @@ retry() {
   done
 }
 
-# Stops unless WORKDIR is one that every host reaches.
+# Exits unless every host can reach WORKDIR.
 require_shared_workdir() {
   case "$WORKDIR" in
     gs://* | s3://*) ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same command on every worker of a TPU slice, joined by jax.distributed, started again while it
-# leaves with the retry code.
+# Runs the job on every worker of a TPU slice, joined by jax.distributed, and starts it again while
+# it exits with the retry code.
 #   WORKDIR=gs://bucket/run bash launch/tpu_vm.sh [--dry-run] [--setup] NAME ZONE [flags of main]
 # --dry-run prints the exact commands and runs none. --setup first copies the committed revision to
 # every worker and installs it there; needed once for each revision.
@@ -26,11 +26,7 @@ zone="$2"
 shift 2
 require_shared_workdir
 
-run() {
-  if ((dry_run)); then quote "$@"; else "$@"; fi
-}
-
-# Runs one line of shell on every worker; returns the first code that is not 0.
+# Runs one line of shell on every worker; returns the first exit code that is not 0.
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$1"
 }

@@ -6,11 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/spec.sh
 
-dry_run=0
-if [[ "${1:-}" == --dry-run ]]; then
-  dry_run=1
-  shift
-fi
+read_dry_run "$@"
+shift "$dry_run"
 if (($# < 3)) || [[ -z "${IMAGE:-}" ]]; then
   echo "usage: WORKDIR=gs://bucket/run IMAGE=image $0 [--dry-run] CLUSTER NAME TPU_TYPE [flags]" >&2
   exit 64
@@ -22,9 +19,6 @@ shift 3
 require_shared_workdir
 
 set_job --distributed "$@"
-command=(
-  xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$tpu_type"
-  "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--restart-on-exit-codes=$RETRY_CODE"
+run xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$tpu_type" \
+  "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--restart-on-exit-codes=$RETRY_CODE" \
   "--command=$(quote "${JOB[@]}")"
-)
-if ((dry_run)); then quote "${command[@]}"; else "${command[@]}"; fi

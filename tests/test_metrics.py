@@ -7,7 +7,7 @@ import numpy as np
 from s2d_jax import metrics
 
 
-def test_a_killed_log_is_cut_back_and_continues_to_the_same_bytes(tmp_path):
+def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
   def steps(log, start, stop, every):
     for step in range(start, stop):
       if step % every == 0 and step > start:

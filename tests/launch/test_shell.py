@@ -1,4 +1,4 @@
-"""The shell launchers: shellcheck is content, one job line in all of them, restarts on 75 alone."""
+"""The shell launchers: shellcheck passes, all run one job line, and restarts follow 75 alone."""
 
 import shlex
 import shutil
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
 
-# The job by hand: what the README of launch/ says every launcher runs.
+# The job that launch/README.md says every launcher runs, written by hand.
 JOB = ["-m", "s2d_jax.main", "--config=configs/qwen3_math.py", "--workdir=gs://bucket/a run"]
 FLAG = "--config.arms=['bridge']"
 LAUNCHERS = {  # arguments before the flags of main
@@ -22,7 +22,7 @@ LAUNCHERS = {  # arguments before the flags of main
 }
 
 STAND_IN = """#!/usr/bin/env bash
-# Writes its arguments down, one line a call, and leaves with the next code of the list.
+# Logs its arguments, one line a call, and exits with the next code of the list.
 printf '%q ' "$(basename "$0")" "$@" >> "$LOG"; echo >> "$LOG"
 code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}"
 """
@@ -38,7 +38,7 @@ def launch(stand_in, name, *args, **env):
 
 @pytest.fixture
 def stand_in(tmp_path):
-  """A folder whose gcloud, srun, scontrol and xpk only keep a log."""
+  """A folder of stand-ins for gcloud, srun, scontrol and xpk that only log their calls."""
   for name in ("gcloud", "srun", "scontrol", "xpk"):
     (tmp_path / name).write_text(STAND_IN)
     (tmp_path / name).chmod(0o755)
@@ -46,11 +46,12 @@ def stand_in(tmp_path):
 
 
 def calls(stand_in, codes, name, *args, **env):
-  """The code a launcher leaves with, and the calls it made when they left with these codes."""
-  log, left = stand_in / "log", stand_in / "codes"
+  """(a launcher's exit code, the calls it made), where the calls exit with these codes."""
+  log = stand_in / "log"
+  remaining = stand_in / "codes"
   log.write_text("")
-  left.write_text("".join(f"{code}\n" for code in codes))
-  done = launch(stand_in, name, *args, LOG=str(log), CODES=str(left), **env)
+  remaining.write_text("".join(f"{code}\n" for code in codes))
+  done = launch(stand_in, name, *args, LOG=str(log), CODES=str(remaining), **env)
   return done.returncode, [shlex.split(line) for line in log.read_text().splitlines()]
 
 
@@ -83,9 +84,9 @@ def test_dry_run_prints_the_one_job(name, stand_in):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_dry_run_runs_nothing(name, stand_in):
-  code, made = calls(stand_in, [], name, "--dry-run", *LAUNCHERS[name], IMAGE="my-image",
+  code, commands = calls(stand_in, [], name, "--dry-run", *LAUNCHERS[name], IMAGE="my-image",
                      PYTHON="/bin/false")
-  assert code == 0 and made == []
+  assert code == 0 and commands == []
 
 
 def test_dry_run_prints_exactly_what_is_run(stand_in):
@@ -95,10 +96,10 @@ def test_dry_run_prints_exactly_what_is_run(stand_in):
   git = stand_in / "git"
   git.write_text("#!/bin/sh\n")
   git.chmod(0o755)
-  code, made = calls(stand_in, [], "tpu_vm", *args)
+  code, commands = calls(stand_in, [], "tpu_vm", *args)
   assert code == 0
-  assert [shlex.split(line) for line in printed if line.startswith("gcloud ")] == made
-  assert len(made) == 3 and all("--worker=all" in call for call in made)
+  assert [shlex.split(line) for line in printed if line.startswith("gcloud ")] == commands
+  assert len(commands) == 3 and all("--worker=all" in command for command in commands)
 
 
 @pytest.mark.parametrize("codes, code, runs", [
@@ -110,24 +111,24 @@ def test_dry_run_prints_exactly_what_is_run(stand_in):
   ([75, 75, 75, 75, 0], 75, 4),  # one more preemption than restarts
 ])
 def test_tpu_vm_restarts_on_the_retry_code_alone(stand_in, codes, code, runs):
-  left, made = calls(stand_in, codes, "tpu_vm", *LAUNCHERS["tpu_vm"], MAX_RESTARTS="3")
-  assert (left, len(made)) == (code, runs)
-  assert all(call == made[0] for call in made)
-  assert made[0][:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-slice"]
+  last, commands = calls(stand_in, codes, "tpu_vm", *LAUNCHERS["tpu_vm"], MAX_RESTARTS="3")
+  assert (last, len(commands)) == (code, runs)
+  assert all(command == commands[0] for command in commands)
+  assert commands[0][:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-slice"]
 
 
-@pytest.mark.parametrize("codes, restarts, asked", [
+@pytest.mark.parametrize("codes, restarts, requeued", [
   ([0], "0", []),
   ([1], "0", []),
   ([75], "0", [["scontrol", "requeue", "42"]]),
   ([75], "3", []),  # the limit
 ])
 def test_slurm_asks_for_a_new_allocation_on_the_retry_code_alone(
-    stand_in, codes, restarts, asked):
-  left, made = calls(stand_in, codes, "slurm", SLURM_JOB_ID="42", SLURM_RESTART_COUNT=restarts,
+    stand_in, codes, restarts, requeued):
+  last, commands = calls(stand_in, codes, "slurm", SLURM_JOB_ID="42", SLURM_RESTART_COUNT=restarts,
                      SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS="3")
-  assert left == codes[0]
-  assert made[0][0] == "srun" and made[1:] == asked
+  assert last == codes[0]
+  assert commands[0][0] == "srun" and commands[1:] == requeued
 
 
 def test_xpk_restarts_on_the_retry_code(stand_in):
@@ -136,7 +137,7 @@ def test_xpk_restarts_on_the_retry_code(stand_in):
   assert {"--restart-on-exit-codes=75", "--max-restarts=20", "--workload=my-run"} <= set(call)
 
 
-def test_local_hands_its_flags_and_its_code_on(stand_in):
+def test_local_passes_on_its_flags_and_its_exit_code(stand_in):
   python = stand_in / "python"
   python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
   python.chmod(0o755)

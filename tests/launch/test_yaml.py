@@ -1,4 +1,4 @@
-"""The YAML launchers: they parse, and say the same as launch/spec.sh."""
+"""The YAML launchers: they parse, and their values are those of launch/spec.sh."""
 
 import re
 import shlex
@@ -48,10 +48,10 @@ def test_jobset_restarts_on_the_retry_code_alone():
   assert fault["onExitCodes"] == {
     "containerName": "main", "operator": "NotIn", "values": [RETRY_CODE]}
   assert job["backoffLimit"] == 0
-  assert job["template"]["spec"]["restartPolicy"] == "Never"  # a pod failure policy asks for it
+  assert job["template"]["spec"]["restartPolicy"] == "Never"  # a pod failure policy requires it
 
 
-def test_jobset_says_every_name_it_needs():
+def test_jobset_lists_every_name_it_needs():
   text = (LAUNCH / "gke_jobset.yaml").read_text()
   comment = "".join(line for line in text.splitlines() if line.startswith("#"))
   assert set(re.findall(r"\${(\w+)}", text)) == set(NAMES)

@@ -1,0 +1,83 @@
+"""`s2d-jax export`: a stage's weights are written whole, from its hf/ folder or its checkpoint."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import arithmetic
+from s2d_jax import checkpoint, command, export, files, manifest, models
+from s2d_jax.models import hf
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A work folder with two finished stages of the arithmetic student: weights w + 1 and w + 2."""
+  folder = tmp_path_factory.mktemp("run")
+  config = arithmetic.get_config()
+  model, params = hf.load(config.student)
+  for name, seed in (("sft", 0), ("sft", 1), ("reverse_kl", 1)):
+    inputs = {"row": [name, "teacher", "student", None], "seed": seed}
+    stage = folder / manifest.name(name, inputs)
+    moved = jax.tree.map(lambda x, seed=seed: x + np.float32(1 + seed), params)
+    checkpoint.save_final(stage, moved)
+    hf.save(stage / "hf", model, moved, config.student, {"stage": stage.name})
+    bases = {role: {"folder": config[role], "identity": role} for role in ("teacher", "student")}
+    files.write_json(stage / "manifest.json",
+                     {"inputs": inputs, "bases": bases, "revision": "abc"})
+  (folder / "student_grpo-0123456789ab").mkdir()  # not finished
+  return folder
+
+
+def weights(folder):
+  return jax.tree.leaves(hf.load(folder)[1])
+
+
+def test_the_hf_folder_is_written_again(workdir, tmp_path):
+  (stage,) = workdir.glob("reverse_kl-*")
+  out = export.export(workdir, "reverse_kl", tmp_path / "out")
+  for name in ("config.json", "tokenizer.json", "lineage.json"):
+    assert (out / name).read_bytes() == (stage / "hf" / name).read_bytes()
+  for a, b in zip(weights(out), weights(stage / "hf"), strict=True):
+    assert (a == b).all()
+
+
+def test_a_checkpoint_stands_for_a_deleted_hf_folder(workdir, tmp_path):
+  (stage,) = workdir.glob("reverse_kl-*")
+  (stage / "hf").rename(tmp_path / "aside")
+  try:
+    out = export.export(workdir, stage.name, tmp_path / "out")
+  finally:
+    (tmp_path / "aside").rename(stage / "hf")
+  assert json.loads((out / "lineage.json").read_text())["stage"] == stage.name
+  base = weights(arithmetic.get_config().student)
+  for a, b in zip(weights(out), base, strict=True):
+    assert (a == b + np.float32(2)).all()
+
+
+def test_another_type_is_written(workdir, tmp_path):
+  out = export.export(workdir, "reverse_kl", tmp_path / "out", "bfloat16")
+  assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+  base = weights(arithmetic.get_config().student)
+  for a, b in zip(weights(out), base, strict=True):
+    assert (a == (b + np.float32(2)).astype(jnp.bfloat16).astype(jnp.float32)).all()
+
+
+@pytest.mark.parametrize("stage, said", [
+    ("sft", r"has several finished stages 'sft': choose --stage from sft-\w{12}, sft-\w{12}\."),
+    ("student_grpo", r"no finished stage 'student_grpo': choose --stage from reverse_kl-\w{12}, "),
+])
+def test_a_name_that_does_not_choose_one_is_refused(workdir, tmp_path, capsys, stage, said):
+  argv = ["--workdir", str(workdir), "--stage", stage, "--out", str(tmp_path / "out")]
+  with pytest.raises(SystemExit):
+    command.call(export.main, argv)
+  assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+def test_the_model_is_the_stages(workdir, tmp_path):
+  out = export.export(workdir, "reverse_kl", tmp_path / "out")
+  own = models.read_config(hf.read_json(out))
+  assert own == models.read_config(hf.read_json(arithmetic.get_config().student))

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -17,24 +18,24 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 
 
-def digest(value):
+def digest(value: Any) -> str:
   """SHA-256, in hex, of a value made of dicts, lists, strings and numbers."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def name(row, inputs):
-  """The folder of a stage: its row and a hash of all that determines its result."""
-  return f"{row}-{digest(inputs)[:12]}"
+def name(stage: str, inputs: dict) -> str:
+  """A folder's name: the stage's name and a hash of all that determines its result."""
+  return f"{stage}-{digest(inputs)[:12]}"
 
 
-@functools.cache  # of this process: a later commit is not the code that runs
-def revision():
+@functools.cache  # a commit made during the run is not the code that runs
+def revision() -> str:
   """The code's git commit, with "+" where the checkout differs from it; "unknown" outside git.
 
   Read once, so call it before the work begins.
   """
   here = Path(__file__).parent
-  def git(*words):
+  def git(*words: str | Path) -> str:
     done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
   try:
@@ -46,8 +47,11 @@ def revision():
   return commit + ("+" if changed else "") or "unknown"
 
 
-def provenance(mesh):
-  """The code, packages, devices and mesh of this process; nothing of its environment variables."""
+def provenance(mesh: jax.sharding.Mesh) -> dict:
+  """The code, packages, devices and mesh of this process.
+
+  Environment variables are left out, because they may hold secrets.
+  """
   return {
       "revision": revision(), "python": platform.python_version(),
       "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -56,22 +60,23 @@ def provenance(mesh):
       "mesh": dict(mesh.shape)}
 
 
-def read(folder):
-  """The manifest of a finished folder, or None where there is none yet.
+def read(folder: epath.PathLike) -> dict | None:
+  """The manifest of a finished folder; None where the folder is not finished.
 
   Raises:
-    ValueError: the manifest does not hash to the folder's name, or is none.
+    ValueError: the manifest cannot be read, or does not hash to the folder's name.
   """
   path = epath.Path(folder) / "manifest.json"
   if not path.exists():
     return None
+  # The name is a hash of the inputs, so an edited or moved manifest betrays itself.
   try:
-    found = files.read_json(path)
-    named = name(path.parent.name.rpartition("-")[0], found["inputs"])
+    manifest = files.read_json(path)
+    named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
                      "right manifest back.") from error
   if named != path.parent.name:
     raise ValueError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
                      "the folder, or put the right manifest back.")
-  return found
+  return manifest

@@ -34,12 +34,15 @@ def run(folder, words):
 @pytest.mark.slow
 def test_the_commands_of_the_run_page(checkout):
   (block,) = blocks("docs/run.md", "sh")
-  printed = [run(checkout, line.split()[1:]) for line in block.splitlines() if line]
+  commands = [line.split() for line in block.splitlines() if line]
+  assert {name for name, *_ in commands} == {"s2d-jax"}
+  program = ["-c", "from s2d_jax import cli; cli.main()"]  # what the entry point calls
+  printed = [run(checkout, program + flags) for _, *flags in commands]
   assert len(printed) == 2 and all("| bridge | 0 |" in text for text in printed)
   made = checkout / "runs" / "tiny"
   assert (made / "report.md").exists() and (made / "report.png").exists()
   # Once more: everything is finished, so nothing trains and the table is the same.
-  again = run(checkout, block.splitlines()[0].split()[1:])
+  again = run(checkout, program + commands[0][1:])
   assert again == printed[0]
 
 

@@ -16,7 +16,6 @@ from s2d_jax.keys import Key, Record
 from s2d_jax.models import hf
 
 Stage = Any  # a planning.Stage; planning imports this file
-Task = Any   # a planning.Task
 SEED = Key(lambda seed: 0 <= seed < 2**63, "choose it from 0 to 2**63 - 1")
 CONFIG_KEYS: Record = {
     "seed": SEED, "half_seed": SEED,
@@ -105,25 +104,30 @@ def _blocks_that_sample(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     yield f"config.{name}", config[name]
 
 
-def check_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
-  """The pair's shared Chat and each base's identity; tokenizers and vocabularies must agree.
+def check_models(config: ConfigDict) -> None:
+  """Refuses base models that cannot be loaded, by their config.json and weight headers.
 
   Raises:
-    ValueError: what `hf.load` and `chat.Chat` refuse, two tokenizers or vocabularies, more tokens
-      than embeddings, an unknown dtype, remat or attention, a top k beyond the vocabulary.
+    ValueError: what `hf.load` refuses; an unknown dtype, remat or attention.
   """
-  bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
-           for role in ("teacher", "student")}
-  for role in bases:
+  for role in ("teacher", "student"):
     hf.check(config[role])
     models.read_config(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-  tokenizer = chat.Chat(config.teacher, **config.template)
-  chat.same_tokenizer(tokenizer, chat.Chat(config.student, **config.template))
+
+
+def check_pair(config: ConfigDict, teacher: chat.Chat, student: chat.Chat) -> None:
+  """Refuses a teacher and a student that do not fit each other, or the config.
+
+  Raises:
+    ValueError: two tokenizers or vocabularies, more tokens than embeddings, a prompt and response
+      beyond a model's positions, a top k beyond the vocabulary, a stop string that no token makes.
+  """
+  chat.same_tokenizer(teacher, student)
   sizes = [hf.read_json(config[role])["vocab_size"] for role in ("teacher", "student")]
   if sizes[0] != sizes[1]:
     raise ValueError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
                      "model's vocabulary to the larger's.")
-  last = max(tokenizer.vocabulary.values())
+  last = max(teacher.vocabulary.values())
   if last >= sizes[0]:
     raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
                      f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
@@ -132,10 +136,9 @@ def check_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]
   _check_pages(config)
   for path, block in _blocks_that_sample(config):
     try:
-      tokenizer.check_stops(block.sampling.stop_strings)
+      teacher.check_stops(block.sampling.stop_strings)
     except ValueError as error:
       raise ValueError(f"{path}.sampling: {error}") from error
-  return tokenizer, bases
 
 
 def _check_pages(config: ConfigDict) -> None:
@@ -170,51 +173,44 @@ def _check_windows(config: ConfigDict) -> None:
                          f"{role} has {positions} positions (max_position_embeddings): lower one.")
 
 
-def check_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
-                   ) -> tuple[dict[str, list[rollouts.Prompt]], dict[Any, dict]]:
-  """Reads and renders every split the config names.
+def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
+  """Refuses an empty split, a problem or an id that two splits share, and too small a probe split.
 
-  Returns:
-    ({split: [Prompt]}, {id: problem}) over `labelled` and the validation, probe and evaluation
-    splits.
-
-  Raises:
-    ValueError: an empty split, an id or a problem that two splits share, a prompt longer than
-      config.prompt_tokens.
+  Args:
+    splits: the problems of every split that the config names.
   """
-  prompts, problems, seen = {}, {}, {}
-  for split in dict.fromkeys(("labelled", config.validation.split, config.probe.split,
-                              config.evaluation.split)):
-    source = task.source(split)
-    if not len(source):
+  found: dict[Any, str] = {}  # the split of each problem's text and of each id
+  for split, problems in splits.items():
+    if not problems:
       raise ValueError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
-    prompts[split] = []
-    for problem in (source[i] for i in range(len(source))):
+    for problem in problems:
       for key in (problem["problem"], problem["id"]):  # an absent id is made from the problem
-        if key in seen:
+        if key in found:
           shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
-          raise ValueError(f"{shown} stands in {seen[key]} and again in {split}: every split needs "
-                           "ids and problems of its own.")
-        seen[key] = split
-      tokens = tuple(tokenizer.render(task.messages(problem)))
-      if len(tokens) > config.prompt_tokens:
-        raise ValueError(f"problem {problem['id']} of {split} takes {len(tokens)} tokens and its "
-                         f"window is {config.prompt_tokens}: raise config.prompt_tokens.")
-      problems[problem["id"]] = problem
-      prompts[split].append(rollouts.Prompt(problem["id"], tokens))
-  held = len(prompts[config.probe.split])
-  if config.probe.problems > held:
+          raise ValueError(f"{shown} stands in {found[key]} and again in {split}: every split "
+                           "needs ids and problems of its own.")
+        found[key] = split
+  size = len(splits[config.probe.split])
+  if config.probe.problems > size:
     raise ValueError(f"config.probe.problems is {config.probe.problems} and the split "
-                     f"{config.probe.split} has {held}: lower it.")
-  return prompts, problems
+                     f"{config.probe.split} has {size}: lower it.")
+
+
+def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:
+  """Refuses a prompt of more than config.prompt_tokens tokens."""
+  for split, of_split in prompts.items():
+    for prompt in of_split:
+      if len(prompt.tokens) > config.prompt_tokens:
+        raise ValueError(f"problem {prompt.id} of {split} takes {len(prompt.tokens)} tokens and "
+                         f"its window is {config.prompt_tokens}: raise config.prompt_tokens.")
 
 
 def check_solutions(path: str, max_tokens: int, prompts: list[rollouts.Prompt],
                     problems: dict[Any, dict], tokenizer: chat.Chat) -> None:
-  """That each of the prompts' problems has a solution, of at most `max_tokens` tokens.
+  """Refuses a prompt whose problem has no solution, or one of more than `max_tokens` tokens.
 
   Args:
-    path: names the stage's config; prompts, problems: as `check_problems` returns them.
+    path: names the stage's config; problems: by id.
   """
   for prompt in prompts:
     solution = problems[prompt.id].get("solution")

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import chat, doctor, keys, manifest
 from s2d_jax.data import prompts as data_prompts
+from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
 from s2d_jax.rollouts import Prompt
 
@@ -112,8 +113,8 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
   chosen = _chosen_arms(config, arms)
-  tokenizer, bases = doctor.check_pair(config)
-  prompts, problems = doctor.check_problems(config, task, tokenizer)
+  tokenizer, bases = load_pair(config)
+  prompts, problems = load_problems(config, task, tokenizer)
   ids = np.array([p.id for p in prompts["labelled"]])
   labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
   prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
@@ -137,6 +138,33 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
     untrained = {"untrained student": "student", "untrained teacher": "teacher"}
     scored["untrained"] = untrained | teachers
   return empty._replace(nodes=nodes, arms=arm_nodes, scored=scored)
+
+
+def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
+  """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
+  bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
+           for role in ("teacher", "student")}
+  doctor.check_models(config)
+  tokenizer = chat.Chat(config.teacher, **config.template)
+  doctor.check_pair(config, tokenizer, chat.Chat(config.student, **config.template))
+  return tokenizer, bases
+
+
+def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
+                  ) -> tuple[dict[str, list[Prompt]], dict[int, dict]]:
+  """Reads, checks and renders the labelled split and every split that is scored.
+
+  Returns:
+    (prompts by split, problems by id).
+  """
+  names = ("labelled", config.validation.split, config.probe.split, config.evaluation.split)
+  sources = {split: task.source(split) for split in dict.fromkeys(names)}
+  splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
+  doctor.check_splits(config, splits)
+  prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(task.messages(problem))))
+                     for problem in problems] for split, problems in splits.items()}
+  doctor.check_prompts(config, prompts)
+  return prompts, {problem["id"]: problem for problems in splits.values() for problem in problems}
 
 
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:

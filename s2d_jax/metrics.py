@@ -24,6 +24,7 @@ from s2d_jax import files, hosts
 
 def plain(value: Any) -> Any:
   """Python numbers and lists for JSON; NaN and infinities as strings, which JSON lacks."""
+  # First, so that the numbers and lists that arrays become are handled below.
   if isinstance(value, np.ndarray | np.generic):
     value = value.tolist()
   if isinstance(value, dict):
@@ -75,6 +76,7 @@ class Log:
 
 def read(folder: epath.PathLike, name: str) -> list[dict]:
   """Every entry of a log, in order; an absent log is empty."""
+  # Parts sort by their first step, which is written with leading zeros.
   return [json.loads(line) for part in files.finished_files(epath.Path(folder) / name)
           for line in part.read_text().splitlines()]
 
@@ -104,6 +106,7 @@ def _cut(folder: epath.Path, step: int) -> None:
   """Deletes the parts that start at `step` or later."""
   if hosts.leader():
     for part in files.finished_files(folder):
+      # "00000012.jsonl", or "00000012.events...": the first step of the part.
       if int(part.name.split(".")[0]) >= step:
         part.unlink()
 

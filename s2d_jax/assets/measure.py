@@ -16,6 +16,7 @@ from s2d_jax.sharding import Params
 # Of problems of four operands, the longest there are.
 PROMPT_TOKENS = 13
 RESPONSE_TOKENS = 21
+# Samples of each problem behind "avg@8".
 SAMPLES = 8
 
 ModelAndParams = tuple[Model, Params]
@@ -70,6 +71,7 @@ def overlap(teacher: ModelAndParams, student: ModelAndParams,
   batch = rollouts.batch(rollout)
   teacher_BTV = _logits(*teacher, batch)
   student_BTV = _logits(*student, batch)
+  # Zero on padding, so that the sums below are means over the responses' tokens.
   weight_BT = batch.weight_BT / batch.weight_BT.sum()
   same_BT = jnp.argmax(teacher_BTV, axis=-1) == jnp.argmax(student_BTV, axis=-1)
   kl_BT = kl.forward_kl(student_BTV, teacher_BTV)

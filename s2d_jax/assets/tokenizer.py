@@ -6,7 +6,8 @@ from pathlib import Path
 
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 SPECIAL = (PAD, END, UNKNOWN, "<|system|>", "<|user|>", "<|assistant|>")
-VOCABULARY = SPECIAL + tuple("0123456789+-*=;# \n")  # 24, so no id is without a token
+# 24 tokens, the size of the models' embeddings: every id has a token.
+VOCABULARY = SPECIAL + tuple("0123456789+-*=;# \n")
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' + message.role + '|>' + message.content -}}
@@ -25,6 +26,7 @@ def write(folder: str | os.PathLike, max_length: int) -> None:
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  # Each character is a word of its own, and so a token.
   every_character = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated"}
   tokenizer = {
     "version": "1.0",
@@ -36,7 +38,8 @@ def write(folder: str | os.PathLike, max_length: int) -> None:
     "normalizer": None,
     "pre_tokenizer": {**every_character, "invert": False},
     "post_processor": None,
-    "decoder": {"type": "Fuse"},  # joins the characters without spaces between them
+    # Joins the characters without spaces between them.
+    "decoder": {"type": "Fuse"},
     "model": {
       "type": "WordLevel",
       "vocab": {token: i for i, token in enumerate(VOCABULARY)},

@@ -80,6 +80,7 @@ def config_json(base: Base) -> dict[str, Any]:
 
 def documents(base: Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], list[int]]]:
   """The model's text in reading order, sums and then problems: (ids of context, ids to predict)."""
+  # Of validation and test too, not only of the labelled split.
   held_out = {row["problem"] for rows in problems.splits().values() for row in rows}
   vocabulary = chat.vocabulary
   # The template puts one token before the problem's text and one behind it.
@@ -104,14 +105,16 @@ def packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
     context_BT, context_length_B = _padded(context)
     predicted_BT, length_B = _padded(predicted)
     B = len(context)
-    logp_BT = np.zeros(predicted_BT.shape, np.float32)  # nothing was sampled
+    # Nothing was sampled, so there are no log-probabilities of a sampler.
+    logp_BT = np.zeros(predicted_BT.shape, np.float32)
     rollout = rollouts.Rollout(
       np.arange(B), np.zeros(B, np.int32), context_BT, context_length_B, predicted_BT, length_B,
       logp_BT, logp_BT, np.ones(B, np.int32), 0,
     )  # fmt: skip
     rows = rollouts.pack(rollouts.batch(rollout), ROW_TOKENS)
+    # `pack` leaves empty rows at the end, and puts the longest sequences first.
     used = np.flatnonzero(rows.segments_BT[:, 0])
-    order = np.random.default_rng(start).permutation(used)  # `pack` puts the longest first
+    order = np.random.default_rng(start).permutation(used)
     parts.append(_take(rows, order))
   return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
@@ -133,6 +136,7 @@ def _padded(sequences: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:
   """(model, params) after one pass over the documents; prints the loss on the way."""
   rows = packed(list(documents(base, chat, seed)))
+  # One pass: the schedule needs the number of updates, and the last rows are dropped.
   base = base._replace(steps=len(rows.inputs_BT) // BATCH_ROWS)
   model = models.get(config_json(base))
   mesh = sharding.make_mesh()
@@ -185,6 +189,7 @@ def main() -> None:
   args = parser.parse_args()
   start = time.monotonic()
   args.folder.mkdir(parents=True, exist_ok=True)
+  # The text is tokenized before the models' folders exist.
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.write(folder, MAX_POSITIONS)
     chat = Chat(folder)

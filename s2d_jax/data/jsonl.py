@@ -25,6 +25,7 @@ def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[s
   """
   if not Path(path).is_file():
     raise ValueError(f"{path} is no file: give JSON lines of {content} there.")
+  # By the file's lines: str.splitlines also splits at characters that JSON allows in a text.
   with open(path, encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
       if line.strip():
@@ -33,6 +34,7 @@ def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[s
 
 def text_id(text: str) -> int:
   """The id of a problem that brings none: 63 bits of a hash of its text."""
+  # 63 bits, so that the id fits in a signed integer of 64.
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -43,6 +45,7 @@ def line_id(line_name: str, row: dict[str, Any], text: str) -> int:
     ValueError: the id is not an integer from 0 to 2**63 - 1; names file and line.
   """
   number = row["id"] if "id" in row else text_id(text)
+  # To Python a bool is an int.
   if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
     raise ValueError(f"{line_name} has id {number!r}: ids are integers from 0 to 2**63 - 1, or "
                      "left out.")
@@ -59,6 +62,7 @@ def rows(path: str | os.PathLike) -> list[dict[str, Any]]:
       problem. Names file and line.
   """
   found = {}
+  # id -> "line 3", where it was used first
   first = {}
   for line_name, row in objects(path, "problem and answer"):
     row = _row(line_name, row)
@@ -87,6 +91,7 @@ def solved(problems: Sequence[dict[str, Any]],
   """
   if path is None:
     return problems
+  # problem id -> sample index -> text, or None where the sample is no solution
   responses: dict[int, dict[int | None, str | None]] = {}
   for line_name, row in objects(path, "id and response"):
     number = row.get("id")
@@ -105,6 +110,7 @@ def solved(problems: Sequence[dict[str, Any]],
 
 def _solution(samples: dict[int | None, str | None]) -> dict[str, str]:
   """{"solution"} of the first sample that is one, or {}."""
+  # Of files without "sample" each problem has one response, under None.
   usable = [(sample or 0, text) for sample, text in samples.items() if text is not None]
   return {"solution": min(usable)[1]} if usable else {}
 

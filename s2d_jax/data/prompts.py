@@ -26,6 +26,7 @@ def at(count: int, seed: int, stage: str, step: int, size: int, round: int = 0,
   # crc32 and not hash(): Python salts the hash of a text anew in every process.
   key = (seed, zlib.crc32(stage.encode()), epoch(count, step, size, rounds))
   order = np.random.default_rng(key).permutation(count)
+  # Consecutive batches within an epoch: first the rounds of a step, then the next step's.
   steps_per_epoch = count // (size * rounds)
   batch = step % steps_per_epoch * rounds + round
   return order[batch * size : (batch + 1) * size]
@@ -45,6 +46,7 @@ def share(ids: Sequence[int] | np.ndarray, seed: int, fraction: float) -> np.nda
   # Unlike in `half`, ids are mixed before the seed joins them: else both would read the bits of one
   # number, and a share would not be cut into fair halves.
   salt = _mix(np.array([seed], np.uint64))
+  # A hash's rank, not the hash against a threshold: the share is exact.
   hashed = _mix(_mix(np.asarray(ids).astype(np.uint64)) ^ salt)
   rank = np.argsort(np.argsort(hashed))
   return rank < round(fraction * len(rank))

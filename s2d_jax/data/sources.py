@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from s2d_jax.data import jsonl
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
 
+# A "solution" is optional.
 REQUIRED = ("id", "problem", "answer")
 
 
@@ -34,7 +35,8 @@ class Decoded(Sequence):
 
   def __getitem__(self, index: int | np.integer) -> dict[str, Any]:
     """One row, decoded when it is asked for."""
-    row = self._source[range(len(self))[index]]  # IndexError past the end, and -1 is the last
+    # A range raises IndexError past the end and takes -1 as the last; a TFDS source does neither.
+    row = self._source[range(len(self))[index]]
     text = {k: v.decode() for k, v in row.items() if isinstance(v, bytes)}
     return {"id": int(row["id"])} | text
 
@@ -60,6 +62,7 @@ def prepared(folder: str | os.PathLike, split: str) -> Decoded:
     raise ValueError(f"{folder} is no prepared TFDS folder (it has no dataset_info.json): give "
                      "one, or a file of JSON lines.")
   builder = tfds.builder_from_directory(str(folder))
+  # TFDS lists a split of no rows like any other, and fails only when it is read.
   filled = [key for key, info in builder.info.splits.items() if info.num_examples]
   if split not in filled:
     raise ValueError(f"{folder} has no rows in split {split}: choose one of {filled}.")
@@ -77,7 +80,8 @@ def prepare(builder: tfds.core.DatasetBuilder) -> Path:
   """
   folder = Path(builder.data_dir)
   folder.parent.mkdir(parents=True, exist_ok=True)
-  # TFDS prints its progress, on standard output too.
+  # TFDS prints its progress, also on standard output. The lock is beside the folder, because TFDS
+  # moves the folder into place as a whole.
   with open(folder.parent / ".lock", "w") as lock, contextlib.redirect_stdout(io.StringIO()):
     fcntl.flock(lock, fcntl.LOCK_EX)
     tfds.display_progress_bar(False)

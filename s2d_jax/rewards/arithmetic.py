@@ -8,4 +8,5 @@ def reward(problem: Mapping[str, str], text: str) -> float:
 
   "12+34=46+57=03" answers "03", and so does a bare "03". The steps before it are not checked.
   """
+  # Numbers are compared as texts: every number of this world has two digits.
   return float(text.rpartition("=")[2] == problem["answer"])

@@ -12,23 +12,35 @@ from collections.abc import Mapping
 
 from s2d_jax.rewards import worker
 
+# The patterns stand in the order in which `normalised` applies them.
 RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
-DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")  # not one between two digits, which it separates
-NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")  # 1,\!000
-# What only spaces or decorates. It becomes a space, so that the digits around it stay apart.
+# A dollar between two digits is left: it separates them.
+DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")
+# MATH writes 1,\!000: a comma without the space behind it.
+NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")
+# Spacing and decoration. It becomes a space, so that the digits around it stay apart.
 SPACING = re.compile(
   r"(?<!\\)\\[ ,;:!]|~|\\(?:left|right)(?![a-zA-Z])|\\?%|\^(?:\{\\circ\}|\\circ)"
 )
-DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")  # 1 000, 4 2, .141 592
+# Digits with separators: 1 000, but also 4 2, and decimals such as .141 592.
+DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")
 THOUSANDS = re.compile(r"(?:\.\d{3}|\d{1,3})(?:(?: |\{,\})\d{3})+")
-MIXED = re.compile(  # 1 1/2, 1\frac{1}{2}; an exponent or a factor before it is no whole part
-  r"(?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})(?: (\d{1,9}) ?/ ?(\d{1,9})(?![\w./])"
-  r"| ?\\frac(?:\{(\d{1,9})\}|(\d)) ?(?:\{(\d{1,9})\}|(\d)))"
+MIXED = re.compile(
+  r"""
+  # An exponent or a factor before the fraction is no whole part, nor is the end of 1,001.
+  (?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})
+  # 1 1/2
+  (?:[ ](\d{1,9})[ ]?/[ ]?(\d{1,9})(?![\w./])
+  # 1\frac{1}{2}, 1\frac12
+  |[ ]?\\frac(?:\{(\d{1,9})\}|(\d))[ ]?(?:\{(\d{1,9})\}|(\d)))
+  """,
+  re.VERBOSE,
 )
-LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")  # 5\text{ cm}
+# A text at the end, such as the unit of 5\text{ cm}.
+LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")
 CONTROL_WORD = re.compile(r"\\[a-zA-Z]+")
 LETTER = re.compile(r"[^\W\d_]")
-# Digits (but for the exponent of cm^2), relations and signs: more than a unit.
+# More than a unit: digits, but for the exponent of cm^2, relations and signs.
 BEYOND_UNIT = re.compile(r"(?<!\^)(?<!\^-)\d|[<>=+≤≥≠±]|^(?:squared|cubed)\b")
 WORD = re.compile(r"[a-z]+")
 # Words behind a number that change its value, say something of it or add an alternative.
@@ -47,12 +59,17 @@ NOT_IN_UNITS = frozenset(
 WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
 SHORT_ROOT = re.compile(r"\\sqrt(\w)")
 FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
-NAME = re.compile(r"^\s*[a-zA-Z]\s*=")  # x=5
-COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,000
-LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")  # all but those between two numbers
+# The name before a value, as in x=5.
+NAME = re.compile(r"^\s*[a-zA-Z]\s*=")
+# A whole answer with commas between its thousands, such as 1,000.
+COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")
+# All spaces but those between two numbers.
+LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")
 PLAIN_FRACTION = re.compile(r"(-?)\((-?\w+)\)/\((-?\w+)\)")
-BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")  # .5
-WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")  # without "0*" before the digits, which is quadratic
+# The point of .5, which has no digit before it.
+BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
+# Leading zeros are stripped afterwards: "0*" before "\d+" would take quadratic time.
+WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")
 
 
 def reward(problem: Mapping[str, str], text: str) -> float:
@@ -97,7 +114,8 @@ def last_boxed(text: str) -> str | None:
     depth += {"{": 1, "}": -1}.get(text[i], 0)
     if depth == 0:
       return text[start:i]
-  return None  # the braces never close: the response was cut
+  # The braces never close: the response was cut.
+  return None
 
 
 def normalised(answer: str) -> str:
@@ -113,6 +131,7 @@ def normalised(answer: str) -> str:
   answer = " ".join(SPACING.sub(" ", answer).split())
   answer = DIGIT_GROUPS.sub(_closed, answer)
   answer = MIXED.sub(_improper, answer)
+  # TeX's braces around a comma only remove the space behind it.
   answer = answer.replace("{,}", ",")
   answer = _without_unit(answer)
   answer = WRAPPED.sub(r"\1", answer)
@@ -128,7 +147,8 @@ def normalised(answer: str) -> str:
     answer = f"{plain[1]}{plain[2]}/{plain[3]}"
   answer = BARE_POINT.sub("0.", answer)
   number = WHOLE.fullmatch(answer)
-  if number:  # by its text: int() refuses the thousands of digits a model may write
+  # By its text: int() refuses the thousands of digits that a model may write.
+  if number:
     digits = number[2].lstrip("0") or "0"
     return "-" + digits if number[1] == "-" and digits != "0" else digits
   return answer

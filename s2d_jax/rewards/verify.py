@@ -16,7 +16,8 @@ def check(problem: Mapping[str, str], text: str) -> float:
   boxed = math.last_boxed(text)
   if boxed is None:
     return 0.0
-  # Its own time limits set alarms; the worker's limits hold without them.
+  # math_verify's own time limits set alarms, which only the main thread may. The worker's limits
+  # hold without them.
   gold, answer = (
     math_verify.parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (problem["answer"], boxed)
   )

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-START_SECONDS = 120.0  # imports of the checker, on a busy machine
+# Imports of the checker, on a busy machine.
+START_SECONDS = 120.0
 ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
 
 
@@ -60,7 +61,8 @@ class Worker:
     try:
       self._process.stdin.write(json.dumps([problem, text]).encode() + b"\n")
     except BrokenPipeError:
-      pass  # the process has died, which is noticed below
+      # The process has died, which its empty answer says below.
+      pass
     line = self._line(self._seconds)
     if line:
       value = json.loads(line)
@@ -86,6 +88,7 @@ class Worker:
 
   def _start(self) -> None:
     """Starts a process and waits until it has imported the checker."""
+    # The checker may be a module that only this process's path finds.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      env=dict(os.environ, PYTHONPATH=path), bufsize=0)
@@ -104,24 +107,29 @@ def serve() -> None:
   """The worker process: imports the checker, sets the limits, answers until its input closes."""
   module, name, cpu_seconds, memory_bytes = sys.argv[1:]
   check = getattr(importlib.import_module(module), name)
+  # What a checker prints must not be taken for an answer, so it goes to standard error.
   answers = os.fdopen(os.dup(1), "w")
-  os.dup2(2, 1)  # what a checker prints must not be taken for an answer
-  logging.disable(logging.CRITICAL)  # checkers warn about every text; the start-up trace stays
+  os.dup2(2, 1)
+  # Checkers warn about every text. The trace of a failed start is still shown.
+  logging.disable(logging.CRITICAL)
   # Ctrl-C and a preemption are the parent's to answer: a reward must not become 0 by them.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  # Set after the imports, which may map more memory than a check needs.
   resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   print("ready", file=answers, flush=True)
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
   for line in sys.stdin:
-    # The limit counts from the start of the process, so each check moves it.
+    # The limit counts from the start of the process, so each check moves it. It is in whole
+    # seconds, so one is added.
     usage = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(usage.ru_utime + usage.ru_stime) + 1 + int(cpu_seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
     problem, text = json.loads(line)
     try:
       value = float(check(problem, text))
-    except Exception:  # noqa: BLE001 - whatever a checker trips over in a model's text is counted
+    # Whatever a checker trips over in a model's text is counted, not raised.
+    except Exception:  # noqa: BLE001
       value = None
     print(json.dumps(value), file=answers, flush=True)

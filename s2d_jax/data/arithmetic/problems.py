@@ -57,7 +57,8 @@ def splits(seed: int = SEED, sizes: Mapping[str, int] | None = None) -> dict[str
   """
   sizes = SIZES if sizes is None else sizes
   rng = np.random.default_rng(seed)
-  chosen: dict[tuple[int, ...], None] = {}  # a dict keeps the order of the draws; a set does not
+  # A dict keeps the order of the draws; a set does not.
+  chosen: dict[tuple[int, ...], None] = {}
   while len(chosen) < sum(sizes.values()):
     chosen.setdefault(draw(rng))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
@@ -97,12 +98,14 @@ def corpus(seed: int, count: int, longest: int, worked_share: float, slip_share:
       digits drawn without looking at the problem.
     slip_share: probability that a step of a worked solution is replaced by a wrong one.
   """
+  # Another stream than that of `splits`, whose key is the seed alone.
   rng = np.random.default_rng((seed, 1))
   pairs = []
   while len(pairs) < count:
     # A held-out problem still takes its draws, so that the others stay as they are.
     operands = draw(rng, longest=longest)
     steps = len(operands) - 1
+    # From 1: a slip of 0 would be a right step.
     slips = rng.integers(1, MODULUS, steps) * (rng.random(steps) < slip_share)
     guess = f"{rng.integers(0, MODULUS):02d}"
     is_worked = rng.random() < worked_share

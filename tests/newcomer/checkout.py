@@ -1,0 +1,54 @@
+"""A scratch copy of the package and its configs, to which a test adds something as a user would."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Checkout:
+  """A copy of s2d_jax/ and configs/ under a folder; `touched` lists the places that were edited."""
+
+  def __init__(self, folder: Path) -> None:
+    self.folder = folder
+    self.touched: list[str] = []
+    for name in ("s2d_jax", "configs"):
+      shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+  def write(self, path: str, text: str) -> None:
+    """Adds a file, the user's own code: not a touched place."""
+    (self.folder / path).write_text(text)
+
+  def append(self, path: str, text: str) -> None:
+    """Adds code at the end of a file: the new code itself, not a touched place."""
+    (self.folder / path).write_text((self.folder / path).read_text() + text)
+
+  def edit(self, path: str, old: str, new: str) -> None:
+    """Replaces a text that stands once in a file of ours: a touched place."""
+    text = (self.folder / path).read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
+    (self.folder / path).write_text(text.replace(old, new))
+    self.touched.append(path)
+
+  def run(self, program: str) -> subprocess.CompletedProcess:
+    """Runs a Python program that imports this copy; its output is text."""
+    environment = os.environ | {"PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", program], cwd=self.folder, env=environment,
+                          capture_output=True, text=True, check=False)
+
+
+# Plans the arm ARM of the tiny arithmetic config, as `s2d-jax doctor` would.
+PLAN = """
+from configs import arithmetic
+from s2d_jax import recipe, tasks
+from s2d_jax.data.arithmetic import problems
+
+config = arithmetic.get_config("tiny").unlock()
+config.arms = ARM
+splits = problems.splits(sizes={"labelled": 64, "validation": 8, "test": 8})
+plan = recipe.plan(config, tasks.get(config)._replace(source=splits.__getitem__))
+print([node.stage.name for node in plan.nodes.values()])
+"""

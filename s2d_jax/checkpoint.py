@@ -5,13 +5,13 @@ A stage folder holds `checkpoints/<step>` while it runs (weights and optimizer) 
 """
 
 import os
-from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax import hosts
+from s2d_jax.sharding import Params
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
 
@@ -21,6 +21,7 @@ class Checkpoints:
 
   def __init__(self, folder: epath.PathLike):
     self._folder = _checkpoints(folder)
+    # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
         self._folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True)
@@ -30,13 +31,13 @@ class Checkpoints:
     newest = self._orbax.latest
     return None if newest is None else newest.step
 
-  def save(self, step: int, state: Any) -> None:
+  def save(self, step: int, state: Params) -> None:
     """Returns once `state` is on disk; a step that is already there stays as it is."""
     if self.latest() != step:
       with jax.transfer_guard("allow"):
         self._orbax.save(step, state, force=True)
 
-  def load(self, abstract: Any) -> Any:
+  def load(self, abstract: Params) -> Params:
     """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
     with jax.transfer_guard("allow"):
       return self._orbax.load(self.latest(), abstract)
@@ -46,13 +47,13 @@ class Checkpoints:
     self._orbax.close()
 
 
-def save_final(folder: epath.PathLike, params: Any) -> None:
+def save_final(folder: epath.PathLike, params: Params) -> None:
   """Writes `checkpoints/final`; a leftover of an interrupted write is replaced."""
   with jax.transfer_guard("allow"):
     ocp.save(_checkpoints(folder) / "final", params, overwrite=True)
 
 
-def load_final(folder: epath.PathLike, abstract: Any) -> Any:
+def load_final(folder: epath.PathLike, abstract: Params) -> Params:
   """A finished stage's weights, of the types and laid out as `abstract` says."""
   with jax.transfer_guard("allow"):
     return ocp.load(_checkpoints(folder) / "final", abstract)
@@ -60,6 +61,7 @@ def load_final(folder: epath.PathLike, abstract: Any) -> Any:
 
 def drop_steps(folder: epath.PathLike) -> None:
   """Deletes a finished stage's step checkpoints, and with them the optimizer's slots."""
+  # Other processes may still see the steps for a moment; nothing reads them after `final`.
   if hosts.leader():
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":

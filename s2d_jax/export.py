@@ -36,6 +36,7 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   """
   folder = find(Path(workdir), stage)
   saved = folder / "hf"
+  # Loading and saving checks that every weight is there, whole and of its shape.
   if saved.exists():
     model, params = hf.load(saved)
     lineage = files.read_json(saved / "lineage.json")
@@ -53,11 +54,12 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
 
 
 def find(workdir: Path, stage: str) -> Path:
-  """The one finished stage folder of that name, or of that name before its hash.
+  """The finished stage folder of that name, or the only one of that name before its hash.
 
   Raises:
-    ValueError: there is none, or there are several.
+    ValueError: no folder fits, or several do.
   """
+  # A stage is finished once its manifest is written; scores have manifests and no checkpoints.
   folders = workdir.iterdir() if workdir.is_dir() else ()
   finished = sorted(path.name for path in folders if (path / "checkpoints" / "final").exists()
                     and manifest.read(path) is not None)

@@ -69,6 +69,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   Raises:
     ValueError: another process that may be alive writes here.
   """
+  # Only the leader writes, so only it needs the lock.
   path = epath.Path(folder) / "writer.lock"
   if not hosts.leader():
     yield (lambda: None), None
@@ -79,6 +80,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
   def beat() -> None:
     nonlocal written
+    # Called at every step; one write a second suffices and costs an object store little.
     if time.time() - written > 1:
       written = time.time()
       write_json(path, {**own, "beat": written})
@@ -103,6 +105,7 @@ def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
                      f"{path.parent}.") from error
   age = int(time.time() - lock["beat"])
   here = lock["host"] == own["host"]
+  # A process of another host cannot be asked, so its silence has to decide.
   if age > SILENT_SECONDS or here and not _alive(lock["pid"]):
     print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
           f"{age} s; taking over.", flush=True)

@@ -1,4 +1,4 @@
-"""What several processes of one run do together: one writer, barriers, sums, a stop agreed by all.
+"""Coordination of the processes of one run: one writer, barriers, sums, a stop agreed by all.
 
 On one process every function here returns at once. Collectives go through the devices, so they
 allow the transfers that the rest of a run forbids.

@@ -1,4 +1,4 @@
-"""What names a stage's folder and what it records: hashes, revision, versions, devices."""
+"""Manifests: the hash that names a folder, and the revision, versions and devices of its run."""
 
 import functools
 import hashlib
@@ -18,6 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 
 
+# Keys are sorted, so that the order in which a config was written renames nothing.
 def digest(value: Any) -> str:
   """SHA-256, in hex, of a value made of dicts, lists, strings and numbers."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -168,8 +168,9 @@ def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
 
 
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
-  """The arms of config.arms, each once; all their stages are in the config."""
-  chosen = list(dict.fromkeys(a.strip() for a in config.arms.split(",") if a.strip()))
+  """The arms of config.arms, each once, or of the table where it is "all"; their stages exist."""
+  names = arms if config.arms == "all" else config.arms.split(",")
+  chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
   for arm in chosen:
     if arm not in arms:
       raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")

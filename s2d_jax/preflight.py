@@ -7,7 +7,7 @@ Needs the two model folders' config.json and tokenizer, no weights, no data and,
 import dataclasses
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,7 +35,7 @@ EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:
 
 
 class Cost(NamedTuple):
-  """What one program needs on each device, in bytes."""
+  """The memory of one program on each device, in bytes."""
   stage: str
   program: str
   arguments: int
@@ -43,7 +43,8 @@ class Cost(NamedTuple):
   output: int  # beyond what reuses the arguments' memory
 
 
-def abstract_role(config, role, mesh, shapes=models.frozen_shapes):
+def abstract_role(config: ConfigDict, role: str, mesh: jax.sharding.Mesh,
+                  shapes: Callable = models.frozen_shapes) -> loop.Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
   return loop.Role(model, _laid_out(model, mesh, shapes))
@@ -56,7 +57,8 @@ def _laid_out(model, mesh, shapes):
       mesh, models.axes(model.config), shapes))
 
 
-def costs(config, stages=recipe.STAGES):
+def costs(config: ConfigDict,
+          stages: Sequence[planning.Stage] = recipe.STAGES) -> Iterator[Cost]:
   """Yields a Cost for every program of every stage and score of a config, on the current mesh."""
   table, mesh = {row.name: row for row in stages}, sharding.current_mesh()
   doctor.check_config(config, table)
@@ -135,7 +137,7 @@ def _scoring(config, mesh, stop_ids):
 
 
 def _compare(config, roles, mesh):
-  """The program that lays a probe's two models side by side."""
+  """The program that compares a probe's two models on the same tokens."""
   hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
   rows = hp.prompts * hp.sampling.samples_per_prompt
   batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)

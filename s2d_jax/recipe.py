@@ -36,6 +36,7 @@ def _bridge(labels: str) -> Arm:
 
 
 ARMS: dict[str, Arm] = {
+    # Scores the two base models, and every teacher that another arm has trained.
     "untrained": (),
     "cold_grpo": (Use("student_grpo", "all"),),
     "cold_grpo_2h": (Use("student_grpo", "2h"),),
@@ -46,6 +47,7 @@ ARMS: dict[str, Arm] = {
     "fkl_only": (Use("teacher_grpo", "all"), Use("forward_kl", "all", BRIDGE)),
     "weighted_fkl": (Use("teacher_grpo", "all"), Use("weighted_fkl", "all", BRIDGE)),
     "sft_teacher_bridge": (Use("teacher_sft", "all"), *_bridge("all")),
+    # A half_* arm keeps the labels of the second half from everything before its student's GRPO.
     "half_bridge": (Use("teacher_grpo", "1h"), *_bridge("1h")),
     "half_bridge_grpo_2h": (Use("teacher_grpo", "1h"), *_bridge("1h"), Use("student_grpo", "2h")),
     "half_bridge_replay_1h": (Use("teacher_grpo", "1h"), *_bridge("1h"), Use("student_grpo", "1h")),
@@ -82,7 +84,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, task: Task,
         compared: tuple[str, ...] = COMPARED) -> Plan:
   """Trains every arm of config.arms under `workdir`, scores it, and returns the Plan.
 
-  The same call again skips finished stages and resumes an unfinished one. Runs on the mesh of
+  A second call skips finished stages and resumes an unfinished one. Runs on the mesh of
   `jax.set_mesh`. Arguments are those of `plan`.
 
   Raises:

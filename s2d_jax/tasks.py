@@ -38,6 +38,7 @@ def math(config: ConfigDict) -> Task:
   if grader == "math_verify" and importlib.util.find_spec("math_verify") is None:
     raise ValueError("config.data.grader is 'math_verify', which is not installed: pip install "
                      "math-verify.")
+  # The sentence that Qwen3's model card recommends for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
     if split not in config.data:

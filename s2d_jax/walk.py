@@ -35,6 +35,7 @@ def run(plan: Plan, workdir: epath.PathLike) -> None:
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   workdir = epath.Path(workdir)
+  # Every stop is checked between folders, where all that was done is already on disk.
   with hosts.stop_signal() as stop:
     probes = {name: _train(plan, node, workdir, stop) for name, node in plan.nodes.items()}
     budget.check_equal(budget.spent(plan, workdir), plan.compared,
@@ -53,6 +54,7 @@ def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]
     checkpoint.drop_steps(workdir / node.name)  # a kill may come between the manifest and this
   else:
     stage.train_node(plan, node, workdir, stop)
+  # Only a distilled student is compared with its teacher again afterwards.
   after = None if node.stage.reward else _probe(plan, node, node.name, workdir)
   _exit_if_stopped(stop)
   return {"stage": node.name, "before": before, "after": after}
@@ -85,6 +87,7 @@ def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None
   """The folder of a probe of a role's weights; with the node's teacher where it distils one."""
   if node.stage.actor == "given":
     return None
+  # Under reward the guide is the learner's own start: there is nothing to be near to.
   guide = None if node.stage.reward else node.guide or node.actor
   return stage.probe(plan, role, guide, workdir)
 

@@ -40,7 +40,7 @@ ARROWS = {
   # What they write is written whole or not at all, by one process.
   "metrics": {"files"},
   "manifest": {"files"},
-  "checkpoint": {"hosts"},
+  "checkpoint": {"hosts", "sharding"},
   "files": {"hosts"},
   "sweep": {"manifest"},
   "report": {"command", "ladder", "figures"},

@@ -26,10 +26,11 @@ def plan(tmp_path_factory):
       rows[split] = [every[i] for i in range(64)]
     return rows[split]
 
-  def plan(changes=None, arms=ARMS):
+  def plan(changes=None, arms=ARMS, compared=recipe.COMPARED):
     config = made.copy_and_resolve_references()
     config.update_from_flattened_dict({"arms": ",".join(arms)} | (changes or {}))
-    return recipe.plan(config, given._replace(source=source), arms=arms)
+    return recipe.plan(config, given._replace(source=source), arms=arms,
+                       compared=compared)
   return plan
 
 
@@ -87,6 +88,20 @@ def test_arms_share_the_stages_of_a_common_beginning(plan, shipped):
   assert list(made.nodes) == [*made.arms["long"], *made.arms["other_split"]]
   # The shipped arms begin with different rows, splits or teachers: 1 + 2 + 3 + 4 stages.
   assert len(shipped.nodes) == 10
+
+
+def test_every_arm_of_the_table_is_all(plan):
+  assert list(plan({"arms": "all"}).arms) == list(ARMS)
+
+
+def test_an_arm_is_held_to_a_budget_where_it_is_named_alone(plan):
+  # As many updates as reverse_kl has, where opd_only makes those of the whole bridge.
+  arms = {"opd_only": recipe.ARMS["opd_only"],
+          "mine": (Use("teacher_grpo", "all"), Use("reverse_kl", "all"))}
+  assert plan(arms=arms).compared == recipe.COMPARED
+  with pytest.raises(ValueError, match="^opd_only and mine are compared and have unequal dense "
+                                       "budgets .* or leave one out of recipe.COMPARED.$"):
+    plan(arms=arms, compared=("opd_only", "mine"))
 
 
 # Who guides whom.

@@ -36,13 +36,14 @@ def test_each_override_makes_a_config():
   assert sweep.expand(runs[0]) == [runs[0]]
 
 
-def test_the_shipped_sweeps_by_hand():
+def test_the_shipped_sweeps_by_hand(config):
   runs = sweep.expand(sweep_bridge_split.get_config())
   total = {run.stages.forward_kl.steps + run.stages.reverse_kl.steps for run in runs}
   assert total == {90} and [run.stages.forward_kl.steps for run in runs] == [0, 22, 45, 68, 90]
   seeds = sweep.expand(sweep_seeds.get_config("seed=4"))
   assert [run.seed for run in seeds] == [4, 5, 6]
-  assert set(seeds[0].arms.split(",")) == set(recipe.ARMS)  # the arms of the configs' text are all
+  config.arms = seeds[0].arms
+  assert set(recipe.plan(config, task()).arms) == set(recipe.ARMS)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -1,0 +1,64 @@
+"""Files are written whole, and one process writes a folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from s2d_jax import files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "deep" / "x.json"
+  files.write_json(path, {"b": 1, "a": [2]})
+  assert path.read_text() == '{\n "a": [\n  2\n ],\n "b": 1\n}\n'
+  with pytest.raises(ValueError):
+    files.write_json(path, {"a": float("nan")})
+  assert files.read_json(path) == {"a": [2], "b": 1}
+  assert [p.name for p in path.parent.iterdir()] == ["x.json"]  # no temporary is left
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
+  path = tmp_path / "writer.lock"
+  sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  other = {"host": socket.gethostname(), "pid": sleeper.pid, "beat": time.time() - 5}
+  path.write_text(json.dumps(other))
+  try:
+    with pytest.raises(ValueError, match=rf"process {sleeper.pid} .*delete .*writer.lock"):
+      with files.only_writer(tmp_path):
+        pass
+  finally:
+    sleeper.kill()
+    sleeper.wait()
+  with files.only_writer(tmp_path) as (beat, left):
+    assert left == other["beat"]
+    assert files.read_json(path)["pid"] == os.getpid()
+    beat()
+  assert "taking over" in capsys.readouterr().out
+  assert not path.exists()
+
+
+def test_another_host_is_believed_for_an_hour(tmp_path):
+  path = tmp_path / "writer.lock"
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 600}))
+  with pytest.raises(ValueError, match="elsewhere"):
+    with files.only_writer(tmp_path):
+      pass
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 4000}))
+  with files.only_writer(tmp_path):
+    pass
+
+
+def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):
+  with pytest.raises(FloatingPointError):
+    with files.only_writer(tmp_path):
+      raise FloatingPointError
+  assert (tmp_path / "writer.lock").exists()
+  with pytest.raises(SystemExit):
+    with files.only_writer(tmp_path):
+      raise SystemExit(75)
+  assert not (tmp_path / "writer.lock").exists()

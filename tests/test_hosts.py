@@ -1,0 +1,26 @@
+"""Coordination of processes, on one; tests/end_to_end has several."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+
+from s2d_jax import hosts
+
+
+def test_one_process_leads_and_waits_for_no_other():
+  assert jax.process_count() == 1 and hosts.leader()
+  hosts.barrier("a barrier of one process")
+  own_B = np.arange(3.0)
+  assert hosts.sum_over_hosts(own_B) is own_B
+  hosts.agree("sampler", "text")
+
+
+def test_a_signal_is_seen_inside_and_the_former_handler_comes_back():
+  before = signal.getsignal(signal.SIGTERM)
+  with hosts.stop_signal() as stop:
+    assert not stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop() and stop()
+  assert signal.getsignal(signal.SIGTERM) == before

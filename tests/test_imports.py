@@ -32,7 +32,7 @@ ARROWS = {
   "training": {"rollouts", "sharding", "keys"},
   "evals": {"sampler", "stats"},
   "rollouts": {"data"},
-  "sampler": {"command", "models", "chat", "rollouts", "keys", "hosts"},
+  "sampler": {"command", "models", "chat", "rollouts", "data", "keys", "hosts"},
   "objectives": {"losses", "keys", "rollouts"},
   "optim": {"keys"},
   "losses": {"sharding"},

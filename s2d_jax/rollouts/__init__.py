@@ -3,7 +3,6 @@
 Token ids stay ids from the sampler to the loss: text is never tokenized a second time.
 """
 
-from s2d_jax.data.jsonl import text_id
 from s2d_jax.rollouts.batches import MEANS, Batch, batch, minibatches, pack, token_weights
 from s2d_jax.rollouts.records import (
   FINISHED,
@@ -19,5 +18,5 @@ from s2d_jax.rollouts.records import (
 from s2d_jax.rollouts.stores import Store
 
 __all__ = ["FINISHED", "MEANS", "Batch", "Prompt", "Rollout", "Store", "batch", "concatenate",
-           "from_bytes", "given", "minibatches", "pack", "row_key", "take", "text_id", "to_bytes",
+           "from_bytes", "given", "minibatches", "pack", "row_key", "take", "to_bytes",
            "token_weights"]

@@ -24,6 +24,7 @@ import jinja2
 from tqdm import tqdm
 
 from s2d_jax import chat, command, models, rollouts, sampler, sharding
+from s2d_jax.data import jsonl
 from s2d_jax.models import hf
 
 EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16"
@@ -76,32 +77,25 @@ def read(path, talk):
   Raises:
     ValueError: no such file, or a line that is no prompt or repeats one's id; names it.
   """
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f"{path} is no file: give JSON lines of problem or messages there.")
   found = {}
-  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold the others
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    place = f"{path} line {number}"
+  for line_name, row in jsonl.objects(path, "problem or messages"):
     try:
-      row = json.loads(line)
       messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
       text = row.get("problem") or json.dumps(messages)
       words = [m[key] for m in messages for key in ("role", "content")]
       if not all(isinstance(x, str) for x in (text, *words)):
         raise TypeError("not a text")
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-      raise ValueError(f'{place} is no JSON object with "problem", a text, or "messages", a chat: '
-                       "give it one.") from error
-    own = row["id"] if "id" in row else rollouts.text_id(text)
-    if not isinstance(own, int) or not 0 <= own < 2**63 or own in found:
-      raise ValueError(f"{place} has id {own!r}: ids are integers from 0 to 2**63 - 1, each once.")
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(f'{line_name} is no JSON object with "problem", a text, or "messages", a '
+                       "chat: give it one.") from error
+    number = jsonl.line_id(line_name, row, text)
+    if number in found:
+      raise ValueError(f"{line_name} has id {number} again: use each once.")
     try:
-      found[own] = rollouts.Prompt(own, tuple(talk.render(messages)))
+      found[number] = rollouts.Prompt(number, tuple(talk.render(messages)))
     except jinja2.TemplateError as error:
-      raise ValueError(f"{place} is no chat that the model's template takes ({error}): correct its "
-                       "messages.") from error
+      raise ValueError(f"{line_name} is no chat that the model's template takes ({error}): "
+                       "correct its messages.") from error
   if not found:
     raise ValueError(f"{path} has no prompts: give it one JSON object per line.")
   return list(found.values())

@@ -1,14 +1,16 @@
-"""Hugging Face folders in and out: config.json and safetensors, nothing pickled, no code run."""
+"""Reads and writes Hugging Face folders: config.json and safetensors.
 
-import contextlib
-import ctypes
+Nothing is unpickled, and no code of a folder is run.
+"""
+
 import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,83 +19,108 @@ import numpy as np
 import safetensors.numpy
 
 from s2d_jax import models, sharding
-from s2d_jax.models import layout, shards
+from s2d_jax.models import Config, Model, Weight, layout, shards
+from s2d_jax.models.layout import Json
+from s2d_jax.models.shards import Stored
+from s2d_jax.sharding import Params
 
-SUMS = "SHA256SUMS"  # as the tool of that name writes and checks them
+Path = str | pathlib.Path
+Shape = tuple[int, ...]
+Names = dict[str, tuple[str, Weight, int | None]]  # their name -> (our path, its Weight, layer)
+
+SUMS = "SHA256SUMS"  # in the format of the command sha256sum
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
-SHARD_BYTES = 5_000_000_000  # of one safetensors file
+SHARD_BYTES = 5_000_000_000  # at most, in one safetensors file of several
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Files of a source folder that a model saved from it inherits.
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-def load(folder, mesh=None, dtype=None):
+def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
+         dtype: jax.typing.DTypeLike | None = None, run: Mapping[str, Any] | None = None,
+         shapes: Callable[[Config], Params] = models.shapes) -> tuple[Model, Params]:
   """(Model, params) of a Hugging Face folder.
 
-  The weights become `dtype`, one for all or a tree of the parameters' structure, float32 by
-  default, whatever they are stored in; with a `mesh` each device gets its own part, and each
-  process reads no other. They go to the devices one layer of one weight at a time: the host never
-  holds more. The Model computes in float32: for another type
-  or for remat, `models.build(dataclasses.replace(model.config, dtype="bfloat16", remat="block"))`.
+  The weights go to the devices one layer of one weight at a time, so the host holds no more than
+  that. With a mesh each process reads only the bytes that its own devices hold.
+
+  Args:
+    folder: its path.
+    mesh: where the weights are laid out; None: whole on the default device.
+    dtype: of every loaded weight, whatever the files store; None: the one that `shapes` gives it.
+    run: the fields of the Config that say how the model runs, such as
+      {"dtype": "bfloat16", "remat": "block"}; by default float32 activations and no remat.
+    shapes: gives the parameters' shapes and dtypes; `models.shapes` is float32, and
+      `models.frozen_shapes` is what a model that is not trained needs.
 
   Raises:
-    ValueError: no folder, weights or config; pickled weights; code to run (`auto_map`); a model
-      that is not implemented; a weight missing, left over, there twice or misshapen; a shard
-      outside the folder or cut short.
+    ValueError: the folder, its weights or its config are missing; the weights are pickled; the
+      folder needs code of its own (`auto_map`); the model is not implemented; a weight is missing,
+      left over, stored twice or of a wrong shape; a shard is outside the folder or cut short.
   """
   folder = pathlib.Path(folder)
-  _recover(folder)
-  model = models.build(models.read_config(read_json(folder)))
-  shapes = layout.flat(models.shapes(model.config))
-  stored = _checked(folder, model.config, shapes)
-  types = layout.flat(dtype) if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
-  return model, layout.nest({
-      path: _placed(stored, weight, shapes[path].shape, jnp.dtype(types[path] or "float32"), mesh)
-      for path, weight in models.weights(model.config).items()})
+  model = models.build(models.read_config(read_json(folder), **(run or {})))
+  shape_of = layout.flat(shapes(model.config))
+  stored = _checked(folder, model.config, shape_of)
+  params = {}
+  for path, weight in models.weights(model.config).items():
+    shape = shape_of[path]
+    params[path] = _placed(stored, weight, shape.shape, jnp.dtype(dtype or shape.dtype), mesh)
+  return model, layout.nest(params)
 
 
-def check(folder):
-  """The ValueErrors of `load` that config.json and the headers of the weights give."""
+def check(folder: Path) -> None:
+  """Checks config.json and the headers of the weights, and reads no weight.
+
+  Raises:
+    ValueError: as `load`.
+  """
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
   _checked(folder, config, layout.flat(models.shapes(config)), same=lambda a, b: True)
 
 
-def save(folder, model, params, source=None, lineage=None, dtype=None, shard_bytes=SHARD_BYTES):
-  """Writes a folder that `transformers` and `load` read, all of it or nothing; returns its path.
+def save(folder: Path, model: Model, params: Params, source: Path | None = None,
+         lineage: dict[str, Any] | None = None, dtype: str | None = None,
+         shard_bytes: int = SHARD_BYTES) -> pathlib.Path:
+  """Writes a folder that `transformers` and `load` read, and returns its path.
 
-  On several hosts all of them call it, and the first writes: the folder is there once that one is
-  done. Weights are fetched one layer at a
-  time and written file by file, of at most `shard_bytes` where there are several.
+  The folder appears only when it is complete. On several hosts all of them call this function and
+  the first one writes. Weights are fetched one layer at a time and written file by file.
 
   Args:
     folder: replaced where a model was saved before.
+    model: without adapters.
     params: the model's tree, on devices or in NumPy.
     source: the folder the model descends from; gives its config.json, tokenizer, chat template,
       generation settings, licence and notices.
-    lineage: a dict that becomes lineage.json.
-    dtype: of what is written; None is that of `params`, "source" each tensor's own in `source`.
+    lineage: the object of lineage.json.
+    dtype: of what is written. None: that of `params`; "source": that of each tensor in `source`.
+    shard_bytes: the most that one file holds, where there are several.
 
   Raises:
     ValueError: `params` do not fit the model; it has adapters; `source` is another model; `folder`
-      is something else than a saved model.
+      holds something other than a saved model.
   """
   folder = pathlib.Path(folder)
   if model.config.lora is not None:
     raise ValueError("a model with adapters has no Hugging Face folder: save models.merge(config, "
                      "params) with the model without them.")
-  _recover(folder)
   if folder.exists() and any(folder.iterdir()) and not any(
       (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
     raise ValueError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
-  params, names = _fitting(model.config, params), _names(model.config)
-  config = models.config_json(model.config)
-  if source is not None:
+  params = _fitting(model.config, params)
+  names = _names(model.config)
+  if source is None:
+    config = models.config_json(model.config)
+  else:
     config = _descend(pathlib.Path(source), model.config)
   types = _types(params, names, source, dtype)
+  # The folder's dtype is the one of most tensors; torch_dtype is its former name.
   config.pop("torch_dtype", None)
   config["dtype"] = str(max(set(types.values()), key=list(types.values()).count))
 
@@ -103,25 +130,28 @@ def save(folder, model, params, source=None, lineage=None, dtype=None, shard_byt
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
   shapes = layout.flat(models.shapes(model.config))
-  sizes = {name: math.prod(_our_shape(shapes[path].shape, weight)) * types[name].itemsize
+  sizes = {name: math.prod(_layer_shape(shapes[path].shape, weight)) * types[name].itemsize
            for name, (path, weight, _) in names.items()}
-  files = _shards(sizes, shard_bytes)
+  files = _files(sizes, shard_bytes)
   for file, inside in files.items():
-    theirs = {}
+    tensors = {}
     for name in inside:
       path, weight, layer = names[name]
-      found = sharding.fetch_slice(params[path], layer, weight.to_theirs)
-      theirs[name] = np.ascontiguousarray(found.astype(types[name]))
+      # Every process takes part in the fetch, whether or not it writes.
+      array = sharding.fetch_slice(params[path], layer, weight.to_theirs)
+      tensors[name] = np.ascontiguousarray(array.astype(types[name]))
     if leader:
-      safetensors.numpy.save_file(theirs, partial / file, {"format": "pt"})
+      safetensors.numpy.save_file(tensors, partial / file, {"format": "pt"})
   if leader:
-    _write_rest(partial, config, files, sizes, source, lineage)
-    _swap(partial, folder)
+    _write_other_files(partial, config, files, sizes, source, lineage)
+    _replace(folder, partial)
   return folder
 
 
-def _write_rest(folder, config, files, sizes, source, lineage):
-  """Everything of a saved folder but its tensors."""
+def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list[str]],
+                       sizes: dict[str, int], source: Path | None,
+                       lineage: dict[str, Any] | None) -> None:
+  """Writes all files of a saved folder except those of the tensors."""
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   if len(files) > 1:
     weight_map = {name: file for file, inside in files.items() for name in inside}
@@ -140,57 +170,41 @@ def _write_rest(folder, config, files, sizes, source, lineage):
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(sizes, most):
-  """{file: names}: tensors in order, in files of at most `most` bytes, or of one tensor."""
-  groups, held = [[]], 0
+def _files(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
+  """{file: names}: tensors in order, in files of at most `max_bytes`, or of one larger tensor."""
+  groups = [[]]
+  group_bytes = 0
   for name, size in sizes.items():
-    if groups[-1] and held + size > most:
+    if groups[-1] and group_bytes + size > max_bytes:
       groups.append([])
-      held = 0
+      group_bytes = 0
     groups[-1].append(name)
-    held += size
+    group_bytes += size
   if len(groups) == 1:
     return {shards.WEIGHTS: groups[0]}
   return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
           for i, names in enumerate(groups, 1)}
 
 
-def _swap(new, folder):
-  """Puts `new` in the place of `folder`: a kill leaves one or the other there, whole."""
-  if folder.exists() and not _exchanged(new, folder):
-    old = _old(folder)  # no such call here: after a kill in between, `_recover` puts it back
-    shutil.rmtree(old, ignore_errors=True)
+def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
+  """Renames `new` to `folder`, and removes the folder that was there."""
+  # Aside first, so that a process killed here leaves two complete models and not half of one.
+  old = folder.with_name(f".{folder.name}.old")
+  shutil.rmtree(old, ignore_errors=True)
+  if folder.exists():
     folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old)
-  elif new.exists() and not folder.exists():
-    new.rename(folder)
-  shutil.rmtree(new, ignore_errors=True)
+  new.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)
 
 
-def _old(folder):
-  return folder.with_name(f".{folder.name}.old")
+def identity(folder: Path) -> str:
+  """A hash that identifies the weights of a folder without reading them.
 
+  It covers config.json, the index and the checksums that `save` wrote. Of each safetensors file it
+  covers name, size, header and the checksum that a Hugging Face download recorded.
 
-def _recover(folder):
-  """Puts back what a save that was killed between its two renames had moved aside."""
-  if not folder.exists():
-    with contextlib.suppress(FileNotFoundError):  # nothing aside, or another process was first
-      _old(folder).rename(folder)
-
-
-def _exchanged(a, b):
-  """Whether Linux has exchanged two folders in one step (renameat2 with RENAME_EXCHANGE)."""
-  call = getattr(ctypes.CDLL(None), "renameat2", None)
-  here = -100  # AT_FDCWD: relative to the working folder
-  return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
-
-
-def identity(folder):
-  """A hash that tells these weights from others without reading them.
-
-  Covers config.json, the index, the checksums that `save` left, and of each safetensors file its
-  name, size, header and the checksum that a Hugging Face download left.
+  Raises:
+    ValueError: the folder or its weights are missing, or a header is too long to be one.
   """
   folder = pathlib.Path(folder)
   read_json(folder)
@@ -211,8 +225,12 @@ def identity(folder):
   return digest.hexdigest()
 
 
-def read_json(folder):
-  """config.json of a folder as a dict; a model that brings its own code is refused."""
+def read_json(folder: Path) -> Json:
+  """The object of a folder's config.json.
+
+  Raises:
+    ValueError: there is no such folder or file, or the model needs code of its own.
+  """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise ValueError(f"{folder} is not a folder: give the path of a model downloaded before.")
@@ -225,11 +243,13 @@ def read_json(folder):
   return config
 
 
-def _checked(folder, config, shapes, same=shards.same):
+def _checked(folder: pathlib.Path, config: Config, shapes: dict[str, jax.ShapeDtypeStruct],
+             same: Callable[[Stored, Stored], bool] = shards.same) -> dict[str, Stored]:
   """The headers of a folder whose weights are those that config.json asks for."""
   stored = shards.headers(folder)
-  head, embedding = (stored.get(name) for name in (HEAD, EMBEDDING))
-  if config.tied and head and embedding:  # some tied checkpoints store the head besides
+  head = stored.get(HEAD)
+  embedding = stored.get(EMBEDDING)
+  if config.tied and head and embedding:  # some tied checkpoints store the head too
     if not same(head, embedding):
       raise ValueError(f"{HEAD} differs from {EMBEDDING} although config.json ties them: "
                        "set tie_word_embeddings to false.")
@@ -238,8 +258,8 @@ def _checked(folder, config, shapes, same=shards.same):
   return stored
 
 
-def _names(config):
-  """{their name: (path, weight, layer or None)} of every weight the model has."""
+def _names(config: Config) -> Names:
+  """{their name: (path, weight, layer or None)} of every weight of the model."""
   names = {}
   for path, weight in models.weights(config).items():
     for layer in range(config.layers) if weight.stacked else (None,):
@@ -247,10 +267,12 @@ def _names(config):
   return names
 
 
-def _check(folder, stored, config, shapes):
-  """Every weight is there, of the right shape and a type we read, and nothing is left over."""
+def _check(folder: pathlib.Path, stored: dict[str, Stored], config: Config,
+           shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+  """Checks that every weight is there, in a shape and a type that fit, and that no other is."""
   names = _names(config)
-  missing, extra = sorted(names.keys() - stored.keys()), sorted(stored.keys() - names.keys())
+  missing = sorted(names.keys() - stored.keys())
+  extra = sorted(stored.keys() - names.keys())
   if missing:
     raise ValueError(f"{folder} lacks the weight {missing[0]} ({len(missing)} in all): "
                      "config.json and weights must come from one model.")
@@ -258,7 +280,8 @@ def _check(folder, stored, config, shapes):
     raise ValueError(f"{folder} has the weight {extra[0]} ({len(extra)} in all) that a "
                      f"{config.architecture} of its config.json does not: they must match.")
   for name, (path, weight, _) in names.items():
-    found, want = stored[name], weight.their_shape(_our_shape(shapes[path].shape, weight))
+    found = stored[name]
+    want = weight.their_shape(_layer_shape(shapes[path].shape, weight))
     if found.shape != want:
       raise ValueError(f"{found.file}: {name} has shape {found.shape} and config.json asks for "
                        f"{want}: they must come from one model.")
@@ -267,40 +290,48 @@ def _check(folder, stored, config, shapes):
                        f"one of {', '.join(sorted(STORED))}.")
 
 
-def _our_shape(shape, weight):
-  """The shape of one layer of a weight."""
+def _layer_shape(shape: Shape, weight: Weight) -> Shape:
+  """Our shape of one layer of a weight."""
   return tuple(shape[weight.stacked:])
 
 
-def _placed(stored, weight, shape, dtype, mesh):
-  """One of our weights on the devices."""
-  one, axes = _our_shape(shape, weight), weight.axes[weight.stacked:]
-  def layer(name):
-    def part(index):
-      index = [slice(*i.indices(size)[:2]) for i, size in zip(index, one, strict=True)]
-      turn = _turned(weight, tuple(i.stop - i.start for i in index), dtype)
-      return shards.read(stored[name], weight.their_index(index, one)), turn
+def _placed(stored: dict[str, Stored], weight: Weight, shape: Shape, dtype: jnp.dtype,
+            mesh: jax.sharding.Mesh | None) -> jax.Array:
+  """One of our weights, all its layers, on the devices."""
+  layer_shape = _layer_shape(shape, weight)
+  axes = weight.axes[weight.stacked:]
+
+  def layer(name: str) -> jax.Array:
+    """One layer of the weight, from the tensor called `name`."""
+    def part(index: tuple[slice, ...]) -> tuple[np.ndarray, Callable]:
+      index = [slice(*i.indices(size)[:2]) for i, size in zip(index, layer_shape, strict=True)]
+      to_ours = _to_ours(weight, tuple(i.stop - i.start for i in index), dtype)
+      return shards.read(stored[name], weight.their_index(index, layer_shape)), to_ours
     if mesh is None:
-      theirs, turn = part((slice(None),) * len(one))
-      return turn(jax.device_put(theirs))
-    return sharding.from_callback(one, sharding.weight_sharding(mesh, axes, one), part)
+      theirs, to_ours = part((slice(None),) * len(layer_shape))
+      return to_ours(jax.device_put(theirs))
+    return sharding.from_callback(
+        layer_shape, sharding.weight_sharding(mesh, axes, layer_shape), part)
+
   if not weight.stacked:
     return layer(weight.name)
   where = None if mesh is None else sharding.weight_sharding(mesh, weight.axes, shape)
-  return sharding.stacked(shape, dtype, where,
-                          (layer(weight.name.format(at)) for at in range(shape[0])))
+  layers = (layer(weight.name.format(index)) for index in range(shape[0]))
+  return sharding.stacked(shape, dtype, where, layers)
 
 
 @functools.cache
-def _turned(weight, shape, dtype):
-  """Jitted: their part of a weight -> ours. On the device: NumPy transposes nine times slower."""
+def _to_ours(weight: Weight, shape: Shape, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+  """Jitted: their part of a weight -> ours."""
+  # On the device, because a transpose in NumPy takes nine times as long.
   return jax.jit(lambda theirs: weight.to_ours(theirs, shape).astype(dtype))
 
 
-def _fitting(config, params):
-  """The flat parameters, of the model's own shapes."""
-  params, shapes = layout.flat(params), layout.flat(models.shapes(config))
-  got, want = ({path: tuple(x.shape) for path, x in tree.items()} for tree in (params, shapes))
+def _fitting(config: Config, params: Params) -> dict[str, jax.Array]:
+  """The flat parameters, checked against the model's shapes."""
+  params = layout.flat(params)
+  got = {path: tuple(x.shape) for path, x in params.items()}
+  want = {path: tuple(x.shape) for path, x in layout.flat(models.shapes(config)).items()}
   if got != want:
     path = min(path for path, _ in got.items() ^ want.items())
     raise ValueError(f"the parameter {path} has shape {got.get(path, 'none')} and the model asks "
@@ -308,8 +339,9 @@ def _fitting(config, params):
   return params
 
 
-def _types(params, names, source, dtype):
-  """{their name: NumPy type to write}; `dtype` as `save` takes it."""
+def _types(params: dict[str, jax.Array], names: Names, source: Path | None,
+           dtype: str | None) -> dict[str, np.dtype]:
+  """{their name: NumPy dtype to write}; `dtype` as `save` takes it."""
   if dtype == "source":
     if source is None:
       raise ValueError('dtype="source" asks for the types of a source and none is given: name it.')
@@ -321,8 +353,8 @@ def _types(params, names, source, dtype):
   return dict.fromkeys(names, jnp.dtype(dtype or dtypes.pop()))
 
 
-def _descend(source, config):
-  """config.json of `source`, which must be of the same model."""
+def _descend(source: pathlib.Path, config: Config) -> Json:
+  """The config.json of `source`, which must be of the same model."""
   config_json = read_json(source)
   run = {key: getattr(config, key) for key in models.RUN}
   if models.read_config(config_json, **run) != config:
@@ -331,8 +363,8 @@ def _descend(source, config):
   return config_json
 
 
-def _download_checksum(file):
-  """What the Hugging Face client recorded of a file's content, or nothing."""
+def _download_checksum(file: pathlib.Path) -> str:
+  """The checksum that the Hugging Face client recorded for a file; "" where there is none."""
   record = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
   if record.exists():
     return record.read_text().splitlines()[1]

@@ -1,65 +1,105 @@
-"""How Hugging Face spells a decoder: the layout of its weights and the keys of its config.json."""
+"""The Hugging Face form of a dense decoder: its table of weights and the keys of its config.json.
+
+A family's file names its own keys and adds its own rows; the rest is here.
+"""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from s2d_jax.models import decoder
+from s2d_jax.models.decoder import Config
+from s2d_jax.sharding import Params
+
+Json = dict[str, Any]  # the object of a config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One row of an architecture's table of weights: what it is to us and what it is to them.
+  """One row of a family's table of weights: our axes and the Hugging Face name.
 
-  A Hugging Face matrix is [out, in] and two-dimensional; ours is [in..., out...] with heads as
-  an axis of their own. So ours is theirs transposed and reshaped, whatever the heads are.
+  A Hugging Face matrix is [out, in] and two-dimensional. Ours is [in..., out...], and heads have an
+  axis of their own. Our matrix is therefore theirs transposed and reshaped.
   """
-  axes: tuple[str, ...]  # logical, for sharding; the leading "layer" is the stack
-  name: str  # in the safetensors; {} is the layer
-  inputs: int = 0  # how many of our axes (layer aside) are the "in" of a matrix; 0: left as it is
+  axes: tuple[str, ...]  # logical names, for sharding; a leading "layer" is the stack of layers
+  name: str              # in the safetensors; {} stands for the layer's number
+  inputs: int = 0        # number of our axes that are a matrix's "in", without layer; 0: no matrix
 
   @property
-  def stacked(self):
+  def stacked(self) -> bool:
+    """True if every layer has one of its own."""
     return self.axes[0] == "layer"
 
-  def to_ours(self, theirs, shape):
+  def to_ours(self, theirs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One layer of our weight, of `shape`, from their array (a view)."""
     return theirs.T.reshape(shape) if self.inputs else theirs.reshape(shape)
 
-  def to_theirs(self, ours):
+  def to_theirs(self, ours: jax.Array) -> jax.Array:
     """Their array from one layer of our weight (a view)."""
     return ours.reshape(self.their_shape(ours.shape)[::-1]).T if self.inputs else ours
 
-  def their_shape(self, shape):
+  def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of their array for one layer of our weight, of `shape`."""
     if not self.inputs:
       return tuple(shape)
     return math.prod(shape[self.inputs:]), math.prod(shape[:self.inputs])
 
-  def their_index(self, index, shape):
-    """Where in their array the part `index` (slices) of one layer of our weight lies.
+  def their_index(self, index: Sequence[slice], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices of their array that hold the slices `index` of one layer of our weight.
 
-    Of the axes folded into one of theirs only the first may be split: heads, never a head.
+    Of the axes that are folded into one of theirs only the first may be split: the heads, but never
+    one head.
     """
     if not self.inputs:
       return tuple(index)
-    def fold(slices, sizes):
+    def fold(slices: Sequence[slice], sizes: Sequence[int]) -> slice:
+      # The inner axes are whole, so a range of the first one is one range of the folded axis.
       inner = math.prod(sizes[1:])
       return slice(slices[0].start * inner, slices[0].stop * inner)
     return (fold(index[self.inputs:], shape[self.inputs:]),
             fold(index[:self.inputs], shape[:self.inputs]))
 
 
-def flat(tree):
-  """{"layers/attn/q": leaf, ...} of a nested dict."""
+def dense_weights(config: Config) -> dict[str, Weight]:
+  """{path of a parameter: its Weight} of a dense decoder: what Qwen3 and Llama have in common."""
+  in_layer = {
+      "attn_norm": (("embed",), "input_layernorm", 0),
+      "attn/q": (("embed", "heads", "head"), "self_attn.q_proj", 1),
+      "attn/k": (("embed", "kv_heads", "head"), "self_attn.k_proj", 1),
+      "attn/v": (("embed", "kv_heads", "head"), "self_attn.v_proj", 1),
+      "attn/o": (("heads", "head", "embed"), "self_attn.o_proj", 2),
+      "mlp_norm": (("embed",), "post_attention_layernorm", 0),
+      "mlp/gate": (("embed", "mlp"), "mlp.gate_proj", 1),
+      "mlp/up": (("embed", "mlp"), "mlp.up_proj", 1),
+      "mlp/down": (("mlp", "embed"), "mlp.down_proj", 1),
+  }
+  # The order is that of the tensors in saved files, which are filled one after the other.
+  table = {"embed": Weight(("vocab", "embed"), "model.embed_tokens.weight")}
+  for path, (axes, name, inputs) in in_layer.items():
+    table[f"layers/{path}"] = layer_weight(axes, name, inputs)
+  table["norm"] = Weight(("embed",), "model.norm.weight")
+  if not config.tied:
+    table["unembed"] = Weight(("vocab", "embed"), "lm_head.weight")
+  return table
+
+
+def layer_weight(axes: tuple[str, ...], name: str, inputs: int = 0) -> Weight:
+  """The Weight of a parameter that every layer has; `name` is the module's name in a layer."""
+  return Weight(("layer", *axes), f"model.layers.{{}}.{name}.weight", inputs)
+
+
+def flat(tree: Params) -> dict[str, Any]:
+  """{"layers/attn/q": leaf, ...} of a nested dict; a tuple is a leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def nest(leaves):
-  """The nested dict of {"layers/attn/q": leaf, ...}."""
+def nest(leaves: dict[str, Any]) -> Params:
+  """The nested dict of {"layers/attn/q": leaf, ...}; the inverse of `flat`."""
   tree = {}
   for path, leaf in leaves.items():
     *folders, name = path.split("/")
@@ -67,29 +107,44 @@ def nest(leaves):
   return tree
 
 
-def need(json, key):
-  """config.json's value of a key that has no default."""
+def need(json: Json, key: str) -> Any:
+  """The value of a key of config.json that has no default.
+
+  Raises:
+    ValueError: config.json lacks the key.
+  """
   if key not in json:
     raise ValueError(f"config.json has no {key!r}: take the file that came with the weights.")
   return json[key]
 
 
-def refuse(json, key, *allowed):
-  """Raises where `key` asks for something that is not implemented; absent or None is fine."""
+def refuse(json: Json, key: str, *allowed: Any) -> None:
+  """Refuses a setting that is not implemented.
+
+  Raises:
+    ValueError: config.json has the key, and its value is neither None nor one of `allowed`.
+  """
   value = json.get(key)
   if value is not None and value not in allowed:
     raise ValueError(f"config.json asks for {key}={value!r}, which is not implemented: "
                      f"use a model with {key} {' or '.join(map(repr, allowed)) or 'absent'}.")
 
 
-def rope(json):
-  """(theta, scaling) from either spelling: `rope_parameters`, or `rope_theta` + `rope_scaling`."""
+def rope(json: Json) -> tuple[float, decoder.RopeScaling | None]:
+  """(theta, scaling) of RoPE from config.json, in the new spelling or the old one.
+
+  The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
+
+  Raises:
+    ValueError: the two spellings differ, a key is missing, or the kind is not implemented.
+  """
   settings = dict(json.get("rope_parameters") or {})
   old = dict(json.get("rope_scaling") or {})
   if settings and any(settings.get(key, value) != value for key, value in old.items()):
     raise ValueError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
                      "differ: keep the one that the weights were trained with.")
   settings = settings or old
+  # Older files say "type" where newer ones say "rope_type"; some have both.
   theta = settings.pop("rope_theta", None) or need(json, "rope_theta")
   kind = settings.pop("rope_type", None) or settings.pop("type", "default")
   settings.pop("type", None)
@@ -104,12 +159,21 @@ def rope(json):
       original_max_positions=int(need(settings, "original_max_position_embeddings")))
 
 
-def read(json, *, architecture, qk_norm, head_width, **run):
-  """A Config from the keys that Qwen3 and Llama spell alike; `run` says how it runs.
+def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None,
+         **run: Any) -> Config:
+  """The Config of a config.json, from the keys that Qwen3 and Llama have in common.
 
-  `head_width` is the family's own default, for a config.json without head_dim; None is
-  width / heads.
+  Args:
+    json: the object of a config.json.
+    architecture: the family's name.
+    qk_norm: whether the family normalizes queries and keys.
+    head_width: the family's default for a config.json without head_dim; None: width / heads.
+    **run: the fields of the Config that say how it runs, `models.RUN`.
+
+  Raises:
+    ValueError: a key is missing, or asks for something that is not implemented.
   """
+  # Each of these changes what the model computes, so none may be passed over in silence.
   refuse(json, "hidden_act", "silu")
   for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
     refuse(json, key, False)
@@ -137,8 +201,8 @@ def read(json, *, architecture, qk_norm, head_width, **run):
       **run)
 
 
-def write(config, *, model_type, architecture):
-  """config.json of a Config: the inverse of `read`."""
+def write(config: Config, *, model_type: str, architecture: str) -> Json:
+  """The config.json of a Config: the inverse of `read`."""
   rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
   if config.rope_scaling is not None:
     scaling = dataclasses.asdict(config.rope_scaling)

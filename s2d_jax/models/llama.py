@@ -1,50 +1,38 @@
 """Llama 3 (https://arxiv.org/abs/2407.21783): its config.json and its table of weights."""
 
+from typing import Any
+
 from s2d_jax.models import layout
-from s2d_jax.models.layout import Weight
+from s2d_jax.models.decoder import Config
+from s2d_jax.models.layout import Json, Weight
 
 
-def config(json, **run):
-  """The Config of a Llama config.json; what is not implemented is refused by its key."""
+def config(json: Json, **run: Any) -> Config:
+  """The Config of a Llama config.json; `run` as in `layout.read`.
+
+  Raises:
+    ValueError: a key is missing, or asks for something that is not implemented; it is named.
+  """
   layout.refuse(json, "pretraining_tp", 1)
   layout.refuse(json, "sliding_window")
   return layout.read(json, architecture="llama", qk_norm=False, head_width=None, **run)
 
 
-def config_json(config):
+def config_json(config: Config) -> Json:
   """The config.json of a Config."""
   json = layout.write(config, model_type="llama", architecture="LlamaForCausalLM")
   return json | {"mlp_bias": False}
 
 
-def weights(config):
-  """{path of a parameter: its Weight}, the one table that import, export and sharding read."""
-  layer = "model.layers.{}."
-  table = {
-      "embed": Weight(("vocab", "embed"), "model.embed_tokens.weight"),
-      "layers/attn_norm": Weight(("layer", "embed"), layer + "input_layernorm.weight"),
-      "layers/attn/q": Weight(
-          ("layer", "embed", "heads", "head"), layer + "self_attn.q_proj.weight", inputs=1),
-      "layers/attn/k": Weight(
-          ("layer", "embed", "kv_heads", "head"), layer + "self_attn.k_proj.weight", inputs=1),
-      "layers/attn/v": Weight(
-          ("layer", "embed", "kv_heads", "head"), layer + "self_attn.v_proj.weight", inputs=1),
-      "layers/attn/o": Weight(
-          ("layer", "heads", "head", "embed"), layer + "self_attn.o_proj.weight", inputs=2),
-      "layers/mlp_norm": Weight(("layer", "embed"), layer + "post_attention_layernorm.weight"),
-      "layers/mlp/gate": Weight(
-          ("layer", "embed", "mlp"), layer + "mlp.gate_proj.weight", inputs=1),
-      "layers/mlp/up": Weight(("layer", "embed", "mlp"), layer + "mlp.up_proj.weight", inputs=1),
-      "layers/mlp/down": Weight(
-          ("layer", "mlp", "embed"), layer + "mlp.down_proj.weight", inputs=1),
-      "norm": Weight(("embed",), "model.norm.weight"),
-  }
-  if not config.tied:
-    table["unembed"] = Weight(("vocab", "embed"), "lm_head.weight")
-  return table
+def weights(config: Config) -> dict[str, Weight]:
+  """{path of a parameter: its Weight}; import, export and sharding all read this table."""
+  return layout.dense_weights(config)
 
 
-def _published(width, layers, heads, head_width, mlp, tied, factor):
+def _published(width: int, layers: int, heads: int, head_width: int, mlp: int, tied: bool,
+               factor: float) -> Json:
+  # Every published size shares the rest: vocabulary, eight key heads and a window of 8192 tokens
+  # that RoPE's scaling by `factor` extends.
   return {
       "model_type": "llama", "vocab_size": 128256, "hidden_size": width,
       "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8,

@@ -342,21 +342,23 @@ def test_an_index_that_is_wrong_is_refused(change, said, saved):
 
 
 def test_a_kill_between_two_renames_loses_nothing(saved, monkeypatch):
-  # Where folders cannot be exchanged: the process is killed after the old one was moved aside.
+  # The process is killed after the old folder was moved aside: its weights and the new ones exist.
   folder, model, params = saved
-  monkeypatch.setattr(hf, "_exchanged", lambda a, b: False)
-  rename, done = type(folder).rename, []
+  rename, renamed = type(folder).rename, []
   def killed(self, to):
-    if done:
+    if renamed:
       raise KeyboardInterrupt
-    done.append(rename(self, to))
+    renamed.append(rename(self, to))
   monkeypatch.setattr(type(folder), "rename", killed)
+  more = jax.tree.map(lambda x: x + 1, params)
   with pytest.raises(KeyboardInterrupt):
-    hf.save(folder, model, jax.tree.map(lambda x: x + 1, params))
+    hf.save(folder, model, more)
   assert not folder.exists()
   monkeypatch.setattr(type(folder), "rename", rename)
-  assert_equal(hf.load(folder)[1], params)
+  assert_equal(hf.load(folder.with_name(".model.old"))[1], params)
+  assert_equal(hf.load(folder.with_name(".model.partial"))[1], more)
   hf.save(folder, model, params)
+  assert_equal(hf.load(folder)[1], params)
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -496,17 +498,25 @@ def test_licence_and_notices_come_along(saved, tmp_path):
     assert (child / name).read_text() == name
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_the_new_folder_takes_the_place_of_the_old_one_at_once(exchange, saved, monkeypatch):
-  # Where the system can exchange two folders there is no moment without one.
+def test_the_folder_has_its_name_only_when_it_is_complete(saved, monkeypatch):
   folder, model, params = saved
-  seen, rename = [], type(folder).rename
+  exists, rename = [], type(folder).rename
   monkeypatch.setattr(type(folder), "rename",
-                      lambda self, to: (rename(self, to), seen.append(folder.exists()))[0])
-  if not exchange:
-    monkeypatch.setattr(hf, "_exchanged", lambda a, b: False)
+                      lambda self, to: (rename(self, to), exists.append(folder.exists()))[0])
   more = jax.tree.map(lambda x: x + 1, params)
   hf.save(folder, model, more)
   assert_equal(hf.load(folder)[1], more)
   assert [p.name for p in folder.parent.iterdir()] == ["model"]
-  assert seen == ([] if exchange else [False, True])
+  assert exists == [False, True]
+
+
+def test_the_returned_model_runs_as_it_was_asked_to(saved):
+  folder, model, params = saved
+  got, weights = hf.load(folder, run={"dtype": "bfloat16", "remat": "block"},
+                         shapes=models.frozen_shapes)
+  assert got.config == dataclasses.replace(model.config, dtype="bfloat16", remat="block")
+  table = models.weights(model.config)
+  for path, x in models.layout.flat(weights).items():
+    is_scale = len(table[path].axes) - table[path].stacked == 1
+    assert x.dtype == ("float32" if is_scale else "bfloat16")
+  assert_equal(weights, jax.tree.map(lambda x, y: x.astype(y.dtype), params, weights))

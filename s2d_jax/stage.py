@@ -138,10 +138,11 @@ def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
   They are stored as shapes(config) says: as a frozen model's, if not otherwise.
   """
   folder = made.base(role)["folder"]
-  model = models.get(hf.read_json(folder), **{key: made.config[key] for key in models.RUN})
-  shapes = shapes(model.config)
+  run = {key: made.config[key] for key in models.RUN}
   if role in made.bases:
-    return loop.Role(model, hf.load(folder, mesh, jax.tree.map(lambda x: x.dtype, shapes))[1])
+    return loop.Role(*hf.load(folder, mesh, run=run, shapes=shapes))
+  model = models.get(hf.read_json(folder), **run)
+  shapes = shapes(model.config)
   abstract = sharding.laid_out(shapes, sharding.weight_shardings(
       mesh, models.axes(model.config), shapes))
   return loop.Role(model, checkpoint.load_final(workdir / role, abstract))

@@ -197,8 +197,8 @@ def main(argv=None):
       wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
       if wanted:
         # As the sampler reads them: no float32 copy beside those of bfloat16.
-        _, params = hf.load(asked.model, mesh, jax.tree.map(lambda x: x.dtype,
-                                                           models.frozen_shapes(model.config)))
+        model, params = hf.load(asked.model, mesh, run={"dtype": asked.dtype},
+                                shapes=models.frozen_shapes)
         draw = sampler.make(model, params, how, size, width, room, talk.decode)
         weights = draw.lay_out(params)
         del params  # nobody else reads them

@@ -12,7 +12,6 @@ step, when no weight has moved.
 import json
 import statistics
 import tempfile
-from types import SimpleNamespace
 
 import jax
 import ml_collections
@@ -20,7 +19,19 @@ import numpy as np
 
 from benchmarks import measure
 from configs import common
-from s2d_jax import ledger, loop, models, objectives, optim, rollouts, sampler, sharding, training
+from s2d_jax import (
+  compiling,
+  ledger,
+  loop,
+  models,
+  objectives,
+  optim,
+  rollouts,
+  sampler,
+  sharding,
+  training,
+)
+from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
 from s2d_jax.models import hf
 
@@ -51,27 +62,28 @@ class Ours:
     ids = np.random.default_rng(0).integers(
         0, self.model.config.vocab_size, (sizes.prompts, sizes.prompt_tokens)).tolist()
     self.prompts = [rollouts.Prompt(i, tuple(row)) for i, row in enumerate(ids)]
-    work = self.work = SimpleNamespace(
-        hp=hp, width=sizes.prompt_tokens, stop_ids=(), learner=loop.Role(self.model, params),
-        actor=None, guide=None, judge=None, frozen=None, given=None, text=None, optimizer=optimizer,
-        objective=objectives.GRPO, logp=objectives.logp, room=sampler.Room())
+    learner = Role(self.model, params)
+    actor = Role(self.model, sharding.abstract(params))
+    stage_models = StageModels(learner, None, actor, on_policy=True, guide=None)
+    samplers = Samplers(sampler.Room(), sizes.prompt_tokens, stop_ids=(), decode=None)
     self.programs, self.compile_seconds = measure.stopwatch(
-        lambda: loop.compile_programs(work, self.state, mesh))
+        lambda: compiling.compile_programs(stage_models, hp, objectives.GRPO, objectives.logp,
+                                           optimizer, samplers))
 
   def ask(self, seed):
     """Takes a step: seconds, those of its parts, tokens and entropy."""
     programs, seconds = self.programs, {}
     rows, seconds["draw"] = measure.stopwatch(
-        lambda: programs.draw(self.state.params, self.prompts, (seed,)))
+        lambda: programs.sampler(self.state.params, self.prompts, (seed,)))
     def rewarded():
       even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
       advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
-      return loop.known(self.work, rollouts.batch(
-          rows, advantage_B=advantage_PG.reshape(-1).astype(np.float32)))
+      advantage_B = advantage_PG.reshape(-1).astype(np.float32)
+      return rollouts.batch(rows, advantage_B=advantage_B)
     batch, seconds["reward"] = measure.stopwatch(rewarded)
     def updated():
       placed = sharding.put_batch(batch, self.mesh)
-      self.state, metrics = programs.step(self.state, None, placed, None)
+      self.state, metrics = programs.update(self.state, None, placed, None)
       return {name: float(x) for name, x in sharding.fetch(metrics).items()}
     metrics, seconds["update"] = measure.stopwatch(updated)
     return {"seconds": sum(seconds.values()), "parts": seconds,
@@ -147,7 +159,7 @@ def run(sizes):
     row["share_of_peak"] = work / row["seconds"] / peak["flops_per_second"]
   return {"step": found, "flops": work, "compile_seconds": ours.compile_seconds,
           "memory": {name: measure.memory(program) for name, program in (
-              ("draw", ours.programs.draw.compiled), ("update", ours.programs.step))},
+              ("draw", ours.programs.sampler.compiled), ("update", ours.programs.update))},
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 

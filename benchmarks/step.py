@@ -79,9 +79,9 @@ class Ours:
       self.guide_params = jax.device_put(self.guide_params, place)
     self.batch = random_batch(self.model.config.vocab_size, sizes.rows, sizes.tokens)
     self.placed = sharding.put_batch(self.batch, mesh)
-    step = training.make(self.model, guide, objective, self.optimizer, hp,
+    step = training.jit_update(self.model, guide, objective, self.optimizer, hp,
                        training.shardings(self.state))
-    score = training.score(self.model, objectives.logp, hp)
+    score = training.token_logps(self.model, objectives.logp, hp)
     self.program, self.compile_seconds = measure.stopwatch(
         lambda: step.lower(self.state, self.guide_params, self.placed).compile())
     self.scored = score.lower(self.state.params, self.placed).compile()

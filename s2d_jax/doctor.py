@@ -11,7 +11,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, evals, keys, loop, models, objectives, optim, rollouts, sampler, training
+from s2d_jax import (
+  chat,
+  compiling,
+  evals,
+  keys,
+  loop,
+  models,
+  objectives,
+  optim,
+  rollouts,
+  sampler,
+  training,
+)
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import hf
 
@@ -56,7 +68,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
     ValueError: a key is missing, unknown or out of range, or values do not combine.
   """
   keys.check_block("config", config, CONFIG_KEYS)
-  _named("config.sampler", sampler.check_room, loop.room(config.sampler))
+  _named("config.sampler", sampler.check_room, compiling.room(config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
   _named("config.evaluation", evals.check_evaluation, config.evaluation)
   for name, hp in config.stages.items():

@@ -1,120 +1,156 @@
 """What a stage spends, in the currencies that are scarce: labels, prompts, tokens, FLOPs, seconds.
 
 A *label* is a problem's checked answer. It is spent when a reward or a given solution consults it;
-one *use* is one problem in one step, however many of its samples are checked. A bridge stage draws
-the same prompts and spends no label. Samples that another stage had drawn are *reused*, and
-`flops_reused` is what drawing them anew would have added to `flops`.
+one *use* is one problem in one step, however many of its samples are checked. A bridge stage
+samples the same prompts and spends no label. Rows that another stage had sampled are *reused*, and
+`flops_reused` is what sampling them anew would have added to `flops`.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
 import numpy as np
+from ml_collections import ConfigDict
+
+from s2d_jax.rollouts import Prompt, Rollout, StepRollouts
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
           "tokens_discarded", "tokens_trained", "tokens_guide", "flops", "flops_reused")
 
+# How a stage spends labels: those of every prompt in every step, those of each prompt once, none.
+LabelUse = Literal["each_step", "once", "none"]
+Entry = dict[str, Any]
 
-def forward_flops(config, length_B, headed_B=None):
-  """FLOPs of one forward pass over sequences of `length_B` tokens, `headed_B` of them unembedded.
 
-  None: all of them.
+class Architectures(NamedTuple):
+  """The model configs (`models.Config`) that a stage's FLOPs are counted from."""
+  learner: Any
+  actor: Any | None   # None: nothing is sampled
+  guide: Any | None
+  adapters: bool      # whether the learner's own weights stand still beside adapters
 
-  2 per weight that multiplies and token, and 4·N·H per layer and attended pair (causal): the
-  count of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, table 1) with attention exact.
-  A backward pass costs twice a forward.
+
+def forward_flops(config: Any, length_B: Sequence[int],
+                  headed_B: Sequence[int] | None = None) -> float:
+  """FLOPs of one forward pass over sequences of `length_B` tokens.
+
+  2 per multiplying weight and token, and 4·N·H per layer and attended pair (causal): the count of
+  Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, table 1) with attention exact. A backward
+  pass costs twice a forward. The formula assumes grouped-query attention and a gated MLP.
+
+  Args:
+    config: the model's `models.Config`.
+    headed_B: tokens of each sequence that are unembedded; None: all.
   """
-  c, n = config, np.asarray(length_B, np.float64)
-  headed = n if headed_B is None else np.asarray(headed_B, np.float64)
+  c = config
+  length_B = np.asarray(length_B, np.float64)
+  headed_B = length_B if headed_B is None else np.asarray(headed_B, np.float64)
   attention = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
-  weights, head = c.layers * (attention + 3 * c.width * c.mlp), c.vocab_size * c.width
-  pairs = n * (n + 1) / 2
-  return float(np.sum(2 * (weights * n + head * headed)
-                      + 4 * c.layers * c.heads * c.head_width * pairs))
+  weights = c.layers * (attention + 3 * c.width * c.mlp)
+  head = c.vocab_size * c.width
+  pairs_B = length_B * (length_B + 1) / 2
+  return float(np.sum(2 * (weights * length_B + head * headed_B)
+                      + 4 * c.layers * c.heads * c.head_width * pairs_B))
 
 
-def row(step, prompt_ids, labels, **counts):
-  """One step's entry: which problems were drawn, whose labels were spent, and the counts.
+def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts: float) -> Entry:
+  """One step's entry: which problems were sampled, whose labels were spent, and the counts.
 
   Args:
-    step: the step.
-    prompt_ids: problem ids of the step, each once.
-    labels: those of them whose answers the step consulted.
-    **counts: the rest of COUNTS, in sequences, updates, tokens and FLOPs.
+    prompt_ids: problem ids of the step, each once; labels: those whose answers were consulted.
+    **counts: the other names of COUNTS: sequences, updates, tokens and FLOPs.
+
+  Raises:
+    ValueError: a count is missing.
   """
-  entry = {"step": step, "prompts": [int(i) for i in prompt_ids],
-           "labels": [int(i) for i in labels], "prompt_uses": len(prompt_ids),
-           "label_uses": len(labels), **counts}
-  missing = set(COUNTS) - set(entry)
+  prompts = [int(i) for i in prompt_ids]
+  spent = [int(i) for i in labels]
+  found = {"step": step, "prompts": prompts, "labels": spent, "prompt_uses": len(prompts),
+           "label_uses": len(spent), **counts}
+  missing = set(COUNTS) - set(found)
   if missing:
-    raise ValueError(f"a ledger row lacks {sorted(missing)}: pass every count.")
-  return entry
+    raise ValueError(f"a ledger entry lacks {sorted(missing)}: pass every count.")
+  return found
 
 
-def labels(work, picked, before):
-  """Whose answers a step of a `loop.Work` spends: all it draws; where they serve pass rates alone,
-  those that no row `before` has."""
-  problems = [p.id for p in picked]
-  if work.advantages is not None or work.given is not None:
-    return problems
-  if work.judge is None:
+def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) -> list[int]:
+  """Ids of the problems whose labels a step spends; `before` are the stage's earlier entries."""
+  ids = [prompt.id for prompt in prompts]
+  if use == "each_step":
+    return ids
+  if use == "none":
     return []
-  known = {i for entry in before for i in entry["labels"]}
-  return [i for i in problems if i not in known]
+  known = {i for earlier in before for i in earlier["labels"]}
+  return [i for i in ids if i not in known]
 
 
-def spent(work, step, drawn, labels, judged, scored):
-  """One step's row.
+def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,
+               architectures: Architectures, pass_rate_rollout: Rollout | None,
+               scored_first: bool) -> Entry:
+  """The entry of a step.
 
   Args:
-    work: the stage, a `loop.Work`; drawn: a `drawing.Drawn`; labels: whose answers were consulted.
-    judged: the rows that a pass rate asked for, or None.
-    scored: whether the actor's log-probabilities were taken in a pass of their own.
+    rollouts: the step's rollouts; spent_labels: as `labels` returns them.
+    hp: the stage's config, of which epochs and minibatches are read.
+    pass_rate_rollout: what was sampled in this step to measure pass rates, or None.
+    scored_first: whether a pass of its own took the actor's log-probabilities before the update.
   """
-  hp, rows, given = work.hp, drawn.rows, work.given is not None
-  length_B, response_B = rows.prompt_length_B + rows.response_length_B, rows.response_length_B
-  learned_B = response_B if drawn.weight_B is None else response_B * (drawn.weight_B > 0)
+  learner, actor, guide, adapters = architectures
+  rollout = rollouts.rollout
+  response_B = rollout.response_length_B
+  length_B = rollout.prompt_length_B + response_B
+  learned_B = response_B if rollouts.weight_B is None else response_B * (rollouts.weight_B > 0)
   learned = int(learned_B.sum())
-  learner, actor = (work.learner.model.config, (work.actor or work.learner).model.config)
-  guide = 0.0 if work.guide is None else forward_flops(
-      work.guide.model.config, length_B, learned_B)
-  passes = 3 if work.frozen is None else 2  # frozen weights ask for no gradient
-  drawn_rows = [] if given else [(actor, rows, drawn.fresh_B)]  # a token drawn is a forward
-  if drawn.dropped is not None:
-    drawn_rows.append((actor, drawn.dropped, drawn.dropped_fresh_B))
-  if judged is not None:
-    drawn_rows.append((learner, judged, np.ones(len(judged.prompt_id_B), bool)))
-  (sampled, flops), (reused, flops_reused) = (
-      np.sum([_drawn(*each, fresh) for each in drawn_rows] or [(0, 0.0)], axis=0)
-      for fresh in (True, False))
   discarded = int(response_B.sum()) - learned
-  if drawn.dropped is not None:
-    discarded += int(drawn.dropped.response_length_B.sum())
-  return row(
-      step, [p.id for p in drawn.picked], labels, sequences=len(length_B),
-      updates=hp.epochs * hp.minibatches, tokens_sampled=int(sampled), tokens_reused=int(reused),
+  if rollouts.dropped is not None:
+    discarded += int(rollouts.dropped.response_length_B.sum())
+  sampled, flops = _sampling(architectures, rollouts, pass_rate_rollout, fresh=True)
+  reused, flops_reused = _sampling(architectures, rollouts, pass_rate_rollout, fresh=False)
+  # A forward and a backward of two forwards; weights that stand still need no gradient.
+  passes = 2 if adapters else 3
+  guide_flops = 0.0 if guide is None else forward_flops(guide, length_B, learned_B)
+  flops += scored_first * (0.0 if actor is None else forward_flops(actor, length_B, response_B))
+  flops += hp.epochs * (passes * forward_flops(learner, length_B, learned_B) + guide_flops)
+  return entry(
+      step, [prompt.id for prompt in rollouts.prompts], spent_labels, sequences=len(length_B),
+      updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
-      tokens_guide=0 if work.guide is None else hp.epochs * int(length_B.sum()),
-      flops=float(flops) + scored * forward_flops(actor, length_B, response_B) + hp.epochs * (
-          passes * forward_flops(learner, length_B, learned_B) + guide),
-      flops_reused=float(flops_reused))
+      tokens_guide=0 if guide is None else hp.epochs * int(length_B.sum()),
+      flops=flops, flops_reused=flops_reused)
 
 
-def _drawn(config, rows, fresh_B, fresh):
-  """(tokens, FLOPs) of drawing those of the rows that are fresh, or those that are not."""
-  own_B = fresh_B == fresh
-  return (rows.response_length_B[own_B].sum(),
-          forward_flops(config, (rows.prompt_length_B + rows.response_length_B)[own_B],
-                        rows.response_length_B[own_B]))
+def _sampling(architectures: Architectures, rollouts: StepRollouts,
+              pass_rate_rollout: Rollout | None, fresh: bool) -> tuple[int, float]:
+  """(tokens, FLOPs) of sampling the rows that are fresh, or those that are not."""
+  parts = []
+  if architectures.actor is not None:
+    parts.append((architectures.actor, rollouts.rollout, rollouts.fresh_B))
+    if rollouts.dropped is not None:
+      parts.append((architectures.actor, rollouts.dropped, rollouts.dropped_fresh_B))
+  if pass_rate_rollout is not None:  # of the learner's start; all of it is fresh
+    every_B = np.ones(len(pass_rate_rollout.prompt_id_B), bool)
+    parts.append((architectures.learner, pass_rate_rollout, every_B))
+  tokens = 0
+  flops = 0.0
+  for config, rollout, fresh_B in parts:
+    own_B = fresh_B == fresh
+    response_B = rollout.response_length_B[own_B]
+    tokens += int(response_B.sum())
+    # A sampled token costs a forward pass of it.
+    flops += forward_flops(config, rollout.prompt_length_B[own_B] + response_B, response_B)
+  return tokens, flops
 
 
-def total(rows):
-  """Sums of a stage's rows, and the distinct problems and labels behind them (sorted ids)."""
-  labels = sorted({i for r in rows for i in r["labels"]})
-  prompts = sorted({i for r in rows for i in r["prompts"]})
-  sums = {name: sum(r[name] for r in rows) for name in COUNTS}
-  return {**sums, "labels_distinct": len(labels), "prompts_distinct": len(prompts),
-          "labels": labels, "prompts": prompts}
+def total(entries: Sequence[Mapping]) -> dict[str, Any]:
+  """Sums of a stage's entries, and the distinct problems and labels behind them (sorted ids)."""
+  label_ids = sorted({i for e in entries for i in e["labels"]})
+  prompt_ids = sorted({i for e in entries for i in e["prompts"]})
+  sums = {name: sum(e[name] for e in entries) for name in COUNTS}
+  return {**sums, "labels_distinct": len(label_ids), "prompts_distinct": len(prompt_ids),
+          "labels": label_ids, "prompts": prompt_ids}
 
 
-def seconds(rows, lost, devices):
+def seconds(timing: Iterable[Mapping], lost: float, devices: int) -> dict[str, float]:
   """Device-seconds used (stage start and kept steps) and lost (done again after a kill)."""
-  return {"device_seconds_used": devices * sum(r["seconds"] for r in rows),
+  return {"device_seconds_used": devices * sum(t["seconds"] for t in timing),
           "device_seconds_lost": devices * lost}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, doctor, keys, manifest
+from s2d_jax import chat, doctor, keys, ledger, manifest
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
@@ -28,6 +28,13 @@ class Stage(NamedTuple):
   objective: Objective
   reward: bool = False  # whether the samples' rewards are read, and so labels are spent
   prompt_weights: Callable[[np.ndarray], np.ndarray] | None = None  # of the start's pass rates
+
+  @property
+  def label_use(self) -> ledger.LabelUse:
+    """How the stage spends labels: rewards and solutions in each step, pass rates once."""
+    if self.reward or self.actor == "given":
+      return "each_step"
+    return "none" if self.prompt_weights is None else "once"
 
 
 class Use(NamedTuple):

@@ -6,16 +6,17 @@ Needs the two model folders' config.json and tokenizer, no weights, no data and,
 
 import dataclasses
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from s2d_jax import (
   chat,
   command,
+  compiling,
   doctor,
   loop,
   models,
@@ -28,6 +29,7 @@ from s2d_jax import (
   sweep,
   training,
 )
+from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
 
@@ -43,11 +45,11 @@ class Cost(NamedTuple):
   output: int  # beyond what reuses the arguments' memory
 
 
-def abstract_role(config: ConfigDict, role: str, mesh: jax.sharding.Mesh,
-                  shapes: Callable = models.frozen_shapes) -> loop.Role:
+def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
+                  shapes: Callable = models.frozen_shapes) -> Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-  return loop.Role(model, _laid_out(model, mesh, shapes))
+  return Role(model, _laid_out(model, mesh, shapes))
 
 
 def _laid_out(model, mesh, shapes):
@@ -67,39 +69,45 @@ def costs(config: ConfigDict,
     if hp.steps == 0:  # left out
       continue
     row = table[name]
-    base = abstract_role(config, row.learner, mesh, models.shapes)
-    lora = models.lora(hp.lora)
-    learner, rest = base, None
-    if lora is not None:
-      model = models.build(dataclasses.replace(base.model.config, lora=lora))
-      rest = base.params
-      learner = loop.Role(model, models.split(
-          model.config, _laid_out(model, mesh, models.shapes))[0])
-    frozen = {"teacher": "teacher", "student": "student", "reference": row.learner}
+    stage_models = _stage_models(config, row, hp, mesh)
+    learner = stage_models.learner
     optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
-    work = loop.Work(
-        name=name, folder=None, hp=hp, seed=zlib.crc32(name.encode()), prompts=[],
-        width=config.prompt_tokens, stop_ids=stop_ids, learner=learner,
-        actor=None if row.actor in ("given", row.learner)
-        else abstract_role(config, row.actor, mesh),
-        guide=abstract_role(config, frozen[row.guide], mesh) if planning.guided(row, hp) else None,
-        frozen=rest,
-        given=() if row.actor == "given" else None, reward=None, advantages=None, punish=None,
-        judge=abstract_role(config, row.learner, mesh) if row.prompt_weights else None,
-        weigh=row.prompt_weights,
-        passes=None, objective=row.objective, logp=objectives.logp, optimizer=optimizer,
-        store=None, validate=None, text=str, room=loop.room(config.sampler))
-    programs = loop.compile_programs(work, training.abstract(optimizer, mesh, learner.params), mesh)
-    found = {"update": programs.step}
-    if programs.score is not None:
-      found = {"score": programs.score, **found}
-    if programs.judge is not None:
-      found = {**_sampling("judge", programs.judge), **found}
-    if programs.draw is not None:
-      found = {**_sampling("sample", programs.draw), **found}
+    samplers = Samplers(compiling.room(config.sampler), config.prompt_tokens, stop_ids, str)
+    programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
+                                          optimizer, samplers)
+    found = {"update": programs.update}
+    if programs.token_logps is not None:
+      found = {"token_logps": programs.token_logps, **found}
+    if programs.pass_rate_sampler is not None:
+      found = {**_sampling("pass rates", programs.pass_rate_sampler), **found}
+    if programs.sampler is not None:
+      found = {**_sampling("sample", programs.sampler), **found}
     for program, compiled in found.items():
       yield _cost(name, program, compiled)
   yield from _scoring(config, mesh, stop_ids)
+
+
+def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
+                  mesh: Mesh) -> StageModels:
+  """The models of a stage, of abstract weights, with the base models in their first places."""
+  learner = abstract_role(config, row.learner, mesh, models.shapes)
+  non_trainable = None
+  lora = models.lora(hp.lora)
+  if lora is not None:
+    non_trainable = learner.params
+    model = models.build(dataclasses.replace(learner.model.config, lora=lora))
+    adapters, _ = models.split(model.config, _laid_out(model, mesh, models.shapes))
+    learner = Role(model, adapters)
+  actor = None
+  if row.actor == row.learner:
+    actor = Role(learner.model, training.join(learner.params, non_trainable))
+  elif row.actor != "given":
+    actor = abstract_role(config, row.actor, mesh)
+  guide = None
+  if planning.guided(row, hp):
+    guide = abstract_role(config, row.learner if row.guide == "reference" else row.guide, mesh)
+  start = None if row.prompt_weights is None else abstract_role(config, row.learner, mesh)
+  return StageModels(learner, non_trainable, actor, row.actor == row.learner, guide, start)
 
 
 def _sampling(name, draw):
@@ -117,10 +125,10 @@ def _scoring(config, mesh, stop_ids):
   """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
-    how = loop.sampling(block.sampling, stop_ids)._replace(**change)
+    how = compiling.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
       draw = sampler.make(model, params, how, size, config.prompt_tokens,
-                          loop.room(config.sampler).exact(), str)
+                          compiling.room(config.sampler).exact(), str)
       yield from _sampling(f"{role}{program}", draw).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),
@@ -140,7 +148,7 @@ def _compare(config, roles, mesh):
   """The program that compares a probe's two models on the same tokens."""
   hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
   rows = hp.prompts * hp.sampling.samples_per_prompt
-  batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
+  batch = compiling.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
   compared = training.compare(student.model, teacher.model, agreement, hp)
   return compared.lower(*(sharding.abstract(role.params) for role in (student, teacher)),
                         batch).compile()
@@ -166,13 +174,13 @@ def show(config: ConfigDict, topology: str | None = None) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     print("bytes on each device")
-    print(f"{'stage':<16}{'program':<16}{'arguments':>14}{'temporaries':>14}{'output':>14}")
+    print(f"{'stage':<16}{'program':<20}{'arguments':>14}{'temporaries':>14}{'output':>14}")
     printed = set()
     for one in sweep.expand(config):
       for cost in costs(one):
         if cost not in printed:  # runs of a sweep share programs
           printed.add(cost)
-          print(f"{cost.stage:<16}{cost.program:<16}{cost.arguments:>14,}"
+          print(f"{cost.stage:<16}{cost.program:<20}{cost.arguments:>14,}"
                 f"{cost.temporaries:>14,}{cost.output:>14,}", flush=True)
 
 

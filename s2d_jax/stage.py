@@ -6,16 +6,23 @@ final weights, a Hugging Face folder, the ledger, and last the manifest.
 
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
 import tempfile
 import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from s2d_jax import (
   checkpoint,
+  compiling,
   evals,
   files,
   hosts,
@@ -31,26 +38,40 @@ from s2d_jax import (
   sharding,
   training,
 )
+from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
-from s2d_jax.models import hf
+from s2d_jax.models import Config, Model, hf
+from s2d_jax.planning import Node, Plan
+from s2d_jax.rollouts import (
+  FrozenActor,
+  GivenSolutions,
+  OnPolicy,
+  PassRates,
+  PromptOrder,
+  Rewards,
+  RolloutSource,
+)
+from s2d_jax.sampler import Sampler
+from s2d_jax.sharding import Params
 
 
-def train_node(made, node, workdir, stop):
+def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]) -> None:
   """Runs one stage to its end and leaves its folder finished: the manifest is written last."""
-  mesh, folder = sharding.current_mesh(), workdir / node.name
-  with files.only_writer(folder) as (beat, left):
-    work = _work(made, node, workdir, mesh)
-    params, totals = loop.run(work, beat, left, stop)
-    model, params = _whole(work.learner.model, params, work.frozen)
+  mesh = sharding.current_mesh()
+  folder = workdir / node.name
+  with files.only_writer(folder) as (beat, last_beat):
+    stage = _stage_run(plan, node, workdir, mesh)
+    params, totals = loop.run(stage, beat, last_beat, stop)
+    model, params = _merged(stage.models, params)
     checkpoint.save_final(folder, params)
-    lineage = {"stage": node.name, "parents": made.ancestors(node.name)[:-1],
-               "bases": {r: b["identity"] for r, b in made.bases.items()},
+    lineage = {"stage": node.name, "parents": plan.ancestors(node.name)[:-1],
+               "bases": {r: b["identity"] for r, b in plan.bases.items()},
                "revision": manifest.revision()}
-    _export(folder / "hf", model, params, made.base(node.name)["folder"], lineage)
+    _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
     if hosts.leader():
       files.write_json(folder / "ledger.json", totals)
       files.write_json(folder / "manifest.json", metrics.plain({
-          "inputs": node.inputs, "config": made.config.to_dict(), "bases": made.bases,
+          "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
           **manifest.provenance(mesh)}))
     hosts.barrier(node.name)
     checkpoint.drop_steps(folder)
@@ -60,14 +81,17 @@ def _validation(made, model, params):
   """validate(params), its sampler compiled; for a stage that asks for it."""
   config = made.config.validation
   draw = sampler.make(model, params,
-                      loop.sampling(config.sampling, made.chat.eos_ids), config.problems,
+                      compiling.sampling(config.sampling, made.chat.eos_ids), config.problems,
                       made.config.prompt_tokens, _room(made.config), made.chat.decode)
   return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
                           (made.config.seed, zlib.crc32(b"validation")))
 
 
-def _export(folder, *saved):
-  """`hf.save`; to an object store by way of a local folder, since a store knows no rename."""
+def _export(folder: epath.Path, *saved: Any) -> None:
+  """`hf.save(folder, *saved)`, by way of a local folder where `folder` is in an object store.
+
+  An object store has no atomic rename of a folder, which `hf.save` relies on.
+  """
   if "://" not in os.fspath(folder):
     hf.save(folder, *saved)
     return
@@ -77,96 +101,143 @@ def _export(folder, *saved):
       files.write(folder / path.name, path.read_bytes())
 
 
-def _whole(model, params, frozen):
-  """A trained model without adapters, and its weights."""
-  if frozen is None:
+def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
+  """The trained model without adapters, and its weights."""
+  model = stage_models.learner.model
+  if stage_models.non_trainable is None:
     return model, params
-  merged = jax.jit(functools.partial(models.merge, model.config),
-                   out_shardings=training.shardings(frozen))(training.join(params, frozen))
-  return models.build(dataclasses.replace(model.config, lora=None)), merged
+  merge = jax.jit(functools.partial(models.merge, model.config),
+                  out_shardings=training.shardings(stage_models.non_trainable))
+  return (models.build(dataclasses.replace(model.config, lora=None)),
+          merge(stage_models.full(params)))
 
 
-def _learner(made, node, workdir, mesh):
-  """(what is trained, the leaves beside it that are not): adapters alone where the row has some.
+def _learner(plan: Plan, node: Node, workdir: epath.Path,
+             mesh: Mesh) -> tuple[Role, Params | None]:
+  """(what is trained, the leaves that stand still beside it): with lora, the adapters alone train.
 
-  What adapters stand beside is float32 too: merged, it is what the stage leaves behind.
+  The leaves that stand still are float32 too: merged, they are what the stage leaves behind.
   """
-  learner = _load(made, node.learner, workdir, mesh, models.shapes)
+  learner = _load(plan, node.learner, workdir, mesh, models.shapes)
   lora = models.lora(node.hp.lora)
   if lora is None:
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
-  seed = zlib.crc32(f"{made.config.seed} {node.stage.name} adapters".encode())
-  return loop.Role(model, models.adapters(model, seed)), learner.params
+  seed = zlib.crc32(f"{plan.config.seed} {node.stage.name} adapters".encode())
+  return Role(model, models.adapters(model, seed)), learner.params
 
 
-def _work(made, node, workdir, mesh):
-  """Everything `loop.run` needs to know of a node."""
-  config, row = made.config, node.stage
-  hp, seed = node.hp, config.seed
-  learner, rest = _learner(made, node, workdir, mesh)
-  frozen = {role: _load(made, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
-  return loop.Work(
-      name=row.name, folder=workdir / node.name, hp=hp, seed=seed, prompts=made.prompts[node.split],
-      width=config.prompt_tokens, stop_ids=made.chat.eos_ids, learner=learner,
-      actor=frozen.get(node.actor), guide=frozen.get(node.guide), frozen=rest,
-      given=_given(made, hp) if row.actor == "given" else None,
-      reward=made.reward if row.reward or row.prompt_weights else None,
-      advantages=objectives.ADVANTAGES[hp.advantages] if row.reward else None,
-      judge=_load(made, node.learner, workdir, mesh) if row.prompt_weights else None,
-      weigh=row.prompt_weights,
-      punish=objectives.length_penalty(hp) if row.reward else None,
-      objective=row.objective, logp=objectives.logp,
+def _models(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> StageModels:
+  """The models of a stage, loaded. A role that two names share is loaded once."""
+  learner, non_trainable = _learner(plan, node, workdir, mesh)
+  frozen = {role: _load(plan, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
+  start = None
+  if node.stage.prompt_weights is not None:  # the learner's own weights move: a copy stays
+    start = _load(plan, node.learner, workdir, mesh)
+  found = StageModels(learner, non_trainable, actor=frozen.get(node.actor),
+                      on_policy=node.stage.actor == node.stage.learner,
+                      guide=frozen.get(node.guide), pass_rate_model=start)
+  if found.on_policy:
+    shapes = sharding.abstract(found.full(learner.params))
+    found = found._replace(actor=Role(learner.model, shapes))
+  return found
+
+
+def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
+  """Everything that `loop.run` reads of a stage."""
+  hp = node.hp
+  stage = node.stage
+  seed = plan.config.seed
+  stage_models = _models(plan, node, workdir, mesh)
+  learner = stage_models.learner
+  rewards = None
+  if stage.reward:
+    rewards = Rewards(plan.reward, objectives.ADVANTAGES[hp.advantages],
+                      objectives.length_penalty(hp))
+  order = PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
+                      rounds=max(hp.rounds, 1) if stage.reward else 1)
+  validate = None
+  if hp.eval_every:
+    validate = _validation(plan, learner.model, stage_models.full(learner.params))
+  return loop.StageRun(
+      name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
+      models=stage_models,
+      samplers=Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
+                        plan.chat.eos_ids, plan.chat.decode),
+      objective=stage.objective, logp=objectives.logp,
       optimizer=optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config)),
-      store=lambda: rollouts.Store(workdir / _rollouts(made, node.actor, node.hp),
-                                  files.write),
-      passes=lambda: rollouts.Store(workdir / _rollouts(made, node.learner, node.hp, "passes"),
-                                   files.write),
-      validate=_validation(made, learner.model, training.join(learner.params, rest))
-      if hp.eval_every else None,
-      text=made.chat.decode, room=loop.room(config.sampler))
+      source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
+      rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
+      validate=validate)
+
+
+def _source(plan: Plan, node: Node, stage_models: StageModels, order: PromptOrder,
+            workdir: epath.Path) -> Callable[[Sampler | None], RolloutSource]:
+  """The source of a stage's rollouts, as a function of its actor's compiled sampler."""
+  hp = node.hp
+  if node.stage.actor == "given":
+    def solution(prompt_id: int) -> Sequence[int]:
+      return plan.chat.encode_response(plan.problems[prompt_id]["solution"])
+    return lambda _: GivenSolutions(solution, plan.config.prompt_tokens, hp.sampling.max_tokens)
+  if stage_models.on_policy:
+    seed = (plan.config.seed, zlib.crc32(node.stage.name.encode()))
+    return lambda sampler: OnPolicy(sampler, seed, hp.epochs * hp.minibatches)
+  # The store is opened when the stage starts, and its seed names no stage: stages share it.
+  return lambda sampler: FrozenActor(
+      sampler, stage_models.actor.params, _store(plan, node.actor, hp, workdir),
+      (plan.config.seed,), node.name, hp.sampling.samples_per_prompt, order.epoch)
+
+
+def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
+                workdir: epath.Path) -> Callable[[Sampler], PassRates] | None:
+  """The pass rates that weight a stage's prompts, as a function of the compiled sampler."""
+  if stage_models.pass_rate_model is None:
+    return None
+  seed = (plan.config.seed, zlib.crc32(b"pass rate"))
+  return lambda sampler: PassRates(
+      FrozenActor(sampler, stage_models.pass_rate_model.params,
+                  _store(plan, node.learner, node.hp, workdir, "passes"), seed, node.name,
+                  node.hp.pass_samples, epoch=lambda step: 0),
+      plan.reward, node.stage.prompt_weights)
 
 
 def _room(config):
   """The sampler.Room of what scores: a narrower cache is for stages, which check it first."""
-  return loop.room(config.sampler).exact()
+  return compiling.room(config.sampler).exact()
 
 
-def _load(made, role, workdir, mesh, shapes=models.frozen_shapes):
+def _load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
+          shapes_of: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A role's model and weights, in a copy of its own: the learner's buffers are donated.
 
-  They are stored as shapes(config) says: as a frozen model's, if not otherwise.
+  The weights are stored in the types of `shapes_of(config)`; by default those of a frozen model.
   """
-  folder = made.base(role)["folder"]
-  run = {key: made.config[key] for key in models.RUN}
-  if role in made.bases:
-    return loop.Role(*hf.load(folder, mesh, run=run, shapes=shapes))
+  folder = plan.base(role)["folder"]
+  run = {key: plan.config[key] for key in models.RUN}
+  if role in plan.bases:
+    return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
   model = models.get(hf.read_json(folder), **run)
-  shapes = shapes(model.config)
+  shapes = shapes_of(model.config)
   abstract = sharding.laid_out(shapes, sharding.weight_shardings(
       mesh, models.axes(model.config), shapes))
-  return loop.Role(model, checkpoint.load_final(workdir / role, abstract))
+  return Role(model, checkpoint.load_final(workdir / role, abstract))
 
 
-def _rollouts(made, actor, hp, kind="rollouts"):
-  """The folder of a frozen actor's rollouts; samples_per_prompt does not name a row, so is out."""
+def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
+           kind: str = "rollouts") -> rollouts.Store:
+  """The store of a frozen actor's rollouts, opened; its folder's name says what is in it.
+
+  samples_per_prompt is left out: it does not change what a row is.
+  """
   record = {name: key for name, key in sampler.Sampling.KEYS.items()
             if name != "samples_per_prompt"}
-  return manifest.name(kind, {
-      "actor": made.identity(actor), "sampling": keys.hashed(hp.sampling, record),
-      "seed": made.config.seed,
-      "prompts": manifest.digest(made.prompts["all"]), "width": made.config.prompt_tokens,
-      "tokenizer": made.chat.fingerprint(), "dtype": made.config.dtype,
-      "cache": made.config.sampler.cache, "drawn by": "one uniform number a token"})
-
-
-def _given(made, hp):
-  """draw(prompts) -> Rollout of the problems' own solutions, one a problem, end token included."""
-  def draw(picked):
-    T = hp.sampling.max_tokens
-    rows = [made.chat.encode_response(made.problems[p.id]["solution"]) for p in picked]
-    return rollouts.given(picked, rows, made.config.prompt_tokens, T)
-  return draw
+  name = manifest.name(kind, {
+      "actor": plan.identity(actor), "sampling": keys.hashed(hp.sampling, record),
+      "seed": plan.config.seed,
+      "prompts": manifest.digest(plan.prompts["all"]), "width": plan.config.prompt_tokens,
+      "tokenizer": plan.chat.fingerprint(), "dtype": plan.config.dtype,
+      "cache": plan.config.sampler.cache, "drawn by": "one uniform number a token"})
+  return rollouts.Store(workdir / name, files.write)
 
 
 def evaluate(made, role, workdir):
@@ -231,7 +302,7 @@ def _measured(made, role, guide, prompts, workdir, mesh):
                               agreement, config)
   found = {}
   for name, (model, params) in models_.items():
-    draw = sampler.make(model, params, loop.sampling(config.sampling, made.chat.eos_ids),
+    draw = sampler.make(model, params, compiling.sampling(config.sampling, made.chat.eos_ids),
                         config.prompts, made.config.prompt_tokens, _room(made.config),
                         made.chat.decode)
     correct_PG, rows = evals.solve(draw, params, prompts, made.reward,
@@ -241,7 +312,7 @@ def _measured(made, role, guide, prompts, workdir, mesh):
       size, parts = config.prompts * config.sampling.samples_per_prompt, []
       batch = rollouts.batch(rows)
       for b in range(0, len(rows.prompt_id_B), size):
-        part = rollouts.Batch(*(x[b: b + size] for x in batch))
+        part = jax.tree.map(operator.itemgetter(slice(b, b + size)), batch)
         parts.append(sharding.fetch(compared(models_["student"].params, models_["teacher"].params,
                                              sharding.put_batch(part, mesh))))
       values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -252,7 +323,7 @@ def _measured(made, role, guide, prompts, workdir, mesh):
 def _scores(made, learner, prompts):
   """(result, samples) of one model: greedy, avg@k and pass@k, with the matrix behind them."""
   config, seed = made.config.evaluation, (made.config.seed, zlib.crc32(b"evaluation"))
-  sampled = loop.sampling(config.sampling, made.chat.eos_ids)
+  sampled = compiling.sampling(config.sampling, made.chat.eos_ids)
   greedy = sampled._replace(samples_per_prompt=1, temperature=0.0)
   matrices, found = {}, {}
   for name, how in (("sampled", sampled), ("greedy", greedy)):

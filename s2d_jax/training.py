@@ -1,33 +1,84 @@
 """TrainState and the one jitted optimizer update: objective, reduce once, gradients, optax.
 
-It is handed a model, an objective and an optimizer and knows none of them: a head is the pair
-(features_BTD, weight_VD), a batch any pytree with rows on the leading axis of every leaf and
-inputs_BT, positions_BT and segments_BT among its fields. Runs under `jax.set_mesh`.
+The update is handed a model, an objective and an optimizer and imports none of them. A head is the
+pair (features_BTD, weight_VD). A batch is any pytree with rows on the leading axis of every leaf
+and inputs_BT, positions_BT and segments_BT among its fields.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from s2d_jax import keys, sharding
+from s2d_jax.rollouts import Batch
+from s2d_jax.sharding import Params
 
 KEYS = {"microbatches": keys.at_least(1, neutral=1, hashed=False)}
 
+Head = tuple[jax.Array, jax.Array]                # (features_BTD, weight_VD)
+Metrics = dict[str, jax.Array]                    # float32 scalars
+Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
+
 
 class TrainState(NamedTuple):
-  """All that training changes; `step` counts optimizer updates, `params` are trainable leaves."""
-  step: jax.Array
-  params: Any
-  opt_state: Any
+  """All that training changes."""
+  step: jax.Array             # optimizer updates so far
+  params: Params              # the trainable leaves
+  opt_state: optax.OptState
 
 
-def abstract(optimizer, mesh, params):
-  """Shapes, types and layouts of the state that `init` makes: enough to compile for.
+def make(model: Any, params: Params, objective: Any, optimizer: optax.GradientTransformation,
+         guide: Any = None, hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
+         ) -> tuple[TrainState, Callable[[TrainState, Params | None, Batch],
+                                         tuple[TrainState, Metrics]]]:
+  """A TrainState around `params`, and the update that moves it.
 
-  `params` are arrays, or abstract ones, laid out on `mesh`; the slots are laid out as they are.
+    state, update = training.make(student, params, objectives.REVERSE_KL, optim.adamw(1e-3),
+                                  guide=teacher)
+    state, metrics = update(state, teacher_params, rollouts.batch(rollout))
+
+  Args:
+    model: the model that is trained; params: its weights. The update frees their buffers: load
+      them a second time for a guide that is the learner's own start.
+    objective: an `objectives.Objective`; hp: values for the keys that it reads, and microbatches;
+      each key that is not named has its default.
+    optimizer: an optax transformation.
+    guide: a frozen model on the same tokens, where the objective reads one.
+    mesh: by default the current one, or a mesh of one device. On a given or current mesh the
+      params are laid out already.
+
+  Returns:
+    (state, update). `update(state, guide_params, batch)` puts a batch of the host on the mesh and
+    does what `jit_update` describes.
+  """
+  mesh = mesh or sharding.current_mesh()
+  if mesh is None:
+    mesh = sharding.make_mesh()
+    params = jax.device_put(params, sharding.replicated(mesh))
+  hp = keys.defaults({**objective.keys, **KEYS}, **(hp or {}))
+  with jax.set_mesh(mesh):
+    state = init(optimizer, mesh, params)
+    step = jit_update(model, guide, objective, optimizer, hp, shardings(state))
+
+  def update(state: TrainState, guide_params: Params | None,
+             batch: Batch) -> tuple[TrainState, Metrics]:
+    with jax.set_mesh(mesh):
+      return step(state, guide_params, sharding.put_batch(batch, mesh))
+
+  return state, update
+
+
+def abstract(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
+  """Shapes, types and layouts of the state that `init` returns: enough to compile for.
+
+  `params` are arrays or abstract arrays, laid out on `mesh`; the optimizer's slots are laid out as
+  the parameters are.
   """
   params = sharding.abstract(params)
   shapes = jax.eval_shape(optimizer.init, params)
@@ -41,11 +92,11 @@ def abstract(optimizer, mesh, params):
                     sharding.laid_out(shapes, slots[0]))
 
 
-def init(optimizer, mesh, params):
-  """A state at update 0 around `params`, its optimizer slots laid out as the parameters are.
+def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
+  """A state at update 0 around `params`, which are laid out on `mesh`.
 
-  `params` are already placed on `mesh`. They become the state's, whose buffers the update donates:
-  a frozen copy for a reference must be its own.
+  The parameters become the state's, whose buffers the update donates: a reference model needs its
+  own copy.
   """
   layout = shardings(abstract(optimizer, mesh, params))
   start = jax.jit(lambda params: (jnp.int32(0), optimizer.init(params)),
@@ -54,46 +105,48 @@ def init(optimizer, mesh, params):
   return TrainState(step, params, opt_state)
 
 
-def shardings(state):
-  """Where each leaf of a state (or of its shapes) lives: the last argument of `make`."""
-  return jax.tree.map(lambda x: x.sharding, state)
+def shardings(tree: Any) -> Any:
+  """The sharding of each leaf of a state, or of any tree of arrays or their shapes."""
+  return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def make(model, guide_model, objective, optimizer, hp, layout):
-  """The jitted update: step(state, guide_params, batch, frozen=None) -> (state, metrics).
+def jit_update(model: Any, guide_model: Any, objective: Loss,
+               optimizer: optax.GradientTransformation, hp: ConfigDict,
+               layout: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The jitted update: update(state, guide_params, batch, non_trainable=None) -> (state, metrics).
 
   One optimizer update on the whole batch, in hp.microbatches slices of its rows. Sums, counts and
-  gradients of the loss's sum are added up in float32 and divided once, so the split changes
-  nothing, nor do rows of weight 0. The state is donated and keeps its layout. `frozen` are the
-  leaves of the model that are not trained (`join` puts both together); they are not donated.
+  gradients of the loss's sum are added in float32 and divided once, so that neither the split nor
+  rows of weight 0 change the result. The state is donated and keeps its layout. `non_trainable`
+  are the leaves of the model that are not trained (`join` unites the two); they are not donated.
+  Trace and call it under `jax.set_mesh`.
 
   Args:
     model: what is trained; guide_model: a frozen model scored on the same tokens, or None.
-    objective: objective(head, guide_head, batch, hp) -> {name: (sum, count)}, "loss" among them;
-      (largest,) for what is not a mean.
-    optimizer: an optax transformation.
+    objective: objective(head, guide_head, batch, hp) -> {name: (sum, count)}, "loss" among them; a
+      tuple of one value is reduced by the largest.
     hp: microbatches, and what the objective reads.
     layout: `shardings` of the state.
 
   Returns:
-    A function whose metrics are float32 scalars: the objective's, grad_norm (before
-    clipping), update_norm, and finite, which is 0 where the loss or the gradient is not: the
-    state is then returned as it came.
+    A function whose metrics are float32 scalars: the objective's, grad_norm (before clipping),
+    update_norm, and finite. `finite` is 0 where the loss or the gradient is not finite; the state
+    is then returned unchanged.
   """
 
-  def gradients(params, frozen, guide_params, batch):
+  def gradients(params, non_trainable, guide_params, batch):
     guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
 
     def loss(params):
-      sums = objective(_head(model, join(params, frozen), batch), guide_head, batch, hp)
+      sums = objective(_head(model, join(params, non_trainable), batch), guide_head, batch, hp)
       return sums["loss"][0], sums
 
     grads, sums = jax.grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
-  def accumulated(params, frozen, guide_params, batch):
+  def accumulated(params, non_trainable, guide_params, batch):
     def body(total, microbatch):
-      grads, sums = gradients(params, frozen, guide_params, _spread(microbatch))
+      grads, sums = gradients(params, non_trainable, guide_params, _spread(microbatch))
       total = jax.tree.map(jnp.add, total, grads)
       return jax.lax.with_sharding_constraint(total, layout.params), sums
 
@@ -103,9 +156,10 @@ def make(model, guide_model, objective, optimizer, hp, layout):
                    for name, pair in sums.items()}
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
-  def step(state, guide_params, batch, frozen=None):
-    total, sums = accumulated(state.params, frozen, guide_params, batch)
+  def update(state, guide_params, batch, non_trainable=None):
+    total, sums = accumulated(state.params, non_trainable, guide_params, batch)
     metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
+    # The one division: sums over all microbatches by the count over all of them.
     grads = jax.tree.map(
         lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -116,77 +170,85 @@ def make(model, guide_model, objective, optimizer, hp, layout):
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
-  return step
+  return update
 
 
-def join(params, frozen):
-  """One tree of two nested dicts that share no leaf; `frozen` may be None."""
-  if frozen is None:
+def join(params: Params, non_trainable: Params | None) -> Params:
+  """One tree of two nested dicts that share no leaf; with None, `params` as it is."""
+  if non_trainable is None:
     return params
-  return {key: params.get(key, frozen.get(key)) if not isinstance(frozen.get(key), dict)
-          else join(params.get(key, {}), frozen[key]) for key in {**frozen, **params}}
+  joined = {}
+  for key in {**non_trainable, **params}:
+    other = non_trainable.get(key)
+    if isinstance(other, dict):
+      joined[key] = join(params.get(key, {}), other)
+    else:
+      joined[key] = params.get(key, other)
+  return joined
 
 
-def score(model, logp, hp):
-  """Jitted (params, batch) -> (logp_BT, entropy_BT), the model's own numbers on the batch's tokens.
+def token_logps(model: Any, logp: Callable[..., tuple[jax.Array, jax.Array]],
+                hp: ConfigDict) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+  """Jitted (params, batch) -> (logp_BT, entropy_BT): a model's own numbers on a batch, in nats.
 
   Args:
-    model: the model scored; its parameters are not donated.
+    model: the model; its parameters are not donated.
     logp: logp(head, batch, hp) -> (logp_BT, entropy_BT), as `objectives.logp`.
     hp: microbatches (slices of the rows, one at a time), and what `logp` reads.
-
-  The results are replicated, so that every host reads the same.
   """
+  def on_microbatch(params, batch):
+    return logp(_head(model, params, batch), batch, hp)
 
-  mesh = sharding.current_mesh()
-
-  @functools.partial(jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh))
-  def scored(params, batch):
-    def on_microbatch(microbatch):
-      microbatch = _spread(microbatch)
-      return logp(_head(model, params, microbatch), microbatch, hp)
-
-    return _spread(_join(jax.lax.map(on_microbatch, _split(batch, hp.microbatches))))
-
-  return scored
+  return _jit_per_token(on_microbatch, hp.microbatches)
 
 
-def compare(model, guide_model, measure, hp):
+def compare(model: Any, guide_model: Any, measure: Callable[..., dict[str, jax.Array]],
+            hp: ConfigDict) -> Callable[[Params, Params, Batch], dict[str, jax.Array]]:
   """Jitted (params, guide_params, batch) -> {name: value_BT}: two models on the same tokens.
 
   Args:
-    model, guide_model: the two; neither is trained.
+    model, guide_model: the two models; neither is trained.
     measure: measure(head, guide_head, batch, hp) -> {name: value_BT}, as `losses.agreement`.
     hp: microbatches, and what `measure` reads.
+  """
+  def on_microbatch(params, guide_params, batch):
+    heads = _head(model, params, batch), _head(guide_model, guide_params, batch)
+    return measure(*heads, batch, hp)
 
-  The results are replicated, so that every host reads the same.
+  return _jit_per_token(on_microbatch, hp.microbatches)
+
+
+def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
+  """Jitted (*params, batch) -> f(*params, microbatch), its [B, T] results in the rows' order.
+
+  The results are replicated, so that every host reads all of them.
   """
   mesh = sharding.current_mesh()
 
   @functools.partial(jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh))
-  def compared(params, guide_params, batch):
-    def on_microbatch(microbatch):
-      microbatch = _spread(microbatch)
-      return measure(_head(model, params, microbatch),
-                     _head(guide_model, guide_params, microbatch), microbatch, hp)
+  def per_token(*args):
+    *params, batch = args
+    microbatched = jax.lax.map(lambda part: f(*params, _spread(part)), _split(batch, microbatches))
+    return _spread(_join(microbatched))
 
-    return _spread(_join(jax.lax.map(on_microbatch, _split(batch, hp.microbatches))))
-
-  return compared
+  return per_token
 
 
-def _head(model, params, batch):
+def _head(model: Any, params: Params, batch: Batch) -> Head:
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)
 
 
-def _mean(total, count):
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
   """Sum over count; a batch without any weight has mean 0 and gradient 0."""
   return total / jnp.where(count > 0, count, 1.0)
 
 
-def _split(batch, k):
-  """Every k-th row together: each device then finds its share of a microbatch in its own rows."""
+def _split(batch: Batch, k: int) -> Batch:
+  """[rows, ...] -> [k, rows / k, ...], every k-th row together.
+
+  Each device then finds its share of a microbatch among its own rows.
+  """
   rows = jax.tree.leaves(batch)[0].shape[0]
   if rows % k:
     raise ValueError(f"a batch of {rows} rows does not split into microbatches = {k}: "
@@ -195,12 +257,12 @@ def _split(batch, k):
       lambda x: jnp.swapaxes(x.reshape(rows // k, k, *x.shape[1:]), 0, 1), batch)
 
 
-def _join(batch):
+def _join(tree: Any) -> Any:
   """The inverse of `_split`."""
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), batch)
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _spread(batch):
-  """Rows over the devices that share the batch, whatever else an array has whole on each."""
+def _spread(tree: Any) -> Any:
+  """Splits the rows over the devices that share the batch; further axes are whole on each."""
   return jax.tree.map(
-      lambda x: sharding.constrain(x, "batch", *("time",) * (x.ndim - 1)), batch)
+      lambda x: sharding.constrain(x, "batch", *("time",) * (x.ndim - 1)), tree)

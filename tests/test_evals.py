@@ -19,7 +19,7 @@ class Told:
   def __call__(self, params, prompts, seed, ended=None):
     self.calls.append((params, prompts, seed))
     repeated = [p for p in prompts for _ in range(3)]
-    rows = rollouts.given(repeated, RESPONSES, 2, 4)
+    rows = rollouts.given_solutions(repeated, RESPONSES, 2, 4)
     beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
     rows = rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
     for place in self.order if ended is not None else ():

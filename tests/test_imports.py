@@ -23,15 +23,15 @@ ARROWS = {
   "walk": {"stage", "budget"},
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},
-  "planning": {"doctor", "manifest", "data"},
+  "planning": {"doctor", "manifest", "data", "ledger"},
   "doctor": {"loop", "objectives"},
   "stage": {"planning", "loop", "objectives", "manifest"},
-  "loop": {"drawing", "training", "sampler", "evals", "rewards", "data", "chat", "checkpoint",
-            "metrics", "ledger", "optim"},
-  "drawing": {"training", "data", "hosts"},
+  "loop": {"compiling", "evals", "rewards", "chat", "checkpoint", "metrics", "ledger", "optim"},
+  "compiling": {"training", "sampler"},
   "training": {"rollouts", "sharding", "keys"},
+  "ledger": {"rollouts"},
   "evals": {"sampler", "stats"},
-  "rollouts": {"data"},
+  "rollouts": {"data", "sharding", "hosts"},
   "sampler": {"command", "models", "chat", "rollouts", "data", "keys", "hosts"},
   "objectives": {"losses", "keys", "rollouts"},
   "optim": {"keys"},
@@ -48,7 +48,8 @@ ARROWS = {
   "ladder": {"stats", "manifest"},
 }
 # These are handed functions: they know no loss and no model.
-NEVER = {unit: {"models", "losses", "objectives"} for unit in ("loop", "drawing", "training")}
+NEVER = {unit: {"models", "losses", "objectives"}
+         for unit in ("loop", "compiling", "rollouts", "training")}
 # A library with opinions is imported in one place.
 HOMES = {
   "flax": "models",

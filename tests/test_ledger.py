@@ -11,9 +11,9 @@ COUNTS = {name: 0 for name in ledger.COUNTS if name not in ("label_uses", "promp
 
 
 def test_labels_are_distinct_problems_and_uses():
-  rows = [ledger.row(0, [1, 2], [1, 2], **COUNTS | {"tokens_sampled": 5}),
-          ledger.row(1, [2, 3], [2, 3], **COUNTS | {"tokens_sampled": 7}),
-          ledger.row(2, [4], [], **COUNTS | {"updates": 3})]
+  rows = [ledger.entry(0, [1, 2], [1, 2], **COUNTS | {"tokens_sampled": 5}),
+          ledger.entry(1, [2, 3], [2, 3], **COUNTS | {"tokens_sampled": 7}),
+          ledger.entry(2, [4], [], **COUNTS | {"updates": 3})]
   got = ledger.total(rows)
   assert (got["labels_distinct"], got["label_uses"]) == (3, 4)
   assert (got["prompts_distinct"], got["prompt_uses"]) == (4, 5)
@@ -21,14 +21,14 @@ def test_labels_are_distinct_problems_and_uses():
 
 
 def test_some_of_a_steps_labels_may_have_been_bought_before():
-  rows = [ledger.row(0, [1, 2, 3], [1, 3], **COUNTS), ledger.row(1, [1, 2, 3], [2], **COUNTS)]
+  rows = [ledger.entry(0, [1, 2, 3], [1, 3], **COUNTS), ledger.entry(1, [1, 2, 3], [2], **COUNTS)]
   got = ledger.total(rows)
   assert (got["labels_distinct"], got["label_uses"], got["prompt_uses"]) == (3, 3, 6)
 
 
 def test_a_row_without_a_count_is_refused():
   with pytest.raises(ValueError, match="tokens_guide"):
-    ledger.row(0, [1], [1], **{k: v for k, v in COUNTS.items() if k != "tokens_guide"})
+    ledger.entry(0, [1], [1], **{k: v for k, v in COUNTS.items() if k != "tokens_guide"})
 
 
 def test_forward_flops_by_hand():

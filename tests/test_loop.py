@@ -15,7 +15,7 @@ from etils import epath
 from configs import common
 from s2d_jax import (
   checkpoint,
-  drawing,
+  compiling,
   files,
   hosts,
   loop,
@@ -27,6 +27,7 @@ from s2d_jax import (
   sampler,
   sharding,
 )
+from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
 from s2d_jax.rollouts import Prompt
 
@@ -34,7 +35,7 @@ CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim":
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
           "tie_word_embeddings": True, "max_position_embeddings": 64}
-PLAIN = loop.compile_programs
+COMPILE = compiling.compile_programs
 PROGRAMS = {}  # compiled once for all the tests of one setting
 
 
@@ -46,13 +47,13 @@ def params_of(model, seed, mesh):
                       sharding.weight_shardings(mesh, models.axes(model.config), tree))
 
 
-def odd(prompt_id, ids):
+def parity(prompt_id, ids):
   """A reward that varies within a group: the parity of the response's ids."""
   del prompt_id
   return float(ids.sum() % 2)
 
 
-def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
+def make(folder, mesh, reward=parity, validate=lambda params: (), **changes):
   """A student_grpo stage of four steps on eight prompts, saved every two."""
   model = models.get(CONFIG)
   hp = ml_collections.ConfigDict(
@@ -60,27 +61,58 @@ def make(folder, mesh, reward=odd, validate=lambda params: (), **changes):
                    sampling=common.sampling(samples_per_prompt=4, max_tokens=6))
       | common.grpo())
   hp.update(changes)
-  return loop.Work(
-      name="student_grpo", folder=folder, hp=hp, seed=0,
-      prompts=[Prompt(i, (2, 3 + i)) for i in range(8)], width=3, stop_ids=(1,),
-      learner=loop.Role(model, params_of(model, 0, mesh)), actor=None, guide=None, frozen=None,
-      given=None,
-      reward=reward, advantages=grpo.group_advantages, punish=objectives.length_penalty(hp),
-      judge=None, weigh=None,
+  learner = Role(model, params_of(model, 0, mesh))
+  actor = Role(model, sharding.abstract(learner.params))
+  order = rollouts.PromptOrder([Prompt(i, (2, 3 + i)) for i in range(8)], 0, "student_grpo",
+                               hp.prompts, rounds=max(hp.rounds, 1))
+  return loop.StageRun(
+      name="student_grpo", folder=folder, seed=0, hp=hp, prompts_of=order,
+      models=StageModels(learner, None, actor, on_policy=True, guide=None),
+      samplers=Samplers(sampler.Room(), prompt_tokens=3, stop_ids=(1,), decode=str),
       objective=objectives.GRPO, logp=objectives.logp,
       optimizer=optim.make(hp.optim, loop.update_count(hp), models.axes(model.config)),
-      store=None, passes=None, validate=validate, text=str, room=sampler.Room())
+      source=lambda sampler: rollouts.OnPolicy(
+          sampler, (0, zlib.crc32(b"student_grpo")), hp.epochs * hp.minibatches),
+      label_use="each_step",
+      rewards=rollouts.Rewards(reward, grpo.group_advantages, objectives.length_penalty(hp)),
+      pass_rates=None, validate=validate)
+
+
+def with_cache(stage, cache):
+  """The stage with another type of the sampler's cache."""
+  return stage._replace(samplers=stage.samplers._replace(config=sampler.Room(cache=cache)))
+
+
+def frozen_actor(stage, model, params, store):
+  """A stage that learns from a frozen actor's samples, kept in store()."""
+  actor = Role(model, params)
+  return stage._replace(
+      models=stage.models._replace(actor=actor, on_policy=False),
+      source=lambda sampler: rollouts.FrozenActor(
+          sampler, params, store(), (0,), epath.Path(stage.folder).name,
+          stage.hp.sampling.samples_per_prompt, stage.prompts_of.epoch))
+
+
+def weighted(stage, params, prompt_weights, reward, folder):
+  """A stage whose prompts are weighted by the pass rates of a learner's start, kept in `folder`."""
+  start = Role(stage.models.learner.model, params)
+  return stage._replace(
+      models=stage.models._replace(pass_rate_model=start),
+      pass_rates=lambda sampler: rollouts.PassRates(
+          rollouts.FrozenActor(
+              sampler, params, rollouts.Store(epath.Path(folder), files.write),
+              (0, zlib.crc32(b"pass rate")), epath.Path(stage.folder).name, stage.hp.pass_samples,
+              lambda step: 0),
+          reward, prompt_weights))
 
 
 @pytest.fixture
 def mesh(monkeypatch):
   """One device, and compiled programs shared between tests of equal settings."""
-  compile_programs = loop.compile_programs
-
-  def cached(work, state, mesh):
-    key = work.hp.epochs, work.hp.minibatches, work.hp.clip_low
+  def cached(models, hp, *args):
+    key = hp.epochs, hp.minibatches, hp.clip_low
     if key not in PROGRAMS:
-      PROGRAMS[key] = compile_programs(work, state, mesh)
+      PROGRAMS[key] = COMPILE(models, hp, *args)
     return PROGRAMS[key]
 
   monkeypatch.setattr(loop, "compile_programs", cached)
@@ -89,10 +121,10 @@ def mesh(monkeypatch):
     yield mesh
 
 
-def run(work):
-  with files.only_writer(work.folder) as (beat, left):
+def run(stage):
+  with files.only_writer(stage.folder) as (beat, left):
     with hosts.stop_signal() as stop:
-      return loop.run(work, beat, left, stop)
+      return loop.run(stage, beat, left, stop)
 
 
 def equal(a, b):
@@ -105,8 +137,8 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
   for row in metrics.read(tmp_path / "one", "metrics"):
     assert abs(row["ratio_mean"] - 1) < 1e-6 and row["clip_fraction"] == 0
     assert row["logp_gap_max"] < 1e-5 and 0 <= row["mixed_groups"] <= 1
-  work = make(tmp_path / "many", mesh, epochs=3, minibatches=2, clip_low=1e-4, clip_high=1e-4)
-  run(work)
+  stage = make(tmp_path / "many", mesh, epochs=3, minibatches=2, clip_low=1e-4, clip_high=1e-4)
+  run(stage)
   rows = metrics.read(tmp_path / "many", "metrics")
   assert max(row["clip_fraction"] for row in rows) > 0.1
   assert max(abs(row["ratio_mean"] - 1) for row in rows) > 1e-4
@@ -115,28 +147,30 @@ def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
 
 
 @pytest.mark.medium
-def test_text_is_scored_before_the_update_only_where_the_update_cannot(tmp_path, mesh):
+def test_old_log_probabilities_are_taken_first_only_where_the_update_cannot(tmp_path, mesh):
   one, two = make(tmp_path / "one", mesh), make(tmp_path / "two", mesh, minibatches=2)
-  teacher = loop.Role(models.get(CONFIG), params_of(one.learner.model, 1, mesh))
-  wide = loop.Role(models.get(CONFIG | {"vocab_size": 20}), None)
-  for work, asked in ((one, False), (two, True), (one._replace(actor=teacher), True),
-                      (one._replace(given=list), False), (one._replace(guide=teacher), False),
-                      (one._replace(guide=wide), True)):
-    assert loop.scored(work) == asked
+  guide = Role(models.get(CONFIG), None)
+  wide = Role(models.get(CONFIG | {"vocab_size": 20}), None)
+  for stage, changes, needed in (
+      (one, {}, False), (two, {}, True), (one, {"on_policy": False}, True),
+      (one, {"actor": None}, False), (one, {"guide": guide}, False), (one, {"guide": wide}, True)):
+    changed = stage.models._replace(**changes)
+    assert compiling.needs_old_logps(changed, stage.hp) == needed
   spent = []
-  for work in (one, two):
-    run(work)
-    assert (loop.compile_programs(work, None, mesh).score is None) == (work is one)
-    spent.append(metrics.read(work.folder, "ledger")[0])
+  for stage in (one, two):
+    run(stage)
+    programs = loop.compile_programs(stage.models, stage.hp)
+    assert (programs.token_logps is None) == (stage is one)
+    spent.append(metrics.read(stage.folder, "ledger")[0])
     assert all(row["logp_gap_rms"] <= row["logp_gap_max"] < 1e-5 and "logp_gap_square" not in row
-               for row in metrics.read(work.folder, "metrics"))
+               for row in metrics.read(stage.folder, "metrics"))
   # The same samples: drawn once, learned from at three forwards, and scored at one more.
   assert spent[0]["tokens_sampled"] == spent[1]["tokens_sampled"]
   assert spent[1]["flops"] / spent[0]["flops"] == pytest.approx(5 / 4)
 
 
 @pytest.mark.medium
-def test_where_every_group_is_dropped_no_gap_is_claimed(tmp_path, mesh):
+def test_no_gap_is_logged_where_every_group_is_dropped(tmp_path, mesh):
   run(make(tmp_path, mesh, reward=lambda prompt_id, ids: 1.0, rounds=1, steps=2))
   for row in metrics.read(tmp_path, "metrics"):
     assert row["mixed_groups"] == 0 == row["loss"]
@@ -146,16 +180,16 @@ def test_where_every_group_is_dropped_no_gap_is_claimed(tmp_path, mesh):
 @pytest.mark.medium
 @pytest.mark.parametrize("cache", ["int8", "bfloat16"])
 def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monkeypatch):
-  # Keys and values of fewer bits move log-probabilities; how far is allowed says MOST_GAP.
-  monkeypatch.setattr(loop, "compile_programs", PLAIN)
-  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
-  monkeypatch.setattr(loop, "MOST_GAP", 1e-6)
+  # Keys and values of fewer bits move log-probabilities; how far is allowed says MAX_LOGP_GAP_NATS.
+  monkeypatch.setattr(loop, "compile_programs", COMPILE)
+  stage = with_cache(make(tmp_path, mesh, steps=1), cache)
+  monkeypatch.setattr(loop, "MAX_LOGP_GAP_NATS", 1e-6)
   with pytest.raises(ValueError, match=cache + r" and the sampler's log-probabilities are 0\.\d+ "
                      r"nats \(root mean square\) from the trainer's in student_grpo, where 1e-06"):
-    run(work)
+    run(stage)
   assert not (tmp_path / "metrics").exists()
-  monkeypatch.setattr(loop, "MOST_GAP", 1.0)
-  run(work)
+  monkeypatch.setattr(loop, "MAX_LOGP_GAP_NATS", 1.0)
+  run(stage)
   (row,), (_, timing) = (metrics.read(tmp_path, name) for name in ("metrics", "timing"))
   assert 1e-5 < row["logp_gap_rms"] < 1 and row["logp_gap_rms"] <= row["logp_gap_max"]
   assert timing["sampler_tokens"] == row["tokens"] <= timing["sampler_slot_tokens"]
@@ -167,13 +201,13 @@ def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monk
     ("float32", 1.0, False), ("bfloat16", 0.0101, True)])
 def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, gap, wrong, tmp_path, mesh,
                                                         monkeypatch):
-  work = make(tmp_path, mesh, steps=1)._replace(room=sampler.Room(cache=cache))
-  monkeypatch.setattr(loop, "_score", lambda *_: (None, {"logp_gap_rms": gap}))
+  stage = with_cache(make(tmp_path, mesh, steps=1), cache)
+  monkeypatch.setattr(loop, "_sampler_gap", lambda *_: (None, {"logp_gap_rms": gap}))
   programs = types.SimpleNamespace(
-      draw=lambda *_: rollouts.given([Prompt(0, (1,))], [[1, 2]], 3, 2))
+      sampler=lambda *_: rollouts.given_solutions([Prompt(0, (1,))], [[1, 2]], 3, 2))
   with pytest.raises(ValueError, match=f"sampler.cache is {cache} and .* where 0.01 is"
                      ) if wrong else contextlib.nullcontext():
-    loop._check_cache(work, programs, types.SimpleNamespace(params=None), mesh)
+    loop._check_cache(stage, programs, types.SimpleNamespace(params=None))
 
 
 def step_batches(monkeypatch):
@@ -188,18 +222,25 @@ def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, mon
   # Prompts 0 to 3 are always right, so their groups are constant; the others' rewards are mixed.
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
-  batches, drawn, one = step_batches(monkeypatch), [], drawing._draw
-  monkeypatch.setattr(drawing, "_draw", lambda *args: (drawn.append((args[4], args[6], [
-      p.id for p in args[5]])), one(*args))[1])
-  work = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
-  run(work)
+  batches = step_batches(monkeypatch)
+  drawn = []
+  sample = rollouts.OnPolicy.sample
+
+  def recorded(self, params, prompts, step, round=0, on_finish=None):
+    drawn.append((step, round, [p.id for p in prompts]))
+    return sample(self, params, prompts, step, round, on_finish)
+
+  monkeypatch.setattr(rollouts.OnPolicy, "sample", recorded)
+  stage = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
+  run(stage)
   assert {(step, turn) for step, turn, _ in drawn} >= {(step, 0) for step in range(4)}
   rows, ledger = metrics.read(tmp_path, "metrics"), metrics.read(tmp_path, "ledger")
   dropped = 0
   for step, (batch, row, entry) in enumerate(zip(batches, rows, ledger, strict=True)):
-    asked = [i for at, _, ids in drawn if at == step for i in ids]
-    assert sorted(entry["labels"]) == sorted(entry["prompts"]) == sorted(asked)  # all are charged
-    assert row["rounds"] == len(asked) / 4 and batch.weight_BT.shape[0] == 16
+    prompt_ids = [i for at, _, ids in drawn if at == step for i in ids]
+    # Every round is charged.
+    assert sorted(entry["labels"]) == sorted(entry["prompts"]) == sorted(prompt_ids)
+    assert row["rounds"] == len(prompt_ids) / 4 and batch.weight_BT.shape[0] == 16
     own = batch.weight_BT.sum(axis=1).reshape(4, 4) > 0
     assert np.all(own.all(axis=1) | ~own.any(axis=1))  # whole groups
     advantage = np.abs(batch.advantage_BT).max(axis=1).reshape(4, 4)
@@ -221,8 +262,8 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
     opened.append(rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write))
     return opened[-1]
   def stage(name, steps):
-    work = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
-    return work._replace(actor=loop.Role(model, params_of(model, 1, mesh)), store=store)
+    learner = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
+    return frozen_actor(learner, model, params_of(model, 1, mesh), store)
   run(stage("one", 2))
   spent = metrics.read(tmp_path / "one", "ledger")
   assert [len(entry["prompts"]) for entry in spent] == [8, 8]
@@ -233,7 +274,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
       rows, _ = kept.get([Prompt(prompt, ())], [sample])
       assert (rows.prompt_id_B[0], rows.sample_index_B[0]) == (prompt, sample)
   assert all(entry["tokens_reused"] == entry["flops_reused"] == 0 for entry in spent)
-  # Another stage draws what is there: as much is reused, of kept and of dropped groups alike.
+  # Another stage finds every row there: as much is reused, in trained and in dropped groups alike.
   run(stage("two", 3))
   again = metrics.read(tmp_path / "two", "ledger")
   for before, after in zip(spent, again, strict=False):
@@ -245,7 +286,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
 
 
 @pytest.mark.medium
-def test_answers_cut_off_are_left_out_or_punished(tmp_path, mesh, monkeypatch):
+def test_responses_cut_off_get_no_weight_or_a_length_penalty(tmp_path, mesh, monkeypatch):
   batches = step_batches(monkeypatch)
   run(make(tmp_path / "mask", mesh, overlong="mask", steps=2))
   run(make(tmp_path / "soft", mesh, overlong="soft", overlong_cache=3, steps=2,
@@ -266,12 +307,12 @@ def test_answers_cut_off_are_left_out_or_punished(tmp_path, mesh, monkeypatch):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_length_punished_does_not_make_a_group_worth_learning_from(tmp_path, mesh, monkeypatch,
+def test_a_length_penalty_makes_no_group_of_equal_rewards_mixed(tmp_path, mesh, monkeypatch,
                                                                      rounds):
   # The reward decides what is dropped, before anything is added to it: as many answers of prompts 0
   # to 3 as of the others are punished for their lengths, and none of those groups has a weight.
   def reward(prompt_id, ids):
-    return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
+    return 1.0 if prompt_id < 4 else parity(prompt_id, ids)
   batches, learned = step_batches(monkeypatch), []
   batch_of = rollouts.batch
   monkeypatch.setattr(rollouts, "batch", lambda rows, *more: (
@@ -296,18 +337,18 @@ def test_a_length_punished_does_not_make_a_group_worth_learning_from(tmp_path, m
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path, mesh, value):
   def reward(prompt_id, ids):
-    return value if prompt_id == 5 else odd(prompt_id, ids)
+    return value if prompt_id == 5 else parity(prompt_id, ids)
   with pytest.raises(ValueError, match=rf"prompt 5, sample \d has the reward {value}: a"):
     run(make(tmp_path, mesh, reward=reward, rounds=1))
 
 
 @pytest.mark.medium
-def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
+def test_a_step_evaluates_then_saves_then_samples(tmp_path, mesh, monkeypatch):
   events = []
   save, step = checkpoint.Checkpoints.save, loop._step
   monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, at, state: (
       events.append(("save", at)), save(self, at, state)))
-  monkeypatch.setattr(loop, "_step", lambda *args: (events.append(("draw", args[4])),
+  monkeypatch.setattr(loop, "_step", lambda *args: (events.append(("draw", args[5])),
                                                      step(*args))[1])
   run(make(tmp_path, mesh, eval_every=2,
            validate=lambda params: (events.append(("evaluate",)), [("validation/x", 1.0)])[1]))
@@ -318,14 +359,14 @@ def test_evaluate_then_save_then_draw(tmp_path, mesh, monkeypatch):
 
 
 @pytest.mark.medium
-def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path, mesh):
+def test_a_stage_that_is_stopped_saves_and_resumes_to_the_same_end(tmp_path, mesh):
   whole, totals = run(make(tmp_path / "whole", mesh))
-  told = []
+  signalled = []
 
   def stopping(prompt_id, ids):
-    if not told and len(metrics.read(tmp_path / "cut", "metrics")) == 0:
-      told.append(os.kill(os.getpid(), signal.SIGTERM))
-    return odd(prompt_id, ids)
+    if not signalled and len(metrics.read(tmp_path / "cut", "metrics")) == 0:
+      signalled.append(os.kill(os.getpid(), signal.SIGTERM))
+    return parity(prompt_id, ids)
 
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as stop:
@@ -351,7 +392,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     return reward_PG * (np.nan if len(seen) > 3 else 1.0)
 
   with pytest.raises(FloatingPointError, match=r"step 3; the checkpoint of step 2 in .* is kept"):
-    run(make(tmp_path, mesh)._replace(advantages=poisoned))
+    stage = make(tmp_path, mesh)
+    run(stage._replace(rewards=stage.rewards._replace(advantages=poisoned)))
   steps = checkpoint.Checkpoints(tmp_path)
   assert steps.latest() == 2
   steps.close()
@@ -378,7 +420,7 @@ def test_nothing_compiles_after_the_start(tmp_path, mesh):
 
 
 @pytest.mark.medium
-def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path, mesh,
+def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_path, mesh,
                                                                         monkeypatch):
   # A weighted supervised stage of two epochs over eight prompts: the learner's start samples each
   # prompt in the first epoch and never again, though the learner has moved by the second step.
@@ -386,17 +428,18 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
   batch = rollouts.batch
   monkeypatch.setattr(rollouts, "batch", lambda rows, mean, advantage_B, weight_B: (
       weights.append(weight_B), batch(rows, mean, advantage_B, weight_B))[1])
-  start, teacher = (loop.Role(model, params_of(model, seed, mesh)) for seed in (0, 1))
+  start, teacher = (params_of(model, seed, mesh) for seed in (0, 1))
 
-  def weighted(name):
-    work = make(tmp_path / name, mesh, clip_low=0.3, pass_samples=4)
-    return work._replace(
-        name="weighted", advantages=None, weigh=objectives.learnable, actor=teacher, judge=start,
-        objective=objectives.NEGATIVE_LOG_LIKELIHOOD,
-        store=lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write),
-        passes=lambda: rollouts.Store(epath.Path(tmp_path / "passes"), files.write))
+  def stage(name):
+    learner = make(tmp_path / name, mesh, clip_low=0.3, pass_samples=4)
+    learner = learner._replace(
+        name="weighted", prompts_of=learner.prompts_of._replace(stage="weighted"), rewards=None,
+        label_use="once", objective=objectives.NEGATIVE_LOG_LIKELIHOOD)
+    taught = frozen_actor(learner, model, teacher,
+                          lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write))
+    return weighted(taught, start, objectives.learnable, parity, tmp_path / "passes")
 
-  run(weighted("one"))
+  run(stage("one"))
   rows, spent = (metrics.read(tmp_path / "one", name) for name in ("metrics", "ledger"))
   prompts = [row["prompts"] for row in spent]
   assert sorted(prompts[0] + prompts[1]) == sorted(prompts[2] + prompts[3]) == list(range(8))
@@ -406,7 +449,7 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
   right = {i: [] for i in range(8)}
   for part in parts:
     for b, i in enumerate(part.prompt_id_B.tolist()):
-      right[i].append(odd(i, part.response(b)))
+      right[i].append(parity(i, part.response(b)))
   rate = {i: np.mean(values) for i, values in right.items()}
   assert {len(values) for values in right.values()} == {4} and len(set(rate.values())) > 1
   for weight_B, row, entry in zip(weights, rows, spent, strict=True):
@@ -415,8 +458,9 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
     assert row["pass_rate"] == np.mean([rate[i] for i in entry["prompts"]])
     assert row["weighted"] == np.mean(np.array(want) > 0)
   # Samples of the second step are those of the start, and not of the learner as it was then.
-  programs = loop.compile_programs(weighted("one"), None, mesh)
-  again = programs.judge(start.params, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
+  one = stage("one")
+  programs = loop.compile_programs(one.models, one.hp)
+  again = programs.pass_rate_sampler(start, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
                          (0, zlib.crc32(b"pass rate")))
   np.testing.assert_array_equal(again.response_BT, parts[1].response_BT)
   np.testing.assert_array_equal(again.sampler_logp_BT, parts[1].sampler_logp_BT)
@@ -428,7 +472,7 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
       for tokens, part in zip(judged, actors, strict=True)]
   assert [entry["labels"] for entry in spent] == [*prompts[:2], [], []]
   # Another stage of the same row finds every sample there; its labels are its own.
-  run(weighted("two"))
+  run(stage("two"))
   again = metrics.read(tmp_path / "two", "ledger")
   assert [entry["tokens_sampled"] for entry in again] == [0, 0, 0, 0]
   assert [entry["labels"] for entry in again] == [*prompts[:2], [], []]
@@ -437,20 +481,18 @@ def test_pass_rates_weigh_the_prompts_and_their_labels_are_charged_once(tmp_path
 
 
 @pytest.mark.medium
-def test_pass_rates_weigh_what_rewards_left_and_bring_no_dropped_group_back(tmp_path, mesh,
+def test_pass_rates_weight_only_the_groups_that_rewards_kept(tmp_path, mesh,
                                                                             monkeypatch):
   # Prompts 0 to 3 are always right: their groups are dropped, drawn again in a second round, or
   # fill the batch up with weight 0.
   def reward(prompt_id, ids):
-    return 1.0 if prompt_id < 4 else odd(prompt_id, ids)
+    return 1.0 if prompt_id < 4 else parity(prompt_id, ids)
   learned, batch = [], rollouts.batch
   monkeypatch.setattr(rollouts, "batch", lambda rows, mean, advantage_B, weight_B: (
       learned.append((rows, weight_B)), batch(rows, mean, advantage_B, weight_B))[1])
-  work = make(tmp_path, mesh, reward=reward, clip_low=0.35, pass_samples=4, rounds=2)
-  run(work._replace(
-      weigh=lambda pass_rate_P: 1 + pass_rate_P,
-      judge=loop.Role(work.learner.model, params_of(work.learner.model, 0, mesh)),
-      passes=lambda: rollouts.Store(epath.Path(tmp_path / "passes"), files.write)))
+  stage = make(tmp_path, mesh, reward=reward, clip_low=0.35, pass_samples=4, rounds=2)
+  start = params_of(stage.models.learner.model, 0, mesh)
+  run(weighted(stage, start, lambda pass_rate_P: 1 + pass_rate_P, reward, tmp_path / "passes"))
   right = {}
   for path in (tmp_path / "passes").iterdir():
     part = rollouts.from_bytes(path.read_bytes())

@@ -48,7 +48,7 @@ def step(shape, objective, guided):
   with jax.set_mesh(mesh):
     optimizer = optax.sgd(0.5, momentum=0.9)
     state = training.init(optimizer, mesh, params(student, 1, mesh))
-    run = training.make(student, teacher if guided else None, objective, optimizer, hp,
+    run = training.jit_update(student, teacher if guided else None, objective, optimizer, hp,
                       training.shardings(state))
     guide = params(teacher, 2, mesh) if guided else None
     before = jax.device_get(guide)

@@ -59,12 +59,12 @@ def check(config, expected):
     return size[role] + 4 * numbers * rows * (config.prompt_tokens + how.max_tokens)
   for row, (actor, learner, guide) in expected.items():
     if actor is not None:  # who learns from its own samples once scores them as it does
-      floor[row, "score"] = size[actor]
+      floor[row, "token_logps"] = size[actor]
     floor[row, "update"] = 3 * size[learner] + size[guide]  # weights and Adam's two slots
     hp = config.stages[row]
     if row == "weighted_fkl":
-      floor[row, "judge"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
-      floor[row, "judge prefill"] = size[learner]
+      floor[row, "pass rates"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
+      floor[row, "pass rates prefill"] = size[learner]
     if row != "teacher_sft":
       floor[row, "sample prefill"] = size[actor or learner]
       floor[row, "sample"] = sampled(
@@ -115,7 +115,7 @@ def test_in_bfloat16_what_is_frozen_takes_half_and_what_learns_does_not(quick_co
   found = costs(config)
   teacher, student = (parameters(role) for role in ("teacher", "student"))
   for key, floor in {("forward_kl", "update"): 3 * 4 * student + 2 * teacher,
-                     ("forward_kl", "score"): 2 * teacher,
+                     ("forward_kl", "token_logps"): 2 * teacher,
                      ("forward_kl", "sample prefill"): 2 * teacher,
                      ("evaluation", "student prefill"): 2 * student}.items():
     assert floor <= found[key].arguments < floor + SLACK, key
@@ -123,7 +123,7 @@ def test_in_bfloat16_what_is_frozen_takes_half_and_what_learns_does_not(quick_co
 
 @pytest.mark.medium
 def test_adapters_have_their_programs(quick_compiles, config):
-  # A row that asks its start for pass rates: the judge has no adapters, the learner has.
+  # A row that asks its start for pass rates: that model has no adapters, the learner has.
   with config.unlocked():
     config.stages = {"weighted_fkl": config.stages.weighted_fkl}
   def arguments():
@@ -134,8 +134,8 @@ def test_adapters_have_their_programs(quick_compiles, config):
   config.stages.weighted_fkl.lora.rank = 1
   low = arguments()
   assert low.keys() == whole.keys() == {
-      "judge", "judge prefill", "sample", "sample prefill", "score", "update"}
-  assert low["judge"] == whole["judge"]
+      "pass rates", "pass rates prefill", "sample", "sample prefill", "token_logps", "update"}
+  assert low["pass rates"] == whole["pass rates"]
   assert low["update"] < whole["update"]  # no slots for the weights themselves
 
 

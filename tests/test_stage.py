@@ -59,7 +59,7 @@ def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
       np.ones(8, np.int32), 0)
   batch = sharding.put_batch(rollouts.batch(rows), mesh)
   hp = types.SimpleNamespace(microbatches=1, block=8)
-  score = training.score(whole.model, objectives.logp, hp)
+  score = training.token_logps(whole.model, objectives.logp, hp)
   (logp_BT, _), (want_BT, _) = (sharding.fetch(score(one.params, batch)) for one in (frozen, whole))
   np.testing.assert_array_equal(logp_BT, want_BT)
   assert np.abs(logp_BT).max() > 1

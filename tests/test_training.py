@@ -1,4 +1,4 @@
-"""The jitted update: one division, any split, any mesh, nothing poisoned, and it learns."""
+"""The jitted update: one division, any split, any mesh, no step on NaN, and it learns."""
 
 import functools
 from typing import Any, NamedTuple
@@ -83,7 +83,8 @@ def compiled(objective, guide, shape, optimizer, changes):
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     layout = training.shardings(training.init(optimizer, mesh, place(host_params(0), mesh)))
-  return mesh, training.make(MODEL, MODEL if guide else None, objective, optimizer, hp, layout)
+  guide_model = MODEL if guide else None
+  return mesh, training.jit_update(MODEL, guide_model, objective, optimizer, hp, layout)
 
 
 def run(batch, objective=objectives.GRPO, guide=True, mesh=(1, 1, 1), steps=1,
@@ -153,7 +154,7 @@ def test_rows_of_weight_zero_equal_deleted_rows():
   keep = np.array([0, 3, 5, 8, 9, 12, 14, 15])
   weight_BT = np.zeros_like(batch.weight_BT)
   weight_BT[keep] = batch.weight_BT[keep]
-  # What a dropped row holds is nobody's business, except that its ids are ids.
+  # A dropped row may hold any numbers; only its token ids must be valid.
   old_logp_BT = np.where(weight_BT > 0, batch.old_logp_BT, -1e9).astype(np.float32)
   advantage_BT = np.where(weight_BT > 0, batch.advantage_BT, np.nan).astype(np.float32)
   masked = batch._replace(weight_BT=weight_BT, count_BT=weight_BT, old_logp_BT=old_logp_BT,
@@ -282,12 +283,12 @@ def test_equal_models_do_not_move():
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
-def test_score_keeps_the_order_of_rows(mesh):
+def test_token_logps_keep_the_order_of_rows(mesh):
   batch = make_batch()
   mesh = sharding.make_mesh(mesh)
   hp = ConfigDict({**HP.to_dict(), "microbatches": 4})
   with jax.set_mesh(mesh):
-    logp_BT, entropy_BT = training.score(MODEL, objectives.logp, hp)(
+    logp_BT, entropy_BT = training.token_logps(MODEL, objectives.logp, hp)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   want_BTV = logits(host_params(0), jax.tree.map(jnp.asarray, batch))
   response_BT = batch.sequence_BT >= 0
@@ -307,7 +308,7 @@ def test_on_policy_the_first_ratio_is_one(mean):
   batch = batch._replace(weight_BT=weight_BT, count_BT=count_BT)
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
-    old_logp_BT, _ = training.score(MODEL, objectives.logp, HP)(
+    old_logp_BT, _ = training.token_logps(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))
   batch = batch._replace(old_logp_BT=np.asarray(old_logp_BT))
   _, first, *_ = run(batch, guide=False, kl="none", microbatches=2)
@@ -323,17 +324,17 @@ def test_on_policy_the_first_ratio_is_one(mean):
 def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
   batch, mesh = make_batch(), sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
-    old_logp_BT = np.asarray(training.score(MODEL, objectives.logp, HP)(
+    old_logp_BT = np.asarray(training.token_logps(MODEL, objectives.logp, HP)(
         place(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
   gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
   batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT,
                          behaviour_logp_BT=old_logp_BT - gap_BT)
   how = dict(optimizer=SGD, microbatches=4, **changes)
-  want, told, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **how)
+  want, expected, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **how)
   got, found, *_ = run(batch._replace(old_logp_BT=None), **how)
   close(got, want)
   gaps = np.abs(gap_BT[batch.weight_BT > 0])
-  close(found, told | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
+  close(found, expected | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
                        "logp_gap_square": np.mean(gaps**2)})
 
 
@@ -341,19 +342,19 @@ def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
     (objectives.REVERSE_KL, {}), (objectives.REVERSE_KL, {"form": "sampled"}),
     (objectives.FORWARD_KL, {"form": "top_k", "top_k": 3}),
     (objectives.NEGATIVE_LOG_LIKELIHOOD, {})])
-def test_an_update_holds_the_sampler_against_itself(objective, changes):
+def test_an_update_compares_the_samplers_log_probabilities_with_its_own(objective, changes):
   batch = make_batch()
   logp_BT = tokens.log_prob(logits(host_params(0), batch), batch.targets_BT)
   gaps = np.abs(logp_BT - batch.sampler_logp_BT)[batch.weight_BT > 0]
-  params, told, *_ = run(batch, objective, microbatches=2, **changes)
-  assert not any(name.startswith("logp_gap") for name in told)
+  params, expected, *_ = run(batch, objective, microbatches=2, **changes)
+  assert not any(name.startswith("logp_gap") for name in expected)
   got, found, *_ = run(batch._replace(old_logp_BT=None), objective, microbatches=2, **changes)
   close(got, params)
-  close(found, told | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
+  close(found, expected | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
                        "logp_gap_square": np.mean(gaps**2)})
-  # Given solutions were drawn by nobody.
+  # Given solutions have no log-probabilities to compare.
   given = batch._replace(old_logp_BT=None, sampler_logp_BT=None, behaviour_logp_BT=None)
-  close(run(given, objective, microbatches=2, **changes)[1], told)
+  close(run(given, objective, microbatches=2, **changes)[1], expected)
 
 
 # Learning

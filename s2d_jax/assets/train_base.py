@@ -147,7 +147,7 @@ def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, P
     params = jax.jit(model.init, out_shardings=layout)(jax.random.key(seed))
     optimizer = optim.make(base, base.steps, axes)
     state = training.init(optimizer, mesh, params)
-    step = training.make(
+    step = training.jit_update(
       model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, base, training.shardings(state)
     )
     for i in range(base.steps):

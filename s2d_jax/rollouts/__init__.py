@@ -1,4 +1,4 @@
-"""Prompts, rollouts and batches on the host, as NumPy arrays.
+"""Prompts, rollouts and batches on the host, as NumPy arrays, and where rollouts come from.
 
 Token ids stay ids from the sampler to the loss: text is never tokenized a second time.
 """
@@ -10,13 +10,25 @@ from s2d_jax.rollouts.records import (
   Rollout,
   concatenate,
   from_bytes,
-  given,
+  given_solutions,
   row_key,
   take,
   to_bytes,
 )
+from s2d_jax.rollouts.sources import FrozenActor, GivenSolutions, OnPolicy, RolloutSource
+from s2d_jax.rollouts.steps import (
+  PassRates,
+  PromptOrder,
+  Rewards,
+  StepRollouts,
+  sample_step,
+  score,
+)
 from s2d_jax.rollouts.stores import Store
 
-__all__ = ["FINISHED", "MEANS", "Batch", "Prompt", "Rollout", "Store", "batch", "concatenate",
-           "from_bytes", "given", "minibatches", "pack", "row_key", "take", "to_bytes",
-           "token_weights"]
+__all__ = [
+  "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnPolicy", "PassRates", "Prompt",
+  "PromptOrder", "Rewards", "Rollout", "RolloutSource", "StepRollouts", "Store", "batch",
+  "concatenate", "from_bytes", "given_solutions", "minibatches", "pack", "row_key", "sample_step",
+  "score", "take", "to_bytes", "token_weights",
+]

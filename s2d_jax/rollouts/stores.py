@@ -1,42 +1,51 @@
 """Rollouts of frozen actors on disk, shared by the stages that learn from them."""
 
-from s2d_jax.rollouts.records import concatenate, from_bytes, take, to_bytes
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from etils import epath
+
+from s2d_jax.rollouts.records import Prompt, Rollout, concatenate, from_bytes, take, to_bytes
 
 
 class Store:
-  """A frozen actor's rollouts on disk, keyed by (prompt id, sample index); parts are never changed.
+  """A frozen actor's rollouts, keyed by (prompt id, sample index). Stored parts never change.
 
   Stages that share an actor, its prompts' rendering, the sampling and the seed share the folder, so
   a response is sampled once however many stages learn from it.
   """
 
-  def __init__(self, folder, write):
-    """Opens `folder` (an epath.Path); `write(path, bytes)` must write whole files or none."""
-    self._folder, self._write, self._where, self._parts = folder, write, {}, {}
+  def __init__(self, folder: epath.Path, write: Callable[[epath.Path, bytes], None]):
+    """Opens `folder`; `write(path, data)` must write a whole file or nothing."""
+    self._folder = folder
+    self._write = write
+    self._place: dict[tuple[int, int], tuple[str, int]] = {}  # key -> (part, row of the part)
+    self._parts: dict[str, Rollout] = {}
     if folder.exists():
       for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
         self._index(path.stem, from_bytes(path.read_bytes()))
 
-  def _index(self, name, part):
+  def _index(self, name: str, part: Rollout) -> None:
     self._parts[name] = part
-    keys = zip(part.prompt_id_B.tolist(), part.sample_index_B.tolist(), strict=True)
-    for row, key in enumerate(keys):
-      self._where.setdefault(key, (name, row))
+    for row, key in enumerate(_keys(part)):
+      self._place.setdefault(key, (name, row))
 
-  def missing(self, prompts, samples):
-    """The prompts that lack one of the `samples` (indices)."""
-    return [p for p in prompts if any((p.id, int(g)) not in self._where for g in samples)]
+  def missing(self, prompts: Iterable[Prompt], samples: Sequence[int]) -> list[Prompt]:
+    """The prompts that lack one of the sample indices."""
+    return [p for p in prompts if any((p.id, int(g)) not in self._place for g in samples)]
 
-  def add(self, name, part, leader):
-    """Keeps a rollout under `name`, which says who sampled it; the leading process writes it.
+  def add(self, name: str, part: Rollout, leader: bool) -> None:
+    """Keeps a rollout as the part `name`, which says who sampled it.
 
-    Rows that are here already are left out: each belongs to the part that had it first.
+    Rows that the store holds already are left out: each belongs to the part that had it first.
+
+    Args:
+      leader: whether this process writes; every process indexes.
 
     Raises:
-      ValueError: a part of that name is here, and other rows would take its place.
+      ValueError: the store has a part of that name, and the rollout brings further rows.
     """
-    keys = zip(part.prompt_id_B.tolist(), part.sample_index_B.tolist(), strict=True)
-    new = [row for row, key in enumerate(keys) if key not in self._where]
+    new = [row for row, key in enumerate(_keys(part)) if key not in self._place]
     if not new:
       return
     if name in self._parts:
@@ -47,8 +56,15 @@ class Store:
       self._write(self._folder / f"{name}.npz", to_bytes(part))
     self._index(name, part)
 
-  def get(self, prompts, samples):
+  def get(self, prompts: Iterable[Prompt],
+          samples: Sequence[int]) -> tuple[Rollout, list[str]]:
     """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
-    rows = [self._where[p.id, int(g)] for p in prompts for g in samples]
-    whole = concatenate([take(self._parts[name], slice(row, row + 1)) for name, row in rows])
-    return whole, [name for name, _ in rows]
+    places = [self._place[p.id, int(g)] for p in prompts for g in samples]
+    rows = [take(self._parts[name], slice(row, row + 1)) for name, row in places]
+    return concatenate(rows), [name for name, _ in places]
+
+
+def _keys(part: Rollout) -> list[tuple[int, int]]:
+  """(prompt id, sample index) of each row."""
+  ids = np.asarray(part.prompt_id_B).tolist()
+  return list(zip(ids, np.asarray(part.sample_index_B).tolist(), strict=True))

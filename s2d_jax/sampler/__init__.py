@@ -5,6 +5,7 @@
 
 from s2d_jax.sampler.decode import Sampling
 from s2d_jax.sampler.engine import (
+  Sampler,
   check_ends,
   check_memory,
   check_room,
@@ -14,5 +15,6 @@ from s2d_jax.sampler.engine import (
 )
 from s2d_jax.sampler.programs import Room
 
-__all__ = ["Room", "Sampling", "check_ends", "check_memory", "check_room", "check_sampling", "make",
+__all__ = ["Room", "Sampler", "Sampling", "check_ends", "check_memory", "check_room",
+           "check_sampling", "make",
            "sample"]

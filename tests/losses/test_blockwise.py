@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from s2d_jax import loop, objectives, sharding, training
+from s2d_jax import compiling, objectives, sharding, training
 from s2d_jax.losses import blockwise, kl, tokens
 
 B, T, D, V = 2, 7, 4, 11
@@ -367,9 +367,9 @@ def test_a_whole_update_adds_the_gradient_up_once_a_microbatch(shape):
   optimizer = optax.sgd(0.1)
   with jax.set_mesh(mesh):
     state = training.abstract(optimizer, mesh, params)
-    step = training.make(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
+    step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
                        training.shardings(state))
-    text = step.lower(state, None, loop.abstract_batch(16, 48, mesh)).compile().as_text()
+    text = step.lower(state, None, compiling.abstract_batch(16, 48, mesh)).compile().as_text()
   part = 480 // shape[2]
   check_one_reduction(text, part * 32, 16 * part)
   assert reduced(text.splitlines()).count(part * 32) == 1

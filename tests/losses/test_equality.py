@@ -203,7 +203,7 @@ def test_every_loss_is_the_direct_one(wanted, shape, block, microbatches):
     return jax.tree.map(sharding.put, params, sharding.weight_shardings(mesh, AXES, params))
   with jax.set_mesh(mesh):
     layout = training.shardings(training.init(keep, mesh, put(STUDENT)))
-    step = training.make(Model(), Model(), every, keep, hp, layout)
+    step = training.jit_update(Model(), Model(), every, keep, hp, layout)
     for batch, means, grads in wanted.values():
       state, metrics = jax.device_get(step(training.init(keep, mesh, put(STUDENT)), put(GUIDE),
                                            sharding.put_batch(batch, mesh)))

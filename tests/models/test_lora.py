@@ -108,8 +108,8 @@ def test_an_update_moves_the_adapters_alone(shape, base):
     first = jax.device_get(new)
     optimizer = optim.make(HP, 9, models.trained(made.config))
     state = training.init(optimizer, mesh, new)
-    step = training.make(made, None, objective, optimizer, types.SimpleNamespace(microbatches=2),
-                       training.shardings(state))
+    hp = types.SimpleNamespace(microbatches=2)
+    step = training.jit_update(made, None, objective, optimizer, hp, training.shardings(state))
     rows = np.zeros((8, 5), np.int32)
     batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(5, dtype=np.int32), rows + 1), mesh)
     for _ in range(2):

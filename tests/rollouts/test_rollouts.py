@@ -164,7 +164,7 @@ def test_store_never_writes_over_a_part(tmp_path):
 
 
 def test_given_rows():
-  rows = rollouts.given([rollouts.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
+  rows = rollouts.given_solutions([rollouts.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])
   np.testing.assert_array_equal(rows.response(0), [7, 8, 9])
   assert rollouts.FINISHED[rows.finish_reason_B[0]] == "stop"

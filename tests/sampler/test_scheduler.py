@@ -125,7 +125,8 @@ def test_weights_are_an_argument_and_nothing_compiles_after_make(crowd, tiny):
 def trainer_gap(model, params, rows):
   """|trainer's − sampler's| log-probability of every response token, and the trainer's."""
   batch = rollouts.batch(rows)
-  score = training.score(model, objectives.logp, types.SimpleNamespace(microbatches=1, block=64))
+  hp = types.SimpleNamespace(microbatches=1, block=64)
+  score = training.token_logps(model, objectives.logp, hp)
   logp_BT = np.asarray(score(params, jax.device_put(batch))[0])
   response_BT = batch.sequence_BT >= 0
   assert response_BT.sum() == rows.response_length_B.sum()

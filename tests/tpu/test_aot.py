@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import loss
 from configs import common
-from s2d_jax import loop, models, objectives, optim, sampler, sharding, training
+from s2d_jax import compiling, models, objectives, optim, sampler, sharding, training
 from s2d_jax.losses import blockwise
 from tests.losses import test_blockwise as hlo
 
@@ -80,10 +80,10 @@ def test_an_8b_training_step_of_a_slice_fits():
   hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=512)
   optimizer = optim.make(hp, 10, axes)
   state = training.abstract(optimizer, where, params)
-  step = training.make(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
+  step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
                      training.shardings(state))
   with jax.set_mesh(where):
-    needs = step.lower(state, None, loop.abstract_batch(16, 4096, where)).compile(
+    needs = step.lower(state, None, compiling.abstract_batch(16, 4096, where)).compile(
         ).memory_analysis()
   total = (needs.argument_size_in_bytes + needs.temp_size_in_bytes
            + needs.output_size_in_bytes - needs.alias_size_in_bytes)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import arithmetic, qwen3_math
-from s2d_jax import loop, models, objectives, optim, preflight, sharding, training
+from s2d_jax import compiling, loop, models, objectives, optim, preflight, sharding, training
 from tests.tpu import test_aot
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
@@ -45,9 +45,9 @@ def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
     assert {x.sharding for x in moments} == {x.sharding for x in jax.tree.leaves(state.params)
                                              if x.ndim}
     start = preflight.abstract_role(config, "teacher", where)  # its KL penalty's reference
-    step = training.make(learner.model, start.model, objectives.GRPO, optimizer, hp,
+    step = training.jit_update(learner.model, start.model, objectives.GRPO, optimizer, hp,
                        training.shardings(state))
     rows = hp.prompts * hp.sampling.samples_per_prompt
-    batch = loop.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
+    batch = compiling.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
     text = step.lower(state, start.params, batch).as_text()
   assert "sharding" in text and sharding.platform() == "cpu"

@@ -1,0 +1,155 @@
+"""A stage's models, and every program that is compiled for them before its first step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from s2d_jax import hosts, sampler, sharding, training
+from s2d_jax.rollouts import Batch
+from s2d_jax.sharding import Params
+
+
+class Role(NamedTuple):
+  """A model with weights, or with their abstract arrays."""
+  model: Any   # a models.Model
+  params: Params
+
+
+class StageModels(NamedTuple):
+  """The models of a stage: what is compiled depends on these and on the config alone."""
+  learner: Role               # its params are what is trained
+  non_trainable: Params | None  # leaves of the learner that stand still beside adapters
+  actor: Role | None          # whose samples are learned from; None: solutions are given
+  on_policy: bool             # the learner is the actor: actor.params are then its shapes
+  guide: Role | None          # scored on the same tokens
+  pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts
+
+  def full(self, params: Params) -> Params:
+    """All leaves of the learner, given those that are trained."""
+    return training.join(params, self.non_trainable)
+
+
+class Samplers(NamedTuple):
+  """What the samplers of a run have in common."""
+  config: sampler.Room
+  prompt_tokens: int
+  stop_ids: tuple[int, ...]
+  decode: Callable[[np.ndarray], str]
+
+  def compile(self, role: Role, sampling_config: ConfigDict, batch: int, narrow: bool = False,
+              **changes: Any) -> sampler.Sampler:
+    """A sampler of `role` for `batch` prompts a call, compiled.
+
+    Args:
+      narrow: may use a cache of fewer bits than the activations, where the config asks for one.
+      changes: fields of the Sampling that differ from the config's.
+    """
+    how = sampling(sampling_config, self.stop_ids)._replace(**changes)
+    config = self.config if narrow else self.config.exact()
+    return sampler.make(role.model, role.params, how, batch, self.prompt_tokens, config,
+                        self.decode)
+
+
+class Programs(NamedTuple):
+  """Everything that a stage runs on the devices, compiled before its first step."""
+  sampler: sampler.Sampler | None
+  pass_rate_sampler: sampler.Sampler | None
+  token_logps: Callable | None
+  update: Callable
+  scores_first: bool          # whether `token_logps` runs before the updates of each step
+
+
+def sampling(hp: ConfigDict, stop_ids: Sequence[int]) -> sampler.Sampling:
+  """The Sampling of a stage's or an evaluation's config."""
+  return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
+
+
+def room(hp: ConfigDict) -> sampler.Room:
+  """The sampler's config from config.sampler."""
+  return sampler.Room(**{name: hp[name] for name in sampler.Room._fields})
+
+
+def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, logp: Callable,
+                     optimizer: optax.GradientTransformation, samplers: Samplers) -> Programs:
+  """Every program of a stage, ahead of time, for shapes that never change.
+
+  Args:
+    models: the weights may be abstract (`sharding.abstract`).
+    logp: as `training.token_logps` takes it.
+  """
+  mesh = sharding.current_mesh()
+  scores_first = needs_old_logps(models, hp)
+  samples = hp.prompts * hp.sampling.samples_per_prompt
+  width = samplers.prompt_tokens + hp.sampling.max_tokens - 1
+  draw = None
+  if models.actor is not None:
+    draw = samplers.compile(models.actor, hp.sampling, hp.prompts, narrow=True)
+  hosts.sum_over_hosts(np.zeros(samples, np.float32))  # compiles on its first call
+  pass_rate_sampler = None
+  if models.pass_rate_model is not None:
+    pass_rate_sampler = samplers.compile(models.pass_rate_model, hp.sampling, hp.prompts,
+                                         samples_per_prompt=hp.pass_samples)
+    hosts.sum_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
+  state = training.abstract(optimizer, mesh, models.learner.params)
+  token_logps = None
+  if scores_first or narrow_cache(models, samplers):
+    batch = abstract_batch(samples, width, mesh)
+    token_logps = training.token_logps(models.actor.model, logp, hp).lower(
+        sharding.abstract(models.actor.params), batch).compile()
+  update = training.jit_update(
+      models.learner.model, models.guide and models.guide.model, objective, optimizer, hp,
+      training.shardings(state))
+  # A minibatch has old log-probabilities, or those of the sampler alone, or, given, none.
+  batch = abstract_batch(samples // hp.minibatches, width, mesh, old_logps=scores_first,
+                         sampled=models.actor is not None)
+  guide_params = models.guide and sharding.abstract(models.guide.params)
+  non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
+  compiled = update.lower(state, guide_params, batch, non_trainable).compile()
+  return Programs(draw, pass_rate_sampler, token_logps, compiled, scores_first)
+
+
+def narrow_cache(models: StageModels, samplers: Samplers) -> bool:
+  """Whether the stage samples with a cache of fewer bits than its activations."""
+  return models.actor is not None and samplers.config.narrow(models.learner.model.config.dtype)
+
+
+def needs_old_logps(models: StageModels, hp: ConfigDict) -> bool:
+  """Whether the actor's log-probabilities are taken in a pass of their own before the update.
+
+  A learner that makes one update on its own samples computes them in that update: they are the old
+  ones of its ratio, and the sampler's are compared with them. Given solutions need none. A guide
+  whose vocabulary is padded to another size leaves the update only the tokens that both have.
+  """
+  if models.actor is None:
+    return False
+  updates = hp.epochs * hp.minibatches
+  padded_otherwise = models.guide is not None and (
+      models.guide.model.config.vocab_size != models.learner.model.config.vocab_size)
+  return not models.on_policy or updates > 1 or padded_otherwise
+
+
+def abstract_batch(rows: int, width: int, mesh: Mesh, old_logps: bool = False,
+                   sampled: bool = True) -> Batch:
+  """A `rollouts.Batch` of shapes, laid out on the mesh: what a program is compiled for.
+
+  Args:
+    old_logps: whether the batch has old log-probabilities; sampled: whether it has the sampler's.
+  """
+  where = sharding.batch_sharding(mesh, (rows, width))
+  absent = set() if old_logps else {"old_logp_BT"}
+  if not sampled:
+    absent |= {"sampler_logp_BT", "behaviour_logp_BT"}
+  whole = {"inputs_BT", "targets_BT", "positions_BT", "segments_BT", "sequence_BT"}
+
+  def shape(name: str) -> jax.ShapeDtypeStruct | None:
+    if name in absent:
+      return None
+    dtype = np.int32 if name in whole else np.float32
+    return jax.ShapeDtypeStruct((rows, width), dtype, sharding=where)
+
+  return Batch(*(shape(name) for name in Batch._fields))

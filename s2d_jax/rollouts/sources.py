@@ -1,0 +1,91 @@
+"""Where the rollouts of a step come from: the learner, a frozen actor, or given solutions.
+
+Each class has the one method of `RolloutSource`. A new kind of source is a new class of this form.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from s2d_jax import hosts
+from s2d_jax.rollouts.records import Prompt, Rollout, given_solutions
+from s2d_jax.rollouts.stores import Store
+from s2d_jax.sharding import Params
+
+OnFinish = Callable[[int, Rollout], None]  # (index of a row, the rollout, in which it is complete)
+
+
+class RolloutSource(Protocol):
+  """Answers to a step's prompts."""
+
+  def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
+             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+    """A rollout of the prompts.
+
+    Args:
+      params: the learner's weights at the start of the step.
+      prompts: the prompts of one round of the step.
+      on_finish: called for each row when it is complete, while others are still decoded; a source
+        that does not decode, or not for this step alone, does not call it.
+
+    Returns:
+      (rollout, fresh_B): a prompt's samples side by side, in the order of the prompts; fresh_B is
+      True where a row was sampled for this step.
+    """
+
+
+class OnPolicy(NamedTuple):
+  """The learner's own samples, drawn anew in every step."""
+  sampler: Callable[..., Rollout]
+  seed: tuple[int, ...]
+  updates_per_step: int
+
+  def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
+             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+    """As `RolloutSource.sample`; every row is fresh."""
+    rollout = self.sampler(params, prompts, (*self.seed, step, round),
+                           weight_version=step * self.updates_per_step, ended=on_finish)
+    return rollout, np.ones(len(rollout.prompt_id_B), bool)
+
+
+class FrozenActor(NamedTuple):
+  """A frozen model's samples, each drawn once and kept in a store that other stages share."""
+  sampler: Callable[..., Rollout]
+  params: Params
+  store: Store
+  seed: tuple[int, ...]
+  stage: str                    # the stage's folder name: it marks what this stage adds
+  samples_per_prompt: int
+  epoch: Callable[[int], int]   # step -> the pass over the prompts; each pass has new samples
+
+  def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
+             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+    """As `RolloutSource.sample`; rows that the store holds already are not fresh."""
+    del params, on_finish
+    first = self.epoch(step) * self.samples_per_prompt
+    indices = range(first, first + self.samples_per_prompt)
+    part = f"{self.stage}-{step:08d}-{round}"
+    missing = self.store.missing(prompts, indices)
+    if missing:
+      rollout = self.sampler(self.params, missing, self.seed, first_sample=first)
+      self.store.add(part, rollout, hosts.leader())
+    rollout, parts = self.store.get(prompts, indices)
+    # By the part's name, not by what was missing: a step that a kill interrupted after the store
+    # was written is charged for the same rows when it is done again.
+    return rollout, np.array([name == part for name in parts])
+
+
+class GivenSolutions(NamedTuple):
+  """Solutions that come with the problems: nothing is sampled."""
+  solution: Callable[[int], Sequence[int]]  # problem id -> token ids, the end token included
+  prompt_tokens: int
+  max_tokens: int
+
+  def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
+             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+    """As `RolloutSource.sample`, one row a prompt; no row is fresh."""
+    del params, step, round, on_finish
+    rollout = given_solutions(prompts, [self.solution(prompt.id) for prompt in prompts],
+                              self.prompt_tokens, self.max_tokens)
+    return rollout, np.zeros(len(prompts), bool)

@@ -1,0 +1,186 @@
+"""The rollouts of one step: rounds of prompts, their rewards, and which rows are learned from.
+
+Every host has the same rollouts and scores its share of the responses.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2d_jax import hosts
+from s2d_jax.data import prompts as data_prompts
+from s2d_jax.rollouts.records import FINISHED, Prompt, Rollout, concatenate, take
+from s2d_jax.rollouts.sources import FrozenActor, OnFinish, RolloutSource
+from s2d_jax.sharding import Params
+
+Reward = Callable[[int, np.ndarray], float]      # (prompt id, response ids) -> reward
+PromptsOf = Callable[[int, int], list[Prompt]]   # (step, round) -> the round's prompts
+
+
+class PromptOrder(NamedTuple):
+  """The order in which a stage draws its prompts, by `data.prompts`."""
+  prompts: Sequence[Prompt]
+  seed: int
+  stage: str
+  size: int        # prompts of a round
+  rounds: int = 1  # rounds that a step may need
+
+  def __call__(self, step: int, round: int) -> list[Prompt]:
+    """The prompts of a round of a step."""
+    indices = data_prompts.at(len(self.prompts), self.seed, self.stage, step, self.size, round,
+                              self.rounds)
+    return [self.prompts[i] for i in indices]
+
+  def epoch(self, step: int) -> int:
+    """The index of the pass over the prompts that a step belongs to."""
+    return data_prompts.epoch(len(self.prompts), step, self.size, self.rounds)
+
+
+class StepRollouts(NamedTuple):
+  """The rollouts of a step, with their rewards and weights."""
+  prompts: list[Prompt]              # of every round
+  rollout: Rollout                   # what is learned from; its shape is the same in every step
+  fresh_B: np.ndarray                # its rows sampled for this step, not taken from a store
+  weight_B: np.ndarray | None = None       # factor on each row's weight; None: 1 for all
+  reward_B: np.ndarray | None = None       # None: no reward was asked for
+  dropped: Rollout | None = None           # rows that are not learned from
+  dropped_fresh_B: np.ndarray | None = None
+  metrics: Mapping[str, Any] = {}          # of the rewards of all rounds
+
+
+class Rewards(NamedTuple):
+  """How responses are scored, and what an update makes of the scores."""
+  reward: Reward
+  advantages: Callable[[np.ndarray], np.ndarray]               # reward_PG -> advantage_PG
+  length_penalty: Callable[[np.ndarray], np.ndarray] | None    # tokens -> added to the reward
+
+  def advantage_B(self, rollouts: StepRollouts, groups: int) -> np.ndarray:
+    """float32 advantage of each row; the rows are `groups` prompts of equally many samples."""
+    reward_B = rollouts.reward_B
+    if self.length_penalty is not None:
+      reward_B = reward_B + self.length_penalty(rollouts.rollout.response_length_B)
+    advantage_PG = self.advantages(reward_B.reshape(groups, -1))
+    return np.asarray(advantage_PG, np.float32).reshape(-1)
+
+
+class PassRates(NamedTuple):
+  """Weights of prompts from the pass rates of the learner's start."""
+  source: FrozenActor                               # of the learner's start; its samples are kept
+  reward: Reward
+  prompt_weights: Callable[[np.ndarray], np.ndarray]  # pass_rate_P -> weight_P
+
+  def weights(self, rollouts: StepRollouts, step: int) -> tuple[np.ndarray, Rollout, float]:
+    """Weights of the rows that a step learns from.
+
+    Returns:
+      (weight_B, sampled, pass_rate): the prompt's weight times the row's own; the rows that the
+      learner's start sampled for this step; the mean pass rate of the step's prompts.
+    """
+    by_id = {prompt.id: prompt for prompt in rollouts.prompts}
+    id_B = rollouts.rollout.prompt_id_B.tolist()
+    prompts = [by_id[i] for i in dict.fromkeys(id_B)]
+    rollout, fresh_B = self.source.sample(None, prompts, step)
+    pass_rate_P = score(self.reward, rollout).reshape(len(prompts), -1).mean(axis=1)
+    weight_P = self.prompt_weights(pass_rate_P)
+    weight_of = {prompt.id: w for prompt, w in zip(prompts, weight_P, strict=True)}
+    weight_B = np.array([weight_of[i] for i in id_B], np.float32)
+    if rollouts.weight_B is not None:
+      weight_B = weight_B * rollouts.weight_B
+    return weight_B, take(rollout, fresh_B), pass_rate_P.mean()
+
+
+def sample_step(source: RolloutSource, params: Params, prompts_of: PromptsOf, step: int,
+                hp: ConfigDict, reward: Reward | None = None) -> StepRollouts:
+  """The rollouts of a step: one round, or where there are rewards up to hp.rounds.
+
+  A group whose rewards are all equal has advantage 0 and teaches nothing. With hp.rounds of 1 or
+  more such groups are dropped, and new prompts are sampled until the batch is full or the rounds
+  are over; then dropped groups fill the batch with weight 0 (dynamic sampling of DAPO,
+  https://arxiv.org/abs/2503.14476). Dropped groups are charged like others. Length penalties play
+  no part: they are added later. hp.overlong "mask" gives responses that were cut off weight 0.
+
+  Args:
+    source: where the rollouts come from; params: the learner's weights.
+    reward: None where the stage reads no rewards.
+  """
+  if reward is None:
+    prompts = prompts_of(step, 0)
+    rollout, fresh_B = source.sample(params, prompts, step)
+    return StepRollouts(prompts, rollout, fresh_B)
+  G = hp.sampling.samples_per_prompt
+  prompts, parts, fresh, rewards = [], [], [], []
+  for round in range(max(hp.rounds, 1)):
+    new = prompts_of(step, round)
+    early = {}  # rewards by row, computed while other rows are still decoded
+    rollout, fresh_B = source.sample(params, new, step, round, _scorer(reward, new, G, early))
+    prompts += new
+    parts.append(rollout)
+    fresh.append(fresh_B)
+    rewards.append(score(reward, rollout, early))
+    reward_PG = np.concatenate(rewards).reshape(-1, G)
+    mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
+    if mixed_P.sum() >= hp.prompts:
+      break
+  metrics = {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(), "rounds": len(parts)}
+  return _learned(prompts, concatenate(parts), np.concatenate(fresh), reward_PG, mixed_P, hp,
+                  metrics)
+
+
+def _learned(prompts: list[Prompt], rollout: Rollout, fresh_B: np.ndarray, reward_PG: np.ndarray,
+             mixed_P: np.ndarray, hp: ConfigDict, metrics: Mapping[str, Any]) -> StepRollouts:
+  """Splits the rows of all rounds into hp.prompts groups that are learned from, and the others."""
+  G = reward_PG.shape[1]
+  # Mixed groups first, each kind in the order of sampling; without rounds nothing is dropped.
+  order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
+  learned_P = np.sort(order_P[: hp.prompts])
+  dropped_P = np.sort(order_P[hp.prompts:])
+  learned_B = _rows(learned_P, G)
+  dropped_B = _rows(dropped_P, G)
+  learned = take(rollout, learned_B)
+  weight_B = np.repeat(mixed_P[learned_P] | (hp.rounds == 0), G).astype(np.float32)
+  if hp.overlong == "mask":
+    weight_B = weight_B * (learned.finish_reason_B == FINISHED.index("stop"))
+  found = StepRollouts(prompts, learned, fresh_B[learned_B], weight_B,
+                       reward_PG[learned_P].reshape(-1), metrics=metrics)
+  if not len(dropped_B):
+    return found
+  return found._replace(dropped=take(rollout, dropped_B), dropped_fresh_B=fresh_B[dropped_B])
+
+
+def _rows(group_P: np.ndarray, G: int) -> np.ndarray:
+  """Indices of the rows of groups, G rows a group."""
+  return (group_P[:, None] * G + np.arange(G)).reshape(-1)
+
+
+def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
+            early: dict[int, float]) -> OnFinish:
+  """A callback that scores this host's share of the rows, as each is complete, into `early`."""
+  def on_finish(index: int, rollout: Rollout) -> None:
+    if index % jax.process_count() == jax.process_index():
+      early[index] = reward(prompts[index // G].id, rollout.response(index))
+  return on_finish
+
+
+def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = None) -> np.ndarray:
+  """float32 rewards of each row: every host scores its share, and the shares are added up.
+
+  Args:
+    early: rewards that are known already, by row.
+
+  Raises:
+    ValueError: a reward is not finite; the message names the prompt and the sample.
+  """
+  early = early or {}
+  B = len(rollout.prompt_id_B)
+  own_B = np.zeros(B, np.float32)
+  for b in range(jax.process_index(), B, jax.process_count()):
+    own_B[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))
+  reward_B = hosts.sum_over_hosts(own_B)
+  for b in np.flatnonzero(~np.isfinite(reward_B)):
+    raise ValueError(f"prompt {rollout.prompt_id_B[b]}, sample {rollout.sample_index_B[b]} has the "
+                     f"reward {reward_B[b]}: a reward must be a finite number; look at what the "
+                     "task's reward makes of that answer.")
+  return reward_B

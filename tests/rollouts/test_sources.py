@@ -1,0 +1,79 @@
+"""Where rollouts come from: each source by hand, with a sampler that counts its calls."""
+
+import numpy as np
+
+from s2d_jax import recipe, rollouts
+from s2d_jax.rollouts import Prompt
+
+PROMPTS = [Prompt(10, (5, 6)), Prompt(20, (7,))]
+
+
+class Sampler:
+  """Answers every prompt with two rows whose tokens tell the sample index; records its calls."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __call__(self, params, prompts, seed, first_sample=0, weight_version=0, ended=None):
+    self.calls.append((params, [p.id for p in prompts], seed, first_sample, weight_version))
+    pairs = [(prompt, first_sample + g) for prompt in prompts for g in range(2)]
+    rollout = rollouts.given_solutions(
+        [prompt for prompt, _ in pairs], [[index, 1] for _, index in pairs], 2, 2)
+    zeros_BT = np.zeros((len(pairs), 2), np.float32)
+    return rollout._replace(sample_index_B=np.array([index for _, index in pairs], np.int32),
+                            sampler_logp_BT=zeros_BT, behaviour_logp_BT=zeros_BT,
+                            weight_version=weight_version)
+
+
+def frozen(sampler, folder, stage):
+  def write(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+  return rollouts.FrozenActor(sampler, "frozen", rollouts.Store(folder, write), (3,), stage, 2,
+                              lambda step: step // 4)
+
+
+def test_the_learner_samples_anew_with_a_seed_of_step_and_round():
+  sampler = Sampler()
+  source = rollouts.OnPolicy(sampler, (3, 4), updates_per_step=6)
+  rollout, fresh_B = source.sample("live", PROMPTS, 5, 1)
+  assert sampler.calls == [("live", [10, 20], (3, 4, 5, 1), 0, 30)]
+  assert fresh_B.tolist() == [True] * 4 and rollout.weight_version == 30
+
+
+def test_a_frozen_actor_samples_once_an_epoch_and_never_with_the_learners_weights(tmp_path):
+  sampler = Sampler()
+  source = frozen(sampler, tmp_path / "store", "a")
+  first, fresh_B = source.sample("live", PROMPTS, 0)
+  assert sampler.calls == [("frozen", [10, 20], (3,), 0, 0)] and fresh_B.all()
+  assert first.sample_index_B.tolist() == [0, 1, 0, 1]
+  again, fresh_B = source.sample("live", PROMPTS, 1)  # the same epoch: nothing is missing
+  assert len(sampler.calls) == 1 and not fresh_B.any()
+  np.testing.assert_array_equal(again.response_BT, first.response_BT)
+  later, fresh_B = source.sample("live", PROMPTS, 4)  # the next epoch asks for samples 2 and 3
+  assert sampler.calls[1][3] == 2 and fresh_B.all()
+  assert later.sample_index_B.tolist() == [2, 3, 2, 3]
+
+
+def test_a_step_done_again_after_a_kill_is_charged_for_the_same_rows(tmp_path):
+  frozen(Sampler(), tmp_path / "store", "a").sample(None, PROMPTS, 0)
+  sampler = Sampler()
+  _, fresh_B = frozen(sampler, tmp_path / "store", "a").sample(None, PROMPTS, 0)
+  assert fresh_B.all() and sampler.calls == []
+  _, fresh_B = frozen(sampler, tmp_path / "store", "b").sample(None, PROMPTS, 0)
+  assert not fresh_B.any() and sampler.calls == []  # another stage reuses them
+
+
+def test_given_solutions_have_no_log_probabilities_and_are_not_fresh():
+  source = rollouts.GivenSolutions({10: [8, 1], 20: [9, 9, 1]}.get, prompt_tokens=2, max_tokens=4)
+  rollout, fresh_B = source.sample(None, PROMPTS, 0)
+  assert [rollout.response(b).tolist() for b in range(2)] == [[8, 1], [9, 9, 1]]
+  assert not fresh_B.any() and rollout.sampler_logp_BT is None
+  batch = rollouts.batch(rollout)
+  assert (batch.sampler_logp_BT, batch.behaviour_logp_BT, batch.old_logp_BT) == (None, None, None)
+
+
+def test_the_stages_say_how_they_spend_labels():
+  assert {stage.name: stage.label_use for stage in recipe.STAGES} == {
+      "teacher_grpo": "each_step", "teacher_sft": "each_step", "student_grpo": "each_step",
+      "forward_kl": "none", "sft": "none", "reverse_kl": "none", "weighted_fkl": "once"}

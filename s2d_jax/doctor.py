@@ -1,4 +1,4 @@
-"""What is wrong with this config, these weights, this tokenizer pair, before a chip is rented.
+"""Finds what is wrong with a config, its models and its problems before a chip is rented.
 
 Every check raises ValueError with one sentence that names the thing and the remedy. The recipe
 calls them all before it writes anything.
@@ -27,7 +27,8 @@ from s2d_jax import (
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import hf
 
-Stage = Any  # a planning.Stage; planning imports this file
+# A planning.Stage: the name is not imported, because planning imports this file.
+Stage = Any
 SEED = Key(lambda seed: 0 <= seed < 2**63, "choose it from 0 to 2**63 - 1")
 CONFIG_KEYS: Record = {
     "seed": SEED, "half_seed": SEED,
@@ -49,6 +50,7 @@ def stage_keys(stage: Stage) -> Record:
   if not isinstance(stage.objective, objectives.Objective):
     raise ValueError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
+  # The keys of one stage are read in several places: each contributes its own record.
   record = {**loop.KEYS, **training.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
             **stage.objective.keys}
   if stage.reward:
@@ -67,6 +69,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   Raises:
     ValueError: a key is missing, unknown or out of range, or values do not combine.
   """
+  # Names and ranges come first: the checks of combinations may then read any key.
   keys.check_block("config", config, CONFIG_KEYS)
   _named("config.sampler", sampler.check_room, compiling.room(config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
@@ -96,6 +99,7 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   _named(path, models.lora, hp.lora)
   if stage.reward:
     _named(path, objectives.check_rewards, hp)
+  # An optimizer update takes an equal slice of the samples, a microbatch one of the update.
   samples = hp.sampling.samples_per_prompt
   if stage.actor == "given" and samples != 1:
     raise ValueError(f"{path}.sampling.samples_per_prompt is {samples} and a problem has one given "
@@ -104,6 +108,7 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
     raise ValueError(f"{path} draws {hp.prompts * samples} rows a step, which minibatches x "
                      f"microbatches = {hp.minibatches} x {hp.microbatches} does not divide: change "
                      "one of them.")
+  # A stage of 0 steps is in no arm, and its warmup is never made.
   if hp.steps:
     _named(f"{path}.optim", optim.check_warmup, hp.optim, loop.update_count(hp))
 
@@ -155,6 +160,7 @@ def check_pair(config: ConfigDict, teacher: chat.Chat, student: chat.Chat) -> No
 
 def _check_pages(config: ConfigDict) -> None:
   """Refuses a paged cache whose mesh does not split each model's key heads."""
+  # A device holds whole pages of whole heads.
   tensor = config.mesh[2]
   for role in ("teacher", "student"):
     heads = models.read_config(hf.read_json(config[role])).kv_heads
@@ -166,6 +172,7 @@ def _check_pages(config: ConfigDict) -> None:
 
 def _check_top_k(config: ConfigDict, size: int) -> None:
   """Refuses a top k of more tokens than the models embed."""
+  # The full and the sampled form do not read top_k, so their value may be anything.
   blocks = {f"config.stages.{name}": hp for name, hp in config.stages.items()
             if hp.get("form") in objectives.TOP_K_FORMS}
   for path, block in {**blocks, "config.probe": config.probe}.items():

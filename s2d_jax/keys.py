@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, Union
 
 from ml_collections import ConfigDict
 
-REQUIRED = object()  # stands for "no such value"; equal to nothing else
+# Stands for "no such value". An object of its own equals no value that a config can hold, None
+# included.
+REQUIRED = object()
 
 
 class Key(NamedTuple):
@@ -25,12 +27,14 @@ class Key(NamedTuple):
 
 
 Record = Mapping[str, Union[Key, "Record"]]
-ANY = Key(lambda value: True, "")  # any value; other code checks it where it is read
+# Any value: other code checks it where it is read, because the range depends on more than the key.
+ANY = Key(lambda value: True, "")
 
 
 def at_least(low: float, **fields: Any) -> Key:
   """A Key for whole numbers of at least `low`; `fields` are further fields of the Key."""
   def check(value: Any) -> bool:
+    # True and 1.5 would pass a plain comparison and fail, or count as 1, much later.
     return not isinstance(value, bool) and value >= low and value % 1 == 0
   return Key(check, f"set it to a whole number of at least {low}", **fields)
 
@@ -85,9 +89,10 @@ def check_values(values: Any, record: Mapping[str, Key]) -> None:
 
 def check_value(path: str, value: Any, key: Key) -> None:
   """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
+  # A text compared with a number raises a TypeError, which names neither the key nor the remedy.
   try:
     fits = key.check(value)
-  except TypeError:  # such as a text compared with a number
+  except TypeError:
     fits = False
   if not fits:
     raise ValueError(f"{path} is {value!r}: {key.remedy}.")
@@ -121,7 +126,8 @@ def hashed(block: ConfigDict, record: Record) -> dict[str, Any]:
     value = block[name]
     if not isinstance(key, Key):
       inner = hashed(value, key)
-      if inner:  # a block of neutral values is neutral itself
+      # A block of neutral values is neutral itself, so that a new block renames nothing either.
+      if inner:
         found[name] = inner
     elif key.hashed and value != key.neutral:
       found[name] = value

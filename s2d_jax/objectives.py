@@ -7,10 +7,10 @@ with "loss" among the names. `training` adds the pairs over microbatches and div
 * The count of "loss" is the sum of batch.count_BT; every other count is the sum of the weights.
 * A tuple of one value, (maximum,), is reduced by the largest instead.
 
-A head is a pair (features_BTD, weight_VD); guide_head is None where a stage has no guide.
+A head is a pair (features_BTD, weight_VD). A stage without a guide passes None as guide_head.
 
-A batch whose old_logp_BT is None was not scored before the update. Where the learner sampled it,
-the update's own log-probabilities are then the old ones, and `sampler_gap` compares the sampler's
+A batch without old_logp_BT was not scored before the update. Where the learner sampled it, the
+update's own log-probabilities are then the old ones, and `sampler_gap` compares the sampler's
 log-probabilities with them.
 """
 
@@ -202,6 +202,7 @@ def grpo_loss(student_head: Head, guide_head: Head | None, batch: Batch, hp: Con
     values = values | {"logp": logp_BT, "entropy": entropy_BT}
   gaps = sampler_gap(values.pop("logp"), batch)
   if penalised and hp.kl == "exact":
+    # The coefficient multiplies the sum in float32, not gradients in the features' type.
     penalty, values["kl"] = blockwise.divergence(
         kl.reverse_kl, student_head, guide_head, batch.weight_BT, hp.block)
     total = total + hp.kl_coef * penalty
@@ -383,6 +384,7 @@ def _distillation(form: Callable, student_head: Head, guide_head: Head, batch: B
 def _sampled_reverse_kl(student_head: Head, guide_head: Head, batch: Batch,
                         hp: ConfigDict) -> Sums:
   """Reverse KL from the sampled token, with the exact KL as its baseline where hp.baseline."""
+  # Padding that only one vocabulary has is not an outcome, so it takes no probability.
   student_head, guide_head = blockwise.common(student_head, guide_head)
   student_logp_BT, _ = _trained_logp(student_head, batch, hp)
   guide_logp_BT, _ = _trained_logp(guide_head, batch, hp)

@@ -13,11 +13,14 @@ from s2d_jax.keys import Key
 
 Axes = Any  # the pytree of `models.axes`: a tuple of axis names for each parameter
 
-DECAYS = {  # the share of the learning rate left when a share `progress` of the updates is made
+# The share of the learning rate that is left when a share `progress` of the updates is made.
+DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
 }
+# A clip of inf and a decay of 0 change nothing, but are not what a script wants without asking:
+# the defaults are those of Adam's authors, with gradients clipped.
 KEYS = {
     "lr": Key(lambda rate: rate > 0, "choose it above 0"),
     "warmup": keys.at_least(0, neutral=0),
@@ -49,10 +52,12 @@ def schedule(hp: ConfigDict, updates: int) -> optax.Schedule:
     ValueError: the warmup leaves no updates.
   """
   check_warmup(hp, updates)
+  # Without a warmup the first update is at the full rate, and nothing is divided by 0.
+  ramp = max(hp.warmup, 1)
 
   def lr(count: jax.Array) -> jax.Array:
     count = jnp.asarray(count, jnp.float32)
-    warm = jnp.minimum(1.0, (count + 1) / max(hp.warmup, 1))
+    warm = jnp.minimum(1.0, (count + 1) / ramp)
     progress = jnp.clip((count - hp.warmup) / (updates - hp.warmup), 0.0, 1.0)
     return hp.lr * warm * DECAYS[hp.decay](progress)
 
@@ -82,7 +87,8 @@ def make(hp: ConfigDict, updates: int, axes: Axes | None) -> optax.GradientTrans
                   weight_decay=hp.weight_decay, mask=None if axes is None else matrices(axes)))
 
   def update(updates, state, params):
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer count
+    # optax raises a float to the power of its integer count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
       return adamw.update(updates, state, params)
 
   return optax.GradientTransformation(adamw.init, update)
@@ -98,6 +104,7 @@ def adamw(lr: float, axes: Axes | None = None, **changes: Any) -> optax.Gradient
   Raises:
     ValueError: an unknown name, or a value out of its range.
   """
+  # A decay needs the number of updates, which a script without a config need not know.
   constant = {name: key for name, key in KEYS.items() if name not in ("warmup", "decay")}
   hp = keys.defaults(constant, lr=lr, **changes)
   return make(ConfigDict({**hp, "warmup": 0, "decay": "constant"}), 1, axes)

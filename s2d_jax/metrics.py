@@ -1,8 +1,8 @@
 """Logs that survive a kill, event files for TensorBoard, a progress bar, a count of compilations.
 
 A log is a folder of JSON-lines parts. Each part is named for its first step and written whole, just
-before the checkpoint that ends it. Resuming at step s deletes the parts that start at s or later,
-so a killed and resumed run leaves the bytes of an undisturbed one. Nothing is appended or renamed.
+before the checkpoint that ends it. Resuming at step s deletes the parts that start at s or later.
+A killed and resumed run thus leaves the bytes of an undisturbed one. No file is appended to.
 """
 
 import contextlib

@@ -30,7 +30,7 @@ def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
   assert metrics.read(tmp_path / "b", "metrics") == resumed.rows
 
 
-def test_numbers_that_json_lacks_become_strings():
+def test_numbers_that_json_cannot_hold_become_strings():
   assert metrics.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
       "a": ["inf", 1.0], "b": [0, 1]}
 

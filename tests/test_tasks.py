@@ -24,12 +24,12 @@ def test_mathematics_is_checked_by_the_string_match(data):
 
 
 def test_another_grader_is_another_task_by_name(data):
-  first = planning.source_of(tasks.math(data).reward)
+  first = planning.identity_of(tasks.math(data).reward)
   data.data.grader = "string_match"
-  assert planning.source_of(tasks.math(data).reward) == first
+  assert planning.identity_of(tasks.math(data).reward) == first
   data.data.grader = "math_verify"
   assert tasks.math(data).reward is math.verified
-  assert planning.source_of(math.verified) != first
+  assert planning.identity_of(math.verified) != first
 
 
 @pytest.mark.medium

@@ -107,7 +107,7 @@ def serve() -> None:
   """The worker process: imports the checker, sets the limits, answers until its input closes."""
   module, name, cpu_seconds, memory_bytes = sys.argv[1:]
   check = getattr(importlib.import_module(module), name)
-  # What a checker prints must not be taken for an answer, so it goes to standard error.
+  # A checker's own prints must not be taken for answers, so they go to standard error.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
   # Checkers warn about every text. The trace of a failed start is still shown.

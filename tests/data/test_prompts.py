@@ -41,13 +41,13 @@ def test_seed_and_stage_change_the_order():
   assert len(draws) == 3
 
 
-def test_a_pinned_draw():
-  """What a run draws must not move under it."""
+def test_a_draw_computed_from_its_definition():
+  """A resumed or later run must draw the same problems."""
   order = np.random.default_rng((7, 0xCBF43926, 0)).permutation(8)  # CRC-32 of "123456789"
   np.testing.assert_array_equal(prompts.at(8, 7, "123456789", 1, 4), order[4:])
 
 
-def test_too_many_per_step_and_a_round_too_far_are_refused():
+def test_too_many_problems_per_step_and_a_round_too_many_are_refused():
   with pytest.raises(ValueError, match="33 problems per step were asked of 32 in sft"):
     prompts.at(32, 0, "sft", 0, 33)
   with pytest.raises(ValueError, match="round 2 of sft is outside its 2 rounds"):
@@ -79,7 +79,7 @@ def test_shares_are_exact_nested_and_seeded():
   np.testing.assert_array_equal(prompts.share(ids[::-1], 3, 0.25), quarter[::-1])
   other = prompts.share(ids, 4, 0.5)
   assert abs((half == other).sum() - 2048) < 4 * 32
-  # Halving cuts through a share fairly: the two orders know nothing of each other.
+  # Halving cuts a share into fair halves: the two orders are independent.
   assert abs(prompts.half(ids[half], 3).sum() - 1024) < 4 * 23
 
 

@@ -13,13 +13,13 @@ print(len(sources.arithmetic("test", sys.argv[1])), "tensorflow" in sys.modules)
 """
 
 
-def test_reads_back_what_was_generated(tmp_path):
+def test_rows_are_read_as_they_were_generated(tmp_path):
   rows = problems.splits()
   for split in rows:
     assert list(sources.arithmetic(split, tmp_path)) == rows[split]
 
 
-def test_two_processes_may_prepare_at_once_and_say_nothing(tmp_path):
+def test_two_processes_may_prepare_at_once_and_print_nothing(tmp_path):
   command = [sys.executable, "-W", "error", "-c", READ, str(tmp_path)]
   both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
   assert [p.communicate() for p in both] == [("512 False\n", "")] * 2

@@ -1,4 +1,4 @@
-"""Chained addition: worked by hand, splits apart, the corpus outside all of them."""
+"""Chained addition: examples by hand, disjoint splits, a corpus outside all of them."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_the_same_problem_twice_is_refused():
     problems.assert_disjoint({"test": [row], "labelled": [row]})
 
 
-def test_corpus_keeps_out_of_the_splits_and_has_its_shares():
+def test_corpus_leaves_held_out_problems_out_and_has_its_shares():
   # Hold out half of what this corpus would ask.
   first = problems.corpus(3, 4000, longest=4, worked_share=0.25, slip_share=0.1, held_out=set())
   held_out = {problem for problem, _ in first[::2]}

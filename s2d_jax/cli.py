@@ -9,6 +9,7 @@ from s2d_jax import command
 COMMANDS = {  # name -> (module with main(argv), description)
     "run": ("s2d_jax.main", "train and score the arms of a config"),
     "sample": ("s2d_jax.sampler.__main__", "sample a model's answers to a file of prompts"),
+    "eval": ("s2d_jax.evaluate", "score a model on sets of checked problems"),
     "report": ("s2d_jax.report", "print the table of finished work folders"),
     "preflight": ("s2d_jax.preflight", "compile every program and print the memory it needs"),
     "doctor": ("s2d_jax.diagnosis", "check a config, its models, tokenizers and data"),

@@ -51,6 +51,11 @@ def math(config: ConfigDict) -> Task:
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}
+# The config.data of each task for sets that lie in one folder.
+DATA: dict[str, Callable[[str, Sequence[str]], dict]] = {
+    "arithmetic": lambda folder, sets: {"dir": folder},
+    "math": lambda folder, sets: {name: f"{folder}/{name}.jsonl" for name in sets},
+}
 
 
 def get(config: ConfigDict) -> Task:

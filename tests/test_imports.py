@@ -13,10 +13,11 @@ PACKAGE = ROOT / "s2d_jax"
 # Who may call whom, nearest first; who may call a file may also import what lies below it. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
-  "cli": {"main", "preflight", "diagnosis", "export"},
+  "cli": {"main", "preflight", "diagnosis", "evaluate", "export"},
   "main": {"recipe", "sweep", "report"},
   "preflight": {"recipe", "sweep", "command"},
   "diagnosis": {"recipe", "sweep", "command"},
+  "evaluate": {"tasks", "evals", "sampler", "chat", "command"},
   "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},

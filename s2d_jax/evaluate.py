@@ -1,0 +1,86 @@
+"""`s2d-jax eval`: scores one model on sets of checked problems, without a recipe."""
+
+import argparse
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from s2d_jax import chat, command, evals, models, rollouts, sampler, sharding, stats, tasks
+from s2d_jax.models import hf
+from s2d_jax.planning import Task
+from s2d_jax.sampler.__main__ import template
+
+EXAMPLE = "s2d-jax eval --model FOLDER --task math --sets math500,aime24 --k 16"
+DRAWS = 1000  # of the bootstrap behind an interval
+LEVEL = 0.95
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints a line per set and statistic: the estimate and its 95 % interval.
+
+  Raises:
+    ValueError: the model, a set or a number is refused, in one sentence.
+  """
+  parser = command.Parser("eval", "Scores a model on sets of checked problems.", EXAMPLE)
+  parser.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
+  parser.add_argument("--task", required=True, choices=tuple(tasks.TASKS), metavar="TASK",
+                      help=f"how problems are asked and checked: {', '.join(tasks.TASKS)}")
+  parser.add_argument("--sets", required=True, help="their names, with commas between")
+  parser.add_argument("--data", default="data", metavar="FOLDER", help="the sets, by default data")
+  parser.add_argument("--k", type=int, default=1, help="samples of each problem")
+  parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+  parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+  parser.add_argument("--max-tokens", type=int, default=1024, help="of a response")
+  parser.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
+                      help="an argument of the chat template, such as enable_thinking=false")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--dtype", default="float32", help="of the activations, or bfloat16")
+  parser.add_argument("--batch", type=int, default=64, help="problems that are sampled at a time")
+  args = parser.parse_args(argv)
+  for name in ("k", "max_tokens", "batch"):
+    if getattr(args, name) < 1:
+      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: choose 1 or more.")
+  names = args.sets.split(",")
+  data = ConfigDict({"data": tasks.DATA[args.task](args.data, names)})
+  task = tasks.TASKS[args.task](data)
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    for name, statistic, value in scores(args, task, names):
+      print(f"{name:<16}{statistic:<10}{value.estimate:8.3f} [{value.low:.3f}, {value.high:.3f}]",
+            flush=True)
+
+
+def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
+           ) -> Iterator[tuple[str, str, stats.Interval]]:
+  """Yields (set, statistic, interval) of a model's samples on each set."""
+  tokenizer = chat.Chat(args.model, **template(args.template))
+  model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
+                          shapes=models.frozen_shapes)
+  sampling = sampler.Sampling(
+      samples_per_prompt=args.k, temperature=args.temperature, top_p=args.top_p, top_k=0, min_p=0.0,
+      max_tokens=args.max_tokens, min_tokens=0, stop_ids=tuple(tokenizer.eos_ids))
+  for name in sets:
+    source = task.source(name)
+    problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
+    prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
+               for i, problem in problems.items()]
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if longest + args.max_tokens > model.config.max_positions:
+      raise ValueError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
+                       f"ones leaves the model's {model.config.max_positions} positions: lower "
+                       "--max-tokens.")
+    draw = sampler.make(model, params, sampling, min(args.batch, len(prompts)), longest,
+                        text=tokenizer.decode)
+    # Compiled for each set, because its longest prompt sets the shapes.
+    correct_PG, _ = evals.solve(
+        draw, params, prompts,
+        lambda i, ids, problems=problems: task.reward(problems[i], tokenizer.decode(ids)),
+        (args.seed, zlib.crc32(b"evaluation")))
+    for statistic, value in evals.scores(correct_PG, (args.k,), args.seed, DRAWS, LEVEL):
+      yield name, statistic, value
+
+
+if __name__ == "__main__":
+  command.call(main, sys.argv[1:])

@@ -1,0 +1,44 @@
+"""`s2d-jax eval`: the scores of a shipped model are those that its samples give by hand."""
+
+import re
+
+import pytest
+
+from configs import arithmetic
+from s2d_jax import command, evaluate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.medium
+def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
+  # Greedily every sample of a problem is the same, so avg@2 and pass@2 are one number: the share of
+  # 256 problems, a multiple of 1/256.
+  teacher = arithmetic.get_config().teacher
+  evaluate.main(["--model", teacher, "--task=arithmetic", f"--data={data}", "--sets=validation",
+                 "--k=2", "--temperature=0", "--max-tokens=32"])
+  lines = capsys.readouterr().out.splitlines()
+  found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
+  assert [row[:2] for row in found] == [("validation", "avg@2"), ("validation", "pass@2")]
+  (value,) = {float(row[2]) for row in found}
+  assert 0.5 < value <= 1 and abs(256 * value - round(256 * value)) < 0.13
+  assert all(float(low) <= value <= float(high) for *_, low, high in found)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--k=0"], "--k is 0: choose 1 or more."),
+    (["--task=math"], "data/validation.jsonl is no file"),
+    (["--max-tokens=99999"], "lower --max-tokens."),
+    (["--task=chess"], "argument --task: invalid choice: 'chess'"),
+])
+def test_a_wrong_line_is_one_sentence(data, capsys, monkeypatch, tmp_path, flags, said):
+  monkeypatch.chdir(tmp_path)
+  line = ["--model", arithmetic.get_config().student, "--task=arithmetic", "--sets=validation"]
+  own = [] if "--task=math" in flags else [f"--data={data}"]
+  with pytest.raises(SystemExit) as error:
+    command.call(evaluate.main, [*line, *own, *flags])
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert error.value.code == 2 and sentence.startswith("s2d_jax: ") and said in sentence

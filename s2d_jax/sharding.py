@@ -1,20 +1,24 @@
-"""The mesh, and the only file that knows its axes.
+"""The device mesh, the layout of arrays on it, and transfers between host and devices.
 
-Models and losses speak of logical axes ("batch", "heads", "vocab"); the two tables below say
-which mesh axis carries each. To try another layout, change a table. Parameters are split over
-`fsdp` and `tensor`, activations over `data` and `fsdp` (rows) and `tensor` (heads, vocabulary).
+No other file names a mesh axis. Models and losses use logical axes ("batch", "heads", "vocab"), and
+the two tables below map each of them to a mesh axis. To try another layout, change a table.
+Parameters are split over `fsdp` and `tensor`. Activations are split over `data` and `fsdp` (rows)
+and `tensor` (heads, vocabulary).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Params = Any  # a pytree of arrays: a model's weights, their shapes or their layouts
+
+Names = tuple[str, ...]  # a logical name for each axis of an array
+Shape = tuple[int, ...]
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -31,7 +35,8 @@ ACTIVATION_RULES = {
 }
 
 
-def make_mesh(shape=(1, 1, 1), devices=None):
+def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
+              devices: list[jax.Device] | None = None) -> Mesh:
   """A (data, fsdp, tensor) mesh of Auto axes over `devices`, by default the first that suffice.
 
   Raises:
@@ -50,58 +55,66 @@ def make_mesh(shape=(1, 1, 1), devices=None):
   return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:need])
 
 
-def _fits(size, axis, mesh_shape):
-  """The mesh axis where it divides `size`, else None: fewer KV heads than `tensor` replicate."""
+def _fits(size: int, axis: str | Names | None, mesh_shape: dict[str, int]) -> str | Names | None:
+  """The mesh axis if it divides `size`, else None: fewer key heads than `tensor` are replicated."""
   names = (axis,) if isinstance(axis, str) else axis or ()
   return axis if size % int(np.prod([mesh_shape[n] for n in names])) == 0 else None
 
 
-def spec(rules, names, shape, mesh_shape):
+def spec(rules: dict[str, str | Names | None], names: Names, shape: Shape,
+         mesh_shape: dict[str, int]) -> PartitionSpec:
   """PartitionSpec of an array of `shape` whose axes are called `names`."""
   return PartitionSpec(*(_fits(s, rules[n], mesh_shape) for n, s in zip(names, shape, strict=True)))
 
 
-def constrain(x, *names):
-  """Pins an activation's layout inside `jit`; without a mesh (`jax.set_mesh`) it is `x`."""
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """Fixes an activation's layout inside `jit`; without a mesh (`jax.set_mesh`) it returns `x`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   where = spec(ACTIVATION_RULES, names, x.shape, mesh.shape)
-  if mesh.manual_axes:  # inside `per_device`: those axes are not there to be split over
+  if mesh.manual_axes:  # inside `per_device`, where an array cannot be split over those axes
     where = PartitionSpec(*(axes if axes not in (*mesh.manual_axes, mesh.manual_axes) else None
                             for axes in where))
   return jax.lax.with_sharding_constraint(x, where)
 
 
-def on_shards(f, axis, args, names):
-  """f(index, *args) on each device's own parts of the arrays, for a kernel that XLA cannot split.
+def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
+                   names: tuple[Names, ...]) -> jax.Array:
+  """f(index, *args) on each device's shards of the arrays, for a kernel that XLA cannot split.
 
   Args:
-    f: sees local shapes; `index` is the device's place along the mesh axis that carries `axis`. Its
-      one result is laid out as the first array is.
-    args: arrays; names: a tuple of logical names for each.
+    f: sees local shapes. `index` is the device's place along the mesh axis that splits "heads". Its
+      result is laid out as the first array.
+    args: arrays; the first one has the axis "heads".
+    names: the logical names of each array's axes.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  carrier = None if mesh.empty else _fits(
-      args[0].shape[names[0].index(axis)], ACTIVATION_RULES[axis], mesh.shape)
-  def local(*args):
-    return (f(0 if carrier is None else jax.lax.axis_index(carrier), *args),)
-  return on_parts(local, args, names, (0,))[0]
+  heads = args[0].shape[names[0].index("heads")]
+  axis = None if mesh.empty else _fits(heads, ACTIVATION_RULES["heads"], mesh.shape)
+
+  def local(*args: jax.Array) -> tuple[jax.Array]:
+    return (f(0 if axis is None else jax.lax.axis_index(axis), *args),)
+
+  return per_shard(local, args, names, (0,))[0]
 
 
-def on_parts(f, args, names, outs):
-  """f(*args) on each device's own parts of the arrays, where no array is split but as it lies.
+def per_shard(f: Callable[..., tuple[jax.Array, ...]], args: tuple[jax.Array, ...],
+              names: tuple[Names, ...], out_like: tuple[int, ...]) -> tuple[jax.Array, ...]:
+  """f(*args) on each device's shards of the arrays.
 
   Args:
-    names: a tuple of logical names for each argument; outs: for each result, the place of the
-      argument that it is laid out as.
+    f: sees local shapes; returns a tuple.
+    args: arrays.
+    names: the logical names of each array's axes.
+    out_like: for each result, the index of the argument whose layout it has.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return f(*args)
   specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
                 for n, x in zip(names, args, strict=True))
-  return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[at] for at in outs),
+  return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in out_like),
                        check_vma=False)(*args)
 
 
@@ -132,62 +145,64 @@ def per_device(
       out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(per_row, replicated)
 
 
-def max_over_devices(x):
+def max_over_devices(x: jax.Array) -> jax.Array:
   """The largest x of any device inside `per_device`; outside of it x itself."""
   axes = jax.sharding.get_abstract_mesh().manual_axes
   return jax.lax.pmax(x, axes) if axes else x
 
 
-def platform():
-  """"cpu", "gpu" or "tpu": of the mesh's devices, which may be described and not here."""
-  mesh = jax.sharding.get_abstract_mesh()  # the concrete one is out of sight inside `jit`
+def platform() -> str:
+  """"cpu", "gpu" or "tpu": that of the mesh's devices, which may be described but absent."""
+  mesh = jax.sharding.get_abstract_mesh()  # inside `jit` the concrete mesh is not known
   device = None if mesh.empty else mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
 
 
-def current_mesh():
+def current_mesh() -> Mesh | None:
   """The mesh of `with jax.set_mesh(...)`, or None."""
   mesh = jax.sharding.get_mesh()
   return None if mesh.empty else mesh
 
 
-def abstract(tree):
-  """Shapes, dtypes and layouts of arrays, to compile for before, or without, having them."""
+def abstract(tree: Params) -> Params:
+  """Shapes, dtypes and layouts of arrays, for which a program can be compiled without them."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def laid_out(shapes, shardings):
-  """Shapes and dtypes of `shapes` with the layouts of `shardings`."""
+def laid_out(shapes: Params, shardings: Params) -> Params:
+  """The shapes and dtypes of `shapes` with the layouts of `shardings`."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes, shardings)
 
 
-def weight_sharding(mesh, names, shape):
-  """Where one weight lives: logical `names` (a tuple, one per axis of `shape`) -> NamedSharding."""
+def weight_sharding(mesh: Mesh, names: Names, shape: Shape) -> NamedSharding:
+  """The layout of one weight whose axes have the logical `names`."""
   return NamedSharding(mesh, spec(WEIGHT_RULES, names, shape, mesh.shape))
 
 
-def decode_sharding(mesh, names, shape):
-  """Where one weight lives while tokens are decoded: `weight_sharding`, but whole over `fsdp`."""
+def decode_sharding(mesh: Mesh, names: Names, shape: Shape) -> NamedSharding:
+  """The layout of one weight while tokens are decoded: `weight_sharding`, but whole over `fsdp`."""
+  # Otherwise each token would gather all weights from the other devices.
   rules = {name: None if axis == "fsdp" else axis for name, axis in WEIGHT_RULES.items()}
   return NamedSharding(mesh, spec(rules, names, shape, mesh.shape))
 
 
-def weight_shardings(mesh, axes, shapes):
-  """`weight_sharding` over a parameter tree; `axes` holds the names, `shapes` the shapes."""
+def weight_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
+  """`weight_sharding` of every parameter; `axes` has the logical names, `shapes` the shapes."""
   return jax.tree.map(lambda s, a: weight_sharding(mesh, a, s.shape), shapes, axes)
 
 
-def batch_sharding(mesh, shape, names=("batch",)):
-  """Where a batch array of `shape` lives; axes beyond `names` are whole on every device."""
+def batch_sharding(mesh: Mesh, shape: Shape, names: Names = ("batch",)) -> NamedSharding:
+  """The layout of a batch array of `shape`; axes beyond `names` are whole on every device."""
   names = tuple(names) + ("time",) * (len(shape) - len(names))
   return NamedSharding(mesh, spec(ACTIVATION_RULES, names, shape, mesh.shape))
 
 
-def slot_sharding(mesh, shape, pages):
-  """Where an array of a sampler's slots lives: rows, and behind them the key heads of a cache.
+def slot_sharding(mesh: Mesh, shape: Shape, pages: bool) -> NamedSharding:
+  """The layout of an array of a sampler's slots.
 
-  A cache in pages has its key heads first, and behind them the pages.
+  The first axis is the rows. In a cache the key heads follow; in a cache with `pages` the key heads
+  are first and the pages follow.
   """
   names = ("batch",)
   if len(shape) > 2:
@@ -195,89 +210,109 @@ def slot_sharding(mesh, shape, pages):
   return batch_sharding(mesh, shape, names)
 
 
-def shard_count(mesh, name, size):
-  """Into how many parts an activation's axis of `size` is split; None asks for those of any size.
-  """
+def shard_count(mesh: Mesh, name: str, size: int | None) -> int:
+  """Number of shards of an activation's axis `name` of `size`; None is a size that all divide."""
   axes = ACTIVATION_RULES[name]
-  axes = axes if size is None else _fits(size, axes, mesh.shape)
-  return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+  if size is not None:
+    axes = _fits(size, axes, mesh.shape)
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return int(np.prod([mesh.shape[a] for a in axes]))
 
 
-def replicated(mesh):
-  """Every device holds the whole array."""
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The layout in which every device holds the whole array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put(x, sharding):
-  """A global array from a host value that is the same on every process."""
+def put(x: np.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
+  """A global array from a host value that is equal on every process."""
   x = np.asarray(x)
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
-  return from_callback(x.shape, sharding, lambda index: (x[index], lambda own: own))
+  return from_callback(x.shape, sharding, lambda index: (x[index], lambda shard: shard))
 
 
-def from_callback(shape, sharding, part):
-  """A global array of which each process makes what its own devices hold, and nothing else.
+def from_callback(
+    shape: Shape, sharding: NamedSharding,
+    part: Callable[[tuple[slice, ...]], tuple[np.ndarray, Callable]]) -> jax.Array:
+  """A global array of which each process makes only what its own devices hold.
 
-  part(index) gives a NumPy array and what makes the device's own part of it, once it is there.
+  Args:
+    shape: of the array.
+    sharding: its layout.
+    part: part(index) is a NumPy array and a function. The function turns that array, once it is on
+      the device, into the shard at `index`.
   """
-  made, arrays = {}, []
+  parts, arrays = {}, []
   for device, index in sharding.addressable_devices_indices_map(shape).items():
-    key = str(index)  # replicas are made once
-    if key not in made:
-      made[key] = part(index)
-    host, finish = made[key]
-    with jax.set_mesh(make_mesh((1, 1, 1), [device])):  # `finish` knows of this device alone
+    key = str(index)  # several devices may hold the same shard, which is read once
+    if key not in parts:
+      parts[key] = part(index)
+    host, finish = parts[key]
+    # Under a mesh of this device alone, or `finish` would be compiled for all devices.
+    with jax.set_mesh(make_mesh((1, 1, 1), [device])):
       arrays.append(finish(jax.device_put(host, device)))
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def stacked(shape, dtype, where, layers):
-  """An array of `shape` laid out as `where` (None: one device), its first axis from an iterable.
+def stacked(shape: Shape, dtype: jnp.dtype, where: NamedSharding | None,
+            layers: Iterable[jax.Array]) -> jax.Array:
+  """An array whose first axis comes from an iterable.
 
-  The layers are arrays of shape[1:]; each is copied into its place before the next is asked for, so
-  that no more than one exists beside the whole.
+  Args:
+    shape: of the array.
+    dtype: of the array.
+    where: its layout; None: whole on the default device.
+    layers: arrays of shape[1:]. Each is copied into its place before the next one is made, so that
+      at most one exists in addition to the result.
   """
   make, write = _stacker(shape, dtype, where)
   whole = make()
-  for at, layer in enumerate(layers):
-    at = np.int32(at)
-    at = jax.device_put(at) if where is None else put(at, replicated(where.mesh))
-    whole = jax.block_until_ready(write(whole, layer, at))
+  for index, layer in enumerate(layers):
+    index = np.int32(index)
+    index = jax.device_put(index) if where is None else put(index, replicated(where.mesh))
+    whole = jax.block_until_ready(write(whole, layer, index))
   return whole
 
 
 @functools.cache
-def _stacker(shape, dtype, where):
-  def write(whole, layer, at):
-    return jax.lax.dynamic_update_index_in_dim(whole, layer, at, 0)
+def _stacker(shape: Shape, dtype: jnp.dtype,
+             where: NamedSharding | None) -> tuple[Callable, Callable]:
+  """Jitted: zeros of a shape, and writing one layer into them in place."""
+  def write(whole: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0)
   return (jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where),
           jax.jit(write, donate_argnums=0, out_shardings=where))
 
 
-def fetch_slice(x, at=None, turn=lambda x: x):
-  """NumPy copy of turn(x), or of turn(x[at]), whole on every process, wherever and however x lies.
+def fetch_slice(x: jax.Array | np.ndarray, index: int | None = None,
+                convert: Callable[[jax.Array], jax.Array] = lambda x: x) -> np.ndarray:
+  """convert(x), or convert(x[index]), as a whole NumPy array on every process.
+
+  All processes must call it, since parts of x may be on devices of another process.
   """
   if not isinstance(x, jax.Array):
-    return np.asarray(turn(x if at is None else x[at]))
-  mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-  taken = _taker(None if mesh is None else replicated(mesh), at is None, turn)
-  at = np.int32(at or 0)
-  return jax.device_get(taken(x, jax.device_put(at) if mesh is None else put(at, replicated(mesh))))
+    return np.asarray(convert(x if index is None else x[index]))
+  where = replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else None
+  take = _taker(where, index is None, convert)
+  index = np.int32(index or 0)
+  index = jax.device_put(index) if where is None else put(index, where)
+  return jax.device_get(take(x, index))
 
 
 @functools.cache
-def _taker(where, all_of_it, turn):
-  def take(x, at):
-    return turn(x if all_of_it else jax.lax.dynamic_index_in_dim(x, at, 0, keepdims=False))
+def _taker(where: NamedSharding | None, whole: bool, convert: Callable) -> Callable:
+  """Jitted: convert(x), or convert(x[index]), laid out as `where`."""
+  def take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return convert(x if whole else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False))
   return jax.jit(take, out_shardings=where)
 
 
-def put_batch(tree, mesh):
-  """`put` of every leaf, rows split over `data` and `fsdp`."""
+def put_batch(tree: Params, mesh: Mesh) -> Params:
+  """`put` of every leaf, with rows split over `data` and `fsdp`."""
   return jax.tree.map(lambda x: put(x, batch_sharding(mesh, np.shape(x))), tree)
 
 
-def fetch(tree):
-  """NumPy copies of replicated (or single-host) arrays; every process gets the same."""
+def fetch(tree: Params) -> Params:
+  """NumPy copies of arrays that are replicated, or on one host; equal on every process."""
   return jax.device_get(tree)

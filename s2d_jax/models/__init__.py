@@ -1,18 +1,29 @@
-"""Models as data: a `Model` is a frozen config and three pure functions on a plain dict."""
+"""Models: a `Model` is a frozen Config and three pure functions on a plain dict of parameters.
+
+A model family is one file that FAMILIES names. It has four public names:
+
+  config(json, **run) -> Config          of a Hugging Face config.json
+  config_json(config) -> dict            its inverse
+  weights(config) -> {path: Weight}      the table that import, export and sharding read
+  PUBLISHED                              {name: config.json} of published models
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from s2d_jax import keys, sharding
 from s2d_jax.models import decoder, layout, llama, qwen3
 from s2d_jax.models.caches import KV, empty_cache
-from s2d_jax.models.decoder import ADAPTED, Config, Lora
-from s2d_jax.models.layout import Weight
+from s2d_jax.models.config import ADAPTED, Config, Lora
+from s2d_jax.models.layout import Json, Weight
+from s2d_jax.sharding import Params
 
 __all__ = [
     "KV", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
@@ -22,84 +33,94 @@ __all__ = [
 
 FAMILIES = {"qwen3": qwen3, "llama": llama}
 RUN = ("dtype", "remat", "attention")  # the fields of a Config that say how it runs
-PUBLISHED = qwen3.PUBLISHED | llama.PUBLISHED
+PUBLISHED = {name: json for family in FAMILIES.values() for name, json in family.PUBLISHED.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A decoder; two of equal `config` are equal, and `build` makes them identical.
+  """A decoder. Models of equal `config` are equal, and `build` returns the identical one.
 
   init(key) -> params: float32, layers stacked on a leading axis.
   apply(params, tokens_BT, positions_BT, segments_BT, cache=None) -> (features_BTD, cache):
-    positions restart with each segment, segment 0 is padding, a token reads what is not later in
-    its own segment. With a cache the T tokens go to the slots of their positions, which follow one
-    another, and read those before them; segments are not looked at.
+    positions restart with each segment, and segment 0 is padding. A token reads the tokens of its
+    own segment that are not later. With a cache the T tokens go to the slots of their positions,
+    which are consecutive, and read all slots up to their own; segments are ignored.
   unembed(params) -> weight_VD: features · weightᵀ are the logits.
   """
   config: Config
-  init: Callable = dataclasses.field(compare=False)
-  apply: Callable = dataclasses.field(compare=False)
-  unembed: Callable = dataclasses.field(compare=False)
+  init: Callable[[jax.Array], Params] = dataclasses.field(compare=False)
+  apply: Callable[..., tuple[jax.Array, Any]] = dataclasses.field(compare=False)
+  unembed: Callable[[Params], jax.Array] = dataclasses.field(compare=False)
 
 
 @functools.cache
-def build(config):
-  """The Model of a Config; equal configs give the identical Model, so `jit` knows it again."""
+def build(config: Config) -> Model:
+  """The Model of a Config; equal configs give the identical Model, so `jit` compiles it once."""
   module = decoder.Decoder(config)
 
-  def init(key):
+  def init(key: jax.Array) -> Params:
     token_BT = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, token_BT, token_BT, token_BT)["params"]
 
-  def apply(params, tokens_BT, positions_BT, segments_BT, cache=None):
+  def apply(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
+            segments_BT: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
     return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
 
-  def unembed(params):
+  def unembed(params: Params) -> jax.Array:
     return params["embed"] if config.tied else params["unembed"]
 
   return Model(config, init, apply, unembed)
 
 
-def get(which, **run):
-  """The Model of a published name or of a config.json dict; `run` may give what RUN names.
+def get(name_or_json: str | Json, **run: Any) -> Model:
+  """The Model of a published name or of a config.json dict.
+
+  Args:
+    name_or_json: a key of PUBLISHED, or the object of a config.json.
+    **run: values of the fields that RUN names.
 
   Raises:
-    ValueError: an unknown name, a family or a setting that is not implemented, a key missing.
+    ValueError: the name is unknown, the family or a setting is not implemented, or a key of
+      config.json is missing.
   """
-  if isinstance(which, str):
-    if which.lower() not in PUBLISHED:
-      raise ValueError(f"no model is called {which!r}: choose from {', '.join(PUBLISHED)}, "
-                       "or give the dict of a config.json.")
-    which = PUBLISHED[which.lower()]
-  return build(read_config(which, **run))
+  if not isinstance(name_or_json, str):
+    return build(read_config(name_or_json, **run))
+  if name_or_json.lower() not in PUBLISHED:
+    raise ValueError(f"no model is called {name_or_json!r}: choose from {', '.join(PUBLISHED)}, "
+                     "or give the dict of a config.json.")
+  return build(read_config(PUBLISHED[name_or_json.lower()], **run))
 
 
-def read_config(json, **run):
-  """The Config of a config.json dict."""
+def read_config(json: Json, **run: Any) -> Config:
+  """The Config of a config.json dict; arguments and errors as `get`."""
   if json.get("model_type") not in FAMILIES:
     raise ValueError(f"config.json asks for model_type={json.get('model_type')!r}, which is not "
                      f"implemented: use one of {', '.join(FAMILIES)}.")
   return FAMILIES[json["model_type"]].config(json, **run)
 
 
-def config_json(config):
+def config_json(config: Config) -> Json:
   """The config.json dict of a Config."""
   return FAMILIES[config.architecture].config_json(config)
 
 
-def weights(config):
-  """{"layers/attn/q": Weight(axes, name, ...), ...}: the architecture's table of weights."""
+def weights(config: Config) -> dict[str, Weight]:
+  """{"layers/attn/q": Weight(axes, name, ...), ...}: the family's table of weights."""
   return FAMILIES[config.architecture].weights(config)
 
 
-def axes(config):
+def axes(config: Config) -> Params:
   """The logical axes of each parameter, in a tree of the parameters' structure."""
-  base = {path: weight.axes for path, weight in weights(config).items()}
-  return layout.nest(base | {path: names for _, *pair in _adapters(config)
-                             for path, names in pair})
+  names = {path: weight.axes for path, weight in weights(config).items()}
+  for _, a, b in _adapters(config):
+    names |= dict([a, b])
+  return layout.nest(names)
 
 
-def _adapters(config):
+Named = tuple[str, tuple[str, ...]]  # the path of a parameter and its logical axes
+
+
+def _adapters(config: Config) -> Iterator[tuple[str, Named, Named]]:
   """(path of a weight, (path, axes) of its A, (path, axes) of its B) for each adapted weight."""
   targets = () if config.lora is None else config.lora.targets
   for path, weight in weights(config).items():
@@ -116,31 +137,33 @@ LORA_KEYS = {
                         f"choose from {', '.join(ADAPTED)}", neutral=ADAPTED)}
 
 
-def lora(hp):
-  """The Lora of a stage's block of config, None where its rank is 0: everything is trained."""
-  rank, alpha, targets = hp.rank, float(hp.alpha), tuple(hp.targets)
-  return Lora(rank, alpha, targets) if rank else None
+def lora(hp: ConfigDict) -> Lora | None:
+  """The Lora of a stage's `lora` block; None if its rank is 0, which trains all weights."""
+  if not hp.rank:
+    return None
+  return Lora(hp.rank, float(hp.alpha), tuple(hp.targets))
 
 
-def trained(config):
-  """The logical axes of what is trained: of the adapters where there are some, else of all."""
+def trained(config: Config) -> Params:
+  """The logical axes of the trained parameters: of the adapters if there are any, else of all."""
   return axes(config) if config.lora is None else split(config, axes(config))[0]
 
 
-def split(config, tree):
-  """(adapters, the rest) of a tree of parameters, or of their shapes or axes."""
-  own = {path for _, *pair in _adapters(config) for path, _ in pair}
+def split(config: Config, tree: Params) -> tuple[Params, Params]:
+  """(adapters, weights) of a tree of parameters, or of their shapes or axes."""
+  adapter_paths = {path for _, (a, _), (b, _) in _adapters(config) for path in (a, b)}
   flat = layout.flat(tree)
-  return (layout.nest({path: x for path, x in flat.items() if path in own}),
-          layout.nest({path: x for path, x in flat.items() if path not in own}))
+  return (layout.nest({path: x for path, x in flat.items() if path in adapter_paths}),
+          layout.nest({path: x for path, x in flat.items() if path not in adapter_paths}))
 
 
-def adapters(model, seed):
-  """New adapters of a model whose config.lora is set, on the current mesh: B is zero, A drawn.
+def adapters(model: Model, seed: int) -> Params:
+  """New adapters of a model whose config.lora is set, on the current mesh.
 
-  With them the model computes what it does without. `seed` is an integer.
+  A is random and B is zero, so the model computes the same as without them.
   """
-  mesh, config = sharding.current_mesh(), model.config
+  mesh = sharding.current_mesh()
+  config = model.config
   where = None
   if mesh is None:
     seed = jax.device_put(np.uint32(seed))
@@ -148,16 +171,19 @@ def adapters(model, seed):
     where = sharding.weight_shardings(mesh, split(config, axes(config))[0],
                                       split(config, shapes(config))[0])
     seed = sharding.put(np.uint32(seed), sharding.replicated(mesh))
-  def draw(seed):
+  # The compiler drops the weights that are initialized and not returned.
+  def init(seed: jax.Array) -> Params:
     return split(config, model.init(jax.random.key(seed)))[0]
-  return jax.jit(draw, out_shardings=where)(seed)
+  return jax.jit(init, out_shardings=where)(seed)
 
 
-def merge(config, params):
-  """The parameters of the same model without adapters: W + (alpha / rank)·AB, in W's own type."""
-  flat, scale = layout.flat(params), config.lora.alpha / config.lora.rank
+def merge(config: Config, params: Params) -> Params:
+  """The parameters of the model without adapters: W + (alpha / rank)·AB, in the dtype of W."""
+  flat = layout.flat(params)
+  scale = config.lora.alpha / config.lora.rank
   for path, (a, _), (b, _) in _adapters(config):
-    a_LDr, b_LrO = flat.pop(a), flat.pop(b)
+    a_LDr = flat.pop(a)
+    b_LrO = flat.pop(b)
     L, *inputs, r = a_LDr.shape
     product = jnp.einsum("LDr,LrO->LDO", a_LDr.reshape(L, -1, r).astype(jnp.float32),
                          b_LrO.reshape(L, r, -1).astype(jnp.float32), precision="highest")
@@ -167,19 +193,23 @@ def merge(config, params):
   return layout.nest(flat)
 
 
-def shapes(config):
-  """The parameters as `jax.ShapeDtypeStruct`s, without making them."""
+def shapes(config: Config) -> Params:
+  """The parameters as `jax.ShapeDtypeStruct`s, all float32; no array is made."""
   return jax.eval_shape(lambda: build(config).init(jax.random.key(0)))
 
 
-def frozen_shapes(config):
-  """`shapes` of a model that is not trained: stored in the type that products read, config.dtype.
+def frozen_shapes(config: Config) -> Params:
+  """`shapes` of a model that is not trained: its matrices have the activations' dtype.
 
-  RMSNorm's scales stay float32, as they are multiplied, so that the model computes to the last bit
-  what it does in float32.
+  Products read them in that dtype, and norms read their scales in float32. The model therefore
+  computes bit for bit what it computes from float32 weights.
   """
-  found, table = layout.flat(shapes(config)), weights(config)
-  def stored(path, x):
-    scale = path in table and len(table[path].axes) - table[path].stacked == 1  # no adapter
-    return x if scale else jax.ShapeDtypeStruct(x.shape, config.dtype)
-  return layout.nest({path: stored(path, x) for path, x in found.items()})
+  flat = layout.flat(shapes(config))
+  for path, weight in weights(config).items():
+    is_scale = len(weight.axes) - weight.stacked == 1
+    if not is_scale:
+      flat[path] = jax.ShapeDtypeStruct(flat[path].shape, config.dtype)
+  for _, *pair in _adapters(config):
+    for path, _ in pair:
+      flat[path] = jax.ShapeDtypeStruct(flat[path].shape, config.dtype)
+  return layout.nest(flat)

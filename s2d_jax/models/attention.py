@@ -1,15 +1,15 @@
 """Attention: one function, several implementations. Letters as in `decoder.py`.
 
   xla      two batched products and a softmax; every backend, every mask: the reference
-  causal   the same in pieces of the queries, each with the keys before its end; scores are not kept
+  causal   xla on one piece of the queries at a time; scores are not kept for the backward pass
   cudnn    `jax.nn.dot_product_attention` on NVIDIA GPUs, in bfloat16
   splash   JAX's Pallas kernel on TPUs
 
-All are for whole sequences: queries and keys are the same tokens, in the order of their positions
-(`xla` takes any others). The scores of `xla` are [B, N, T, S]; the others never hold them all.
-`cached` and `paged` are for queries after what a cache holds. None of them repeats keys or values
-for the query heads that share them (on a mesh the kernels do, for a device's own heads, where
-groups of heads straddle devices).
+All are for whole sequences: queries and keys are the same tokens, in the order of their positions.
+Only `xla` takes any others. Its scores are [B, N, T, S]; the other three never hold them all.
+`cached` and `paged` are for queries that follow the tokens of a cache. No implementation repeats
+keys or values for the query heads that share them. On a mesh the two kernels do so for a device's
+own heads, if groups of heads are split between devices.
 """
 
 import contextlib
@@ -27,53 +27,55 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from s2d_jax import sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "splash")
-NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the backend that an implementation is for
+NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the only backend of an implementation
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 MASKED = float(jnp.finfo(jnp.float32).min)
-LANES = 128  # splash wants tiles of that many tokens
-PAGES = 8  # a row's table is a multiple of so many pages, which a kernel reads together
-PIECE = 128  # `causal` takes that many queries at a time, or more, so that there are eight at most
+LANES = 128  # the tiles of splash are multiples of this many tokens
+PAGES = 8  # pages that a kernel reads together; a row's table is a multiple of them
+PIECE = 128  # queries that `causal` takes at a time; more in long sequences, for at most 8 pieces
 
 
 class Reading(NamedTuple):
-  """Which query may read which key, in the form that the implementation `how` takes."""
+  """Which query may read which key, in the form that an implementation takes."""
   segments_BT: jax.Array | None
-  mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` works out by itself
-  table_Bn: jax.Array | None = None  # the pages of each row, where the cache has some
+  mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` computes itself
+  table_Bn: jax.Array | None = None  # the pages of each row, for a cache in pages
 
 
-def choose(asked, dtype, head_width):
-  """The implementation that config.attention means here: "auto" is the backend's own.
+def choose(setting: str, dtype: str, head_width: int) -> str:
+  """The implementation that a Config's `attention` stands for on this backend.
 
-  "auto" is `causal` on a CPU, and where the GPU kernel does not take the activations' type or the
-  head.
+  "auto" is the backend's own kernel. It is `causal` on a CPU, and on a GPU whose kernel does not
+  take the activations' dtype or the head's width.
 
   Raises:
-    ValueError: the backend is not the one that is asked for.
+    ValueError: the implementation needs another backend.
   """
   platform = sharding.platform()
-  if NEEDS.get(asked, platform) != platform:
-    raise ValueError(f"attention {asked!r} needs a {NEEDS[asked]} and this is a {platform}: set it "
-                     "to auto.")
-  if asked != "auto":
-    return asked
+  if NEEDS.get(setting, platform) != platform:
+    raise ValueError(f"attention {setting!r} needs a {NEEDS[setting]} and this is a {platform}: "
+                     "set it to auto.")
+  if setting != "auto":
+    return setting
   if platform == "gpu" and dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128:
     return "cudnn"
   return "splash" if platform == "tpu" else "causal"
 
 
-def reading(how, positions_BT, segments_BT):
-  """The Reading of whole sequences, of tokens with these positions and segments."""
+def reading(implementation: str, positions_BT: jax.Array, segments_BT: jax.Array) -> Reading:
+  """The Reading of whole sequences whose tokens have these positions and segments."""
   mask_BTT = None
-  if how != "splash":
+  if implementation != "splash":
     mask_BTT = visible(positions_BT, segments_BT, positions_BT, segments_BT)
   return Reading(segments_BT, mask_BTT)
 
 
-def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS):
-  """mask_BTS: may query t read key s? Same segment, not padding, and not later than the query.
+def visible(positions_BT: jax.Array, segments_BT: jax.Array, key_positions_BS: jax.Array,
+            key_segments_BS: jax.Array) -> jax.Array:
+  """mask_BTS: true where query t may read key s.
 
-  Segment 0 is padding: it sees nothing and nobody sees it.
+  Both are in one segment, which is not 0, and the key is not later than the query. Segment 0 is
+  padding: it reads no key, and no query reads it.
   """
   same_BTS = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   real_BTS = key_segments_BS[:, None, :] != 0
@@ -81,41 +83,47 @@ def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS):
   return same_BTS & real_BTS & past_BTS
 
 
-def attention(how, q_BTNH, k_BSKH, v_BSKH, reads):
-  """Each query head reads the values of its key head, R = N/K query heads to one key head.
+def attention(implementation: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+              reads: Reading) -> jax.Array:
+  """Grouped-query attention (https://arxiv.org/abs/2305.13245): out_BTNH.
 
     out_t = Σ_s softmax_s(q_t·k_s / √H) v_s   over the s that t may read.
 
-  Scores and softmax are float32; the result has the type of `v`. A query with nothing to read
-  gets a finite value of no meaning. Grouped heads: GQA (https://arxiv.org/abs/2305.13245).
+  R = N/K query heads read one key head. Scores and softmax are float32; the result has the dtype
+  of `v`. A query with nothing to read gets a finite value without meaning.
 
   Args:
-    how: one of IMPLEMENTATIONS that `choose` gave; reads: the Reading made for it.
+    implementation: what `choose` returned.
+    q_BTNH, k_BSKH, v_BSKH: queries, keys and values.
+    reads: the Reading for this implementation.
   """
-  if how == "splash":
+  if implementation == "splash":
     return splash(q_BTNH, k_BSKH, v_BSKH, reads.segments_BT)
-  if how == "cudnn":
+  if implementation == "cudnn":
     return cudnn(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
-  if how == "causal":
+  if implementation == "causal":
     return causal(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
   return xla(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
 
 
-def xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+def xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+        mask_BTS: jax.Array) -> jax.Array:
   """`attention` as two plain batched products."""
   score_BKXS, _ = _scores(q_BTNH, k_BSKH, mask_BTS)
   share_BKXS = jax.nn.softmax(score_BKXS, axis=-1).astype(v_BSKH.dtype)
   return _apart(jnp.einsum("BKXS,BSKH->BKXH", share_BKXS, v_BSKH), q_BTNH.shape[2])
 
 
-def _scores(q_BTNH, k_BSKH, mask_BTS):
-  """(q·k / √H, or MASKED, of every query and key; the mask), float32, [B, K, X, S].
+def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array,
+            mask_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(float32 scores q·k / √H, or MASKED; the mask) of every query and key, both [B, K, X, S].
 
-  Times and the R heads of a group are one axis, X: two plain batched products, twice as fast on CPU
-  as the same einsums with the axes apart.
+  X is the T times and the R heads of a group as one axis.
   """
-  K = k_BSKH.shape[2]
-  (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+  # With one axis the products are plain batched ones: on a CPU they take half the time of the
+  # einsums with the two axes apart.
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
   mask_BKXS = jnp.broadcast_to(
       mask_BTS[:, None, :, None], (B, K, T, N // K, S)).reshape(B, K, -1, S)
   score_BKXS = jnp.einsum("BKXH,BSKH->BKXS", _together(q_BTNH, K), k_BSKH,
@@ -123,29 +131,38 @@ def _scores(q_BTNH, k_BSKH, mask_BTS):
   return jnp.where(mask_BKXS, score_BKXS * H**-0.5, MASKED), mask_BKXS
 
 
-def _together(x_BTNH, K):
+def _together(x_BTNH: jax.Array, K: int) -> jax.Array:
+  """[B, T, N, H] -> [B, K, X, H], where X is the times and the heads of a group."""
   B, T, N, H = x_BTNH.shape
   return x_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
 
 
-def _apart(x_BKXH, N):
+def _apart(x_BKXH: jax.Array, N: int) -> jax.Array:
+  """[B, K, X, H] -> [B, T, N, H]: the inverse of `_together`."""
   B, K, X, H = x_BKXH.shape
   return x_BKXH.reshape(B, K, -1, N // K, H).swapaxes(1, 2).reshape(B, -1, N, H)
 
 
-def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
-  """`xla` of a cache, whose keys and values lie as the products read them.
+def cached(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array,
+           k_scale_BKS: jax.Array | None, v_scale_BKS: jax.Array | None,
+           mask_BTS: jax.Array) -> jax.Array:
+  """`attention` to the keys and values of a cache, laid out as the products read them.
 
-  The scales of an int8 cache multiply scores and shares, not keys and values.
+  The scales are those of an int8 cache, else None.
   """
-  (T, N, H), K, dtype = q_BTNH.shape[1:], v_BKSH.shape[1], q_BTNH.dtype
-  q_BKXH, k_BKHS = _together(q_BTNH, K), k_BKHS.astype(dtype)
-  if T == 1 and sharding.platform() == "cpu":  # as a sum it reads the keys in half the time
+  T, N, H = q_BTNH.shape[1:]
+  K = v_BKSH.shape[1]
+  dtype = q_BTNH.dtype
+  q_BKXH = _together(q_BTNH, K)
+  k_BKHS = k_BKHS.astype(dtype)
+  # One query as a sum instead of a product: a CPU then reads the keys in half the time.
+  if T == 1 and sharding.platform() == "cpu":
     score_BKXS = jnp.sum(q_BKXH[..., None].astype(jnp.float32)
                          * k_BKHS[:, :, None].astype(jnp.float32), axis=3) * H**-0.5
   else:
     score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS,
                             preferred_element_type=jnp.float32) * H**-0.5
+  # The scales multiply scores and shares, which are fewer numbers than keys and values.
   if k_scale_BKS is not None:
     score_BKXS = score_BKXS * k_scale_BKS[:, :, None]
   mask_BKXS = jnp.repeat(mask_BTS, N // K, axis=1)[:, None]
@@ -155,55 +172,71 @@ def cached(q_BTNH, k_BKHS, v_BKSH, k_scale_BKS, v_scale_BKS, mask_BTS):
   return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
 
 
-def table_size(pages):
-  """Entries of the table of a row that holds so many pages: PAGES times 1, 2, 4 or a multiple of 8.
-
-  The GPU's kernel reads a table in PAGES parts, and a part so many pages at a time.
-  """
+def table_size(pages: int) -> int:
+  """Entries of a row's table for `pages` pages: PAGES times 1, 2, 4 or a multiple of 8."""
+  # The GPU's kernel reads a table in PAGES parts, and a part in blocks of 1, 2, 4 or 8 pages.
   part = -(-pages // PAGES)
   return PAGES * next((size for size in (1, 2, 4) if part <= size), -(-part // 8) * 8)
 
 
-def paged(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B, how=None):
-  """One token more of each row, written to its page and read with what is before it.
+def paged(q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, k_KNSH: jax.Array,
+          v_KNSH: jax.Array, table_Bn: jax.Array, position_B: jax.Array,
+          kernel: str | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Writes the next token of each row to its page, and attends to it and all before it.
 
-  Returns (out_B1NH, k_KNSH, v_KNSH). Each device has its own rows, heads and pages. `how` is for
-  tests: the kernel of "tpu" or "gpu", interpreted; by default the backend's own, and on a CPU the
-  reference, which copies a row's pages to lie side by side.
+  Each device has its own rows, heads and pages.
+
+  Args:
+    q_B1NH, k_B1KH, v_B1KH: queries, keys and values of the tokens.
+    k_KNSH, v_KNSH: keys and values in N pages of S tokens.
+    table_Bn: the numbers of each row's pages, in order.
+    position_B: the tokens' positions.
+    kernel: for tests, "tpu" or "gpu", which is then interpreted. None is the backend's own, and on
+      a CPU the reference, which copies each row's pages to lie side by side.
+
+  Returns:
+    (out_B1NH, k_KNSH, v_KNSH), the pages with the tokens in them.
   """
   S = k_KNSH.shape[2]
+  interpret = kernel is not None
 
-  def local(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B):
-    page_B = jnp.take_along_axis(table_Bn, at_B[:, None] // S, axis=1)[:, 0]
-    def put(pages, new_B1KH):
+  def local(q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, position_B):
+    page_B = jnp.take_along_axis(table_Bn, position_B[:, None] // S, axis=1)[:, 0]
+    def put(pages: jax.Array, new_B1KH: jax.Array) -> jax.Array:
       new_KBH = new_B1KH[:, 0].swapaxes(0, 1)
-      return pages.at[:, page_B, at_B % S].set(new_KBH.astype(pages.dtype))
-    k_KNSH, v_KNSH = put(k_KNSH, k_B1KH), put(v_KNSH, v_B1KH)
-    kernel = how or sharding.platform()
-    if kernel == "tpu" and k_KNSH.dtype != jnp.bfloat16:  # it would multiply in that all the same
-      kernel = None
-    read = {"tpu": _paged_tpu, "gpu": _paged_gpu}.get(kernel, _paged_reference)
-    out_BNH = read(q_B1NH[:, 0], k_KNSH, v_KNSH, table_Bn, at_B + 1, how is not None)
+      return pages.at[:, page_B, position_B % S].set(new_KBH.astype(pages.dtype))
+    k_KNSH = put(k_KNSH, k_B1KH)
+    v_KNSH = put(v_KNSH, v_B1KH)
+    read = {"tpu": _paged_tpu, "gpu": _paged_gpu}.get(
+        kernel or sharding.platform(), _paged_reference)
+    # The TPU's kernel would multiply float32 pages in bfloat16 too.
+    if read is _paged_tpu and k_KNSH.dtype != jnp.bfloat16:
+      read = _paged_reference
+    out_BNH = read(q_B1NH[:, 0], k_KNSH, v_KNSH, table_Bn, position_B + 1, interpret)
     return out_BNH.astype(v_B1KH.dtype)[:, None], k_KNSH, v_KNSH
 
-  rows = ("batch", "time", "heads", "head"), *(("batch", "time", "kv_heads", "head"),) * 2
-  pages = (("kv_heads", "pages", "cache", "head"),) * 2
-  return sharding.on_parts(
-      local, (q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, at_B),
-      (*rows, *pages, ("batch", "cache"), ("batch",)), (0, 3, 4))
+  query = ("batch", "time", "heads", "head")
+  key = ("batch", "time", "kv_heads", "head")
+  pages = ("kv_heads", "pages", "cache", "head")
+  return sharding.per_shard(
+      local, (q_B1NH, k_B1KH, v_B1KH, k_KNSH, v_KNSH, table_Bn, position_B),
+      (query, key, key, pages, pages, ("batch", "cache"), ("batch",)), (0, 3, 4))
 
 
-def _paged_reference(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+def _paged_reference(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn: jax.Array,
+                     length_B: jax.Array, interpret: bool) -> jax.Array:
   del interpret
-  def side_by_side(pages_KNSH):
-    K, _, S, H = pages_KNSH.shape
+  def side_by_side(pages_KNSH: jax.Array) -> jax.Array:
+    K, _, _, H = pages_KNSH.shape
     return pages_KNSH[:, table_Bn].swapaxes(0, 1).reshape(len(table_Bn), K, -1, H)
-  k_BKSH, v_BKSH = side_by_side(k_KNSH), side_by_side(v_KNSH)
+  k_BKSH = side_by_side(k_KNSH)
+  v_BKSH = side_by_side(v_KNSH)
   mask_B1S = (jnp.arange(k_BKSH.shape[2])[None] < length_B[:, None])[:, None]
   return cached(q_BNH[:, None], k_BKSH.swapaxes(2, 3), v_BKSH, None, None, mask_B1S)[:, 0]
 
 
-def _paged_tpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+def _paged_tpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn: jax.Array,
+               length_B: jax.Array, interpret: bool) -> jax.Array:
   interpreted = pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext()
   with interpreted, jax.numpy_dtype_promotion("standard"):  # the kernel mixes types
     return tpu_pages.paged_attention(
@@ -232,32 +265,38 @@ def _gpu_kernel() -> Callable:
   return gpu_pages.paged_attention
 
 
-def _paged_gpu(q_BNH, k_KNSH, v_KNSH, table_Bn, length_B, interpret):
+def _paged_gpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn: jax.Array,
+               length_B: jax.Array, interpret: bool) -> jax.Array:
   return _gpu_kernel()(
       q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, table_Bn, length_B, k_splits=PAGES,
       interpret=interpret)
 
 
-def causal(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
-  """`attention` of whole sequences, a piece of the queries at a time.
+def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
+           mask_BTT: jax.Array) -> jax.Array:
+  """`attention` of whole sequences, one piece of the queries at a time.
 
-  A piece never sees the keys after its end, and its scores are made again on the way back from
-  their log-sum (Dao et al. 2022, https://arxiv.org/abs/2205.14135, in plain products).
+  A piece reads no key after its end. Its scores are computed again in the backward pass, from their
+  log-sum (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in plain products.
   """
   T = q_BTNH.shape[1]
   size = max(PIECE, -(-T // 8))
-  ends = [*range(size, T, size), T]
-  return jnp.concatenate([
-      _piece(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTT[:, start:end, :end])
-      for start, end in zip([0, *ends], ends, strict=False)], axis=1)
+  pieces = []
+  for start in range(0, T, size):
+    end = min(start + size, T)
+    pieces.append(_piece(
+        q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTT[:, start:end, :end]))
+  return jnp.concatenate(pieces, axis=1)
 
 
 @jax.custom_vjp
-def _piece(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-  return _piece_forth(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[0]
+def _piece(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+           mask_BTS: jax.Array) -> jax.Array:
+  return _piece_fwd(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[0]
 
 
-def _piece_forth(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+def _piece_fwd(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+               mask_BTS: jax.Array) -> tuple[jax.Array, tuple]:
   score_BKXS, _ = _scores(q_BTNH, k_BSKH, mask_BTS)
   top_BKX1 = jnp.max(score_BKXS, axis=-1, keepdims=True)
   share_BKXS = jnp.exp(score_BKXS - top_BKX1)
@@ -268,13 +307,16 @@ def _piece_forth(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
   return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, top_BKX1 + jnp.log(sum_BKX1))
 
 
-def _piece_back(saved, dout_BTNH):
+def _piece_bwd(saved: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
   q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, log_sum_BKX1 = saved
-  N, K, H = q_BTNH.shape[2], k_BSKH.shape[2], q_BTNH.shape[3]
-  dtype, product = q_BTNH.dtype, functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  N, H = q_BTNH.shape[2:]
+  K = k_BSKH.shape[2]
+  dtype = q_BTNH.dtype
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   score_BKXS, mask_BKXS = _scores(q_BTNH, k_BSKH, mask_BTS)
   share_BKXS = jnp.where(mask_BKXS, jnp.exp(score_BKXS - log_sum_BKX1), 0.0)
   dout_BKXH = _together(dout_BTNH, K)
+  # Σ_s share_s dshare_s, the term that a softmax subtracts in its gradient, is dout · out.
   mean_BKX1 = jnp.sum(dout_BKXH.astype(jnp.float32) * _together(out_BTNH, K).astype(jnp.float32),
                       axis=-1, keepdims=True)
   dshare_BKXS = product("BKXH,BSKH->BKXS", dout_BKXH, v_BSKH)
@@ -285,62 +327,69 @@ def _piece_back(saved, dout_BTNH):
   return dq_BTNH.astype(dtype), dk_BSKH.astype(dtype), dv_BSKH.astype(dtype), None
 
 
-_piece.defvjp(_piece_forth, _piece_back)
+_piece.defvjp(_piece_fwd, _piece_bwd)
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="cudnn"):
-  """`attention` by `jax.nn.dot_product_attention`, which trains on even lengths alone."""
-  T, R = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
-  def even(x, *axes):
-    return jnp.pad(x, [(0, x.shape[at] % 2 if at in axes else 0) for at in range(x.ndim)])
+def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array,
+          implementation: str = "cudnn") -> jax.Array:
+  """`attention` by `jax.nn.dot_product_attention`; `implementation` is that function's argument."""
+  T, N = q_BTNH.shape[1:3]
+  R = N // k_BSKH.shape[2]
 
-  def local(at, q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    k_BSKH, v_BSKH = _own(at, q_BTNH.shape[2], R, k_BSKH, v_BSKH)
+  # The kernel has gradients for even lengths only.
+  def even(x: jax.Array, *axes: int) -> jax.Array:
+    return jnp.pad(x, [(0, x.shape[axis] % 2 if axis in axes else 0) for axis in range(x.ndim)])
+
+  def local(index, q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    k_BSKH, v_BSKH = _own_key_heads(index, q_BTNH.shape[2], R, k_BSKH, v_BSKH)
     return jax.nn.dot_product_attention(
         even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(mask_BTS, 1, 2)[:, None],
         implementation=implementation)[:, :T]
 
-  return sharding.on_shards(local, "heads", (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
-                            (*HEADS, ("batch", "time", "cache")))
+  return sharding.per_head_shard(local, (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
+                                 (*QKV_AXES, ("batch", "time", "cache")))
 
 
-def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, interpret=False):
+def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,
+           interpret: bool = False) -> jax.Array:
   """`attention` by JAX's splash kernel: causal in segments, tokens in the order of positions."""
   T, N, H = q_BTNH.shape[1:]
-  R, more = N // k_BTKH.shape[2], -T % LANES
-
-  def local(at, q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    k_BTKH, v_BTKH = _own(at, q_BTNH.shape[2], R, k_BTKH, v_BTKH)
-    padded = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
+  R = N // k_BTKH.shape[2]
+  padding = -T % LANES
+  def local(index, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    k_BTKH, v_BTKH = _own_key_heads(index, q_BTNH.shape[2], R, k_BTKH, v_BTKH)
+    padded = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
               for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)]
-    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)))
-    out_BNTH = jax.vmap(_kernel(q_BTNH.shape[2], T + more, interpret))(
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+    out_BNTH = jax.vmap(_splash_kernel(q_BTNH.shape[2], T + padding, interpret))(
         *padded, splash_attention.SegmentIds(segments_BT, segments_BT))
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
-  return sharding.on_shards(local, "heads", (q_BTNH, k_BTKH, v_BTKH, segments_BT),
-                            (*HEADS, ("batch", "time")))
+  return sharding.per_head_shard(local, (q_BTNH, k_BTKH, v_BTKH, segments_BT),
+                                 (*QKV_AXES, ("batch", "time")))
 
 
-HEADS = (("batch", "time", "heads", "head"), *(("batch", "cache", "kv_heads", "head"),) * 2)
+QKV_AXES = (("batch", "time", "heads", "head"), ("batch", "cache", "kv_heads", "head"),
+            ("batch", "cache", "kv_heads", "head"))
 
 
-def _own(at, own, R, *xs):
-  """The key heads of the `own` query heads that device `at` has, R to a key head.
+def _own_key_heads(index: jax.Array | int, own: int, R: int, *xs: jax.Array) -> tuple:
+  """Keys and values for the `own` query heads of device `index`, where R share a key head.
 
-  Each device runs a kernel on its own rows and heads. Where `tensor` does not divide the key heads
-  every device holds them all, and takes one for R of its query heads, or for all of them; or, where
-  the groups straddle devices, one for each.
+  Each device runs a kernel on its own rows and heads.
   """
   if own == xs[0].shape[2] * R:
     return xs
-  wanted = own if own % R and R % own else max(1, own // R)
-  heads = (at * own + jnp.arange(wanted) * (own // wanted)) // R
+  # `tensor` does not divide the key heads, so every device holds them all. It takes one for each
+  # group of R of its query heads, or one for all of them; if groups are split between devices, one
+  # for each query head.
+  count = own if own % R and R % own else max(1, own // R)
+  heads = (index * own + jnp.arange(count) * (own // count)) // R
   return tuple(jnp.take(x, heads, axis=2) for x in xs)
 
 
-def _kernel(heads, tokens, interpret):
-  """The splash kernel of so many query heads and tokens; its tiles are as large as divide them."""
+def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Callable[..., jax.Array]:
+  """The splash kernel for numbers of query heads and tokens, in the largest tiles that fit."""
   tile = next(size for size in (512, 256, LANES) if tokens % size == 0)
   names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
            "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")

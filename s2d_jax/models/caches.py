@@ -1,4 +1,4 @@
-"""What a decoder has read so far: keys and values, a row's side by side or in pages.
+"""Caches of the keys and values that a decoder has computed: one array per layer, or pages.
 
 Letters as in `decoder.py`; S are slots of a row, or of a page.
 """
@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax import sharding
+from s2d_jax.models.config import Config
 
 
 class KV(NamedTuple):
-  """One layer's keys and values of what was read so far: slot s of a row is its position s.
+  """One layer's keys and values of the tokens so far; slot s of a row is its position s.
 
-  Keys lie with their slots last, as a query reads them. Kept in int8 there is a scale for each slot
-  and key head, the largest of its numbers by 127; else none.
+  The slots are the last axis of the keys, as a query reads them. An int8 cache has a scale for each
+  slot and key head: its largest absolute number divided by 127.
   """
   k_BKHS: jax.Array
   v_BKSH: jax.Array
@@ -24,78 +25,82 @@ class KV(NamedTuple):
 
 
 class Pages(NamedTuple):
-  """One layer's keys and values in N pages of S tokens, as the kernels that read them want them."""
+  """One layer's keys and values in N pages of S tokens, laid out as the kernels read them."""
   k_KNSH: jax.Array
   v_KNSH: jax.Array
 
 
 class Paged(NamedTuple):
-  """A cache in pages: a row holds those that its table names, and nobody else reads what is there.
+  """A cache in pages: each row's tokens are in the pages that its table lists.
 
-  The pages of a mesh's device are its own rows', and are counted on it from 0.
+  On a mesh the pages of a device belong to its own rows, and are numbered from 0 on each device.
   """
-  layers: tuple        # of Pages
-  table_Bn: jax.Array  # int32; page 0 is nobody's, for rows that have ended
-  room_B: jax.Array    # int32 tokens that a row's pages hold
+  layers: tuple[Pages, ...]
+  table_Bn: jax.Array  # int32; page 0 belongs to no row, and finished rows write to it
+  room_B: jax.Array    # int32 number of tokens that a row's pages hold
 
 
-def empty_pages(config, batch, count, size, width, dtype):
-  """A Paged of `count` pages of `size` tokens, in tables of `width` pages a row."""
-  def pages():
+Cache = tuple[KV, ...] | Paged
+SLOT_AXES = (3, 2, 2, 2)  # the axis of each array of a KV that is its slots
+
+
+def empty_pages(config: Config, batch: int, count: int, size: int, width: int,
+                dtype: jax.typing.DTypeLike) -> Paged:
+  """A Paged of `count` pages of `size` tokens, for `batch` rows of at most `width` pages each."""
+  def pages() -> jax.Array:
     shape = (config.kv_heads, count, size, config.head_width)
     return sharding.constrain(jnp.zeros(shape, dtype), "kv_heads", "pages", "cache", "head")
   return Paged(tuple(Pages(pages(), pages()) for _ in range(config.layers)),
                jnp.zeros((batch, width), jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
-def room(cache):
-  """Tokens that the cache holds of each row, [B]."""
+def room(cache: Cache) -> jax.Array:
+  """Number of tokens that the cache can hold of each row, int32 [B]."""
   if isinstance(cache, Paged):
     return cache.room_B
   return jnp.full(cache[0].v_BKSH.shape[0], cache[0].v_BKSH.shape[2], jnp.int32)
 
 
-SLOT_AXES = (3, 2, 2, 2)  # which axis of each of a KV's arrays are the slots
-
-
-def empty_cache(config, batch, slots, dtype=jnp.float32):
-  """A KV for each layer: `slots` slots for each of `batch` rows, of float or int8 numbers."""
+def empty_cache(config: Config, batch: int, slots: int,
+                dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[KV, ...]:
+  """A KV for each layer, with `slots` slots for each of `batch` rows; `dtype` is float or int8."""
   B, K, H, S = batch, config.kv_heads, config.head_width, slots
-  def layer():
-    scales = ()
-    if dtype == jnp.int8:
-      scales = tuple(_slots(jnp.zeros((B, K, S), jnp.float32), "cache") for _ in "kv")
-    return KV(_slots(jnp.zeros((B, K, H, S), dtype), "head", "cache"),
-              _slots(jnp.zeros((B, K, S, H), dtype), "cache", "head"), *scales)
+  def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *names: str) -> jax.Array:
+    return sharding.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", *names)
+  def layer() -> KV:
+    kv = KV(zeros((B, K, H, S), dtype, "head", "cache"),
+            zeros((B, K, S, H), dtype, "cache", "head"))
+    if dtype != jnp.int8:
+      return kv
+    return kv._replace(k_scale_BKS=zeros((B, K, S), jnp.float32, "cache"),
+                       v_scale_BKS=zeros((B, K, S), jnp.float32, "cache"))
   return tuple(layer() for _ in range(config.layers))
 
 
-def _slots(x, *names):
-  return sharding.constrain(x, "batch", "kv_heads", *names)
-
-
-def written(kv, k_BTKH, v_BTKH, at_B):
-  """The KV with T slots of each row, from at_B on, filled."""
-  k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
-  scales = ()
+def written(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, position_B: jax.Array) -> KV:
+  """The KV with T tokens written to each row, from slot position_B on."""
+  k_BKHT = k_BTKH.transpose(0, 2, 3, 1)
+  v_BKTH = v_BTKH.swapaxes(1, 2)
   if kv.k_scale_BKS is not None:
-    k_BKHT, k_scale_BKT = _rounded(k_BKHT, 2)
-    v_BKTH, v_scale_BKT = _rounded(v_BKTH, 3)
-    scales = (_put(kv.k_scale_BKS, k_scale_BKT, at_B, 1),
-              _put(kv.v_scale_BKS, v_scale_BKT, at_B, 1))
-  return KV(_put(kv.k_BKHS, k_BKHT, at_B, 2), _put(kv.v_BKSH, v_BKTH, at_B, 1), *scales)
+    k_BKHT, k_scale_BKT = _quantized(k_BKHT, 2)
+    v_BKTH, v_scale_BKT = _quantized(v_BKTH, 3)
+    kv = kv._replace(k_scale_BKS=_put(kv.k_scale_BKS, k_scale_BKT, position_B, 1),
+                     v_scale_BKS=_put(kv.v_scale_BKS, v_scale_BKT, position_B, 1))
+  return kv._replace(k_BKHS=_put(kv.k_BKHS, k_BKHT, position_B, 2),
+                     v_BKSH=_put(kv.v_BKSH, v_BKTH, position_B, 1))
 
 
-def _rounded(x, axis):
-  """(int8 numbers, float32 scales): x is about numbers · scale, 127 being the largest."""
+def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  """(int8 numbers, float32 scales) whose product is about x; the largest number is 127."""
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
   return (jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, axis))
 
 
-def _put(old, new, at_B, axis):
-  def row(old, new, at):
-    places = [0] * old.ndim
-    places[axis] = at
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), places)
-  return jax.vmap(row)(old, new, at_B)
+def _put(old: jax.Array, new: jax.Array, position_B: jax.Array, axis: int) -> jax.Array:
+  """`old` with each row of `new` written from its position on; `axis` is that of a row's slots."""
+  def row(old: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
+    starts = [0] * old.ndim
+    starts[axis] = position
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), starts)
+  return jax.vmap(row)(old, new, position_B)

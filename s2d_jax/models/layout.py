@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from s2d_jax.models import decoder
-from s2d_jax.models.decoder import Config
+from s2d_jax.models.config import Config, RopeScaling
 from s2d_jax.sharding import Params
 
 Json = dict[str, Any]  # the object of a config.json
@@ -130,7 +129,7 @@ def refuse(json: Json, key: str, *allowed: Any) -> None:
                      f"use a model with {key} {' or '.join(map(repr, allowed)) or 'absent'}.")
 
 
-def rope(json: Json) -> tuple[float, decoder.RopeScaling | None]:
+def rope(json: Json) -> tuple[float, RopeScaling | None]:
   """(theta, scaling) of RoPE from config.json, in the new spelling or the old one.
 
   The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
@@ -152,7 +151,7 @@ def rope(json: Json) -> tuple[float, decoder.RopeScaling | None]:
   refuse(settings | json, "partial_rotary_factor", 1.0)
   if kind == "default":
     return float(theta), None
-  return float(theta), decoder.RopeScaling(
+  return float(theta), RopeScaling(
       factor=float(need(settings, "factor")),
       low_freq_factor=float(need(settings, "low_freq_factor")),
       high_freq_factor=float(need(settings, "high_freq_factor")),
@@ -183,7 +182,7 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     refuse({"layer_types": kind}, "layer_types", "full_attention")
   theta, scaling = rope(json)
   width, heads = int(need(json, "hidden_size")), int(need(json, "num_attention_heads"))
-  return decoder.Config(
+  return Config(
       architecture=architecture,
       vocab_size=int(need(json, "vocab_size")),
       width=width,

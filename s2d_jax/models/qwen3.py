@@ -3,7 +3,7 @@
 from typing import Any
 
 from s2d_jax.models import layout
-from s2d_jax.models.decoder import Config
+from s2d_jax.models.config import Config
 from s2d_jax.models.layout import Json, Weight
 
 

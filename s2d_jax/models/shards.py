@@ -1,8 +1,8 @@
-"""The safetensors files of a Hugging Face folder: which there are, and what their headers say."""
+"""The safetensors files of a Hugging Face folder: their names, headers and tensors."""
 
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -10,19 +10,23 @@ import safetensors
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_BYTES = 100_000_000  # the cap of the safetensors library itself
-ROWS = 4096  # of two tensors that are compared, at a time
+ROWS = 4096  # rows of two tensors that are compared at a time
 
 
 class Stored(NamedTuple):
-  """Where a tensor is, from the header of its file."""
+  """The place, shape and dtype of a tensor, from the header of its file."""
   file: pathlib.Path
   name: str
-  shape: tuple
-  dtype: str  # as safetensors spells it
+  shape: tuple[int, ...]
+  dtype: str  # in the spelling of safetensors
 
 
-def json_object(path):
-  """The object in a JSON file of a model's folder."""
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file of a model's folder.
+
+  Raises:
+    ValueError: the file is not JSON, or holds something other than an object.
+  """
   try:
     found = json.loads(path.read_text())
   except ValueError as error:
@@ -32,8 +36,12 @@ def json_object(path):
   return found
 
 
-def files(folder):
-  """The safetensors files of a folder, by its index where it has one."""
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The safetensors files of a folder; those of its index if it has one.
+
+  Raises:
+    ValueError: there are none, a shard is missing, or the index names a file outside the folder.
+  """
   if (folder / INDEX).exists():
     names = sorted(set(_index(folder).values()))
   elif (folder / WEIGHTS).exists():
@@ -44,6 +52,7 @@ def files(folder):
   else:
     raise ValueError(f"{folder} has no weights: it needs {WEIGHTS} or {INDEX} and its shards.")
   for name in names:
+    # An index comes from elsewhere: "../x" or an absolute path would read any file of the machine.
     if pathlib.PurePath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
       raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is no safetensors file "
                        "of this folder: download the model again.")
@@ -52,7 +61,7 @@ def files(folder):
   return [folder / name for name in names]
 
 
-def _index(folder):
+def _index(folder: pathlib.Path) -> dict[str, str]:
   """{tensor: file} of a folder's index."""
   names = json_object(folder / INDEX).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
@@ -60,8 +69,12 @@ def _index(folder):
   return names
 
 
-def headers(folder):
-  """{name: Stored} of every tensor of a folder, from the headers alone."""
+def headers(folder: pathlib.Path) -> dict[str, Stored]:
+  """{name: Stored} of every tensor of a folder; only headers are read.
+
+  Raises:
+    ValueError: as `files`; a file is cut short; a tensor is stored twice; the index is wrong.
+  """
   found = {}
   for path in files(folder):
     with _open(path) as file:
@@ -81,29 +94,31 @@ def headers(folder):
   return found
 
 
-def read(stored, index=slice(None)):
-  """A part of a tensor. The file is opened for it alone: what stays mapped counts as memory."""
+def read(stored: Stored, index: slice | tuple[slice, ...] = slice(None)) -> np.ndarray:
+  """The part of a tensor at `index`, by default all of it."""
+  # The file is opened for each part, because pages that stay mapped count as memory in use.
   with _open(stored.file) as file:
     return file.get_slice(stored.name)[index]
 
 
-def same(a, b):
-  """Whether two stored matrices are equal, a few rows of both at a time."""
+def same(a: Stored, b: Stored) -> bool:
+  """True if two stored matrices are equal; compared a few rows at a time."""
   if a.shape != b.shape:
     return False
-  parts = [slice(at, min(at + ROWS, a.shape[0])) for at in range(0, a.shape[0], ROWS)]
+  parts = [slice(start, min(start + ROWS, a.shape[0])) for start in range(0, a.shape[0], ROWS)]
   return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 
-def _open(path):
+def _open(path: pathlib.Path) -> Any:
+  """The open safetensors file, a context manager."""
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path} is not whole ({error}){_beyond(path)}: download it again.") from error
 
 
-def _beyond(path):
-  """The first tensor that a file cut short does not hold, in words; nothing where none is known."""
+def _beyond(path: pathlib.Path) -> str:
+  """Names the first tensor that is missing from a file cut short; "" if it cannot be known."""
   with open(path, "rb") as file:
     length = int.from_bytes(file.read(8), "little")
     if length > HEADER_BYTES:

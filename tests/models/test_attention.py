@@ -231,10 +231,10 @@ def test_a_table_is_one_that_kernels_take():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("how, dtype, most", [
+@pytest.mark.parametrize("kernel, dtype, most", [
     (None, "float32", 8), ("gpu", "float32", 8), ("gpu", "float32", 25), ("tpu", "bfloat16", 8),
     ("tpu", "bfloat16", 25)])
-def test_pages_are_read_in_the_order_of_the_table(how, dtype, most):
+def test_pages_are_read_in_the_order_of_the_table(kernel, dtype, most):
   # Rows of 6, 41 and 128 tokens in pages of 16 that lie anywhere, in tables for so many pages or
   # more, against the same side by side; the kernels are interpreted.
   rng = np.random.default_rng(0)
@@ -245,7 +245,7 @@ def test_pages_are_read_in_the_order_of_the_table(how, dtype, most):
   pages = normal(2, K, 6 + B * n, S, H)
   table = jnp.asarray(rng.permutation(np.arange(1, 1 + B * n)).reshape(B, n), jnp.int32)
   at = jnp.asarray([5, 40, 127], jnp.int32)
-  out, *written = attention.paged(q, k, v, *pages, table, at, how=how)
+  out, *written = attention.paged(q, k, v, *pages, table, at, kernel=kernel)
   whole = [np.asarray(x, np.float64)[:, np.asarray(table)].swapaxes(0, 1).reshape(B, K, n * S, H)
            .swapaxes(1, 2) for x in pages]
   for x, new in zip(whole, (k, v), strict=True):

@@ -12,6 +12,7 @@ import pytest
 
 from s2d_jax import models, sharding
 from s2d_jax.models import decoder
+from s2d_jax.models.config import RopeScaling
 
 T = 12
 
@@ -62,7 +63,7 @@ def test_rope_turns_the_pairs_of_complex_numbers():
 
 
 def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
-  scaling = decoder.RopeScaling(8.0, 1.0, 4.0, 8192)
+  scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
   plain = np.asarray(decoder.rope_frequencies(128, 500000.0, None), np.float64)
   got = np.asarray(decoder.rope_frequencies(128, 500000.0, scaling), np.float64)
   wave = 2 * np.pi / plain

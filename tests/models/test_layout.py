@@ -22,7 +22,7 @@ MODELS = {name: models.get(name).config for name in ("qwen3-1.7b", "qwen3-8b", "
 # Fewer key heads than eight devices: whole on each.
 MODELS["qwen3-1.7b with 4 key heads"] = dataclasses.replace(MODELS["qwen3-1.7b"], kv_heads=4)
 MODELS["qwen3-1.7b with adapters"] = dataclasses.replace(
-    MODELS["qwen3-1.7b"], lora=models.Lora(16, 32.0, models.decoder.ADAPTED))
+    MODELS["qwen3-1.7b"], lora=models.Lora(16, 32.0, models.config.ADAPTED))
 
 
 def spelled(where):

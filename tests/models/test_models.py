@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from s2d_jax import models
-from s2d_jax.models import decoder, layout
+from s2d_jax.models import layout
+from s2d_jax.models.config import RopeScaling
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
@@ -55,7 +56,7 @@ def test_both_spellings_of_rope(tiny_json):
   del new["rope_theta"]
   assert old is models.get(new)
   assert old.config.rope_theta == 500000.0
-  assert old.config.rope_scaling == decoder.RopeScaling(8.0, 1.0, 4.0, 8192)
+  assert old.config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
   assert models.read_config(models.config_json(old.config)) == old.config
 
 

@@ -41,9 +41,10 @@ def markdown(rows, choice="", command=""):
     how, made = settings["evaluation"], ladder.groups(part)
     lines += [f"Split {escaped(how['split'])}, {len(part[0]['result']['correct'])} problems "
               f"({settings['problems'][:8]}), {how['sampling']['samples_per_prompt']} samples each "
-              f"at temperature {how['sampling']['temperature']} in {settings['dtype']}; percent, "
-              f"with {100 * how['level']:.0f} % intervals: of one training seed over problems and "
-              "samples (nested bootstrap), of several over seeds too (Student's t on their part). "
+              # A key at its neutral value is not among the settings that name a score.
+              f"at temperature {how['sampling'].get('temperature', 1.0)} in {settings['dtype']}; "
+              f"percent, with {100 * how['level']:.0f} % intervals: of one training seed over "
+              "problems and samples (nested bootstrap), of several over seeds too (Student's t on their part). "
               "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
               "device-seconds only where they were used.", "",
               *table(made), "", *differences(made), ""]

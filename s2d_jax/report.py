@@ -44,7 +44,8 @@ def markdown(rows, choice="", command=""):
               # A key at its neutral value is not among the settings that name a score.
               f"at temperature {how['sampling'].get('temperature', 1.0)} in {settings['dtype']}; "
               f"percent, with {100 * how['level']:.0f} % intervals: of one training seed over "
-              "problems and samples (nested bootstrap), of several over seeds too (Student's t on their part). "
+              "problems and samples (nested bootstrap), of several over seeds too (Student's t on "
+              "their part). "
               "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
               "device-seconds only where they were used.", "",
               *table(made), "", *differences(made), ""]

@@ -1,12 +1,14 @@
 """Tokenizer and chat template of a Hugging Face folder; the only run-time import of transformers.
 
-Text is turned into ids here and nowhere else, so training, sampling and scoring read the same ones.
+No other file turns text into ids, so training, sampling and scoring read the same ids.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Without torch, transformers announces that it has tokenizers alone. That is all this file uses.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -17,45 +19,51 @@ import transformers
 class Chat:
   """The tokenizer of a local folder, its chat template, and the ids that end a response.
 
-  `template` holds the template's own arguments, `enable_thinking=False` for Qwen3. Nothing is
-  downloaded and no code of the folder is run. ValueError where the folder has no tokenizer, no
-  template, no padding id, or asks for its own code.
+  Nothing is downloaded and no code of the folder is run.
+
+  Args:
+    folder: its path.
+    **template: arguments of the chat template, such as `enable_thinking=False` for Qwen3.
+
+  Raises:
+    ValueError: the folder has no tokenizer, chat template or end token, or needs code of its own.
   """
 
-  def __init__(self, folder, **template):
+  def __init__(self, folder: str | Path, **template: Any) -> None:
     self.folder = Path(folder)
     self._template = template
     self._tokenizer = _load(self.folder)
     self.eos_ids = _eos_ids(self.folder, self._tokenizer)
     self.pad_id = self._tokenizer.pad_token_id
-    if self.pad_id is None:  # Llama's folders name none; padding is masked, so any id will do
+    # Llama's folders name none. Padding is masked, so any id is right.
+    if self.pad_id is None:
       self.pad_id = self.eos_ids[0]
     self.vocabulary = self._tokenizer.get_vocab()  # {token: id}, added tokens included
     self.chat_template = self._tokenizer.get_chat_template()
 
-  def render(self, messages):
-    """Ids of [{"role", "content"}, ...] up to and including the header of the assistant's turn."""
+  def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Ids of [{"role", "content"}, ...] and of the header that opens the assistant's response."""
     encoded = self._tokenizer.apply_chat_template(
       messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self._template
     )
     return [int(i) for i in encoded["input_ids"]]
 
-  def encode_response(self, text):
-    """Ids of a response the assistant might have given, its end token included."""
+  def encode_response(self, text: str) -> list[int]:
+    """Ids of a response of the assistant, including the end token."""
     ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
     return [int(i) for i in ids] + [self.eos_ids[0]]
 
-  def decode(self, ids):
-    """Text of ids, special tokens left out; `decode(encode_response(x)) == x`."""
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of ids without special tokens; `decode(encode_response(x)) == x`."""
     return self._tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
-  def check_stops(self, strings):
+  def check_stops(self, strings: Iterable[str]) -> None:
     """Refuses stop strings that no response can end with.
 
     Raises:
-      ValueError: one holds a special token, which the text of a response leaves out; names it.
+      ValueError: one contains a special token, which the text of a response does not.
     """
     special = sorted(t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special)
     for string in strings:
@@ -66,15 +74,20 @@ class Chat:
             "response is read without those: choose another."
           )
 
-  def fingerprint(self):
-    """SHA-256 of everything that decides which ids a text becomes: what a manifest records."""
+  def fingerprint(self) -> str:
+    """SHA-256 of everything that determines the ids of a text, for manifests."""
     facts = (sorted(self.vocabulary.items()), self.eos_ids, self.chat_template, self._template)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def same_tokenizer(teacher, student):
-  """ValueError, naming the first difference, unless two `Chat`s make the same ids of any text."""
-  a, b = teacher.vocabulary, student.vocabulary
+def same_tokenizer(teacher: Chat, student: Chat) -> None:
+  """Checks that two `Chat`s turn every text into equal ids.
+
+  Raises:
+    ValueError: they do not; the message names the first difference.
+  """
+  a = teacher.vocabulary
+  b = student.vocabulary
   places = f"{teacher.folder} and {student.folder}"
   remedy = "take a teacher and a student that share one tokenizer"
   if a != b:
@@ -91,7 +104,7 @@ def same_tokenizer(teacher, student):
     raise ValueError(f"the chat templates of {places} differ: {remedy}, or copy one template over.")
 
 
-def _load(folder):
+def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
   path = folder / "tokenizer_config.json"
   if not path.is_file():
     raise ValueError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
@@ -112,7 +125,7 @@ def _load(folder):
   return tokenizer
 
 
-def _eos_ids(folder, tokenizer):
+def _eos_ids(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
   """Ids that end a response, the tokenizer's own first, then those of generation_config.json."""
   ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
   path = folder / "generation_config.json"

@@ -42,7 +42,7 @@ def status(key):
 
 
 class Watch(threading.Thread):
-  """Looks at this process's anonymous memory until told to stop; the most it saw is `peak`."""
+  """Samples this process's anonymous memory until stopped; `peak` is the maximum, in bytes."""
 
   def __init__(self):
     super().__init__(daemon=True)

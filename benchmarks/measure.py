@@ -88,8 +88,8 @@ class Peer:
 
 def model(shape, dtype="float32", remat="none", attention="auto", seed=0):
   """(Model, random params) of a shape here or a published name, float32, on the first device."""
-  made = models.get(SHAPES.get(shape, shape), dtype=dtype, remat=remat, attention=attention)
-  return made, jax.jit(made.init)(jax.random.key(seed))
+  built = models.get(SHAPES.get(shape, shape), dtype=dtype, remat=remat, attention=attention)
+  return built, jax.jit(built.init)(jax.random.key(seed))
 
 
 def timed(run, repeats):
@@ -105,8 +105,8 @@ def timed(run, repeats):
 def stopwatch(make):
   """(make(), the seconds it took): for what happens once, such as compiling."""
   start = time.perf_counter()
-  made = make()
-  return made, time.perf_counter() - start
+  result = make()
+  return result, time.perf_counter() - start
 
 
 def memory(program):

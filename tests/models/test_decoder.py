@@ -158,7 +158,7 @@ def test_padding_changes_nothing(side, tiny):
   assert np.isfinite(got).all()
 
 
-def test_packed_is_separate(tiny):
+def test_packed_sequences_compute_what_separate_ones_do(tiny):
   _, params, apply = tiny
   ids, half = tokens(1), T // 2
   positions = np.tile(np.arange(half, dtype=np.int32), (1, 2))
@@ -239,7 +239,7 @@ def on_meshes(model, params, what, *args):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("K", [1, 2, 8])
-def test_eight_devices_are_one(K, tiny_json, randomized):
+def test_eight_devices_compute_what_one_computes(K, tiny_json, randomized):
   # 300 tokens: attention in several pieces.
   model = models.get(tiny_json("qwen3", num_attention_heads=8, num_key_value_heads=K, head_dim=8))
   def logits(params, *args):

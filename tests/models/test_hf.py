@@ -53,7 +53,7 @@ def assert_equal(got, want):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_there_and_back_is_exact(saved):
+def test_saving_and_loading_is_exact(saved):
   folder, model, params = saved
   again, got = hf.load(folder)
   assert again is model
@@ -90,7 +90,7 @@ def test_a_mesh_gets_its_parts(shape, saved):
   assert jax.tree.map(lambda x: x.sharding, got) == want
 
 
-def test_what_is_on_a_mesh_is_saved_whole(saved, tmp_path):
+def test_weights_on_a_mesh_are_saved_whole(saved, tmp_path):
   folder, model, params = saved
   _, placed = hf.load(folder, sharding.make_mesh((1, 2, 4)))
   assert_equal(hf.load(hf.save(tmp_path / "again", model, placed))[1], params)
@@ -98,7 +98,7 @@ def test_what_is_on_a_mesh_is_saved_whole(saved, tmp_path):
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("wanted", ["bfloat16", None])
-def test_types(stored, wanted, saved, tmp_path):
+def test_weights_are_loaded_in_the_dtype_asked_for(stored, wanted, saved, tmp_path):
   _, model, params = saved
   cast = jax.tree.map(lambda x: x.astype(stored), params)
   folder = hf.save(tmp_path / "cast", model, cast)
@@ -230,12 +230,12 @@ def test_a_folder_without_config_is_refused(tmp_path):
     hf.load(tmp_path)
 
 
-@pytest.mark.parametrize("door", [hf.load, hf.identity])
-def test_a_folder_without_weights_is_refused(door, saved):
+@pytest.mark.parametrize("function", [hf.load, hf.identity])
+def test_a_folder_without_weights_is_refused(function, saved):
   folder, _, _ = saved
   (folder / "model.safetensors").unlink()
   with pytest.raises(ValueError, match="has no weights: it needs model.safetensors"):
-    door(folder)
+    function(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
@@ -246,12 +246,12 @@ def test_pickles_are_refused(name, saved):
     hf.load(folder)
 
 
-@pytest.mark.parametrize("door", [hf.load, hf.identity])
-def test_code_is_refused(door, saved):
+@pytest.mark.parametrize("function", [hf.load, hf.identity])
+def test_code_is_refused(function, saved):
   folder, _, _ = saved
   edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
   with pytest.raises(ValueError, match="auto_map, code of its own"):
-    door(folder)
+    function(folder)
 
 
 def test_a_missing_weight_is_named(saved):
@@ -288,12 +288,12 @@ def test_a_type_that_is_not_read_is_named(saved):
 
 @pytest.mark.parametrize("other", ["../model.safetensors", "/etc/model.safetensors",
                                    "a/b.safetensors", "..\\x.safetensors", "weights.bin"])
-@pytest.mark.parametrize("door", [hf.load, hf.identity])
-def test_shards_may_not_leave_the_folder(other, door, saved):
+@pytest.mark.parametrize("function", [hf.load, hf.identity])
+def test_shards_may_not_leave_the_folder(other, function, saved):
   folder, _, _ = saved
   shard(folder, other)
   with pytest.raises(ValueError, match="which is no safetensors file of this folder"):
-    door(folder)
+    function(folder)
 
 
 def test_a_missing_shard_is_named(saved):
@@ -321,7 +321,7 @@ def safetensors_header(path):
 
 
 @pytest.mark.parametrize("index", [{"a": 1}, ["x"], None])
-def test_an_index_that_is_none_is_refused(index, saved):
+def test_an_index_of_the_wrong_form_is_refused(index, saved):
   folder, _, _ = saved
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
   with pytest.raises(ValueError, match="has no weight_map of tensors to files"):
@@ -384,7 +384,7 @@ def test_a_tied_head_is_compared_a_few_rows_at_a_time(tiny_json, randomized, tmp
   assert sizes[:10] == ["lm_head.weight", "model.embed_tokens.weight"] * 5  # 48 rows
 
 
-def test_a_header_beyond_all_bounds_is_refused(saved):
+def test_a_header_that_is_too_long_is_refused(saved):
   folder, _, _ = saved
   (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
   with pytest.raises(ValueError, match="declares a header of 1152921504606846976 bytes"):

@@ -50,6 +50,7 @@ class Samplers(NamedTuple):
       changes: fields of the Sampling that differ from the config's.
     """
     how = sampling(sampling_config, self.stop_ids)._replace(**changes)
+    # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
     return sampler.make(role.model, role.params, how, batch, self.prompt_tokens, config,
                         self.decode)
@@ -89,13 +90,16 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
   draw = None
   if models.actor is not None:
     draw = samplers.compile(models.actor, hp.sampling, hp.prompts, narrow=True)
+  # Rewards are added over hosts in every step by a program of this shape.
   hosts.sum_over_hosts(np.zeros(samples, np.float32))  # compiles on its first call
   pass_rate_sampler = None
   if models.pass_rate_model is not None:
     pass_rate_sampler = samplers.compile(models.pass_rate_model, hp.sampling, hp.prompts,
                                          samples_per_prompt=hp.pass_samples)
     hosts.sum_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
+  # Shapes suffice to compile for, so preflight needs no weights.
   state = training.abstract(optimizer, mesh, models.learner.params)
+  # A narrow cache needs the pass too: `loop` compares the two once before the first step.
   token_logps = None
   if scores_first or narrow_cache(models, samplers):
     batch = abstract_batch(samples, width, mesh)
@@ -128,6 +132,7 @@ def needs_old_logps(models: StageModels, hp: ConfigDict) -> bool:
   if models.actor is None:
     return False
   updates = hp.epochs * hp.minibatches
+  # Both heads are then cut to the tokens they share, and the log-probabilities differ.
   padded_otherwise = models.guide is not None and (
       models.guide.model.config.vocab_size != models.learner.model.config.vocab_size)
   return not models.on_policy or updates > 1 or padded_otherwise
@@ -141,6 +146,7 @@ def abstract_batch(rows: int, width: int, mesh: Mesh, old_logps: bool = False,
     old_logps: whether the batch has old log-probabilities; sampled: whether it has the sampler's.
   """
   where = sharding.batch_sharding(mesh, (rows, width))
+  # A field that is None is no argument of the program that is compiled.
   absent = set() if old_logps else {"old_logp_BT"}
   if not sampled:
     absent |= {"sampler_logp_BT", "behaviour_logp_BT"}

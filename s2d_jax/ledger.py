@@ -45,6 +45,7 @@ def forward_flops(config: Any, length_B: Sequence[int],
   c = config
   length_B = np.asarray(length_B, np.float64)
   headed_B = length_B if headed_B is None else np.asarray(headed_B, np.float64)
+  # Queries and the output projection have `heads`, keys and values `kv_heads`.
   attention = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
   weights = c.layers * (attention + 3 * c.width * c.mlp)
   head = c.vocab_size * c.width
@@ -80,6 +81,7 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
     return ids
   if use == "none":
     return []
+  # Pass rates consult an answer once; later steps reuse the samples and their rate.
   known = {i for earlier in before for i in earlier["labels"]}
   return [i for i in ids if i not in known]
 
@@ -99,6 +101,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
   rollout = rollouts.rollout
   response_B = rollout.response_length_B
   length_B = rollout.prompt_length_B + response_B
+  # A row of weight 0 is computed but not learned from.
   learned_B = response_B if rollouts.weight_B is None else response_B * (rollouts.weight_B > 0)
   learned = int(learned_B.sum())
   discarded = int(response_B.sum()) - learned
@@ -145,6 +148,7 @@ def total(entries: Sequence[Mapping]) -> dict[str, Any]:
   """Sums of a stage's entries, and the distinct problems and labels behind them (sorted ids)."""
   label_ids = sorted({i for e in entries for i in e["labels"]})
   prompt_ids = sorted({i for e in entries for i in e["prompts"]})
+  # Uses add up; distinct ids do not, so they are collected as sets above.
   sums = {name: sum(e[name] for e in entries) for name in COUNTS}
   return {**sums, "labels_distinct": len(label_ids), "prompts_distinct": len(prompt_ids),
           "labels": label_ids, "prompts": prompt_ids}

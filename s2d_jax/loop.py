@@ -68,7 +68,7 @@ class StageRun(NamedTuple):
   label_use: ledger.LabelUse
   rewards: Rewards | None     # None: no reward shapes an update
   pass_rates: Callable[[sampler.Sampler], PassRates] | None     # of the pass-rate model's sampler
-  validate: Callable[[Params], Iterable[tuple[str, Any]]]
+  validate: Callable[[Params], Iterable[tuple[str, Any]]] | None  # None: eval_every is 0
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -98,11 +98,14 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
   try:
     state = training.init(stage.optimizer, mesh, stage.models.learner.params)
     start = checkpoints.latest() or 0
+    # Before anything is compiled: a kill during the compilation costs seconds too.
     lost = _lost_seconds(stage.folder, start, last_beat)
+    # The fresh state gives shapes and layouts; its numbers are replaced.
     if start:
       state = checkpoints.load(sharding.abstract(state))
     logs = {name: metrics.Log(stage.folder, name, start)
             for name in ("metrics", "ledger", "timing", "samples")}
+    # Logs and TensorBoard lose what a killed run wrote after its last checkpoint.
     metrics.cut_tensorboard(stage.folder, start)
     programs = compile_programs(stage.models, stage.hp, stage.objective, stage.logp,
                                 stage.optimizer, stage.samplers)
@@ -122,6 +125,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
   hp = stage.hp
   source = stage.source(programs.sampler)
   pass_rates = stage.pass_rates and stage.pass_rates(programs.pass_rate_sampler)
+  # The newest checkpoint, for the error message; None before the first.
   saved = start or None
   with metrics.compilations() as compiled, metrics.bar(stage.name, start, hp.steps) as bar:
     for step in range(start, hp.steps):
@@ -130,9 +134,12 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       entry = {"step": step}
       if hp.eval_every and step % hp.eval_every == 0:
         entry |= dict(stage.validate(stage.models.full(state.params)))
+      # Save before sampling, so that a resumed step samples what the killed one sampled. The step
+      # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
         _save(stage.folder, checkpoints, logs, step, state)
         saved = step
+      # The signal is read once a step, on all hosts at the same step.
       if stop():
         if saved != step and step != start:
           _save(stage.folder, checkpoints, logs, step, state)
@@ -160,6 +167,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
           state: TrainState, step: int, logs: Logs) -> tuple[TrainState, Values]:
   """One rollout batch and its updates: the new state and the step's metrics."""
   hp = stage.hp
+  # The whole learner, adapters joined, once a step: everything that reads it gets this one.
   live = stage.models.full(state.params)
   step_rollouts = rollouts.sample_step(source, live, stage.prompts_of, step, hp,
                                        stage.rewards and stage.rewards.reward)
@@ -179,6 +187,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
     batch = batch._replace(old_logp_BT=logp_BT)
     values |= gap
   state, losses = _updates(stage, programs, state, step, batch)
+  # The mean of squares is averaged over minibatches; only then is the root taken.
   if "logp_gap_square" in losses:
     losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))
   if not np.any(batch.weight_BT > 0):  # no token was compared
@@ -187,6 +196,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   length_B = rollout.response_length_B
   values |= losses | {"tokens": int(length_B.sum()), "response_length": length_B.mean(),
                       "stopped": (rollout.finish_reason_B == 1).mean()}
+  # Labels bought in earlier steps are in the log's entries, those of killed steps are not.
   spent = ledger.labels(stage.label_use, step_rollouts.prompts, logs["ledger"].rows)
   logs["ledger"].add(ledger.step_entry(step, step_rollouts, spent, hp,
                                        _architectures(stage.models), pass_rate_rollout,
@@ -227,11 +237,13 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   guide_params = None if stage.models.guide is None else stage.models.guide.params
   found = []
   for epoch in range(hp.epochs):
+    # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
     seed = (stage.seed, zlib.crc32(stage.name.encode()), step, epoch)
     for part in rollouts.minibatches(batch, hp.minibatches, seed):
       state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
                                       stage.models.non_trainable)
       found.append({k: float(v) for k, v in sharding.fetch(values).items()})
+  # `finite` is a flag: one bad update makes the step bad.
   means = {k: float(np.mean([values[k] for values in found])) for k in found[0]}
   return state, means | {"finite": min(values["finite"] for values in found)}
 
@@ -297,6 +309,7 @@ def _lost_seconds(folder: epath.Path, start: int, last_beat: float | None) -> fl
   lost = 0.0
   if last_beat is not None and starts:
     saved = folder / "checkpoints" / str(start)
+    # A checkpoint's modification time is when the work behind it was safe.
     since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
     lost = max(0.0, last_beat - since)
   if hosts.leader():

@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     stage = _stage_run(plan, node, workdir, mesh)
     params, totals = loop.run(stage, beat, last_beat, stop)
     model, params = _merged(stage.models, params)
+    # The manifest marks the folder finished, so it is written after everything else.
     checkpoint.save_final(folder, params)
     lineage = {"stage": node.name, "parents": plan.ancestors(node.name)[:-1],
                "bases": {r: b["identity"] for r, b in plan.bases.items()},
@@ -77,14 +78,13 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     checkpoint.drop_steps(folder)
 
 
-def _validation(made, model, params):
-  """validate(params), its sampler compiled; for a stage that asks for it."""
-  config = made.config.validation
-  draw = sampler.make(model, params,
-                      compiling.sampling(config.sampling, made.chat.eos_ids), config.problems,
-                      made.config.prompt_tokens, _room(made.config), made.chat.decode)
-  return evals.validation(draw, made.prompts[config.split][: config.problems], made.reward,
-                          (made.config.seed, zlib.crc32(b"validation")))
+def _validation(plan: Plan, samplers: Samplers,
+                role: Role) -> Callable[[Params], Iterable[tuple[str, Any]]]:
+  """The running score of a stage that asks for it, as a function of the learner's weights."""
+  config = plan.config.validation
+  prompts = plan.prompts[config.split][: config.problems]
+  return evals.validation(samplers.compile(role, config.sampling, config.problems), prompts,
+                          plan.reward, (plan.config.seed, zlib.crc32(b"validation")))
 
 
 def _export(folder: epath.Path, *saved: Any) -> None:
@@ -106,6 +106,7 @@ def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
   model = stage_models.learner.model
   if stage_models.non_trainable is None:
     return model, params
+  # The merged weights take the layout of the weights they replace.
   merge = jax.jit(functools.partial(models.merge, model.config),
                   out_shardings=training.shardings(stage_models.non_trainable))
   return (models.build(dataclasses.replace(model.config, lora=None)),
@@ -123,6 +124,7 @@ def _learner(plan: Plan, node: Node, workdir: epath.Path,
   if lora is None:
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
+  # The adapters' start depends on the stage's name, not on its place in an arm.
   seed = zlib.crc32(f"{plan.config.seed} {node.stage.name} adapters".encode())
   return Role(model, models.adapters(model, seed)), learner.params
 
@@ -138,6 +140,7 @@ def _models(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> StageMod
                       on_policy=node.stage.actor == node.stage.learner,
                       guide=frozen.get(node.guide), pass_rate_model=start)
   if found.on_policy:
+    # The learner's own weights change and are donated: only their shapes can be kept.
     shapes = sharding.abstract(found.full(learner.params))
     found = found._replace(actor=Role(learner.model, shapes))
   return found
@@ -154,16 +157,18 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
   if stage.reward:
     rewards = Rewards(plan.reward, objectives.ADVANTAGES[hp.advantages],
                       objectives.length_penalty(hp))
+  # Rounds draw further prompts of the same step, so each step reserves them.
   order = PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
                       rounds=max(hp.rounds, 1) if stage.reward else 1)
+  samplers = Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
+                      plan.chat.eos_ids, plan.chat.decode)
   validate = None
   if hp.eval_every:
-    validate = _validation(plan, learner.model, stage_models.full(learner.params))
+    whole = Role(learner.model, stage_models.full(learner.params))
+    validate = _validation(plan, samplers, whole)
   return loop.StageRun(
       name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
-      models=stage_models,
-      samplers=Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
-                        plan.chat.eos_ids, plan.chat.decode),
+      models=stage_models, samplers=samplers,
       objective=stage.objective, logp=objectives.logp,
       optimizer=optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config)),
       source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
@@ -180,6 +185,7 @@ def _source(plan: Plan, node: Node, stage_models: StageModels, order: PromptOrde
       return plan.chat.encode_response(plan.problems[prompt_id]["solution"])
     return lambda _: GivenSolutions(solution, plan.config.prompt_tokens, hp.sampling.max_tokens)
   if stage_models.on_policy:
+    # The sampler is compiled when the stage starts, so a source is built from it then.
     seed = (plan.config.seed, zlib.crc32(node.stage.name.encode()))
     return lambda sampler: OnPolicy(sampler, seed, hp.epochs * hp.minibatches)
   # The store is opened when the stage starts, and its seed names no stage: stages share it.

@@ -7,7 +7,7 @@ and inputs_BT, positions_BT and segments_BT among its fields.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,17 @@ Metrics = dict[str, jax.Array]                    # float32 scalars
 Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
 
 
+class Model(Protocol):
+  """What an update calls of a model: `models.Model` has both."""
+
+  def apply(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
+            segments_BT: jax.Array) -> tuple[jax.Array, Any]:
+    """(features_BTD, cache) of tokens."""
+
+  def unembed(self, params: Params) -> jax.Array:
+    """weight_VD, which turns features into logits."""
+
+
 class TrainState(NamedTuple):
   """All that training changes."""
   step: jax.Array             # optimizer updates so far
@@ -33,8 +44,8 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
 
 
-def make(model: Any, params: Params, objective: Any, optimizer: optax.GradientTransformation,
-         guide: Any = None, hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
+def make(model: Model, params: Params, objective: Any, optimizer: optax.GradientTransformation,
+         guide: Model | None = None, hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
          ) -> tuple[TrainState, Callable[[TrainState, Params | None, Batch],
                                          tuple[TrainState, Metrics]]]:
   """A TrainState around `params`, and the update that moves it.
@@ -58,6 +69,7 @@ def make(model: Any, params: Params, objective: Any, optimizer: optax.GradientTr
     does what `jit_update` describes.
   """
   mesh = mesh or sharding.current_mesh()
+  # One device: placing the arrays on a mesh of it copies nothing.
   if mesh is None:
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -81,6 +93,7 @@ def abstract(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params
   the parameters are.
   """
   params = sharding.abstract(params)
+  # Slots such as Adam's moments are laid out as their parameters, counters on every device.
   shapes = jax.eval_shape(optimizer.init, params)
   whole = sharding.replicated(mesh)
   slots = []
@@ -110,7 +123,7 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def jit_update(model: Any, guide_model: Any, objective: Loss,
+def jit_update(model: Model, guide_model: Model | None, objective: Loss,
                optimizer: optax.GradientTransformation, hp: ConfigDict,
                layout: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
   """The jitted update: update(state, guide_params, batch, non_trainable=None) -> (state, metrics).
@@ -135,6 +148,7 @@ def jit_update(model: Any, guide_model: Any, objective: Loss,
   """
 
   def gradients(params, non_trainable, guide_params, batch):
+    # Outside the differentiated function: the guide gets no gradient.
     guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
 
     def loss(params):
@@ -148,8 +162,10 @@ def jit_update(model: Any, guide_model: Any, objective: Loss,
     def body(total, microbatch):
       grads, sums = gradients(params, non_trainable, guide_params, _spread(microbatch))
       total = jax.tree.map(jnp.add, total, grads)
+      # Without the constraint XLA may gather the gradients whole on every device.
       return jax.lax.with_sharding_constraint(total, layout.params), sums
 
+    # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
     return total, {name: [(jnp.sum if len(pair) == 2 else jnp.max)(x, axis=0) for x in pair]
@@ -165,6 +181,7 @@ def jit_update(model: Any, guide_model: Any, objective: Loss,
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["update_norm"] = optax.tree.norm(updates)
+    # One bad update would spoil the state for good, so it is not taken.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
@@ -187,7 +204,7 @@ def join(params: Params, non_trainable: Params | None) -> Params:
   return joined
 
 
-def token_logps(model: Any, logp: Callable[..., tuple[jax.Array, jax.Array]],
+def token_logps(model: Model, logp: Callable[..., tuple[jax.Array, jax.Array]],
                 hp: ConfigDict) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
   """Jitted (params, batch) -> (logp_BT, entropy_BT): a model's own numbers on a batch, in nats.
 
@@ -202,7 +219,7 @@ def token_logps(model: Any, logp: Callable[..., tuple[jax.Array, jax.Array]],
   return _jit_per_token(on_microbatch, hp.microbatches)
 
 
-def compare(model: Any, guide_model: Any, measure: Callable[..., dict[str, jax.Array]],
+def compare(model: Model, guide_model: Model, measure: Callable[..., dict[str, jax.Array]],
             hp: ConfigDict) -> Callable[[Params, Params, Batch], dict[str, jax.Array]]:
   """Jitted (params, guide_params, batch) -> {name: value_BT}: two models on the same tokens.
 
@@ -228,13 +245,14 @@ def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., An
   @functools.partial(jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh))
   def per_token(*args):
     *params, batch = args
+    # One microbatch at a time bounds the memory of activations.
     microbatched = jax.lax.map(lambda part: f(*params, _spread(part)), _split(batch, microbatches))
     return _spread(_join(microbatched))
 
   return per_token
 
 
-def _head(model: Any, params: Params, batch: Batch) -> Head:
+def _head(model: Model, params: Params, batch: Batch) -> Head:
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)
 

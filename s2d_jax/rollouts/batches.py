@@ -43,6 +43,7 @@ def token_weights(length_B: np.ndarray, mean: str, longest: int) -> tuple[np.nda
   if mean not in MEANS:
     raise ValueError(f"mean is {mean!r}: set it to one of {sorted(MEANS)}.")
   one_B = np.ones(len(length_B))
+  # An empty response has no token to weigh, so any finite number will do.
   inverse_B = 1 / np.maximum(length_B, 1)
   weight_B = {"token": one_B, "sequence": inverse_B, "constant": one_B / longest}[mean]
   count_B = one_B if mean == "token" else inverse_B
@@ -125,6 +126,7 @@ def pack(batch: Batch, width: int) -> Batch:
   segments_B = np.zeros(B, np.int64)
   packed = Batch(*(None if x is None else np.zeros((B, width), x.dtype) for x in batch))
   packed.sequence_BT[:] = -1
+  # Longest first leaves the fewest gaps; ties by index make the result unique.
   for b in sorted(range(B), key=lambda i: (-length_B[i], i)):
     n = length_B[b]
     row = int(np.argmax(used_B + n <= width))
@@ -148,6 +150,7 @@ def minibatches(batch: Batch, count: int, seed: Sequence[int]) -> Iterator[Batch
   if B % count:
     raise ValueError(f"{B} rows do not split into {count} minibatches: "
                      "choose prompts x samples_per_prompt as a multiple of minibatches.")
+  # A single minibatch needs no shuffle: its sums do not depend on the rows' order.
   order_B = np.random.default_rng(seed).permutation(B) if count > 1 else np.arange(B)
   for rows in np.split(order_B, count):
     yield Batch(*(None if x is None else x[rows] for x in batch))

@@ -44,6 +44,7 @@ def row_key(seed: Sequence[int], prompt_id: int, sample_index: int) -> np.ndarra
 
   A row's samples then depend on neither its neighbours, its place in the batch nor the devices.
   """
+  # With separators, or (1, 23) and (12, 3) would give one text.
   text = ",".join(str(int(s)) for s in (*seed, prompt_id, sample_index))
   return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
@@ -71,6 +72,7 @@ def to_bytes(rollout: Rollout) -> bytes:
 def from_bytes(data: bytes) -> Rollout:
   """The rollout that `to_bytes` wrote, now or when a field had its old name."""
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    # Rollouts are expensive: a new field name must not make stored ones unreadable.
     fields = {OLD_NAMES.get(name, name): file[name] for name in file.files}
   return Rollout(**{**fields, "weight_version": int(fields["weight_version"])})
 

@@ -63,9 +63,11 @@ class FrozenActor(NamedTuple):
              on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
     """As `RolloutSource.sample`; rows that the store holds already are not fresh."""
     del params, on_finish
+    # Epoch e has samples e·G to e·G + G − 1, so a second pass learns from new responses.
     first = self.epoch(step) * self.samples_per_prompt
     indices = range(first, first + self.samples_per_prompt)
     part = f"{self.stage}-{step:08d}-{round}"
+    # Whole prompts are sampled again where one sample is missing; the store keeps only new rows.
     missing = self.store.missing(prompts, indices)
     if missing:
       rollout = self.sampler(self.params, missing, self.seed, first_sample=first)

@@ -80,6 +80,7 @@ class PassRates(NamedTuple):
       learner's start sampled for this step; the mean pass rate of the step's prompts.
     """
     by_id = {prompt.id: prompt for prompt in rollouts.prompts}
+    # A step may have dropped prompts: only those learned from are looked at.
     id_B = rollouts.rollout.prompt_id_B.tolist()
     prompts = [by_id[i] for i in dict.fromkeys(id_B)]
     rollout, fresh_B = self.source.sample(None, prompts, step)
@@ -122,6 +123,7 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: PromptsOf, st
     rewards.append(score(reward, rollout, early))
     reward_PG = np.concatenate(rewards).reshape(-1, G)
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
+    # Enough mixed groups fill the batch, so no further round is paid for.
     if mixed_P.sum() >= hp.prompts:
       break
   metrics = {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(), "rounds": len(parts)}
@@ -159,6 +161,7 @@ def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
             early: dict[int, float]) -> OnFinish:
   """A callback that scores this host's share of the rows, as each is complete, into `early`."""
   def on_finish(index: int, rollout: Rollout) -> None:
+    # The share of a host is the same as in `score`.
     if index % jax.process_count() == jax.process_index():
       early[index] = reward(prompts[index // G].id, rollout.response(index))
   return on_finish
@@ -175,6 +178,7 @@ def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = 
   """
   early = early or {}
   B = len(rollout.prompt_id_B)
+  # Rows of other hosts stay 0, so that the sum over hosts is each row's reward.
   own_B = np.zeros(B, np.float32)
   for b in range(jax.process_index(), B, jax.process_count()):
     own_B[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))

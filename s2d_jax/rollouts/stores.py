@@ -22,6 +22,7 @@ class Store:
     self._place: dict[tuple[int, int], tuple[str, int]] = {}  # key -> (part, row of the part)
     self._parts: dict[str, Rollout] = {}
     if folder.exists():
+      # Sorted, so that every host and every start index the parts in one order.
       for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
         self._index(path.stem, from_bytes(path.read_bytes()))
 
@@ -51,6 +52,7 @@ class Store:
     if name in self._parts:
       raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows were to "
                        "take its place: give them a name of their own.")
+    # A row belongs to the part that had it first, since that stage was charged for it.
     part = take(part, new)
     if leader:
       self._write(self._folder / f"{name}.npz", to_bytes(part))

@@ -141,21 +141,12 @@ ADVANTAGES = {"group": grpo.group_advantages, "centred": grpo.group_advantages_c
 KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
                 "k3": lambda logp, reference, old: kl.k3(logp, reference),
                 "k3_corrected": kl.k3_corrected}
-SURROGATES = {  # (the loss, whether its clip acts, what both read besides log-probabilities and A)
-    "clipped": (grpo.clipped_surrogate, grpo.clipped,
-                lambda batch, hp: (hp.clip_low, hp.clip_high)),
-    "dual_clipped": (grpo.dual_clipped_surrogate, grpo.dual_clipped,
-                     lambda batch, hp: (hp.clip_low, hp.clip_high, hp.clip_most)),
-    "gspo": (grpo.gspo, grpo.gspo_clipped,
-             lambda batch, hp: (hp.clip_low, hp.clip_high, batch.weight_BT > 0,
-                                batch.segments_BT)),
-    "cispo": (grpo.cispo, grpo.cispo_clipped, lambda batch, hp: (hp.clip_low, hp.clip_high))}
 MISMATCHES = {
     "truncate": lambda ratio_BT, hp: grpo.truncated(ratio_BT, hp.mismatch_most),
     "mask": lambda ratio_BT, hp: grpo.masked(ratio_BT, hp.mismatch_least, hp.mismatch_most)}
 PENALTY_NAMES = ("none", *KL_PENALTIES, "exact")
 GRPO_KEYS = BLOCK_KEYS | {
-    "surrogate": keys.one_of(SURROGATES, default="clipped"),
+    "surrogate": keys.one_of(grpo.SURROGATES, default="clipped"),
     "clip_low": Key(lambda low: 0 <= low <= 1, "choose it from 0 to 1", default=0.2),
     "clip_high": Key(lambda high: high >= 0, "choose 0 or more", default=0.2),
     "clip_most": Key(lambda most: most > 1, "choose it above 1", default=3.0),
@@ -173,10 +164,10 @@ def grpo_loss(student_head: Head, guide_head: Head | None, batch: Batch, hp: Con
 
     L = w · surrogate(π, π_old, A) + kl_coef · KL(π, π_ref).
 
-  The surrogate is hp.surrogate, a name in SURROGATES. The KL is hp.kl: an estimate from the sampled
-  token in KL_PENALTIES, "exact" over the vocabulary, or "none". w corrects for a sampler that
-  differs from the trainer (hp.mismatch, a name in MISMATCHES) and is 1 with "none"; its ratio is
-  logged unchanged. arXiv 2402.03300.
+  The surrogate is hp.surrogate, a name in grpo.SURROGATES. The KL is hp.kl: an estimate from the
+  sampled token in KL_PENALTIES, "exact" over the vocabulary, or "none". w corrects for a sampler
+  that differs from the trainer (hp.mismatch, a name in MISMATCHES) and is 1 with "none"; its ratio
+  is logged unchanged. arXiv 2402.03300.
   """
   own_head = student_head
   reference_BT = None
@@ -244,11 +235,11 @@ def _surrogate_loss(logp_BT: jax.Array, own_logp_BT: jax.Array, reference_BT: ja
     # A token without weight may hold anything, and 0 · anything can be NaN: give it ratio 1, A = 0.
     old_BT = jnp.where(trained_BT, batch.old_logp_BT, old_BT)
   advantage_BT = jnp.where(trained_BT, batch.advantage_BT, 0.0)
-  loss, clipped, besides = SURROGATES[hp.surrogate]
-  args = logp_BT, old_BT, advantage_BT, *besides(batch, hp)
-  loss_BT = loss(*args)
+  clip = grpo.Clip(hp.clip_low, hp.clip_high, hp.clip_most)
+  loss_BT, clipped_BT = grpo.SURROGATES[hp.surrogate](
+      logp_BT, old_BT, advantage_BT, clip, trained_BT, batch.segments_BT)
   values = {"ratio_mean": jnp.exp(logp_BT - old_BT),
-            "clip_fraction": clipped(*args).astype(jnp.float32)}
+            "clip_fraction": clipped_BT.astype(jnp.float32)}
   if hp.mismatch != "none":
     ratio_BT = grpo.mismatch_ratio(
         old_BT, batch.behaviour_logp_BT, trained_BT, batch.segments_BT, hp.mismatch_level)

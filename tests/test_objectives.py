@@ -162,10 +162,11 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
   heads[wider] = padded(heads[wider])
   def logp(head):
     return tokens.log_prob(logits(head), BATCH.targets_BT)
+  clip = grpo.Clip(0.2, 0.3)
   def direct(head):
     cut = head[0], head[1][:V]
     kl_BT = objectives.KL_PENALTIES[name](logp(cut), logp(GUIDE), BATCH.old_logp_BT)
-    loss_BT = grpo.clipped_surrogate(logp(head), BATCH.old_logp_BT, BATCH.advantage_BT, 0.2, 0.3)
+    loss_BT, _ = grpo.clipped_surrogate(logp(head), BATCH.old_logp_BT, BATCH.advantage_BT, clip)
     return jnp.sum(WEIGHT_BT * (loss_BT + 0.5 * kl_BT)), kl_BT
   def through_the_objective(head):
     sums = objectives.GRPO(head, heads["guide"], BATCH, hp(kl=name, kl_coef=0.5))
@@ -173,8 +174,9 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
   (_, kl_BT), want = jax.value_and_grad(direct, has_aux=True)(heads["student"])
   (_, sums), got = jax.value_and_grad(through_the_objective, has_aux=True)(heads["student"])
   expect(sums, "kl", kl_BT)
-  expect(sums, "loss", grpo.clipped_surrogate(logp(heads["student"]), BATCH.old_logp_BT,
-                                              BATCH.advantage_BT, 0.2, 0.3) + 0.5 * kl_BT)
+  surrogate_BT, _ = grpo.clipped_surrogate(logp(heads["student"]), BATCH.old_logp_BT,
+                                           BATCH.advantage_BT, clip)
+  expect(sums, "loss", surrogate_BT + 0.5 * kl_BT)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
@@ -230,21 +232,24 @@ def test_equal_models_have_no_loss_and_no_gradient(objective, changes):
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
 
 
-ARRAYS = [(objectives.NEGATIVE_LOG_LIKELIHOOD, {}, 3), (objectives.FORWARD_KL, {}, 5),
-          (objectives.REVERSE_KL, {}, 3), (objectives.JSD, {}, 6),
-          (objectives.FORWARD_KL, {"form": "top_k"}, 6),
-          (objectives.REVERSE_KL, {"form": "top_k", "support": "union"}, 8),
-          (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS, 8),
-          (objectives.REVERSE_KL, {"form": "sampled"}, 2),
-          (objectives.GRPO, {"kl": "k3", "kl_coef": 0.5}, 3),
-          (objectives.GRPO, {"surrogate": "gspo"}, 2),
-          (objectives.GRPO, {"kl": "exact", "kl_coef": 0.5}, 3)]
+# Arrays of a block by the vocabulary in the compiled program's temporaries, by what XLA of jax 0.10
+# and of jax 0.12 makes of the same program.
+ARRAYS = [(objectives.NEGATIVE_LOG_LIKELIHOOD, {}, 3, 3), (objectives.FORWARD_KL, {}, 4, 4),
+          (objectives.REVERSE_KL, {}, 3, 3), (objectives.JSD, {}, 6, 5),
+          (objectives.FORWARD_KL, {"form": "top_k"}, 6, 7),
+          (objectives.REVERSE_KL, {"form": "top_k", "support": "union"}, 8, 4),
+          (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS, 9, 4),
+          (objectives.REVERSE_KL, {"form": "sampled"}, 2, 3),
+          (objectives.GRPO, {"kl": "k3", "kl_coef": 0.5}, 3, 3),
+          (objectives.GRPO, {"surrogate": "gspo"}, 2, 2),
+          (objectives.GRPO, {"kl": "exact", "kl_coef": 0.5}, 3, 3)]
 
 
 @pytest.mark.parametrize("unscored", [False, True])
-@pytest.mark.parametrize("objective, changes, arrays", ARRAYS)
+@pytest.mark.parametrize("objective, changes, arrays_before, arrays_now", ARRAYS)
 def test_temporaries_are_a_few_arrays_of_a_block_by_the_vocabulary(
-    objective, changes, arrays, unscored):
+    objective, changes, arrays_before, arrays_now, unscored):
+  arrays = arrays_before if jax.__version_info__ < (0, 11) else arrays_now
   count, block, width, words = 2048, 1024, 64, 8192
   def shapes(kind):
     return jax.ShapeDtypeStruct((1, count), kind)

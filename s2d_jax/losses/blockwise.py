@@ -1,18 +1,21 @@
-"""The two doors from features to losses; no array of [tokens, vocabulary] exists behind either.
+"""Losses on unembedded blocks of tokens, without an array of [tokens, vocabulary].
 
-Logits are formed for `block` tokens of a device at a time, and only for tokens that count: prompts
-and padding pay nothing. `logp` forms them again on the way back, because it cannot know what will
-be asked of it; `divergence` is told, and has its gradients formed before a block's logits are gone.
-The gradient of the unembedding is added up in float32 on each device over its own tokens, and over
-devices once, after the last block.
+Two functions: `logp` gives log-probabilities and entropies, `divergence` the sum of any per-token
+loss of two models' logits. Logits exist for `block` tokens of a device at a time, and only for the
+tokens that a mask selects: prompts and padding cost nothing.
 
-A head is the pair (features_BTD, weight_VD); the weight is cast to the type of the features,
-products are accumulated in float32.
+The gradient of the unembedding is summed in float32 over a device's own blocks, and over devices
+once, after the last block. `divergence` forms its gradients in the forward pass, while a block's
+logits are there. `logp` cannot know the cotangents yet, so its backward pass forms logits again.
+
+A head is the pair (features_BTD, weight_VD). The weight is cast to the features' type; products are
+accumulated in float32. Block arrays have the suffix t: the tokens of one block.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,10 @@ from jax.custom_derivatives import SymbolicZero
 from s2d_jax import sharding
 from s2d_jax.losses import tokens
 
-COLUMNS = 256  # of the unembedding's gradient at a time, on a CPU
+Arrays = Any  # a tree of arrays, or None
+
+# Columns of the unembedding's gradient that a CPU adds up at a time, see `_add_gradients`.
+COLUMNS = 256
 
 
 class Head(NamedTuple):
@@ -30,231 +36,298 @@ class Head(NamedTuple):
   weight_VD: jax.Array
 
 
-def logp(head, targets_BT, block, counts_BT=None):
-  """Log-probability of each target and entropy at each position, in nats: (logp_BT, entropy_BT).
+def logp(head: Head, targets_BT: jax.Array, block: int,
+         mask_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each target and entropy at each position, in nats, float32 [B, T] each.
 
-  Equal to `tokens.log_prob` and `tokens.entropy` of the logits, differentiable in the head for any
-  cotangent: every policy-gradient loss is a function of logp_BT. Where counts_BT (bool; None: all)
-  is false, nothing is computed and both are 0.
+  Equal to `tokens.log_prob` and `tokens.entropy` of the head's logits, and differentiable in the
+  head for any cotangent: every policy-gradient loss is a function of the log-probabilities.
+
+  Args:
+    targets_BT: int32 token ids.
+    block: tokens per block, on each device.
+    mask_BT: bool; where it is false nothing is computed and both results are 0. None selects all.
+
+  Raises:
+    ValueError: `block` is less than 1.
   """
-  if counts_BT is None:
-    counts_BT = jnp.ones(targets_BT.shape, bool)
-  return _logp(*head, targets_BT, counts_BT, block)
+  if mask_BT is None:
+    mask_BT = jnp.ones(targets_BT.shape, bool)
+  return _logp(*head, targets_BT, mask_BT, block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _logp(features_BTD, weight_VD, targets_BT, counts_BT, block):
-  def on_rows(rows, wholes):
-    *rows, counts_BT = rows
-    def on_block(features_btD, targets_bt):
-      return _of_target(_logits(features_btD, wholes), targets_bt)
-    return _map(on_block, block, rows, counts_BT), ()
-  return sharding.per_device(on_rows, (features_BTD, targets_BT, counts_BT),
-                          _cast(weight_VD, features_BTD))[0]
+def _logp(features_BTD: jax.Array, weight_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
+          block: int) -> tuple[jax.Array, jax.Array]:
+  def on_device(per_token: Arrays, weight_VD: jax.Array) -> tuple[Arrays, Arrays]:
+    def block_fn(total: tuple, features_tD: jax.Array, targets_t: jax.Array) -> tuple:
+      return total, _logp_and_entropy(_logits(features_tD, weight_VD), targets_t)
+
+    features_BTD, targets_BT, mask_BT = per_token
+    outputs, _ = _over_blocks(block_fn, block, (), (features_BTD, targets_BT), mask_BT)
+    return outputs, ()
+
+  outputs, _ = sharding.per_device(
+      on_device, (features_BTD, targets_BT, mask_BT), _compute_weight(weight_VD, features_BTD))
+  return outputs
 
 
-def _logp_forth(*args):  # each an array and whether it is differentiated, and the block's size
-  *args, block = args
-  saved = tuple(x.value for x in args)
+def _logp_fwd(features_BTD: Any, weight_VD: Any, targets_BT: Any, mask_BT: Any,
+              block: int) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+  # With symbolic_zeros, each argument comes with a flag that says whether it is differentiated.
+  arguments = (features_BTD, weight_VD, targets_BT, mask_BT)
+  saved = tuple(argument.value for argument in arguments)
   return _logp(*saved, block), saved
 
 
-def _logp_back(block, saved, cotangents):
-  features_BTD, weight_VD, targets_BT, counts_BT = saved
-  # An entropy that is only read costs nothing on the way back.
-  asked = [not isinstance(x, SymbolicZero) for x in cotangents]
-  cotangents = [x for x, is_asked in zip(cotangents, asked, strict=True) if is_asked]
-  def on_rows(rows, wholes):
-    *rows, counts_BT = rows
-    def on_block(dweight_VD, features_btD, targets_bt, *cotangents_bt):
-      logits_btV = _logits(features_btD, wholes)
-      def f(logits_btV):
-        both = _of_target(logits_btV, targets_bt)
-        return [x for x, is_asked in zip(both, asked, strict=True) if is_asked]
-      _, back = jax.vjp(f, logits_btV)
-      return _into(dweight_VD, back([*cotangents_bt])[0], features_btD, wholes)
-    return _scan(on_block, block, _zeros(wholes), rows, counts_BT)
+def _logp_bwd(block: int, saved: tuple, cotangents: tuple) -> tuple:
+  features_BTD, weight_VD, targets_BT, mask_BT = saved
+  # A result that nothing differentiates has a symbolic cotangent. Leaving it out saves the backward
+  # pass of an entropy that is only logged, which is an array of [block, vocabulary].
+  used = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
+
+  def select_used(values: tuple) -> list:
+    return [value for value, is_used in zip(values, used, strict=True) if is_used]
+
+  def on_device(per_token: Arrays, weight_VD: jax.Array) -> tuple[Arrays, Arrays]:
+    def block_fn(dweight_VD: jax.Array, features_tD: jax.Array, targets_t: jax.Array,
+                 cotangents_t: list) -> tuple:
+      logits_tV = _logits(features_tD, weight_VD)
+      _, pull = jax.vjp(
+          lambda logits_tV: select_used(_logp_and_entropy(logits_tV, targets_t)), logits_tV)
+      dlogits_tV, = pull(cotangents_t)
+      return _add_gradients(dweight_VD, dlogits_tV, features_tD, weight_VD)
+
+    features_BTD, targets_BT, cotangents_BT, mask_BT = per_token
+    return _over_blocks(block_fn, block, _zero_gradient(weight_VD),
+                        (features_BTD, targets_BT, cotangents_BT), mask_BT)
+
   dfeatures_BTD, dweight_VD = sharding.per_device(
-      on_rows, (features_BTD, targets_BT, *cotangents, counts_BT), _cast(weight_VD, features_BTD))
+      on_device, (features_BTD, targets_BT, select_used(cotangents), mask_BT),
+      _compute_weight(weight_VD, features_BTD))
   return dfeatures_BTD, dweight_VD.astype(weight_VD.dtype), None, None
 
 
-_logp.defvjp(_logp_forth, _logp_back, symbolic_zeros=True)
+_logp.defvjp(_logp_fwd, _logp_bwd, symbolic_zeros=True)
 
 
-def _of_target(logits_btV, targets_bt):
-  return tokens.log_prob(logits_btV, targets_bt), tokens.entropy(logits_btV)
+def _logp_and_entropy(logits_tV: jax.Array, targets_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return tokens.log_prob(logits_tV, targets_t), tokens.entropy(logits_tV)
 
 
-def common(student_head, guide_head):
-  """Both heads with the rows of the vocabulary that both have: they may be padded differently."""
+def common(student_head: Head, guide_head: Head) -> tuple[Head, Head]:
+  """Both heads on the rows of the vocabulary that both have: their padding may differ."""
   V = min(student_head[1].shape[0], guide_head[1].shape[0])
-  return tuple(Head(x, weight_VD if len(weight_VD) == V else weight_VD[:V])
-               for x, weight_VD in (student_head, guide_head))
+
+  def cut(head: Head) -> Head:
+    features_BTD, weight_VD = head
+    return Head(features_BTD, weight_VD if len(weight_VD) == V else weight_VD[:V])
+
+  return cut(student_head), cut(guide_head)
 
 
-def divergence(f, student_head, guide_head, weight_BT, block, *more_BT):
-  """Weighted sum of a per-token loss and what it found: (Σ weight · loss, found).
+def divergence(f: Callable[..., Arrays], student_head: Head, guide_head: Head | None,
+               weight_BT: jax.Array, block: int, *more_BT: Arrays) -> tuple[jax.Array, Arrays]:
+  """Weighted sum of a per-token loss, and everything that the loss function returned.
 
-  The sum is differentiable in the student's head and in no other argument; its gradient is formed
-  with it, so that no logits are computed twice. What is found is for reading and carries none.
-  Where the weight is 0 nothing is computed and what is found is 0.
+  The sum is differentiable in the student's head and in no other argument. Its gradient is formed
+  in the same pass. The returned values are for reading: they carry no gradient.
 
   Args:
-    f: f(student_logits, guide_logits, *more) maps [1, t, V], [1, t, V] and [1, t] each to the loss
-      [1, t], as `kl.forward_kl` does, or to a tuple of such arrays with the loss first. The t
-      tokens come from anywhere.
-    guide_head: None gives f None. Where the vocabularies are padded to different sizes, what both
-      have is compared.
-    more_BT: arrays that f also reads, such as the targets, or trees of them.
+    f: f(student_logits, guide_logits, *more) maps arrays of [t, V], [t, V] and [t] each to the loss
+      of t tokens, [t], as `kl.forward_kl` does; or to a tuple of such arrays with the loss first.
+      The t tokens may come from any rows.
+    guide_head: None calls f with None. Vocabularies of different sizes are cut to the smaller one.
+    weight_BT: float32; where it is 0 nothing is computed and the returned values are 0.
+    block: tokens per block, on each device.
+    more_BT: trees of arrays that f also reads, such as the targets.
 
   Returns:
-    The sum, a scalar, and what f returned, for every token, [B, T].
+    Σ weight · loss, a float32 scalar, and f's values for every token, [B, T].
+
+  Raises:
+    ValueError: `block` is less than 1.
   """
+  guide = None
   if guide_head is not None:
     student_head, guide_head = common(student_head, guide_head)
-  return _divergence(f, block, tuple(student_head), guide_head and tuple(guide_head), weight_BT,
-                     more_BT)
+    guide = tuple(guide_head)
+  return _divergence(f, block, tuple(student_head), guide, weight_BT, more_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divergence(f, block, student, guide, weight_BT, more_BT):
-  def on_rows(rows, wholes):
-    def on_block(student_btD, guide_btD, _, *more_bt):
-      return _values(f, _logits(student_btD, wholes[0]), guide_btD, wholes[1], more_bt)
-    return _map(on_block, block, rows, rows[2] > 0), ()
-  rows, wholes = _split(student, guide, weight_BT, more_BT)
-  found, _ = sharding.per_device(on_rows, rows, wholes)
-  return _total(found, weight_BT), found
+def _divergence(f: Callable, block: int, student: tuple, guide: tuple | None, weight_BT: jax.Array,
+                more_BT: tuple) -> tuple[jax.Array, Arrays]:
+  def on_device(per_token: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+    def block_fn(total: tuple, student_tD: jax.Array, guide_tD: jax.Array | None,
+                 weight_t: jax.Array, more_t: tuple) -> tuple:
+      student_tV = _logits(student_tD, weights[0])
+      return total, f(student_tV, _guide_logits(guide_tD, weights[1]), *more_t)
+
+    values, _ = _over_blocks(block_fn, block, (), per_token, per_token[2] > 0)
+    return values, ()
+
+  per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
+  values, _ = sharding.per_device(on_device, per_token, weights)
+  return _weighted_sum(values, weight_BT), values
 
 
-def _divergence_forth(f, block, student, guide, weight_BT, more_BT):
-  def on_rows(rows, wholes):
-    def on_block(dweight_VD, student_btD, guide_btD, weight_bt, *more_bt):
-      logits_btV = _logits(student_btD, wholes[0])
-      def loss(logits_btV):  # what is found besides has no cotangent
-        found = _values(f, logits_btV, guide_btD, wholes[1], more_bt)
-        return jax.tree.leaves(found)[0], found
-      loss_bt, back, found = jax.vjp(loss, logits_btV, has_aux=True)
-      dlogits_btV, = back(weight_bt.astype(loss_bt.dtype))
-      dlogits_btV = jnp.where(weight_bt[..., None] > 0, dlogits_btV, 0.0)  # what fills up a block
-      dweight_VD, dstudent_btD = _into(dweight_VD, dlogits_btV, student_btD, wholes[0])
-      return dweight_VD, (found, dstudent_btD)
-    return _scan(on_block, block, _zeros(wholes[0]), rows, rows[2] > 0)
-  rows, wholes = _split(student, guide, weight_BT, more_BT)
-  (found, dfeatures_BTD), dweight_VD = sharding.per_device(on_rows, rows, wholes)
+def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None,
+                    weight_BT: jax.Array, more_BT: tuple) -> tuple[tuple, tuple]:
+  def on_device(per_token: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+    def block_fn(dweight_VD: jax.Array, student_tD: jax.Array, guide_tD: jax.Array | None,
+                 weight_t: jax.Array, more_t: tuple) -> tuple:
+      def loss(student_tV: jax.Array) -> tuple[jax.Array, Arrays]:
+        values = f(student_tV, _guide_logits(guide_tD, weights[1]), *more_t)
+        return jax.tree.leaves(values)[0], values  # the loss alone is differentiated
+
+      student_tV = _logits(student_tD, weights[0])
+      loss_t, pull, values_t = jax.vjp(loss, student_tV, has_aux=True)
+      dlogits_tV, = pull(weight_t.astype(loss_t.dtype))
+      # Unused slots of the last block have weight 0, and f may give NaN for their zero logits.
+      dlogits_tV = jnp.where(weight_t[..., None] > 0, dlogits_tV, 0.0)
+      dweight_VD, dfeatures_tD = _add_gradients(dweight_VD, dlogits_tV, student_tD, weights[0])
+      return dweight_VD, (values_t, dfeatures_tD)
+
+    return _over_blocks(block_fn, block, _zero_gradient(weights[0]), per_token, per_token[2] > 0)
+
+  per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
+  (values, dfeatures_BTD), dweight_VD = sharding.per_device(on_device, per_token, weights)
   saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
-  return (_total(found, weight_BT), found), saved
+  return (_weighted_sum(values, weight_BT), values), saved
 
 
-def _divergence_back(f, block, saved, cotangents):
-  dfeatures_BTD, dweight_VD, weight_VD, *rest = saved
-  scale = cotangents[0]
-  student = ((dfeatures_BTD.astype(jnp.float32) * scale).astype(dfeatures_BTD.dtype),
-             (dweight_VD * scale).astype(weight_VD.dtype))
-  return student, *jax.tree.map(_no_gradient, rest)
+def _divergence_bwd(f: Callable, block: int, saved: tuple, cotangents: tuple) -> tuple:
+  dfeatures_BTD, dweight_VD, weight_VD, *others = saved
+  scale = cotangents[0]  # of the sum; the values' own are ignored
+  dstudent = ((dfeatures_BTD.astype(jnp.float32) * scale).astype(dfeatures_BTD.dtype),
+              (dweight_VD * scale).astype(weight_VD.dtype))
+  return dstudent, *jax.tree.map(_no_gradient, others)
 
 
-_divergence.defvjp(_divergence_forth, _divergence_back)
+_divergence.defvjp(_divergence_fwd, _divergence_bwd)
 
 
-def _split(student, guide, weight_BT, more_BT):
-  """(what rows have, what all have) of the arguments of a divergence."""
-  rows = student[0], guide and guide[0], weight_BT, *more_BT
-  return rows, (_cast(student[1], student[0]), guide and _cast(guide[1], guide[0]))
+def _split_arguments(student: tuple, guide: tuple | None, weight_BT: jax.Array,
+                     more_BT: tuple) -> tuple[Arrays, Arrays]:
+  """(one value a token, the two unembeddings) of a divergence's arguments."""
+  student_BTD, student_VD = student
+  guide_BTD, guide_VD = (None, None) if guide is None else guide
+  if guide is not None:
+    guide_VD = _compute_weight(guide_VD, guide_BTD)
+  per_token = student_BTD, guide_BTD, weight_BT, more_BT
+  return per_token, (_compute_weight(student_VD, student_BTD), guide_VD)
 
 
-def _values(f, logits_btV, guide_btD, guide_VD, more_bt):
-  return f(logits_btV, None if guide_btD is None else _logits(guide_btD, guide_VD), *more_bt)
+def _guide_logits(guide_tD: jax.Array | None, guide_VD: jax.Array | None) -> jax.Array | None:
+  return None if guide_tD is None else _logits(guide_tD, guide_VD)
 
 
-def _total(found, weight_BT):
-  return jnp.sum(jax.tree.leaves(found)[0] * weight_BT, where=weight_BT > 0)
+def _weighted_sum(values: Arrays, weight_BT: jax.Array) -> jax.Array:
+  """Σ weight · loss, the loss being the first of the values; tokens of weight 0 are left out."""
+  return jnp.sum(jax.tree.leaves(values)[0] * weight_BT, where=weight_BT > 0)
 
 
-def _no_gradient(x):
+def _no_gradient(x: jax.Array) -> jax.Array | None:
   return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
 
-def _cast(weight_VD, features_BTD):
-  """The weight as the loop multiplies by it: whole rows, in the type of the features."""
+def _compute_weight(weight_VD: jax.Array, features_BTD: jax.Array) -> jax.Array:
+  """The weight as the loop reads it: whole rows on each device, in the features' type."""
   return sharding.constrain(weight_VD, "vocab", "embed").astype(features_BTD.dtype)
 
 
-def _zeros(weight_VD):
+def _zero_gradient(weight_VD: jax.Array) -> jax.Array:
   return sharding.constrain(jnp.zeros(weight_VD.shape, jnp.float32), "vocab", "embed")
 
 
-def _logits(features_btD, weight_VD):
-  logits_btV = jnp.einsum("btD,VD->btV", features_btD, weight_VD,
-                          preferred_element_type=jnp.float32)
-  return sharding.constrain(logits_btV, "batch", "time", "vocab")
+def _logits(features_tD: jax.Array, weight_VD: jax.Array) -> jax.Array:
+  """Float32 logits of a block's tokens."""
+  # Two axes and not three: XLA for CPUs (jax 0.12) writes into a product's own memory only where no
+  # reader sees it in another shape, and an axis of one would cost an array of [block, vocabulary].
+  logits_tV = jnp.einsum("tD,VD->tV", features_tD, weight_VD, preferred_element_type=jnp.float32)
+  return sharding.constrain(logits_tV, "time", "vocab")
 
 
-def _into(dweight_VD, dlogits_btV, features_btD, weight_VD):
-  """(dweight_VD with a block's part added, the gradient of the block's features)."""
-  b, t, D = features_btD.shape
-  dlogits_NV = dlogits_btV.reshape(b * t, -1).astype(features_btD.dtype)
-  features_ND = features_btD.reshape(b * t, D)
+def _add_gradients(dweight_VD: jax.Array, dlogits_tV: jax.Array, features_tD: jax.Array,
+                   weight_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Adds a block's part to the unembedding's gradient; returns it and the features' gradient."""
+  D = features_tD.shape[1]
+  # A CPU cannot add a product to a sum in place: it forms the whole product first, another array
+  # of [vocabulary, D]. A few columns at a time keep that array small.
+  columns = math.gcd(D, COLUMNS) if sharding.platform() == "cpu" else D
+  dlogits_tV = dlogits_tV.astype(features_tD.dtype)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  few = math.gcd(D, COLUMNS) if sharding.platform() == "cpu" else D
-  def columns(i, carried):  # a CPU adds no product to a sum in place, but for a few at a time
-    dweight_VD, dlogits_NV = carried
-    own_Nd = jax.lax.dynamic_slice_in_dim(features_ND, i * few, few, axis=1)
-    old_Vd = jax.lax.dynamic_slice_in_dim(dweight_VD, i * few, few, axis=1)
-    dweight_VD = jax.lax.dynamic_update_slice_in_dim(
-        dweight_VD, old_Vd + product("NV,Nd->Vd", dlogits_NV, own_Nd), i * few, axis=1)
-    return dweight_VD, dlogits_NV
-  # The next product reads what the loop carries: what XLA fuses into each of two readers is there
-  # twice, and all that it is made of stays until the second.
-  dweight_VD, dlogits_NV = (columns(0, (dweight_VD, dlogits_NV)) if few == D else
-                            jax.lax.fori_loop(0, D // few, columns, (dweight_VD, dlogits_NV)))
-  dfeatures_ND = product("NV,VD->ND", dlogits_NV, weight_VD).astype(features_btD.dtype)
-  return sharding.constrain(dweight_VD, "vocab", "embed"), dfeatures_ND.reshape(b, t, D)
+
+  def add_columns(i: jax.Array | int, carry: tuple) -> tuple:
+    dweight_VD, dlogits_tV = carry
+    features_td = jax.lax.dynamic_slice_in_dim(features_tD, i * columns, columns, axis=1)
+    old_Vd = jax.lax.dynamic_slice_in_dim(dweight_VD, i * columns, columns, axis=1)
+    new_Vd = old_Vd + product("tV,td->Vd", dlogits_tV, features_td)
+    dweight_VD = jax.lax.dynamic_update_slice_in_dim(dweight_VD, new_Vd, i * columns, axis=1)
+    return dweight_VD, dlogits_tV
+
+  # The logits' gradient has two readers: this loop and the product after it. XLA would fuse its
+  # computation into both, and keep all of its operands until the second. As a value that the loop
+  # carries it is computed once.
+  carry = dweight_VD, dlogits_tV
+  if columns == D:
+    dweight_VD, dlogits_tV = add_columns(0, carry)
+  else:
+    dweight_VD, dlogits_tV = jax.lax.fori_loop(0, D // columns, add_columns, carry)
+  dfeatures_tD = product("tV,VD->tD", dlogits_tV, weight_VD).astype(features_tD.dtype)
+  return sharding.constrain(dweight_VD, "vocab", "embed"), dfeatures_tD
 
 
-def _map(on_block, block, rows, counts_BT):
-  """on_block of 1 x block tokens that count after the other, each result in its token's place."""
-  return _scan(lambda _, *xs: ((), on_block(*xs)), block, (), rows, counts_BT)[0]
+def _over_blocks(block_fn: Callable[..., tuple[Arrays, Arrays]], block: int, carry: Arrays,
+                 per_token: Arrays, mask_BT: jax.Array) -> tuple[Arrays, Arrays]:
+  """Calls block_fn on successive blocks of the masked tokens: (outputs, the last carry).
 
+  Args:
+    block_fn: block_fn(carry, *block) -> (carry, outputs); `block` are the entries of `per_token` at
+      `block` tokens, [t, ...], and so are the outputs.
+    per_token: a tuple of trees of arrays [B, T, ...].
+    mask_BT: bool. Outputs of other tokens are 0.
 
-def _scan(on_block, block, start, rows, counts_BT):
-  """The same of an on_block that also carries something: (results, the last of what is carried).
-
-  The results of tokens that do not count are 0.
+  Three things keep the shapes fixed while the number of masked tokens is not. Masked tokens are
+  sorted first, so that they fill whole blocks. Unused slots of the last block get token ids beyond
+  the last one: a gather fills them with zeros and a scatter drops them. And every device runs as
+  many blocks as the device with most tokens, because devices that share the vocabulary wait for
+  each other in every block.
   """
   if block < 1:
     raise ValueError(f"block is {block}: give the tokens per block of the loss, at least 1.")
-  B, T = counts_BT.shape
+  B, T = mask_BT.shape
   N = B * T
   size = min(block, N)
-  rows_N = jax.tree.map(lambda x_BT: jnp.reshape(x_BT, (N, *x_BT.shape[2:])), rows)
-  counts_N = jnp.reshape(counts_BT, N)
-  order_N = jnp.argsort(~counts_N, stable=True)
-  # Every device does as many blocks as the one with most to do: those that share the vocabulary
-  # wait for each other in each.
-  blocks = sharding.max_over_devices(-(-jnp.sum(counts_N) // size))
+  per_token_N = jax.tree.map(lambda x_BT: jnp.reshape(x_BT, (N, *x_BT.shape[2:])), per_token)
+  mask_N = jnp.reshape(mask_BT, N)
+  order_N = jnp.argsort(~mask_N, stable=True)
+  block_count = sharding.max_over_devices(-(-jnp.sum(mask_N) // size))
 
-  def at(i):  # whose turn it is; what fills up the last block is nobody, each another
-    turn_t = i * size + jnp.arange(size)
-    token_t = order_N[jnp.minimum(turn_t, N - 1)]
-    return jnp.where((turn_t < N) & jnp.take(counts_N, token_t), token_t, N + jnp.arange(size))
+  def token_ids(i: jax.Array | int) -> jax.Array:
+    """Token ids of block i; those of unused slots are N and more, all different."""
+    slot_t = i * size + jnp.arange(size)
+    token_t = order_N[jnp.minimum(slot_t, N - 1)]
+    is_used_t = (slot_t < N) & jnp.take(mask_N, token_t)
+    return jnp.where(is_used_t, token_t, N + jnp.arange(size))
 
-  def of_block(token_t, carried):
-    # A block's axis of one row is there inside the loop alone: outside, XLA copies for its layout.
-    xs_t = jax.tree.map(
-        lambda x_N: jnp.take(x_N, token_t, axis=0, mode="fill", fill_value=0)[None], rows_N)
-    carried, out_bt = on_block(carried, *xs_t)
-    return carried, jax.tree.map(lambda x_bt: x_bt[0], out_bt)
+  def on_block(token_t: jax.Array, carry: Arrays) -> tuple[Arrays, Arrays]:
+    block = jax.tree.map(
+        lambda x_N: jnp.take(x_N, token_t, axis=0, mode="fill", fill_value=0), per_token_N)
+    return block_fn(carry, *block)
 
-  def step(i, state):
-    carried, out_N = state
-    token_t = at(i)
-    carried, out_t = of_block(token_t, carried)
-    return carried, jax.tree.map(
-        lambda x_N, x_t: x_N.at[token_t].set(x_t, mode="drop", unique_indices=True), out_N, out_t)
+  def step(i: jax.Array, state: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    carry, outputs_N = state
+    token_t = token_ids(i)
+    carry, outputs_t = on_block(token_t, carry)
+    outputs_N = jax.tree.map(
+        lambda x_N, x_t: x_N.at[token_t].set(x_t, mode="drop", unique_indices=True),
+        outputs_N, outputs_t)
+    return carry, outputs_N
 
-  _, shapes = jax.eval_shape(of_block, at(0), start)
-  nothing = jax.tree.map(lambda x: jnp.zeros((N, *x.shape[1:]), x.dtype), shapes)
-  last, out_N = jax.lax.fori_loop(0, blocks, step, (start, nothing))
-  return jax.tree.map(lambda x_N: x_N.reshape(B, T, *x_N.shape[1:]), out_N), last
+  _, shapes = jax.eval_shape(on_block, token_ids(0), carry)
+  zeros_N = jax.tree.map(lambda x: jnp.zeros((N, *x.shape[1:]), x.dtype), shapes)
+  carry, outputs_N = jax.lax.fori_loop(0, block_count, step, (carry, zeros_N))
+  outputs = jax.tree.map(lambda x_N: x_N.reshape(B, T, *x_N.shape[1:]), outputs_N)
+  return outputs, carry

@@ -2,14 +2,24 @@
 
 Advantages are plain array code for the host (NumPy in, NumPy out; JAX arrays work too). A group is
 a row: the G samples of one prompt.
+
+A surrogate gives the loss of each token and whether its clip acts there. All four have one
+signature, so that `SURROGATES` can name them:
+
+  surrogate(logp_BT, old_logp_BT, advantage_BT, clip, mask_BT, segments_BT) -> (loss_BT, clipped_BT)
+
+Log-probabilities are in nats. The mask says which tokens were generated, and segments number the
+sequences of a row; only `gspo` reads them, because its ratio is that of a sequence.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def group_advantages_centred(reward_PG):
+def group_advantages_centred(reward_PG: np.ndarray) -> np.ndarray:
   """Reward above the group's mean; a group of equal rewards gives exactly 0.
 
     A_g = r_g − mean(r).
@@ -20,7 +30,7 @@ def group_advantages_centred(reward_PG):
   return (reward_PG - reward_PG.mean(axis=1, keepdims=True)) * _mixed(reward_PG)
 
 
-def group_advantages(reward_PG):
+def group_advantages(reward_PG: np.ndarray) -> np.ndarray:
   """Reward above the group's mean in units of the group's spread; equal rewards give exactly 0.
 
     A_g = (r_g − mean(r)) / std(r),   std(r)² = (1/G) Σ_g (r_g − mean(r))².
@@ -33,67 +43,104 @@ def group_advantages(reward_PG):
   return centred_PG / (reward_PG.std(axis=1, keepdims=True) + (1 - _mixed(reward_PG)))
 
 
-def _mixed(reward_PG):
+def _mixed(reward_PG: np.ndarray) -> np.ndarray:
   """1 for a group whose rewards differ, else 0: the mean of equal floats need not equal them."""
-  low_P1, high_P1 = reward_PG.min(axis=1, keepdims=True), reward_PG.max(axis=1, keepdims=True)
+  low_P1 = reward_PG.min(axis=1, keepdims=True)
+  high_P1 = reward_PG.max(axis=1, keepdims=True)
   return (high_P1 > low_P1).astype(reward_PG.dtype)
 
 
-def clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high):
-  """Pessimistic importance-weighted policy-gradient loss at each token.
+class Clip(NamedTuple):
+  """The range that a surrogate holds the probability ratio r to: [1 − low, 1 + high]."""
+  low: float
+  high: float
+  most: float = np.inf  # the largest r of a token with A < 0; `dual_clipped_surrogate` alone
+
+
+def clipped_surrogate(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array,
+                      clip: Clip, mask_BT: jax.Array | None = None,
+                      segments_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Pessimistic importance-weighted policy-gradient loss at each token, and whether it is clipped.
 
     L = −min(r·A, clip(r, 1 − low, 1 + high)·A),   r = π(a) / π_old(a).
+    Clipped where r > 1 + high and A > 0, or r < 1 − low and A < 0: the gradient is 0 exactly there.
 
   PPO eq. 7 (https://arxiv.org/abs/1707.06347), per token as in GRPO
   (https://arxiv.org/abs/2402.03300); low ≠ high as in DAPO (https://arxiv.org/abs/2503.14476).
-  Log-probabilities in nats, [B, T]; the gradient is zero exactly where `clipped` is true.
   """
+  del mask_BT, segments_BT
   ratio_BT = _ratio(logp_BT, old_logp_BT)
-  # As one choice, since the gradients of a minimum and of a clip are halved where both are equal.
-  clipped_BT = clipped(logp_BT, old_logp_BT, advantage_BT, low, high)
-  bound_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, 1 - low, 1 + high))
-  return -jnp.where(clipped_BT, bound_BT, ratio_BT) * advantage_BT
+  is_raised_BT = (advantage_BT > 0) & (ratio_BT > 1 + clip.high)
+  is_lowered_BT = (advantage_BT < 0) & (ratio_BT < 1 - clip.low)
+  clipped_BT = is_raised_BT | is_lowered_BT
+  # One choice instead of a minimum of two products: the gradients of a minimum and of a clip are
+  # halved where both arguments are equal.
+  bound_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, 1 - clip.low, 1 + clip.high))
+  return -jnp.where(clipped_BT, bound_BT, ratio_BT) * advantage_BT, clipped_BT
 
 
-def clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
-  """Whether the clip of `clipped_surrogate` stops the gradient of each token; bool, [B, T].
+def dual_clipped_surrogate(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array,
+                           clip: Clip, mask_BT: jax.Array | None = None,
+                           segments_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """The clipped surrogate whose loss is bounded where A < 0 as well.
 
-    r > 1 + high where A > 0,   r < 1 − low where A < 0.
+    L = −max(min(r·A, clip(r)·A), most·A)  where A < 0,  else −min(r·A, clip(r)·A).
+    Clipped as `clipped_surrogate`, and where r > most and A < 0.
+
+  Without the bound, a token that π has made far likelier than π_old did (r ≫ 1) and that was wrong
+  gives a loss as large as its ratio. `clip.most` > 1 is the c of Ye et al. 2020
+  (https://arxiv.org/abs/1912.09729, eq. 5).
   """
-  ratio_BT = _ratio(logp_BT, old_logp_BT)
-  raised_BT = (advantage_BT > 0) & (ratio_BT > 1 + high)
-  lowered_BT = (advantage_BT < 0) & (ratio_BT < 1 - low)
-  return raised_BT | lowered_BT
+  loss_BT, clipped_BT = clipped_surrogate(
+      logp_BT, old_logp_BT, advantage_BT, clip, mask_BT, segments_BT)
+  is_bounded_BT = (advantage_BT < 0) & (_ratio(logp_BT, old_logp_BT) > clip.most)
+  bounded_loss_BT = jnp.minimum(loss_BT, -clip.most * advantage_BT)
+  return jnp.where(advantage_BT < 0, bounded_loss_BT, loss_BT), clipped_BT | is_bounded_BT
 
 
-def _ratio(logp_BT, old_logp_BT):
+def gspo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, clip: Clip,
+         mask_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Group sequence policy optimisation: one ratio a sequence, length-normalised, and one clip.
+
+    L = −min(s·A, clip(s, 1 − low, 1 + high)·A),   s = (π(y)/π_old(y))^(1/|y|).
+    Clipped where s > 1 + high and A > 0, or s < 1 − low and A < 0.
+
+  At each token of y, so that a sequence's mean is its loss (https://arxiv.org/abs/2507.18071, eq. 5
+  and 7).
+  """
+  log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
+  log_s_BT = sequence_mean(log_ratio_BT, mask_BT, segments_BT)
+  return clipped_surrogate(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, clip)
+
+
+def cispo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, clip: Clip,
+          mask_BT: jax.Array | None = None,
+          segments_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Policy gradient under a clipped importance weight: every token keeps a gradient.
+
+    L = −sg[clip(r, 1 − low, 1 + high)]·A·log π(a),   r = π(a) / π_old(a).
+    Clipped, which changes the weight and stops no gradient, where r is outside and A ≠ 0.
+
+  MiniMax-M1 (https://arxiv.org/abs/2506.13585, eq. 4).
+  """
+  del mask_BT, segments_BT
+  logp_BT = logp_BT.astype(jnp.float32)
+  ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
+  loss_BT = -jnp.clip(ratio_BT, 1 - clip.low, 1 + clip.high) * advantage_BT * logp_BT
+  is_outside_BT = (ratio_BT > 1 + clip.high) | (ratio_BT < 1 - clip.low)
+  return loss_BT, is_outside_BT & (advantage_BT != 0)
+
+
+SURROGATES = {"clipped": clipped_surrogate, "dual_clipped": dual_clipped_surrogate, "gspo": gspo,
+              "cispo": cispo}
+
+
+def _ratio(logp_BT: jax.Array, old_logp_BT: jax.Array) -> jax.Array:
   """π(a) / π_old(a) in float32."""
   return jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
 
 
-def dual_clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high, most):
-  """The clipped surrogate whose loss is bounded where A < 0 as well.
-
-    L = −max(min(r·A, clip(r)·A), most·A)  where A < 0,  else −min(r·A, clip(r)·A).
-
-  Without the bound, a token that π has made far likelier than π_old did (r ≫ 1) and that was wrong
-  gives a loss as large as its ratio. `most` > 1 is the c of Ye et al. 2020
-  (https://arxiv.org/abs/1912.09729, eq. 5). Log-probabilities in nats, [B, T].
-  """
-  loss_BT = clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, low, high)
-  return jnp.where(advantage_BT < 0, jnp.minimum(loss_BT, -most * advantage_BT), loss_BT)
-
-
-def dual_clipped(logp_BT, old_logp_BT, advantage_BT, low, high, most):
-  """Whether `dual_clipped_surrogate` stops the gradient of each token; bool, [B, T].
-
-    As `clipped`, and r > most where A < 0.
-  """
-  bounded_BT = (advantage_BT < 0) & (_ratio(logp_BT, old_logp_BT) > most)
-  return clipped(logp_BT, old_logp_BT, advantage_BT, low, high) | bounded_BT
-
-
-def sequence_mean(x_BT, mask_BT, segments_BT):
+def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
   """Mean of x over the masked tokens of each token's own sequence, at each of its tokens: [B, T].
 
   A sequence is a segment of a row, so packed rows have several; 0 where a sequence has none.
@@ -103,62 +150,16 @@ def sequence_mean(x_BT, mask_BT, segments_BT):
   return total_BT / jnp.maximum(count_BT, 1.0)
 
 
-def _over_sequence(x_BT, segments_BT):
+def _over_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
   """Sum of x over each token's own segment of its row, at each of the tokens."""
-  def totals(x_T, segments_T):
+  def totals(x_T: jax.Array, segments_T: jax.Array) -> jax.Array:
     return jax.ops.segment_sum(x_T, segments_T, len(x_T) + 1)[segments_T]
   return jax.vmap(totals)(x_BT, segments_BT)
 
 
-def gspo(logp_BT, old_logp_BT, advantage_BT, low, high, mask_BT, segments_BT):
-  """Group sequence policy optimisation: one ratio a sequence, length-normalised, and one clip.
-
-    L = −min(s·A, clip(s, 1 − low, 1 + high)·A),   s = (π(y)/π_old(y))^(1/|y|).
-
-  At each token of y, so that a sequence's mean is its loss (https://arxiv.org/abs/2507.18071, eq. 5
-  and 7). Log-probabilities in nats, [B, T]; `mask_BT` says which tokens are y's.
-  """
-  log_s_BT = _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT)
-  return clipped_surrogate(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, low, high)
-
-
-def gspo_clipped(logp_BT, old_logp_BT, advantage_BT, low, high, mask_BT, segments_BT):
-  """Whether the clip of `gspo` stops the gradient of each token's sequence; bool, [B, T].
-
-    s > 1 + high where A > 0,   s < 1 − low where A < 0.
-  """
-  log_s_BT = _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT)
-  return clipped(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, low, high)
-
-
-def _log_sequence_ratio(logp_BT, old_logp_BT, mask_BT, segments_BT):
-  log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
-  return sequence_mean(log_ratio_BT, mask_BT, segments_BT)
-
-
-def cispo(logp_BT, old_logp_BT, advantage_BT, low, high):
-  """Policy gradient under a clipped importance weight: every token keeps a gradient.
-
-    L = −sg[clip(r, 1 − low, 1 + high)]·A·log π(a),   r = π(a) / π_old(a).
-
-  MiniMax-M1 (https://arxiv.org/abs/2506.13585, eq. 4). Log-probabilities in nats, [B, T].
-  """
-  logp_BT = logp_BT.astype(jnp.float32)
-  ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
-  return -jnp.clip(ratio_BT, 1 - low, 1 + high) * advantage_BT * logp_BT
-
-
-def cispo_clipped(logp_BT, old_logp_BT, advantage_BT, low, high):
-  """Whether the clip of `cispo` changes the weight of each token that has one; bool, [B, T].
-
-    r > 1 + high or r < 1 − low, where A ≠ 0: no gradient is stopped.
-  """
-  ratio_BT = _ratio(logp_BT, old_logp_BT)
-  return ((ratio_BT > 1 + high) | (ratio_BT < 1 - low)) & (advantage_BT != 0)
-
-
-def mismatch_ratio(old_logp_BT, behaviour_logp_BT, mask_BT, segments_BT, level):
-  """π_old(a) / μ(a): how much likelier the trainer finds what the sampler drew. No gradient.
+def mismatch_ratio(old_logp_BT: jax.Array, behaviour_logp_BT: jax.Array, mask_BT: jax.Array,
+                   segments_BT: jax.Array, level: str) -> jax.Array:
+  """π_old(a) / μ(a): how much likelier a sampled token is for the trainer. Not differentiated.
 
   "token": of each token; "sequence": the product over the response, unbiased and of high variance.
   Log-probabilities in nats, [B, T]; μ is the distribution that was sampled from, its temperature
@@ -175,7 +176,7 @@ def mismatch_ratio(old_logp_BT, behaviour_logp_BT, mask_BT, segments_BT, level):
   return jax.lax.stop_gradient(jnp.where(mask_BT, jnp.exp(log_BT), 1.0))
 
 
-def truncated(ratio_BT, most):
+def truncated(ratio_BT: jax.Array, most: float) -> jax.Array:
   """min(ratio, most): truncated importance sampling of the gap between sampler and trainer.
 
   Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; biased,
@@ -184,7 +185,7 @@ def truncated(ratio_BT, most):
   return jnp.minimum(ratio_BT, most)
 
 
-def masked(ratio_BT, least, most):
+def masked(ratio_BT: jax.Array, least: float, most: float) -> jax.Array:
   """The ratio where it is in [least, most], else 0: tokens too far apart are left out.
 
   IcePop (Ring-1T, https://arxiv.org/abs/2510.18855). Multiplies a loss, [B, T].
@@ -192,8 +193,8 @@ def masked(ratio_BT, least, most):
   return jnp.where((ratio_BT >= least) & (ratio_BT <= most), ratio_BT, 0.0)
 
 
-def overlong_punishment(length_B, longest, cache):
-  """What DAPO adds to the reward of a response of that many tokens, in [−1, 0]; NumPy.
+def overlong_punishment(length_B: np.ndarray, longest: int, cache: int) -> np.ndarray:
+  """The term in [−1, 0] that DAPO adds to the reward of a long response; NumPy, float32 [B].
 
     0 up to longest − cache, then −(length − (longest − cache)) / cache, and −1 beyond longest.
 

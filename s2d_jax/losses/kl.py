@@ -5,51 +5,27 @@ of earlier tokens on which prefixes are visited is ignored (GKD, https://arxiv.o
 MiniLLM, https://arxiv.org/abs/2306.08543, keeps that term). A temperature divides its side's logits
 before the softmax; nothing is multiplied back. Every result is float32 nats, [B, T], unreduced.
 
-Each gradient is written out, so that equal logits give a gradient of exactly zero. Left to autodiff
-it is what remains of Σ p − 1 after rounding, and a finished student never comes to rest.
+Definitions come first. Their gradients are written out at the end of the file, so that equal logits
+give a gradient of exactly zero.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.losses.tokens import expectation, log_softmax, log_sum, once
+from s2d_jax.losses import tokens
 
-LOWEST = -1e30  # a logit of no probability, finite
 K1 = ("k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
       "never sees the reference")
 SUPPORTS = ("teacher", "student", "union", "intersection")
+LOWEST = -1e30  # the logit of an excluded token: finite, and its probability is 0
 
 
-@jax.custom_jvp
-def _kl(p_logits_BTV, q_logits_BTV):
-  """Σ_v p · (log p − log q) from float32 logits."""
-  p_BTV, _, ratio_BTV = _ratio(p_logits_BTV, q_logits_BTV)
-  return expectation(p_BTV, ratio_BTV)
-
-
-def _ratio(p_logits_BTV, q_logits_BTV):
-  """(p, q, log p/q), the last one exactly 0 where the logits are equal."""
-  log_p_BTV, log_q_BTV = log_softmax(p_logits_BTV), log_softmax(q_logits_BTV)
-  return once(jnp.exp(log_p_BTV)), once(jnp.exp(log_q_BTV)), once(log_p_BTV - log_q_BTV)
-
-
-@_kl.defjvp
-def _kl_jvp(logits, tangents):
-  p_BTV, q_BTV, ratio_BTV = _ratio(*logits)
-  kl_BT = expectation(p_BTV, ratio_BTV)
-  in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
-  return kl_BT, _along(in_p_BTV, tangents[0]) + _along(q_BTV - p_BTV, tangents[1])
-
-
-def _along(gradient_BTV, tangent_BTV):
-  """The change along a tangent; a plain sum, whose transpose is a plain product."""
-  return jnp.sum(gradient_BTV * tangent_BTV, axis=-1)
-
-
-def forward_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
-               teacher_temperature=1.0):
+def forward_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array,
+               student_temperature: float = 1.0, teacher_temperature: float = 1.0) -> jax.Array:
   """KL(teacher ‖ student) at each position, in nats: the student must cover.
 
     KL(p ‖ q) = Σ_v p(v) · (log p(v) − log q(v)),   p teacher, q student.
@@ -57,12 +33,12 @@ def forward_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
   Its gradient in the student's logits is (q − p) / student_temperature. Token-level distillation
   (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
   """
-  return _kl(_warm(teacher_logits_BTV, teacher_temperature),
-             _warm(student_logits_BTV, student_temperature))
+  return _kl(_tempered(teacher_logits_BTV, teacher_temperature),
+             _tempered(student_logits_BTV, student_temperature))
 
 
-def reverse_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
-               teacher_temperature=1.0):
+def reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array,
+               student_temperature: float = 1.0, teacher_temperature: float = 1.0) -> jax.Array:
   """KL(student ‖ teacher) at each position, in nats: the student must not stray.
 
     KL(p ‖ q) = Σ_v p(v) · (log p(v) − log q(v)),   p student, q teacher.
@@ -70,16 +46,12 @@ def reverse_kl(student_logits_BTV, teacher_logits_BTV, student_temperature=1.0,
   Its gradient in the student's logits is p · (log p/q − KL(p ‖ q)) / student_temperature. On the
   student's own samples this is on-policy distillation (GKD, https://arxiv.org/abs/2306.13649).
   """
-  return _kl(_warm(student_logits_BTV, student_temperature),
-             _warm(teacher_logits_BTV, teacher_temperature))
+  return _kl(_tempered(student_logits_BTV, student_temperature),
+             _tempered(teacher_logits_BTV, teacher_temperature))
 
 
-def _warm(logits_BTV, temperature):
-  return logits_BTV.astype(jnp.float32) / temperature
-
-
-def jsd(student_logits_BTV, teacher_logits_BTV, pi, student_temperature=1.0,
-        teacher_temperature=1.0):
+def jsd(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, pi: float,
+        student_temperature: float = 1.0, teacher_temperature: float = 1.0) -> jax.Array:
   """Generalised Jensen–Shannon divergence at each position, in nats: between the two directions.
 
     JSD = π · KL(p ‖ m) + (1 − π) · KL(q ‖ m),   m = π p + (1 − π) q,   p teacher, q student.
@@ -93,12 +65,13 @@ def jsd(student_logits_BTV, teacher_logits_BTV, pi, student_temperature=1.0,
     ValueError: π is not between 0 and 1.
   """
   check_share(pi)
-  return _jsd(_warm(student_logits_BTV, student_temperature),
-              _warm(teacher_logits_BTV, teacher_temperature), pi)
+  divergence = _with_gradient(functools.partial(_jsd_terms, pi=pi))
+  return divergence(_tempered(student_logits_BTV, student_temperature),
+                    _tempered(teacher_logits_BTV, teacher_temperature))
 
 
-def check_share(pi):
-  """Refuses a share of `jsd`'s mixture that is none.
+def check_share(pi: float) -> None:
+  """Checks the teacher's share of `jsd`'s mixture.
 
   Raises:
     ValueError: π is not between 0 and 1.
@@ -108,40 +81,15 @@ def check_share(pi):
                      "take forward_kl or reverse_kl, which its ends go to.")
 
 
-def _mixed(student_BTV, teacher_BTV, pi):
-  """(q, log m/q, p, log m/p) from float32 logits: 0 to the last bit where both are equal."""
-  p_BTV, q_BTV, gap_BTV = _ratio(teacher_BTV, student_BTV)
-  # log(1 − π + π e^gap), by the form whose exponential does not overflow.
-  high_BTV = gap_BTV > 0
-  share_BTV = jnp.where(high_BTV, 1 - pi, pi)
-  log_BTV = once(jnp.log1p(share_BTV * jnp.expm1(-jnp.abs(gap_BTV))))
-  return (q_BTV, log_BTV + jnp.where(high_BTV, gap_BTV, 0.0),
-          p_BTV, log_BTV - jnp.where(high_BTV, 0.0, gap_BTV))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _jsd(student_BTV, teacher_BTV, pi):
-  q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(student_BTV, teacher_BTV, pi)
-  return -(pi * expectation(p_BTV, over_p_BTV) + (1 - pi) * expectation(q_BTV, over_q_BTV))
-
-
-@_jsd.defjvp
-def _jsd_jvp(pi, logits, tangents):
-  q_BTV, over_q_BTV, p_BTV, over_p_BTV = _mixed(*logits, pi)
-  def pulled(p_BTV, g_BTV):
-    return p_BTV * (g_BTV - expectation(p_BTV, g_BTV)[..., None])
-  in_q_BTV = pulled(q_BTV, -(1 - pi) * over_q_BTV)
-  in_p_BTV = pulled(p_BTV, -pi * over_p_BTV)
-  return _jsd(*logits, pi), _along(in_q_BTV, tangents[0]) + _along(in_p_BTV, tangents[1])
-
-
-def top_k_forward_kl(student_logits_BTV, teacher_logits_BTV, k, support="teacher"):
-  """`top_k_reverse_kl` the other way, KL(teacher ‖ student), on as many outcomes: (kl, masses)."""
+def top_k_forward_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, k: int,
+                     support: str = "teacher") -> tuple[jax.Array, dict[str, jax.Array]]:
+  """KL(teacher ‖ student) on the outcomes of `top_k_reverse_kl`, and the masses that it returns."""
   return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=True)
 
 
-def top_k_reverse_kl(student_logits_BTV, teacher_logits_BTV, k, support="student"):
-  """KL(student ‖ teacher) on the tokens of a support and one outcome more, all the rest.
+def top_k_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, k: int,
+                     support: str = "student") -> tuple[jax.Array, dict[str, jax.Array]]:
+  """KL(student ‖ teacher) on the tokens of a support, and all other tokens as one outcome.
 
     Σ_{v ∈ S} p(v) · log p(v)/q(v) + p(rest) · log p(rest)/q(rest),   p student, q teacher.
 
@@ -159,94 +107,30 @@ def top_k_reverse_kl(student_logits_BTV, teacher_logits_BTV, k, support="student
   return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=False)
 
 
-def _top_k(student_BTV, teacher_BTV, k, support, forward):
-  student_BTV, teacher_BTV = student_BTV.astype(jnp.float32), teacher_BTV.astype(jnp.float32)
-  inside_BTV = _support(student_BTV, teacher_BTV, k, support)
-  pair = (teacher_BTV, student_BTV) if forward else (student_BTV, teacher_BTV)
-  return _kl_with_rest(*pair, inside_BTV), _masses(student_BTV, teacher_BTV, inside_BTV)
-
-
-def _masses(student_BTV, teacher_BTV, inside_BTV):
-  return {f"{who}_mass": jax.lax.stop_gradient(_mass(x_BTV, inside_BTV))
-          for who, x_BTV in (("student", student_BTV), ("teacher", teacher_BTV))}
-
-
-def _mass(logits_BTV, inside_BTV):
-  """The probability of what is inside."""
-  p_BTV = jnp.exp(log_softmax(logits_BTV.astype(jnp.float32)))
-  return expectation(p_BTV, inside_BTV.astype(jnp.float32))
-
-
-def _top(logits_BTV, k):
-  """bool_BTV: the k largest logits, exactly k of them; ties go to lower ids. No gradient."""
-  logits_BTV = jax.lax.stop_gradient(logits_BTV)
-  last_BTk, index_BTk = jax.lax.top_k(logits_BTV, k)
-  last_BT1, index_BT1 = last_BTk[..., -1:], index_BTk[..., -1:]
-  id_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
-  return (logits_BTV > last_BT1) | ((logits_BTV == last_BT1) & (id_BTV <= index_BT1))
-
-
-def _support(student_BTV, teacher_BTV, k, support):
-  """bool_BTV: the tokens that are told apart."""
-  if support not in SUPPORTS:
-    raise ValueError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
-  found = {"teacher": lambda: _top(teacher_BTV, k), "student": lambda: _top(student_BTV, k),
-           "union": lambda: _top(student_BTV, k) | _top(teacher_BTV, k),
-           "intersection": lambda: _top(student_BTV, k) & _top(teacher_BTV, k)}
-  return found[support]()
-
-
-@jax.custom_jvp
-def _kl_with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
-  p_BTV, *_, ratio_BTV = _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV)
-  return expectation(p_BTV, ratio_BTV)
-
-
-@_kl_with_rest.defjvp
-def _kl_with_rest_jvp(logits, tangents):
-  # A token outside shares the ratio of all the rest, inside it has its own; p_from_q is p inside,
-  # and outside what p's rest would be if shared out as q's. One exponential: q · p/q overflows.
-  p_BTV, q_BTV, p_from_q_BTV, ratio_BTV = _with_rest(*logits)
-  kl_BT = expectation(p_BTV, ratio_BTV)
-  in_p_BTV = p_BTV * (ratio_BTV - kl_BT[..., None])
-  in_q_BTV = q_BTV - p_from_q_BTV
-  return kl_BT, _along(in_p_BTV, tangents[0]) + _along(in_q_BTV, tangents[1])
-
-
-def _with_rest(p_logits_BTV, q_logits_BTV, inside_BTV):
-  """(p, q, q · p/q of each token's outcome, log p/q of it)."""
-  log_p_BTV, log_q_BTV = log_softmax(p_logits_BTV), log_softmax(q_logits_BTV)
-  def rest(logits_BTV):  # log-mass outside, finite where there is nothing outside
-    top_BT1, log_BT1 = log_sum(jnp.where(inside_BTV, LOWEST, logits_BTV))
-    whole_BT1, log_whole_BT1 = log_sum(logits_BTV)
-    return (top_BT1 - whole_BT1) + (log_BT1 - log_whole_BT1)
-  over_BT1 = rest(p_logits_BTV) - rest(q_logits_BTV)
-  ratio_BTV = jnp.where(inside_BTV, log_p_BTV - log_q_BTV, over_BT1)
-  p_from_q_BTV = jnp.exp(jnp.where(inside_BTV, log_p_BTV, log_q_BTV + over_BT1))
-  return (*(once(jnp.exp(x)) for x in (log_p_BTV, log_q_BTV)), once(p_from_q_BTV), once(ratio_BTV))
-
-
-def intersection_reverse_kl(student_logits_BTV, teacher_logits_BTV, k):
-  """KL(student ‖ teacher), both renormalised on what is among the k most probable of both.
+def intersection_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array,
+                            k: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """KL(student ‖ teacher), both renormalised on the tokens in the top k of both.
 
     Σ_{v ∈ S} p̄(v) · sg[log p̄(v)/q̄(v)],   p̄, q̄ the student and the teacher given S.
 
-  0, and no gradient, where they share nothing. Because p̄ sums to one on S, stopping the gradient of
-  the log-ratio changes none ("The Many Faces of On-Policy Distillation",
-  https://arxiv.org/abs/2605.11182, whose choice it is, with k = 20). It does not see what is
+  0, and no gradient, where they share no token. Because p̄ sums to one on S, stopping the gradient
+  of the log-ratio changes none ("The Many Faces of On-Policy Distillation",
+  https://arxiv.org/abs/2605.11182, whose choice it is, with k = 20). It does not see the tokens
   outside.
 
   Returns:
-    The divergence and the masses, as `top_k_reverse_kl`.
+    The divergence, [B, T], and the masses that the support holds: {"student_mass", "teacher_mass"}.
   """
-  student_BTV, teacher_BTV = (x.astype(jnp.float32)
-                              for x in (student_logits_BTV, teacher_logits_BTV))
+  student_BTV, _ = tokens.shifted_logits(student_logits_BTV)
+  teacher_BTV, _ = tokens.shifted_logits(teacher_logits_BTV)
   inside_BTV = _support(student_BTV, teacher_BTV, k, "intersection")
-  kl_BT = _kl(*(jnp.where(inside_BTV, x, LOWEST) for x in (student_BTV, teacher_BTV)))
+  kl_BT = _kl(jnp.where(inside_BTV, student_BTV, LOWEST),
+              jnp.where(inside_BTV, teacher_BTV, LOWEST))
   return kl_BT, _masses(student_BTV, teacher_BTV, inside_BTV)
 
 
-def sampled_reverse_kl(logp_BT, teacher_logp_BT, baseline_BT=0.0):
+def sampled_reverse_kl(logp_BT: jax.Array, teacher_logp_BT: jax.Array,
+                       baseline_BT: jax.Array | float = 0.0) -> jax.Array:
   """The policy-gradient form of reverse KL, from the sampled token, in nats.
 
     L = log p(a)/q(a),   ∇L = (log p(a)/q(a) − b) · ∇ log p(a),   a sampled from p.
@@ -262,37 +146,7 @@ def sampled_reverse_kl(logp_BT, teacher_logp_BT, baseline_BT=0.0):
   return ratio_BT + (ratio_BT - baseline_BT) * (p_BT - jax.lax.stop_gradient(p_BT))
 
 
-def forward_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
-  """‖q − p‖₂, the length of `forward_kl`'s gradient in the student's logits; p teacher, q student.
-  """
-  p_BTV, q_BTV, _ = _ratio(*(x.astype(jnp.float32)
-                             for x in (teacher_logits_BTV, student_logits_BTV)))
-  return jnp.linalg.norm(q_BTV - p_BTV, axis=-1)
-
-
-def reverse_kl_gradient_norm(student_logits_BTV, teacher_logits_BTV):
-  """‖p · (log p/q − KL(p ‖ q))‖₂, the length of `reverse_kl`'s gradient in the student's logits.
-
-  p is the student and q the teacher.
-  """
-  p_BTV, _, ratio_BTV = _ratio(*(x.astype(jnp.float32)
-                                 for x in (student_logits_BTV, teacher_logits_BTV)))
-  kl_BT = expectation(p_BTV, ratio_BTV)
-  return jnp.linalg.norm(p_BTV * (ratio_BTV - kl_BT[..., None]), axis=-1)
-
-
-def top_k_overlap(p_logits_BTV, q_logits_BTV, k):
-  """Share of p's k most probable tokens that are among q's k most probable, in [0, 1]."""
-  both_BTV = _support(p_logits_BTV, q_logits_BTV, k, "intersection")
-  return jnp.sum(both_BTV, axis=-1, dtype=jnp.float32) / k
-
-
-def overlap_mass(p_logits_BTV, q_logits_BTV, k):
-  """Probability that p puts on the tokens that are among the k most probable of both."""
-  return _mass(p_logits_BTV, _support(p_logits_BTV, q_logits_BTV, k, "intersection"))
-
-
-def k2(logp_BT, reference_logp_BT):
+def k2(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> jax.Array:
   """Half the squared log-ratio of the sampled token, in nats: biased value, right gradient.
 
     k2 = ½ (log π(a) − log π_ref(a))²,   a sampled from π.
@@ -303,7 +157,7 @@ def k2(logp_BT, reference_logp_BT):
   return 0.5 * jnp.square(logp_BT.astype(jnp.float32) - reference_logp_BT.astype(jnp.float32))
 
 
-def k3(logp_BT, reference_logp_BT):
+def k3(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> jax.Array:
   """The low-variance, never negative estimate of KL(π ‖ π_ref) from the sampled token, in nats.
 
     k3 = ρ − 1 − log ρ,   ρ = π_ref(a) / π(a),   a sampled from π.
@@ -316,7 +170,8 @@ def k3(logp_BT, reference_logp_BT):
   return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
-def k3_corrected(logp_BT, reference_logp_BT, old_logp_BT):
+def k3_corrected(logp_BT: jax.Array, reference_logp_BT: jax.Array,
+                 old_logp_BT: jax.Array) -> jax.Array:
   """k3 of samples of an older policy, weighted by the importance ratio, in nats.
 
     π(a)/π_old(a) · k3(π, π_ref),   a sampled from π_old.
@@ -329,7 +184,7 @@ def k3_corrected(logp_BT, reference_logp_BT, old_logp_BT):
   return ratio_BT * k3(logp_BT, reference_logp_BT)
 
 
-def k1_as_loss(logp_BT, reference_logp_BT):
+def k1_as_loss(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> NoReturn:
   """Refused: log π(a) − log π_ref(a) estimates a KL but is not a loss.
 
   Its gradient is ∇ log π(a): the reference drops out, and over a sampled from π it averages to 0.
@@ -339,3 +194,179 @@ def k1_as_loss(logp_BT, reference_logp_BT):
   """
   del logp_BT, reference_logp_BT
   raise ValueError(f"{K1}: choose kl = \"k2\" or \"k3\".")
+
+
+def forward_kl_gradient_norm(student_logits_BTV: jax.Array,
+                             teacher_logits_BTV: jax.Array) -> jax.Array:
+  """‖q − p‖₂, the length of `forward_kl`'s gradient in the student's logits; p teacher, q student.
+  """
+  p_BTV, q_BTV, _ = tokens.compare(teacher_logits_BTV, student_logits_BTV)
+  return jnp.linalg.norm(q_BTV - p_BTV, axis=-1)
+
+
+def reverse_kl_gradient_norm(student_logits_BTV: jax.Array,
+                             teacher_logits_BTV: jax.Array) -> jax.Array:
+  """‖p · (log p/q − KL(p ‖ q))‖₂, the length of `reverse_kl`'s gradient in the student's logits.
+
+  p is the student and q the teacher.
+  """
+  p_BTV, _, ratio_BTV = tokens.compare(student_logits_BTV, teacher_logits_BTV)
+  kl_BT = tokens.expectation(p_BTV, ratio_BTV)
+  return jnp.linalg.norm(p_BTV * (ratio_BTV - kl_BT[..., None]), axis=-1)
+
+
+def top_k_overlap(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array, k: int) -> jax.Array:
+  """Share of p's k most probable tokens that are among q's k most probable, in [0, 1]."""
+  both_BTV = _support(p_logits_BTV, q_logits_BTV, k, "intersection")
+  return jnp.sum(both_BTV, axis=-1, dtype=jnp.float32) / k
+
+
+def overlap_mass(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array, k: int) -> jax.Array:
+  """Probability that p puts on the tokens that are among the k most probable of both."""
+  return _mass(p_logits_BTV, _support(p_logits_BTV, q_logits_BTV, k, "intersection"))
+
+
+def _tempered(logits_BTV: jax.Array, temperature: float) -> jax.Array:
+  return logits_BTV.astype(jnp.float32) / temperature
+
+
+def _top_k(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: str,
+           forward: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Both directions of the top-k divergence, and the masses that the support holds."""
+  student_BTV, _ = tokens.shifted_logits(student_BTV)
+  teacher_BTV, _ = tokens.shifted_logits(teacher_BTV)
+  inside_BTV = _support(student_BTV, teacher_BTV, k, support)
+  pair = (teacher_BTV, student_BTV) if forward else (student_BTV, teacher_BTV)
+  return _kl_with_rest(*pair, inside_BTV), _masses(student_BTV, teacher_BTV, inside_BTV)
+
+
+def _support(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: str) -> jax.Array:
+  """bool [B, T, V]: the tokens of a support, one of SUPPORTS."""
+  if support not in SUPPORTS:
+    raise ValueError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
+  if support == "teacher":
+    return _top(teacher_BTV, k)
+  if support == "student":
+    return _top(student_BTV, k)
+  if support == "union":
+    return _top(student_BTV, k) | _top(teacher_BTV, k)
+  return _top(student_BTV, k) & _top(teacher_BTV, k)
+
+
+def _top(logits_BTV: jax.Array, k: int) -> jax.Array:
+  """bool [B, T, V]: the k largest logits, exactly k of them; ties go to lower ids. No gradient."""
+  logits_BTV = jax.lax.stop_gradient(logits_BTV)
+  value_BTk, id_BTk = jax.lax.top_k(logits_BTV, k)
+  last_value_BT1 = value_BTk[..., -1:]
+  last_id_BT1 = id_BTk[..., -1:]
+  id_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+  is_tied_BTV = (logits_BTV == last_value_BT1) & (id_BTV <= last_id_BT1)
+  return (logits_BTV > last_value_BT1) | is_tied_BTV
+
+
+def _masses(student_BTV: jax.Array, teacher_BTV: jax.Array,
+            inside_BTV: jax.Array) -> dict[str, jax.Array]:
+  """Probability of the tokens inside under each model; not differentiated."""
+  return {"student_mass": jax.lax.stop_gradient(_mass(student_BTV, inside_BTV)),
+          "teacher_mass": jax.lax.stop_gradient(_mass(teacher_BTV, inside_BTV))}
+
+
+def _mass(logits_BTV: jax.Array, inside_BTV: jax.Array) -> jax.Array:
+  p_BTV = jnp.exp(tokens.log_softmax(logits_BTV))
+  return tokens.expectation(p_BTV, inside_BTV.astype(jnp.float32))
+
+
+# The gradients, written out. Automatic differentiation of an equal pair leaves the rounding error
+# of Σ p − 1, and a student that has become its teacher would never come to rest.
+
+Gradients = Callable[[], tuple[jax.Array, jax.Array]]  # in the two logits, [B, T, V] each
+
+
+def _with_gradient(terms: Callable[..., tuple[jax.Array, Gradients]]) -> Callable[..., jax.Array]:
+  """A divergence of two float32 logits, differentiable by the gradients that `terms` returns.
+
+  Args:
+    terms: terms(p_logits, q_logits, *constants) -> (divergence_BT, gradients).
+  """
+  @jax.custom_jvp
+  def divergence(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array,
+                 *constants: jax.Array) -> jax.Array:
+    value_BT, _ = terms(p_logits_BTV, q_logits_BTV, *constants)
+    return value_BT
+
+  @divergence.defjvp
+  def jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    value_BT, gradients = terms(*primals)
+    in_p_BTV, in_q_BTV = gradients()
+    # Plain sums: their transposes are plain products, which fuse.
+    return value_BT, (jnp.sum(in_p_BTV * tangents[0], axis=-1)
+                      + jnp.sum(in_q_BTV * tangents[1], axis=-1))
+
+  return divergence
+
+
+def _kl_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array) -> tuple[jax.Array, Gradients]:
+  """KL(p ‖ q) = Σ_v p · log p/q; gradients p · (log p/q − KL) and q − p."""
+  p_BTV, q_BTV, ratio_BTV = tokens.compare(p_logits_BTV, q_logits_BTV)
+  kl_BT = tokens.expectation(p_BTV, ratio_BTV)
+  return kl_BT, lambda: (p_BTV * (ratio_BTV - kl_BT[..., None]), q_BTV - p_BTV)
+
+
+_kl = _with_gradient(_kl_terms)
+
+
+def _jsd_terms(student_BTV: jax.Array, teacher_BTV: jax.Array,
+               pi: float) -> tuple[jax.Array, Gradients]:
+  """The divergence of `jsd`; gradients q · (g − Σ q g), g = (1 − π) log q/m, and the teacher's."""
+  p_BTV, q_BTV, gap_BTV = tokens.compare(teacher_BTV, student_BTV)
+  # log m/q = log(1 − π + π e^gap), and log m/p is that less the gap. Both are 0 to the last bit
+  # where the logits are equal, and written with the exponential that does not overflow.
+  is_high_BTV = gap_BTV > 0
+  share_BTV = jnp.where(is_high_BTV, 1 - pi, pi)
+  log_BTV = tokens.computed_once(jnp.log1p(share_BTV * jnp.expm1(-jnp.abs(gap_BTV))))
+  m_over_q_BTV = log_BTV + jnp.where(is_high_BTV, gap_BTV, 0.0)
+  m_over_p_BTV = log_BTV - jnp.where(is_high_BTV, 0.0, gap_BTV)
+
+  def softmax_gradient(p_BTV: jax.Array, g_BTV: jax.Array) -> jax.Array:
+    return p_BTV * (g_BTV - tokens.expectation(p_BTV, g_BTV)[..., None])
+
+  def gradients() -> tuple[jax.Array, jax.Array]:
+    return (softmax_gradient(q_BTV, -(1 - pi) * m_over_q_BTV),
+            softmax_gradient(p_BTV, -pi * m_over_p_BTV))
+
+  divergence_BT = -(pi * tokens.expectation(p_BTV, m_over_p_BTV)
+                    + (1 - pi) * tokens.expectation(q_BTV, m_over_q_BTV))
+  return divergence_BT, gradients
+
+
+def _kl_with_rest_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array,
+                        inside_BTV: jax.Array) -> tuple[jax.Array, Gradients]:
+  """KL(p ‖ q) with all tokens outside as one outcome; gradients as in `_kl_terms` on outcomes."""
+  log_p_BTV = tokens.log_softmax(p_logits_BTV)
+  log_q_BTV = tokens.log_softmax(q_logits_BTV)
+
+  def log_rest(logits_BTV: jax.Array) -> jax.Array:
+    """Log-mass outside the support, finite where it is empty."""
+    top_BT1, log_BT1 = tokens.log_sum_exp(jnp.where(inside_BTV, LOWEST, logits_BTV))
+    whole_top_BT1, whole_log_BT1 = tokens.log_sum_exp(logits_BTV)
+    return (top_BT1 - whole_top_BT1) + (log_BT1 - whole_log_BT1)
+
+  # A token inside has its own ratio; one outside shares that of all the rest.
+  rest_ratio_BT1 = log_rest(p_logits_BTV) - log_rest(q_logits_BTV)
+  ratio_BTV = tokens.computed_once(
+      jnp.where(inside_BTV, log_p_BTV - log_q_BTV, rest_ratio_BT1))
+  p_BTV = tokens.computed_once(jnp.exp(log_p_BTV))
+  kl_BT = tokens.expectation(p_BTV, ratio_BTV)
+
+  def gradients() -> tuple[jax.Array, jax.Array]:
+    q_BTV = tokens.computed_once(jnp.exp(log_q_BTV))
+    # p inside; outside, p's rest shared out among the tokens as q's is. It is one exponential,
+    # because the product q · p/q overflows.
+    p_from_q_BTV = tokens.computed_once(
+        jnp.exp(jnp.where(inside_BTV, log_p_BTV, log_q_BTV + rest_ratio_BT1)))
+    return p_BTV * (ratio_BTV - kl_BT[..., None]), q_BTV - p_from_q_BTV
+
+  return kl_BT, gradients
+
+
+_kl_with_rest = _with_gradient(_kl_with_rest_terms)

@@ -1,7 +1,11 @@
-"""What a categorical distribution says about one token: log-probability and entropy, in nats.
+"""Categorical distributions over a vocabulary, one a token: log-probability, entropy, expectation.
 
-Logits are finite, [B, T, V], of any float type; targets are int32 token ids, [B, T]. Results are
-float32, [B, T], unreduced.
+Logits are finite, of any float type, with the vocabulary on the last axis; targets are int32 token
+ids. Results are float32, in nats, unreduced. The shapes in the names are the usual ones: a loss in
+blocks calls these functions with one axis of tokens in place of [B, T].
+
+How XLA is kept from slow or large programs is decided in this file alone, by `computed_once` and
+`expectation`. Both change the program and not the value.
 """
 
 import jax
@@ -10,25 +14,78 @@ import jax.numpy as jnp
 from s2d_jax import sharding
 
 
-def log_prob(logits_BTV, targets_BT):
+def log_prob(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
   """Log-probability of each target, in nats.
 
     log π(a) = z(a) − log Σ_v exp z(v),   z the logits, a the target.
   """
-  logits_BTV = logits_BTV.astype(jnp.float32)
+  shifted_BTV, log_BT1 = shifted_logits(logits_BTV)
   # Compare and select: it fuses, and with the vocabulary split over devices each reads its own part
-  # only; a gather would collect the whole vocabulary first.
-  target_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=jnp.bool_)
-  logit_BT = jnp.sum(jnp.where(target_BTV, logits_BTV, 0.0), axis=-1)
-  top_BT1, log_BT1 = log_sum(logits_BTV)
-  return (logit_BT - top_BT1[..., 0]) - log_BT1[..., 0]
+  # only. A gather would collect the whole vocabulary first.
+  is_target_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=jnp.bool_)
+  target_BT = jnp.sum(jnp.where(is_target_BTV, shifted_BTV, 0.0), axis=-1)
+  return target_BT - log_BT1[..., 0]
 
 
-def expectation(p_BTV, x_BTV):
+def entropy(logits_BTV: jax.Array) -> jax.Array:
+  """Entropy at each position, in nats: between 0 and log V.
+
+    H(π) = −Σ_v π(v) · log π(v).
+  """
+  logp_BTV = computed_once(log_softmax(logits_BTV))
+  return -expectation(computed_once(jnp.exp(logp_BTV)), logp_BTV)
+
+
+def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+  """−log π(a) at each position, in nats: the loss of supervised fine-tuning."""
+  return -log_prob(logits_BTV, targets_BT)
+
+
+def log_softmax(logits_BTV: jax.Array) -> jax.Array:
+  """log π(v) of every token of the vocabulary, in nats."""
+  shifted_BTV, log_BT1 = shifted_logits(logits_BTV)
+  return shifted_BTV - log_BT1
+
+
+def shifted_logits(logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(logits less the largest one, log Σ_v exp of these): log π(v) is their difference.
+
+  Apart, because logits lose small digits where something large is subtracted from them at once.
+  """
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  top_BT1 = computed_once(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True)))
+  # Everything after this line reads the shifted logits, so they take the place of the logits in
+  # memory. Without it XLA for CPUs (jax 0.12) keeps both: another array of the vocabulary.
+  shifted_BTV = computed_once(logits_BTV - top_BT1)
+  log_BT1 = jnp.log(jnp.sum(jnp.exp(shifted_BTV), axis=-1, keepdims=True))
+  return shifted_BTV, computed_once(log_BT1)
+
+
+def log_sum_exp(logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(largest logit, log Σ_v exp(z(v) − largest)), [B, T, 1] each: their sum is log Σ_v exp z(v)."""
+  top_BT1 = computed_once(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True)))
+  log_BT1 = jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT1), axis=-1, keepdims=True))
+  return top_BT1, computed_once(log_BT1)
+
+
+def compare(p_logits_BTV: jax.Array,
+            q_logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(p, q, log p/q) of every token of the vocabulary.
+
+  The log-ratio is exactly 0 where the logits are equal.
+  """
+  log_p_BTV = log_softmax(p_logits_BTV)
+  log_q_BTV = log_softmax(q_logits_BTV)
+  return (computed_once(jnp.exp(log_p_BTV)), computed_once(jnp.exp(log_q_BTV)),
+          computed_once(log_p_BTV - log_q_BTV))
+
+
+def expectation(p_BTV: jax.Array, x_BTV: jax.Array) -> jax.Array:
   """Σ_v p(v) · x(v) at each position, in float32.
 
-  On a CPU a product of matrices and not a sum of products: XLA (jax 0.10) fuses exp, product and
-  sum there into a kernel fifty times slower. Elsewhere the operands of the sum need no memory.
+  On a CPU this is a product of matrices and not a sum of products: XLA (jax 0.10) would fuse exp,
+  product and sum into a kernel that is fifty times slower. Elsewhere the sum needs no memory for
+  its operands.
   """
   if sharding.platform() != "cpu":
     return jnp.sum(p_BTV * x_BTV, axis=-1)
@@ -36,36 +93,10 @@ def expectation(p_BTV, x_BTV):
                     preferred_element_type=jnp.float32)
 
 
-def once(x):
-  """x, computed once: XLA's CPU backend repeats an exponential for each of its readers."""
+def computed_once(x: jax.Array) -> jax.Array:
+  """The value x itself, computed once on a CPU.
+
+  XLA's CPU backend otherwise fuses a value's computation into each of its readers, and so repeats
+  exponentials. Other backends decide well by themselves.
+  """
   return jax.lax.optimization_barrier(x) if sharding.platform() == "cpu" else x
-
-
-def log_sum(logits_BTV):
-  """(largest logit, log Σ_v exp(z(v) − largest)), [B, T, 1] each: their sum is the log-normaliser.
-
-  Apart, because logits lose what is small where something large is taken from them at once.
-  """
-  top_BT1 = once(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True)))
-  return top_BT1, once(jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT1), axis=-1, keepdims=True)))
-
-
-def log_softmax(logits_BTV):
-  """log π(v) of every token, [B, T, V], in nats; `once` is the reader's to ask for."""
-  top_BT1, log_BT1 = log_sum(logits_BTV)
-  return logits_BTV - top_BT1 - log_BT1
-
-
-def entropy(logits_BTV):
-  """Entropy at each position, in nats: between 0 and log V.
-
-    H(π) = −Σ_v π(v) · log π(v).
-  """
-  logits_BTV = logits_BTV.astype(jnp.float32)
-  logp_BTV = once(log_softmax(logits_BTV))
-  return -expectation(once(jnp.exp(logp_BTV)), logp_BTV)
-
-
-def negative_log_likelihood(logits_BTV, targets_BT):
-  """−log π(a) at each position, in nats: the loss of supervised fine-tuning."""
-  return -log_prob(logits_BTV, targets_BT)

@@ -25,17 +25,16 @@ def logp(logits_BTV, batch):
   return tokens.log_prob(logits_BTV, batch.targets_BT)
 
 
-def ratios(f, *args):
-  """A surrogate of `grpo` on logits; `args` are what it reads besides the advantages."""
-  return lambda s, g, batch: f(logp(s, batch), batch.old_logp_BT, batch.advantage_BT, *args)
+CLIP = grpo.Clip(0.2, 0.3)
 
 
-def gspo(s, g, batch):
-  return grpo.gspo(logp(s, batch), batch.old_logp_BT, batch.advantage_BT, 0.2, 0.3,
-                   batch.weight_BT > 0, batch.segments_BT)
+def ratios(f, clip=CLIP):
+  """The loss of a surrogate of `grpo` on logits."""
+  return lambda s, g, batch: f(logp(s, batch), batch.old_logp_BT, batch.advantage_BT, clip,
+                               batch.weight_BT > 0, batch.segments_BT)[0]
 
 
-CLIPPED = ratios(grpo.clipped_surrogate, 0.2, 0.3)
+CLIPPED = ratios(grpo.clipped_surrogate)
 
 
 def penalised(penalty):
@@ -89,9 +88,9 @@ LOSSES = {  # what the trainer runs, and the same on logits [B, T, V]
             logp(s, batch), logp(g, batch), kl.reverse_kl(s, g))),
     "clipped": (surrogate(), CLIPPED),
     "dual": (surrogate(surrogate="dual_clipped"),
-             ratios(grpo.dual_clipped_surrogate, 0.2, 0.3, 1.1)),
-    "gspo": (surrogate(surrogate="gspo"), gspo),
-    "cispo": (surrogate(surrogate="cispo"), ratios(grpo.cispo, 0.2, 0.3)),
+             ratios(grpo.dual_clipped_surrogate, grpo.Clip(0.2, 0.3, 1.1))),
+    "gspo": (surrogate(surrogate="gspo"), ratios(grpo.gspo)),
+    "cispo": (surrogate(surrogate="cispo"), ratios(grpo.cispo)),
     "k2": (surrogate(kl="k2", kl_coef=0.5),
            penalised(lambda s, g, batch: kl.k2(logp(s, batch), logp(g, batch)))),
     "k3": (surrogate(kl="k3", kl_coef=0.5),

@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 from s2d_jax.losses import grpo, tokens
 
 LOW, HIGH = 0.2, 0.28
+CLIP = grpo.Clip(LOW, HIGH)
 
 
 def test_group_advantages_by_hand():
@@ -63,9 +64,9 @@ def surrogate(ratio, advantage):
   logp_BT = jnp.log(jnp.array([[ratio]], jnp.float32))
   advantage_BT = jnp.array([[advantage]], jnp.float32)
   def f(logp_BT):
-    return grpo.clipped_surrogate(logp_BT, jnp.zeros((1, 1)), advantage_BT, LOW, HIGH)[0, 0]
-  clipped_BT = grpo.clipped(logp_BT, jnp.zeros((1, 1)), advantage_BT, LOW, HIGH)
-  value, grad_BT = jax.value_and_grad(f)(logp_BT)
+    loss_BT, clipped_BT = grpo.clipped_surrogate(logp_BT, jnp.zeros((1, 1)), advantage_BT, CLIP)
+    return loss_BT[0, 0], clipped_BT
+  (value, clipped_BT), grad_BT = jax.value_and_grad(f, has_aux=True)(logp_BT)
   return float(value), float(grad_BT[0, 0]), bool(clipped_BT[0, 0])
 
 
@@ -89,10 +90,10 @@ def test_both_sides_of_the_clip_by_hand(ratio, advantage, value, grad, clipped):
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_a_ratio_at_the_end_of_the_clip_is_inside_it(advantage):
   # On policy with no room on either side: nothing is clipped, and the gradient is the whole −A.
-  args = jnp.full((1, 1), -1.5), jnp.full((1, 1), advantage), 0.0, 0.0
-  grad_BT = jax.grad(lambda x_BT: grpo.clipped_surrogate(x_BT, *args)[0, 0])(args[0])
+  args = jnp.full((1, 1), -1.5), jnp.full((1, 1), advantage), grpo.Clip(0.0, 0.0)
+  grad_BT = jax.grad(lambda x_BT: grpo.clipped_surrogate(x_BT, *args)[0][0, 0])(args[0])
   np.testing.assert_allclose(grad_BT, [[-advantage]], rtol=1e-6)
-  assert not grpo.clipped(args[0], *args)[0, 0]
+  assert not grpo.clipped_surrogate(args[0], *args)[1][0, 0]
 
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
@@ -104,7 +105,7 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
 
   def f(logits_BTV):
     logp_BT = tokens.log_prob(logits_BTV, targets_BT)
-    return grpo.clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, LOW, HIGH).sum()
+    return grpo.clipped_surrogate(logp_BT, old_logp_BT, advantage_BT, CLIP)[0].sum()
 
   # −A·∇ log π = −A·(one-hot − softmax), softmax in float64.
   p_BTV = np.exp(np.asarray(logits_BTV, np.float64))
@@ -117,13 +118,13 @@ def test_gradient_is_finite_differences_away_from_the_kinks():
   logp_BT = jnp.log(jnp.array([[0.5, 0.9, 1.1, 1.6], [0.6, 0.95, 1.05, 1.5]]))
   advantage_BT = jnp.array([[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0]])
   def f(x):
-    return grpo.clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH)
+    return grpo.clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, CLIP)[0]
   check_grads(f, (logp_BT,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
 
 
-def test_bfloat16_log_probabilities_are_cast_at_the_door():
-  got_BT = grpo.clipped_surrogate(jnp.full((1, 1), -1.0, jnp.bfloat16), jnp.full((1, 1), -1.25),
-                                  jnp.ones((1, 1)), 0.5, 0.5)
+def test_bfloat16_log_probabilities_are_cast_to_float32_first():
+  got_BT, _ = grpo.clipped_surrogate(jnp.full((1, 1), -1.0, jnp.bfloat16), jnp.full((1, 1), -1.25),
+                                     jnp.ones((1, 1)), grpo.Clip(0.5, 0.5))
   assert got_BT.dtype == jnp.float32
   np.testing.assert_allclose(got_BT, [[-np.exp(0.25)]], rtol=1e-6)
 
@@ -133,26 +134,27 @@ def test_gradients_of_dual_clip_are_finite_differences_away_from_the_kinks():
   logp_BT = jnp.log(jnp.array([[1.1, 0.5, 2.5, 4.0], [0.5, 1.1, 1.6, 4.0]]))
   advantage_BT = jnp.array([[-1.0] * 4, [2.0] * 4])
   def f(x):
-    return grpo.dual_clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH, 3.0)
-  check_grads(f, (logp_BT,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
-  grad_BT = jax.grad(lambda x: f(x).sum())(logp_BT)
+    clip = grpo.Clip(LOW, HIGH, 3.0)
+    return grpo.dual_clipped_surrogate(x, jnp.zeros((2, 4)), advantage_BT, clip)
+  check_grads(lambda x: f(x)[0], (logp_BT,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
+  grad_BT = jax.grad(lambda x: f(x)[0].sum())(logp_BT)
   np.testing.assert_allclose(grad_BT, [[1.1, 0, 2.5, 0], [-1.0, -2.2, 0, 0]], rtol=1e-6)
-  still_BT = grpo.dual_clipped(logp_BT, jnp.zeros((2, 4)), advantage_BT, LOW, HIGH, 3.0)
-  np.testing.assert_array_equal(still_BT, grad_BT == 0)
+  _, clipped_BT = f(logp_BT)
+  np.testing.assert_array_equal(clipped_BT, grad_BT == 0)
 
 
 def test_what_each_surrogate_clips_by_hand():
   # r = 1.5, 0.5, 1.5, 4, 0.5, 4 under a clip to [0.8, 1.2] and a bound of 3.
   logp_BT = jnp.log(jnp.array([[1.5, 0.5, 1.5, 4.0, 0.5, 4.0]]))
   advantage_BT = jnp.array([[1.0, 1.0, -1.0, -1.0, -1.0, 0.0]])
-  args = logp_BT, jnp.zeros((1, 6)), advantage_BT, 0.2, 0.2
-  np.testing.assert_array_equal(grpo.clipped(*args), [[1, 0, 0, 0, 1, 0]])
-  np.testing.assert_array_equal(grpo.dual_clipped(*args, 3.0), [[1, 0, 0, 1, 1, 0]])
-  np.testing.assert_array_equal(grpo.cispo_clipped(*args), [[1, 1, 1, 1, 1, 0]])
+  args = logp_BT, jnp.zeros((1, 6)), advantage_BT, grpo.Clip(0.2, 0.2, 3.0)
+  np.testing.assert_array_equal(grpo.clipped_surrogate(*args)[1], [[1, 0, 0, 0, 1, 0]])
+  np.testing.assert_array_equal(grpo.dual_clipped_surrogate(*args)[1], [[1, 0, 0, 1, 1, 0]])
+  np.testing.assert_array_equal(grpo.cispo(*args)[1], [[1, 1, 1, 1, 1, 0]])
   # Of a sequence: its geometric mean is √(1.5·0.5) = 0.87, inside; √(4·0.5) = 1.41, outside.
   log_BT, A_BT = jnp.log(jnp.array([[1.5, 0.5, 4.0, 0.5]])), jnp.ones((1, 4))
-  got = grpo.gspo_clipped(log_BT, jnp.zeros((1, 4)), A_BT, 0.2, 0.2, np.ones((1, 4), bool),
-                          np.array([[1, 1, 2, 2]]))
+  _, got = grpo.gspo(log_BT, jnp.zeros((1, 4)), A_BT, grpo.Clip(0.2, 0.2), np.ones((1, 4), bool),
+                     np.array([[1, 1, 2, 2]]))
   np.testing.assert_array_equal(got, [[0, 0, 1, 1]])
 
 
@@ -160,7 +162,8 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_by_hand():
   # A = −2, r = 10: the clipped surrogate has 20, the bound at 3 has 6; A = 2 is as before.
   logp_BT, advantage_BT = jnp.log(jnp.array([[10.0, 10.0, 0.5]])), jnp.array([[-2.0, 2.0, -2.0]])
   def f(x):
-    return grpo.dual_clipped_surrogate(x, jnp.zeros((1, 3)), advantage_BT, 0.2, 0.2, 3.0)
+    clip = grpo.Clip(0.2, 0.2, 3.0)
+    return grpo.dual_clipped_surrogate(x, jnp.zeros((1, 3)), advantage_BT, clip)[0]
   np.testing.assert_allclose(f(logp_BT), [[6.0, -2.4, 1.6]], rtol=1e-6)
   np.testing.assert_array_equal(jax.grad(lambda x: f(x).sum())(logp_BT), [[0.0, 0.0, 0.0]])
 
@@ -186,7 +189,7 @@ def test_gspo_is_one_ratio_a_sequence():
     A = advantage_BT[b, own][0]
     want[b, own] = -min(ratio * A, np.clip(ratio, 0.8, 1.3) * A)
   def f(x):
-    return grpo.gspo(x, old, advantage_BT, 0.2, 0.3, MASK_BT, SEGMENTS_BT)
+    return grpo.gspo(x, old, advantage_BT, grpo.Clip(0.2, 0.3), MASK_BT, SEGMENTS_BT)[0]
   np.testing.assert_allclose(np.asarray(f(new))[MASK_BT], want[MASK_BT], rtol=1e-5)
   check_grads(lambda x: f(x)[MASK_BT], (jnp.asarray(new),), order=1, modes=["rev"], atol=2e-3,
               rtol=2e-3, eps=1e-2)
@@ -195,7 +198,8 @@ def test_gspo_is_one_ratio_a_sequence():
 def test_cispo_keeps_the_gradient_of_a_clipped_token():
   # r = 4 is clipped to 1.2: the gradient is −1.2·A, where the clipped surrogate has none.
   logp_BT = jnp.log(jnp.array([[4.0]]))
-  grad = jax.grad(lambda x: grpo.cispo(x, jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), 0.2, 0.2).sum())
+  clip = grpo.Clip(0.2, 0.2)
+  grad = jax.grad(lambda x: grpo.cispo(x, jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), clip)[0].sum())
   np.testing.assert_allclose(grad(logp_BT), [[-2.4]], rtol=1e-6)
 
 

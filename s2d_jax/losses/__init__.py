@@ -1,1 +1,1 @@
-"""Per-token losses: pure functions of arrays, unreduced, float32 at the door."""
+"""Per-token losses: pure functions of arrays, unreduced, in float32."""

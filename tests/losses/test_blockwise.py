@@ -1,4 +1,4 @@
-"""Both doors against the readable losses on full logits, block sizes that divide and do not."""
+"""Blockwise losses equal the readable ones on full logits, for block sizes that divide or not."""
 
 import functools
 import math
@@ -61,13 +61,13 @@ def test_logp_equals_the_direct_form_for_any_cotangent(block):
 @BLOCKS
 @DIRECTIONS
 def test_divergence_equals_the_direct_form(f, block):
-  def door(student, guide):
+  def loss_function(student, guide):
     return blockwise.divergence(f, student, guide, WEIGHT_BT, block)
 
-  (total, value_BT), grads = jax.jit(jax.value_and_grad(door, has_aux=True))(STUDENT, GUIDE)
+  (total, value_BT), grads = jax.jit(jax.value_and_grad(loss_function, has_aux=True))(STUDENT, GUIDE)
   want, want_grads = jax.jit(
       jax.value_and_grad(direct_divergence, argnums=1), static_argnums=0)(f, STUDENT, GUIDE)
-  assert door(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)  # without a gradient
+  assert loss_function(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)  # without a gradient
   np.testing.assert_allclose(total, want, rtol=1e-5)
   np.testing.assert_allclose(
       value_BT, COUNTS_BT * f(full_logits(STUDENT), full_logits(GUIDE)), rtol=1e-5)
@@ -76,9 +76,9 @@ def test_divergence_equals_the_direct_form(f, block):
 
 @DIRECTIONS
 def test_divergence_of_equal_heads_is_exactly_zero_and_so_is_its_gradient(f):
-  door = jax.jit(jax.value_and_grad(
+  loss_function = jax.jit(jax.value_and_grad(
       lambda student, guide: blockwise.divergence(f, student, guide, WEIGHT_BT, 6)[0]))
-  total, grads = door(STUDENT, STUDENT)
+  total, grads = loss_function(STUDENT, STUDENT)
   assert total == 0
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
 
@@ -89,7 +89,7 @@ def test_value_carries_no_gradient():
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), jax.grad(total)(STUDENT))
 
 
-def test_what_fills_up_a_block_adds_nothing_whatever_it_gives():
+def test_unused_slots_of_a_block_add_nothing_even_if_their_loss_is_nan():
   def wild(student_logits_BTV, guide_logits_BTV):  # not a number for logits of 0, nor its gradient
     value_BT = kl.reverse_kl(student_logits_BTV, guide_logits_BTV)
     return value_BT / jnp.sum(jnp.abs(student_logits_BTV), axis=-1)
@@ -98,14 +98,14 @@ def test_what_fills_up_a_block_adds_nothing_whatever_it_gives():
     return jnp.sum(WEIGHT_BT * kl.reverse_kl(student_BTV, guide_BTV)
                    / jnp.sum(jnp.abs(student_BTV), axis=-1))
   assert np.isnan(wild(jnp.zeros((1, 1, V)), jnp.zeros((1, 1, V))))
-  def door(student):
+  def loss_function(student):
     return blockwise.divergence(wild, student, GUIDE, WEIGHT_BT, 64)[0]
-  np.testing.assert_allclose(door(STUDENT), tame(STUDENT), rtol=1e-5)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), jax.grad(door)(STUDENT),
+  np.testing.assert_allclose(loss_function(STUDENT), tame(STUDENT), rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), jax.grad(loss_function)(STUDENT),
                jax.grad(tame)(STUDENT))
 
 
-def test_no_weight_at_all_is_no_loss_and_no_gradient_whatever_tokens_hold():
+def test_a_batch_without_weight_has_loss_0_and_gradient_0_even_on_nan():
   def wild(student_BTV, guide_BTV):
     return kl.reverse_kl(student_BTV, guide_BTV) * jnp.inf
   total, grads = jax.value_and_grad(lambda s: blockwise.divergence(
@@ -116,7 +116,7 @@ def test_no_weight_at_all_is_no_loss_and_no_gradient_whatever_tokens_hold():
 
 @pytest.mark.parametrize("kept, block, blocks", [(0, 2, 0), (1, 2, 1), (5, 2, 3), (14, 2, 7),
                                                  (6, 6, 1), (7, 6, 2), (14, 64, 1)])
-def test_tokens_that_do_not_count_are_in_no_block(kept, block, blocks):
+def test_tokens_without_weight_are_in_no_block(kept, block, blocks):
   weight_BT = np.zeros(B * T, np.float32)
   weight_BT[RNG.permutation(B * T)[:kept]] = 1
   weight_BT, formed = weight_BT.reshape(B, T), []
@@ -155,7 +155,7 @@ def test_a_block_without_tokens_is_refused(block):
     blockwise.logp(STUDENT, TARGETS_BT, block)
 
 
-def test_what_is_found_besides_the_loss_is_read_in_the_same_pass():
+def test_values_beside_the_loss_come_from_the_same_pass():
   def f(student_BTV, guide_BTV, targets_BT):
     logp_BT = tokens.log_prob(student_BTV, targets_BT)
     return (kl.reverse_kl(student_BTV, guide_BTV),
@@ -196,7 +196,7 @@ def test_vocabularies_padded_to_different_sizes_are_compared_on_what_both_have(f
     np.testing.assert_array_equal(grads.weight_VD[V:], 0.0)
 
 
-def doors(student, guide, targets_BT, weight_BT, block):
+def both_losses(student, guide, targets_BT, weight_BT, block):
   """A loss that enters both."""
   logp_BT, entropy_BT = blockwise.logp(student, targets_BT, block, weight_BT > 0)
   parts = (blockwise.divergence(kl.reverse_kl, student, guide, weight_BT, block)[0],
@@ -210,9 +210,9 @@ def sizes(text):
           for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)}
 
 
-@pytest.mark.parametrize("door", ["logp", "divergence"])
+@pytest.mark.parametrize("loss_function", ["logp", "divergence"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_no_array_of_all_tokens_by_vocabulary(door, backward):
+def test_no_array_of_all_tokens_by_vocabulary(loss_function, backward):
   count, wide, block = 256, 512, 16  # 131,072 logits, of which a block has 8,192
   def head(width):
     return blockwise.Head(jax.ShapeDtypeStruct((2, count // 2, width), jnp.float32),
@@ -220,7 +220,7 @@ def test_no_array_of_all_tokens_by_vocabulary(door, backward):
   def total(student, guide, targets_BT, weight_BT, direct=False):
     if direct:
       return jnp.sum(weight_BT * kl.reverse_kl(full_logits(student), full_logits(guide)))
-    if door == "logp":
+    if loss_function == "logp":
       logp_BT, entropy_BT = blockwise.logp(student, targets_BT, block)
       return jnp.sum(weight_BT * (logp_BT + entropy_BT))
     return blockwise.divergence(kl.reverse_kl, student, guide, weight_BT, block)[0]
@@ -278,12 +278,12 @@ def loops(text):
 
 def instructions(lines):
   """{name: (what it is, the sizes of its arrays, its operands)}."""
-  def told(kind, result, operands):
+  def matches(kind, result, operands):
     dims = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", result)
     return kind, [math.prod(map(int, d.split(","))) for d in dims], re.findall(
         r"%([\w.-]+)", operands)
   parts = (re.match(r" *(?:ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)", line) for line in lines)
-  return {part[1]: told(part[3], part[2], part[4].split("), ")[0]) for part in parts if part}
+  return {part[1]: matches(part[3], part[2], part[4].split("), ")[0]) for part in parts if part}
 
 
 def reduced(lines):
@@ -317,16 +317,16 @@ def check_one_reduction(text, own, logits):
 def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(shape):
   mesh, args = on_mesh(shape)
   with jax.set_mesh(mesh):
-    step = jax.jit(jax.grad(doors, has_aux=True), static_argnums=4)
+    step = jax.jit(jax.grad(both_losses, has_aux=True), static_argnums=4)
     text = step.lower(*args, 16).compile().as_text()
   part = 480 // shape[2]  # a device's part of the vocabulary, whole rows
   check_one_reduction(text, part * 32, 16 * part)
-  assert reduced(text.splitlines()).count(part * 32) == 2  # one of each door
+  assert reduced(text.splitlines()).count(part * 32) == 2  # one of each loss_function
   assert max(sizes(text)) < 48 * part  # a device's whole logits
 
 
 def wrong(kind, block):
-  """What the doors must not do: the gradient is added up over `fsdp` at every block."""
+  """A wrong program, as a control: the gradient is added up over `fsdp` at every block."""
   def over_devices(part_VD):
     if kind == "all-reduce":
       return jax.lax.psum(part_VD, "fsdp")
@@ -344,7 +344,7 @@ def wrong(kind, block):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("kind", ["all-reduce", "reduce-scatter"])
-def test_a_gradient_added_up_at_every_block_is_found(kind):
+def test_a_program_that_reduces_at_every_block_is_detected(kind):
   # A reduce-scatter leaves an eighth on a device, and adds up all of it.
   mesh, (student, _, targets_BT, _) = on_mesh((1, 8, 1))
   with jax.set_mesh(mesh):
@@ -390,7 +390,7 @@ def test_the_mesh_changes_nothing(block, uneven):
       kept_BT = np.arange(count) < count * (np.arange(rows)[:, None] // 2) / (rows / 2 - 1)
       args = *args[:3], sharding.put_batch((weight_BT * kept_BT).astype(np.float32), mesh)
     with jax.set_mesh(mesh):
-      step = jax.jit(jax.value_and_grad(doors, has_aux=True), static_argnums=4)
+      step = jax.jit(jax.value_and_grad(both_losses, has_aux=True), static_argnums=4)
       (_, parts), grads = jax.device_get(step(*args, block))
       return parts, grads
   want = run((1, 1, 1))

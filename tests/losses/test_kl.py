@@ -53,7 +53,7 @@ def test_equals_float64(wrap):
 
 
 @BOTH
-def test_bfloat16_is_cast_at_the_door(f):
+def test_bfloat16_logits_are_cast_to_float32_first(f):
   student_BTV, teacher_BTV = STUDENT_BTV.astype(jnp.bfloat16), TEACHER_BTV.astype(jnp.bfloat16)
   got_BT = f(student_BTV, teacher_BTV)
   assert got_BT.dtype == jnp.float32

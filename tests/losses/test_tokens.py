@@ -41,7 +41,7 @@ def test_equals_float64(wrap):
   np.testing.assert_allclose(wrap(tokens.entropy)(logits_BTV), want_BT, atol=2e-6)
 
 
-def test_bfloat16_is_cast_at_the_door():
+def test_bfloat16_logits_are_cast_to_float32_first():
   logits_BTV = jnp.asarray(LOGITS_BTV, jnp.bfloat16)
   want_BTV = reference(np.asarray(logits_BTV.astype(jnp.float32), np.float64))
   got_BT = tokens.log_prob(logits_BTV, TARGETS_BT)

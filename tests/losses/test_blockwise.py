@@ -61,13 +61,14 @@ def test_logp_equals_the_direct_form_for_any_cotangent(block):
 @BLOCKS
 @DIRECTIONS
 def test_divergence_equals_the_direct_form(f, block):
-  def loss_function(student, guide):
+  def summed(student, guide):
     return blockwise.divergence(f, student, guide, WEIGHT_BT, block)
 
-  (total, value_BT), grads = jax.jit(jax.value_and_grad(loss_function, has_aux=True))(STUDENT, GUIDE)
+  (total, value_BT), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(STUDENT, GUIDE)
   want, want_grads = jax.jit(
       jax.value_and_grad(direct_divergence, argnums=1), static_argnums=0)(f, STUDENT, GUIDE)
-  assert loss_function(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)  # without a gradient
+  # Without a gradient it is another program.
+  assert summed(STUDENT, GUIDE)[0] == pytest.approx(float(total), rel=1e-6)
   np.testing.assert_allclose(total, want, rtol=1e-5)
   np.testing.assert_allclose(
       value_BT, COUNTS_BT * f(full_logits(STUDENT), full_logits(GUIDE)), rtol=1e-5)
@@ -98,10 +99,10 @@ def test_unused_slots_of_a_block_add_nothing_even_if_their_loss_is_nan():
     return jnp.sum(WEIGHT_BT * kl.reverse_kl(student_BTV, guide_BTV)
                    / jnp.sum(jnp.abs(student_BTV), axis=-1))
   assert np.isnan(wild(jnp.zeros((1, 1, V)), jnp.zeros((1, 1, V))))
-  def loss_function(student):
+  def summed(student):
     return blockwise.divergence(wild, student, GUIDE, WEIGHT_BT, 64)[0]
-  np.testing.assert_allclose(loss_function(STUDENT), tame(STUDENT), rtol=1e-5)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), jax.grad(loss_function)(STUDENT),
+  np.testing.assert_allclose(summed(STUDENT), tame(STUDENT), rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), jax.grad(summed)(STUDENT),
                jax.grad(tame)(STUDENT))
 
 

@@ -1,12 +1,16 @@
-"""What arms that are compared hold equal, and which labels they may spend: asserted, not assumed.
+"""Asserts that compared arms train by equal budgets, and that no label is used outside its split.
 
-Each is checked twice where it can be: from the config before anything runs, and from the ledgers of
-what did run.
+Budgets are checked twice: from the config before anything runs, and from the ledgers of finished
+stages.
 """
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from etils import epath
+
 from s2d_jax import files
+from s2d_jax.planning import Node, Plan
 
 
 class Part(NamedTuple):
@@ -16,83 +20,99 @@ class Part(NamedTuple):
 
 
 class Budget(NamedTuple):
-  """What two arms of a contrast hold equal, each part where both arms have it.
+  """The training of an arm's student, in two parts.
 
-  dense: under a teacher's distribution or samples; rewarded: under reward. A bridge has the first,
-  cold GRPO the second, the full workflow both: against either it differs by the other part alone.
+  Two arms of a contrast must be equal in each part that both have. A bridge has the dense part,
+  cold GRPO the rewarded part and the full workflow both. Either therefore differs from the full
+  workflow by the other part alone.
   """
-  dense: Part = Part()
-  rewarded: Part = Part()
+  dense: Part = Part()     # under a teacher's distribution or samples
+  rewarded: Part = Part()  # under reward
 
 
-def configured(made):
-  """{arm: Budget} of a `planning.Plan`, as its config has it."""
-  def part(node):
+def configured(plan: Plan) -> dict[str, Budget]:
+  """{arm: Budget} of a plan, as its config sets it."""
+  def part(node: Node) -> Budget:
     hp = node.hp
     return _part(node, hp.steps * hp.epochs * hp.minibatches,
                  hp.steps * hp.prompts * hp.sampling.samples_per_prompt)
-  return _by_arm(made, part)
+  return _by_arm(plan, part)
 
 
-def spent(made, workdir):
+def spent(plan: Plan, workdir: epath.Path) -> dict[str, Budget]:
   """{arm: Budget} of a plan whose stages are finished, from their ledgers."""
-  def part(node):
+  def part(node: Node) -> Budget:
     ledger = files.read_json(workdir / node.name / "ledger.json")
     return _part(node, ledger["updates"], ledger["sequences"])
-  return _by_arm(made, part)
+  return _by_arm(plan, part)
 
 
-def _part(node, updates, sequences):
-  """A stage's part of its arm's Budget: none where it does not train the student."""
+def _part(node: Node, updates: int, sequences: int) -> Budget:
+  """A stage's share of its arm's Budget: empty where it does not train the student."""
+  # Arms differ in how their teachers are trained; only the students are compared.
   if node.stage.learner != "student":
     return Budget()
   part = Part(updates, sequences)
   return Budget(rewarded=part) if node.stage.reward else Budget(dense=part)
 
 
-def _by_arm(made, part):
-  return {arm: add(part(made.nodes[name]) for name in names) for arm, names in made.arms.items()}
+def _by_arm(plan: Plan, part: Callable[[Node], Budget]) -> dict[str, Budget]:
+  """{arm: the sum of `part` over its nodes}."""
+  return {arm: add(part(plan.nodes[name]) for name in names) for arm, names in plan.arms.items()}
 
 
-def add(budgets):
+def add(budgets: Iterable[Budget]) -> Budget:
   """The sum of some Budgets."""
-  parts = zip(Budget(), *budgets, strict=True)
-  return Budget(*(Part(*map(sum, zip(*each, strict=True))) for each in parts))
+  total = Budget()
+  for budget in budgets:
+    total = Budget._make(
+        Part(one.updates + other.updates, one.sequences + other.sequences)
+        for one, other in zip(total, budget, strict=True))
+  return total
 
 
-def check_equal(budgets, compared, how):
-  """Asserts that arms which are compared train their students equally, part by part.
+def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy: str) -> None:
+  """Asserts that compared arms train their students equally, part by part.
 
   Args:
-    budgets: {arm: Budget}; compared: the arms that are, any two of them; how: ends the sentence.
+    budgets: of each arm.
+    compared: names of the arms that are compared, any two of them.
+    remedy: ends the error message.
 
   Raises:
-    ValueError: two of them have a part that is not equal.
+    ValueError: two arms have a part that is not equal.
   """
   for part in Budget._fields:
+    # An arm without a part is compared in the other one alone.
     found = {arm: getattr(budget, part) for arm, budget in budgets.items()
              if arm in compared and getattr(budget, part) != Part()}
-    (first, want), *others = found.items() or ((None, None),)
-    for arm, got in others:
-      if got != want:
-        raise ValueError(f"{first} and {arm} are compared and have unequal {part} budgets ({want} "
-                         f"and {got}) {how}.")
+    # Equality is transitive, so every arm is held against the first.
+    first = next(iter(found), None)
+    for arm, own in found.items():
+      if own != found[first]:
+        raise ValueError(f"{first} and {arm} are compared and have unequal {part} budgets "
+                         f"({found[first]} and {own}) {remedy}.")
 
 
-def check_labels(made, arm, workdir):
-  """Asserts from the ledgers that no stage used a label outside its split, nor 2H before its turn.
+def check_labels(plan: Plan, arm: str, workdir: epath.Path) -> None:
+  """Asserts from the ledgers that no stage used a label outside its split.
+
+  A label of the split 2h must also not be used by any stage before one that learns from 2h.
 
   Raises:
     ValueError: a ledger breaks the arm's split.
   """
-  held_out = {p.id for p in made.prompts["2h"]}
-  for name in made.arms[arm]:
-    node, ledger = made.nodes[name], files.read_json(workdir / name / "ledger.json")
-    stray = set(ledger["labels"]) - {p.id for p in made.prompts[node.split]}
+  held_out = {p.id for p in plan.prompts["2h"]}
+  for name in plan.arms[arm]:
+    node = plan.nodes[name]
+    ledger = files.read_json(workdir / name / "ledger.json")
+    stray = set(ledger["labels"]) - {p.id for p in plan.prompts[node.split]}
     if stray:
       raise ValueError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
                        f"{node.split}: delete the stage's folder and run it again.")
-    for parent in made.ancestors(name)[:-1] if node.split == "2h" else ():
+    # Each ancestor may keep to its own split and still have used labels that 2h holds out, where
+    # that split is "all".
+    for parent in plan.ancestors(name)[:-1] if node.split == "2h" else ():
       leaked = held_out & set(files.read_json(workdir / parent / "ledger.json")["labels"])
       if leaked:
         raise ValueError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "

@@ -1,15 +1,20 @@
 """A sweep: a config with a list of flat overrides, each a run of its own in one work folder."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from etils import epath
+from ml_collections import ConfigDict
 
 from s2d_jax import manifest
+from s2d_jax.planning import Plan
 
 
-def expand(config):
+def expand(config: ConfigDict) -> list[ConfigDict]:
   """The configs of a sweep, [config] without one.
 
-  `config.sweep` is a list of flat overrides such as {"seed": 1, "stages.sft.optim.lr": 1e-3}; each
-  makes a config of its own, and a shared work folder shares the stages they have in common.
+  `config.sweep` is a list of flat overrides such as {"seed": 1, "stages.sft.optim.lr": 1e-3}. Each
+  of them gives a config of its own. Runs in one work folder share the stages they have in common.
 
   Raises:
     ValueError: an override names no key, or has a value of another type.
@@ -18,33 +23,44 @@ def expand(config):
     return [config]
   configs = []
   for changes in config.sweep:
-    made = config.copy_and_resolve_references()
-    with made.unlocked():
-      del made.sweep
-    made.lock()  # an override that names no key is then an error
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+      del one.sweep
+    # An override that names no key is an error only where the config is locked.
+    one.lock()
     try:
-      made.update_from_flattened_dict(changes)
+      one.update_from_flattened_dict(changes)
     except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(f"config.sweep has {dict(changes)}, which does not fit the config "
                        f"({str(error).splitlines()[0]}): name its keys, with values of their "
                        "types.") from error
-    configs.append(made)
-  if len({made.mesh for made in configs}) > 1:
+    configs.append(one)
+  # The mesh is set up once, around all runs of the process.
+  if len({one.mesh for one in configs}) > 1:
     raise ValueError("config.sweep has several meshes, and one process has one: run them apart.")
   if not configs:
     raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
   return configs
 
 
-def outline(plans, overrides, workdir):
-  """What `walk.run` would do with these plans, each with its overrides, in lines."""
-  lines, seen = [], {}
-  for made, changes in zip(plans, overrides, strict=True):
-    new = [name for name in made.nodes if name not in seen]
-    seen |= made.nodes
-    lines.append(f"{changes or 'as configured'}: arms {', '.join(made.arms)}; "
-                 f"{len(made.nodes)} stages, {len(made.nodes) - len(new)} of them shared with "
+def outline(plans: Sequence[Plan], overrides: Sequence[Mapping[str, Any]],
+            workdir: epath.PathLike) -> list[str]:
+  """Lines that describe the runs of these plans: arms, stages, and the stages already finished.
+
+  Args:
+    plans: one of each run.
+    overrides: the changes of each run, {} where there are none.
+    workdir: the folder of all runs.
+  """
+  lines = []
+  found: set[str] = set()
+  for plan, changes in zip(plans, overrides, strict=True):
+    # A stage of an earlier run has the same name, so it is trained once.
+    new = plan.nodes.keys() - found
+    found |= new
+    lines.append(f"{changes or 'as configured'}: arms {', '.join(plan.arms)}; "
+                 f"{len(plan.nodes)} stages, {len(plan.nodes) - len(new)} of them shared with "
                  "the runs above")
-  done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in seen)
-  return [*lines, f"{len(plans)} runs, {len(seen)} distinct stages, {done} of them finished in "
+  done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in found)
+  return [*lines, f"{len(plans)} runs, {len(found)} distinct stages, {done} of them finished in "
           f"{workdir}"]

@@ -43,7 +43,7 @@ ARROWS = {
   "manifest": {"files"},
   "checkpoint": {"hosts", "sharding"},
   "files": {"hosts"},
-  "sweep": {"manifest"},
+  "sweep": {"planning", "manifest"},
   "report": {"command", "ladder", "figures"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},

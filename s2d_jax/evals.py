@@ -1,13 +1,23 @@
-"""Evaluation: which samples solve which problems, as generators of (name, value).
+"""Evaluation: samples problems, checks the responses, and computes the statistics of `stats`.
 
-What is scored is a matrix correct_PG of zeros and ones; what is yielded are numbers with intervals
-from `stats`. Training calls these on the old state; the recipe calls them on finished weights.
+`run` is the one evaluator: training calls it between steps, the probe around a stage, and scoring
+on finished weights.
 """
 
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from s2d_jax import keys, sampler, stats
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2d_jax import keys, rollouts, sampler, stats
 from s2d_jax.keys import Key
+from s2d_jax.rollouts import Prompt, Reward, Rollout
+from s2d_jax.sampler import Sampler
+from s2d_jax.sharding import Params
+
+Answer = Callable[[np.ndarray], str | None]  # response ids -> canonical answer, or None
+Statistics = Callable[[Mapping[str, stats.Samples]], Iterable[tuple[str, stats.Interval]]]
 
 TRAINED = ("labelled", "all", "1h", "2h")  # splits that stages learn from
 SPLIT = Key(lambda split: split not in TRAINED, "choose a split that arms do not learn from")
@@ -24,7 +34,7 @@ EVALUATION_KEYS = {
     "log_samples": keys.at_least(0, hashed=False)}
 
 
-def check_evaluation(hp):
+def check_evaluation(hp: ConfigDict) -> None:
   """Raises ValueError, starting with a key's name, where a k asks for more than is sampled."""
   samples = hp.sampling.samples_per_prompt
   if max(hp.ks, default=1) > samples:
@@ -32,7 +42,7 @@ def check_evaluation(hp):
                      "sampling.samples_per_prompt.")
 
 
-def check_probe(hp):
+def check_probe(hp: ConfigDict) -> None:
   """Raises ValueError, starting with a key's name, unless samples fill groups and batches split."""
   samples = hp.sampling.samples_per_prompt
   if hp.group > samples:
@@ -46,69 +56,117 @@ def check_probe(hp):
                      f"{hp.prompts * samples} rows that are scored at once: change one of them.")
 
 
-def solve(draw, params, prompts, reward, seed):
+def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Reward,
+          seed: tuple[int, ...], answer: Answer | None = None) -> tuple[stats.Samples, Rollout]:
   """Samples every prompt and checks every response as it ends, while others are decoded.
 
   Args:
-    draw: as `sampler.make` returns it; params: the weights; prompts: rollouts.Prompt of P problems.
-    reward: (prompt id, response ids) -> float; seed: a tuple of ints.
+    prompts: of P problems.
+    answer: the canonical answer of a response; None: the samples have no answers.
 
   Returns:
-    (correct_PG, rollout): 1 where the reward is 1 or more, else 0, float32 [P, G], and the rows
-    behind them.
+    (samples, rollout): a sample is right where its reward is 1 or more; and the rows behind them.
   """
   correct = {}
-  def ended(place, rows):
-    correct[place] = reward(int(rows.prompt_id_B[place]), rows.response(place)) >= 1
-  rows = draw(params, prompts, seed, ended=ended)
-  correct_B = np.array([correct[place] for place in range(len(rows.prompt_id_B))], np.float32)
-  return correct_B.reshape(len(prompts), -1), rows
+
+  def check(index: int, rollout: Rollout) -> None:
+    correct[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index)) >= 1
+
+  rollout = sample(params, prompts, seed, ended=check)
+  P = len(prompts)
+  rows = range(len(rollout.prompt_id_B))
+  # float32, because the scores of finished runs were computed in it.
+  correct_PG = np.array([correct[index] for index in rows], np.float32).reshape(P, -1)
+  answer_PG = None
+  if answer is not None:
+    answers = [answer(rollout.response(index)) for index in rows]
+    answer_PG = _numbered(np.array(answers, object).reshape(P, -1))
+  truncated_B = rollout.finish_reason_B == rollouts.FINISHED.index("length")
+  return stats.Samples(
+      correct_PG, rollout.response_length_B.reshape(P, -1),
+      truncated_B.astype(np.float32).reshape(P, -1), answer_PG), rollout
 
 
-def scores(correct_PG, ks, seed, draws, level):
-  """Yields (name, stats.Interval): avg@G and unbiased pass@k for every k, nested bootstrap.
+def _numbered(answers_PG: np.ndarray) -> np.ndarray:
+  """Texts as numbers, equal where a problem's texts are equal; -1 for None."""
+  answer_PG = np.full(answers_PG.shape, -1)
+  for p, texts in enumerate(answers_PG.tolist()):
+    first = {}
+    for g, text in enumerate(texts):
+      if text is not None:
+        answer_PG[p, g] = first.setdefault(text, g)
+  return answer_PG
+
+
+class Evaluation(NamedTuple):
+  """The result of `run`: the scores, and the samples behind them by way of sampling."""
+  scores: dict[str, stats.Interval]
+  samples: dict[str, stats.Samples]
+  rollouts: dict[str, Rollout]
+
+
+def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Prompt], reward: Reward,
+        seed: tuple[int, ...], statistics: Statistics, answer: Answer | None = None) -> Evaluation:
+  """Samples the prompts in every way, and computes the statistics of all samples.
 
   Args:
-    correct_PG: 0/1; ks: the ks of pass@k, each at most G; seed, draws, level: of the bootstrap.
+    samplers: by way of sampling, "sampled" or "greedy" (`stats.Statistic.of`).
+    statistics: the samples by way of sampling -> their scores; see `intervals`.
+    answer: as `solve` takes it.
   """
-  G = correct_PG.shape[1]
-  yield f"avg@{G}", stats.nested_bootstrap(correct_PG, stats.avg_at_k, seed, draws, level)
-  for k in ks:
-    yield f"pass@{k}", stats.nested_bootstrap(correct_PG, stats.mean_pass_at_k(k), seed, draws,
-                                              level)
+  samples = {}
+  rows = {}
+  for way, sample in samplers.items():
+    samples[way], rows[way] = solve(sample, params, prompts, reward, seed, answer)
+  return Evaluation(dict(statistics(samples)), samples, rows)
 
 
-def mixed(correct_PG, group):
-  """Chance that `group` samples of a problem are neither all right nor all wrong, for each, [P].
+def intervals(ks: Sequence[int], seed: int, draws: int, level: float) -> Statistics:
+  """Statistics for `run`: every statistic of the table that the samples have, bootstrapped.
 
-  Unbiased from the G ≥ group samples at hand, and 1 − p^g − (1 − p)^g in expectation: only such a
-  group gives GRPO a gradient.
+  Args:
+    ks: of the statistics that have several, each at most the number of samples.
+    seed, draws, level: of the bootstrap.
+  """
+  def statistics(samples: Mapping[str, stats.Samples]) -> Iterator[tuple[str, stats.Interval]]:
+    for name in stats.names(samples, ks):
+      yield name, stats.score(name, samples, seed, draws, level)
+  return statistics
+
+
+def mixed(correct_PG: np.ndarray, group: int) -> np.ndarray:
+  """The chance that `group` samples of a problem are neither all right nor all wrong, [P].
+
+  Unbiased from the G >= group samples, and 1 − p^g − (1 − p)^g in expectation. Only such a group
+  gives GRPO a gradient.
   """
   G = correct_PG.shape[1]
   right_P = np.asarray(correct_PG, np.int64).sum(axis=1)
   return (stats.pass_at_k(G, right_P, group) + stats.pass_at_k(G, G - right_P, group)) - 1
 
 
-def text(correct_PG, rows, group):
-  """Yields (name, value) of a model's own samples: how often right, how mixed, how long.
+def text(correct_PG: np.ndarray, rollout: Rollout, group: int) -> Iterator[tuple[str, Any]]:
+  """Yields (name, value) of a model's own samples.
 
-  stopped is the share that ended themselves; response_length is in tokens; entropy is the
-  mean −log p of the samples, in nats a token. correct and mixed_prompts are each prompt's own.
+  `stopped` is the share that ended with a stop token or string. `response_length` is in tokens.
+  `entropy` is the mean −log p of the samples, in nats a token. `correct` and `mixed_prompts` have a
+  value for each prompt.
   """
   yield "pass_rate", float(np.mean(correct_PG))
   mixed_P = mixed(correct_PG, group)
   yield "mixed_groups", float(mixed_P.mean())
   yield "mixed_prompts", mixed_P.tolist()
   yield "correct", np.asarray(correct_PG, int).tolist()
-  T = rows.sampler_logp_BT.shape[1]
-  inside_BT = np.arange(T) < rows.response_length_B[:, None]
-  yield "entropy", float(-rows.sampler_logp_BT[inside_BT].mean(dtype=np.float64))
-  yield "response_length", float(rows.response_length_B.mean())
-  yield "stopped", float((rows.finish_reason_B == 1).mean())
+  T = rollout.sampler_logp_BT.shape[1]
+  inside_BT = np.arange(T) < rollout.response_length_B[:, None]
+  yield "entropy", float(-rollout.sampler_logp_BT[inside_BT].mean(dtype=np.float64))
+  yield "response_length", float(rollout.response_length_B.mean())
+  yield "stopped", float((rollout.finish_reason_B == rollouts.FINISHED.index("stop")).mean())
 
 
-def agreement(value_BT, weight_BT):
-  """Yields (name, value): means over response tokens of what `losses.agreement` measures.
+def agreement(value_BT: Mapping[str, np.ndarray],
+              weight_BT: np.ndarray) -> Iterator[tuple[str, float]]:
+  """Yields (name, value): means over response tokens of the fields of `losses.agreement`.
 
   A gradient becomes its concentration: the share of the summed lengths that the worst 1 % of the
   tokens have.
@@ -118,15 +176,17 @@ def agreement(value_BT, weight_BT):
     value_N = np.asarray(values, np.float64)[inside_BT]
     if name.endswith("_gradient"):
       worst = np.sort(value_N)[::-1][: max(1, round(len(value_N) / 100))]
+      # The floor keeps a model that equals its teacher, whose gradients are all 0, from 0 / 0.
       yield f"{name}_worst", float(worst.sum() / max(value_N.sum(), 1e-30))
     else:
       yield name, float(value_N.mean())
 
 
-def validation(draw, prompts, reward, seed):
+def validation(samplers: Mapping[str, Sampler], prompts: Sequence[Prompt], reward: Reward,
+               seed: tuple[int, ...]) -> Callable[[Params], Iterator[tuple[str, float]]]:
   """validate(params) -> iterable of (name, value): the running score on `validation` problems."""
-  def validate(params):
-    correct_PG, rows = solve(draw, params, prompts, reward, seed)
-    yield f"validation/avg@{correct_PG.shape[1]}", correct_PG.mean()
-    yield "validation/response_length", rows.response_length_B.mean()
+  def validate(params: Params) -> Iterator[tuple[str, float]]:
+    found, _ = solve(samplers["sampled"], params, prompts, reward, seed)
+    yield f"validation/avg@{found.correct_PG.shape[1]}", found.correct_PG.mean()
+    yield "validation/response_length", found.length_PG.mean()
   return validate

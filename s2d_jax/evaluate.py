@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from s2d_jax import chat, command, evals, models, rollouts, sampler, sharding, stats, tasks
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
+from s2d_jax.rollouts import Reward
 from s2d_jax.sampler.__main__ import template
 
 EXAMPLE = "s2d-jax eval --model FOLDER --task math --sets math500,aime24 --k 16"
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
   task = tasks.TASKS[args.task](data)
   with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
     for name, statistic, value in scores(args, task, names):
-      print(f"{name:<16}{statistic:<10}{value.estimate:8.3f} [{value.low:.3f}, {value.high:.3f}]",
+      print(f"{name:<16}{statistic:<16}{value.estimate:8.3f} [{value.low:.3f}, {value.high:.3f}]",
             flush=True)
 
 
@@ -71,15 +72,27 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
       raise ValueError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
                        f"ones leaves the model's {model.config.max_positions} positions: lower "
                        "--max-tokens.")
-    draw = sampler.make(model, params, sampling, min(args.batch, len(prompts)), longest,
-                        text=tokenizer.decode)
     # Compiled for each set, because its longest prompt sets the shapes.
-    correct_PG, _ = evals.solve(
-        draw, params, prompts,
-        lambda i, ids, problems=problems: task.reward(problems[i], tokenizer.decode(ids)),
-        (args.seed, zlib.crc32(b"evaluation")))
-    for statistic, value in evals.scores(correct_PG, (args.k,), args.seed, DRAWS, LEVEL):
+    compiled = sampler.make(model, params, sampling, min(args.batch, len(prompts)), longest,
+                            text=tokenizer.decode)
+    statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
+    one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),
+                    (args.seed, zlib.crc32(b"evaluation")), statistics,
+                    answer_of(task, tokenizer))
+    for statistic, value in one.scores.items():
       yield name, statistic, value
+
+
+def reward_of(task: Task, tokenizer: chat.Chat, problems: dict[int, dict]) -> Reward:
+  """The task's reward of (prompt id, response ids)."""
+  return lambda prompt_id, ids: task.reward(problems[prompt_id], tokenizer.decode(ids))
+
+
+def answer_of(task: Task, tokenizer: chat.Chat) -> evals.Answer | None:
+  """The task's answer of response ids; None where the task has none."""
+  if task.answer is None:
+    return None
+  return lambda ids: task.answer(tokenizer.decode(ids))
 
 
 if __name__ == "__main__":

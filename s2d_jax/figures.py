@@ -10,12 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from s2d_jax import ladder, metrics
-from s2d_jax.ladder import Group
-
-Row = Mapping[str, Any]  # as `ladder.read` returns it
+from s2d_jax.ladder import Group, Run
 
 
-def figure(rows: Sequence[Row], path: epath.PathLike) -> None:
+def figure(rows: Sequence[Run], path: epath.PathLike) -> None:
   """Draws one table's rows into a PNG: scores, the stages' curves, sweeps, KL to the teacher.
 
   Args:
@@ -48,7 +46,7 @@ def _curves(kind: str, curves: Mapping[str, Sequence[tuple[float, Group]]], axis
   for label, points in curves.items():
     # A share of the labels is a limit; the ledger says how many were spent within it.
     place = [group.mean("labels_distinct") if kind == "labels" else x for x, group in points]
-    triples = 100 * np.array([group.score(group.avg) for _, group in points]).T
+    triples = 100 * np.array([group.score(group.headline) for _, group in points]).T
     reach = np.maximum([triples[0] - triples[1], triples[2] - triples[0]], 0)
     axis.errorbar(place, triples[0], yerr=reach, label=label, marker="o", capsize=3, linewidth=1)
   axis.set_xlabel({"labels": "labels spent, distinct",
@@ -60,7 +58,7 @@ def _curves(kind: str, curves: Mapping[str, Sequence[tuple[float, Group]]], axis
 def _bars(axis: Axes, groups: Sequence[Group]) -> None:
   """Draws each group's avg@k as a bar with its interval."""
   # Groups that were scored differently have different k, so each names its own avg@k.
-  triples = 100 * np.array([group.score(group.avg) for group in groups]).T
+  triples = 100 * np.array([group.score(group.headline) for group in groups]).T
   place = np.arange(len(groups))[::-1]
   reach = np.stack([triples[0] - triples[1], triples[2] - triples[0]])
   axis.barh(place, triples[0], xerr=np.maximum(reach, 0), color="#4c78a8", ecolor="#222",
@@ -80,9 +78,9 @@ CURVES = (("reward", ("reward",)),
           ("entropy, nats per token", ("entropy",)))
 
 
-def _stages(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
+def _stages(axes: Sequence[Axes], rows: Sequence[Run]) -> None:
   """Draws every stage's curves; of several seeds only the first is in the legend."""
-  folders = {folder.name: folder for row in rows for folder in row["stages"]}
+  folders = {folder.name: folder for row in rows for folder in row.stages}
   stages = sorted({name.rpartition("-")[0] for name in folders})
   for axis, (title, names) in zip(axes, CURVES, strict=True):
     named = set()

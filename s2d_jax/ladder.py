@@ -1,97 +1,110 @@
-"""What run folders hold, as the rows of a ladder: arms over training seeds, and their contrasts.
+"""Run folders as the rows of a ladder: arms over training seeds, and their contrasts.
 
-Reads only what the stages left behind. `report` turns it into Markdown, `figures` into a picture.
+Reads only finished folders. `report` turns the rows into Markdown, `figures` into a picture.
 """
 
-import collections
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from s2d_jax import files, manifest, stats
 
-SWEPT = {"labels": ("label_share",),  # what a curve may be drawn over: the config keys it moves
+# The config keys that a curve is drawn over.
+SWEPT = {"labels": ("label_share",),
          "division": ("stages.forward_kl.steps", "stages.reverse_kl.steps")}
-DRAWS = 2000  # of a paired difference under one seed
+DRAWS = 2000  # of a bootstrap that the report itself makes
+FEW_MIXED_GROUPS = 0.5  # below this share of groups with both right and wrong answers, warn
+FEW_WEIGHTED = 0.5  # below this share of sequences with any weight, warn
 
 
-class Group(collections.namedtuple("Group", "label name runs")):
-  """One row of the ladder: an arm as one config makes it, and its runs, one a training seed.
+class Run(NamedTuple):
+  """One line of one arm's table, of one training seed and one evaluation."""
+  arm: str
+  label: str
+  seed: int
+  result: dict[str, Any]      # the scores and the samples behind them
+  stages: list[epath.Path]    # folders behind the weights
+  settings: dict[str, Any]    # all that determines a score but the weights and the seed
+  recipe: str                 # a hash of all that determines the weights but the seed
+  shaped: bool                # whether a stage trained the teacher
+  contexts: set[frozenset]    # the flat configs that asked for it
+  probes: list[dict[str, Any]]  # of each probed stage: its name, "before" and "after"
+  spent: dict[str, float]     # the stages' ledgers added up, and the student's updates
+  revisions: set[str]         # of the code
 
-  label: the arm's own; name: with what sets it apart from others of that label; runs: {seed: row}.
-  """
+  def samples(self) -> dict[str, stats.Samples]:
+    """The samples behind the scores, by way of sampling."""
+    return {way: stats.Samples(**{field: np.array(rows) for field, rows in fields.items()})
+            for way, fields in self.result["samples"].items()}
 
-  def value_SP(self, statistic="avg"):
-    """A statistic ("avg", "greedy" or "pass@k") of each seed and problem, seeds in order."""
-    return np.stack([_value_P(self.runs[seed]["result"], statistic) for seed in sorted(self.runs)])
 
-  def score(self, name):
+class Group(NamedTuple):
+  """One row of the ladder: an arm of one config, and its runs, one a training seed."""
+  label: str             # the arm's own
+  name: str              # the label with the keys that set it apart from others of that label
+  runs: dict[int, Run]   # by seed
+
+  def value_SP(self, name: str | None = None) -> np.ndarray:
+    """A score of each seed and problem, seeds in order; by default the headline's."""
+    name = name or self.headline
+    return np.stack([stats.value_P(name, self.runs[seed].samples()) for seed in sorted(self.runs)])
+
+  def score(self, name: str) -> stats.Interval:
     """The Interval of a score over problems, samples and, where there are several, seeds."""
-    if len(self.runs) == 1:
-      (run,) = self.runs.values()
-      return run["result"]["scores"][name]
-    return stats.over_seeds(self.value_SP("avg" if name.startswith("avg@") else name), self.level)
+    if len(self.runs) > 1:
+      return stats.score_over_seeds(name, self.value_SP(name), self.level)
+    (run,) = self.runs.values()
+    if name in run.result["scores"]:
+      return stats.Interval(*run.result["scores"][name])
+    # A statistic that joined the table after the run was scored.
+    return stats.score(name, run.samples(), run.seed, DRAWS, self.level)
 
   @property
-  def level(self):
+  def level(self) -> float:
     """The share of its intervals that should hold the truth."""
-    return next(iter(self.runs.values()))["settings"]["evaluation"]["level"]
+    return next(iter(self.runs.values())).settings["evaluation"]["level"]
 
   @property
-  def avg(self):
-    """The name of its avg@k."""
-    (run, *_) = self.runs.values()
-    return next(name for name in run["result"]["scores"] if name.startswith("avg@"))
+  def headline(self) -> str:
+    """The name of its headline score, avg@k."""
+    return stats.headline(next(iter(self.runs.values())).result["scores"])
 
   @property
-  def seeds(self):
+  def seeds(self) -> str:
     """Its training seeds, as text."""
     return " ".join(map(str, sorted(self.runs)))
 
-  def of(self, seeds):
+  def of(self, seeds: Iterable[int]) -> "Group":
     """The Group of some of its seeds."""
     return self._replace(runs={seed: self.runs[seed] for seed in seeds})
 
-  def mean(self, name):
-    """Mean over seeds of something spent."""
-    return np.mean([run["spent"][name] for run in self.runs.values()])
+  def mean(self, name: str) -> float:
+    """Mean over seeds of one kind of spending."""
+    return np.mean([run.spent[name] for run in self.runs.values()])
 
-  def probes(self):
+  def probes(self) -> list[tuple[dict[str, Any], ...]]:
     """For each probed stage, in order, its probes over the seeds that have them."""
-    probed = [self.runs[seed]["probes"] for seed in sorted(self.runs) if self.runs[seed]["probes"]]
+    probed = [self.runs[seed].probes for seed in sorted(self.runs) if self.runs[seed].probes]
     return list(zip(*probed, strict=True))
 
-  def distilling(self):
+  def distilling(self) -> list[tuple[dict[str, Any], ...]]:
     """`probes` of the stages that learn from a teacher: they are probed after as well."""
     return [probe for probe in self.probes() if probe[0]["after"]]
 
-  def contexts(self):
+  def contexts(self) -> set[frozenset]:
     """The flat configs that made these runs, seeds aside, as hashable items."""
-    return {items for run in self.runs.values() for items in run["contexts"]}
+    return {items for run in self.runs.values() for items in run.contexts}
 
 
-def _value_P(result, statistic):
-  if statistic == "greedy":
-    return np.asarray(result["greedy"], float)
-  correct_PG = np.asarray(result["correct"])
-  if statistic == "avg":
-    return stats.avg_at_k(correct_PG)
-  return stats.mean_pass_at_k(int(statistic.partition("@")[2]))(correct_PG)
-
-
-def read(workdirs):
-  """Every row of every arm under the folders, as dicts, in the order they were made.
-
-  A row has arm, label, seed, result (scores and the matrix), stages (folders behind it), settings
-  (all that determines a score but the weights and the seed), recipe (all that determines the
-  weights but the seed), shaped (a stage trained the teacher), contexts (the configs that asked for
-  it), probes, spent (ledgers added up, and the student's updates) and revisions.
+def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
+  """Every Run of every arm under the folders, in the order in which they finished.
 
   Raises:
     ValueError: a folder without any finished arm.
   """
-  rows = {}
+  rows: dict[tuple, Run] = {}
   for workdir in map(epath.Path, workdirs):
     arms = (workdir / "arms").iterdir() if (workdir / "arms").exists() else ()
     # A kill can leave the beginning of a file behind, under another suffix.
@@ -101,74 +114,81 @@ def read(workdirs):
     for path in found:
       entry = files.read_json(path)
       for row in entry["rows"]:
-        new = _row(workdir, entry, row)
-        made = rows.setdefault((row["label"], entry["seed"], row["score"], *row["stages"]), new)
-        made["contexts"].add(_flat(entry["config"]))
-        made["probes"] = made["probes"] or new["probes"]  # one run may have left them out
+        new = _run(workdir, entry, row)
+        key = (new.label, new.seed, row["score"], *row["stages"])
+        run = rows.setdefault(key, new)
+        run.contexts.add(_flat(entry["config"]))
+        if not run.probes:  # one run may have left them out
+          rows[key] = run._replace(probes=new.probes)
   return list(rows.values())
 
 
-def _row(workdir, entry, row):
+def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run:
+  """The Run of a row of an arm's file."""
   stages = [workdir / name for name in row["stages"]]
   manifests = [files.read_json(f / "manifest.json") for f in (*stages, workdir / row["score"])]
-  inputs = [m["inputs"] for m in manifests]
+  *inputs, scored = [m["inputs"] for m in manifests]
   names = set(row["stages"])
+  # Two seeds of one recipe differ in the names of their parents, which are hashes of the seed too.
   recipe = [[{k: v for k, v in i.items() if k not in ("seed", "parents")},
              {role: parent for role, parent in i.get("parents", {}).items() if parent not in names}]
-            for i in inputs[:-1]]
-  base = inputs[-1]["weights"] if not stages else None  # an untrained model's own
+            for i in inputs]
+  base = None if stages else scored["weights"]  # an untrained model's own
   probes = [{"stage": probe["stage"],
              **{when: probe[when] and files.read_json(workdir / probe[when] / "result.json")
                 for when in ("before", "after")}}
             for probe in entry["probes"] if probe["stage"] in names]
-  return {
-      "arm": entry["arm"], "label": row["label"], "seed": entry["seed"], "stages": stages,
-      "result": files.read_json(workdir / row["score"] / "result.json"),
-      "settings": {k: v for k, v in inputs[-1].items() if k not in ("weights", "seed")},
-      "shaped": any(made["row"][2] == "teacher" for made in inputs[:-1]),
-      "recipe": manifest.digest([recipe, base]), "contexts": set(), "probes": probes,
-      "spent": spent(stages) | _updates(stages, inputs),
-      "revisions": {m["revision"] for m in manifests}}
+  return Run(
+      arm=entry["arm"], label=row["label"], seed=entry["seed"], stages=stages,
+      result=files.read_json(workdir / row["score"] / "result.json"),
+      settings={k: v for k, v in scored.items() if k not in ("weights", "seed")},
+      shaped=any(i["row"][2] == "teacher" for i in inputs),
+      recipe=manifest.digest([recipe, base]), contexts=set(), probes=probes,
+      spent=spent(stages) | _updates(stages, inputs),
+      revisions={m["revision"] for m in manifests})
 
 
-def _updates(stages, inputs):
+def _updates(stages: Sequence[epath.Path], inputs: Sequence[dict[str, Any]]) -> dict[str, int]:
   """Optimizer updates of the student: under a teacher ("dense"), and under reward ("rewarded")."""
   found = {"dense": 0, "rewarded": 0}
-  for folder, made in zip(stages, inputs[:-1], strict=True):
-    if made["row"][2] == "student":
-      kind = "rewarded" if "advantages" in made["config"] else "dense"
+  for folder, stage_inputs in zip(stages, inputs, strict=True):
+    if stage_inputs["row"][2] == "student":
+      kind = "rewarded" if "advantages" in stage_inputs["config"] else "dense"
       found[kind] += files.read_json(folder / "ledger.json")["updates"]
   return found
 
 
-def _flat(config, prefix=""):
+def _flat(config: Mapping[str, Any], prefix: str = "") -> frozenset[tuple[str, str]]:
   """A nested config as a frozenset of (dotted key, text of its value)."""
   items = set()
   for key, value in config.items():
-    items |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {
-        (f"{prefix}{key}", str(value))}
+    if isinstance(value, dict):
+      items |= _flat(value, f"{prefix}{key}.")
+    else:
+      items.add((f"{prefix}{key}", str(value)))
   return frozenset(items)
 
 
-def groups(rows):
-  """The rows of one table as Groups, in order: runs that differ in their seed alone are one.
+def groups(rows: Iterable[Run]) -> list[Group]:
+  """The runs of one table as Groups, in order: runs that differ in their seed alone are one.
 
-  Of two runs of one group and seed (scored in two work folders, say), the later is kept.
+  Of two runs of one group and seed (scored in two work folders, say), the later is taken.
   """
-  kept = {}
-  for row in rows:
-    kept.setdefault((row["label"], row["recipe"]), {})[row["seed"]] = row
-  firsts, made = {}, []
-  for (label, _), runs in kept.items():
-    context = min((c for run in runs.values() for c in run["contexts"]), key=sorted)
+  by_recipe: dict[tuple[str, str], dict[int, Run]] = {}
+  for run in rows:
+    by_recipe.setdefault((run.label, run.recipe), {})[run.seed] = run
+  firsts: dict[str, frozenset] = {}
+  found = []
+  for (label, _), runs in by_recipe.items():
+    # A shared stage has several contexts: the least one, so that the name is always the same.
+    context = min((c for run in runs.values() for c in run.contexts), key=sorted)
     first = firsts.setdefault(label, context)
-    apart = sorted(context - first)
-    name = label + (f" ({', '.join(f'{k}={v}' for k, v in apart)})" if apart else "")
-    made.append(Group(label, name, runs))
-  return made
+    apart = ", ".join(f"{key}={value}" for key, value in sorted(context - first))
+    found.append(Group(label, f"{label} ({apart})" if apart else label, runs))
+  return found
 
 
-def spent(stages):
+def spent(stages: Iterable[epath.Path]) -> dict[str, float]:
   """The ledgers of several stages added up, as if nothing outside them had been shared.
 
   A label that two of them used is one distinct label. Samples that a stage found there already,
@@ -183,14 +203,14 @@ def spent(stages):
   return {**sums, "labels_distinct": len({i for entry in ledgers for i in entry["labels"]})}
 
 
-def tables(rows):
-  """(settings, their rows) of each way of scoring: unlike settings never share a table."""
-  return [(settings, [row for row in rows if row["settings"] == settings])
-          for settings in distinct(row["settings"] for row in rows)]
+def tables(rows: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
+  """(settings, their runs) of each way of scoring: unlike settings never share a table."""
+  return [(settings, [run for run in rows if run.settings == settings])
+          for settings in distinct(run.settings for run in rows)]
 
 
-def distinct(values):
-  """The different ones, in the order they came."""
+def distinct(values: Iterable[Any]) -> list[Any]:
+  """The values without repetitions, in order."""
   found = []
   for value in values:
     if value not in found:
@@ -199,19 +219,20 @@ def distinct(values):
 
 
 class Contrast(NamedTuple):
-  """avg@k of one Group less another's, on the same problems and seeds."""
+  """avg@k of one Group minus another's, on the same problems and seeds."""
   gap: stats.Interval
   resolvable: float  # `stats.resolvable`
   signs: str         # of each seed
-  seeds: tuple
+  seeds: tuple[int, ...]
 
 
-def compare(a, b):
-  """The Contrast of two Groups on the seeds they share, or None where they share none."""
+def compare(a: Group, b: Group) -> Contrast | None:
+  """The Contrast of two Groups on the seeds they share, or None where they share no seed."""
   seeds = sorted(a.runs.keys() & b.runs.keys())
   if not seeds:
     return None
-  pairs = [[np.array(group.runs[seed]["result"]["correct"]) for group in (a, b)] for seed in seeds]
+  pairs = [[group.runs[seed].samples()["sampled"].correct_PG for group in (a, b)]
+           for seed in seeds]
   gap_SP = np.stack([stats.gaps(*pair, stats.avg_at_k) for pair in pairs])
   if len(seeds) == 1:
     gap = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
@@ -221,26 +242,50 @@ def compare(a, b):
   return Contrast(gap, stats.resolvable(gap_SP, a.level), signs, tuple(seeds))
 
 
-def curves(made, keys):
-  """{label: [(x, Group)]} of arms that were run with several values of `keys` and all else equal.
+def curves(rows: Iterable[Group], keys: Sequence[str]) -> dict[str, list[tuple[float, Group]]]:
+  """{label: [(x, Group)]} of arms that were run with several values of `keys`, all else equal.
 
   x is the value of one key, or the first one's share of the sum of two. The points of a curve have
   the same seeds: those that all of them were run with, where there are any.
   """
   found = {}
-  for group in made:
+  for group in rows:
     for context in group.contexts():
       values = dict(context)
       if all(key in values for key in keys):
-        number = [float(values[key]) for key in keys]
-        x = number[0] if len(keys) == 1 else number[0] / max(sum(number), 1)
-        same = sum(number) if len(keys) > 1 else None
-        rest = frozenset(item for item in context if item[0] not in keys)
-        found.setdefault((group.label, rest, same), {})[x] = group
+        numbers = [float(values[key]) for key in keys]
+        x = numbers[0]
+        total = None
+        # Two keys divide a sum, and a curve is of one sum.
+        if len(keys) > 1:
+          total = sum(numbers)
+          x = numbers[0] / max(total, 1)
+        others = frozenset(item for item in context if item[0] not in keys)
+        found.setdefault((group.label, others, total), {})[x] = group
   return {label: sorted(_alike(points).items()) for (label, *_), points in found.items()
           if len({id(group) for group in points.values()}) > 1}
 
 
-def _alike(points):
+def _alike(points: Mapping[float, Group]) -> dict[float, Group]:
+  """The points of a curve, each of the seeds that all of them have, where there are any."""
   shared = set.intersection(*(set(group.runs) for group in points.values()))
   return {x: group.of(shared) if shared else group for x, group in points.items()}
+
+
+def warnings(mixed_groups: float | None = None, teacher_trained: bool = True,
+             teacher_gain: tuple[float, str] | None = None) -> Iterator[str]:
+  """Yields a sentence for each precondition of the method that does not hold.
+
+  Args:
+    mixed_groups: the share of a rewarded stage's groups with both right and wrong answers.
+    teacher_trained: whether a reward or solutions have changed the teacher of a stage.
+    teacher_gain: the trained teacher's pass rate minus the untrained one's, and its text.
+  """
+  if mixed_groups is not None and mixed_groups < FEW_MIXED_GROUPS:
+    yield (f"began with {100 * mixed_groups:.0f} % mixed groups: most are constant and teach "
+           "nothing")
+  if not teacher_trained:
+    yield ("its teacher is the untouched one, which no reward or solution has shaped: condition C1 "
+           "does not hold")
+  if teacher_gain is not None and teacher_gain[0] <= 0:
+    yield f"the teacher did not improve ({teacher_gain[1]} points)"

@@ -52,6 +52,7 @@ class Task(NamedTuple):
   source: Callable[[str], Sequence[dict]]  # split -> {"id", "problem", "answer"[, "solution"]}
   messages: Callable[[dict], list[dict]]   # problem -> chat messages
   reward: Callable[[dict, str], float]     # (problem, text); an evaluation counts 1 or more right
+  answer: Callable[[str], str | None] | None = None  # text -> one spelling of its answer, for maj@k
 
 
 class Node(NamedTuple):
@@ -82,6 +83,13 @@ class Plan(NamedTuple):
   def reward(self, prompt_id: int, ids: Sequence[int]) -> float:
     """The task's reward of a response, from a problem's id and the response's tokens."""
     return float(self.task.reward(self.problems[prompt_id], self.chat.decode(ids)))
+
+  @property
+  def answer(self) -> Callable[[Sequence[int]], str | None] | None:
+    """The task's answer of a response, from its tokens; None where the task has none."""
+    if self.task.answer is None:
+      return None
+    return lambda ids: self.task.answer(self.chat.decode(ids))
 
   def task_identity(self) -> list:
     """The task's name and its functions for a hash."""

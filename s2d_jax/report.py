@@ -9,12 +9,14 @@ chosen) becomes the report's last section.
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from s2d_jax import command, figures, files, ladder, metrics
+from s2d_jax import command, figures, files, ladder, metrics, stats
+from s2d_jax.ladder import Contrast, Group, Run
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
 # they hold: its RL'd 8B and 14B teachers on three benchmarks (arXiv 2605.12483v1, tables 2-6).
@@ -33,83 +35,93 @@ CONTROLS = (("bridge", "fkl_only"), ("bridge", "weighted_fkl"), ("fkl_only", "sf
             ("half_bridge_grpo_2h", "cold_grpo_2h"), ("half_bridge_replay_1h", "half_bridge"))
 
 
-def markdown(rows, choice="", command=""):
+def markdown(rows: Sequence[Run], choice: str = "", command: str = "") -> str:
   """The whole report as Markdown: a section for each way of scoring, never two in one table."""
   lines = ["# Sparse to dense: what each arm scores and spends", ""]
-  lines += [f"Written by `{command.replace('`', '')}`.", ""] if command else []
-  for at, (settings, part) in enumerate(ladder.tables(rows)):
-    how, made = settings["evaluation"], ladder.groups(part)
-    lines += [f"Split {escaped(how['split'])}, {len(part[0]['result']['correct'])} problems "
-              f"({settings['problems'][:8]}), {how['sampling']['samples_per_prompt']} samples each "
-              # A key at its neutral value is not among the settings that name a score.
-              f"at temperature {how['sampling'].get('temperature', 1.0)} in {settings['dtype']}; "
-              f"percent, with {100 * how['level']:.0f} % intervals: of one training seed over "
-              "problems and samples (nested bootstrap), of several over seeds too (Student's t on "
-              "their part). "
-              "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
-              "device-seconds only where they were used.", "",
-              *table(made), "", *differences(made), ""]
-    for section in (sweeps(made), conditions(made), starts(made), warnings(made)):
-      lines += [*section, ""] * bool(section)
-    lines += [revisions(part), "", f"![scores and curves]({picture(at)})", ""]
+  if command:
+    lines += [f"Written by `{command.replace('`', '')}`.", ""]
+  shown: list[list[str]] = []
+  for index, (settings, part) in enumerate(ladder.tables(rows)):
+    groups = ladder.groups(part)
+    lines += [scored_as(settings, part), "", *table(groups), "", *differences(groups), ""]
+    # Another benchmark of the same runs has the same conditions: they are shown once.
+    for section in (sweeps(groups), conditions(groups), starts(groups), warnings(groups)):
+      if section and section not in shown:
+        shown.append(section)
+        lines += [*section, ""]
+    lines += [revisions(part), "", f"![scores and curves]({picture(index)})", ""]
   if choice:
     lines += ["## How the hyperparameters were chosen", "", choice.strip(), ""]
   return "\n".join(lines)
 
 
-def picture(at):
+def scored_as(settings: dict[str, Any], rows: Sequence[Run]) -> str:
+  """The paragraph above a table: the benchmark, and the meaning of intervals and spending."""
+  evaluation = settings["evaluation"]
+  sampling = evaluation["sampling"]
+  problems = len(rows[0].samples()["sampled"].correct_PG)
+  return (f"Split {escaped(evaluation['split'])}, {problems} problems "
+          f"({settings['problems'][:8]}), {sampling['samples_per_prompt']} samples each "
+          # A key at its neutral value is not among the settings that name a score.
+          f"at temperature {sampling.get('temperature', 1.0)} in {settings['dtype']}; "
+          f"percent, with {100 * evaluation['level']:.0f} % intervals: of one training seed over "
+          "problems and samples (nested bootstrap), of several over seeds too (Student's t on "
+          "their part). "
+          "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
+          "device-seconds only where they were used.")
+
+
+def picture(index: int) -> str:
   """The file of a section's figure: report.png, report-2.png, ..."""
-  return f"report-{at + 1}.png" if at else "report.png"
+  return f"report-{index + 1}.png" if index else "report.png"
 
 
-def escaped(text):
+def escaped(text: Any) -> str:
   """Text from a config or a table of arms, so that Markdown shows it and does nothing with it."""
   return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
 
 
-def revisions(rows):
-  """Which code made the rows of one table, and whether it was one; "+" is a changed checkout."""
-  seen = sorted(set().union(*(row["revisions"] for row in rows)))
-  names = ", ".join(r[:12] + "+" * r.endswith("+") for r in seen)
-  return f"Code: {names}." + " **This table mixes revisions.**" * (len(seen) > 1)
+def revisions(rows: Iterable[Run]) -> str:
+  """The revisions of the code behind a table, "+" for a changed checkout; several are warned of."""
+  found = sorted(set().union(*(run.revisions for run in rows)))
+  names = ", ".join(revision[:12] + "+" * revision.endswith("+") for revision in found)
+  if len(found) > 1:
+    return f"Code: {names}. **This table mixes revisions.**"
+  return f"Code: {names}."
 
 
-def table(made):
+def table(groups: Sequence[Group]) -> list[str]:
   """The table of scores and spending, as lines."""
-  some = next(iter(made[0].runs.values()))
-  names = sorted(some["result"]["scores"], key=_order)
-  head = ["arm", "seeds", *names, "response tokens", "labels: distinct", "uses", "tokens sampled",
-          "trained", "by the guide", "TFLOPs", "device-s", "lost"]
+  names = stats.ordered({name for group in groups for run in group.runs.values()
+                         for name in run.result["scores"]})
+  head = ["arm", "seeds", *(stats.statistic(name)[0].label or name for name in names),
+          "labels: distinct", "uses", "tokens sampled", "trained", "by the guide", "TFLOPs",
+          "device-s", "lost"]
   lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-  for group in made:
-    length = np.mean([run["result"]["response_length"] for run in group.runs.values()])
+  for group in groups:
     counts = [f"{group.mean(name):,.0f}" for name in (
         "labels_distinct", "label_uses", "tokens_sampled", "tokens_trained", "tokens_guide")]
-    cells = [escaped(group.name), group.seeds, *(interval(group.score(n)) for n in names),
-             f"{length:.1f}", *counts, f"{group.mean('flops') / 1e12:.1f}",
+    scores = [interval(group.score(name), stats.statistic(name)[0].unit) for name in names]
+    cells = [escaped(group.name), group.seeds, *scores, *counts,
+             f"{group.mean('flops') / 1e12:.1f}",
              f"{group.mean('device_seconds_used'):.0f}", f"{group.mean('device_seconds_lost'):.0f}"]
     lines.append("| " + " | ".join(cells) + " |")
   return lines
 
 
-def _order(name):
-  """greedy, then avg@k, then pass@k by k."""
-  kind, _, k = name.partition("@")
-  return ("greedy", "avg", "pass").index(kind), int(k or 0)
-
-
-def interval(triple):
-  """[0.5, 0.45, 0.55] as "50.0 [45.0, 55.0]", in percent."""
-  value, low, high = (100 * x for x in triple)
+def interval(triple: Iterable[float], unit: str = "rate") -> str:
+  """[0.5, 0.45, 0.55] as "50.0 [45.0, 55.0]": a rate in percent, tokens as they are."""
+  scale = 100 if unit == "rate" else 1
+  value, low, high = (scale * x for x in triple)
   return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def differences(made):
+def differences(groups: Sequence[Group]) -> list[str]:
   """Paired differences of avg@k on the same problems and seeds, with verdicts, as lines."""
   lines = []
   for above, below in (*PUBLISHED, *CONTROLS):
-    for a in (g for g in made if g.label == above):
-      for b in (g for g in made if g.label == below):
+    for a in (g for g in groups if g.label == above):
+      for b in (g for g in groups if g.label == below):
         found = ladder.compare(a, b) if a.contexts() & b.contexts() else None
         if found is not None:
           pair = [group.of(found.seeds) for group in (a, b)]
@@ -133,30 +145,36 @@ def differences(made):
           "order |", "|---|---|---|---|---|---|---|", *lines]
 
 
-def verdict(contrast, published):
+def verdict(contrast: Contrast, published: int | None) -> str:
   """A Contrast against the paper's order, which holds in `published` of six, or None."""
-  low, high = contrast.gap.low, contrast.gap.high
-  place = "above" if low > 0 else "below" if high < 0 else "not resolved"
+  if contrast.gap.low > 0:
+    place = "above"
+  elif contrast.gap.high < 0:
+    place = "below"
+  else:
+    place = "not resolved"
+  of_six = "" if published is None else f" ({published}/6)"
   if len(contrast.seeds) == 1:
-    return f"{place} in this seed" + f" ({published}/6)" * (published is not None)
+    return f"{place} in this seed{of_six}"
   if published is None:
     return f"none published: {place}"
-  return f"{'agrees' if low > 0 else 'disagrees' if high < 0 else place} ({published}/6)"
+  # The paper has the first arm above.
+  return {"above": "agrees", "below": "disagrees"}.get(place, place) + of_six
 
 
-def sweeps(made):
+def sweeps(groups: Sequence[Group]) -> list[str]:
   """The curves of `SWEPT`, as tables."""
   lines = []
   titles = {"labels": ("What labels buy", "share of the labels"),
             "division": ("How a bridge's updates are divided", "share in the warmup")}
   for kind, keys in ladder.SWEPT.items():
-    found = ladder.curves(made, keys)
+    found = ladder.curves(groups, keys)
     if found:
       title, axis = titles[kind]
       lines += [f"### {title}", "", f"| arm | {axis} | labels: distinct | avg@k | seeds |",
                 "|---|---|---|---|---|"]
       lines += [f"| {escaped(label)} | {100 * x:.0f} % | {group.mean('labels_distinct'):,.0f} | "
-                f"{interval(group.score(group.avg))} | {group.seeds} |"
+                f"{interval(group.score(group.headline))} | {group.seeds} |"
                 for label, points in found.items() for x, group in points]
       lines.append("")
   return lines
@@ -173,21 +191,22 @@ PROBED = (("KL(T‖S)", "forward_kl", "{:.3f}"), ("KL(S‖T)", "reverse_kl", "{:
           ("tokens", "response_length", "{:.1f}"), ("solved", "pass_rate", "{:.3f}"))
 
 
-def conditions(made):
+def conditions(groups: Sequence[Group]) -> list[str]:
   """Condition C2 before and after each stage that distils, means over seeds, as lines."""
-  lines, seen = [], set()
-  for group in made:
-    for place, probe in enumerate(group.distilling()):
+  lines = []
+  shown = set()
+  for group in groups:
+    for index, probe in enumerate(group.distilling()):
       # Before a second distilling stage is after the first.
-      for when in ("before", "after") if place == 0 else ("after",):
+      for when in ("before", "after") if index == 0 else ("after",):
         for text in ("teacher", "student"):
           found = [p[when][text] for p in probe]
           values = [fmt.format(np.mean([f[key] for f in found])) for _, key, fmt in PROBED]
-          row = probe[0]["stage"].rpartition("-")[0]
-          key = (row, place, when, text, *values)
-          if key not in seen:  # arms that share the stage show it once
-            seen.add(key)
-            lines.append(f"| {escaped(group.name)} | {row} | {when} | {text}'s | "
+          stage = _stage_name(probe)
+          key = (stage, index, when, text, *values)
+          if key not in shown:  # arms that share the stage show it once
+            shown.add(key)
+            lines.append(f"| {escaped(group.name)} | {stage} | {when} | {text}'s | "
                          + " | ".join(values) + " |")
   if not lines:
     return []
@@ -204,20 +223,21 @@ def conditions(made):
           "|---" * (len(PROBED) + 4) + "|", *lines]
 
 
-def starts(made):
+def starts(groups: Sequence[Group]) -> list[str]:
   """What each GRPO stage begins with: pass rate and mixed groups, means over seeds, as lines."""
-  lines, seen = [], set()
-  for group in made:
+  lines = []
+  shown = set()
+  for group in groups:
     for probe in group.probes():
-      row = probe[0]["stage"].rpartition("-")[0]
       found = [p["before"]["student"] for p in probe]
-      if probe[0]["after"] is None and probe[0]["stage"] not in seen:
-        seen.add(probe[0]["stage"])
+      # Only a stage under reward has no probe after it.
+      if probe[0]["after"] is None and probe[0]["stage"] not in shown:
+        shown.add(probe[0]["stage"])
         solved, mixed, entropy, tokens = (np.mean([f[key] for f in found]) for key in (
             "pass_rate", "mixed_groups", "entropy", "response_length"))
         often = np.mean([np.greater(f["mixed_prompts"], 0.5) for f in found])
-        lines.append(f"| {escaped(group.name)} | {row} | {solved:.3f} | {mixed:.3f} | "
-                     f"{often:.2f} | {entropy:.3f} | {tokens:.1f} |")
+        lines.append(f"| {escaped(group.name)} | {_stage_name(probe)} | {solved:.3f} | "
+                     f"{mixed:.3f} | {often:.2f} | {entropy:.3f} | {tokens:.1f} |")
   if not lines:
     return []
   return ["### What GRPO begins with", "",
@@ -228,45 +248,53 @@ def starts(made):
           "|---|---|---|---|---|---|---|", *lines]
 
 
-def warnings(made):
-  """Where what the method asks for was not there, as lines."""
+def warnings(groups: Sequence[Group]) -> list[str]:
+  """The preconditions of the method that do not hold, as lines."""
   lines = []
-  raw = next((g for g in made if g.label == "untrained teacher"), None)
-  for group in made:
-    if raw is not None and group.label.startswith("teacher after"):
-      found = ladder.compare(group, raw)
-      if found is not None and found.gap.estimate <= 0:
-        lines.append(f"- {escaped(group.name)}: the teacher did not improve "
-                     f"({interval(found.gap)} points).")
-    if group.distilling() and not any(run["shaped"] for run in group.runs.values()):
-      lines.append(f"- {escaped(group.name)}: its teacher is the untouched one, which no reward or "
-                   "solution has shaped: condition C1 does not hold.")
+  untrained = next((g for g in groups if g.label == "untrained teacher"), None)
+  for group in groups:
+    name = escaped(group.name)
+    gain = None
+    if untrained is not None and group.label.startswith("teacher after"):
+      found = ladder.compare(group, untrained)
+      gain = found and (found.gap.estimate, interval(found.gap))
+    shaped = not group.distilling() or any(run.shaped for run in group.runs.values())
+    lines += [f"- {name}: {sentence}."
+              for sentence in ladder.warnings(teacher_trained=shaped, teacher_gain=gain)]
     for probe in group.probes():
-      row = probe[0]["stage"].rpartition("-")[0]
-      mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])
-      if probe[0]["after"] is None and mixed < 0.5:
-        lines.append(f"- {escaped(group.name)}: {row} began with {100 * mixed:.0f} % mixed groups: "
-                     "most are constant and teach nothing.")
+      if probe[0]["after"] is None:
+        mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])
+        lines += [f"- {name}: {_stage_name(probe)} {sentence}."
+                  for sentence in ladder.warnings(mixed_groups=mixed)]
     for run in group.runs.values():
-      for folder in run["stages"]:
-        share = [entry["weighted"] for entry in metrics.read(folder, "metrics")
-                 if "weighted" in entry]
-        if share and np.mean(share) < 0.5:
-          lines.append(f"- {escaped(group.name)}, seed {run['seed']}: "
-                       f"{folder.name.rpartition('-')[0]} gave {100 * np.mean(share):.0f} % of its "
-                       "sequences any weight, so it learned from fewer than the arms it is "
-                       "compared with.")
+      lines += _few_weighted(name, run)
   return ["### Warnings", "", *dict.fromkeys(lines)] if lines else []
 
 
-def write(workdirs):
+def _few_weighted(name: str, run: Run) -> Iterator[str]:
+  """Yields a line for each stage of a run whose prompt weights left most sequences out."""
+  for folder in run.stages:
+    share = [entry["weighted"] for entry in metrics.read(folder, "metrics") if "weighted" in entry]
+    if share and np.mean(share) < ladder.FEW_WEIGHTED:
+      yield (f"- {name}, seed {run.seed}: {folder.name.rpartition('-')[0]} gave "
+             f"{100 * np.mean(share):.0f} % of its sequences any weight, so it learned from fewer "
+             "than the arms it is compared with.")
+
+
+def _stage_name(probe: Sequence[dict[str, Any]]) -> str:
+  """The stage of a probe, by the name of its folder without the hash."""
+  return probe[0]["stage"].rpartition("-")[0]
+
+
+def write(workdirs: Sequence[epath.PathLike]) -> str:
   """Writes report.md and its figures into the first folder; returns the Markdown."""
-  rows, folder = ladder.read(workdirs), epath.Path(workdirs[0])
+  rows = ladder.read(workdirs)
+  folder = epath.Path(workdirs[0])
   choice = folder / "choice.md"
   text = markdown(rows, choice.read_text() if choice.exists() else "",
                   " ".join(["s2d-jax report", *map(str, workdirs)]))
-  for at, (_, part) in enumerate(ladder.tables(rows)):
-    with (folder / picture(at)).open("wb") as out:
+  for index, (_, part) in enumerate(ladder.tables(rows)):
+    with (folder / picture(index)).open("wb") as out:
       figures.figure(part, out)
   files.write(folder / "report.md", text)
   return text

@@ -1,4 +1,4 @@
-"""One node of the walk on disk: a stage's folder from its roles to its manifest, or a score's.
+"""One node of the walk on disk: a stage's folder from its roles to its manifest.
 
 It turns a node of `planning.Plan` into what `loop.run` takes, and leaves the folder finished:
 final weights, a Hugging Face folder, the ledger, and last the manifest.
@@ -6,7 +6,6 @@ final weights, a Hugging Face folder, the ledger, and last the manifest.
 
 import dataclasses
 import functools
-import operator
 import os
 import pathlib
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -39,7 +37,6 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
-from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, Model, hf
 from s2d_jax.planning import Node, Plan
 from s2d_jax.rollouts import (
@@ -83,8 +80,9 @@ def _validation(plan: Plan, samplers: Samplers,
   """The running score of a stage that asks for it, as a function of the learner's weights."""
   config = plan.config.validation
   prompts = plan.prompts[config.split][: config.problems]
-  return evals.validation(samplers.compile(role, config.sampling, config.problems), prompts,
-                          plan.reward, (plan.config.seed, zlib.crc32(b"validation")))
+  compiled = samplers.compile(role, config.sampling, config.problems)
+  return evals.validation({"sampled": compiled}, prompts, plan.reward,
+                          (plan.config.seed, zlib.crc32(b"validation")))
 
 
 def _export(folder: epath.Path, *saved: Any) -> None:
@@ -119,7 +117,7 @@ def _learner(plan: Plan, node: Node, workdir: epath.Path,
 
   The leaves that stand still are float32 too: merged, they are what the stage leaves behind.
   """
-  learner = _load(plan, node.learner, workdir, mesh, models.shapes)
+  learner = load(plan, node.learner, workdir, mesh, models.shapes)
   lora = models.lora(node.hp.lora)
   if lora is None:
     return learner, None
@@ -132,10 +130,10 @@ def _learner(plan: Plan, node: Node, workdir: epath.Path,
 def _models(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> StageModels:
   """The models of a stage, loaded. A role that two names share is loaded once."""
   learner, non_trainable = _learner(plan, node, workdir, mesh)
-  frozen = {role: _load(plan, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
+  frozen = {role: load(plan, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
   start = None
   if node.stage.prompt_weights is not None:  # the learner's own weights move: a copy stays
-    start = _load(plan, node.learner, workdir, mesh)
+    start = load(plan, node.learner, workdir, mesh)
   found = StageModels(learner, non_trainable, actor=frozen.get(node.actor),
                       on_policy=node.stage.actor == node.stage.learner,
                       guide=frozen.get(node.guide), pass_rate_model=start)
@@ -207,12 +205,7 @@ def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
       plan.reward, node.stage.prompt_weights)
 
 
-def _room(config):
-  """The sampler.Room of what scores: a narrower cache is for stages, which check it first."""
-  return compiling.room(config.sampler).exact()
-
-
-def _load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
+def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
           shapes_of: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A role's model and weights, in a copy of its own: the learner's buffers are donated.
 
@@ -244,107 +237,3 @@ def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
       "tokenizer": plan.chat.fingerprint(), "dtype": plan.config.dtype,
       "cache": plan.config.sampler.cache, "drawn by": "one uniform number a token"})
   return rollouts.Store(workdir / name, files.write)
-
-
-def evaluate(made, role, workdir):
-  """Scores a role's weights on the evaluation split, once; returns the folder's name."""
-  config, mesh = made.config.evaluation, sharding.current_mesh()
-  prompts = made.prompts[config.split]
-  inputs = {"weights": made.identity(role),
-            "evaluation": keys.hashed(config, evals.EVALUATION_KEYS),
-            "dtype": made.config.dtype, "cache": made.config.sampler.cache,
-            "seed": made.config.seed,
-            "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
-            "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
-                                         for p in prompts])}
-  folder = workdir / manifest.name("eval", inputs)
-  if manifest.read(folder) is None:
-    learner = _load(made, role, workdir, mesh)
-    result, samples = _scores(made, learner, prompts)
-    if hosts.leader():
-      files.write_json(folder / "result.json", result)
-      files.write_json(folder / "samples.json", samples)
-      files.write_json(folder / "manifest.json",
-                            {"inputs": inputs, **manifest.provenance(mesh)})
-    hosts.barrier(folder.name)
-  return folder.name
-
-
-def probe(made, role, guide, workdir):
-  """Measures a role's weights before or after a stage, once; returns the folder's name, or None.
-
-  On config.probe.problems of a split whose answers no arm buys: how often the model is right, how
-  many groups are mixed, how long it writes; and with a `guide` (a role), how near the two are on
-  the text of each (`losses.agreement`). Probes are diagnostics: no ledger charges them.
-  """
-  config, mesh = made.config.probe, sharding.current_mesh()
-  if config.problems == 0:
-    return None
-  prompts = made.prompts[config.split][: config.problems]
-  inputs = {"weights": made.identity(role), "guide": guide and made.identity(guide),
-            "probe": keys.hashed(config, evals.PROBE_KEYS), "dtype": made.config.dtype,
-            "cache": made.config.sampler.cache, "seed": made.config.seed,
-            "tokenizer": made.chat.fingerprint(), "task": made.task_identity(),
-            "problems": manifest.digest([(p.id, p.tokens, made.problems[p.id]["answer"])
-                                         for p in prompts])}
-  folder = workdir / manifest.name("probe", inputs)
-  if manifest.read(folder) is None:
-    result = _measured(made, role, guide, prompts, workdir, mesh)
-    if hosts.leader():
-      files.write_json(folder / "result.json", metrics.plain(result))
-      files.write_json(folder / "manifest.json",
-                            {"inputs": inputs, **manifest.provenance(mesh)})
-    hosts.barrier(folder.name)
-  return folder.name
-
-
-def _measured(made, role, guide, prompts, workdir, mesh):
-  """{"student": {...}, and with a guide "teacher": {...}}: each one's text, and both upon it."""
-  config = made.config.probe
-  models_ = {"student": _load(made, role, workdir, mesh)}
-  if guide is not None:
-    models_["teacher"] = _load(made, guide, workdir, mesh)
-    compared = training.compare(models_["student"].model, models_["teacher"].model,
-                              agreement, config)
-  found = {}
-  for name, (model, params) in models_.items():
-    draw = sampler.make(model, params, compiling.sampling(config.sampling, made.chat.eos_ids),
-                        config.prompts, made.config.prompt_tokens, _room(made.config),
-                        made.chat.decode)
-    correct_PG, rows = evals.solve(draw, params, prompts, made.reward,
-                                   (made.config.seed, zlib.crc32(b"probe")))
-    found[name] = dict(evals.text(correct_PG, rows, config.group))
-    if guide is not None:
-      size, parts = config.prompts * config.sampling.samples_per_prompt, []
-      batch = rollouts.batch(rows)
-      for b in range(0, len(rows.prompt_id_B), size):
-        part = jax.tree.map(operator.itemgetter(slice(b, b + size)), batch)
-        parts.append(sharding.fetch(compared(models_["student"].params, models_["teacher"].params,
-                                             sharding.put_batch(part, mesh))))
-      values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-      found[name] |= dict(evals.agreement(values, batch.weight_BT))
-  return found
-
-
-def _scores(made, learner, prompts):
-  """(result, samples) of one model: greedy, avg@k and pass@k, with the matrix behind them."""
-  config, seed = made.config.evaluation, (made.config.seed, zlib.crc32(b"evaluation"))
-  sampled = compiling.sampling(config.sampling, made.chat.eos_ids)
-  greedy = sampled._replace(samples_per_prompt=1, temperature=0.0)
-  matrices, found = {}, {}
-  for name, how in (("sampled", sampled), ("greedy", greedy)):
-    draw = sampler.make(learner.model, learner.params, how, config.prompts,
-                        made.config.prompt_tokens, _room(made.config), made.chat.decode)
-    matrices[name], rows = evals.solve(draw, learner.params, prompts, made.reward, seed)
-    if name == "sampled":
-      found["response_length"] = float(rows.response_length_B.mean())
-      samples = [{"prompt_id": int(rows.prompt_id_B[b]), "text": made.chat.decode(rows.response(b)),
-                  "reward": float(matrices[name].reshape(-1)[b])}
-                 for b in range(0, len(rows.prompt_id_B), sampled.samples_per_prompt)]
-  bootstrap = (made.config.seed, config.draws, config.level)
-  greedy_scores = dict(evals.scores(matrices["greedy"], (), *bootstrap))
-  found["scores"] = {"greedy": greedy_scores["avg@1"],
-                     **dict(evals.scores(matrices["sampled"], config.ks, *bootstrap))}
-  found["correct"] = matrices["sampled"].astype(int).tolist()
-  found["greedy"] = matrices["greedy"].astype(int)[:, 0].tolist()
-  return found, samples[: config.log_samples]

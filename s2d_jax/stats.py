@@ -8,7 +8,7 @@ The interval of one training seed is a bootstrap over problems with their sample
 (`nested_bootstrap`). The interval of several seeds adds the spread between seeds (`over_seeds`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import special
 
 CHUNK = 1 << 24  # resampled values held at once: 128 MB
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # correct_PG -> value_P
+PerProblem = Callable[[np.ndarray], np.ndarray]  # correct_PG -> value_P
 
 
 class Interval(NamedTuple):
@@ -59,7 +59,7 @@ def avg_at_k(correct_PG: np.ndarray) -> np.ndarray:
   return np.mean(correct_PG, axis=-1)
 
 
-def mean_pass_at_k(k: int) -> Statistic:
+def mean_pass_at_k(k: int) -> PerProblem:
   """Returns the statistic pass@k, `pass_at_k` of each problem."""
   def statistic(correct_PG: np.ndarray) -> np.ndarray:
     correct_PG = np.asarray(correct_PG)
@@ -67,7 +67,7 @@ def mean_pass_at_k(k: int) -> Statistic:
   return statistic
 
 
-def nested_bootstrap(correct_PG: np.ndarray, statistic: Statistic, seed: int, draws: int,
+def nested_bootstrap(correct_PG: np.ndarray, statistic: PerProblem, seed: int, draws: int,
                      level: float = 0.95) -> Interval:
   """Interval of a score over the choice of problems and of samples, by a bootstrap.
 
@@ -88,7 +88,7 @@ def nested_bootstrap(correct_PG: np.ndarray, statistic: Statistic, seed: int, dr
   return _bootstrap(statistic(_matrix(correct_PG)), seed, draws, level, (0.0, 1.0))
 
 
-def paired_difference(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: Statistic,
+def paired_difference(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: PerProblem,
                       seed: int, draws: int, level: float = 0.95) -> Interval:
   """Interval of statistic(a) − statistic(b) on the same problems: `nested_bootstrap` of the gaps.
 
@@ -101,7 +101,7 @@ def paired_difference(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statis
   return _bootstrap(gaps(correct_a_PG, correct_b_PG, statistic), seed, draws, level, (-1.0, 1.0))
 
 
-def gaps(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: Statistic) -> np.ndarray:
+def gaps(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: PerProblem) -> np.ndarray:
   """statistic(a) − statistic(b) of each problem, [P].
 
   Raises:
@@ -249,3 +249,139 @@ def _bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float,
   tail = (1 - level) / 2
   low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
   return Interval(float(value_P.mean()), float(max(low, bounds[0])), float(min(high, bounds[1])))
+
+
+class Samples(NamedTuple):
+  """G samples of each of P problems, all of one model and one way of sampling."""
+  correct_PG: np.ndarray                   # 1 where the sample is right, else 0
+  length_PG: np.ndarray | None = None      # tokens of the response
+  truncated_PG: np.ndarray | None = None   # 1 where max_tokens ended the response, else 0
+  answer_PG: np.ndarray | None = None      # equal answers of a problem have equal numbers; -1: none
+
+
+class Statistic(NamedTuple):
+  """One way to turn the samples of a problem into one number."""
+  per_problem: Callable[[Samples, int], np.ndarray]   # (samples, k) -> value_P
+  k: str = "none"          # "none", "all": the number of samples, or "each": of the config's ks
+  least_k: int = 1         # smaller ks say nothing new
+  reads: str = "correct_PG"  # the field of Samples; a score without it lacks the statistic
+  of: str = "sampled"      # "sampled" as the config says, or "greedy": one sample at temperature 0
+  unit: str = "rate"       # "rate", from 0 to 1, or "tokens"
+  label: str = ""          # in a report; the name where it is empty
+
+
+def majority(answer_PG: np.ndarray, correct_PG: np.ndarray, k: int) -> np.ndarray:
+  """maj@k of each problem: the chance that the most frequent answer of k samples is right, [P].
+
+  The mean over the G // k disjoint groups of k samples, in order. Of answers with equally many
+  votes each is taken equally often. A sample without an answer has no vote.
+
+  Wang et al. 2022, https://arxiv.org/abs/2203.11171.
+
+  Args:
+    answer_PG: equal answers of a problem have equal numbers; -1 where a sample has none.
+    correct_PG: 1 where the sample is right, else 0.
+  """
+  P, G = answer_PG.shape
+  groups = G // k
+  value_PN = np.zeros((P, groups))
+  for p in range(P):
+    for n in range(groups):
+      part = slice(n * k, (n + 1) * k)
+      answer_K = answer_PG[p, part]
+      votes_K = np.sum(answer_K[:, None] == answer_K, axis=1) * (answer_K >= 0)
+      # Samples of a winning answer are equally many, so their mean is the mean over a tie.
+      if votes_K.max() > 0:
+        value_PN[p, n] = correct_PG[p, part][votes_K == votes_K.max()].mean()
+  return value_PN.mean(axis=1)
+
+
+# Every statistic by its name, in the order of a report's columns. The name of a score is this name,
+# with "@" and k where the statistic has a k.
+STATISTICS = {
+    "greedy": Statistic(lambda samples, k: avg_at_k(samples.correct_PG), of="greedy"),
+    "avg": Statistic(lambda samples, k: avg_at_k(samples.correct_PG), k="all"),
+    "pass": Statistic(lambda samples, k: mean_pass_at_k(k)(samples.correct_PG), k="each"),
+    "maj": Statistic(lambda samples, k: majority(samples.answer_PG, samples.correct_PG, k),
+                     k="each", least_k=2, reads="answer_PG"),
+    "truncated": Statistic(lambda samples, k: np.mean(samples.truncated_PG, axis=1),
+                           reads="truncated_PG"),
+    "response_length": Statistic(lambda samples, k: np.mean(samples.length_PG, axis=1),
+                                 reads="length_PG", unit="tokens", label="response tokens"),
+}
+HEADLINE = "avg"  # the statistic that differences, curves and bars show
+
+
+def statistic(name: str) -> tuple[Statistic, int]:
+  """The Statistic of a score's name, and its k, 0 where it has none: "pass@4" -> (pass, 4).
+
+  Raises:
+    ValueError: the table has no such statistic.
+  """
+  kind, _, k = name.partition("@")
+  if kind not in STATISTICS:
+    raise ValueError(f"there is no statistic {name!r}: choose from {', '.join(STATISTICS)}.")
+  return STATISTICS[kind], int(k or 0)
+
+
+def names(samples: Mapping[str, Samples], ks: Sequence[int]) -> list[str]:
+  """The scores that these samples have, by name, in the table's order.
+
+  Args:
+    samples: by way of sampling, as `Statistic.of`; ks: of the statistics that have several.
+  """
+  found = []
+  for kind, entry in STATISTICS.items():
+    part = samples.get(entry.of)
+    if part is None or getattr(part, entry.reads) is None:
+      continue
+    if entry.k == "none":
+      found.append(kind)
+    else:
+      chosen = ks if entry.k == "each" else (part.correct_PG.shape[1],)
+      found += [f"{kind}@{k}" for k in chosen if k >= entry.least_k]
+  return found
+
+
+def ordered(found: Iterable[str]) -> list[str]:
+  """The names of scores in the table's order, then by k."""
+  table = list(STATISTICS.values())
+
+  def place(name: str) -> tuple[int, int]:
+    entry, k = statistic(name)
+    return table.index(entry), k
+
+  return sorted(found, key=place)
+
+
+def headline(found: Iterable[str]) -> str:
+  """The one of some scores' names that is the headline's."""
+  return next(name for name in found if statistic(name)[0] is STATISTICS[HEADLINE])
+
+
+def value_P(name: str, samples: Mapping[str, Samples]) -> np.ndarray:
+  """A statistic of each problem, [P]."""
+  entry, k = statistic(name)
+  return entry.per_problem(samples[entry.of], k)
+
+
+def score(name: str, samples: Mapping[str, Samples], seed: int, draws: int,
+          level: float = 0.95) -> Interval:
+  """A statistic's mean over problems with its interval: `nested_bootstrap` of any statistic.
+
+  Args:
+    seed, draws, level: of the bootstrap.
+  """
+  upper = 1.0 if statistic(name)[0].unit == "rate" else np.inf
+  return _bootstrap(value_P(name, samples), seed, draws, level, (0.0, upper))
+
+
+def score_over_seeds(name: str, value_SP: np.ndarray, level: float = 0.95) -> Interval:
+  """A statistic's mean with its interval over seeds: `over_seeds` of any statistic."""
+  if statistic(name)[0].unit == "rate":
+    return over_seeds(value_SP, level)
+  # A number of tokens has no upper end, so it stays on its own scale.
+  value_SP = _seeds(value_SP)
+  estimate = float(value_SP.mean())
+  half = _half(value_SP, level)
+  return Interval(estimate, estimate - half, estimate + half)

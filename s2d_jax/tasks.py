@@ -22,7 +22,7 @@ def arithmetic(config: ConfigDict) -> Task:
   folder = os.path.expanduser(config.data.dir)
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
-              arithmetic_reward.reward)
+              arithmetic_reward.reward, arithmetic_reward.answer)
 
 
 def math(config: ConfigDict) -> Task:
@@ -47,7 +47,7 @@ def math(config: ConfigDict) -> Task:
     problems = sources.read(config.data[split], split)
     return jsonl.solved(problems, config.data.get("solutions"))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
-              graders[grader])
+              graders[grader], math_reward.answer)
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from absl import logging
 from etils import epath
 
-from s2d_jax import budget, checkpoint, files, hosts, manifest, stage
+from s2d_jax import budget, checkpoint, files, hosts, ladder, manifest, scoring, stage
 from s2d_jax.planning import Node, Plan
-
-FEW_MIXED_GROUPS = 0.5  # below this share of groups with both right and wrong answers, warn
 
 
 def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
@@ -65,7 +63,7 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   """Scores the weights in an arm's part of the table, and records the arm as done."""
   rows = []
   for label, role in plan.scored[arm].items():
-    rows.append({"label": label, "score": stage.evaluate(plan, role, workdir),
+    rows.append({"label": label, "score": scoring.evaluate(plan, role, workdir),
                  "stages": plan.ancestors(role)})
     _exit_if_stopped(stop)
   entry = {"arm": arm, "seed": plan.config.seed, "rows": rows,
@@ -89,7 +87,7 @@ def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None
     return None
   # Under reward the guide is the learner's own start: there is nothing to be near to.
   guide = None if node.stage.reward else node.guide or node.actor
-  return stage.probe(plan, role, guide, workdir)
+  return scoring.probe(plan, role, guide, workdir)
 
 
 def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> None:
@@ -97,18 +95,14 @@ def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> No
   if before is None:
     return
   found = files.read_json(workdir / before / "result.json")
-  mixed = found["student"]["mixed_groups"]
-  if node.stage.reward and mixed < FEW_MIXED_GROUPS:
-    logging.warning("%s: %.0f %% of its groups of %d would be mixed, and the others teach nothing "
-                    "(most groups are constant).", node.name, 100 * mixed, plan.config.probe.group)
+  mixed = found["student"]["mixed_groups"] if node.stage.reward else None
   guide = node.guide or node.actor
-  if "teacher" in found and guide == "teacher":
-    logging.warning("%s: its teacher is the untouched one, which no reward or solution has shaped.",
-                    node.name)
+  gain = None
   if "teacher" in found and guide in plan.nodes:
-    raw = stage.probe(plan, "teacher", None, workdir)
-    raw_rate = files.read_json(workdir / raw / "result.json")["student"]["pass_rate"]
-    if found["teacher"]["pass_rate"] <= raw_rate:
-      logging.warning("%s: its teacher solves %.1f %% of the probe's problems and the untouched "
-                      "one %.1f %% (the teacher did not improve).", node.name,
-                      100 * found["teacher"]["pass_rate"], 100 * raw_rate)
+    untrained = scoring.probe(plan, "teacher", None, workdir)
+    rates = [found["teacher"]["pass_rate"],
+             files.read_json(workdir / untrained / "result.json")["student"]["pass_rate"]]
+    gain = (rates[0] - rates[1], f"{100 * (rates[0] - rates[1]):.1f}")
+  teacher_trained = not ("teacher" in found and guide == "teacher")
+  for sentence in ladder.warnings(mixed, teacher_trained, gain):
+    logging.warning("%s: %s.", node.name, sentence)

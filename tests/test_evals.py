@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from s2d_jax import evals, rollouts
+from s2d_jax import evals, rollouts, stats
 
 PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
 RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
@@ -36,9 +36,12 @@ def reward(prompt_id, ids):
 
 def test_solve_by_hand():
   draw = Told()
-  correct_PG, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
-  np.testing.assert_array_equal(correct_PG, [[1, 0, 1], [1, 0, 1]])
-  assert correct_PG.dtype == np.float32
+  samples, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
+  np.testing.assert_array_equal(samples.correct_PG, [[1, 0, 1], [1, 0, 1]])
+  assert samples.correct_PG.dtype == np.float32
+  np.testing.assert_array_equal(samples.length_PG, [[1, 2, 3], [1, 2, 2]])
+  np.testing.assert_array_equal(samples.truncated_PG, np.zeros((2, 3)))
+  assert samples.answer_PG is None
   assert draw.calls == [("weights", PROMPTS, (4, 2)), "drawn"]
   assert [rows.response(b).tolist() for b in range(6)] == RESPONSES
 
@@ -48,27 +51,47 @@ def test_a_row_is_scored_when_it_ends_and_once():
   def telling(prompt_id, ids):
     draw.calls.append((prompt_id, ids.tolist()))
     return reward(prompt_id, ids)
-  correct_PG, _ = evals.solve(draw, "weights", PROMPTS, telling, (4, 2))
-  np.testing.assert_array_equal(correct_PG, [[1, 0, 1], [1, 0, 1]])
+  samples, _ = evals.solve(draw, "weights", PROMPTS, telling, (4, 2))
+  np.testing.assert_array_equal(samples.correct_PG, [[1, 0, 1], [1, 0, 1]])
   assert draw.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in draw.order] + ["drawn"]
 
 
 def test_right_is_a_reward_of_one_or_more():
   graded = iter([0.0, 0.5, 0.99, 1.0, 2.0, -1.0])
-  correct_PG, _ = evals.solve(Told(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
-  np.testing.assert_array_equal(correct_PG, [[0, 0, 0], [1, 1, 0]])
+  samples, _ = evals.solve(Told(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
+  np.testing.assert_array_equal(samples.correct_PG, [[0, 0, 0], [1, 1, 0]])
+
+
+def test_equal_answers_of_a_problem_have_equal_numbers():
+  # The answer is the last token, and 9 is none: 7, none, 7 of the first problem and 8, 7, 8.
+  samples, _ = evals.solve(Told(), "weights", PROMPTS, reward, (0,),
+                           lambda ids: None if ids[-1] == 9 else str(ids[-1]))
+  np.testing.assert_array_equal(samples.answer_PG, [[0, -1, 0], [0, 1, 0]])
+
+
+def test_a_response_that_max_tokens_ended_is_truncated():
+  class Cut(Told):
+    def __call__(self, *args, **kwargs):
+      rows = super().__call__(*args, **kwargs)
+      return rows._replace(finish_reason_B=np.array([1, 0, 1, 1, 0, 0], np.int32))
+  samples, _ = evals.solve(Cut(), "weights", PROMPTS, reward, (0,))
+  np.testing.assert_array_equal(samples.truncated_PG, [[0, 1, 0], [0, 1, 1]])
+
+
+def scores(correct_PG, ks, seed, draws, level):
+  return dict(evals.intervals(ks, seed, draws, level)({"sampled": stats.Samples(correct_PG)}))
 
 
 def test_scores_by_hand():
   # Of 4 samples 1 and 2 are right: 3/8; of the 6 pairs 3 and 5 hold a right one; all four do.
   correct_PG = np.array([[1, 0, 0, 0], [1, 1, 0, 0]])
-  found = dict(evals.scores(correct_PG, (1, 2, 4), seed=0, draws=200, level=0.9))
+  found = scores(correct_PG, (1, 2, 4), seed=0, draws=200, level=0.9)
   assert list(found) == ["avg@4", "pass@1", "pass@2", "pass@4"]
   np.testing.assert_allclose([v.estimate for v in found.values()], [3 / 8, 3 / 8, 2 / 3, 1])
   assert all(v.low <= v.estimate <= v.high for v in found.values())
   assert found["avg@4"].low < 3 / 8 < found["avg@4"].high
   many = np.tile(correct_PG, (8, 1))
-  narrow, wider, other = (dict(evals.scores(many, (), seed, 200, level))["avg@4"]
+  narrow, wider, other = (scores(many, (), seed, 200, level)["avg@4"]
                           for seed, level in ((0, 0.9), (0, 0.99), (1, 0.9)))
   assert wider.low < narrow.low and other != narrow
 
@@ -88,11 +111,11 @@ def test_mixed_groups_are_unbiased():
 
 
 def test_a_models_own_text_by_hand():
-  correct_PG, rows = evals.solve(Told(), "weights", PROMPTS, reward, (0,))
+  samples, rows = evals.solve(Told(), "weights", PROMPTS, reward, (0,))
   # Eleven tokens, one of them at -11 nats; beyond each row's end nothing counts.
   logp_BT = np.where(np.arange(4)[None] < rows.response_length_B[:, None], 0.0, -99.0)
   logp_BT[1, 1] = -11
-  found = dict(evals.text(correct_PG, rows._replace(sampler_logp_BT=logp_BT), 2))
+  found = dict(evals.text(samples.correct_PG, rows._replace(sampler_logp_BT=logp_BT), 2))
   assert (found.pop("correct"), found.pop("mixed_prompts")) == (
       [[1, 0, 1], [1, 0, 1]], pytest.approx([2 / 3, 2 / 3]))
   assert found == pytest.approx({"pass_rate": 4 / 6, "mixed_groups": 2 / 3, "stopped": 1.0,
@@ -111,12 +134,12 @@ def test_agreement_by_hand():
 
 def test_more_tries_than_samples_are_refused():
   with pytest.raises(ValueError, match="pass@5 needs"):
-    dict(evals.scores(np.zeros((2, 4)), (5,), 0, 10, 0.9))
+    scores(np.zeros((2, 4)), (5,), 0, 10, 0.9)
 
 
 def test_validation_by_hand():
   draw = Told()
-  validate = evals.validation(draw, PROMPTS, reward, (1,))
+  validate = evals.validation({"sampled": draw}, PROMPTS, reward, (1,))
   assert dict(validate("old")) == {"validation/avg@3": np.float32(4 / 6),
                                    "validation/response_length": 11 / 6}
   assert dict(validate("new")) == dict(validate("old"))  # always the same draws

@@ -15,14 +15,16 @@ def data(tmp_path_factory):
 
 @pytest.mark.medium
 def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
-  # Greedily every sample of a problem is the same, so avg@2 and pass@2 are one number: the share of
-  # 256 problems, a multiple of 1/256.
+  # Greedily every sample of a problem is the same, so avg@2, pass@2 and maj@2 are one number: the
+  # share of 256 problems, a multiple of 1/256.
   teacher = arithmetic.get_config().teacher
   evaluate.main(["--model", teacher, "--task=arithmetic", f"--data={data}", "--sets=validation",
                  "--k=2", "--temperature=0", "--max-tokens=32"])
   lines = capsys.readouterr().out.splitlines()
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
-  assert [row[:2] for row in found] == [("validation", "avg@2"), ("validation", "pass@2")]
+  assert {row[0] for row in found} == {"validation"}
+  assert [row[1] for row in found] == ["avg@2", "pass@2", "maj@2", "truncated", "response_length"]
+  *found, _, _ = found
   (value,) = {float(row[2]) for row in found}
   assert 0.5 < value <= 1 and abs(256 * value - round(256 * value)) < 0.13
   assert all(float(low) <= value <= float(high) for *_, low, high in found)

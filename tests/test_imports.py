@@ -21,7 +21,8 @@ ARROWS = {
   "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},
-  "walk": {"stage", "budget"},
+  "walk": {"scoring", "budget", "ladder"},
+  "scoring": {"stage", "losses"},
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},
   "planning": {"doctor", "manifest", "data", "ledger"},

@@ -33,10 +33,11 @@ def score(run, name, correct, revision=REVISION, problems="f00dfeed", split="tes
   """An evaluation's folder: the scores are what stands here, the matrix is `correct`."""
   samples = len(correct[0])
   scores = {"greedy": [0.25, 0.2, 0.3], f"avg@{samples}": [0.5, 0.4, 0.625],
-            f"pass@{samples}": [0.75, 0.7, 0.8], "pass@1": [0.5, 0.4, 0.6]}
-  files.write_json(run / name / "result.json", {
-      "scores": scores, "correct": correct, "greedy": [row[0] for row in correct],
-      "response_length": 12.345})
+            f"pass@{samples}": [0.75, 0.7, 0.8], "pass@1": [0.5, 0.4, 0.6],
+            "response_length": [12.345, 11.0, 13.0]}
+  files.write_json(run / name / "result.json", {"scores": scores, "samples": {
+      "sampled": {"correct_PG": correct, "length_PG": correct},
+      "greedy": {"correct_PG": [row[:1] for row in correct]}}})
   evaluation = {"split": split, "level": 0.95,
                 "sampling": {"samples_per_prompt": samples, "temperature": 1.0}}
   files.write_json(run / name / "manifest.json", {
@@ -87,11 +88,12 @@ def test_the_table_by_hand(finished):
   assert head == ["arm", "seeds", "greedy", "avg@2", "pass@1", "pass@2", "response tokens",
                   "labels: distinct", "uses", "tokens sampled", "trained", "by the guide",
                   "TFLOPs", "device-s", "lost"]
-  scores = ["25.0 [20.0, 30.0]", "50.0 [40.0, 62.5]", "50.0 [40.0, 60.0]", "75.0 [70.0, 80.0]"]
-  assert rows[0] == ["untrained student", "0", *scores, "12.3", *"00000", "0.0", "0", "0"]
-  assert rows[1] == ["bridge", "0", *scores, "12.3", "3", "7", "1,234", "2,000", "56", "3.0", "11",
+  scores = ["25.0 [20.0, 30.0]", "50.0 [40.0, 62.5]", "50.0 [40.0, 60.0]", "75.0 [70.0, 80.0]",
+            "12.3 [11.0, 13.0]"]
+  assert rows[0] == ["untrained student", "0", *scores, *"00000", "0.0", "0", "0"]
+  assert rows[1] == ["bridge", "0", *scores, "3", "7", "1,234", "2,000", "56", "3.0", "11",
                      "1"]  # with the tokens and FLOPs that another arm's stage had spent
-  assert rows[2] == ["cold_grpo", "0", *scores, "12.3", "3", "3", *"000", "7.0", "0", "0"]
+  assert rows[2] == ["cold_grpo", "0", *scores, "3", "3", *"000", "7.0", "0", "0"]
   # Labels 3 5 9 and 5 9 11: six spent, or ten uses, of four distinct ones.
   assert rows[3][7:9] == ["4", "10"]
 

@@ -44,8 +44,8 @@ def made(tmp_path):
 def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
     made, role, tmp_path):
   mesh = sharding.current_mesh()
-  frozen = stage._load(made, role, tmp_path, mesh)
-  whole = stage._load(made, role, tmp_path, mesh, models.shapes)
+  frozen = stage.load(made, role, tmp_path, mesh)
+  whole = stage.load(made, role, tmp_path, mesh, models.shapes)
   assert frozen.model is whole.model
   assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
   for path, x in layout.flat(frozen.params).items():

@@ -9,4 +9,9 @@ def reward(problem: Mapping[str, str], text: str) -> float:
   "12+34=46+57=03" answers "03", and so does a bare "03". The steps before it are not checked.
   """
   # Numbers are compared as texts: every number of this world has two digits.
-  return float(text.rpartition("=")[2] == problem["answer"])
+  return float(answer(text) == problem["answer"])
+
+
+def answer(text: str) -> str:
+  """The text after the last "=", or the whole text where there is none."""
+  return text.rpartition("=")[2]

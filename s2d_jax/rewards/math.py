@@ -86,6 +86,14 @@ def reward(problem: Mapping[str, str], text: str) -> float:
   return float(answer != "" and answer in readings)
 
 
+def answer(text: str) -> str | None:
+  r"""The last \boxed{} of a text in one spelling, or None where no box closes or it is empty."""
+  boxed = last_boxed(text)
+  if boxed is None:
+    return None
+  return normalised(boxed) or None
+
+
 def verified(problem: Mapping[str, str], text: str) -> float:
   r"""1.0 where math_verify finds the last \boxed{} equal to the answer, else 0.0.
 

@@ -19,6 +19,7 @@ from s2d_jax.rollouts.sources import FrozenActor, GivenSolutions, OnPolicy, Roll
 from s2d_jax.rollouts.steps import (
   PassRates,
   PromptOrder,
+  Reward,
   Rewards,
   StepRollouts,
   sample_step,
@@ -28,7 +29,7 @@ from s2d_jax.rollouts.stores import Store
 
 __all__ = [
   "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnPolicy", "PassRates", "Prompt",
-  "PromptOrder", "Rewards", "Rollout", "RolloutSource", "StepRollouts", "Store", "batch",
+  "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource", "StepRollouts", "Store", "batch",
   "concatenate", "from_bytes", "given_solutions", "minibatches", "pack", "row_key", "sample_step",
   "score", "take", "to_bytes", "token_weights",
 ]

@@ -18,7 +18,18 @@ import numpy as np
 from etils import epath
 
 from configs import arithmetic
-from s2d_jax import checkpoint, files, loop, models, recipe, rollouts, sharding, stage, tasks
+from s2d_jax import (
+  checkpoint,
+  files,
+  loop,
+  models,
+  recipe,
+  rollouts,
+  scoring,
+  sharding,
+  stage,
+  tasks,
+)
 from s2d_jax.assets import tokenizer
 from s2d_jax.models import hf
 from s2d_jax.planning import Use
@@ -77,8 +88,8 @@ def deadly(row, n):
     return wrapped
 
   stage.train_node = enter(stage.train_node, lambda node: node.stage.name == row)
-  stage.evaluate = enter(stage.evaluate, lambda role: row == "evaluate")
-  stage.probe = enter(stage.probe, lambda role: row == "probe")
+  scoring.evaluate = enter(scoring.evaluate, lambda role: row == "evaluate")
+  scoring.probe = enter(scoring.probe, lambda role: row == "probe")
 
   def event():
     left[0] -= inside[0]

@@ -192,3 +192,8 @@ def test_a_reward_takes_linear_time(prefix, filler, suffix):
   with limited(60):
     assert_linear(lambda text: math.reward({"answer": "1"}, f"\\boxed{{{text}}}"),
                   prefix, filler, suffix, 12_000)
+
+
+def test_the_answer_is_one_spelling_of_the_last_box():
+  assert math.answer(r"\boxed{2}, so \boxed{\dfrac12}.") == math.answer(r"\boxed{1/2}") == "1/2"
+  assert math.answer("no box") is None and math.answer(r"\boxed{ }") is None

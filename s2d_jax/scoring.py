@@ -1,0 +1,160 @@
+"""A folder of scores or of a probe: measured once, and named by all that determines it.
+
+`walk` calls `evaluate` on finished weights and `probe` around stages; `evals` computes.
+"""
+
+import operator
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from s2d_jax import (
+  compiling,
+  evals,
+  files,
+  hosts,
+  keys,
+  manifest,
+  metrics,
+  rollouts,
+  sharding,
+  stage,
+  stats,
+  training,
+)
+from s2d_jax.compiling import Role
+from s2d_jax.losses.agreement import agreement
+from s2d_jax.planning import Plan, identity_of
+from s2d_jax.rollouts import Prompt, Rollout
+
+
+def evaluate(plan: Plan, role: str, workdir: epath.Path) -> str:
+  """Scores a role's weights on the evaluation split, once; returns the folder's name."""
+  config = plan.config.evaluation
+  prompts = plan.prompts[config.split]
+  answer = plan.task.answer and identity_of(plan.task.answer)
+  inputs = {"weights": plan.identity(role), "answer": answer,
+            "evaluation": keys.hashed(config, evals.EVALUATION_KEYS),
+            **_common_inputs(plan, prompts)}
+  folder = workdir / manifest.name("eval", inputs)
+  if manifest.read(folder) is None:
+    learner = stage.load(plan, role, workdir, sharding.current_mesh())
+    result, samples = _scores(plan, config, learner, prompts)
+    _write(folder, inputs, {"result.json": result, "samples.json": samples})
+  return folder.name
+
+
+def probe(plan: Plan, role: str, guide: str | None, workdir: epath.Path) -> str | None:
+  """Measures a role's weights before or after a stage, once.
+
+  On config.probe.problems of a split whose answers no arm buys: the pass rate, the share of mixed
+  groups, the length; and with a `guide` (a role), the agreement of the two on the text of each
+  (`losses.agreement`). Probes are diagnostics: no ledger charges them.
+
+  Returns:
+    The folder's name, or None where config.probe.problems is 0.
+  """
+  config = plan.config.probe
+  if config.problems == 0:
+    return None
+  prompts = plan.prompts[config.split][: config.problems]
+  inputs = {"weights": plan.identity(role), "guide": guide and plan.identity(guide),
+            "probe": keys.hashed(config, evals.PROBE_KEYS), **_common_inputs(plan, prompts)}
+  folder = workdir / manifest.name("probe", inputs)
+  if manifest.read(folder) is None:
+    mesh = sharding.current_mesh()
+    roles = {"student": stage.load(plan, role, workdir, mesh)}
+    if guide is not None:
+      roles["teacher"] = stage.load(plan, guide, workdir, mesh)
+    _write(folder, inputs, {"result.json": metrics.plain(_measured(plan, roles, prompts, mesh))})
+  return folder.name
+
+
+def _common_inputs(plan: Plan, prompts: Sequence[Prompt]) -> dict[str, Any]:
+  """The part of a folder's inputs that scores and probes share."""
+  return {"dtype": plan.config.dtype, "cache": plan.config.sampler.cache, "seed": plan.config.seed,
+          "tokenizer": plan.chat.fingerprint(), "task": plan.task_identity(),
+          "problems": manifest.digest([(p.id, p.tokens, plan.problems[p.id]["answer"])
+                                       for p in prompts])}
+
+
+def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, Any]) -> None:
+  """Writes the files of a folder, the manifest last: it marks the folder finished."""
+  if hosts.leader():
+    for name, content in contents.items():
+      files.write_json(folder / name, content)
+    files.write_json(folder / "manifest.json",
+                     {"inputs": inputs, **manifest.provenance(sharding.current_mesh())})
+  hosts.barrier(folder.name)
+
+
+def _samplers(plan: Plan) -> compiling.Samplers:
+  """What compiles the samplers of a score: with a cache as exact as the activations."""
+  return compiling.Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
+                            plan.chat.eos_ids, plan.chat.decode)
+
+
+def _measured(plan: Plan, roles: Mapping[str, Role], prompts: Sequence[Prompt],
+              mesh: Mesh) -> dict[str, dict[str, Any]]:
+  """The measurements on the text of each role; with a teacher, the agreement on it as well.
+
+  Returns:
+    {"student": {name: value}}, and "teacher" likewise where `roles` has one.
+  """
+  config = plan.config.probe
+  compared = None
+  if "teacher" in roles:
+    compared = training.compare(roles["student"].model, roles["teacher"].model, agreement, config)
+  found = {}
+  for name, role in roles.items():
+    samplers = {"sampled": _samplers(plan).compile(role, config.sampling, config.prompts)}
+    one = evals.run(samplers, role.params, prompts, plan.reward,
+                    (plan.config.seed, zlib.crc32(b"probe")), lambda samples: ())
+    rollout = one.rollouts["sampled"]
+    found[name] = dict(evals.text(one.samples["sampled"].correct_PG, rollout, config.group))
+    if compared is None:
+      continue
+    # As many rows at a time as were sampled side by side, so that memory is bounded alike.
+    size = config.prompts * config.sampling.samples_per_prompt
+    batch = rollouts.batch(rollout)
+    parts = []
+    for b in range(0, len(rollout.prompt_id_B), size):
+      part = jax.tree.map(operator.itemgetter(slice(b, b + size)), batch)
+      parts.append(sharding.fetch(compared(roles["student"].params, roles["teacher"].params,
+                                           sharding.put_batch(part, mesh))))
+    values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    found[name] |= dict(evals.agreement(values, batch.weight_BT))
+  return found
+
+
+def _scores(plan: Plan, config: ConfigDict, learner: Role,
+            prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """(result, samples): every statistic with the samples behind it, and some of them as text."""
+  def compiled(**changes: Any) -> Any:
+    return _samplers(plan).compile(learner, config.sampling, config.prompts, **changes)
+
+  samplers = {"sampled": compiled(), "greedy": compiled(samples_per_prompt=1, temperature=0.0)}
+  one = evals.run(samplers, learner.params, prompts, plan.reward,
+                  (plan.config.seed, zlib.crc32(b"evaluation")),
+                  evals.intervals(config.ks, plan.config.seed, config.draws, config.level),
+                  plan.answer)
+  result = {"scores": one.scores, "samples": {}}
+  for way, samples in one.samples.items():
+    result["samples"][way] = {field: np.asarray(value, int).tolist()
+                              for field, value in samples._asdict().items() if value is not None}
+  return result, _texts(plan, config, one.samples["sampled"], one.rollouts["sampled"])
+
+
+def _texts(plan: Plan, config: ConfigDict, samples: stats.Samples,
+           rollout: Rollout) -> list[dict[str, Any]]:
+  """The first sample of the first `log_samples` problems, as text."""
+  return [{"prompt_id": int(rollout.prompt_id_B[b]), "text": plan.chat.decode(rollout.response(b)),
+           "reward": float(samples.correct_PG[p, 0])}
+          for p, b in enumerate(range(0, len(rollout.prompt_id_B), samples.correct_PG.shape[1]))
+          if p < config.log_samples]

@@ -99,7 +99,7 @@ def sampler_gap(logp_BT: jax.Array, batch: Batch) -> Sums:
           "logp_gap_max": (jnp.max(gap_BT),)}
 
 
-def _sums_from_logits(
+def sums_from_logits(
     f: Callable[..., tuple[jax.Array, Values]], student_head: Head, guide_head: Head | None,
     batch: Batch, hp: ConfigDict, *more_BT: jax.Array) -> Sums:
   """The sums of a per-token loss, computed block by block from logits.
@@ -130,7 +130,7 @@ def negative_log_likelihood(student_head: Head, guide_head: Head | None, batch: 
     loss_BT = tokens.negative_log_likelihood(logits_BTV, targets_BT)
     return loss_BT, {"entropy": tokens.entropy(logits_BTV), "logp": -loss_BT}
 
-  return _sums_from_logits(f, student_head, None, batch, hp, batch.targets_BT)
+  return sums_from_logits(f, student_head, None, batch, hp, batch.targets_BT)
 
 
 NEGATIVE_LOG_LIKELIHOOD = Objective(
@@ -362,14 +362,14 @@ def _distillation(form: Callable, student_head: Head, guide_head: Head, batch: B
                   hp: ConfigDict) -> Sums:
   """The sums of a form: form(student_logits, guide_logits, hp) -> (loss_BT, {name: value_BT})."""
   if not unscored(batch):
-    return _sums_from_logits(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
+    return sums_from_logits(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
 
   # The update is the first to see these log-probabilities: report the sampler's gap as well.
   def f(student_BTV, guide_BTV, targets_BT):
     loss_BT, values = form(student_BTV, guide_BTV, hp)
     return loss_BT, values | {"logp": tokens.log_prob(student_BTV, targets_BT)}
 
-  return _sums_from_logits(f, student_head, guide_head, batch, hp, batch.targets_BT)
+  return sums_from_logits(f, student_head, guide_head, batch, hp, batch.targets_BT)
 
 
 def _sampled_reverse_kl(student_head: Head, guide_head: Head, batch: Batch,

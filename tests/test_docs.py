@@ -79,9 +79,21 @@ def test_the_sampling_page(checkout):
 
 @pytest.mark.slow
 def test_the_task_of_ones_own(checkout):
-  (block,) = blocks("README.md", "python")
-  run(checkout, ["-c", block])
+  reward, loss, stage = blocks("README.md", "python")
+  # The last line of the page's stage and arm is a comment: the loss is tried on what it plans.
+  program = reward + loss + stage + """
+with jax.set_mesh(sharding.make_mesh(config.mesh)):
+  with config.unlocked():
+    config.arms = "half"
+    config.stages.half_kl = config.stages.reverse_kl.copy_and_resolve_references()
+    for key in objectives.REVERSE_KL.keys.keys() - HALF.keys.keys():
+      del config.stages.half_kl[key]
+  recipe.run(config, "runs/half", task, stages, arms, compared=())
+"""
+  run(checkout, ["-c", program])
   assert list((checkout / "runs" / "mine" / "arms").iterdir())
+  (folder,) = (checkout / "runs" / "half").glob("half_kl-*")
+  assert (folder / "hf" / "model.safetensors").exists()
 
 
 def test_the_readmes_topology_holds_the_configs_mesh():

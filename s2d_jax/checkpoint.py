@@ -19,7 +19,7 @@ from s2d_jax.sharding import Params
 class Checkpoints:
   """A running stage's checkpoints: the newest two, each complete or absent."""
 
-  def __init__(self, folder: epath.PathLike):
+  def __init__(self, folder: epath.PathLike) -> None:
     self._folder = _checkpoints(folder)
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
@@ -69,6 +69,7 @@ def drop_steps(folder: epath.PathLike) -> None:
 
 
 def _checkpoints(folder: epath.PathLike) -> epath.Path:
-  """Where a stage folder keeps its checkpoints; absolute, since Orbax takes no other path."""
+  """The folder of a stage's checkpoints, as an absolute path or an address."""
+  # Orbax takes absolute paths only, and an address in a store has no absolute form.
   folder = os.fspath(folder)
   return epath.Path(folder if "://" in folder else os.path.abspath(folder)) / "checkpoints"

@@ -5,7 +5,7 @@ import sys
 
 from s2d_jax import command
 
-# Imported when called, so that a report waits for no training code and needs no checkpoint library.
+# Modules are imported when called: a report then needs no training code and no checkpoint library.
 COMMANDS = {  # name -> (module with main(argv), description)
     "run": ("s2d_jax.main", "train and score the arms of a config"),
     "sample": ("s2d_jax.sampler.__main__", "sample a model's answers to a file of prompts"),

@@ -1,6 +1,6 @@
-"""How every command of `s2d-jax` reads its line: argparse, and config files with overrides.
+"""The command line of every `s2d-jax` command: argparse, and config files with overrides.
 
-A mistake is one sentence on standard error and exit code 2. Flags are written `--name=value` or
+A mistake gives one sentence on standard error and exit code 2. Flags are written `--name=value` or
 `--name value`.
 """
 
@@ -15,13 +15,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
-FAILED = 1  # exit code: the work itself failed
+FAILED = 1  # exit code: a stage failed
 
 
 class Parser(argparse.ArgumentParser):
-  """A command's flags; its help is a line a flag and ends with an example."""
+  """A command's flags; its help has one line for each flag and ends with an example."""
 
-  def __init__(self, command: str, description: str, example: str, arguments: str = ""):
+  def __init__(self, command: str, description: str, example: str, arguments: str = "") -> None:
+    # Without abbreviations a misspelt flag is an error, never another flag.
     super().__init__(
         prog=f"s2d-jax {command}", usage=f"s2d-jax {command} {arguments}[flags]",
         description=description, epilog=f"example: {example}", add_help=False, allow_abbrev=False,
@@ -44,20 +45,24 @@ def config_parser(command: str, description: str, example: str) -> Parser:
 
 
 def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
-  """The config of a command line, its overrides applied, and the command's own flags.
+  """Returns (config with its overrides applied, the command's own flags).
 
   Exits with a sentence where a flag, a file or a key is wrong.
   """
   args, others = parser.parse_known_args(argv)
-  sys.path.insert(0, os.getcwd())  # config files import their neighbours, as with python -m
+  # Config files import others of their folder, as with python -m.
+  sys.path.insert(0, os.getcwd())
   line = [parser.prog, f"--config={args.config}", *others]
+  # A set of flags of its own, because absl's global one also holds those of imported libraries.
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values,
                                   sys_argv=line)
   try:
     strays = values(line)[1:]
-    values.config.keys()  # a config file that did not load says so when it is first read
-  except (AttributeError, KeyError) as error:  # ml_collections, of a key that the file lacks
+    # The error of a config file that did not load is raised when the config is first read.
+    values.config.keys()
+  # ml_collections raises these two for an override of a key that the file lacks.
+  except (AttributeError, KeyError) as error:
     key = re.search(r"\w+", str(error.args[0]))[0]
     fail(f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file.")
   except (flags.Error, ValueError, OSError) as error:
@@ -68,7 +73,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-  """Runs a command; an error becomes one sentence and exit code 2, or 1 for numbers not finite."""
+  """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed."""
   try:
     main(argv)
   except ValueError as error:

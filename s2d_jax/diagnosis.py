@@ -1,4 +1,4 @@
-"""`s2d-jax doctor`: checks a config before a chip is rented, and prints what it leads to."""
+"""`s2d-jax doctor`: checks a config, and prints its models, problems and arms."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints the diagnosis of a config.
 
   Raises:
-    ValueError: the first thing that is wrong.
+    ValueError: the config is wrong; the message names the first mistake.
   """
   parser = command.config_parser(
       "doctor", "Checks a config, its models, tokenizers and data; writes nothing.", EXAMPLE)
@@ -25,9 +25,10 @@ def diagnosis(config: ConfigDict) -> str:
   """A config's models, problems and arms, in lines; of a sweep, those of its first run.
 
   Raises:
-    ValueError: the first thing that is wrong in any run.
+    ValueError: a run is wrong; the message names the first mistake.
   """
-  plan, *_ = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)]
+  # Planning a run checks it, so every run of a sweep is planned and the first one printed.
+  plan = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)][0]
   lines = [f"{role}: {base['folder']} ({base['identity'][:12]})"
            for role, base in plan.bases.items()]
   for split, prompts in plan.prompts.items():

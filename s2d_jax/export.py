@@ -32,7 +32,7 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   The weights are those of the stage's `hf/` or, where that was deleted, of `checkpoints/final`.
 
   Raises:
-    ValueError: no such finished stage, or several; a folder that `hf.load` or `hf.save` refuses.
+    ValueError: no finished stage has this name, or several have; `hf.load` or `hf.save` refuses.
   """
   folder = find(Path(workdir), stage)
   saved = folder / "hf"
@@ -42,7 +42,8 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
     lineage = files.read_json(saved / "lineage.json")
     return hf.save(out, model, params, saved, lineage, dtype or "source")
   record = manifest.read(folder)
-  base = record["bases"][record["inputs"]["row"][2]]["folder"]  # of the learner
+  # The third entry of "row" is the learner, whose base has the config and the tokenizer.
+  base = record["bases"][record["inputs"]["row"][2]]["folder"]
   model = models.get(hf.read_json(base))
   shapes = models.shapes(model.config)
   layout = sharding.weight_shardings(
@@ -66,7 +67,8 @@ def find(workdir: Path, stage: str) -> Path:
   found = [name for name in finished if stage in (name, name.rpartition("-")[0])]
   if len(found) == 1:
     return workdir / found[0]
-  number = "no finished stage" if not found else "several finished stages"
+  number = "several finished stages" if found else "no finished stage"
+  # Without a match every finished stage is a choice; with several, only these.
   choices = ", ".join(found or finished) or "nothing: run its recipe first"
   raise ValueError(f"{workdir} has {number} {stage!r}: choose --stage from {choices}.")
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from s2d_jax import hosts
 
-SILENT_SECONDS = 3600  # a lock without a beat for so long belongs to a dead process
+SILENT_SECONDS = 3600  # a lock whose last beat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
@@ -28,16 +28,18 @@ def write(path: epath.PathLike, data: str | bytes) -> None:
   if "://" in os.fspath(path):
     path.write_bytes(data)
     return
+  # The process id keeps the temporary files of two processes apart.
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   temporary.write_bytes(data)
   temporary.replace(path)
 
 
 def finished_files(folder: epath.PathLike) -> list[epath.Path]:
-  """A folder's files by name, without what a killed `write` left; [] where it does not exist."""
+  """A folder's whole files, sorted by name; [] where the folder does not exist."""
   folder = epath.Path(folder)
   if not folder.exists():
     return []
+  # A killed `write` leaves its temporary file behind, whose name begins with a dot.
   return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
 
 
@@ -45,7 +47,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   """Writes canonical JSON: sorted keys, a newline at the end.
 
   Raises:
-    ValueError: the value holds a NaN or an infinity, which JSON has no word for.
+    ValueError: the value holds a NaN or an infinity, which JSON cannot represent.
   """
   write(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
@@ -63,8 +65,8 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   printed sentence.
 
   Yields:
-    (beat, last): `beat()` is to be called now and then, and keeps the lock alive; `last` is the
-    previous writer's last beat in Unix seconds, or None where the folder was not locked.
+    (beat, last). Call `beat()` at every step: it keeps the lock alive. `last` is the previous
+    writer's last beat in Unix seconds, or None where the folder was not locked.
 
   Raises:
     ValueError: another process that may be alive writes here.
@@ -89,9 +91,11 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   try:
     yield beat, last
   except Exception:
-    raise  # the lock stays, with its last beat: what the failure cost can still be counted
+    # The lock stays: its last beat tells the next run how many seconds the failure lost.
+    raise
   except BaseException:
-    path.unlink(missing_ok=True)  # a stop that was asked for is an orderly end
+    # A stop on request has saved everything, so the next run loses no time.
+    path.unlink(missing_ok=True)
     raise
   path.unlink(missing_ok=True)
 
@@ -101,8 +105,8 @@ def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
   try:
     lock = read_json(path)
   except ValueError as error:
-    raise ValueError(f"{path} is not a lock this code wrote: delete it if nobody writes "
-                     f"{path.parent}.") from error
+    raise ValueError(f"{path} is not a lock this code wrote: delete it if no process "
+                     f"writes {path.parent}.") from error
   age = int(time.time() - lock["beat"])
   here = lock["host"] == own["host"]
   # A process of another host cannot be asked, so its silence has to decide.
@@ -117,11 +121,13 @@ def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
 
 
 def _alive(pid: int) -> bool:
-  """Whether a process of this machine exists; signal 0 asks and does nothing."""
+  """Whether a process of this machine exists."""
+  # Signal 0 is checked and not sent.
   try:
     os.kill(pid, 0)
   except ProcessLookupError:
     return False
   except PermissionError:
+    # It exists, and belongs to another user.
     return True
   return True

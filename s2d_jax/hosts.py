@@ -1,7 +1,6 @@
-"""Coordination of the processes of one run: one writer, barriers, sums, a stop agreed by all.
+"""Coordination of the processes of one run: one writer, barriers, sums, a common stop.
 
-On one process every function here returns at once. Collectives go through the devices, so they
-allow the transfers that the rest of a run forbids.
+On one process every function here returns at once.
 """
 
 import contextlib
@@ -13,6 +12,9 @@ import jax
 import numpy as np
 from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
 from jax.experimental import multihost_utils
+
+# Collectives go through the devices, so the functions that make them allow the transfers that the
+# rest of a run forbids.
 
 RETRY = 75  # exit code EX_TEMPFAIL: stopped and saved, so the same command goes on
 AGREE_SECONDS = 60
@@ -51,7 +53,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     calls = itertools.count()
     yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
     return
-  signals = []
+  # A handler only takes a note: the work stops where all of its state can be saved.
+  signals: list[bool] = []
   before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
   try:
     yield lambda: bool(signals)
@@ -72,6 +75,8 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
   """
   if jax.process_count() == 1:
     return
+  # The text goes through the coordinator's key-value store: a device program that compared it would
+  # itself wait for ever where the processes differ.
   client = distributed.global_state.client
   seconds = seconds or AGREE_SECONDS
   current = ROUNDS.get(name, -1) + 1
@@ -82,11 +87,11 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
     try:
       theirs = client.blocking_key_value_get(f"{name}/{current}/{other}", 1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
-      raise RuntimeError(f"process {other} has not come to turn {current} of the {name} within "
+      raise RuntimeError(f"process {other} has not reached round {current} of the {name} within "
                          f"{seconds} s: look for its error, and start again.") from error
     if theirs != digest:
       raise RuntimeError(
-          f"processes {own} and {other} differ in turn {current} of the {name}: they "
+          f"processes {own} and {other} differ in round {current} of the {name}: they "
           "must run one program on the same data; start again from the checkpoint.")
   # A process that is in this round has read all of the last but one, so its key can go.
   if current > 1:

@@ -54,6 +54,7 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
   Raises:
     ValueError: a key is missing, unknown or out of range.
   """
+  # A loop over the record's names would neither see an unknown key nor explain a missing one.
   check_names(path, block, record)
   for name, key in record.items():
     if isinstance(key, Key):

@@ -1,9 +1,11 @@
-"""What a stage spends, in the currencies that are scarce: labels, prompts, tokens, FLOPs, seconds.
+"""The ledger of a stage: the labels, prompts, tokens, FLOPs and seconds that it spends.
 
-A *label* is a problem's checked answer. It is spent when a reward or a given solution consults it;
-one *use* is one problem in one step, however many of its samples are checked. A bridge stage
-samples the same prompts and spends no label. Rows that another stage had sampled are *reused*, and
-`flops_reused` is what sampling them anew would have added to `flops`.
+A *label* is a problem's checked answer. It is spent when a reward or a given solution reads it.
+One *use* is one problem in one step, however many of its samples are checked. A bridge stage
+samples the same prompts and spends no label.
+
+Rows that another stage has sampled are *reused*. `flops_reused` counts the FLOPs that sampling them
+anew would have added to `flops`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,10 +66,12 @@ def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts:
   Raises:
     ValueError: a count is missing.
   """
+  # JSON has no word for NumPy's integers.
   prompts = [int(i) for i in prompt_ids]
   spent = [int(i) for i in labels]
   found = {"step": step, "prompts": prompts, "labels": spent, "prompt_uses": len(prompts),
            "label_uses": len(spent), **counts}
+  # A count that is forgotten would be added up as if it were 0.
   missing = set(COUNTS) - set(found)
   if missing:
     raise ValueError(f"a ledger entry lacks {sorted(missing)}: pass every count.")

@@ -1,7 +1,10 @@
-"""`s2d-jax run`: hosts, mesh, the recipe's arms, and the report.
+"""`s2d-jax run`: trains and scores the arms of a config, and prints the report.
 
-Exit codes: 0 done; 1 a stage failed; 2 the request is wrong, in one sentence; 75 stopped and saved,
-so the same command goes on.
+Exit codes:
+  0: done.
+  1: a stage failed.
+  2: the request is wrong; a sentence on standard error says why.
+  75: stopped and saved; the same command continues.
 """
 
 import os
@@ -20,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
   """Runs every arm of the config, or of every config of a sweep, and prints the report.
 
   Raises:
-    ValueError: the request is wrong, in one sentence; FloatingPointError: a stage failed.
+    ValueError: the request is wrong; the message is one sentence.
+    FloatingPointError: a stage failed.
   """
   parser = command.config_parser("run", "Trains and scores the arms of a config.", EXAMPLE)
   parser.add_argument("--workdir", required=True, help="the folder that keeps what is done")
@@ -29,12 +33,14 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--distributed", action="store_true",
                       help="this is one process of several, such as a TPU slice's")
   config, args = command.parse_config(parser, argv)
+  # First, because most calls of jax start the devices, and then of this process alone.
   if args.distributed:
     jax.distributed.initialize()
   _set_up_process()
   configs = sweep.expand(config)
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
   mesh = sharding.make_mesh(configs[0].mesh)
+  # Every run of a sweep is checked before the first one trains.
   for plan in plans:
     walk.check_folders(plan, args.workdir)
   if args.plan:
@@ -48,14 +54,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _set_up_process() -> None:
-  """Warnings on standard error, one cache of programs, and no transfer that is not asked for."""
+  """Sets up logging, the cache of compiled programs, and the guard against implicit transfers."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   # Stages of equal shapes, and the same command again, share their compiled programs.
   if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/s2d_jax/xla"))
   jax.config.update("jax_transfer_guard", "disallow")
-  manifest.revision()  # of the code as it starts, before a long run in which it may change
+  # It is cached: a checkout may change during a long run, and the code that runs does not.
+  manifest.revision()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 
 
-# Keys are sorted, so that the order in which a config was written renames nothing.
 def digest(value: Any) -> str:
   """SHA-256, in hex, of a value made of dicts, lists, strings and numbers."""
+  # Keys are sorted, so that the order in which a config was written renames nothing.
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -29,11 +29,12 @@ def name(stage: str, inputs: dict) -> str:
   return f"{stage}-{digest(inputs)[:12]}"
 
 
-@functools.cache  # a commit made during the run is not the code that runs
+# Cached, because a commit that is made during a run is not the code that runs.
+@functools.cache
 def revision() -> str:
   """The code's git commit, with "+" where the checkout differs from it; "unknown" outside git.
 
-  Read once, so call it before the work begins.
+  It is read once in a process, so call it before a long run begins.
   """
   here = Path(__file__).parent
   def git(*words: str | Path) -> str:
@@ -41,9 +42,11 @@ def revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
   try:
     commit = git("rev-parse", "HEAD")
+    # Notes and results beside the code decide no result, so only these two folders count.
     changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", here,
                              here.parent / "configs")
-  except FileNotFoundError:  # a machine without git
+  # A machine without git, such as a slim container.
+  except FileNotFoundError:
     return "unknown"
   return commit + ("+" if changed else "") or "unknown"
 
@@ -70,7 +73,7 @@ def read(folder: epath.PathLike) -> dict | None:
   path = epath.Path(folder) / "manifest.json"
   if not path.exists():
     return None
-  # The name is a hash of the inputs, so an edited or moved manifest betrays itself.
+  # The name is a hash of the inputs, so an edited or moved manifest does not match it.
   try:
     manifest = files.read_json(path)
     named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])

@@ -1,7 +1,7 @@
-"""A config becomes a checked plan: a graph of stages, each named by a hash of what determines it.
+"""Turns a config into a checked plan: a graph of stages, each named by a hash of its inputs.
 
-Arms that share a prefix of stages share the nodes, so a stage is trained once. Everything that can
-be wrong is checked here, before anything runs or is written.
+Arms that begin with equal stages share the nodes, so a stage is trained once. A config, its models
+and its problems are checked here, before anything runs or is written.
 """
 
 import functools
@@ -20,10 +20,10 @@ from s2d_jax.rollouts import Prompt
 
 
 class Stage(NamedTuple):
-  """A kind of training: who samples, who learns, who guides, and by which objective."""
+  """A kind of training: the model that samples, the one that learns, its guide, its objective."""
   name: str
-  actor: str           # whose samples: "teacher", "student", or "given" solutions
-  learner: str         # whose weights move: "teacher" or "student"
+  actor: str           # the model that samples, "teacher" or "student"; or "given" solutions
+  learner: str         # the model that is trained, "teacher" or "student"
   guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
   objective: Objective
   reward: bool = False  # whether the samples' rewards are read, and so labels are spent
@@ -32,6 +32,7 @@ class Stage(NamedTuple):
   @property
   def label_use(self) -> ledger.LabelUse:
     """How the stage spends labels: rewards and solutions in each step, pass rates once."""
+    # A pass rate reads a label once: later steps weight the prompt by the rate that was measured.
     if self.reward or self.actor == "given":
       return "each_step"
     return "none" if self.prompt_weights is None else "once"
@@ -48,7 +49,7 @@ Arm = tuple[Use, ...]
 
 
 class Task(NamedTuple):
-  """The problems, how they are asked and how answers are checked."""
+  """The problems, their chat messages and the reward of an answer."""
   source: Callable[[str], Sequence[dict]]  # split -> {"id", "problem", "answer"[, "solution"]}
   messages: Callable[[dict], list[dict]]   # problem -> chat messages
   reward: Callable[[dict, str], float]     # (problem, text); an evaluation counts 1 or more right
@@ -68,7 +69,7 @@ class Node(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A checked config, and all that follows from it before anything runs or is written."""
+  """A checked config, with its problems, base models and the nodes of its arms."""
   config: ConfigDict
   task: Task
   chat: chat.Chat
@@ -108,6 +109,7 @@ class Plan(NamedTuple):
     if role in self.bases or role is None:
       return []
     node = self.nodes[role]
+    # A node can be reached by several ways: the guide of one stage is often the actor of another.
     found: list[str] = []
     for parent in (node.actor, node.guide, node.learner):
       found += [name for name in self.ancestors(parent) if name not in found]
@@ -119,23 +121,28 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   """Checks a config and lays out the nodes of its arms.
 
   Args:
-    config: as configs/arithmetic.py makes it; task: the problems; stages, arms: the tables.
+    config: as configs/arithmetic.py makes it.
+    task: the problems and their reward.
+    stages, arms: the tables.
     compared: arms that must train their students by equal budgets.
 
   Raises:
-    ValueError: one sentence that names what is wrong and the remedy.
+    ValueError: the config is wrong; the message names the key and the remedy.
   """
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
   chosen = _chosen_arms(config, arms)
   tokenizer, bases = load_pair(config)
   prompts, problems = load_problems(config, task, tokenizer)
+  # A share is chosen by a hash of the id, so a smaller share of labels is part of a larger one.
   ids = np.array([p.id for p in prompts["labelled"]])
   labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
   prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
                      config.half_seed)
   empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {})
-  nodes, arm_nodes, scored = {}, {}, {}
+  nodes: dict[str, Node] = {}
+  arm_nodes: dict[str, list[str]] = {}
+  scored: dict[str, dict[str, str]] = {}
   for arm in chosen:
     # The weights that each name stands for so far: a stage moves its learner's.
     current = {"teacher": "teacher", "student": "student"}
@@ -143,10 +150,12 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
     for use in arms[arm]:
       node = _node(empty, table[use.stage], use, current)
       if node is not None:
+        # An equal name means equal inputs, so arms with equal beginnings meet in one node.
         nodes.setdefault(node.name, node)
         arm_nodes[arm].append(node.name)
         current[node.stage.learner] = node.name
     scored[arm] = {arm: current["student"]}
+  # Teachers are scored beside the untrained models, as they belong to no one arm.
   if "untrained" in chosen:
     teachers = {f"teacher after {node.stage.name} ({node.split})": name
                 for name, node in nodes.items() if node.stage.learner == "teacher"}
@@ -159,6 +168,7 @@ def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
+  # The tokenizers come last: an absent folder or weight is then reported as such.
   doctor.check_models(config)
   tokenizer = chat.Chat(config.teacher, **config.template)
   doctor.check_pair(config, tokenizer, chat.Chat(config.student, **config.template))
@@ -173,9 +183,12 @@ def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
     (prompts by split, problems by id).
   """
   names = ("labelled", config.validation.split, config.probe.split, config.evaluation.split)
+  # Two blocks may name one split, which is read once.
   sources = {split: task.source(split) for split in dict.fromkeys(names)}
   splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
   doctor.check_splits(config, splits)
+  # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
+  # a remedy of its own.
   prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(task.messages(problem))))
                      for problem in problems] for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
@@ -184,6 +197,7 @@ def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
 
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
   """The arms of config.arms, each once, or of the table where it is "all"; their stages exist."""
+  # An arm that is named twice is trained once.
   names = arms if config.arms == "all" else config.arms.split(",")
   chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
   for arm in chosen:
@@ -215,10 +229,11 @@ def guided(stage: Stage, hp: ConfigDict) -> bool:
 
 
 def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Node | None:
-  """A stage placed where an arm has come to; None for a stage of 0 steps, which is left out."""
+  """A stage with the weights that an arm has so far, or None for a stage of 0 steps."""
   config = plan.config
   prompts = plan.prompts[use.labels]
   hp = config.stages[stage.name]
+  # An arm without one stage of the bridge makes the steps of both, to be equal in updates.
   if use.steps_from:
     hp = hp.copy_and_resolve_references()
     with hp.unlocked():
@@ -233,6 +248,7 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
                            plan.problems, plan.chat)
   learner = current[stage.learner]
   actor = None if stage.actor in ("given", stage.learner) else current[stage.actor]
+  # A guide that the loss does not read must not rename the stage, and need not be loaded.
   guide = None
   if guided(stage, hp):
     guide = learner if stage.guide == "reference" else current[stage.guide]
@@ -244,7 +260,7 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
 
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
             parents: Mapping[str, str | None]) -> dict:
-  """All that determines a stage's result up to rounding: what its folder's name is a hash of."""
+  """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
   # A label that no reward reads must not rename the stage, nor a solution that it does not learn.
   checked = stage.reward or stage.prompt_weights is not None
   facts = [(p.id, p.tokens, plan.problems[p.id]["answer"] if checked else None,
@@ -272,9 +288,11 @@ def identity_of(function: Callable) -> list[Any]:
   A partial is its function and arguments, another callable its class. Where there is no text (typed
   at a prompt), the compiled code stands for it.
   """
+  # A partial has no name or text of its own.
   if isinstance(function, functools.partial):
     return [identity_of(function.func), repr(function.args),
             repr(sorted(function.keywords.items()))]
+  # An object with __call__ is named by its class.
   if not (inspect.isroutine(function) or inspect.isclass(function)):
     function = type(function)
   if function.__module__.split(".")[0] == __package__:

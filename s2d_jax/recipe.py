@@ -1,8 +1,8 @@
 """The recipe as two tables, STAGES and ARMS, and `run`, which trains and scores the arms.
 
-A stage says who samples, who learns and who guides, and by which objective. An arm is a short list
-of stages, each with the labels it may use. Stages, arms and tasks of your own are arguments of
-`run`.
+A stage names the model that samples, the one that learns, the guide and the objective. An arm is a
+list of stages, each with the labels it may use. Stages, arms and tasks of your own are arguments
+of `run`.
 """
 
 from collections.abc import Mapping
@@ -57,8 +57,8 @@ ARMS: dict[str, Arm] = {
                          Use("student_grpo", "2h")),
 }
 
-# Arms whose students must train by equal budgets, `budget.Budget`: here all of them. Leave an
-# exploratory arm out of this list, and its updates are its own affair.
+# Arms whose students must train by equal budgets, `budget.Budget`: here all of them. An exploratory
+# arm that is left out of this list may make any number of updates.
 COMPARED = tuple(ARMS)
 
 
@@ -67,10 +67,13 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
   """The checked plan of a config; nothing is written.
 
   Args:
-    task: the problems; stages, arms: the tables, ours or yours; compared: arms of equal budgets.
+    config: as configs/arithmetic.py makes it.
+    task: the problems and their reward.
+    stages, arms: the tables of this file, or your own.
+    compared: names of the arms that must have equal budgets.
 
   Raises:
-    ValueError: one sentence that names what is wrong and the remedy.
+    ValueError: the config is wrong; the message names the key and the remedy.
   """
   laid_out = planning.plan(config, task, stages, arms, compared)
   budget.check_equal(budget.configured(laid_out), compared,
@@ -88,7 +91,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, task: Task,
   `jax.set_mesh`. Arguments are those of `plan`.
 
   Raises:
-    ValueError: from `plan` and `walk.check_folders`, before anything is written.
+    ValueError: as `plan` and `walk.check_folders`, before anything is written.
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   checked = plan(config, task, stages, arms, compared)

@@ -1,6 +1,6 @@
-"""The tasks that `config.task` may name: problems, how they are asked, how answers are checked.
+"""The tasks that `config.task` may name: their problems, chat messages and rewards.
 
-A task of your own is a `planning.Task`, handed to `recipe.run`; nothing here needs to know it.
+A task of your own is a `planning.Task` that you pass to `recipe.run`.
 """
 
 import importlib.util
@@ -28,13 +28,17 @@ def arithmetic(config: ConfigDict) -> Task:
 def math(config: ConfigDict) -> Task:
   """Problems of config.data[split], a file of JSON lines or a TFDS folder, answered in \\boxed{}.
 
-  The answer in the last box is checked as config.data.grader says: "string_match", the default, or
-  "math_verify", in a process with limits.
+  The answer in the last box is checked by config.data.grader: "string_match", the default, or
+  "math_verify", which runs in a process with limits.
+
+  Raises:
+    ValueError: an unknown grader, or one that is not installed.
   """
   graders = {"string_match": math_reward.reward, "math_verify": math_reward.verified}
   grader = config.data.get("grader", "string_match")
   if grader not in graders:
     raise ValueError(f"config.data.grader is {grader!r}: choose {' or '.join(graders)}.")
+  # An optional package: without this check the first reward of a long run would fail.
   if grader == "math_verify" and importlib.util.find_spec("math_verify") is None:
     raise ValueError("config.data.grader is 'math_verify', which is not installed: pip install "
                      "math-verify.")
@@ -45,6 +49,7 @@ def math(config: ConfigDict) -> Task:
       raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(config.data)}.")
     problems = sources.read(config.data[split], split)
+    # Solutions that a stage learns from may be in a file of their own.
     return jsonl.solved(problems, config.data.get("solutions"))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
               graders[grader], math_reward.answer)

@@ -1,7 +1,7 @@
 """The walk over a plan: trains its nodes, probes the weights around them, scores every arm.
 
-A finished folder (its manifest, written last, says so) is skipped and an unfinished one resumed, so
-the same walk again goes on where the last one ended.
+A finished folder is skipped and an unfinished one resumed, so a second walk continues where the
+first one ended. A folder is finished when it has a manifest, which is written last.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
     ValueError: a manifest cannot be read, or does not match its folder's name.
   """
   workdir = epath.Path(workdir)
+  # The plan has no nodes for scores and probes, so all that exist are checked.
   existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
   for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
     manifest.read(workdir / name)
@@ -33,9 +34,10 @@ def run(plan: Plan, workdir: epath.PathLike) -> None:
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   workdir = epath.Path(workdir)
-  # Every stop is checked between folders, where all that was done is already on disk.
+  # A stop is acted on between folders, where all that was done is already on disk.
   with hosts.stop_signal() as stop:
     probes = {name: _train(plan, node, workdir, stop) for name, node in plan.nodes.items()}
+    # The configured budgets are equal; the ledgers show what was in fact spent.
     budget.check_equal(budget.spent(plan, workdir), plan.compared,
                        "by their ledgers: delete the stages of one and run it again")
     for arm in plan.arms:
@@ -49,7 +51,8 @@ def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]
   before = _probe(plan, node, node.learner, workdir)
   _warn(plan, node, before, workdir)
   if manifest.read(workdir / node.name) is not None:
-    checkpoint.drop_steps(workdir / node.name)  # a kill may come between the manifest and this
+    # A kill may have come after the manifest was written and before the steps were deleted.
+    checkpoint.drop_steps(workdir / node.name)
   else:
     stage.train_node(plan, node, workdir, stop)
   # Only a distilled student is compared with its teacher again afterwards.
@@ -77,6 +80,7 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
 
 
 def _exit_if_stopped(stop: Callable[[], bool]) -> None:
+  # The exit code tells a launcher that the same command continues.
   if stop():
     raise SystemExit(hosts.RETRY)
 
@@ -85,7 +89,7 @@ def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None
   """The folder of a probe of a role's weights; with the node's teacher where it distils one."""
   if node.stage.actor == "given":
     return None
-  # Under reward the guide is the learner's own start: there is nothing to be near to.
+  # Under reward the guide is the learner's own start, whose divergence from it is 0.
   guide = None if node.stage.reward else node.guide or node.actor
   return scoring.probe(plan, role, guide, workdir)
 
@@ -95,10 +99,12 @@ def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> No
   if before is None:
     return
   found = files.read_json(workdir / before / "result.json")
+  # A group whose rewards are all equal has advantage 0, and so no gradient.
   mixed = found["student"]["mixed_groups"] if node.stage.reward else None
   guide = node.guide or node.actor
   gain = None
   if "teacher" in found and guide in plan.nodes:
+    # Distilling a teacher that reward has not improved is the failure the recipe is to prevent.
     untrained = scoring.probe(plan, "teacher", None, workdir)
     rates = [found["teacher"]["pass_rate"],
              files.read_json(workdir / untrained / "result.json")["student"]["pass_rate"]]

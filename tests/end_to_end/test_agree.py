@@ -62,14 +62,14 @@ def test_what_is_the_same_goes_on():
 @pytest.mark.medium
 def test_what_differs_is_named():
   for own, other, text in zip((0, 1), (1, 0), said(["a", "b"], ["a", "x"]), strict=True):
-    assert text == (f"refused: processes {own} and {other} differ in turn 1 of the sampler: they "
+    assert text == (f"refused: processes {own} and {other} differ in round 1 of the sampler: they "
                     "must run one program on the same data; start again from the checkpoint.")
 
 
 @pytest.mark.medium
 def test_who_does_not_come_is_named():
   here, _ = said(["a", "b"], ["a", "dead", "b"], seconds=10)
-  assert here.startswith("refused: process 1 has not come to turn 1 of the sampler within 10 s")
+  assert here.startswith("refused: process 1 has not reached round 1 of the sampler within 10 s")
 
 
 @pytest.mark.medium
@@ -78,4 +78,4 @@ def test_samplers_of_other_prompts_or_settings_do_not_start():
   assert all("drew 8" in text for text in said(one, one))
   for other in (["sample", "6", "1.0"], ["sample", "5", "0.9"]):
     for text in said(one, other):
-      assert "differ in turn 0 of the sampler" in text and "drew" not in text
+      assert "differ in round 0 of the sampler" in text and "drew" not in text

@@ -117,6 +117,7 @@ def _logp_and_entropy(logits_tV: jax.Array, targets_t: jax.Array) -> tuple[jax.A
 
 def common(student_head: Head, guide_head: Head) -> tuple[Head, Head]:
   """Both heads on the rows of the vocabulary that both have: their padding may differ."""
+  # Only padding differs: two models of one tokenizer share the lower rows.
   V = min(student_head[1].shape[0], guide_head[1].shape[0])
 
   def cut(head: Head) -> Head:
@@ -193,6 +194,7 @@ def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None
 
   per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
   (values, dfeatures_BTD), dweight_VD = sharding.per_device(on_device, per_token, weights)
+  # The finished gradients are saved, not the logits. The other arguments are saved for their shapes.
   saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
   return (_weighted_sum(values, weight_BT), values), saved
 
@@ -229,6 +231,7 @@ def _weighted_sum(values: Arrays, weight_BT: jax.Array) -> jax.Array:
 
 
 def _no_gradient(x: jax.Array) -> jax.Array | None:
+  # JAX wants zeros for an array of floats and None for one of integers.
   return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
 
@@ -302,6 +305,7 @@ def _over_blocks(block_fn: Callable[..., tuple[Arrays, Arrays]], block: int, car
   size = min(block, N)
   per_token_N = jax.tree.map(lambda x_BT: jnp.reshape(x_BT, (N, *x_BT.shape[2:])), per_token)
   mask_N = jnp.reshape(mask_BT, N)
+  # Stable, so that tokens keep their order and a block's sums their rounding.
   order_N = jnp.argsort(~mask_N, stable=True)
   block_count = sharding.max_over_devices(-(-jnp.sum(mask_N) // size))
 
@@ -326,6 +330,7 @@ def _over_blocks(block_fn: Callable[..., tuple[Arrays, Arrays]], block: int, car
         outputs_N, outputs_t)
     return carry, outputs_N
 
+  # The outputs' shapes are block_fn's own business: they are asked for without running it.
   _, shapes = jax.eval_shape(on_block, token_ids(0), carry)
   zeros_N = jax.tree.map(lambda x: jnp.zeros((N, *x.shape[1:]), x.dtype), shapes)
   carry, outputs_N = jax.lax.fori_loop(0, block_count, step, (carry, zeros_N))

@@ -27,6 +27,8 @@ def group_advantages_centred(reward_PG: np.ndarray) -> np.ndarray:
   Dr. GRPO (https://arxiv.org/abs/2503.20783), which explains why not to divide by the spread.
   Float rewards in, the same shape and type out.
   """
+  # The mean of equal floats need not equal them: without the factor, rounding would give a group of
+  # equal rewards an advantage.
   return (reward_PG - reward_PG.mean(axis=1, keepdims=True)) * _mixed(reward_PG)
 
 
@@ -40,6 +42,7 @@ def group_advantages(reward_PG: np.ndarray) -> np.ndarray:
   smaller by √((G − 1)/G). Float rewards in, the same shape and type out.
   """
   centred_PG = group_advantages_centred(reward_PG)
+  # Groups of equal rewards have spread 0 and advantage 0; dividing them by 1 avoids 0/0.
   return centred_PG / (reward_PG.std(axis=1, keepdims=True) + (1 - _mixed(reward_PG)))
 
 
@@ -109,6 +112,8 @@ def gspo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, cl
   and 7).
   """
   log_ratio_BT = logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32)
+  # The mean of the log-ratios is the log of the length-normalised ratio of the sequence. With it in
+  # place of a token's log-ratio and 0 in place of the old one, the clip is the clipped surrogate's.
   log_s_BT = sequence_mean(log_ratio_BT, mask_BT, segments_BT)
   return clipped_surrogate(log_s_BT, jnp.zeros_like(log_s_BT), advantage_BT, clip)
 
@@ -127,6 +132,7 @@ def cispo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, c
   logp_BT = logp_BT.astype(jnp.float32)
   ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
   loss_BT = -jnp.clip(ratio_BT, 1 - clip.low, 1 + clip.high) * advantage_BT * logp_BT
+  # A token without advantage has no gradient that a clip could change, so it is not counted.
   is_outside_BT = (ratio_BT > 1 + clip.high) | (ratio_BT < 1 - clip.low)
   return loss_BT, is_outside_BT & (advantage_BT != 0)
 
@@ -152,6 +158,7 @@ def sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array) -
 
 def _over_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
   """Sum of x over each token's own segment of its row, at each of the tokens."""
+  # Packed rows hold several sequences, so a row's own sum would mix them.
   def totals(x_T: jax.Array, segments_T: jax.Array) -> jax.Array:
     return jax.ops.segment_sum(x_T, segments_T, len(x_T) + 1)[segments_T]
   return jax.vmap(totals)(x_BT, segments_BT)
@@ -173,6 +180,7 @@ def mismatch_ratio(old_logp_BT: jax.Array, behaviour_logp_BT: jax.Array, mask_BT
     log_BT = _over_sequence(log_BT, segments_BT)
   elif level != "token":
     raise ValueError(f"level is {level!r}: choose \"token\" or \"sequence\".")
+  # The correction weights a loss, as an importance weight does: it is data, not a function of π.
   return jax.lax.stop_gradient(jnp.where(mask_BT, jnp.exp(log_BT), 1.0))
 
 

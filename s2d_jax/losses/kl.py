@@ -141,8 +141,10 @@ def sampled_reverse_kl(logp_BT: jax.Array, teacher_logp_BT: jax.Array,
   in nats, [B, T]. Differentiating k1 by itself would lose the teacher: `k1_as_loss`.
   """
   p_BT = logp_BT.astype(jnp.float32)
+  # The log-ratio acts as the reward of the sampled token, so only log p(a) is differentiated.
   ratio_BT = jax.lax.stop_gradient(p_BT - teacher_logp_BT.astype(jnp.float32))
   baseline_BT = jax.lax.stop_gradient(baseline_BT)
+  # The second term is 0 in value: it carries the gradient and leaves the estimate unbiased.
   return ratio_BT + (ratio_BT - baseline_BT) * (p_BT - jax.lax.stop_gradient(p_BT))
 
 
@@ -167,6 +169,7 @@ def k3(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> jax.Array:
   (https://arxiv.org/abs/2402.03300, eq. 4). Log-probabilities in nats, [B, T].
   """
   log_ratio_BT = reference_logp_BT.astype(jnp.float32) - logp_BT.astype(jnp.float32)
+  # expm1, because ρ − 1 loses all digits where the two policies nearly agree.
   return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
@@ -200,6 +203,7 @@ def forward_kl_gradient_norm(student_logits_BTV: jax.Array,
                              teacher_logits_BTV: jax.Array) -> jax.Array:
   """‖q − p‖₂, the length of `forward_kl`'s gradient in the student's logits; p teacher, q student.
   """
+  # The length of the written-out gradient, so that measuring it needs no differentiation.
   p_BTV, q_BTV, _ = tokens.compare(teacher_logits_BTV, student_logits_BTV)
   return jnp.linalg.norm(q_BTV - p_BTV, axis=-1)
 
@@ -233,8 +237,10 @@ def _tempered(logits_BTV: jax.Array, temperature: float) -> jax.Array:
 def _top_k(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: str,
            forward: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Both directions of the top-k divergence, and the masses that the support holds."""
+  # Shifted first: then the support, the divergence and the masses read the same array in memory.
   student_BTV, _ = tokens.shifted_logits(student_BTV)
   teacher_BTV, _ = tokens.shifted_logits(teacher_BTV)
+  # The support is a choice of outcomes, made before the divergence is differentiated.
   inside_BTV = _support(student_BTV, teacher_BTV, k, support)
   pair = (teacher_BTV, student_BTV) if forward else (student_BTV, teacher_BTV)
   return _kl_with_rest(*pair, inside_BTV), _masses(student_BTV, teacher_BTV, inside_BTV)
@@ -256,6 +262,7 @@ def _support(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: st
 def _top(logits_BTV: jax.Array, k: int) -> jax.Array:
   """bool [B, T, V]: the k largest logits, exactly k of them; ties go to lower ids. No gradient."""
   logits_BTV = jax.lax.stop_gradient(logits_BTV)
+  # By the k-th value and not by a [k, vocabulary] comparison, which would be k times the memory.
   value_BTk, id_BTk = jax.lax.top_k(logits_BTV, k)
   last_value_BT1 = value_BTk[..., -1:]
   last_id_BT1 = id_BTk[..., -1:]

@@ -194,7 +194,7 @@ def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None
 
   per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
   (values, dfeatures_BTD), dweight_VD = sharding.per_device(on_device, per_token, weights)
-  # The finished gradients are saved, not the logits. The other arguments are saved for their shapes.
+  # The finished gradients are saved, not the logits; the other arguments for their shapes alone.
   saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
   return (_weighted_sum(values, weight_BT), values), saved
 

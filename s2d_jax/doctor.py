@@ -1,7 +1,7 @@
-"""Finds what is wrong with a config, its models and its problems before a chip is rented.
+"""Checks a config, its models and its problems before anything runs.
 
-Every check raises ValueError with one sentence that names the thing and the remedy. The recipe
-calls them all before it writes anything.
+Every check raises a ValueError of one sentence that names the thing and the remedy. The recipe
+calls all of them before it writes anything.
 
   s2d-jax doctor --config=configs/qwen3_math.py
 """
@@ -32,10 +32,12 @@ Stage = Any
 SEED = Key(lambda seed: 0 <= seed < 2**63, "choose it from 0 to 2**63 - 1")
 CONFIG_KEYS: Record = {
     "seed": SEED, "half_seed": SEED,
-    "arms": keys.ANY, "task": keys.ANY, "data": keys.ANY,  # read by planning and the task
-    "teacher": keys.ANY, "student": keys.ANY, "template": keys.ANY,  # read by `check_pair`
-    "dtype": keys.ANY, "remat": keys.ANY, "attention": keys.ANY,     # read by `models`
-    "stages": keys.ANY,  # read by `check_config`: their records depend on the table of stages
+    # Planning, the task, `check_pair` and `models` check these where they read them.
+    "arms": keys.ANY, "task": keys.ANY, "data": keys.ANY,
+    "teacher": keys.ANY, "student": keys.ANY, "template": keys.ANY,
+    "dtype": keys.ANY, "remat": keys.ANY, "attention": keys.ANY,
+    # The records of the stages depend on the table of stages, so `check_config` reads them.
+    "stages": keys.ANY,
     "label_share": Key(lambda share: 0 < share <= 1,
                        "choose it above 0, up to 1, which keeps every label"),
     "prompt_tokens": keys.at_least(1),
@@ -139,11 +141,13 @@ def check_pair(config: ConfigDict, teacher: chat.Chat, student: chat.Chat) -> No
     ValueError: two tokenizers or vocabularies, more tokens than embeddings, a prompt and response
       beyond a model's positions, a top k beyond the vocabulary, a stop string that no token makes.
   """
+  # A guide scores the tokens that the other model sampled, so an id must mean one thing to both.
   chat.same_tokenizer(teacher, student)
   sizes = [hf.read_json(config[role])["vocab_size"] for role in ("teacher", "student")]
   if sizes[0] != sizes[1]:
     raise ValueError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
                      "model's vocabulary to the larger's.")
+  # Embeddings are often padded beyond the tokenizer, never the reverse.
   last = max(teacher.vocabulary.values())
   if last >= sizes[0]:
     raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
@@ -203,7 +207,9 @@ def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
     if not problems:
       raise ValueError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
     for problem in problems:
-      for key in (problem["problem"], problem["id"]):  # an absent id is made from the problem
+      # Readers make an absent id from the text, so both are compared: a shared problem would let a
+      # model train on what it is scored on.
+      for key in (problem["problem"], problem["id"]):
         if key in found:
           shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
           raise ValueError(f"{shown} stands in {found[key]} and again in {split}: every split "

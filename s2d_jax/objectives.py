@@ -55,6 +55,7 @@ class Objective:
     """
     keys.check_values(hp, self.keys)
     self.check(hp)
+    # Only a KL penalty of positive weight needs a guide, so this depends on the config.
     if guide_head is None and self.uses_guide(hp):
       raise ValueError(f"{self.loss.__name__} compares with a guide and has none: name one in the "
                        "stage's row.")
@@ -118,6 +119,7 @@ def sums_from_logits(
   return {"loss": (total, jnp.sum(batch.count_BT)), **sums}
 
 
+# Not hashed: the size of a block changes the memory and, by rounding alone, the result.
 BLOCK_KEYS = {"block": keys.at_least(1, default=4096, hashed=False)}
 
 
@@ -144,6 +146,7 @@ KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
 MISMATCHES = {
     "truncate": lambda ratio_BT, hp: grpo.truncated(ratio_BT, hp.mismatch_most),
     "mask": lambda ratio_BT, hp: grpo.masked(ratio_BT, hp.mismatch_least, hp.mismatch_most)}
+# "k1" is absent: its gradient is 0 in expectation.
 PENALTY_NAMES = ("none", *KL_PENALTIES, "exact")
 GRPO_KEYS = BLOCK_KEYS | {
     "surrogate": keys.one_of(grpo.SURROGATES, default="clipped"),
@@ -288,7 +291,8 @@ def learnable(pass_rate_P: np.ndarray) -> np.ndarray:
   return pass_rate_P * (1 - pass_rate_P)
 
 
-# A form returns (value_BT, {name: value_BT}) from two logits and the stage's config.
+# A form returns (value_BT, {name: value_BT}) from two logits and the stage's config. Functions of
+# the top k take logits as they are, so only the full form reads the temperatures.
 FORWARD_FORMS = {
     "full": lambda s, g, hp: (
         kl.forward_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
@@ -298,7 +302,8 @@ REVERSE_FORMS = {
         kl.reverse_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
     "top_k": lambda s, g, hp: kl.top_k_reverse_kl(s, g, hp.top_k, hp.support),
     "intersection": lambda s, g, hp: kl.intersection_reverse_kl(s, g, hp.top_k)}
-TOP_K_FORMS = ("top_k", "intersection")  # the forms that read top_k
+# The doctor compares top_k with the vocabulary where the form is one of these.
+TOP_K_FORMS = ("top_k", "intersection")
 TEMPERATURE_KEYS = dict.fromkeys(
     ("student_temperature", "teacher_temperature"),
     Key(lambda temperature: temperature > 0, "choose it above 0", neutral=1.0))

@@ -56,6 +56,7 @@ def schedule(hp: ConfigDict, updates: int) -> optax.Schedule:
   ramp = max(hp.warmup, 1)
 
   def lr(count: jax.Array) -> jax.Array:
+    # optax counts in int32, which strict promotion does not mix with floats.
     count = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum(1.0, (count + 1) / ramp)
     progress = jnp.clip((count - hp.warmup) / (updates - hp.warmup), 0.0, 1.0)

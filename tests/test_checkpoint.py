@@ -10,7 +10,7 @@ def state(value, mesh):
                             sharding.weight_sharding(mesh, ("embed", "mlp"), (8, 4)))}
 
 
-def test_saved_on_one_mesh_restored_on_another(tmp_path):
+def test_a_checkpoint_of_one_mesh_is_restored_on_another(tmp_path):
   one, many = sharding.make_mesh((1, 1, 1)), sharding.make_mesh((2, 2, 2))
   steps = checkpoint.Checkpoints(tmp_path)
   assert steps.latest() is None
@@ -31,7 +31,7 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path):
   np.testing.assert_array_equal(final["w"], np.full((8, 4), 9, np.float32))
 
 
-def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+def test_a_relative_folder_is_accepted(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   mesh = sharding.make_mesh((1, 1, 1))
   steps = checkpoint.Checkpoints("runs/stage")

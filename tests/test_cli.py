@@ -21,9 +21,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data):
-  made = arithmetic.get_config()
-  made.data.dir = data
-  return made
+  config = arithmetic.get_config()
+  config.data.dir = data
+  return config
 
 
 @pytest.mark.medium
@@ -52,24 +52,24 @@ def test_every_run_of_a_sweep_is_checked(config):
     diagnosis.diagnosis(config)
 
 
-@pytest.mark.parametrize("key, value, said", [
+@pytest.mark.parametrize("key, value, message", [
     ("arms", "nope", "there is no arm 'nope': choose config.arms from untrained, "),
     ("task", "chess", "config.task is 'chess': choose arithmetic or math, "),
     ("teacher", "nowhere", "nowhere is not a folder: "),
     ("prompt_tokens", 12, "takes 13 tokens and its window is 12: raise config.prompt_tokens."),
 ])
-def test_a_wrong_config_ends_in_one_sentence(config, capsys, key, value, said):
+def test_a_wrong_config_exits_with_one_sentence(config, capsys, key, value, message):
   config[key] = value
   with pytest.raises(SystemExit) as error:
     command.call(lambda argv: diagnosis.diagnosis(config), [])
   assert error.value.code == 2
   sentence = capsys.readouterr().err.rstrip("\n")
-  assert re.fullmatch(r"s2d_jax: [^\n]+[:,;] [^\n]+\.", sentence) and said in sentence
+  assert re.fullmatch(r"s2d_jax: [^\n]+[:,;] [^\n]+\.", sentence) and message in sentence
   assert not re.search(r"[.!?] +[A-Z]", sentence)
 
 
 @pytest.mark.medium
-def test_the_command_says_the_sentence_and_no_more(data):
+def test_the_command_prints_the_sentence_alone(data):
   done = subprocess.run(
       [sys.executable, "-c", "from s2d_jax import cli; cli.main()", "doctor",
        "--config=configs/arithmetic.py:tiny", f"--config.data.dir={data}", "--config.arms=nope"],
@@ -98,7 +98,7 @@ def test_help_fits_a_screen_and_ends_with_an_example(name, capsys):
   assert len(described) == len([line for line in lines if line.startswith("  ")]) > 0
 
 
-def test_the_list_of_commands_is_help_and_the_answer_to_an_unknown_one(monkeypatch, capsys):
+def test_help_and_an_unknown_command_print_the_list_of_commands(monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["s2d-jax", "--help"])
   cli.main()
   text = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_the_list_of_commands_is_help_and_the_answer_to_an_unknown_one(monkeypat
   assert error.value.code == cli.usage()
 
 
-@pytest.mark.parametrize("argv, said", [
+@pytest.mark.parametrize("argv, message", [
     (["run", "--config=configs/arithmetic.py:tiny"], "missing: --workdir: s2d-jax run --help has"),
     (["run", "--workdir", "x"], "missing: --config: "),
     (["export", "--workdir=x", "--stage", "y"], "missing: --out: "),
@@ -118,12 +118,12 @@ def test_the_list_of_commands_is_help_and_the_answer_to_an_unknown_one(monkeypat
      "x has no finished stage 'y': choose --stage from nothing: run its recipe first."),
     (["report", "nowhere"], "nowhere has no finished arm: "),
 ])
-def test_a_wrong_line_is_one_sentence(argv, said, monkeypatch, capsys):
+def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["s2d-jax", *argv])
   with pytest.raises(SystemExit) as error:
     cli.main()
   (line,) = capsys.readouterr().err.splitlines()
-  assert error.value.code == 2 and line.startswith("s2d_jax: ") and said in line
+  assert error.value.code == 2 and line.startswith("s2d_jax: ") and message in line
 
 
 # ml_collections loads config files by importlib's old name.
@@ -131,15 +131,16 @@ def test_a_wrong_line_is_one_sentence(argv, said, monkeypatch, capsys):
 def test_flags_take_a_space_or_an_equals_sign():
   parser = command.config_parser("x", "", "")
   parser.add_argument("--workdir")
-  seen = []
+  parsed = []
   for line in (["--config=configs/arithmetic.py:tiny", "--workdir=w", "--config.seed=3"],
                ["--workdir", "w", "--config", "configs/arithmetic.py:tiny", "--config.seed", "3"]):
     config, args = command.parse_config(parser, line)
-    seen.append((config.to_dict(), config.is_locked, vars(args)))
-  assert seen[0][0] == seen[1][0] and seen[0][0]["seed"] == 3 and seen[0][1] and seen[1][1]
-  assert [args["workdir"] for _, _, args in seen] == ["w", "w"]
+    parsed.append((config.to_dict(), config.is_locked, vars(args)))
+  assert parsed[0][0] == parsed[1][0] and parsed[0][0]["seed"] == 3
+  assert parsed[0][1] and parsed[1][1]
+  assert [args["workdir"] for _, _, args in parsed] == ["w", "w"]
 
 
 @pytest.mark.medium
-def test_a_library_that_is_absent_is_not_announced():
+def test_an_absent_optional_library_prints_no_warning():
   assert console("doctor", "--help").stderr == ""

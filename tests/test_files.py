@@ -42,7 +42,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   assert not path.exists()
 
 
-def test_another_host_is_believed_for_an_hour(tmp_path):
+def test_a_lock_of_another_host_is_valid_for_an_hour(tmp_path):
   path = tmp_path / "writer.lock"
   path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 600}))
   with pytest.raises(ValueError, match="elsewhere"):

@@ -9,7 +9,7 @@ import numpy as np
 from s2d_jax import hosts
 
 
-def test_one_process_leads_and_waits_for_no_other():
+def test_a_single_process_is_the_leader_and_needs_no_barrier():
   assert jax.process_count() == 1 and hosts.leader()
   hosts.barrier("a barrier of one process")
   own_B = np.arange(3.0)
@@ -17,7 +17,7 @@ def test_one_process_leads_and_waits_for_no_other():
   hosts.agree("sampler", "text")
 
 
-def test_a_signal_is_seen_inside_and_the_former_handler_comes_back():
+def test_a_stop_signal_is_reported_and_the_former_handler_restored():
   before = signal.getsignal(signal.SIGTERM)
   with hosts.stop_signal() as stop:
     assert not stop()

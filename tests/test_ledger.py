@@ -10,7 +10,7 @@ from s2d_jax import ledger, models
 COUNTS = {name: 0 for name in ledger.COUNTS if name not in ("label_uses", "prompt_uses")}
 
 
-def test_labels_are_distinct_problems_and_uses():
+def test_totals_count_distinct_labels_and_uses():
   rows = [ledger.entry(0, [1, 2], [1, 2], **COUNTS | {"tokens_sampled": 5}),
           ledger.entry(1, [2, 3], [2, 3], **COUNTS | {"tokens_sampled": 7}),
           ledger.entry(2, [4], [], **COUNTS | {"updates": 3})]
@@ -20,13 +20,13 @@ def test_labels_are_distinct_problems_and_uses():
   assert got["labels"] == [1, 2, 3] and got["tokens_sampled"] == 12 and got["updates"] == 3
 
 
-def test_some_of_a_steps_labels_may_have_been_bought_before():
+def test_a_step_may_spend_some_of_its_prompts_labels():
   rows = [ledger.entry(0, [1, 2, 3], [1, 3], **COUNTS), ledger.entry(1, [1, 2, 3], [2], **COUNTS)]
   got = ledger.total(rows)
   assert (got["labels_distinct"], got["label_uses"], got["prompt_uses"]) == (3, 3, 6)
 
 
-def test_a_row_without_a_count_is_refused():
+def test_an_entry_without_a_count_is_refused():
   with pytest.raises(ValueError, match="tokens_guide"):
     ledger.entry(0, [1], [1], **{k: v for k, v in COUNTS.items() if k != "tokens_guide"})
 

@@ -22,7 +22,7 @@ def run(module, *flags):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("flag, says", [
+@pytest.mark.parametrize("flag, message", [
     ("--config.foo=1", "config has no key 'foo'"),
     ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'lrr'"),
     ("--config.seed=abc", "config.seed=abc"),
@@ -34,17 +34,17 @@ def run(module, *flags):
     ("--config.mesh=(64, 64, 64)", "set config.mesh to"),
     ("--config.teacher=nowhere", "nowhere is not a folder"),
 ])
-def test_one_sentence_and_nothing_written(tmp_path, flag, says):
+def test_a_mistake_prints_one_sentence_and_writes_nothing(tmp_path, flag, message):
   code, lines = run("s2d_jax.main", "--config=configs/arithmetic.py:tiny",
                     f"--config.data.dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'work'}",
                     flag)
-  assert code == 2 and len(lines) == 1 and says in lines[0], (code, lines)
+  assert code == 2 and len(lines) == 1 and message in lines[0], (code, lines)
   assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("key", ["mesh", "task", "arms"])
-def test_a_config_file_that_lacks_a_key(tmp_path, key):
+def test_a_config_file_without_a_key_is_refused(tmp_path, key):
   file = tmp_path / "short.py"
   file.write_text("from configs import arithmetic\ndef get_config():\n"
                   "  config = arithmetic.get_config('tiny').unlock()\n"
@@ -56,7 +56,7 @@ def test_a_config_file_that_lacks_a_key(tmp_path, key):
 
 
 @pytest.mark.medium
-def test_a_second_writer_is_one_sentence(tmp_path):
+def test_a_second_writer_is_refused_with_one_sentence(tmp_path):
   flags = ("--config=configs/arithmetic.py:tiny", "--config.arms=cold_grpo",
            f"--config.data.dir={tmp_path / 'data'}", f"--workdir={tmp_path / 'work'}")
   config = arithmetic.get_config("tiny")
@@ -72,7 +72,7 @@ def test_a_second_writer_is_one_sentence(tmp_path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("command", ["doctor", "preflight"])
-def test_the_other_commands_take_flags_as_main_does(command):
+def test_doctor_and_preflight_refuse_an_unknown_key_as_run_does(command):
   program = f"import sys; sys.argv[1:1] = [{command!r}]; from s2d_jax import cli; cli.main()"
   done = subprocess.run([sys.executable, "-c", program, "--config=configs/arithmetic.py:tiny",
                          "--config.foo=1"], cwd=ROOT, capture_output=True, text=True, check=False,
@@ -81,7 +81,7 @@ def test_the_other_commands_take_flags_as_main_does(command):
 
 
 @pytest.mark.medium
-def test_console_entry_point_names_its_commands():
+def test_the_console_entry_point_lists_its_commands():
   done = subprocess.run([sys.executable, "-c", "from s2d_jax import cli; cli.main()"], cwd=ROOT,
                         capture_output=True, text=True, check=False, timeout=120)
   assert done.returncode == 1

@@ -13,7 +13,7 @@ INPUTS = {"row": ["reverse_kl", "teacher"], "config": {"steps": 100, "optim": {"
           "seed": 0, "parents": {"guide": "teacher_grpo-1", "actor": None}}
 
 
-def test_equal_inputs_have_one_name():
+def test_equal_inputs_give_equal_names():
   name = manifest.name("reverse_kl", INPUTS)
   row, _, digest = name.rpartition("-")
   assert row == "reverse_kl" and len(digest) == 12 and int(digest, 16) >= 0
@@ -22,7 +22,7 @@ def test_equal_inputs_have_one_name():
   assert manifest.name("reverse_kl", json.loads(json.dumps(INPUTS))) == name
 
 
-def test_the_digest_is_that_of_sha256sum():
+def test_the_digest_equals_that_of_sha256sum():
   # printf '{"a": [1, 2.5, null], "b": "c"}' | sha256sum
   assert manifest.digest({"b": "c", "a": (1, 2.5, None)}) == (
       "318a0882fd0ef969926a228ba3e44a5fb10f557f377f8be140d8cc0fe3da8659")
@@ -31,7 +31,7 @@ def test_the_digest_is_that_of_sha256sum():
 @pytest.mark.parametrize("change", [
     {"seed": 1}, {"row": ["reverse_kl", "student"]}, {"config": {"steps": 101}}, {"extra": None},
     {"config": {"steps": 100, "optim": {"lr": 1.0001e-3}}}, {"parents": {"guide": None}}])
-def test_any_other_input_has_another_name(change):
+def test_a_changed_input_changes_the_name(change):
   assert manifest.name("x", INPUTS | change) != manifest.name("x", INPUTS)
   assert manifest.name("y", INPUTS) != manifest.name("x", INPUTS)
 
@@ -52,8 +52,8 @@ def test_a_manifest_is_read_back_and_an_edited_one_refused(tmp_path):
   assert str(folder / "manifest.json") in str(error.value)
 
 
-def test_provenance_says_where_it_ran_and_keeps_secrets(monkeypatch):
-  monkeypatch.setenv("API_TOKEN", "a secret that nobody should find")
+def test_provenance_holds_devices_and_versions_and_no_environment(monkeypatch):
+  monkeypatch.setenv("API_TOKEN", "a secret value")
   found = manifest.provenance(sharding.make_mesh((2, 2, 2)))
   text = json.dumps(found)
   assert "API_TOKEN" not in text and "a secret" not in text
@@ -73,7 +73,7 @@ def git(folder, *words):
   return done.stdout.strip()
 
 
-def test_the_revision_is_the_checkouts(tmp_path, monkeypatch):
+def test_the_revision_is_the_commit_and_marks_changes(tmp_path, monkeypatch):
   source = tmp_path / "package" / "manifest.py"
   source.parent.mkdir()
   source.write_text("a = 1\n")
@@ -100,6 +100,6 @@ def test_the_revision_is_the_checkouts(tmp_path, monkeypatch):
   assert manifest.revision.__wrapped__() == "unknown"
 
 
-def test_the_revision_is_that_of_the_code_as_it_started():
+def test_the_revision_is_read_once():
   first = manifest.revision()
   assert manifest.revision() is first  # read once: a commit made meanwhile is another's

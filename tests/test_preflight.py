@@ -25,12 +25,12 @@ def quick_compiles():
 @pytest.fixture
 def config(tmp_path):
   """The tiny config on folders that have no weights, and no data anywhere."""
-  made = arithmetic.get_config("tiny")
+  config = arithmetic.get_config("tiny")
   for role in ("teacher", "student"):
-    made[role] = str(shutil.copytree(made[role], tmp_path / role,
+    config[role] = str(shutil.copytree(config[role], tmp_path / role,
                                      ignore=shutil.ignore_patterns("*.safetensors")))
-  made.data.dir = str(tmp_path / "data")
-  return made
+  config.data.dir = str(tmp_path / "data")
+  return config
 
 
 def parameters(role):
@@ -52,11 +52,11 @@ def check(config, expected):
   found = costs(config)
   size = {role: 4 * parameters(role) for role in ("teacher", "student")} | {None: 0}
   floor = {}
-  def sampled(role, rows, how):
+  def sampled(role, rows, sampling):
     """A decode: the weights, and the float32 keys and values of every row at its longest."""
     shape = json.loads(pathlib.Path(config[role], "config.json").read_text())
     numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return size[role] + 4 * numbers * rows * (config.prompt_tokens + how.max_tokens)
+    return size[role] + 4 * numbers * rows * (config.prompt_tokens + sampling.max_tokens)
   for row, (actor, learner, guide) in expected.items():
     if actor is not None:  # who learns from its own samples once scores them as it does
       floor[row, "token_logps"] = size[actor]
@@ -90,7 +90,7 @@ def check(config, expected):
 
 
 @pytest.mark.medium
-def test_one_row_has_its_programs_alone(quick_compiles, config, tmp_path):
+def test_a_config_of_one_stage_compiles_only_its_programs(quick_compiles, config, tmp_path):
   with config.unlocked():
     config.stages = {"teacher_sft": config.stages.teacher_sft}
   check(config, {"teacher_sft": (None, "teacher", None)})
@@ -98,7 +98,7 @@ def test_one_row_has_its_programs_alone(quick_compiles, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_row_holds_its_models(quick_compiles, config):
+def test_the_memory_of_every_stage_by_hand(quick_compiles, config):
   config.stages.teacher_grpo.update({"kl": "k3", "kl_coef": 0.1})  # a penalty, so a reference
   check(config, {
       "teacher_grpo": (None, "teacher", "teacher"), "teacher_sft": (None, "teacher", None),
@@ -108,7 +108,7 @@ def test_every_row_holds_its_models(quick_compiles, config):
 
 
 @pytest.mark.medium
-def test_in_bfloat16_what_is_frozen_takes_half_and_what_learns_does_not(quick_compiles, config):
+def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_compiles, config):
   with config.unlocked():
     config.stages = {"forward_kl": config.stages.forward_kl}
   config.dtype = "bfloat16"
@@ -122,7 +122,7 @@ def test_in_bfloat16_what_is_frozen_takes_half_and_what_learns_does_not(quick_co
 
 
 @pytest.mark.medium
-def test_adapters_have_their_programs(quick_compiles, config):
+def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compiles, config):
   # A row that asks its start for pass rates: that model has no adapters, the learner has.
   with config.unlocked():
     config.stages = {"weighted_fkl": config.stages.weighted_fkl}
@@ -140,7 +140,7 @@ def test_adapters_have_their_programs(quick_compiles, config):
 
 
 @pytest.mark.medium
-def test_the_programs_of_a_sweep_are_told_once(quick_compiles, config, capsys):
+def test_programs_that_runs_of_a_sweep_share_are_printed_once(quick_compiles, config, capsys):
   with config.unlocked():
     config.stages = {"teacher_sft": config.stages.teacher_sft}
     config.sweep = ({"seed": 1}, {"seed": 2}, {"stages.teacher_sft.prompts": 8})
@@ -151,7 +151,7 @@ def test_the_programs_of_a_sweep_are_told_once(quick_compiles, config, capsys):
 
 # ml_collections loads config files by importlib's old name.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_wrong_config_ends_in_one_sentence(capsys):
+def test_a_wrong_config_exits_with_one_sentence(capsys):
   with pytest.raises(SystemExit) as error:
     command.call(preflight.main, ["--config=configs/arithmetic.py:tiny",
                                   "--config.stages.sft.steps=-1"])

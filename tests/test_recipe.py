@@ -1,4 +1,4 @@
-"""The plan by hand: what names a stage's folder, who guides it, which labels a ledger may show."""
+"""The plan by hand: names of stage folders, guides, and the labels that a ledger may show."""
 
 import re
 
@@ -16,20 +16,21 @@ ARMS = {arm: recipe.ARMS[arm] for arm in ("untrained", "cold_grpo", "raw_bridge"
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
   """plan(changes, arms): the shipped tiny config, changed, on the first 64 problems of a split."""
-  made = arithmetic.get_config("tiny")
-  made.data.dir = str(tmp_path_factory.mktemp("data"))
-  given, rows = tasks.get(made), {}
+  shipped_config = arithmetic.get_config("tiny")
+  shipped_config.data.dir = str(tmp_path_factory.mktemp("data"))
+  task = tasks.get(shipped_config)
+  problems = {}
 
   def source(split):
-    if split not in rows:
-      every = given.source(split)
-      rows[split] = [every[i] for i in range(64)]
-    return rows[split]
+    if split not in problems:
+      every = task.source(split)
+      problems[split] = [every[i] for i in range(64)]
+    return problems[split]
 
   def plan(changes=None, arms=ARMS, compared=recipe.COMPARED):
-    config = made.copy_and_resolve_references()
+    config = shipped_config.copy_and_resolve_references()
     config.update_from_flattened_dict({"arms": ",".join(arms)} | (changes or {}))
-    return recipe.plan(config, given._replace(source=source), arms=arms,
+    return recipe.plan(config, task._replace(source=source), arms=arms,
                        compared=compared)
   return plan
 
@@ -39,10 +40,10 @@ def shipped(plan):
   return plan()
 
 
-# What names a stage's folder.
+# Names of stage folders.
 
 
-def test_a_name_is_its_row_and_twelve_digits(shipped):
+def test_a_folder_name_is_the_stage_and_twelve_hex_digits(shipped):
   for arm, uses in ARMS.items():
     assert [re.sub("-[0-9a-f]{12}$", "", name) for name in shipped.arms[arm]] == [
         use.stage for use in uses]
@@ -59,7 +60,7 @@ def test_a_name_is_its_row_and_twelve_digits(shipped):
     ("half_seed", 1, {HALF: [0, 1, 2, 3]}),
     ("stages.sft.optim.lr", 3e-4, {}),  # a row of no arm here
 ])
-def test_what_decides_a_result_renames_it_and_its_descendants(plan, shipped, key, value, renamed):
+def test_a_key_that_changes_results_renames_descendants_too(plan, shipped, key, value, renamed):
   other = plan({key: value})
   pairs = {arm: zip(shipped.arms[arm], other.arms[arm], strict=True) for arm in ARMS}
   changed = {arm: [i for i, (a, b) in enumerate(both) if a != b] for arm, both in pairs.items()}
@@ -68,33 +69,33 @@ def test_what_decides_a_result_renames_it_and_its_descendants(plan, shipped, key
 
 @pytest.mark.parametrize("key, value", [
     ("microbatches", 2), ("block", 32), ("save_every", 1), ("eval_every", 1), ("log_samples", 1)])
-def test_what_decides_no_result_keeps_every_name(plan, shipped, key, value):
+def test_a_key_that_changes_no_result_renames_nothing(plan, shipped, key, value):
   other = plan({f"stages.{row}.{key}": value for row in ROWS})
   assert all(other.config.stages[row][key] == value for row in ROWS)
   assert other.arms == shipped.arms
 
 
-def test_the_mesh_keeps_every_name(plan, shipped):
+def test_the_mesh_renames_nothing(plan, shipped):
   assert plan({"mesh": (2, 1, 4)}).arms == shipped.arms
 
 
 def test_arms_share_the_stages_of_a_common_beginning(plan, shipped):
   start = (Use("teacher_grpo", "all"), Use("forward_kl", "all"))
-  made = plan(arms={"short": start, "long": (*start, Use("reverse_kl", "all")),
+  planned = plan(arms={"short": start, "long": (*start, Use("reverse_kl", "all")),
                     "bridge": recipe.ARMS["bridge"], "other_split": (Use("teacher_grpo", "1h"),)})
-  assert made.arms["long"][:2] == made.arms["short"]
-  assert made.arms["long"] == made.arms["bridge"] == shipped.arms["bridge"]
-  assert made.arms["other_split"] == shipped.arms[HALF][:1]
-  assert list(made.nodes) == [*made.arms["long"], *made.arms["other_split"]]
+  assert planned.arms["long"][:2] == planned.arms["short"]
+  assert planned.arms["long"] == planned.arms["bridge"] == shipped.arms["bridge"]
+  assert planned.arms["other_split"] == shipped.arms[HALF][:1]
+  assert list(planned.nodes) == [*planned.arms["long"], *planned.arms["other_split"]]
   # The shipped arms begin with different rows, splits or teachers: 1 + 2 + 3 + 4 stages.
   assert len(shipped.nodes) == 10
 
 
-def test_every_arm_of_the_table_is_all(plan):
+def test_arms_all_is_every_arm_of_the_table(plan):
   assert list(plan({"arms": "all"}).arms) == list(ARMS)
 
 
-def test_an_arm_is_held_to_a_budget_where_it_is_named_alone(plan):
+def test_arms_of_the_argument_compared_must_have_equal_budgets(plan):
   # As many updates as reverse_kl has, where opd_only makes those of the whole bridge.
   arms = {"opd_only": recipe.ARMS["opd_only"],
           "mine": (Use("teacher_grpo", "all"), Use("reverse_kl", "all"))}
@@ -104,24 +105,24 @@ def test_an_arm_is_held_to_a_budget_where_it_is_named_alone(plan):
     plan(arms=arms, compared=("opd_only", "mine"))
 
 
-# Who guides whom.
+# Guides.
 
 
 @pytest.mark.parametrize("kl, coef, guided", [
     ("none", 0.0, False), ("none", 0.1, False), ("k3", 0.0, False), ("k3", 0.1, True),
     ("k2", 0.1, True)])
-def test_grpo_is_guided_by_its_start_where_it_pays_for_leaving_it(plan, kl, coef, guided):
-  made = plan({f"stages.{row}_grpo.{key}": value for row in ("teacher", "student")
+def test_grpo_has_its_start_as_guide_where_it_has_a_kl_penalty(plan, kl, coef, guided):
+  planned = plan({f"stages.{row}_grpo.{key}": value for row in ("teacher", "student")
                for key, value in (("kl", kl), ("kl_coef", coef))})
-  starts = {made.arms["cold_grpo"][0]: "student", made.arms["bridge"][0]: "teacher",
-            made.arms[HALF][3]: made.arms[HALF][2]}
+  starts = {planned.arms["cold_grpo"][0]: "student", planned.arms["bridge"][0]: "teacher",
+            planned.arms[HALF][3]: planned.arms[HALF][2]}
   for name, start in starts.items():
-    node = made.nodes[name]
+    node = planned.nodes[name]
     assert (node.actor, node.learner, node.guide) == (None, start, start if guided else None)
 
 
 @pytest.mark.parametrize("arm, teacher", [("raw_bridge", None), ("bridge", 0), (HALF, 0)])
-def test_the_bridge_follows_its_arms_own_teacher(shipped, arm, teacher):
+def test_the_bridge_distils_the_teacher_of_its_own_arm(shipped, arm, teacher):
   names = shipped.arms[arm]
   teacher = "teacher" if teacher is None else names[teacher]
   (forward, reverse) = [name for name in names if "_kl-" in name]
@@ -131,18 +132,18 @@ def test_the_bridge_follows_its_arms_own_teacher(shipped, arm, teacher):
   assert (node.actor, node.learner, node.guide) == (None, forward, teacher)
 
 
-# Which labels a ledger may show.
+# Labels of the ledgers.
 
 
-def spend(workdir, made, arm, *labels):
-  """Writes the ledgers of an arm, by hand: each stage's labels in turn; returns the names."""
-  for name, spent in zip(made.arms[arm], labels, strict=True):
+def spend(workdir, planned, arm, *labels):
+  """Writes the ledgers of an arm, by hand: each stage's labels in order; returns the names."""
+  for name, spent in zip(planned.arms[arm], labels, strict=True):
     files.write_json(workdir / name / "ledger.json", {"labels": spent})
-  return made.arms[arm]
+  return planned.arms[arm]
 
 
-def ids(made, split):
-  return sorted(prompt.id for prompt in made.prompts[split])
+def ids(planned, split):
+  return sorted(prompt.id for prompt in planned.prompts[split])
 
 
 @pytest.mark.parametrize("place, foreign", [(0, "2h"), (2, "2h"), (3, "1h")])
@@ -167,17 +168,17 @@ def test_a_label_of_the_test_split_is_refused(shipped, tmp_path):
     budget.check_labels(shipped, "cold_grpo", tmp_path)
 
 
-def test_a_held_out_label_spent_before_its_turn_is_refused(plan, tmp_path):
+def test_a_held_out_label_that_an_earlier_stage_spent_is_refused(plan, tmp_path):
   # Every stage keeps to its own split, and yet the last one's labels are no longer fresh.
   arms = {"leaky": (Use("teacher_grpo", "all"), Use("forward_kl", "all"),
                     Use("student_grpo", "2h"))}
-  made = plan(arms=arms)
-  last = ids(made, "2h")[:4]
-  spend(tmp_path, made, "leaky", ids(made, "1h"), [], last)
-  budget.check_labels(made, "leaky", tmp_path)
+  planned = plan(arms=arms)
+  last = ids(planned, "2h")[:4]
+  spend(tmp_path, planned, "leaky", ids(planned, "1h"), [], last)
+  budget.check_labels(planned, "leaky", tmp_path)
   # Not only what the last stage uses itself: 2H as a whole is held out.
-  label, later = ids(made, "2h")[5:7]
-  names = spend(tmp_path, made, "leaky", [*ids(made, "1h"), later, label], [], last)
+  label, later = ids(planned, "2h")[5:7]
+  names = spend(tmp_path, planned, "leaky", [*ids(planned, "1h"), later, label], [], last)
   with pytest.raises(ValueError, match=f"^{names[0]} spent the held-out label {label} before "
                                        f"{names[2]}: in config.arms leaky is not a half_"):
-    budget.check_labels(made, "leaky", tmp_path)
+    budget.check_labels(planned, "leaky", tmp_path)

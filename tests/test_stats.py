@@ -56,7 +56,7 @@ def samples(P=200, G=8, seed=0):
   return (rng.random((P, G)) < rng.beta(1, 2, size=(P, 1))).astype(np.int64)
 
 
-def test_the_interval_of_the_mean_has_its_closed_form_width():
+def test_the_bootstrap_interval_of_the_mean_has_its_closed_form_width():
   # A draw's mean of 200 problems' shares has variance Var_p(c/G) / P and is normal: ± 1.96 standard
   # deviations at 95 %.
   correct_PG = samples()
@@ -102,7 +102,7 @@ def truth(world):
 @pytest.mark.parametrize("G", [1, 4, 16])
 @pytest.mark.parametrize("name", ["problems differ", "only samples", "a little of all",
                                   "near the bottom"])
-def test_the_interval_over_problems_and_samples_covers(name, G):
+def test_coverage_of_the_interval_over_problems_and_samples(name, G):
   # 2,000 data sets of one training seed; the seed is as it is.
   rng, held = np.random.default_rng(0), 0
   mean, _, *spread = WORLDS[name]
@@ -117,7 +117,7 @@ def test_the_interval_over_problems_and_samples_covers(name, G):
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("P", [100, 512])
-def test_the_interval_over_three_training_seeds_covers(name, P):
+def test_coverage_of_the_interval_over_three_seeds(name, P):
   rng, held, want = np.random.default_rng(7), 0, truth(WORLDS[name])
   for _ in range(2000):
     _, low, high = stats.over_seeds(simulate(WORLDS[name], rng, 3, P, 16))
@@ -129,7 +129,7 @@ def test_the_interval_over_three_training_seeds_covers(name, P):
     ("problems and seeds", "problems and seeds"), ("seeds rule", "a little of all"),
     ("near the top", "problems differ"), ("near the bottom", "near the bottom"),
     ("near the top", "nearly all right")])
-def test_the_interval_of_a_difference_over_three_seeds_covers(above, below):
+def test_coverage_of_the_interval_of_a_difference_over_three_seeds(above, below):
   # Two arms on the same problems, each with seeds of its own.
   worlds, rng, held = (WORLDS[above], WORLDS[below]), np.random.default_rng(7), 0
   want = truth(worlds[0]) - truth(worlds[1])
@@ -142,7 +142,7 @@ def test_the_interval_of_a_difference_over_three_seeds_covers(above, below):
   assert 0.93 <= held / 2000 <= 0.97, held / 2000
 
 
-def test_where_seeds_rule_near_an_end_the_interval_covers_a_little_less():
+def test_coverage_is_lower_where_the_spread_of_seeds_dominates_near_1():
   # Three draws of a skewed spread say too little of it: 92 to 94 % in place of 95.
   rng, held = np.random.default_rng(7), 0
   for _ in range(2000):
@@ -151,7 +151,7 @@ def test_where_seeds_rule_near_an_end_the_interval_covers_a_little_less():
   assert 0.91 <= held / 2000 <= 0.95, held / 2000
 
 
-def test_a_plain_bootstrap_of_three_seeds_does_not_cover():
+def test_a_plain_bootstrap_of_three_seeds_covers_too_little():
   # The same worlds; seeds and problems both drawn anew, percentiles taken: what is usually done.
   rng, held = np.random.default_rng(0), 0
   for _ in range(500):
@@ -188,18 +188,18 @@ def test_a_gap_over_seeds_is_the_t_interval_where_problems_do_not_vary():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_seeds_that_are_always_alike_have_no_width(value):
+def test_equal_seeds_give_an_interval_of_width_0(value):
   assert stats.over_seeds(np.full((3, 10), value)) == (value, value, value)
 
 
 @pytest.mark.parametrize("shape", [(1, 10), (3, 1), (6,)])
-def test_one_training_seed_has_no_spread_between_seeds(shape):
+def test_an_interval_over_one_seed_is_refused(shape):
   with pytest.raises(ValueError, match="at least two training seeds"):
     stats.over_seeds(np.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["problems differ", "seeds rule"])
-def test_a_resolvable_difference_is_found_as_often_as_promised(name):
+def test_a_resolvable_difference_is_found_with_the_stated_power(name):
   # Three seeds: shift their differences from the truth by what is resolvable under the variance
   # that many such experiments show on average.
   world, rng = WORLDS[name], np.random.default_rng(1)
@@ -210,7 +210,7 @@ def test_a_resolvable_difference_is_found_as_often_as_promised(name):
   assert 0.75 < found / 2000 < 0.85, found / 2000
 
 
-def test_what_one_seed_resolves_by_hand():
+def test_the_resolvable_difference_of_one_seed_by_hand():
   # Half of 100 differences at 0.2: Var = 0.01·100/99, so (1.96 + 0.84)·√(Var/100).
   gap_SP = np.tile([[0.0, 0.2]], (1, 50))
   np.testing.assert_allclose(stats.resolvable(gap_SP),
@@ -229,18 +229,18 @@ def test_pass_at_k_keeps_the_samples_of_a_problem_together():
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_certain_results_have_no_width(value):
+def test_equal_results_give_an_interval_of_width_0(value):
   interval = stats.nested_bootstrap(np.full((10, 4), value), stats.avg_at_k, 0, 100)
   assert interval == (value, value, value)
 
 
-def test_the_ends_are_rates():
+def test_the_ends_stay_within_0_and_1():
   correct_PG = np.ones((10, 4), int)
   correct_PG[0, 0] = 0
   assert stats.nested_bootstrap(correct_PG, stats.avg_at_k, 0, 500).high == 1.0
 
 
-def test_the_seed_decides_and_chunks_do_not_change_the_kind_of_answer(monkeypatch):
+def test_the_interval_depends_on_the_seed_and_hardly_on_chunks(monkeypatch):
   correct_PG = samples()
   first = stats.nested_bootstrap(correct_PG, stats.avg_at_k, 7, 2000)
   assert first == stats.nested_bootstrap(correct_PG, stats.avg_at_k, 7, 2000)
@@ -250,7 +250,7 @@ def test_the_seed_decides_and_chunks_do_not_change_the_kind_of_answer(monkeypatc
       stats.nested_bootstrap(correct_PG, stats.avg_at_k, 7, 2000), first, atol=5e-3)
 
 
-def test_pairing_removes_what_the_problems_share():
+def test_pairing_removes_the_spread_of_the_problems_difficulty():
   # b is a with every problem's difficulty kept: the paired interval is far narrower than the two
   # intervals apart, and holds the closed-form width of the mean of differences.
   rng = np.random.default_rng(1)
@@ -264,7 +264,7 @@ def test_pairing_removes_what_the_problems_share():
   assert high - low < 0.5 * (alone.high - alone.low)
 
 
-def test_a_difference_turns_its_sign_with_its_arguments_and_sees_a_real_gap():
+def test_swapped_arguments_swap_the_sign_of_a_difference():
   a_PG, b_PG = samples(seed=0), samples(seed=0) * (np.random.default_rng(2).random((200, 8)) < 0.5)
   ab = stats.paired_difference(a_PG, b_PG, stats.avg_at_k, 0, 2000)
   ba = stats.paired_difference(b_PG, a_PG, stats.avg_at_k, 0, 2000)
@@ -272,7 +272,7 @@ def test_a_difference_turns_its_sign_with_its_arguments_and_sees_a_real_gap():
   assert ab.low > 0 > ba.high
 
 
-def test_numbers_of_samples_may_differ_but_problems_may_not():
+def test_a_difference_takes_other_numbers_of_samples_but_not_of_problems():
   interval = stats.paired_difference(samples(G=8), samples(G=4), stats.avg_at_k, 0, 100)
   np.testing.assert_allclose(interval.estimate, samples(G=8).mean() - samples(G=4).mean())
   with pytest.raises(ValueError, match="got 200 and 150"):
@@ -280,12 +280,12 @@ def test_numbers_of_samples_may_differ_but_problems_may_not():
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4,)])
-def test_nothing_to_resample_is_refused(shape):
+def test_an_empty_matrix_is_refused(shape):
   with pytest.raises(ValueError, match="problems × samples"):
     stats.nested_bootstrap(np.zeros(shape), stats.avg_at_k, 0, 10)
 
 
-def test_it_is_fast():
+def test_the_bootstrap_takes_less_than_two_seconds():
   correct_PG = samples(300, 16)
   start = time.process_time()
   stats.nested_bootstrap(correct_PG, stats.mean_pass_at_k(8), 0, 1000)

@@ -18,9 +18,9 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def config(folders):
-  made = arithmetic.get_config("tiny").unlock()
-  made.update(folders)
-  return made
+  config = arithmetic.get_config("tiny").unlock()
+  config.update(folders)
+  return config
 
 
 def every_arm(config):
@@ -28,7 +28,7 @@ def every_arm(config):
   return config
 
 
-def test_each_override_makes_a_config():
+def test_a_sweep_has_one_config_for_each_override():
   config = sweep_label_budget.get_config("tiny,seed=5")
   runs = sweep.expand(config)
   assert [run.label_share for run in runs] == [0.25, 0.5, 1.0]
@@ -36,7 +36,7 @@ def test_each_override_makes_a_config():
   assert sweep.expand(runs[0]) == [runs[0]]
 
 
-def test_the_shipped_sweeps_by_hand(config):
+def test_configs_of_the_shipped_sweeps(config):
   runs = sweep.expand(sweep_bridge_split.get_config())
   total = {run.stages.forward_kl.steps + run.stages.reverse_kl.steps for run in runs}
   assert total == {90} and [run.stages.forward_kl.steps for run in runs] == [0, 22, 45, 68, 90]
@@ -46,20 +46,20 @@ def test_the_shipped_sweeps_by_hand(config):
   assert set(recipe.plan(config, task()).arms) == set(recipe.ARMS)
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     ({"sede": 1}, "config.sweep has {'sede': 1}, which does not fit the config"),
     ({"seed": "one"}, "config.sweep has {'seed': 'one'}, which does not fit"),
     ({"stages.sft.optim.lrr": 1.0}, "which does not fit"),
     ({"mesh": (2, 1, 1)}, "config.sweep has several meshes, and one process has one"),
     (None, "config.sweep is empty: list some overrides")])
-def test_an_override_that_does_not_fit_is_named(config, change, said):
+def test_an_override_that_does_not_fit_is_refused_by_name(config, change, message):
   config.sweep = () if change is None else ({}, change)
   with pytest.raises(ValueError) as error:
     sweep.expand(config)
-  assert str(error.value).startswith(said) or said in str(error.value)
+  assert str(error.value).startswith(message) or message in str(error.value)
 
 
-def test_the_outline_counts_what_is_shared(config, tmp_path):
+def test_the_outline_counts_shared_stages(config, tmp_path):
   config.arms = "bridge"
   plans = [recipe.plan(config, task())]
   config.stages.reverse_kl.steps = 3  # the teacher and the warmup are shared
@@ -71,27 +71,27 @@ def test_the_outline_counts_what_is_shared(config, tmp_path):
 
 
 def test_every_arm_of_the_paper_is_planned_with_its_teachers(config):
-  made = recipe.plan(every_arm(config), task())
-  rows = {arm: [(made.nodes[n].stage.name, made.nodes[n].split, made.nodes[n].hp.steps)
-                for n in names] for arm, names in made.arms.items()}
+  plan = recipe.plan(every_arm(config), task())
+  rows = {arm: [(plan.nodes[n].stage.name, plan.nodes[n].split, plan.nodes[n].hp.steps)
+                for n in names] for arm, names in plan.arms.items()}
   # Tiny: four steps a row, so eight where one row takes both of the bridge's.
   assert rows["opd_only"] == [("teacher_grpo", "all", 4), ("reverse_kl", "all", 8)]
   assert rows["half_sft_grpo_2h"] == [("teacher_grpo", "1h", 4), ("sft", "1h", 8),
                                       ("student_grpo", "2h", 4)]
   assert rows["half_bridge_replay_1h"][:3] == rows["half_bridge"]
-  assert made.arms["half_bridge_replay_1h"][:3] == made.arms["half_bridge"]  # shared
+  assert plan.arms["half_bridge_replay_1h"][:3] == plan.arms["half_bridge"]  # shared
   # Two teachers by reward and one by solutions.
-  teachers = [n for n in made.nodes.values() if n.stage.learner == "teacher"]
+  teachers = [n for n in plan.nodes.values() if n.stage.learner == "teacher"]
   assert sorted((n.stage.name, n.split) for n in teachers) == [
       ("teacher_grpo", "1h"), ("teacher_grpo", "all"), ("teacher_sft", "all")]
-  for arm, names in made.arms.items():
-    if arm.startswith("half_"):  # nobody behind the student has seen the second half
-      assert {made.nodes[n].split for n in made.ancestors(names[-1])[:-1]} == {"1h"}
+  for arm, names in plan.arms.items():
+    if arm.startswith("half_"):  # no ancestor of the student uses the second half
+      assert {plan.nodes[n].split for n in plan.ancestors(names[-1])[:-1]} == {"1h"}
 
 
-def test_the_budgets_by_hand(config):
-  made = recipe.plan(every_arm(config), task())
-  found = budget.configured(made)
+def test_configured_budgets_by_hand(config):
+  plan = recipe.plan(every_arm(config), task())
+  found = budget.configured(plan)
   # Four steps of four prompts by four samples.
   assert found["bridge"] == found["opd_only"] == ((8, 128), (0, 0))
   assert found["cold_grpo_2h"] == ((0, 0), (4, 64))
@@ -101,21 +101,21 @@ def test_the_budgets_by_hand(config):
 
 def test_unequal_budgets_are_refused_from_the_config_and_from_the_ledgers(config, tmp_path):
   config.arms = "bridge,sft_only"
-  made = recipe.plan(config, task())
+  plan = recipe.plan(config, task())
   config.stages.sft.sampling.samples_per_prompt = 8
   with pytest.raises(ValueError, match=r"bridge and sft_only are compared and have unequal "
                      r"dense budgets \(Part\(updates=8, sequences=128\) and .* by their config: "
                      "give them equal"):
     recipe.plan(config, task())
-  for name, node in made.nodes.items():
+  for name, node in plan.nodes.items():
     (tmp_path / name).mkdir()
     spent = {"updates": node.hp.steps - (node.stage.name == "sft"), "sequences": 16 * node.hp.steps}
     (tmp_path / name / "ledger.json").write_text(json.dumps(spent))
   with pytest.raises(ValueError, match="updates=7.* by their ledgers: delete"):
-    budget.check_equal(budget.spent(made, tmp_path), recipe.COMPARED, "by their ledgers: delete")
+    budget.check_equal(budget.spent(plan, tmp_path), recipe.COMPARED, "by their ledgers: delete")
 
 
-def planned(config, arm):
+def configured_budget(config, arm):
   config.arms = arm
   return budget.configured(recipe.plan(config, task()))[arm]
 
@@ -123,31 +123,31 @@ def planned(config, arm):
 @pytest.mark.parametrize("row, arms, part", [
     ("student_grpo", ("cold_grpo", "half_bridge_grpo_2h"), "rewarded"),
     ("forward_kl", ("bridge", "half_bridge_grpo_2h"), "dense")])
-def test_a_part_that_two_arms_have_is_equal_though_one_has_another_too(row, arms, part, config):
-  budgets = {arm: planned(config, arm) for arm in arms}
+def test_a_budget_part_that_two_arms_share_must_be_equal(row, arms, part, config):
+  budgets = {arm: configured_budget(config, arm) for arm in arms}
   budget.check_equal(budgets, arms, "here")
   config.stages[row].steps += 1
-  budgets[arms[0]] = planned(config, arms[0])
+  budgets[arms[0]] = configured_budget(config, arms[0])
   with pytest.raises(ValueError, match=f"{arms[0]} and {arms[1]} .* have unequal {part} budgets"):
     budget.check_equal(budgets, arms, "here")
 
 
-def test_a_row_of_no_steps_is_left_out(config):
+def test_a_stage_of_0_steps_is_left_out(config):
   config.arms = "bridge,opd_only"
   config.stages.forward_kl.steps, config.stages.reverse_kl.steps = 0, 8
-  made = recipe.plan(config, task())
-  assert made.arms["bridge"] == made.arms["opd_only"]
-  assert [made.nodes[n].stage.name for n in made.arms["bridge"]] == ["teacher_grpo", "reverse_kl"]
+  plan = recipe.plan(config, task())
+  assert plan.arms["bridge"] == plan.arms["opd_only"]
+  assert [plan.nodes[n].stage.name for n in plan.arms["bridge"]] == ["teacher_grpo", "reverse_kl"]
 
 
-def test_a_smaller_budget_of_labels_is_a_part_of_a_larger(config):
-  drawn = {}
+def test_labels_of_a_smaller_share_are_a_subset_of_those_of_a_larger(config):
+  ids = {}
   for share in (0.5, 1.0):
     config.label_share = share
-    made = recipe.plan(config, task())
-    drawn[share] = {split: {p.id for p in made.prompts[split]} for split in ("all", "1h", "2h")}
-  assert (len(drawn[0.5]["all"]), len(drawn[1.0]["all"])) == (32, 64)
+    plan = recipe.plan(config, task())
+    ids[share] = {split: {p.id for p in plan.prompts[split]} for split in ("all", "1h", "2h")}
+  assert (len(ids[0.5]["all"]), len(ids[1.0]["all"])) == (32, 64)
   for split in ("all", "1h", "2h"):
-    assert drawn[0.5][split] < drawn[1.0][split]
-  assert drawn[0.5]["1h"] | drawn[0.5]["2h"] == drawn[0.5]["all"]
-  assert np.isin(list(drawn[1.0]["all"]), [row["id"] for row in SPLITS["labelled"]]).all()
+    assert ids[0.5][split] < ids[1.0][split]
+  assert ids[0.5]["1h"] | ids[0.5]["2h"] == ids[0.5]["all"]
+  assert np.isin(list(ids[1.0]["all"]), [row["id"] for row in SPLITS["labelled"]]).all()

@@ -107,12 +107,7 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
       holds something other than a saved model.
   """
   folder = pathlib.Path(folder)
-  if model.config.lora is not None:
-    raise ValueError("a model with adapters has no Hugging Face folder: save models.merge(config, "
-                     "params) with the model without them.")
-  if folder.exists() and any(folder.iterdir()) and not any(
-      (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
-    raise ValueError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
+  _check_target(folder, model)
   params = _fitting(model.config, params)
   names = _names(model.config)
   if source is None:
@@ -146,6 +141,17 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
     _write_other_files(partial, config, files, sizes, source, lineage)
     _replace(folder, partial)
   return folder
+
+
+def _check_target(folder: pathlib.Path, model: Model) -> None:
+  """Raises ValueError, as `save`, where the model or the folder cannot be written."""
+  if model.config.lora is not None:
+    raise ValueError("a model with adapters has no Hugging Face folder: save models.merge(config, "
+                     "params) with the model without them.")
+  # A saved model is replaced; any other folder may hold what its owner still needs.
+  if folder.exists() and any(folder.iterdir()) and not any(
+      (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
+    raise ValueError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
 
 
 def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list[str]],

@@ -12,11 +12,11 @@ SCRIPT = """
 import sys, time
 import jax
 from s2d_jax import hosts, sharding
-process, port, seconds, *turns = sys.argv[1:]
+process, port, seconds, *texts = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 hosts.AGREE_SECONDS = int(seconds)
 try:
-  if turns[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
+  if texts[0] == "sample":  # two samplers on one mesh, each with the prompts it was given
     from s2d_jax import models, rollouts, sampler
     model = models.get({"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
                         "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -27,55 +27,55 @@ try:
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
-      how = sampler.Sampling(2, float(turns[2]), 1.0, 0, 0.0, 4, 0, ())
-      rows = sampler.sample(model, params, [rollouts.Prompt(int(turns[1]), (1, 2))], how, (0,))
-      turns = [str(rows.response_length_B.sum())]
-    print("drew", *turns)
-    turns = []
-  for text in turns:
+      how = sampler.Sampling(2, float(texts[2]), 1.0, 0, 0.0, 4, 0, ())
+      rows = sampler.sample(model, params, [rollouts.Prompt(int(texts[1]), (1, 2))], how, (0,))
+      texts = [str(rows.response_length_B.sum())]
+    print("drew", *texts)
+    texts = []
+  for text in texts:
     if text == "dead":
       time.sleep(20)
     hosts.agree("sampler", text)
-  print("agreed", len(turns))
+  print("agreed", len(texts))
 except RuntimeError as error:
   print("refused:", error)
 time.sleep(6 if process == "0" else 0)  # process 0 serves the other
 """
 
 
-def said(*turns, seconds=60):
+def outputs(*texts, seconds=60):
   """What each of two processes says that compare these texts, one list a process."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
   both = [subprocess.Popen(
       [sys.executable, "-c", SCRIPT, str(i), port, str(seconds), *own], cwd=ROOT,
-      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, own in enumerate(turns)]
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, own in enumerate(texts)]
   return [process.communicate(timeout=120)[0].strip() for process in both]
 
 
 @pytest.mark.medium
-def test_what_is_the_same_goes_on():
-  assert said(["a", "b", "c", "d"], ["a", "b", "c", "d"]) == ["agreed 4"] * 2
+def test_equal_texts_pass():
+  assert outputs(["a", "b", "c", "d"], ["a", "b", "c", "d"]) == ["agreed 4"] * 2
 
 
 @pytest.mark.medium
-def test_what_differs_is_named():
-  for own, other, text in zip((0, 1), (1, 0), said(["a", "b"], ["a", "x"]), strict=True):
+def test_a_different_text_is_refused_by_name():
+  for own, other, text in zip((0, 1), (1, 0), outputs(["a", "b"], ["a", "x"]), strict=True):
     assert text == (f"refused: processes {own} and {other} differ in round 1 of the sampler: they "
                     "must run one program on the same data; start again from the checkpoint.")
 
 
 @pytest.mark.medium
-def test_who_does_not_come_is_named():
-  here, _ = said(["a", "b"], ["a", "dead", "b"], seconds=10)
+def test_an_absent_process_is_named():
+  here, _ = outputs(["a", "b"], ["a", "dead", "b"], seconds=10)
   assert here.startswith("refused: process 1 has not reached round 1 of the sampler within 10 s")
 
 
 @pytest.mark.medium
 def test_samplers_of_other_prompts_or_settings_do_not_start():
   one = ["sample", "5", "1.0"]
-  assert all("drew 8" in text for text in said(one, one))
+  assert all("drew 8" in text for text in outputs(one, one))
   for other in (["sample", "6", "1.0"], ["sample", "5", "0.9"]):
-    for text in said(one, other):
+    for text in outputs(one, other):
       assert "differ in round 0 of the sampler" in text and "drew" not in text

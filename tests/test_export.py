@@ -36,7 +36,7 @@ def weights(folder):
   return jax.tree.leaves(hf.load(folder)[1])
 
 
-def test_the_hf_folder_is_written_again(workdir, tmp_path):
+def test_the_stages_hf_folder_is_copied(workdir, tmp_path):
   (stage,) = workdir.glob("reverse_kl-*")
   out = export.export(workdir, "reverse_kl", tmp_path / "out")
   for name in ("config.json", "tokenizer.json", "lineage.json"):
@@ -45,7 +45,7 @@ def test_the_hf_folder_is_written_again(workdir, tmp_path):
     assert (a == b).all()
 
 
-def test_a_checkpoint_stands_for_a_deleted_hf_folder(workdir, tmp_path):
+def test_without_an_hf_folder_the_final_checkpoint_is_exported(workdir, tmp_path):
   (stage,) = workdir.glob("reverse_kl-*")
   (stage / "hf").rename(tmp_path / "aside")
   try:
@@ -58,7 +58,7 @@ def test_a_checkpoint_stands_for_a_deleted_hf_folder(workdir, tmp_path):
     assert (a == b + np.float32(2)).all()
 
 
-def test_another_type_is_written(workdir, tmp_path):
+def test_weights_are_written_in_the_dtype_of_the_flag(workdir, tmp_path):
   out = export.export(workdir, "reverse_kl", tmp_path / "out", "bfloat16")
   assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
   base = weights(arithmetic.get_config().student)
@@ -66,18 +66,18 @@ def test_another_type_is_written(workdir, tmp_path):
     assert (a == (b + np.float32(2)).astype(jnp.bfloat16).astype(jnp.float32)).all()
 
 
-@pytest.mark.parametrize("stage, said", [
+@pytest.mark.parametrize("stage, message", [
     ("sft", r"has several finished stages 'sft': choose --stage from sft-\w{12}, sft-\w{12}\."),
     ("student_grpo", r"no finished stage 'student_grpo': choose --stage from reverse_kl-\w{12}, "),
 ])
-def test_a_name_that_does_not_choose_one_is_refused(workdir, tmp_path, capsys, stage, said):
+def test_an_ambiguous_or_absent_stage_is_refused(workdir, tmp_path, capsys, stage, message):
   argv = ["--workdir", str(workdir), "--stage", stage, "--out", str(tmp_path / "out")]
   with pytest.raises(SystemExit):
     command.call(export.main, argv)
-  assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()
+  assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
-def test_the_model_is_the_stages(workdir, tmp_path):
+def test_the_exported_config_is_that_of_the_stages_base(workdir, tmp_path):
   out = export.export(workdir, "reverse_kl", tmp_path / "out")
   own = models.read_config(hf.read_json(out))
   assert own == models.read_config(hf.read_json(arithmetic.get_config().student))

@@ -24,11 +24,11 @@ def block(**changes):
   return config
 
 
-def test_a_sound_block_passes():
+def test_a_valid_block_passes():
   keys.check_block("config.x", block(), RECORD)
 
 
-@pytest.mark.parametrize("changes, said", [
+@pytest.mark.parametrize("changes, message", [
     ({"steps": -1}, "config.x.steps is -1: set it to a whole number of at least 0."),
     ({"epochs": 0}, "config.x.epochs is 0: set it to a whole number of at least 1."),
     ({"epochs": 1.5}, "config.x.epochs is 1.5: set it to a whole number of at least 1."),
@@ -40,10 +40,10 @@ def test_a_sound_block_passes():
      "config.x.optim.decay is 'step': choose it from constant, linear."),
     ({"optim__clip": 0.0}, "config.x.optim.clip is 0.0: choose it above 0."),
 ])
-def test_a_value_out_of_range_is_refused(changes, said):
+def test_a_value_out_of_range_is_refused(changes, message):
   with pytest.raises(ValueError) as error:
     keys.check_block("config.x", block(**changes), RECORD)
-  assert str(error.value).startswith(said)
+  assert str(error.value).startswith(message)
 
 
 def test_a_missing_and_an_unknown_key_are_refused():
@@ -60,13 +60,13 @@ def test_a_missing_and_an_unknown_key_are_refused():
       keys.check_block("config.x", spoilt, RECORD)
 
 
-def test_an_objects_values_are_checked_under_their_bare_names():
+def test_messages_of_check_values_name_the_bare_key():
   values = SimpleNamespace(decay="linear", clip=-1.0)
   with pytest.raises(ValueError, match="^clip is -1.0: choose it above 0.$"):
     keys.check_values(values, RECORD["optim"])
 
 
-def test_defaults():
+def test_a_block_of_defaults():
   found = keys.defaults(RECORD["optim"])
   assert found.to_dict() == {"decay": "constant", "clip": 1.0} and found.is_locked
   with pytest.raises(ValueError, match="steps has no default: give a value"):

@@ -103,7 +103,7 @@ STUDENTS, BOTHS = {"support": "student"}, {"support": "intersection"}
     (objectives.JSD, "full", WARM, lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
     (objectives.FORWARD_KL, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
     (objectives.REVERSE_KL, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
-def test_forms(objective, form, changes, f):
+def test_forms_of_the_divergences(objective, form, changes, f):
   how = hp(form=form, **changes)
   sums = objective(STUDENT, GUIDE, BATCH, how)
   expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
@@ -139,7 +139,7 @@ WIDER = pytest.mark.parametrize("wider", ["student", "guide"])
 
 @pytest.mark.parametrize("baseline", [True, False])
 @WIDER
-def test_padding_of_a_vocabulary_is_not_an_outcome(baseline, wider):
+def test_padding_of_a_vocabulary_has_no_probability(baseline, wider):
   # No part in a log-probability, and no gradient.
   heads = {"student": STUDENT, "guide": GUIDE}
   heads[wider] = padded(heads[wider])
@@ -180,7 +180,7 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
     ({"form": "k1"}, "form is 'k1': choose it from full, .*; k1 .* cannot be a loss, .* zero in e"),
     ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),
@@ -193,19 +193,19 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
        f"{who}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
       for form in ("top_k", "intersection", "sampled") for who in ("student", "teacher")),
     ({"baseline": 0.5}, "baseline is 0.5")])
-def test_values_that_a_divergence_cannot_have_are_refused(change, said):
-  with pytest.raises(ValueError, match=said):
+def test_values_that_a_divergence_cannot_have_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
     objectives.REVERSE_KL(STUDENT, GUIDE, BATCH, hp(**change))
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     ({"pi": 0.0}, "pi is 0.0"), ({"pi": 1.5}, "pi is 1.5"),
     ({"student_temperature": 0.0}, "student_temperature is 0.0: choose it above 0"),
     ({"teacher_temperature": -1.0}, "teacher_temperature is -1.0: choose it above 0")])
-def test_values_that_a_jsd_cannot_have_are_refused(change, said):
-  with pytest.raises(ValueError, match=said):
+def test_values_that_a_jsd_cannot_have_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
     keys.check_values(hp(**change), objectives.JSD.keys)
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     objectives.JSD(STUDENT, GUIDE, BATCH, hp(**change))
 
 
@@ -342,17 +342,17 @@ def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
     np.testing.assert_array_equal(features_gradient(coefficient), want_BTD)
 
 
-@pytest.mark.parametrize("how", ["truncate", "mask"])
+@pytest.mark.parametrize("mismatch", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_mismatch_multiplies_the_surrogate_and_is_logged_raw(how, level):
+def test_the_mismatch_weight_multiplies_the_surrogate_and_the_ratio_is_logged(mismatch, level):
   sampler_BT = np.asarray(BATCH.old_logp_BT) - np.array([-0.9, 0.2, -0.1, 1.0], np.float32)
   batch_ = BATCH._replace(behaviour_logp_BT=jnp.asarray(sampler_BT))
-  sums = objectives.GRPO(STUDENT, None, batch_, hp(mismatch=how, mismatch_level=level))
+  sums = objectives.GRPO(STUDENT, None, batch_, hp(mismatch=mismatch, mismatch_level=level))
   log_BT = (np.asarray(BATCH.old_logp_BT) - sampler_BT) * (WEIGHT_BT > 0)
   if level == "sequence":
     log_BT = np.broadcast_to(log_BT.sum(axis=1, keepdims=True), log_BT.shape)
   ratio_BT = np.exp(log_BT)
-  kept_BT = (np.minimum(ratio_BT, 2.0) if how == "truncate"
+  kept_BT = (np.minimum(ratio_BT, 2.0) if mismatch == "truncate"
              else np.where((ratio_BT >= 0.5) & (ratio_BT <= 2.0), ratio_BT, 0.0))
   expect(sums, "mismatch_ratio", ratio_BT)
   expect(sums, "mismatch_weight", kept_BT)
@@ -369,7 +369,7 @@ def test_a_penalty_needs_a_guide_and_k1_is_refused():
     keys.check_values(hp(kl="k4"), objectives.GRPO.keys)
 
 
-def test_a_token_without_weight_cannot_spoil_the_gradient():
+def test_a_token_of_weight_0_does_not_change_the_gradient():
   keep_BT = BATCH.weight_BT > 0
   wild = BATCH._replace(old_logp_BT=jnp.where(keep_BT, BATCH.old_logp_BT, -1e9),  # a ratio of ∞
                         advantage_BT=jnp.where(keep_BT, BATCH.advantage_BT, jnp.nan))
@@ -412,10 +412,10 @@ BROKEN = [
     (objectives.NEGATIVE_LOG_LIKELIHOOD, {"block": 0}, "block is 0: set it to a whole number")]
 
 
-@pytest.mark.parametrize("objective, change, said", BROKEN)
-def test_values_out_of_range_are_refused(objective, change, said):
+@pytest.mark.parametrize("objective, change, message", BROKEN)
+def test_values_out_of_range_are_refused(objective, change, message):
   objective(STUDENT, GUIDE, BATCH, hp())
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     objective(STUDENT, GUIDE, BATCH, hp(**change))
 
 
@@ -457,7 +457,7 @@ def test_the_config_files_and_a_script_have_the_same_defaults():
       "block": 4096, "pi": 0.5, "student_temperature": 1.0, "teacher_temperature": 1.0}
 
 
-def test_a_users_objective_is_checked_like_ours():
+def test_the_keys_of_a_users_objective_are_checked():
   def loss(student_head, guide_head, batch, hp):
     return {"loss": (hp.alpha, 1.0)}
   own = objectives.Objective(loss, {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")},

@@ -111,12 +111,12 @@ def test_clipping_is_by_the_global_norm():
     (dict(b2=1.0), "b2 is 1.0: choose it from 0 to below 1"),
     (dict(weight_decay=-0.1), "weight_decay is -0.1: choose 0 or more"),
 ])
-def test_bad_values_are_named(changes, message):
+def test_values_out_of_range_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
     optim.make(hp(**changes), UPDATES, AXES)
 
 
-def test_a_script_gets_the_configs_adamw_at_a_constant_rate():
+def test_adamw_equals_make_at_a_constant_rate():
   config = hp(warmup=0, decay="constant", b1=0.9, b2=0.999, eps=1e-8)
   params, grads = filled(2.0), filled(0.3)
   for axes in (AXES, None):
@@ -129,7 +129,7 @@ def test_a_script_gets_the_configs_adamw_at_a_constant_rate():
     optim.adamw(0.1, decay="linear")
 
 
-def test_it_reads_exactly_the_keys_it_declares(monkeypatch):
+def test_make_reads_exactly_its_declared_keys(monkeypatch):
   read = set()
   monkeypatch.setattr(keys, "check_values", lambda *_: None)  # a check does not count as reading
 

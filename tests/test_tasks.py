@@ -16,14 +16,14 @@ def data(tmp_path):
   return ml_collections.ConfigDict({"data": {"labelled": str(path)}})
 
 
-def test_mathematics_is_checked_by_the_string_match(data):
+def test_the_default_grader_of_math_is_string_match(data):
   task = tasks.math(data)
   assert task.source("labelled") == [{"id": 7, "problem": "1+1?", "answer": "\\frac{4}{2}"}]
   assert task.reward({"answer": "2"}, "\\boxed{2}") == 1.0
   assert task.reward is math.reward
 
 
-def test_another_grader_is_another_task_by_name(data):
+def test_another_grader_has_another_identity(data):
   first = planning.identity_of(tasks.math(data).reward)
   data.data.grader = "string_match"
   assert planning.identity_of(tasks.math(data).reward) == first

@@ -27,7 +27,7 @@ Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
 
 
 class Model(Protocol):
-  """What an update calls of a model: `models.Model` has both."""
+  """The methods of a model that an update calls; `models.Model` has both."""
 
   def apply(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
             segments_BT: jax.Array) -> tuple[jax.Array, Any]:
@@ -178,16 +178,22 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     # The one division: sums over all microbatches by the count over all of them.
     grads = jax.tree.map(
         lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    metrics["update_norm"] = optax.tree.norm(updates)
-    # One bad update would spoil the state for good, so it is not taken.
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    metrics["finite"] = finite.astype(jnp.float32)
-    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+    return _apply(optimizer, state, grads, metrics)
 
   return update
+
+
+def _apply(optimizer: optax.GradientTransformation, state: TrainState, grads: Params,
+           metrics: Metrics) -> tuple[TrainState, Metrics]:
+  """One optimizer update and its metrics; the state is unchanged where a value is not finite."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  metrics["grad_norm"] = optax.tree.norm(grads)
+  metrics["update_norm"] = optax.tree.norm(updates)
+  # One bad update would spoil the state for good, so it is not taken.
+  finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+  metrics["finite"] = finite.astype(jnp.float32)
+  new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
 
 def join(params: Params, non_trainable: Params | None) -> Params:

@@ -14,7 +14,8 @@ def agreement(student_head: tuple[jax.Array, jax.Array], guide_head: tuple[jax.A
   overlap of the top hp.top_k tokens and the mass on it, both entropies, and the norms of the two
   objectives' gradients in the student's logits. `training.compare` runs it.
   """
-  def f(s, t):
+  # One pass over the vocabulary for all of them: each on its own would form the logits again.
+  def f(s: jax.Array, t: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     return kl.reverse_kl(s, t), {
         "forward_kl": kl.forward_kl(s, t), "reverse_kl": kl.reverse_kl(s, t),
         "overlap": kl.top_k_overlap(s, t, hp.top_k), "same_first": kl.top_k_overlap(s, t, 1),

@@ -13,7 +13,6 @@ accumulated in float32. Block arrays have the suffix t: the tokens of one block.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,9 +24,6 @@ from s2d_jax import sharding
 from s2d_jax.losses import tokens
 
 Arrays = Any  # a tree of arrays, or None
-
-# Columns of the unembedding's gradient that a CPU adds up at a time, see `_add_gradients`.
-COLUMNS = 256
 
 
 class Head(NamedTuple):
@@ -256,9 +252,7 @@ def _add_gradients(dweight_VD: jax.Array, dlogits_tV: jax.Array, features_tD: ja
                    weight_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Adds a block's part to the unembedding's gradient; returns it and the features' gradient."""
   D = features_tD.shape[1]
-  # A CPU cannot add a product to a sum in place: it forms the whole product first, another array
-  # of [vocabulary, D]. A few columns at a time keep that array small.
-  columns = math.gcd(D, COLUMNS) if sharding.platform() == "cpu" else D
+  columns = tokens.gradient_columns(D)
   dlogits_tV = dlogits_tV.astype(features_tD.dtype)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

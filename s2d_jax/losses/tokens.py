@@ -4,14 +4,18 @@ Logits are finite, of any float type, with the vocabulary on the last axis; targ
 ids. Results are float32, in nats, unreduced. The shapes in the names are the usual ones: a loss in
 blocks calls these functions with one axis of tokens in place of [B, T].
 
-How XLA is kept from slow or large programs is decided in this file alone, by `computed_once` and
-`expectation`. Both change the program and not the value.
+How XLA is kept from slow or large programs is decided in this file alone, by `computed_once`,
+`expectation` and `gradient_columns`. They change the program and not the value.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from s2d_jax import sharding
+
+COLUMNS = 256  # of a gradient, see `gradient_columns`: fewer are slower, more need more memory
 
 
 def log_prob(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -100,3 +104,12 @@ def computed_once(x: jax.Array) -> jax.Array:
   exponentials. Other backends decide well by themselves.
   """
   return jax.lax.optimization_barrier(x) if sharding.platform() == "cpu" else x
+
+
+def gradient_columns(width: int) -> int:
+  """Columns of an unembedding's gradient, of `width` in all, that are added up at a time.
+
+  A CPU cannot add a product to a sum in place. It forms the whole product first, another array of
+  [vocabulary, width]; a few columns at a time keep that array small. Other backends take all.
+  """
+  return math.gcd(width, COLUMNS) if sharding.platform() == "cpu" else width

@@ -322,7 +322,7 @@ def test_the_gradient_of_the_unembedding_crosses_devices_once_after_the_loop(sha
     text = step.lower(*args, 16).compile().as_text()
   part = 480 // shape[2]  # a device's part of the vocabulary, whole rows
   check_one_reduction(text, part * 32, 16 * part)
-  assert reduced(text.splitlines()).count(part * 32) == 2  # one of each loss_function
+  assert reduced(text.splitlines()).count(part * 32) == 2  # one of each function
   assert max(sizes(text)) < 48 * part  # a device's whole logits
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from s2d_jax import sharding
 
-COLUMNS = 256  # of a gradient, see `gradient_columns`: fewer are slower, more need more memory
+COLUMNS = 256  # of a gradient at a time on a CPU, see `gradient_columns`
 
 
 def log_prob(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

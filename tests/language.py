@@ -23,7 +23,7 @@ PACKAGE = ROOT / "s2d_jax"
 # Openings that make a sentence depend on another one, or hide its subject.
 BANNED_OPENINGS = ("The same", "What ", "Who ", "Whose ", "Nobody", "As many")
 # Words of a private vocabulary: each has a term of the field in its place.
-BANNED_PHRASES = (r"\bnobody\b", r"\bof so many\b", r"\bis none\b", r"\bno number\b",
+BANNED_PHRASES = (r"\bnobody\b", r"\bof so many\b", r"(?<!there )\bis none\b", r"\bno number\b",
                   r"\btold apart\b", r"\bmanners\b", r"\bstrangers?\b", r"\bdoors?\b",
                   r"\bwhose turn\b")
 

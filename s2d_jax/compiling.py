@@ -49,10 +49,10 @@ class Samplers(NamedTuple):
       narrow: may use a cache of fewer bits than the activations, where the config asks for one.
       changes: fields of the Sampling that differ from the config's.
     """
-    how = sampling(sampling_config, self.stop_ids)._replace(**changes)
+    role_sampling = sampling(sampling_config, self.stop_ids)._replace(**changes)
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
-    return sampler.make(role.model, role.params, how, batch, self.prompt_tokens, config,
+    return sampler.make(role.model, role.params, role_sampling, batch, self.prompt_tokens, config,
                         self.decode)
 
 
@@ -70,7 +70,7 @@ def sampling(hp: ConfigDict, stop_ids: Sequence[int]) -> sampler.Sampling:
   return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
 
 
-def room(hp: ConfigDict) -> sampler.Room:
+def sampler_config(hp: ConfigDict) -> sampler.Room:
   """The sampler's config from config.sampler."""
   return sampler.Room(**{name: hp[name] for name in sampler.Room._fields})
 
@@ -86,10 +86,11 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
   mesh = sharding.current_mesh()
   scores_first = needs_old_logps(models, hp)
   samples = hp.prompts * hp.sampling.samples_per_prompt
+  # The last token of a sequence is a target only, so a batch is one shorter than its rollout.
   width = samplers.prompt_tokens + hp.sampling.max_tokens - 1
-  draw = None
+  actor_sampler = None
   if models.actor is not None:
-    draw = samplers.compile(models.actor, hp.sampling, hp.prompts, narrow=True)
+    actor_sampler = samplers.compile(models.actor, hp.sampling, hp.prompts, narrow=True)
   # Rewards are added over hosts in every step by a program of this shape.
   hosts.sum_over_hosts(np.zeros(samples, np.float32))  # compiles on its first call
   pass_rate_sampler = None
@@ -114,7 +115,7 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
   guide_params = models.guide and sharding.abstract(models.guide.params)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   compiled = update.lower(state, guide_params, batch, non_trainable).compile()
-  return Programs(draw, pass_rate_sampler, token_logps, compiled, scores_first)
+  return Programs(actor_sampler, pass_rate_sampler, token_logps, compiled, scores_first)
 
 
 def narrow_cache(models: StageModels, samplers: Samplers) -> bool:
@@ -131,6 +132,7 @@ def needs_old_logps(models: StageModels, hp: ConfigDict) -> bool:
   """
   if models.actor is None:
     return False
+  # From the second update on, the learner is no longer the model that sampled.
   updates = hp.epochs * hp.minibatches
   # Both heads are then cut to the tokens they share, and the log-probabilities differ.
   padded_otherwise = models.guide is not None and (
@@ -140,22 +142,22 @@ def needs_old_logps(models: StageModels, hp: ConfigDict) -> bool:
 
 def abstract_batch(rows: int, width: int, mesh: Mesh, old_logps: bool = False,
                    sampled: bool = True) -> Batch:
-  """A `rollouts.Batch` of shapes, laid out on the mesh: what a program is compiled for.
+  """A `rollouts.Batch` of shapes, laid out on the mesh, for which a program is compiled.
 
   Args:
     old_logps: whether the batch has old log-probabilities; sampled: whether it has the sampler's.
   """
-  where = sharding.batch_sharding(mesh, (rows, width))
+  layout = sharding.batch_sharding(mesh, (rows, width))
   # A field that is None is no argument of the program that is compiled.
   absent = set() if old_logps else {"old_logp_BT"}
   if not sampled:
     absent |= {"sampler_logp_BT", "behaviour_logp_BT"}
-  whole = {"inputs_BT", "targets_BT", "positions_BT", "segments_BT", "sequence_BT"}
+  integers = {"inputs_BT", "targets_BT", "positions_BT", "segments_BT", "sequence_BT"}
 
   def shape(name: str) -> jax.ShapeDtypeStruct | None:
     if name in absent:
       return None
-    dtype = np.int32 if name in whole else np.float32
-    return jax.ShapeDtypeStruct((rows, width), dtype, sharding=where)
+    dtype = np.int32 if name in integers else np.float32
+    return jax.ShapeDtypeStruct((rows, width), dtype, sharding=layout)
 
   return Batch(*(shape(name) for name in Batch._fields))

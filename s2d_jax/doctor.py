@@ -73,7 +73,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   """
   # Names and ranges come first: the checks of combinations may then read any key.
   keys.check_block("config", config, CONFIG_KEYS)
-  _named("config.sampler", sampler.check_room, compiling.room(config.sampler))
+  _named("config.sampler", sampler.check_room, compiling.sampler_config(config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
   _named("config.evaluation", evals.check_evaluation, config.evaluation)
   for name, hp in config.stages.items():

@@ -115,6 +115,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
   reused, flops_reused = _sampling(architectures, rollouts, pass_rate_rollout, fresh=False)
   # A forward and a backward of two forwards; weights that stand still need no gradient.
   passes = 2 if adapters else 3
+  # A frozen guide runs forward alone, and only tokens with weight are unembedded in an update.
   guide_flops = 0.0 if guide is None else forward_flops(guide, length_B, learned_B)
   flops += scored_first * (0.0 if actor is None else forward_flops(actor, length_B, response_B))
   flops += hp.epochs * (passes * forward_flops(learner, length_B, learned_B) + guide_flops)
@@ -139,6 +140,7 @@ def _sampling(architectures: Architectures, rollouts: StepRollouts,
     parts.append((architectures.learner, pass_rate_rollout, every_B))
   tokens = 0
   flops = 0.0
+  # Row by row, since a store may hold some of a step's rows and not the others.
   for config, rollout, fresh_B in parts:
     own_B = fresh_B == fresh
     response_B = rollout.response_length_B[own_B]

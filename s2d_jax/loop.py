@@ -92,6 +92,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
     RuntimeError: a program compiled after the stage's start.
     SystemExit: code `hosts.RETRY` after a termination signal, once the state is saved.
   """
+  # Loading and compiling are charged to the stage too, so the clock starts here.
   began = time.monotonic()
   mesh = sharding.current_mesh()
   checkpoints = checkpoint.Checkpoints(stage.folder)
@@ -100,7 +101,8 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
     start = checkpoints.latest() or 0
     # Before anything is compiled: a kill during the compilation costs seconds too.
     lost = _lost_seconds(stage.folder, start, last_beat)
-    # The fresh state gives shapes and layouts; its numbers are replaced.
+    # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
+    # than the killed run's the checkpoint is thus read into this run's layout.
     if start:
       state = checkpoints.load(sharding.abstract(state))
     logs = {name: metrics.Log(stage.folder, name, start)
@@ -113,6 +115,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
     logs["timing"].add({"step": start, "seconds": time.monotonic() - began})
     state = _loop(stage, programs, state, start, checkpoints, logs, beat, stop)
   finally:
+    # After an error too: Orbax finishes unfinished writes when it is closed.
     checkpoints.close()
   totals = ledger.total(logs["ledger"].rows)
   return state.params, {**totals, **ledger.seconds(logs["timing"].rows, lost, mesh.size)}
@@ -144,6 +147,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         if saved != step and step != start:
           _save(stage.folder, checkpoints, logs, step, state)
         raise SystemExit(hosts.RETRY)
+      # The sampler adds up its statistics over calls; the log wants those of one step.
       if programs.sampler is not None:
         programs.sampler.seen = {}
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
@@ -181,6 +185,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   if stage.rewards is not None:
     advantage_B = stage.rewards.advantage_B(step_rollouts, hp.prompts)
   batch = rollouts.batch(step_rollouts.rollout, hp.mean, advantage_B, weight_B)
+  # Before the first update: a ratio divides by the log-probabilities of the weights that sampled.
   if programs.scores_first:
     params = live if stage.models.on_policy else stage.models.actor.params
     logp_BT, gap = _sampler_gap(programs, params, batch)
@@ -235,17 +240,17 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   hp = stage.hp
   mesh = sharding.current_mesh()
   guide_params = None if stage.models.guide is None else stage.models.guide.params
-  found = []
+  update_metrics = []
   for epoch in range(hp.epochs):
     # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
     seed = (stage.seed, zlib.crc32(stage.name.encode()), step, epoch)
     for part in rollouts.minibatches(batch, hp.minibatches, seed):
       state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
                                       stage.models.non_trainable)
-      found.append({k: float(v) for k, v in sharding.fetch(values).items()})
+      update_metrics.append({k: float(v) for k, v in sharding.fetch(values).items()})
   # `finite` is a flag: one bad update makes the step bad.
-  means = {k: float(np.mean([values[k] for values in found])) for k in found[0]}
-  return state, means | {"finite": min(values["finite"] for values in found)}
+  means = {k: float(np.mean([values[k] for values in update_metrics])) for k in update_metrics[0]}
+  return state, means | {"finite": min(values["finite"] for values in update_metrics)}
 
 
 def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, Values]:
@@ -271,12 +276,12 @@ def _check(stage: StageRun, step: int, saved: int | None, entry: Values, compile
   """Raises where a step's numbers are not finite, or it compiled a program."""
   if not entry["finite"]:
     if saved is None:
-      kept = f"no checkpoint was due yet in {stage.folder}"
+      checkpoint_note = f"no checkpoint was due yet in {stage.folder}"
     else:
-      kept = f"the checkpoint of step {saved} in {stage.folder} is kept"
+      checkpoint_note = f"the checkpoint of step {saved} in {stage.folder} is kept"
     raise FloatingPointError(
-        f"{stage.name} met a loss or gradient that is not finite at step {step}; {kept}: lower the "
-        "learning rate or look at its samples.")
+        f"{stage.name} met a loss or gradient that is not finite at step {step}; "
+        f"{checkpoint_note}: lower the learning rate or look at its samples.")
   if compiled:
     raise RuntimeError(f"{stage.name} compiled {compiled} programs after its start, seen at step "
                        f"{step}: a shape or layout changed, and every shape must be fixed.")
@@ -290,6 +295,7 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
   params = stage.models.actor.params
   if stage.models.on_policy:
     params = stage.models.full(state.params)
+  # A seed of its own: the samples of step 0 do not depend on whether a cache was checked.
   rollout = programs.sampler(params, stage.prompts_of(0, 0), (stage.seed, zlib.crc32(b"cache")))
   gap = _sampler_gap(programs, params, rollouts.batch(rollout))[1]["logp_gap_rms"]
   if not gap <= MAX_LOGP_GAP_NATS:  # also true for NaN

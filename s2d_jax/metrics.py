@@ -31,6 +31,7 @@ def plain(value: Any) -> Any:
     return {k: plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [plain(v) for v in value]
+  # json.dumps would write a bare NaN, which other readers of JSON refuse.
   if isinstance(value, float) and not np.isfinite(value):
     return str(value)
   return value
@@ -68,6 +69,7 @@ class Log:
     new = self._new
     self._start = step
     self._new = []
+    # A part without entries would be a file that a resumed run does not write.
     if new and hosts.leader():
       text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in new)
       files.write(self._folder / f"{start:08d}.jsonl", text)

@@ -72,7 +72,8 @@ def costs(config: ConfigDict,
     stage_models = _stage_models(config, row, hp, mesh)
     learner = stage_models.learner
     optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
-    samplers = Samplers(compiling.room(config.sampler), config.prompt_tokens, stop_ids, str)
+    samplers = Samplers(compiling.sampler_config(config.sampler), config.prompt_tokens, stop_ids,
+                        str)
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers)
     found = {"update": programs.update}
@@ -128,7 +129,7 @@ def _scoring(config, mesh, stop_ids):
     how = compiling.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
       draw = sampler.make(model, params, how, size, config.prompt_tokens,
-                          compiling.room(config.sampler).exact(), str)
+                          compiling.sampler_config(config.sampler).exact(), str)
       yield from _sampling(f"{role}{program}", draw).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),

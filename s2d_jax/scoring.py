@@ -96,8 +96,8 @@ def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, An
 
 def _samplers(plan: Plan) -> compiling.Samplers:
   """What compiles the samplers of a score: with a cache as exact as the activations."""
-  return compiling.Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
-                            plan.chat.eos_ids, plan.chat.decode)
+  config = compiling.sampler_config(plan.config.sampler)
+  return compiling.Samplers(config, plan.config.prompt_tokens, plan.chat.eos_ids, plan.chat.decode)
 
 
 def _measured(plan: Plan, roles: Mapping[str, Role], prompts: Sequence[Prompt],

@@ -78,6 +78,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
 def _validation(plan: Plan, samplers: Samplers,
                 role: Role) -> Callable[[Params], Iterable[tuple[str, Any]]]:
   """The running score of a stage that asks for it, as a function of the learner's weights."""
+  # A split of its own, which is not charged and which no update learns from.
   config = plan.config.validation
   prompts = plan.prompts[config.split][: config.problems]
   compiled = samplers.compile(role, config.sampling, config.problems)
@@ -94,9 +95,11 @@ def _export(folder: epath.Path, *saved: Any) -> None:
     hf.save(folder, *saved)
     return
   with tempfile.TemporaryDirectory() as scratch:
-    written = hf.save(pathlib.Path(scratch) / "hf", *saved)  # by the first process
-    for path in written.iterdir() if hosts.leader() else ():
-      files.write(folder / path.name, path.read_bytes())
+    # Every process takes part, since weights are gathered; only the first one writes.
+    written = hf.save(pathlib.Path(scratch) / "hf", *saved)
+    if hosts.leader():
+      for path in written.iterdir():
+        files.write(folder / path.name, path.read_bytes())
 
 
 def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
@@ -122,7 +125,7 @@ def _learner(plan: Plan, node: Node, workdir: epath.Path,
   if lora is None:
     return learner, None
   model = models.build(dataclasses.replace(learner.model.config, lora=lora))
-  # The adapters' start depends on the stage's name, not on its place in an arm.
+  # The adapters' start depends on the stage's name, not on its position in an arm.
   seed = zlib.crc32(f"{plan.config.seed} {node.stage.name} adapters".encode())
   return Role(model, models.adapters(model, seed)), learner.params
 
@@ -132,7 +135,8 @@ def _models(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> StageMod
   learner, non_trainable = _learner(plan, node, workdir, mesh)
   frozen = {role: load(plan, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
   start = None
-  if node.stage.prompt_weights is not None:  # the learner's own weights move: a copy stays
+  # Pass rates are the start's in every step, and the learner's own weights move.
+  if node.stage.prompt_weights is not None:
     start = load(plan, node.learner, workdir, mesh)
   found = StageModels(learner, non_trainable, actor=frozen.get(node.actor),
                       on_policy=node.stage.actor == node.stage.learner,
@@ -155,10 +159,11 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
   if stage.reward:
     rewards = Rewards(plan.reward, objectives.ADVANTAGES[hp.advantages],
                       objectives.length_penalty(hp))
-  # Rounds draw further prompts of the same step, so each step reserves them.
+  # The order and the seed take the row's name and not the folder's, whose hash changes with any key
+  # of the config. Rounds draw further prompts of the same step, so each step reserves them.
   order = PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
                       rounds=max(hp.rounds, 1) if stage.reward else 1)
-  samplers = Samplers(compiling.room(plan.config.sampler), plan.config.prompt_tokens,
+  samplers = Samplers(compiling.sampler_config(plan.config.sampler), plan.config.prompt_tokens,
                       plan.chat.eos_ids, plan.chat.decode)
   validate = None
   if hp.eval_every:
@@ -197,6 +202,8 @@ def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
   """The pass rates that weight a stage's prompts, as a function of the compiled sampler."""
   if stage_models.pass_rate_model is None:
     return None
+  # No stage's name is in the seed: stages that weight by one start share its samples. The salt
+  # keeps them apart from those that a frozen actor's stage learns from.
   seed = (plan.config.seed, zlib.crc32(b"pass rate"))
   return lambda sampler: PassRates(
       FrozenActor(sampler, stage_models.pass_rate_model.params,
@@ -206,13 +213,15 @@ def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
 
 
 def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
-          shapes_of: Callable[[Config], Params] = models.frozen_shapes) -> Role:
+         shapes_of: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A role's model and weights, in a copy of its own: the learner's buffers are donated.
 
   The weights are stored in the types of `shapes_of(config)`; by default those of a frozen model.
   """
   folder = plan.base(role)["folder"]
   run = {key: plan.config[key] for key in models.RUN}
+  # A base comes as a Hugging Face folder; another role is a finished stage's checkpoint, whose
+  # architecture is that of its base.
   if role in plan.bases:
     return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
   model = models.get(hf.read_json(folder), **run)
@@ -228,6 +237,7 @@ def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
 
   samples_per_prompt is left out: it does not change what a row is.
   """
+  # Everything that changes a row is in the name, so that no stage reads rows of other settings.
   record = {name: key for name, key in sampler.Sampling.KEYS.items()
             if name != "samples_per_prompt"}
   name = manifest.name(kind, {

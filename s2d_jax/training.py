@@ -69,7 +69,7 @@ def make(model: Model, params: Params, objective: Any, optimizer: optax.Gradient
     does what `jit_update` describes.
   """
   mesh = mesh or sharding.current_mesh()
-  # One device: placing the arrays on a mesh of it copies nothing.
+  # Without a mesh, all runs on one device: placing the arrays on a mesh of it copies nothing.
   if mesh is None:
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -148,11 +148,13 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
   """
 
   def gradients(params, non_trainable, guide_params, batch):
-    # Outside the differentiated function: the guide gets no gradient.
+    # Outside the differentiated function: the guide gets no gradient, and none of its activations
+    # is kept for a backward pass.
     guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
 
     def loss(params):
       sums = objective(_head(model, join(params, non_trainable), batch), guide_head, batch, hp)
+      # The sum is differentiated, not the mean: the count is known only after all microbatches.
       return sums["loss"][0], sums
 
     grads, sums = jax.grad(loss, has_aux=True)(params)
@@ -168,9 +170,15 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
-    return total, {name: [(jnp.sum if len(pair) == 2 else jnp.max)(x, axis=0) for x in pair]
-                   for name, pair in sums.items()}
+    return total, {name: over_microbatches(pair) for name, pair in sums.items()}
 
+  def over_microbatches(pair):
+    # A tuple of one value has no count: it is a largest value.
+    reduce = jnp.sum if len(pair) == 2 else jnp.max
+    return [reduce(x, axis=0) for x in pair]
+
+  # Donated, so that the old and the new state never take memory at once. The layout is fixed: the
+  # compiled update takes no state that XLA has laid out otherwise.
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
   def update(state, guide_params, batch, non_trainable=None):
     total, sums = accumulated(state.params, non_trainable, guide_params, batch)
@@ -235,8 +243,8 @@ def compare(model: Model, guide_model: Model, measure: Callable[..., dict[str, j
     hp: microbatches, and what `measure` reads.
   """
   def on_microbatch(params, guide_params, batch):
-    heads = _head(model, params, batch), _head(guide_model, guide_params, batch)
-    return measure(*heads, batch, hp)
+    head = _head(model, params, batch)
+    return measure(head, _head(guide_model, guide_params, batch), batch, hp)
 
   return _jit_per_token(on_microbatch, hp.microbatches)
 
@@ -259,6 +267,7 @@ def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., An
 
 
 def _head(model: Model, params: Params, batch: Batch) -> Head:
+  # Features and the unembedding, not logits: [tokens, vocabulary] is too large to form at once.
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)
 
@@ -288,5 +297,9 @@ def _join(tree: Any) -> Any:
 
 def _spread(tree: Any) -> Any:
   """Splits the rows over the devices that share the batch; further axes are whole on each."""
-  return jax.tree.map(
-      lambda x: sharding.constrain(x, "batch", *("time",) * (x.ndim - 1)), tree)
+  # XLA may lay out a microbatch as it likes, and could let every device compute all of its rows.
+  def spread(x: jax.Array) -> jax.Array:
+    further_axes = ["time"] * (x.ndim - 1)
+    return sharding.constrain(x, "batch", *further_axes)
+
+  return jax.tree.map(spread, tree)

@@ -190,7 +190,10 @@ def _closed(groups: re.Match) -> str:
 
 def _improper(mixed: re.Match) -> str:
   r"""A whole number and a proper fraction as one fraction: 1 1/2 is \frac{3}{2}."""
-  whole, top, bottom = mixed[1], mixed[2] or mixed[4] or mixed[5], mixed[3] or mixed[6] or mixed[7]
+  # MIXED has three spellings of a fraction, of which one matched.
+  whole = mixed[1]
+  top = mixed[2] or mixed[4] or mixed[5]
+  bottom = mixed[3] or mixed[6] or mixed[7]
   if not 0 < int(top) < int(bottom):
     return mixed[0]
   return f"\\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"

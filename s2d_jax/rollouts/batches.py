@@ -64,6 +64,7 @@ def batch(rollout: Rollout, mean: str = "token", advantage_B: np.ndarray | None 
     The batch. Its old_logp_BT is None: a pass that scores it before the update fills it in.
   """
   B, prompt_width = rollout.prompt_BT.shape
+  # Of the padded arrays, not of this rollout's longest row, so that every step compiles once.
   width = prompt_width + rollout.response_BT.shape[1]
   prompt_B = rollout.prompt_length_B
   length_B = prompt_B + rollout.response_length_B
@@ -72,6 +73,7 @@ def batch(rollout: Rollout, mean: str = "token", advantage_B: np.ndarray | None 
     tokens[b, : prompt_B[b]] = rollout.prompt_BT[b, : prompt_B[b]]
     tokens[b, prompt_B[b]: length_B[b]] = rollout.response(b)
   weight_B, count_B = token_weights(rollout.response_length_B, mean, rollout.response_BT.shape[1])
+  # In the sum and in the count: a dropped row leaves the mean that of the others.
   if row_weight_B is not None:
     weight_B = weight_B * row_weight_B
     count_B = count_B * row_weight_B
@@ -131,9 +133,9 @@ def pack(batch: Batch, width: int) -> Batch:
     n = length_B[b]
     row = int(np.argmax(used_B + n <= width))
     columns = slice(used_B[row], used_B[row] + n)
-    for to, x in zip(packed, batch, strict=True):
+    for field, x in zip(packed, batch, strict=True):
       if x is not None:
-        to[row, columns] = x[b, :n]
+        field[row, columns] = x[b, :n]
     segments_B[row] += 1
     packed.segments_BT[row, columns] = segments_B[row]
     used_B[row] += n

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-FINISHED = ("length", "stop")  # what finish_reason 0 and 1 mean
-OLD_NAMES = {"drawn_logp_BT": "behaviour_logp_BT"}  # of fields in files that are already stored
+# The order is stored in rollouts on disk: a new reason is added at the end.
+FINISHED = ("length", "stop")
+# Names that fields have in files that are already stored.
+OLD_NAMES = {"drawn_logp_BT": "behaviour_logp_BT"}
 
 
 class Prompt(NamedTuple):
@@ -42,7 +44,7 @@ class Rollout(NamedTuple):
 def row_key(seed: Sequence[int], prompt_id: int, sample_index: int) -> np.ndarray:
   """Two uint32 words that name a row's randomness: a hash of (seed…, prompt id, sample index).
 
-  A row's samples then depend on neither its neighbours, its place in the batch nor the devices.
+  A row's samples then depend on neither its neighbours, its index in the batch nor the devices.
   """
   # With separators, or (1, 23) and (12, 3) would give one text.
   text = ",".join(str(int(s)) for s in (*seed, prompt_id, sample_index))
@@ -51,6 +53,7 @@ def row_key(seed: Sequence[int], prompt_id: int, sample_index: int) -> np.ndarra
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
   """Rollouts of equal widths, one after the other; the weight version is that of the first."""
+  # The last field, the weight version, is one number and no array of rows.
   fields = [None if xs[0] is None else np.concatenate(xs)
             for xs in zip(*(r[:-1] for r in rollouts), strict=True)]
   return Rollout(*fields, rollouts[0].weight_version)
@@ -71,6 +74,7 @@ def to_bytes(rollout: Rollout) -> bytes:
 
 def from_bytes(data: bytes) -> Rollout:
   """The rollout that `to_bytes` wrote, now or when a field had its old name."""
+  # Without pickle a store's file can hold arrays only, and reading it runs no code.
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     # Rollouts are expensive: a new field name must not make stored ones unreadable.
     fields = {OLD_NAMES.get(name, name): file[name] for name in file.files}
@@ -91,6 +95,7 @@ def given_solutions(prompts: Sequence[Prompt], responses: Sequence[Sequence[int]
   for b, (prompt, ids) in enumerate(zip(prompts, responses, strict=True)):
     prompt_BT[b, : len(prompt.tokens)] = prompt.tokens
     response_BT[b, : len(ids)] = ids
+  # Each solution ends with the end token, so each row has finished by "stop".
   return Rollout(
       prompt_id_B=np.array([p.id for p in prompts], np.int64),
       sample_index_B=np.zeros(B, np.int32),

@@ -46,6 +46,7 @@ class OnPolicy(NamedTuple):
     """As `RolloutSource.sample`; every row is fresh."""
     rollout = self.sampler(params, prompts, (*self.seed, step, round),
                            weight_version=step * self.updates_per_step, ended=on_finish)
+    # Each step has other weights, so nothing is read from a store.
     return rollout, np.ones(len(rollout.prompt_id_B), bool)
 
 

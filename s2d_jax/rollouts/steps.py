@@ -45,7 +45,7 @@ class StepRollouts(NamedTuple):
   rollout: Rollout                   # what is learned from; its shape is the same in every step
   fresh_B: np.ndarray                # its rows sampled for this step, not taken from a store
   weight_B: np.ndarray | None = None       # factor on each row's weight; None: 1 for all
-  reward_B: np.ndarray | None = None       # None: no reward was asked for
+  reward_B: np.ndarray | None = None       # None: the stage reads no rewards
   dropped: Rollout | None = None           # rows that are not learned from
   dropped_fresh_B: np.ndarray | None = None
   metrics: Mapping[str, Any] = {}          # of the rewards of all rounds
@@ -79,6 +79,7 @@ class PassRates(NamedTuple):
       (weight_B, sampled, pass_rate): the prompt's weight times the row's own; the rows that the
       learner's start sampled for this step; the mean pass rate of the step's prompts.
     """
+    # Rows name their prompt by id alone; the source needs its tokens.
     by_id = {prompt.id: prompt for prompt in rollouts.prompts}
     # A step may have dropped prompts: only those learned from are looked at.
     id_B = rollouts.rollout.prompt_id_B.tolist()
@@ -86,8 +87,10 @@ class PassRates(NamedTuple):
     rollout, fresh_B = self.source.sample(None, prompts, step)
     pass_rate_P = score(self.reward, rollout).reshape(len(prompts), -1).mean(axis=1)
     weight_P = self.prompt_weights(pass_rate_P)
+    # By id and not by position: a prompt's rows need not be the source's rows.
     weight_of = {prompt.id: w for prompt, w in zip(prompts, weight_P, strict=True)}
     weight_B = np.array([weight_of[i] for i in id_B], np.float32)
+    # Multiplied, so that a group that rewards gave weight 0 stays out.
     if rollouts.weight_B is not None:
       weight_B = weight_B * rollouts.weight_B
     return weight_B, take(rollout, fresh_B), pass_rate_P.mean()
@@ -112,7 +115,10 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: PromptsOf, st
     rollout, fresh_B = source.sample(params, prompts, step)
     return StepRollouts(prompts, rollout, fresh_B)
   G = hp.sampling.samples_per_prompt
-  prompts, parts, fresh, rewards = [], [], [], []
+  prompts = []
+  parts = []
+  fresh = []
+  rewards = []
   for round in range(max(hp.rounds, 1)):
     new = prompts_of(step, round)
     early = {}  # rewards by row, computed while other rows are still decoded
@@ -121,6 +127,7 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: PromptsOf, st
     parts.append(rollout)
     fresh.append(fresh_B)
     rewards.append(score(reward, rollout, early))
+    # Over all rounds so far: groups of earlier rounds fill the batch too.
     reward_PG = np.concatenate(rewards).reshape(-1, G)
     mixed_P = reward_PG.min(axis=1) < reward_PG.max(axis=1)
     # Enough mixed groups fill the batch, so no further round is paid for.
@@ -137,12 +144,15 @@ def _learned(prompts: list[Prompt], rollout: Rollout, fresh_B: np.ndarray, rewar
   G = reward_PG.shape[1]
   # Mixed groups first, each kind in the order of sampling; without rounds nothing is dropped.
   order_P = np.argsort(~mixed_P, kind="stable") if hp.rounds else np.arange(len(mixed_P))
+  # Sorted again, so that rows stay in the order in which they were sampled.
   learned_P = np.sort(order_P[: hp.prompts])
   dropped_P = np.sort(order_P[hp.prompts:])
   learned_B = _rows(learned_P, G)
   dropped_B = _rows(dropped_P, G)
   learned = take(rollout, learned_B)
-  weight_B = np.repeat(mixed_P[learned_P] | (hp.rounds == 0), G).astype(np.float32)
+  # Without rounds, groups of equal rewards stay in the mean; their advantage is 0.
+  has_weight_P = mixed_P[learned_P] | (hp.rounds == 0)
+  weight_B = np.repeat(has_weight_P, G).astype(np.float32)
   if hp.overlong == "mask":
     weight_B = weight_B * (learned.finish_reason_B == FINISHED.index("stop"))
   found = StepRollouts(prompts, learned, fresh_B[learned_B], weight_B,
@@ -183,6 +193,7 @@ def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = 
   for b in range(jax.process_index(), B, jax.process_count()):
     own_B[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))
   reward_B = hosts.sum_over_hosts(own_B)
+  # After the sum, so that every host raises and none waits for one that has stopped.
   for b in np.flatnonzero(~np.isfinite(reward_B)):
     raise ValueError(f"prompt {rollout.prompt_id_B[b]}, sample {rollout.sample_index_B[b]} has the "
                      f"reward {reward_B[b]}: a reward must be a finite number; look at what the "

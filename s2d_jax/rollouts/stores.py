@@ -19,7 +19,8 @@ class Store:
     """Opens `folder`; `write(path, data)` must write a whole file or nothing."""
     self._folder = folder
     self._write = write
-    self._place: dict[tuple[int, int], tuple[str, int]] = {}  # key -> (part, row of the part)
+    # (prompt id, sample index) -> (part, row of the part)
+    self._location: dict[tuple[int, int], tuple[str, int]] = {}
     self._parts: dict[str, Rollout] = {}
     if folder.exists():
       # Sorted, so that every host and every start index the parts in one order.
@@ -29,11 +30,12 @@ class Store:
   def _index(self, name: str, part: Rollout) -> None:
     self._parts[name] = part
     for row, key in enumerate(_keys(part)):
-      self._place.setdefault(key, (name, row))
+      # The part that had a row first keeps it, as in `add`.
+      self._location.setdefault(key, (name, row))
 
   def missing(self, prompts: Iterable[Prompt], samples: Sequence[int]) -> list[Prompt]:
     """The prompts that lack one of the sample indices."""
-    return [p for p in prompts if any((p.id, int(g)) not in self._place for g in samples)]
+    return [p for p in prompts if any((p.id, int(g)) not in self._location for g in samples)]
 
   def add(self, name: str, part: Rollout, leader: bool) -> None:
     """Keeps a rollout as the part `name`, which says who sampled it.
@@ -46,12 +48,12 @@ class Store:
     Raises:
       ValueError: the store has a part of that name, and the rollout brings further rows.
     """
-    new = [row for row, key in enumerate(_keys(part)) if key not in self._place]
+    new = [row for row, key in enumerate(_keys(part)) if key not in self._location]
     if not new:
       return
     if name in self._parts:
-      raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows were to "
-                       "take its place: give them a name of their own.")
+      raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows would "
+                       "replace it: give them a name of their own.")
     # A row belongs to the part that had it first, since that stage was charged for it.
     part = take(part, new)
     if leader:
@@ -61,9 +63,9 @@ class Store:
   def get(self, prompts: Iterable[Prompt],
           samples: Sequence[int]) -> tuple[Rollout, list[str]]:
     """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
-    places = [self._place[p.id, int(g)] for p in prompts for g in samples]
-    rows = [take(self._parts[name], slice(row, row + 1)) for name, row in places]
-    return concatenate(rows), [name for name, _ in places]
+    locations = [self._location[p.id, int(g)] for p in prompts for g in samples]
+    rows = [take(self._parts[name], slice(row, row + 1)) for name, row in locations]
+    return concatenate(rows), [name for name, _ in locations]
 
 
 def _keys(part: Rollout) -> list[tuple[int, int]]:

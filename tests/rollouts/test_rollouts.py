@@ -155,7 +155,7 @@ def test_store_never_writes_over_a_part(tmp_path):
     path.write_bytes(data)
   store = rollouts.Store(tmp_path / "r", write)
   store.add("a", rollouts.take(two_rows(), [0]), leader=True)
-  with pytest.raises(ValueError, match="r already holds a, and 1 other rows were to take"):
+  with pytest.raises(ValueError, match="r already holds a, and 1 other rows would replace it"):
     store.add("a", two_rows(), leader=True)
   store.add("a", rollouts.take(two_rows(), [0]), leader=True)  # nothing that is not there
   for opened in (store, rollouts.Store(tmp_path / "r", write)):

@@ -12,6 +12,7 @@ import numpy as np
 MODULUS = 100
 SHORTEST = 2  # operands
 LONGEST = 4
+# The published splits: another seed or size would make every recorded score incomparable.
 SEED = 0
 SIZES = {"labelled": 2048, "validation": 256, "test": 512}
 
@@ -63,6 +64,7 @@ def splits(seed: int = SEED, sizes: Mapping[str, int] | None = None) -> dict[str
     chosen.setdefault(draw(rng))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
           for i, x in enumerate(chosen)]
+  # Cut from one list of distinct problems, so no split holds a problem of another.
   found = {}
   start = 0
   for name, size in sizes.items():
@@ -81,6 +83,7 @@ def assert_disjoint(rows_by_split: Mapping[str, Sequence[Mapping[str, Any]]]) ->
   split_of = {}
   for split, rows in rows_by_split.items():
     for row in rows:
+      # By text, not by id: ids are distinct even where a problem stands twice.
       first = split_of.get(row["problem"])
       if first is not None:
         raise ValueError(f"problem {row['problem']} stands in {first} and again in {split}: every "
@@ -120,5 +123,6 @@ def sums(seed: int, count: int) -> list[tuple[str, str]]:
   They have no question before them, like text that a base model might have read. None of the
   10,000 possible pairs is held out.
   """
+  # A third stream, so that `count` changes nothing in `corpus` of one seed.
   operands = np.random.default_rng((seed, 2)).integers(0, MODULUS, (count, 2))
   return [(f"{a:02d}+{b:02d}=", f"{(a + b) % MODULUS:02d}") for a, b in operands.tolist()]

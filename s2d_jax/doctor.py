@@ -25,7 +25,7 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.keys import Key, Record
-from s2d_jax.models import hf
+from s2d_jax.models import Config, hf
 
 # A planning.Stage: the name is not imported, because planning imports this file.
 Stage = Any
@@ -123,41 +123,30 @@ def _blocks_that_sample(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     yield f"config.{name}", config[name]
 
 
-def check_models(config: ConfigDict) -> None:
-  """Refuses base models that cannot be loaded, by their config.json and weight headers.
-
-  Raises:
-    ValueError: what `hf.load` refuses; an unknown dtype, remat or attention.
-  """
-  for role in ("teacher", "student"):
-    hf.check(config[role])
-    models.read_config(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-
-
-def check_pair(config: ConfigDict, teacher: chat.Chat, student: chat.Chat) -> None:
+def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
+               student: tuple[Config, chat.Chat]) -> None:
   """Refuses a teacher and a student that do not fit each other, or the config.
 
+  Args:
+    teacher, student: as `sampler.read_folder` returns them.
+
   Raises:
-    ValueError: two tokenizers or vocabularies, more tokens than embeddings, a prompt and response
-      beyond a model's positions, a top k beyond the vocabulary, a stop string that no token makes.
+    ValueError: two tokenizers or vocabularies, a prompt and response beyond a model's positions, a
+      top k beyond the vocabulary, a stop string that no token makes.
   """
+  tokenizer = teacher[1]
   # A guide scores the tokens that the other model sampled, so an id must mean one thing to both.
-  chat.same_tokenizer(teacher, student)
-  sizes = [hf.read_json(config[role])["vocab_size"] for role in ("teacher", "student")]
+  chat.same_tokenizer(tokenizer, student[1])
+  sizes = [model_config.vocab_size for model_config, _ in (teacher, student)]
   if sizes[0] != sizes[1]:
     raise ValueError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
                      "model's vocabulary to the larger's.")
-  # Embeddings are often padded beyond the tokenizer, never the reverse.
-  last = max(teacher.vocabulary.values())
-  if last >= sizes[0]:
-    raise ValueError(f"the tokenizer of {config.teacher} has the token id {last} and its model "
-                     f"embeds {sizes[0]} tokens: take the tokenizer that came with the weights.")
   _check_windows(config)
   _check_top_k(config, sizes[0])
   _check_pages(config)
   for path, block in _blocks_that_sample(config):
     try:
-      teacher.check_stops(block.sampling.stop_strings)
+      tokenizer.check_stops(block.sampling.stop_strings)
     except ValueError as error:
       raise ValueError(f"{path}.sampling: {error}") from error
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
            ) -> Iterator[tuple[str, str, stats.Interval]]:
   """Yields (set, statistic, interval) of a model's samples on each set."""
-  tokenizer = chat.Chat(args.model, **template(args.template))
+  _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
   sampling = sampler.Sampling(
@@ -76,9 +76,10 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
     compiled = sampler.make(model, params, sampling, min(args.batch, len(prompts)), longest,
                             text=tokenizer.decode)
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
-    one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),
-                    (args.seed, zlib.crc32(b"evaluation")), statistics,
-                    answer_of(task, tokenizer))
+    with sampler.naming(args.model):
+      one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),
+                      (args.seed, zlib.crc32(b"evaluation")), statistics,
+                      answer_of(task, tokenizer))
     for statistic, value in one.scores.items():
       yield name, statistic, value
 

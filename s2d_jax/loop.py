@@ -136,7 +136,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       beat()
       entry = {"step": step}
       if hp.eval_every and step % hp.eval_every == 0:
-        entry |= dict(stage.validate(stage.models.full(state.params)))
+        with sampler.naming(f"{stage.name}, validation at step {step}"):
+          entry |= dict(stage.validate(stage.models.full(state.params)))
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
@@ -151,7 +152,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       if programs.sampler is not None:
         programs.sampler.seen = {}
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
-      state, values = _step(stage, programs, source, pass_rates, state, step, logs)
+      with sampler.naming(f"{stage.name}, step {step}"):
+        state, values = _step(stage, programs, source, pass_rates, state, step, logs)
       entry |= values
       _check(stage, step, saved, entry, compiled() - before)
       logs["metrics"].add(entry)

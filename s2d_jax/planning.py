@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, doctor, keys, ledger, manifest
+from s2d_jax import chat, doctor, keys, ledger, manifest, models, sampler
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
@@ -168,11 +168,11 @@ def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
-  # The tokenizers come last: an absent folder or weight is then reported as such.
-  doctor.check_models(config)
-  tokenizer = chat.Chat(config.teacher, **config.template)
-  doctor.check_pair(config, tokenizer, chat.Chat(config.student, **config.template))
-  return tokenizer, bases
+  run = {key: config[key] for key in models.RUN}
+  teacher, student = (sampler.read_folder(config[role], config.template.to_dict(), run)
+                      for role in ("teacher", "student"))
+  doctor.check_pair(config, teacher, student)
+  return teacher[1], bases
 
 
 def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,

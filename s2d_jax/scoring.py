@@ -23,6 +23,7 @@ from s2d_jax import (
   manifest,
   metrics,
   rollouts,
+  sampler,
   sharding,
   stage,
   stats,
@@ -45,7 +46,8 @@ def evaluate(plan: Plan, role: str, workdir: epath.Path) -> str:
   folder = workdir / manifest.name("eval", inputs)
   if manifest.read(folder) is None:
     learner = stage.load(plan, role, workdir, sharding.current_mesh())
-    result, samples = _scores(plan, config, learner, prompts)
+    with sampler.naming(_folder(plan, role)):
+      result, samples = _scores(plan, config, learner, prompts)
     _write(folder, inputs, {"result.json": result, "samples.json": samples})
   return folder.name
 
@@ -72,7 +74,8 @@ def probe(plan: Plan, role: str, guide: str | None, workdir: epath.Path) -> str 
     roles = {"student": stage.load(plan, role, workdir, mesh)}
     if guide is not None:
       roles["teacher"] = stage.load(plan, guide, workdir, mesh)
-    _write(folder, inputs, {"result.json": metrics.plain(_measured(plan, roles, prompts, mesh))})
+    _write(folder, inputs, {"result.json": metrics.plain(
+        _measured(plan, roles, {"student": role, "teacher": guide}, prompts, mesh))})
   return folder.name
 
 
@@ -100,8 +103,13 @@ def _samplers(plan: Plan) -> compiling.Samplers:
   return compiling.Samplers(config, plan.config.prompt_tokens, plan.chat.eos_ids, plan.chat.decode)
 
 
-def _measured(plan: Plan, roles: Mapping[str, Role], prompts: Sequence[Prompt],
-              mesh: Mesh) -> dict[str, dict[str, Any]]:
+def _folder(plan: Plan, role: str) -> str:
+  """The folder of a role's weights, to name them: a base model's, or the stage's."""
+  return plan.base(role)["folder"] if role in plan.bases else role
+
+
+def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
+              prompts: Sequence[Prompt], mesh: Mesh) -> dict[str, dict[str, Any]]:
   """The measurements on the text of each role; with a teacher, the agreement on it as well.
 
   Returns:
@@ -114,8 +122,9 @@ def _measured(plan: Plan, roles: Mapping[str, Role], prompts: Sequence[Prompt],
   found = {}
   for name, role in roles.items():
     samplers = {"sampled": _samplers(plan).compile(role, config.sampling, config.prompts)}
-    one = evals.run(samplers, role.params, prompts, plan.reward,
-                    (plan.config.seed, zlib.crc32(b"probe")), lambda samples: ())
+    with sampler.naming(_folder(plan, names[name])):
+      one = evals.run(samplers, role.params, prompts, plan.reward,
+                      (plan.config.seed, zlib.crc32(b"probe")), lambda samples: ())
     rollout = one.rollouts["sampled"]
     found[name] = dict(evals.text(one.samples["sampled"].correct_PG, rollout, config.group))
     if compared is None:

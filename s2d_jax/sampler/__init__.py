@@ -13,8 +13,10 @@ from s2d_jax.sampler.engine import (
   make,
   sample,
 )
+from s2d_jax.sampler.folder import read as read_folder
 from s2d_jax.sampler.programs import Room
+from s2d_jax.sampler.scheduler import naming
 
 __all__ = ["Room", "Sampler", "Sampling", "check_ends", "check_memory", "check_room",
            "check_sampling", "make",
-           "sample"]
+           "naming", "read_folder", "sample"]

@@ -23,7 +23,7 @@ import jax
 import jinja2
 from tqdm import tqdm
 
-from s2d_jax import chat, command, models, rollouts, sampler, sharding
+from s2d_jax import command, models, rollouts, sampler, sharding
 from s2d_jax.data import jsonl
 from s2d_jax.models import hf
 
@@ -168,14 +168,14 @@ def main(argv=None):
   """Samples what the output lacks."""
   asked = parse(argv)
   path = pathlib.Path(asked.out)
-  talk = chat.Chat(asked.model, **template(asked.template))
+  config, talk = sampler.read_folder(asked.model, template(asked.template),
+                                     {"dtype": asked.dtype})
   prompts = read(asked.prompts, talk)
   how = sampler.Sampling(asked.n, asked.temperature, asked.top_p, asked.top_k, asked.min_p,
                          asked.max_tokens, asked.min_tokens, tuple(talk.eos_ids), tuple(asked.stop))
   sampler.check_ends(how, talk.decode)
   talk.check_stops(how.stop_strings)
-  hf.check(asked.model)
-  model = models.get(hf.read_json(asked.model), dtype=asked.dtype)
+  model = models.build(config)
   for prompt in prompts:
     if len(prompt.tokens) + asked.max_tokens > model.config.max_positions:
       raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
@@ -202,7 +202,8 @@ def main(argv=None):
         draw = sampler.make(model, params, how, size, width, room, talk.decode)
         weights = draw.lay_out(params)
         del params  # nobody else reads them
-        write(path, draw, weights, wanted, asked.seed, talk, len(there))
+        with sampler.naming(asked.model):
+          write(path, draw, weights, wanted, asked.seed, talk, len(there))
   print(path)
 
 
@@ -247,7 +248,8 @@ def write(path, draw, params, wanted, seed, talk, before):
           "id": prompt.id, "prompt": name_of(prompt), "sample": sample,
           "response": talk.decode(ids),
           "finish": rollouts.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
-          "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]}) + "\n")
+          "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]},
+          allow_nan=False) + "\n")
       out.flush()
       bar.update()
     for start in range(0, len(wanted), SLICE):

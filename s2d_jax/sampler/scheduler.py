@@ -6,8 +6,10 @@ function of the tokens alone, so several hosts schedule the same, and compare be
 """
 
 import collections
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,15 @@ from s2d_jax import hosts, rollouts, sharding
 from s2d_jax.sampler.decode import Weights
 
 SHARE = 8  # one slot in so many is free before decoding stops to fill it
+
+
+@contextlib.contextmanager
+def naming(model: str) -> Iterator[None]:
+  """Puts a model's name before the sentence of a FloatingPointError that is raised within."""
+  try:
+    yield
+  except FloatingPointError as error:
+    raise FloatingPointError(f"{model}: {error}") from error
 
 
 class Row(NamedTuple):
@@ -210,6 +221,7 @@ class Call:
       for to, x in ((out.sampler_logp_BT, written.logp_BN),
                     (out.behaviour_logp_BT, written.behaviour_logp_BN)):
         to[place, start: end] = x[b, : end - start]
+        self._check_finite(place, to[place, start: end])
       out.response_length_B[place], out.finish_reason_B[place] = end, stopped
       self.seen["tokens"] += end - start
       if stopped or end == T:
@@ -219,6 +231,17 @@ class Call:
     for x in (written.tokens_BN, written.count_B, written.stopped_B):
       self.digest.update(np.ascontiguousarray(x).tobytes())
     return done
+
+  def _check_finite(self, index: int, logp_N: np.ndarray) -> None:
+    """Raises FloatingPointError unless the new log-probabilities of a row are finite.
+
+    Every host holds equal numbers, so they all stop here.
+    """
+    if not np.isfinite(logp_N).all():
+      raise FloatingPointError(
+          f"sample {self.out.sample_index_B[index]} of prompt {self.out.prompt_id_B[index]} has a "
+          "log-probability that is not finite: look for NaN or infinite numbers in the model's "
+          "weights.")
 
   def _cut(self, ids, start):
     """Length of a response up to the token that completes a stop string, or None.

@@ -3,15 +3,20 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jinja2
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from s2d_jax import chat
+from configs import arithmetic
+from s2d_jax import chat, evaluate, recipe, tasks
+from s2d_jax import command as command_line
 from s2d_jax.data import jsonl
 from s2d_jax.sampler import __main__ as offline
 
@@ -144,6 +149,70 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_written(line, more
   with pytest.raises(ValueError, match=words):
     offline.main(command(path, out, **more))
   assert not out.parent.exists()
+
+
+@pytest.fixture(scope="module", params=["norm", "head"])
+def damaged(request, tmp_path_factory):
+  """The student's folder, with NaN in its last norm's scale or one infinite row of the head."""
+  folder = tmp_path_factory.mktemp("damaged") / "model"
+  shutil.copytree(TEACHER.with_name("student"), folder)
+  (folder / "SHA256SUMS").unlink()
+  path = folder / "model.safetensors"
+  weights = {name: x.copy() for name, x in safetensors.numpy.load_file(path).items()}
+  if request.param == "norm":
+    weights["model.norm.weight"][:] = np.nan
+  else:
+    weights["model.embed_tokens.weight"][7] = np.inf  # tied: the head's row too
+  safetensors.numpy.save_file(weights, path, {"format": "pt"})
+  return folder
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_samples_that_are_not_finite_stop_the_command(damaged, temperature, prompts, tmp_path,
+                                                      capsys):
+  out = tmp_path / "out.jsonl"
+  with pytest.raises(SystemExit) as error:
+    command_line.call(offline.main, command(prompts, out, model=damaged, temperature=temperature))
+  sentence = capsys.readouterr().err.splitlines()[-1]
+  assert error.value.code == command_line.FAILED
+  assert sentence.startswith(f"s2d_jax: {damaged}: sample ") and " of prompt " in sentence
+  assert "log-probability that is not finite" in sentence
+  assert out.read_text() == ""
+
+
+@pytest.mark.medium
+def test_an_evaluation_of_weights_that_are_not_finite_stops(damaged, tmp_path):
+  with pytest.raises(FloatingPointError, match=f"{damaged}: sample . of prompt .* not finite"):
+    evaluate.main(["--model", str(damaged), "--task=arithmetic", f"--data={tmp_path / 'data'}",
+                   "--sets=validation", "--max-tokens=4"])
+
+
+@pytest.mark.medium
+def test_an_untrained_arm_that_is_not_finite_gets_no_score(damaged, tmp_path):
+  config = arithmetic.get_config("tiny")
+  config.student, config.arms, config.data.dir = str(damaged), "untrained", str(tmp_path)
+  with pytest.raises(FloatingPointError, match=f"{damaged}: sample . of prompt .* not finite"):
+    recipe.run(config, tmp_path / "work", tasks.get(config))
+  assert not list((tmp_path / "work").glob("**/result.json"))
+
+
+@pytest.mark.parametrize("program", ["sample", "eval"])
+def test_a_token_without_an_embedding_is_refused(program, prompts, tmp_path):
+  folder = shutil.copytree(TEACHER, tmp_path / "model")
+  path = folder / "tokenizer.json"
+  words = json.loads(path.read_text())
+  words["added_tokens"].append({"id": 24, "content": "<|new|>", "special": False,
+                                "single_word": False, "lstrip": False, "rstrip": False,
+                                "normalized": False})
+  path.write_text(json.dumps(words))
+  with pytest.raises(ValueError, match=f"{folder} has the token id 24 and its model embeds 24 tok"):
+    if program == "sample":
+      offline.main(command(prompts, tmp_path / "new" / "out.jsonl", model=folder))
+    else:
+      evaluate.main(["--model", str(folder), "--task=arithmetic", f"--data={tmp_path / 'data'}",
+                     "--sets=validation"])
+  assert not (tmp_path / "new").exists()
 
 
 def test_other_settings_or_another_writer_do_not_go_on(prompts, tmp_path):

@@ -1,0 +1,28 @@
+"""What a Hugging Face folder must hold before anything can be sampled from it."""
+
+import pathlib
+from typing import Any
+
+from s2d_jax import chat, models
+from s2d_jax.models import Config, hf
+
+
+def read(folder: str | pathlib.Path, template: dict[str, Any],
+         run: dict[str, Any]) -> tuple[Config, chat.Chat]:
+  """The model's config and the tokenizer of a folder; of the weights only the headers are read.
+
+  Args:
+    template: arguments of the chat template; run: settings of `models.RUN`, such as the dtype.
+
+  Raises:
+    ValueError: what `hf.load` or `chat.Chat` refuse, or a token without an embedding.
+  """
+  hf.check(folder)
+  config = models.read_config(hf.read_json(folder), **run)
+  tokenizer = chat.Chat(folder, **template)
+  # On a device an index beyond an array's end is no error: it reads NaN.
+  last = max(tokenizer.vocabulary.values())
+  if last >= config.vocab_size:
+    raise ValueError(f"the tokenizer of {folder} has the token id {last} and its model embeds "
+                     f"{config.vocab_size} tokens: take the tokenizer that came with the weights.")
+  return config, tokenizer

@@ -429,10 +429,11 @@ def test_an_int8_cache_is_near(crowd, tiny):
 
 
 @pytest.mark.parametrize("room, words", [
-    (sampler.Room(tokens=0), "tokens and chunk are 1 or more"),
-    (sampler.Room(page=-4), "page is 0 .none. or more"), (sampler.Room(cache_gib=0.0), "above 0"),
-    (sampler.Room(page=4, cache="int8"), "page is 4 and its cache int8, which pages do not hold"),
-    (sampler.Room(cache="int4"), "cache is auto, float32, bfloat16, int8")])
+    (sampler.Room(tokens=0), "tokens is 0: set it to .* at least 1"),
+    (sampler.Room(page=-4), "page is -4: choose 0 .no pages. or more"),
+    (sampler.Room(cache_gib=0.0), "above 0"),
+    (sampler.Room(page=4, cache="int8"), "page is 4 and the cache int8, which pages do not hold"),
+    (sampler.Room(cache="int4"), "cache is 'int4': choose it from auto, float32, bfloat16, int8")])
 def test_a_room_that_cannot_be_is_refused(room, words, tiny):
   with pytest.raises(ValueError, match=words):
     sampler.make(*tiny("qwen3"), HOW, SIZE, WINDOW, room)

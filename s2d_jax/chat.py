@@ -43,6 +43,7 @@ class Chat:
 
   def render(self, messages: Sequence[dict[str, str]]) -> list[int]:
     """Ids of [{"role", "content"}, ...] and of the header that opens the assistant's response."""
+    # A dict is asked for, because the default form depends on the version of transformers.
     encoded = self._tokenizer.apply_chat_template(
       messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self._template
     )
@@ -50,11 +51,13 @@ class Chat:
 
   def encode_response(self, text: str) -> list[int]:
     """Ids of a response of the assistant, including the end token."""
+    # The header of `render` is before it, so a start token here would be a second one.
     ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
     return [int(i) for i in ids] + [self.eos_ids[0]]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of ids without special tokens; `decode(encode_response(x)) == x`."""
+    # The library's clean-up would drop spaces before punctuation, and rewards read the text.
     return self._tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -76,6 +79,7 @@ class Chat:
 
   def fingerprint(self) -> str:
     """SHA-256 of everything that determines the ids of a text, for manifests."""
+    # Sorted, because the order of a vocabulary is not defined.
     facts = (sorted(self.vocabulary.items()), self.eos_ids, self.chat_template, self._template)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -108,6 +112,7 @@ def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
   path = folder / "tokenizer_config.json"
   if not path.is_file():
     raise ValueError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
+  # Read here first, so that the error names the file; the library's would not name the remedy.
   for file in (path, folder / "tokenizer.json", folder / "generation_config.json"):
     try:
       config = json.loads(file.read_text()) if file.is_file() else {}
@@ -128,6 +133,7 @@ def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
 def _eos_ids(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
   """Ids that end a response, the tokenizer's own first, then those of generation_config.json."""
   ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+  # Some models end a response with a token that only this file names.
   path = folder / "generation_config.json"
   if path.is_file():
     named = json.loads(path.read_text()).get("eos_token_id")

@@ -42,15 +42,18 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
   Raises:
     ValueError: `shape` is not three sizes of 1 or more, or asks for more devices than there are.
   """
+  # Devices may be described and absent, as those of a TPU topology that is compiled for.
   devices = jax.devices() if devices is None else devices
   need = int(np.prod(shape))
   if len(shape) != len(AXES) or min(shape) < 1 or need > len(devices):
     raise ValueError(
         f"mesh {tuple(shape)} needs {need} devices on the axes {AXES} and {len(devices)} are here: "
         "set config.mesh to three sizes whose product is at most that.")
+  # A process without devices in the mesh could not take part in its programs.
   if jax.process_count() > 1 and need != len(devices):
     raise ValueError(f"mesh {tuple(shape)} leaves {len(devices) - need} of {len(devices)} devices "
                      "idle, and every process needs its own in it: set config.mesh to use all.")
+  # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:need])
 
@@ -91,6 +94,7 @@ def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
   """
   mesh = jax.sharding.get_abstract_mesh()
   heads = args[0].shape[names[0].index("heads")]
+  # Where the axis does not divide the heads every device has them all, and all have index 0.
   axis = None if mesh.empty else _fits(heads, ACTIVATION_RULES["heads"], mesh.shape)
 
   def local(*args: jax.Array) -> tuple[jax.Array]:
@@ -114,6 +118,7 @@ def per_shard(f: Callable[..., tuple[jax.Array, ...]], args: tuple[jax.Array, ..
     return f(*args)
   specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
                 for n, x in zip(names, args, strict=True))
+  # The check is off, because a kernel's results do not say over which axes they vary.
   return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in out_like),
                        check_vma=False)(*args)
 
@@ -133,6 +138,7 @@ def per_device(
   mesh = jax.sharding.get_abstract_mesh()
   axes = ACTIVATION_RULES["batch"]
   size = jax.tree.leaves(per_row)[0].shape[0]
+  # With rows that are whole on each device, adding up would count them several times.
   if mesh.empty or _fits(size, axes, mesh.shape) is None or all(mesh.shape[a] == 1 for a in axes):
     return f(per_row, replicated)
 
@@ -204,6 +210,7 @@ def slot_sharding(mesh: Mesh, shape: Shape, pages: bool) -> NamedSharding:
   The first axis is the rows. In a cache the key heads follow; in a cache with `pages` the key heads
   are first and the pages follow.
   """
+  # An array of one or two axes is no cache: it has a number or a list of tokens for each row.
   names = ("batch",)
   if len(shape) > 2:
     names = ("kv_heads", "pages") if pages else ("batch", "kv_heads")
@@ -229,6 +236,7 @@ def put(x: np.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
   x = np.asarray(x)
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
+  # Each process copies only to its own devices; it cannot reach the others.
   return from_callback(x.shape, sharding, lambda index: (x[index], lambda shard: shard))
 
 
@@ -243,7 +251,8 @@ def from_callback(
     part: part(index) is a NumPy array and a function. The function turns that array, once it is on
       the device, into the shard at `index`.
   """
-  parts, arrays = {}, []
+  parts = {}
+  arrays = []
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     key = str(index)  # several devices may hold the same shard, which is read once
     if key not in parts:
@@ -266,6 +275,8 @@ def stacked(shape: Shape, dtype: jnp.dtype, where: NamedSharding | None,
     layers: arrays of shape[1:]. Each is copied into its place before the next one is made, so that
       at most one exists in addition to the result.
   """
+  # The index is an array, because a Python number would compile a program for each layer. The wait
+  # keeps later layers from the device until this one is written, since dispatch is asynchronous.
   make, write = _stacker(shape, dtype, where)
   whole = make()
   for index, layer in enumerate(layers):
@@ -281,6 +292,7 @@ def _stacker(shape: Shape, dtype: jnp.dtype,
   """Jitted: zeros of a shape, and writing one layer into them in place."""
   def write(whole: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0)
+  # Donated, so that the write is in place and the array is in memory once.
   return (jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where),
           jax.jit(write, donate_argnums=0, out_shardings=where))
 
@@ -293,6 +305,7 @@ def fetch_slice(x: jax.Array | np.ndarray, index: int | None = None,
   """
   if not isinstance(x, jax.Array):
     return np.asarray(convert(x if index is None else x[index]))
+  # A process can read only its own devices, so every device first gets the whole slice.
   where = replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else None
   take = _taker(where, index is None, convert)
   index = np.int32(index or 0)
@@ -303,6 +316,7 @@ def fetch_slice(x: jax.Array | np.ndarray, index: int | None = None,
 @functools.cache
 def _taker(where: NamedSharding | None, whole: bool, convert: Callable) -> Callable:
   """Jitted: convert(x), or convert(x[index]), laid out as `where`."""
+  # Cached by its arguments, because a new closure would be compiled again for every layer.
   def take(x: jax.Array, index: jax.Array) -> jax.Array:
     return convert(x if whole else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False))
   return jax.jit(take, out_shardings=where)

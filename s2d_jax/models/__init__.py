@@ -31,6 +31,7 @@ __all__ = [
     "trained", "weights",
 ]
 
+# The key is model_type in config.json, and `architecture` in a Config.
 FAMILIES = {"qwen3": qwen3, "llama": llama}
 RUN = ("dtype", "remat", "attention")  # the fields of a Config that say how it runs
 PUBLISHED = {name: json for family in FAMILIES.values() for name, json in family.PUBLISHED.items()}
@@ -59,6 +60,7 @@ def build(config: Config) -> Model:
   module = decoder.Decoder(config)
 
   def init(key: jax.Array) -> Params:
+    # One token is enough: no parameter's shape depends on the number of tokens.
     token_BT = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, token_BT, token_BT, token_BT)["params"]
 
@@ -66,6 +68,7 @@ def build(config: Config) -> Model:
             segments_BT: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
     return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
 
+  # A separate function, because the losses form logits from features one block at a time.
   def unembed(params: Params) -> jax.Array:
     return params["embed"] if config.tied else params["unembed"]
 
@@ -85,6 +88,7 @@ def get(name_or_json: str | Json, **run: Any) -> Model:
   """
   if not isinstance(name_or_json, str):
     return build(read_config(name_or_json, **run))
+  # Our names are lower case, and the published ones are written as in Qwen3-8B.
   if name_or_json.lower() not in PUBLISHED:
     raise ValueError(f"no model is called {name_or_json!r}: choose from {', '.join(PUBLISHED)}, "
                      "or give the dict of a config.json.")
@@ -124,6 +128,7 @@ def _adapters(config: Config) -> Iterator[tuple[str, Named, Named]]:
   """(path of a weight, (path, axes) of its A, (path, axes) of its B) for each adapted weight."""
   targets = () if config.lora is None else config.lora.targets
   for path, weight in weights(config).items():
+    # Embeddings and the scales of norms have no `inputs`, and so no adapters.
     if weight.inputs and path.rpartition("/")[2] in targets:
       (layer, *names), n = weight.axes, weight.inputs
       yield (path, (f"{path}_a", (layer, *names[:n], "rank")),
@@ -141,6 +146,7 @@ def lora(hp: ConfigDict) -> Lora | None:
   """The Lora of a stage's `lora` block; None if its rank is 0, which trains all weights."""
   if not hp.rank:
     return None
+  # A Config is hashed by `build`, and its Lora with it, so the targets are a tuple.
   return Lora(hp.rank, float(hp.alpha), tuple(hp.targets))
 
 
@@ -152,6 +158,7 @@ def trained(config: Config) -> Params:
 def split(config: Config, tree: Params) -> tuple[Params, Params]:
   """(adapters, weights) of a tree of parameters, or of their shapes or axes."""
   adapter_paths = {path for _, (a, _), (b, _) in _adapters(config) for path in (a, b)}
+  # By path and not by position, so that trees of shapes and of axes are split alike.
   flat = layout.flat(tree)
   return (layout.nest({path: x for path, x in flat.items() if path in adapter_paths}),
           layout.nest({path: x for path, x in flat.items() if path not in adapter_paths}))
@@ -165,6 +172,7 @@ def adapters(model: Model, seed: int) -> Params:
   mesh = sharding.current_mesh()
   config = model.config
   where = None
+  # The seed is copied explicitly, so that this works where implicit transfers are forbidden.
   if mesh is None:
     seed = jax.device_put(np.uint32(seed))
   else:
@@ -185,6 +193,8 @@ def merge(config: Config, params: Params) -> Params:
     a_LDr = flat.pop(a)
     b_LrO = flat.pop(b)
     L, *inputs, r = a_LDr.shape
+    # Matrix units would round the operands, and the merged weights are saved for good.
+    # AB is therefore formed in float32, whatever the dtype of the weights.
     product = jnp.einsum("LDr,LrO->LDO", a_LDr.reshape(L, -1, r).astype(jnp.float32),
                          b_LrO.reshape(L, r, -1).astype(jnp.float32), precision="highest")
     weight = flat[path]
@@ -206,6 +216,7 @@ def frozen_shapes(config: Config) -> Params:
   """
   flat = layout.flat(shapes(config))
   for path, weight in weights(config).items():
+    # RMSNorm reads its scale in float32, so a rounded one would change the features.
     is_scale = len(weight.axes) - weight.stacked == 1
     if not is_scale:
       flat[path] = jax.ShapeDtypeStruct(flat[path].shape, config.dtype)

@@ -7,9 +7,7 @@
 
 All are for whole sequences: queries and keys are the same tokens, in the order of their positions.
 Only `xla` takes any others. Its scores are [B, N, T, S]; the other three never hold them all.
-`cached` and `paged` are for queries that follow the tokens of a cache. No implementation repeats
-keys or values for the query heads that share them. On a mesh the two kernels do so for a device's
-own heads, if groups of heads are split between devices.
+`cached` and `paged` are for queries that follow the tokens of a cache.
 """
 
 import contextlib
@@ -57,6 +55,7 @@ def choose(setting: str, dtype: str, head_width: int) -> str:
                      "set it to auto.")
   if setting != "auto":
     return setting
+  # These are the limits of cuDNN's kernel.
   if platform == "gpu" and dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128:
     return "cudnn"
   return "splash" if platform == "tpu" else "causal"
@@ -133,6 +132,7 @@ def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array,
 
 def _together(x_BTNH: jax.Array, K: int) -> jax.Array:
   """[B, T, N, H] -> [B, K, X, H], where X is the times and the heads of a group."""
+  # Keys and values are therefore not repeated for the query heads that share them.
   B, T, N, H = x_BTNH.shape
   return x_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
 
@@ -246,13 +246,9 @@ def _paged_tpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn:
 
 @functools.cache
 def _gpu_kernel() -> Callable:
-  """`paged_attention` of JAX's GPU kernels, imported at the first use.
-
-  JAX 0.12 deprecates the module and names no successor, so a later one may lack it.
-
-  Raises:
-    ImportError: this JAX has no such module.
-  """
+  """`paged_attention` of JAX's GPU kernels; ImportError where this JAX has no such module."""
+  # JAX 0.12 deprecates the module and names no successor, so a later one may lack it. It is
+  # imported at the first use, so that everything else works without it.
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
@@ -274,11 +270,9 @@ def _paged_gpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn:
 
 def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
            mask_BTT: jax.Array) -> jax.Array:
-  """`attention` of whole sequences, one piece of the queries at a time.
-
-  A piece reads no key after its end. Its scores are computed again in the backward pass, from their
-  log-sum (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in plain products.
-  """
+  """`attention` of whole sequences, one piece of the queries at a time."""
+  # A piece reads no key after its end, which saves almost half of the products. More than 8 pieces
+  # would lengthen the program and save little.
   T = q_BTNH.shape[1]
   size = max(PIECE, -(-T // 8))
   pieces = []
@@ -289,6 +283,8 @@ def causal(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
   return jnp.concatenate(pieces, axis=1)
 
 
+# Scores are computed again in the backward pass, from their log-sum, in plain products
+# (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
 @jax.custom_vjp
 def _piece(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
            mask_BTS: jax.Array) -> jax.Array:
@@ -374,10 +370,7 @@ QKV_AXES = (("batch", "time", "heads", "head"), ("batch", "cache", "kv_heads", "
 
 
 def _own_key_heads(index: jax.Array | int, own: int, R: int, *xs: jax.Array) -> tuple:
-  """Keys and values for the `own` query heads of device `index`, where R share a key head.
-
-  Each device runs a kernel on its own rows and heads.
-  """
+  """Keys and values for the `own` query heads of device `index`, where R share a key head."""
   if own == xs[0].shape[2] * R:
     return xs
   # `tensor` does not divide the key heads, so every device holds them all. It takes one for each

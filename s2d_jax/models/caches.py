@@ -50,6 +50,7 @@ def empty_pages(config: Config, batch: int, count: int, size: int, width: int,
   def pages() -> jax.Array:
     shape = (config.kv_heads, count, size, config.head_width)
     return sharding.constrain(jnp.zeros(shape, dtype), "kv_heads", "pages", "cache", "head")
+  # Page 0 belongs to no row, so a table of zeros is one in which no row has a page yet.
   return Paged(tuple(Pages(pages(), pages()) for _ in range(config.layers)),
                jnp.zeros((batch, width), jnp.int32), jnp.zeros(batch, jnp.int32))
 
@@ -65,6 +66,7 @@ def empty_cache(config: Config, batch: int, slots: int,
                 dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[KV, ...]:
   """A KV for each layer, with `slots` slots for each of `batch` rows; `dtype` is float or int8."""
   B, K, H, S = batch, config.kv_heads, config.head_width, slots
+  # Slots of a row are on one device, since each new token reads all of them.
   def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *names: str) -> jax.Array:
     return sharding.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", *names)
   def layer() -> KV:
@@ -79,6 +81,7 @@ def empty_cache(config: Config, batch: int, slots: int,
 
 def written(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, position_B: jax.Array) -> KV:
   """The KV with T tokens written to each row, from slot position_B on."""
+  # The few new tokens are transposed here, so that no step transposes the whole cache.
   k_BKHT = k_BTKH.transpose(0, 2, 3, 1)
   v_BKTH = v_BTKH.swapaxes(1, 2)
   if kv.k_scale_BKS is not None:
@@ -94,11 +97,14 @@ def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
   """(int8 numbers, float32 scales) whose product is about x; the largest number is 127."""
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+  # A slot of zeros has scale 0; the floor avoids 0 / 0 there.
   return (jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, axis))
 
 
 def _put(old: jax.Array, new: jax.Array, position_B: jax.Array, axis: int) -> jax.Array:
   """`old` with each row of `new` written from its position on; `axis` is that of a row's slots."""
+  # Rows differ in length, so each is written from a position of its own. A scatter of the slots
+  # could say as much, but this update writes one contiguous range of a row.
   def row(old: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
     starts = [0] * old.ndim
     starts[axis] = position

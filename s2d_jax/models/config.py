@@ -46,6 +46,7 @@ class Lora:
                        f"{', '.join(ADAPTED)}.")
 
 
+# Frozen, because `models.build` caches by it, and equal configs must be one compiled model.
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A decoder's shape and constants, and in its last four fields how it is run."""
@@ -69,12 +70,14 @@ class Config:
   lora: Lora | None = None  # adapters in addition to the weights
 
   def __post_init__(self) -> None:
+    # Each key head serves a group of query heads, and all groups have one size.
     if self.heads % self.kv_heads:
       raise ValueError(f"{self.heads} query heads do not share {self.kv_heads} key heads evenly: "
                        "num_attention_heads must be a multiple of num_key_value_heads.")
     if self.head_width % 2:
       raise ValueError(f"head_dim {self.head_width} is odd and RoPE rotates pairs: use an even "
                        "one.")
+    # Checked here, because a misspelt choice would otherwise appear only when the model is traced.
     for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
                          ("attention", attention.IMPLEMENTATIONS)):
       if getattr(self, key) not in choices:

@@ -42,7 +42,8 @@ def rope_frequencies(head_width: int, theta: float, scaling: RopeScaling | None)
   if scaling is None:
     return frequency
   waves = scaling.original_max_positions * frequency / (2 * jnp.pi)  # in the original window
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  low = scaling.low_freq_factor
+  high = scaling.high_freq_factor
   unscaled = jnp.clip((waves - low) / (high - low), 0.0, 1.0)  # the share that is not divided
   return frequency * (unscaled + (1 - unscaled) / scaling.factor)
 
@@ -53,6 +54,7 @@ def rope(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> jax.Array:
       angle_BTH2[:, :, None], x_BTNH.shape[:-1] + angle_BTH2.shape[-1:])
   cos = jnp.cos(angle_BTNH2)
   sin = jnp.sin(angle_BTNH2)
+  # Pairs are half a head apart, as in Hugging Face's weights; the paper pairs neighbours.
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x_BTNH.dtype)
@@ -106,6 +108,7 @@ class Linear(NamedTuple):
     y = project(x_BTD, self.weight)
     if self.a is None:
       return y
+    # (xA)B and not x(AB): the rank is small, and AB is as large as the weight.
     return y + self.scale * project(project(x_BTD, self.a), self.b)
 
 
@@ -128,6 +131,7 @@ def linear(module: nn.Module, name: str, inputs: tuple[int, ...], outputs: tuple
     return Linear(w)
   r = lora.rank
   a = module.param(f"{name}_a", normal(D), (*inputs, r)).reshape(D, r)
+  # B starts at zero, so a new adapter changes nothing that the model computes.
   b = module.param(f"{name}_b", nn.initializers.zeros, (r, *outputs))
   return Linear(w, a, b, lora.alpha / r)
 
@@ -156,9 +160,12 @@ class Attention(nn.Module):
     q = linear(self, "q", (D,), (N, H), D)
     k = linear(self, "k", (D,), (K, H), D)
     v = linear(self, "v", (D,), (K, H), D)
-    # What is added to the residual starts smaller by √(2L), for its 2L terms (GPT-2).
+    # The residual is a sum of 2L terms, so each starts smaller by √(2L), as in GPT-2.
     o = linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
-    q_BTNH, k_BTKH, v_BTKH = q(x_BTD), k(x_BTD), v(x_BTD)
+    q_BTNH = q(x_BTD)
+    k_BTKH = k(x_BTD)
+    v_BTKH = v(x_BTD)
+    # Before RoPE, as in Qwen3: scales of single channels do not commute with a rotation.
     if c.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
       k_BTKH = rms_norm(k_BTKH, self.param("k_norm", nn.initializers.ones, (H,)), c.norm_eps)
@@ -174,6 +181,7 @@ class Attention(nn.Module):
     else:
       kv = caches.written(kv, k_BTKH, v_BTKH, position_B)
       out_BTNH = attention.cached(q_BTNH, *kv, reads.mask_BTS)
+    # Fixed before the heads are folded, or XLA could not see which device has which of them.
     out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
     out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
     return o(out_BTM), kv
@@ -243,6 +251,7 @@ class Decoder(nn.Module):
     c = self.config
     embed_VD = self.param("embed", normal(c.width), (c.vocab_size, c.width))
     if not c.tied:
+      # Not read here, but `init` must create it for `Model.unembed`.
       self.param("unembed", normal(c.width), (c.vocab_size, c.width))
     # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
     table_VD = sharding.constrain(embed_VD, "vocab", "embed")
@@ -255,6 +264,8 @@ class Decoder(nn.Module):
     if cache is None:
       implementation = attention.choose(c.attention, c.dtype, c.head_width)
       reads = attention.reading(implementation, positions_BT, segments_BT)
+      # In a scan XLA cannot merge the recomputation with the forward pass, so `prevent_cse` and
+      # its barriers are off. The scan itself compiles one layer, however many there are.
       block = Block
       if c.remat != "none":
         block = nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
@@ -276,10 +287,12 @@ class Decoder(nn.Module):
       layers = cache.layers
     else:
       layers = cache
-      T, S = positions_BT.shape[1], cache[0].v_BKSH.shape[2]
+      T = positions_BT.shape[1]
+      S = cache[0].v_BKSH.shape[2]
       if T > S:
         raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
       reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
+    # Without a parent, because its parameters are passed in and not created here.
     block = Block(self.config, "cached", parent=None)
     written = []
     # One layer after the other: a scan over them would copy each one's weights and cache.

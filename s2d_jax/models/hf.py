@@ -32,7 +32,8 @@ SUMS = "SHA256SUMS"  # in the format of the command sha256sum
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000  # at most, in one safetensors file of several
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 # Files of a source folder that a model saved from it inherits.
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -65,6 +66,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
   folder = pathlib.Path(folder)
   model = models.build(models.read_config(read_json(folder), **(run or {})))
   shape_of = layout.flat(shapes(model.config))
+  # All headers are checked before the first weight is read, so a wrong folder fails at once.
   stored = _checked(folder, model.config, shape_of)
   params = {}
   for path, weight in models.weights(model.config).items():
@@ -81,6 +83,7 @@ def check(folder: Path) -> None:
   """
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
+  # To compare a tied head with the embedding would read both, so they count as equal here.
   _checked(folder, config, layout.flat(models.shapes(config)), same=lambda a, b: True)
 
 
@@ -120,6 +123,7 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
   config["dtype"] = str(max(set(types.values()), key=list(types.values()).count))
 
   leader = jax.process_index() == 0
+  # In the same file system as the folder, so that the new one appears by a rename.
   partial = folder.with_name(f".{folder.name}.partial")
   if leader:
     shutil.rmtree(partial, ignore_errors=True)
@@ -159,6 +163,7 @@ def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list
                        lineage: dict[str, Any] | None) -> None:
   """Writes all files of a saved folder except those of the tensors."""
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  # A single file needs no index, because readers look for its fixed name.
   if len(files) > 1:
     weight_map = {name: file for file, inside in files.items() for name in inside}
     (folder / shards.INDEX).write_text(json.dumps(
@@ -188,6 +193,7 @@ def _files(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     group_bytes += size
   if len(groups) == 1:
     return {shards.WEIGHTS: groups[0]}
+  # Numbered from 1 with five digits, as `transformers` names shards.
   return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
           for i, names in enumerate(groups, 1)}
 
@@ -219,6 +225,8 @@ def identity(folder: Path) -> str:
   for name in (shards.INDEX, SUMS):
     if (folder / name).exists():
       digest.update((folder / name).read_bytes())
+  # Weights are too large to be hashed at every start. A header has names, shapes and offsets;
+  # values that changed under an equal header are seen by the checksums only.
   for file in files:
     with open(file, "rb") as f:
       length = int.from_bytes(f.read(8), "little")
@@ -243,6 +251,7 @@ def read_json(folder: Path) -> Json:
   if not (folder / "config.json").exists():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
   config = shards.json_object(folder / "config.json")
+  # The folder's own Python would define the model, so config.json alone does not describe it.
   if "auto_map" in config:
     raise ValueError(f"{folder}/config.json has auto_map, code of its own, which is never run: "
                      "use a model that transformers knows by itself.")
@@ -259,6 +268,7 @@ def _checked(folder: pathlib.Path, config: Config, shapes: dict[str, jax.ShapeDt
     if not same(head, embedding):
       raise ValueError(f"{HEAD} differs from {EMBEDDING} although config.json ties them: "
                        "set tie_word_embeddings to false.")
+    # Otherwise the copy would be refused as a weight that the model does not have.
     del stored[HEAD]
   _check(folder, stored, config, shapes)
   return stored
@@ -276,6 +286,7 @@ def _names(config: Config) -> Names:
 def _check(folder: pathlib.Path, stored: dict[str, Stored], config: Config,
            shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
   """Checks that every weight is there, in a shape and a type that fit, and that no other is."""
+  # Names come first: with a wrong config.json they say more than a shape.
   names = _names(config)
   missing = sorted(names.keys() - stored.keys())
   extra = sorted(stored.keys() - names.keys())
@@ -310,6 +321,7 @@ def _placed(stored: dict[str, Stored], weight: Weight, shape: Shape, dtype: jnp.
   def layer(name: str) -> jax.Array:
     """One layer of the weight, from the tensor called `name`."""
     def part(index: tuple[slice, ...]) -> tuple[np.ndarray, Callable]:
+      # An axis that is whole has slice(None), and `their_index` needs numbers.
       index = [slice(*i.indices(size)[:2]) for i, size in zip(index, layer_shape, strict=True)]
       to_ours = _to_ours(weight, tuple(i.stop - i.start for i in index), dtype)
       return shards.read(stored[name], weight.their_index(index, layer_shape)), to_ours
@@ -322,6 +334,7 @@ def _placed(stored: dict[str, Stored], weight: Weight, shape: Shape, dtype: jnp.
   if not weight.stacked:
     return layer(weight.name)
   where = None if mesh is None else sharding.weight_sharding(mesh, weight.axes, shape)
+  # A generator, so that a layer is read only after the one before it is in its place.
   layers = (layer(weight.name.format(index)) for index in range(shape[0]))
   return sharding.stacked(shape, dtype, where, layers)
 
@@ -362,6 +375,7 @@ def _types(params: dict[str, jax.Array], names: Names, source: Path | None,
 def _descend(source: pathlib.Path, config: Config) -> Json:
   """The config.json of `source`, which must be of the same model."""
   config_json = read_json(source)
+  # How a model runs is not in config.json, so it cannot make two models differ.
   run = {key: getattr(config, key) for key in models.RUN}
   if models.read_config(config_json, **run) != config:
     raise ValueError(f"{source} is another model than the one to save: give the folder that it "
@@ -372,7 +386,9 @@ def _descend(source: pathlib.Path, config: Config) -> Json:
 def _download_checksum(file: pathlib.Path) -> str:
   """The checksum that the Hugging Face client recorded for a file; "" where there is none."""
   record = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+  # The client records the revision and then the file's checksum, a line each.
   if record.exists():
     return record.read_text().splitlines()[1]
+  # In the client's cache a file is a link to a blob whose name is the checksum.
   target = file.resolve()
   return target.name if target.parent.name == "blobs" else ""

@@ -93,6 +93,7 @@ def layer_weight(axes: tuple[str, ...], name: str, inputs: int = 0) -> Weight:
 
 def flat(tree: Params) -> dict[str, Any]:
   """{"layers/attn/q": leaf, ...} of a nested dict; a tuple is a leaf."""
+  # A tuple holds the logical axes of one parameter; parameters themselves are nested dicts only.
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -142,12 +143,14 @@ def rope(json: Json) -> tuple[float, RopeScaling | None]:
   if settings and any(settings.get(key, value) != value for key, value in old.items()):
     raise ValueError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
                      "differ: keep the one that the weights were trained with.")
+  # A file may have both spellings for the sake of older readers; equal ones do no harm.
   settings = settings or old
   # Older files say "type" where newer ones say "rope_type"; some have both.
   theta = settings.pop("rope_theta", None) or need(json, "rope_theta")
   kind = settings.pop("rope_type", None) or settings.pop("type", "default")
   settings.pop("type", None)
   refuse({"rope_type": kind}, "rope_type", "default", "llama3")
+  # The factor may be among RoPE's settings or among the model's own keys.
   refuse(settings | json, "partial_rotary_factor", 1.0)
   if kind == "default":
     return float(theta), None
@@ -180,8 +183,11 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     refuse(json, key)
   for kind in json.get("layer_types") or ():
     refuse({"layer_types": kind}, "layer_types", "full_attention")
+  # The width of a head is read where it is given: in Qwen3 it is not width / heads. A file without
+  # num_key_value_heads is of a model in which every query head has its own key head.
   theta, scaling = rope(json)
-  width, heads = int(need(json, "hidden_size")), int(need(json, "num_attention_heads"))
+  width = int(need(json, "hidden_size"))
+  heads = int(need(json, "num_attention_heads"))
   return Config(
       architecture=architecture,
       vocab_size=int(need(json, "vocab_size")),
@@ -202,11 +208,14 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
 
 def write(config: Config, *, model_type: str, architecture: str) -> Json:
   """The config.json of a Config: the inverse of `read`."""
+  # In the new spelling alone, so that the file cannot contradict itself.
   rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
   if config.rope_scaling is not None:
     scaling = dataclasses.asdict(config.rope_scaling)
     scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
     rope_parameters |= {"rope_type": "llama3", **scaling}
+  # `head_dim` and `attention_bias` are always written, because other readers have defaults of
+  # their own for a family, and those may differ from ours.
   return {
       "architectures": [architecture],
       "model_type": model_type,

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Looked for in order to refuse them by name; unpickling runs code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_BYTES = 100_000_000  # the cap of the safetensors library itself
 ROWS = 4096  # rows of two tensors that are compared at a time
@@ -82,8 +84,10 @@ def headers(folder: pathlib.Path) -> dict[str, Stored]:
         if name in found:
           raise ValueError(f"{path} has the weight {name}, and {found[name].file.name} has it too: "
                            "download the model again.")
+        # A slice has the shape and the dtype, and reads none of the tensor's bytes.
         part = file.get_slice(name)
         found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+  # An index that contradicts its shards is a sign of files from two downloads.
   if (folder / INDEX).exists():
     index = _index(folder)
     for name in sorted(index.keys() | found.keys()):
@@ -105,6 +109,7 @@ def same(a: Stored, b: Stored) -> bool:
   """True if two stored matrices are equal; compared a few rows at a time."""
   if a.shape != b.shape:
     return False
+  # They are the largest matrices of a model, so neither is held whole.
   parts = [slice(start, min(start + ROWS, a.shape[0])) for start in range(0, a.shape[0], ROWS)]
   return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
@@ -123,6 +128,7 @@ def _beyond(path: pathlib.Path) -> str:
     length = int.from_bytes(file.read(8), "little")
     if length > HEADER_BYTES:
       return ""
+    # The header may be damaged too. Then the message is shorter, and the error is the same.
     try:
       header = json.loads(file.read(length))
       ends = {name: 8 + length + about["data_offsets"][1] for name, about in header.items()

@@ -170,12 +170,7 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
-    return total, {name: over_microbatches(pair) for name, pair in sums.items()}
-
-  def over_microbatches(pair):
-    # A tuple of one value has no count: it is a largest value.
-    reduce = jnp.sum if len(pair) == 2 else jnp.max
-    return [reduce(x, axis=0) for x in pair]
+    return total, {name: _over_microbatches(pair) for name, pair in sums.items()}
 
   # Donated, so that the old and the new state never take memory at once. The layout is fixed: the
   # compiled update takes no state that XLA has laid out otherwise.
@@ -189,6 +184,12 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     return _apply(optimizer, state, grads, metrics)
 
   return update
+
+
+def _over_microbatches(pair: tuple[jax.Array, ...]) -> list[jax.Array]:
+  """A sum and its count, each added up over the leading axis; of one value the largest."""
+  reduce = jnp.sum if len(pair) == 2 else jnp.max
+  return [reduce(x, axis=0) for x in pair]
 
 
 def _apply(optimizer: optax.GradientTransformation, state: TrainState, grads: Params,

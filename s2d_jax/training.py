@@ -148,8 +148,7 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
   """
 
   def gradients(params, non_trainable, guide_params, batch):
-    # Outside the differentiated function: the guide gets no gradient, and none of its activations
-    # is kept for a backward pass.
+    # Outside the differentiated function: the guide gets no gradient and keeps no activations.
     guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
 
     def loss(params):
@@ -172,8 +171,7 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
     return total, {name: _over_microbatches(pair) for name, pair in sums.items()}
 
-  # Donated, so that the old and the new state never take memory at once. The layout is fixed: the
-  # compiled update takes no state that XLA has laid out otherwise.
+  # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
   def update(state, guide_params, batch, non_trainable=None):
     total, sums = accumulated(state.params, non_trainable, guide_params, batch)

@@ -59,30 +59,36 @@ def bases(folder):
 
 def config(bases, arm, data):
   """The tiny arithmetic config on those bases: two or three steps of every row."""
-  made = arithmetic.get_config("tiny")
-  with made.unlocked():
-    made.arms, made.teacher, made.student = arm, f"{bases}/teacher", f"{bases}/student"
-    made.data.dir = str(data)
-    for hp in made.stages.values():
-      hp.steps, hp.save_every, hp.sampling.max_tokens, hp.log_samples = 3, 1, 8, 16
-    made.stages.teacher_sft.sampling.max_tokens = 32
-    made.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
-    made.stages.student_grpo.eval_every = 2
-    made.stages.sft.lora.rank = 2
-    made.probe.sampling.max_tokens = 8
-    made.validation.sampling.max_tokens = made.evaluation.sampling.max_tokens = 8
-  return made
+  tiny = arithmetic.get_config("tiny")
+  with tiny.unlocked():
+    tiny.arms = arm
+    tiny.teacher = f"{bases}/teacher"
+    tiny.student = f"{bases}/student"
+    tiny.data.dir = str(data)
+    for hp in tiny.stages.values():
+      hp.steps = 3
+      hp.save_every = 1
+      hp.sampling.max_tokens = 8
+      hp.log_samples = 16
+    tiny.stages.teacher_sft.sampling.max_tokens = 32
+    tiny.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
+    tiny.stages.student_grpo.eval_every = 2
+    tiny.stages.sft.lora.rank = 2
+    tiny.probe.sampling.max_tokens = 8
+    tiny.validation.sampling.max_tokens = tiny.evaluation.sampling.max_tokens = 8
+  return tiny
 
 
-def deadly(row, n):
+def kill_at_event(row, n):
   """Makes this process kill itself at the n-th event inside the stage `row`, a score or a probe."""
-  left, inside = [n], [False]
+  left = [n]
+  inside = [False]
 
   def enter(function, entered):
-    def wrapped(made, node, *args):
+    def wrapped(plan, node, *args):
       inside[0] = entered(node)
       try:
-        return function(made, node, *args)
+        return function(plan, node, *args)
       finally:
         inside[0] = False
     return wrapped
@@ -111,10 +117,10 @@ def deadly(row, n):
   local = type(epath.Path("/"))
   replace = local.replace
   local.replace = lambda self, target: (event(), replace(self, target))[1]
-  for place, name in ((files, "write_json"), (checkpoint, "save_final"), (hf, "save"),
+  for owner, name in ((files, "write_json"), (checkpoint, "save_final"), (hf, "save"),
                       (checkpoint, "drop_steps"), (checkpoint.Checkpoints, "save"),
                       (rollouts.Store, "add"), (loop, "_updates")):
-    setattr(place, name, around(getattr(place, name)))
+    setattr(owner, name, around(getattr(owner, name)))
 
 
 def main():
@@ -134,14 +140,14 @@ def main():
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{args.port}", 2, args.process)
   jax.config.update("jax_transfer_guard", "disallow")
-  made = config(args.bases, args.arm, f"{args.bases}/data")
+  run_config = config(args.bases, args.arm, f"{args.bases}/data")
   if args.kill_in:
     row, n = args.kill_in.split(":")
-    deadly(row, int(n))
+    kill_at_event(row, int(n))
   with jax.set_mesh(sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))):
     # Random models never add right; an arbitrary reward gives their groups a gradient.
-    task = tasks.get(made)._replace(reward=lambda problem, text: float(len(text) % 2))
-    recipe.run(made, args.workdir, task, arms=ARMS)
+    task = tasks.get(run_config)._replace(reward=lambda problem, text: float(len(text) % 2))
+    recipe.run(run_config, args.workdir, task, arms=ARMS)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def equal(a, b):
 
 
 @pytest.mark.medium
-def test_one_update_a_batch_has_ratio_one_and_more_move_it(tmp_path, mesh):
+def test_ratios_are_one_in_a_single_update_and_move_in_further_ones(tmp_path, mesh):
   run(make(tmp_path / "one", mesh))
   for row in metrics.read(tmp_path / "one", "metrics"):
     assert abs(row["ratio_mean"] - 1) < 1e-6 and row["clip_fraction"] == 0
@@ -211,14 +211,20 @@ def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, gap, wrong, tmp_
 
 
 def step_batches(monkeypatch):
-  """Every batch that `loop._updates` is given, as the steps go."""
-  seen, updates = [], loop._updates
-  monkeypatch.setattr(loop, "_updates", lambda *args: (seen.append(args[4]), updates(*args))[1])
-  return seen
+  """A list to which each step adds the batch that `loop._updates` is given."""
+  batches = []
+  updates = loop._updates
+
+  def recorded(*args):
+    batches.append(args[4])
+    return updates(*args)
+
+  monkeypatch.setattr(loop, "_updates", recorded)
+  return batches
 
 
 @pytest.mark.medium
-def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, monkeypatch):
+def test_groups_of_equal_rewards_are_dropped_and_other_prompts_sampled(tmp_path, mesh, monkeypatch):
   # Prompts 0 to 3 are always right, so their groups are constant; the others' rewards are mixed.
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
@@ -233,7 +239,7 @@ def test_groups_of_equal_rewards_are_dropped_and_drawn_again(tmp_path, mesh, mon
   monkeypatch.setattr(rollouts.OnPolicy, "sample", recorded)
   stage = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
   run(stage)
-  assert {(step, turn) for step, turn, _ in drawn} >= {(step, 0) for step in range(4)}
+  assert {(step, round) for step, round, _ in drawn} >= {(step, 0) for step in range(4)}
   rows, ledger = metrics.read(tmp_path, "metrics"), metrics.read(tmp_path, "ledger")
   dropped = 0
   for step, (batch, row, entry) in enumerate(zip(batches, rows, ledger, strict=True)):
@@ -269,9 +275,9 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   assert [len(entry["prompts"]) for entry in spent] == [8, 8]
   store()
   every = [(prompt, sample) for prompt in range(8) for sample in range(8)]
-  for kept in opened:  # as it was filled, and opened again
+  for opened_store in opened:  # as it was filled, and opened again
     for prompt, sample in every:
-      rows, _ = kept.get([Prompt(prompt, ())], [sample])
+      rows, _ = opened_store.get([Prompt(prompt, ())], [sample])
       assert (rows.prompt_id_B[0], rows.sample_index_B[0]) == (prompt, sample)
   assert all(entry["tokens_reused"] == entry["flops_reused"] == 0 for entry in spent)
   # Another stage finds every row there: as much is reused, in trained and in dropped groups alike.
@@ -296,7 +302,7 @@ def test_responses_cut_off_get_no_weight_or_a_length_penalty(tmp_path, mesh, mon
     last = np.array([b.targets_BT[b.sequence_BT >= 0][-1] for b in
                      (jax.tree.map(lambda x, i=i: x[i: i + 1], batch) for i in range(16))])
     np.testing.assert_array_equal(batch.weight_BT.sum(axis=1) > 0, ~(cut & (last != 1)))
-  for batch in batches[2:]:  # nothing but the length tells samples apart
+  for batch in batches[2:]:  # samples differ by their length alone
     length = (batch.sequence_BT >= 0).sum(axis=1).reshape(4, 4)
     advantage = batch.advantage_BT.sum(axis=1).reshape(4, 4) / length
     shaped = -np.clip((length - 3) / 3, 0, 1)
@@ -308,9 +314,9 @@ def test_responses_cut_off_get_no_weight_or_a_length_penalty(tmp_path, mesh, mon
 @pytest.mark.medium
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_length_penalty_makes_no_group_of_equal_rewards_mixed(tmp_path, mesh, monkeypatch,
-                                                                     rounds):
+                                                                rounds):
   # The reward decides what is dropped, before anything is added to it: as many answers of prompts 0
-  # to 3 as of the others are punished for their lengths, and none of those groups has a weight.
+  # to 3 as of the others get a length penalty, and none of those groups has a weight.
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else parity(prompt_id, ids)
   batches, learned = step_batches(monkeypatch), []
@@ -385,11 +391,11 @@ def test_a_stage_that_is_stopped_saves_and_resumes_to_the_same_end(tmp_path, mes
 
 @pytest.mark.medium
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, mesh):
-  seen = []
+  calls = []
 
   def poisoned(reward_PG):
-    seen.append(reward_PG)
-    return reward_PG * (np.nan if len(seen) > 3 else 1.0)
+    calls.append(reward_PG)
+    return reward_PG * (np.nan if len(calls) > 3 else 1.0)
 
   with pytest.raises(FloatingPointError, match=r"step 3; the checkpoint of step 2 in .* is kept"):
     stage = make(tmp_path, mesh)
@@ -466,10 +472,10 @@ def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_pat
   np.testing.assert_array_equal(again.sampler_logp_BT, parts[1].sampler_logp_BT)
   # Labels and tokens in the first epoch alone; the actor asks for new samples in the second.
   actors = [rollouts.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "rollouts").iterdir())]
-  judged = [int(part.response_length_B.sum()) for part in parts] + [0, 0]
+  pass_rate_tokens = [int(part.response_length_B.sum()) for part in parts] + [0, 0]
   assert [entry["tokens_sampled"] for entry in spent] == [
       tokens + int(part.response_length_B.sum())
-      for tokens, part in zip(judged, actors, strict=True)]
+      for tokens, part in zip(pass_rate_tokens, actors, strict=True)]
   assert [entry["labels"] for entry in spent] == [*prompts[:2], [], []]
   # Another stage of the same row finds every sample there; its labels are its own.
   run(stage("two"))
@@ -481,8 +487,7 @@ def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_pat
 
 
 @pytest.mark.medium
-def test_pass_rates_weight_only_the_groups_that_rewards_kept(tmp_path, mesh,
-                                                                            monkeypatch):
+def test_pass_rates_multiply_the_weights_that_rewards_leave(tmp_path, mesh, monkeypatch):
   # Prompts 0 to 3 are always right: their groups are dropped, drawn again in a second round, or
   # fill the batch up with weight 0.
   def reward(prompt_id, ids):
@@ -509,6 +514,6 @@ def test_pass_rates_weight_only_the_groups_that_rewards_kept(tmp_path, mesh,
   assert dropped > 0 and max(redrawn) == 2
 
 
-def test_a_pass_rates_weight_by_hand():
+def test_learnable_weights_by_hand():
   np.testing.assert_allclose(objectives.learnable(np.array([0, 1 / 4, 1 / 2, 1])),
                              [0, 3 / 16, 1 / 4, 0])

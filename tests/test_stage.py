@@ -20,18 +20,19 @@ SCALES = {"norm", "layers/attn_norm", "layers/mlp_norm", "layers/attn/q_norm",
 
 
 @pytest.fixture
-def made(tmp_path):
-  """What `stage` reads of a plan: a base model, and a stage that has ended with other weights."""
+def plan(tmp_path):
+  """A plan with a base model and a finished stage of other weights, as `stage.load` reads it."""
   rng = np.random.default_rng(0)
-  def draw(x):
+  def random_array(x):
     return rng.normal(0.5, 0.3, x.shape).astype(np.float32)
   model = models.get(CONFIG)
   shapes = models.shapes(model.config)
-  folder = hf.save(tmp_path / "base", model, jax.tree.map(draw, shapes))
+  folder = hf.save(tmp_path / "base", model, jax.tree.map(random_array, shapes))
   mesh = sharding.make_mesh((2, 2, 2))
-  where = sharding.weight_shardings(mesh, models.axes(model.config), shapes)
-  ended = jax.tree.map(lambda x, at: sharding.put(draw(x), at), shapes, where)
-  checkpoint.save_final(tmp_path / "ended", ended)
+  shardings = sharding.weight_shardings(mesh, models.axes(model.config), shapes)
+  trained = jax.tree.map(
+      lambda x, sharding_of_x: sharding.put(random_array(x), sharding_of_x), shapes, shardings)
+  checkpoint.save_final(tmp_path / "finished", trained)
   with jax.set_mesh(mesh):
     yield types.SimpleNamespace(
         config=ml_collections.ConfigDict({"dtype": "bfloat16", "remat": "none",
@@ -40,31 +41,33 @@ def made(tmp_path):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("role", ["base", "ended"])
-def test_a_frozen_model_is_stored_in_half_and_computes_the_same_to_the_last_bit(
-    made, role, tmp_path):
+@pytest.mark.parametrize("role", ["base", "finished"])
+def test_a_frozen_model_in_bfloat16_gives_the_log_probabilities_of_float32_bit_for_bit(
+    plan, role, tmp_path):
   mesh = sharding.current_mesh()
-  frozen = stage.load(made, role, tmp_path, mesh)
-  whole = stage.load(made, role, tmp_path, mesh, models.shapes)
+  frozen = stage.load(plan, role, tmp_path, mesh)
+  whole = stage.load(plan, role, tmp_path, mesh, models.shapes)
   assert frozen.model is whole.model
   assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
   for path, x in layout.flat(frozen.params).items():
     assert x.dtype == ("float32" if path in SCALES else "bfloat16"), path
   assert training.shardings(frozen.params) == training.shardings(whole.params)
   rng = np.random.default_rng(1)
+  zeros_BT = np.zeros((8, 5), np.float32)
   rows = rollouts.Rollout(
       np.arange(8), np.zeros(8, np.int32), rng.integers(0, 32, (8, 4)).astype(np.int32),
       np.full(8, 4, np.int32), rng.integers(0, 32, (8, 5)).astype(np.int32),
-      rng.integers(1, 6, 8).astype(np.int32), *2 * (np.zeros((8, 5), np.float32),),
+      rng.integers(1, 6, 8).astype(np.int32), zeros_BT, zeros_BT,
       np.ones(8, np.int32), 0)
   batch = sharding.put_batch(rollouts.batch(rows), mesh)
   hp = types.SimpleNamespace(microbatches=1, block=8)
-  score = training.token_logps(whole.model, objectives.logp, hp)
-  (logp_BT, _), (want_BT, _) = (sharding.fetch(score(one.params, batch)) for one in (frozen, whole))
+  token_logps = training.token_logps(whole.model, objectives.logp, hp)
+  (logp_BT, _), (want_BT, _) = (
+      sharding.fetch(token_logps(role.params, batch)) for role in (frozen, whole))
   np.testing.assert_array_equal(logp_BT, want_BT)
   assert np.abs(logp_BT).max() > 1
 
 
-def test_in_float32_a_frozen_model_is_stored_as_any_other():
+def test_a_frozen_model_of_float32_activations_is_stored_in_float32():
   config = models.get(CONFIG).config
   assert models.frozen_shapes(config) == models.shapes(config)

@@ -78,7 +78,7 @@ ADAMW = optim.make(OPTIM, 1000, AXES)
 
 @functools.lru_cache
 def compiled(objective, guide, shape, optimizer, changes):
-  """(mesh, the jitted update), compiled once for all tests that ask for the same."""
+  """(mesh, the jitted update), compiled once for all tests of equal settings."""
   hp = ConfigDict({**HP.to_dict(), **dict(changes)})
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
@@ -113,7 +113,7 @@ def logits(params, batch):
 
 
 def gradient(batch, **kwargs):
-  """What one update subtracts under plain gradient descent of rate 1, and the metrics."""
+  """The gradient, as one step of gradient descent of rate 1 subtracts it, and the metrics."""
   params, metrics, *_ = run(batch, optimizer=SGD, **kwargs)
   return jax.tree.map(np.subtract, host_params(0), params), metrics
 
@@ -121,7 +121,7 @@ def gradient(batch, **kwargs):
 # One division
 
 
-def test_gradient_is_that_of_the_readable_loss():
+def test_gradient_equals_that_of_the_loss_on_all_logits():
   batch = jax.tree.map(jnp.asarray, make_batch())
   guide_params = host_params(1)
 
@@ -165,7 +165,7 @@ def test_rows_of_weight_zero_equal_deleted_rows():
   close(metrics, want_metrics)
 
 
-def test_a_batch_without_weight_moves_nothing():
+def test_a_batch_without_weight_has_gradient_zero():
   empty = make_batch()._replace(weight_BT=np.zeros((B, T), np.float32),
                                 count_BT=np.zeros((B, T), np.float32))
   grads, metrics = gradient(empty, microbatches=2)
@@ -207,18 +207,18 @@ def test_the_state_keeps_its_layout_and_compiles_once():
 
 
 def test_microbatches_stay_spread_over_data_and_fsdp():
-  seen = []
+  layouts = []
 
   def spy(student_head, guide_head, batch, hp):
-    jax.debug.inspect_array_sharding(batch.targets_BT, callback=seen.append)
+    jax.debug.inspect_array_sharding(batch.targets_BT, callback=layouts.append)
     return objectives.NEGATIVE_LOG_LIKELIHOOD(student_head, guide_head, batch, hp)
 
   run(make_batch(), objective=spy, guide=False, microbatches=2, mesh=(2, 2, 2))
   # Eight rows a microbatch over data × fsdp = 4 groups of devices: two rows on each.
-  assert seen and all(s.shard_shape((B // 2, T)) == (2, T) for s in seen)
+  assert layouts and all(s.shard_shape((B // 2, T)) == (2, T) for s in layouts)
 
 
-def test_the_abstract_state_is_the_state_without_its_numbers():
+def test_the_abstract_state_has_the_states_shapes_and_layouts():
   mesh = sharding.make_mesh((2, 2, 2))
   params = place(host_params(0), mesh)
   with jax.set_mesh(mesh):
@@ -227,7 +227,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers():
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), shapes) == want
 
 
-# What must not change
+# The state
 
 
 def test_the_old_state_is_donated_and_the_guide_is_not():
@@ -245,7 +245,7 @@ def test_the_old_state_is_donated_and_the_guide_is_not():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_returns_the_state_as_it_came(bad):
+def test_a_loss_that_is_not_finite_leaves_the_state_unchanged(bad):
   batch = make_batch()
   batch.advantage_BT[0, 0] = bad  # a token that weighs
   before, _, state, step = run(make_batch())
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_returns_the_state_as_it_came(bad):
   close(jax.device_get(after).params, before, rtol=0, atol=0)
 
 
-def test_a_gradient_that_is_not_finite_is_caught_though_the_loss_is():
+def test_a_gradient_that_is_not_finite_leaves_the_state_unchanged():
   def steep(student_head, guide_head, batch, hp):
     features_BTD, _ = student_head
     count = jnp.sum(batch.weight_BT)
@@ -271,7 +271,7 @@ def test_a_gradient_that_is_not_finite_is_caught_though_the_loss_is():
   close(params, host_params(0), rtol=0, atol=0)
 
 
-def test_equal_models_do_not_move():
+def test_distillation_of_equal_models_has_gradient_zero():
   for objective in (objectives.REVERSE_KL, objectives.FORWARD_KL):
     params, metrics, *_ = run(make_batch(), objective=objective, optimizer=SGD,
                               params=host_params(1), microbatches=2)
@@ -329,9 +329,9 @@ def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
   gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
   batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT,
                          behaviour_logp_BT=old_logp_BT - gap_BT)
-  how = dict(optimizer=SGD, microbatches=4, **changes)
-  want, expected, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **how)
-  got, found, *_ = run(batch._replace(old_logp_BT=None), **how)
+  settings = dict(optimizer=SGD, microbatches=4, **changes)
+  want, expected, *_ = run(batch._replace(old_logp_BT=old_logp_BT), **settings)
+  got, found, *_ = run(batch._replace(old_logp_BT=None), **settings)
   close(got, want)
   gaps = np.abs(gap_BT[batch.weight_BT > 0])
   close(found, expected | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
@@ -370,7 +370,7 @@ def test_distillation_trains_the_student_to_its_teacher(objective):
   assert last["kl"] < 0.02
 
 
-def test_the_surrogate_raises_what_was_good_and_lowers_what_was_bad():
+def test_the_surrogate_raises_tokens_of_positive_advantage_and_lowers_others():
   batch = make_batch()
   batch = batch._replace(advantage_BT=np.sign(batch.advantage_BT))
   before_BT = tokens.log_prob(logits(host_params(0), batch), batch.targets_BT)

@@ -27,8 +27,9 @@ try:
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
-      how = sampler.Sampling(2, float(texts[2]), 1.0, 0, 0.0, 4, 0, ())
-      rows = sampler.sample(model, params, [rollouts.Prompt(int(texts[1]), (1, 2))], how, (0,))
+      sampling = sampler.Sampling(2, float(texts[2]), 1.0, 0, 0.0, 4, 0, ())
+      rows = sampler.sample(model, params, [rollouts.Prompt(int(texts[1]), (1, 2))], sampling,
+                            (0,))
       texts = [str(rows.response_length_B.sum())]
     print("drew", *texts)
     texts = []
@@ -44,7 +45,7 @@ time.sleep(6 if process == "0" else 0)  # process 0 serves the other
 
 
 def outputs(*texts, seconds=60):
-  """What each of two processes says that compare these texts, one list a process."""
+  """The output of two processes that compare texts, one list of texts a process."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])

@@ -42,7 +42,7 @@ def facts(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-  """(bases, workdir) of a job that nobody killed; the compiled programs are cached beside it."""
+  """(bases, workdir) of a job that was not killed; the compiled programs are cached beside it."""
   folder = tmp_path_factory.mktemp("undisturbed")
   job.bases(folder / "bases")
   status, printed = start(folder / "work", folder / "bases")
@@ -51,9 +51,10 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(undisturbed, tmp_path):
+def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
   bases, reference = undisturbed
-  rng, work = random.Random(0), tmp_path / "work"
+  rng = random.Random(0)
+  work = tmp_path / "work"
   # Once, and again, gone on from there: every row has more events than these two together. A score
   # and a probe start afresh and have twelve and eight; every second of four only sets a timer that
   # the rest may outrun, and the first is before there is a folder: left out. The first row, of
@@ -69,7 +70,8 @@ def test_killed_again_and_again(undisturbed, tmp_path):
       assert folders and not all((f / "manifest.json").exists() for f in folders), row
   status, printed = start(work, bases)
   assert status == 0, printed
-  want, got = facts(reference), facts(work)
+  want = facts(reference)
+  got = facts(work)
   assert sorted(want) == sorted(got)
   for name, value in want.items():
     assert got[name] == value, name
@@ -77,7 +79,7 @@ def test_killed_again_and_again(undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_a_finished_stage_left_what_it_owes(undisturbed, row):
+def test_a_finished_stage_has_its_files_and_ledger(undisturbed, row):
   (folder,) = undisturbed[1].glob(f"{row}-*")
   names = {p.name for p in folder.iterdir()}
   assert {"manifest.json", "ledger.json", "metrics", "ledger", "timing", "samples", "tensorboard",
@@ -96,7 +98,7 @@ def test_a_finished_stage_left_what_it_owes(undisturbed, row):
 
 
 @pytest.mark.slow
-def test_the_same_command_again_changes_nothing(undisturbed):
+def test_a_finished_run_started_again_changes_nothing(undisturbed):
   bases, workdir = undisturbed
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name == "manifest.json"}
   status, printed = start(workdir, bases)

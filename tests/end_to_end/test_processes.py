@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_the_same_samples(runs, row):
+def test_two_processes_sample_as_one(runs, row):
   logs = [metrics.read(next(run.glob(f"{row}-*")), "samples") for run in runs]
   assert len(logs[0]) == len(logs[1]) == 3 * 16  # every row of every step
   for one, two in zip(*logs, strict=True):
@@ -53,7 +53,7 @@ def test_the_same_samples(runs, row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_the_same_steps_to_rounding(runs, row):
+def test_two_processes_step_as_one_to_rounding(runs, row):
   logs = [metrics.read(next(run.glob(f"{row}-*")), "metrics") for run in runs]
   assert len(logs[0]) == len(logs[1]) == 3
   for one, two in zip(*logs, strict=True):
@@ -65,7 +65,7 @@ def test_the_same_steps_to_rounding(runs, row):
 
 
 @pytest.mark.slow
-def test_the_frozen_teachers_rollouts_are_the_same(runs):
+def test_two_processes_store_the_frozen_teachers_rollouts_of_one(runs):
   parts = [sorted(run.glob("rollouts-*/*.npz")) for run in runs]
   assert [p.name for p in parts[0]] == [p.name for p in parts[1]] != []
   for one, two in zip(*parts, strict=True):

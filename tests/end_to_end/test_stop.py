@@ -29,12 +29,11 @@ def start(folder, log):
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_saves_and_the_same_command_finishes(tmp_path):
+def test_sigterm_saves_and_the_next_start_finishes(tmp_path):
   log = tmp_path / "first.txt"
   process = start(tmp_path, log)
   try:
-    # Nothing was due to be saved yet when the bar shows a step: what is found later, the signal
-    # saved.
+    # No save is due before the last step, so a checkpoint found later was saved by the signal.
     while process.poll() is None and not re.search(rf"\b[1-9]\d*/{STEPS}\b", log.read_text()):
       time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

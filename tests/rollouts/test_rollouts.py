@@ -1,4 +1,4 @@
-"""The one shift, the weights, packing, and the store of frozen rollouts."""
+"""The shift of targets, the weights, packing, and the store of frozen rollouts."""
 
 import io
 
@@ -21,7 +21,7 @@ def two_rows():
       finish_reason_B=np.array([1, 0], np.int32), weight_version=7)
 
 
-def test_the_one_shift():
+def test_targets_are_inputs_shifted_by_one():
   got = rollouts.batch(two_rows(), "token", advantage_B=np.array([2., -1.], np.float32))
   # Row 0 is 5 6 7 1 2: having read 5, predict 6; the first response token, 1, is predicted at 2.
   np.testing.assert_array_equal(got.inputs_BT, [[5, 6, 7, 1, 0, 0], [8, 3, 4, 0, 0, 0]])
@@ -36,7 +36,7 @@ def test_the_one_shift():
   np.testing.assert_allclose(got.behaviour_logp_BT, got.sampler_logp_BT / 10)
 
 
-def test_a_constant_counts_sequences_and_weighs_tokens_alike():
+def test_constant_mean_gives_tokens_one_weight_and_sequences_a_count_of_one():
   # Responses of up to n tokens: each token weighs 1/n and a sequence counts one (Dr. GRPO).
   rows = two_rows()
   got = rollouts.batch(rows, "constant")
@@ -44,11 +44,11 @@ def test_a_constant_counts_sequences_and_weighs_tokens_alike():
   np.testing.assert_allclose(got.weight_BT[got.sequence_BT >= 0], 1 / n, rtol=1e-6)
   np.testing.assert_allclose(got.count_BT.sum(axis=1), [1, 1], rtol=1e-6)
   for mean in ("token", "sequence"):
-    same = rollouts.batch(rows, mean)
-    np.testing.assert_array_equal(same.count_BT, same.weight_BT)
+    batch = rollouts.batch(rows, mean)
+    np.testing.assert_array_equal(batch.count_BT, batch.weight_BT)
 
 
-def test_weights_are_the_kind_of_mean():
+def test_sequence_mean_and_row_weights():
   got = rollouts.batch(two_rows(), "sequence").weight_BT
   np.testing.assert_allclose(got.sum(axis=1), [1, 1])  # each sequence counts once
   np.testing.assert_allclose(got[0, 2], 1 / 2)
@@ -72,7 +72,7 @@ def test_packing_keeps_every_sequence_whole():
     rollouts.pack(loose, 3)
 
 
-def test_minibatches_are_a_seeded_partition():
+def test_minibatches_partition_the_rows_by_seed():
   batch = rollouts.batch(two_rows(), "token")
   parts = list(rollouts.minibatches(batch, 2, (0, 1)))
   again = list(rollouts.minibatches(batch, 2, (0, 1)))
@@ -88,7 +88,7 @@ def test_minibatches_are_a_seeded_partition():
     list(rollouts.minibatches(batch, 3, (0,)))
 
 
-def test_row_keys_name_prompt_sample_and_seed():
+def test_row_keys_differ_by_prompt_sample_and_seed():
   keys = {rollouts.row_key(seed, i, g).tobytes()
           for seed in ((0, 1), (0, 2)) for i in range(3) for g in range(3)}
   assert len(keys) == 18
@@ -96,7 +96,7 @@ def test_row_keys_name_prompt_sample_and_seed():
   assert (rollouts.row_key((0,), 1, 23) != rollouts.row_key((0,), 12, 3)).any()
 
 
-def test_bytes_come_back_and_are_reproducible():
+def test_a_rollouts_bytes_are_read_back_and_reproducible():
   rows = two_rows()
   data = rollouts.to_bytes(rows)
   assert data == rollouts.to_bytes(two_rows())
@@ -112,7 +112,7 @@ def test_a_rollout_stored_under_an_old_field_name_is_read():
     np.testing.assert_array_equal(a, b)
 
 
-def test_store_asks_only_for_what_is_missing(tmp_path):
+def test_a_store_lists_prompts_with_missing_samples(tmp_path):
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
@@ -131,7 +131,7 @@ def test_store_asks_only_for_what_is_missing(tmp_path):
   assert parts == ["stage-00000001", "stage-00000000"]
 
 
-def test_store_leaves_a_row_with_the_part_that_had_it_first(tmp_path):
+def test_a_store_keeps_a_row_in_its_first_part(tmp_path):
   # Part "b" brings a prompt's sample 0; part "a", whose name sorts first, brings samples 0 and 1.
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
@@ -149,7 +149,7 @@ def test_store_leaves_a_row_with_the_part_that_had_it_first(tmp_path):
     np.testing.assert_array_equal(rows.sample_index_B, [0, 1])
 
 
-def test_store_never_writes_over_a_part(tmp_path):
+def test_a_store_refuses_to_overwrite_a_part(tmp_path):
   def write(path, data):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
@@ -157,13 +157,13 @@ def test_store_never_writes_over_a_part(tmp_path):
   store.add("a", rollouts.take(two_rows(), [0]), leader=True)
   with pytest.raises(ValueError, match="r already holds a, and 1 other rows would replace it"):
     store.add("a", two_rows(), leader=True)
-  store.add("a", rollouts.take(two_rows(), [0]), leader=True)  # nothing that is not there
+  store.add("a", rollouts.take(two_rows(), [0]), leader=True)  # brings no new row
   for opened in (store, rollouts.Store(tmp_path / "r", write)):
     rows, _ = opened.get([rollouts.Prompt(10, (5, 6, 7))], range(1))
     np.testing.assert_array_equal(rows.response(0), [1, 2])
 
 
-def test_given_rows():
+def test_given_solutions_as_a_rollout():
   rows = rollouts.given_solutions([rollouts.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])
   np.testing.assert_array_equal(rows.response(0), [7, 8, 9])

@@ -9,7 +9,7 @@ PROMPTS = [Prompt(10, (5, 6)), Prompt(20, (7,))]
 
 
 class Sampler:
-  """Answers every prompt with two rows whose tokens tell the sample index; records its calls."""
+  """Answers every prompt with two rows whose first token is the sample index; records its calls."""
 
   def __init__(self):
     self.calls = []
@@ -33,7 +33,7 @@ def frozen(sampler, folder, stage):
                               lambda step: step // 4)
 
 
-def test_the_learner_samples_anew_with_a_seed_of_step_and_round():
+def test_an_on_policy_source_seeds_by_step_and_round():
   sampler = Sampler()
   source = rollouts.OnPolicy(sampler, (3, 4), updates_per_step=6)
   rollout, fresh_B = source.sample("live", PROMPTS, 5, 1)
@@ -41,7 +41,7 @@ def test_the_learner_samples_anew_with_a_seed_of_step_and_round():
   assert fresh_B.tolist() == [True] * 4 and rollout.weight_version == 30
 
 
-def test_a_frozen_actor_samples_once_an_epoch_and_never_with_the_learners_weights(tmp_path):
+def test_a_frozen_actor_samples_once_an_epoch_with_its_own_weights(tmp_path):
   sampler = Sampler()
   source = frozen(sampler, tmp_path / "store", "a")
   first, fresh_B = source.sample("live", PROMPTS, 0)
@@ -73,7 +73,7 @@ def test_given_solutions_have_no_log_probabilities_and_are_not_fresh():
   assert (batch.sampler_logp_BT, batch.behaviour_logp_BT, batch.old_logp_BT) == (None, None, None)
 
 
-def test_the_stages_say_how_they_spend_labels():
+def test_label_use_of_each_stage():
   assert {stage.name: stage.label_use for stage in recipe.STAGES} == {
       "teacher_grpo": "each_step", "teacher_sft": "each_step", "student_grpo": "each_step",
       "forward_kl": "none", "sft": "none", "reverse_kl": "none", "weighted_fkl": "once"}

@@ -309,8 +309,8 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
 def _lost_seconds(folder: epath.Path, start: int, last_beat: float | None) -> float:
   """Seconds of work that kills have cost this stage so far; notes this start for the next one.
 
-  What a writer that died did between the newest checkpoint, or its own start where that is later,
-  and its last beat is done again.
+  The time from the newest checkpoint, or from the killed writer's start where that is later, to
+  the writer's last beat is lost: its work is done again.
   """
   folder = epath.Path(folder)
   starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]

@@ -61,7 +61,7 @@ def batch(rollout: Rollout, mean: str = "token", advantage_B: np.ndarray | None 
     row_weight_B: float32 factor on each sequence's weight; 0 drops a row without changing a shape.
 
   Returns:
-    The batch. Its old_logp_BT is None: a pass that scores it before the update fills it in.
+    The batch, without old_logp_BT: a pass that scores it before the update adds that field.
   """
   B, prompt_width = rollout.prompt_BT.shape
   # Of the padded arrays, not of this rollout's longest row, so that every step compiles once.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from s2d_jax import (
@@ -32,6 +33,7 @@ from s2d_jax import (
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
+from s2d_jax.sharding import Params
 
 EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
 
@@ -52,7 +54,7 @@ def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
   return Role(model, _laid_out(model, mesh, shapes))
 
 
-def _laid_out(model, mesh, shapes):
+def _laid_out(model: models.Model, mesh: Mesh, shapes: Callable[[models.Config], Params]) -> Params:
   """shapes(config) of a model's parameters, laid out on the mesh."""
   shapes = shapes(model.config)
   return sharding.laid_out(shapes, sharding.weight_shardings(
@@ -62,7 +64,9 @@ def _laid_out(model, mesh, shapes):
 def costs(config: ConfigDict,
           stages: Sequence[planning.Stage] = recipe.STAGES) -> Iterator[Cost]:
   """Yields a Cost for every program of every stage and score of a config, on the current mesh."""
-  table, mesh = {row.name: row for row in stages}, sharding.current_mesh()
+  table = {row.name: row for row in stages}
+  mesh = sharding.current_mesh()
+  # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
   doctor.check_config(config, table)
   stop_ids = chat.Chat(config.student, **config.template).eos_ids
   for name, hp in config.stages.items():
@@ -72,10 +76,12 @@ def costs(config: ConfigDict,
     stage_models = _stage_models(config, row, hp, mesh)
     learner = stage_models.learner
     optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
+    # Memory does not depend on how ids become text, so any function serves as `decode`.
     samplers = Samplers(compiling.sampler_config(config.sampler), config.prompt_tokens, stop_ids,
                         str)
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers)
+    # Listed in the order in which a step runs them.
     found = {"update": programs.update}
     if programs.token_logps is not None:
       found = {"token_logps": programs.token_logps, **found}
@@ -95,6 +101,7 @@ def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
   non_trainable = None
   lora = models.lora(hp.lora)
   if lora is not None:
+    # Under adapters the base weights are in memory too, but have no gradients and no moments.
     non_trainable = learner.params
     model = models.build(dataclasses.replace(learner.model.config, lora=lora))
     adapters, _ = models.split(model.config, _laid_out(model, mesh, models.shapes))
@@ -104,6 +111,7 @@ def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
     actor = Role(learner.model, training.join(learner.params, non_trainable))
   elif row.actor != "given":
     actor = abstract_role(config, row.actor, mesh)
+  # Only the learner is float32. Actors and guides are frozen, and stored as a run stores them.
   guide = None
   if planning.guided(row, hp):
     guide = abstract_role(config, row.learner if row.guide == "reference" else row.guide, mesh)
@@ -111,26 +119,30 @@ def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
   return StageModels(learner, non_trainable, actor, row.actor == row.learner, guide, start)
 
 
-def _sampling(name, draw):
+def _sampling(name: str, compiled_sampler: sampler.Sampler) -> dict[str, Compiled]:
   """A sampler's two large programs: decoding the largest batch at its longest, and prefill."""
-  return {name: draw.compiled, f"{name} prefill": draw.programs.prefill}
+  # Smaller batches and shorter caches need less, so these two bound the memory of the others.
+  return {name: compiled_sampler.compiled,
+          f"{name} prefill": compiled_sampler.programs.prefill}
 
 
-def _cost(stage, program, compiled):
+def _cost(stage: str, program: str, compiled: Compiled) -> Cost:
+  # Donated arguments hold a part of the output, which must not be counted twice.
   memory = compiled.memory_analysis()
   return Cost(stage, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
               memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
-def _scoring(config, mesh, stop_ids):
+def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterator[Cost]:
   """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
-    how = compiling.sampling(block.sampling, stop_ids)._replace(**change)
+    # Scores are read with an exact cache: only a stage compares its sampler with the trainer.
+    role_sampling = compiling.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
-      draw = sampler.make(model, params, how, size, config.prompt_tokens,
+      compiled_sampler = sampler.make(model, params, role_sampling, size, config.prompt_tokens,
                           compiling.sampler_config(config.sampler).exact(), str)
-      yield from _sampling(f"{role}{program}", draw).items()
+      yield from _sampling(f"{role}{program}", compiled_sampler).items()
   found = {"evaluation": [
       *sampling(config.evaluation, config.evaluation.prompts, ""),
       *sampling(config.evaluation, config.evaluation.prompts, " greedy", samples_per_prompt=1,
@@ -145,10 +157,13 @@ def _scoring(config, mesh, stop_ids):
       yield _cost(block, program, compiled)
 
 
-def _compare(config, roles, mesh):
+def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh) -> Compiled:
   """The program that compares a probe's two models on the same tokens."""
-  hp, (student, teacher) = config.probe, (roles["student"], roles["teacher"])
+  hp = config.probe
+  student = roles["student"]
+  teacher = roles["teacher"]
   rows = hp.prompts * hp.sampling.samples_per_prompt
+  # Both models are scored in one program, so their memory is needed at the same time.
   batch = compiling.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
   compared = training.compare(student.model, teacher.model, agreement, hp)
   return compared.lower(*(sharding.abstract(role.params) for role in (student, teacher)),
@@ -176,6 +191,7 @@ def show(config: ConfigDict, topology: str | None = None) -> None:
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     print("bytes on each device")
     print(f"{'stage':<16}{'program':<20}{'arguments':>14}{'temporaries':>14}{'output':>14}")
+    # Flushed line by line, because a large program takes minutes to compile.
     printed = set()
     for one in sweep.expand(config):
       for cost in costs(one):

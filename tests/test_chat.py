@@ -84,7 +84,7 @@ def test_another_vocabulary_is_named(folder, tmp_path):
   assert "(the token '#' is absent and 21)" in difference(folder, other)
 
 
-def test_another_end_is_named(folder, tmp_path):
+def test_different_end_tokens_are_named(folder, tmp_path):
   other = change(written(tmp_path / "teacher"), "generation_config.json", eos_token_id=23)
   assert "end tokens" in difference(folder, other)
 
@@ -96,7 +96,7 @@ def test_another_template_is_named(folder, tmp_path):
   assert "chat templates" in difference(folder, other)
 
 
-def test_folders_that_cannot_talk_are_refused(folder, tmp_path):
+def test_unusable_tokenizer_folders_are_refused(folder, tmp_path):
   with pytest.raises(ValueError, match="has no tokenizer_config.json"):
     chat.Chat(tmp_path)
   (folder / "chat_template.jinja").unlink()

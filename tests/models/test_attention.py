@@ -44,7 +44,7 @@ def test_a_query_with_nothing_to_read_is_finite_and_so_are_gradients():
   assert all(np.isfinite(g).all() for g in gradients)
 
 
-def test_what_is_masked_does_not_matter():
+def test_masked_keys_do_not_change_the_output():
   q, k, v, mask = draws()
   mask[:, :, 0], mask[:, :, 3] = True, False
   changed = attention.xla(q, k + 0, v + 0, mask)
@@ -112,7 +112,7 @@ def test_causal_is_finite_where_there_is_nothing_to_read_and_keeps_bfloat16():
                              attention.xla(q, k, v, mask)[segments != 0], atol=0.05)
 
 
-def test_causal_keeps_no_scores_for_the_way_back():
+def test_causal_saves_no_scores_for_the_backward_pass():
   # Of two layers' worth, the way back is given nothing with two axes of tokens.
   q, k, v, positions, segments = packed(2, T=192)
   mask = attention.visible(positions, segments, positions, segments)
@@ -155,7 +155,7 @@ def test_the_library_form_on_a_mesh_is_the_reference_and_so_are_its_gradients(sh
 
 @MESHES
 @pytest.mark.medium
-def test_splash_on_a_mesh_reads_the_heads_of_its_own(shape, N, K):
+def test_splash_on_a_mesh_reads_the_right_key_heads(shape, N, K):
   # Query heads over two or four devices; fewer key heads are then whole on each, and three key
   # heads of six have one whose queries are on two devices.
   q, k, v, positions, segments = packed(K, N=N)

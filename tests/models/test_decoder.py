@@ -49,7 +49,7 @@ def test_rms_norm_is_float32_inside():
   np.testing.assert_array_equal(got.astype(jnp.float32), np.ones((1, 4096)))
 
 
-def test_rope_turns_the_pairs_of_complex_numbers():
+def test_rope_equals_rotation_of_complex_numbers():
   H, theta = 8, 100.0
   x = np.random.default_rng(0).normal(size=(1, 5, 3, H)).astype(np.float32)
   position = np.array([0, 1, 2, 7, 40])
@@ -105,7 +105,7 @@ def test_prefill_and_decode_are_one_forward(family, tiny_json, randomized):
   np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5)
 
 
-def test_rows_of_a_cache_stand_at_places_of_their_own(tiny):
+def test_rows_of_a_cache_may_have_different_positions(tiny):
   # One row has read five tokens and the other all; each reads its next beside the other, and what
   # was left in the slots behind a row is not read.
   model, params, apply = tiny
@@ -120,7 +120,7 @@ def test_rows_of_a_cache_stand_at_places_of_their_own(tiny):
     np.testing.assert_allclose(got[:, 0], [want[0, -1], want[1, t]], atol=2e-5)
 
 
-def test_int8_keeps_keys_and_values_to_a_hundredth(tiny):
+def test_int8_cache_is_within_a_hundredth_of_float32(tiny):
   # Each number is at most half a 127th of its head's largest away; features are near float32's.
   model, params, apply = tiny
   want, exact = apply(params, tokens(2), counted(2), ones(2),

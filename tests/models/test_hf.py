@@ -60,7 +60,7 @@ def test_saving_and_loading_is_exact(saved):
   assert_equal(got, params)
 
 
-def test_their_names_hold_our_weights(saved):
+def test_saved_tensors_have_hugging_face_names_and_layouts(saved):
   folder, _, params = saved
   theirs = safetensors.numpy.load_file(folder / "model.safetensors")
   x = np.random.default_rng(0).normal(size=32).astype(np.float32)
@@ -81,7 +81,7 @@ def test_shards_and_their_index(saved):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
-def test_a_mesh_gets_its_parts(shape, saved):
+def test_loading_on_a_mesh_gives_each_device_its_shards(shape, saved):
   folder, model, params = saved
   mesh = sharding.make_mesh(shape)
   _, got = hf.load(folder, mesh)
@@ -247,7 +247,7 @@ def test_pickles_are_refused(name, saved):
 
 
 @pytest.mark.parametrize("function", [hf.load, hf.identity])
-def test_code_is_refused(function, saved):
+def test_a_folder_with_auto_map_is_refused(function, saved):
   folder, _, _ = saved
   edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
   with pytest.raises(ValueError, match="auto_map, code of its own"):
@@ -489,7 +489,7 @@ def test_the_host_holds_one_layer_at_a_time_and_reads_its_own_part(saved, monkey
   assert [size for name, size in sizes if name == "model.layers.1.mlp.up_proj.weight"] == [320] * 4
 
 
-def test_licence_and_notices_come_along(saved, tmp_path):
+def test_licence_and_notices_are_copied(saved, tmp_path):
   folder, model, params = saved
   for name in ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"):
     (folder / name).write_text(name)

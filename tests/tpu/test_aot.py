@@ -65,7 +65,7 @@ def test_more_devices_than_key_heads_are_not_refused():
   assert "tpu_custom_call" in program.as_text()
 
 
-def test_heads_of_half_a_lane_are_compiled():
+def test_head_width_64_compiles():
   # Llama 3.2 1B: heads of 64, and a length that is no multiple of the kernel's tiles.
   program = lowered("llama-3.2-1b", mesh("v5e:4x4", (2, 2, 4)), 4, 1000, layers=2).compile()
   assert "tpu_custom_call" in program.as_text()

@@ -37,6 +37,7 @@ EVALUATION_KEYS = {
 def check_evaluation(hp: ConfigDict) -> None:
   """Raises ValueError, starting with a key's name, where a k asks for more than is sampled."""
   samples = hp.sampling.samples_per_prompt
+  # pass@k and maj@k are of k different samples of one problem.
   if max(hp.ks, default=1) > samples:
     raise ValueError(f"ks is {tuple(hp.ks)} and {samples} samples are drawn: choose each k at most "
                      "sampling.samples_per_prompt.")
@@ -67,6 +68,7 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
   Returns:
     (samples, rollout): a sample is right where its reward is 1 or more; and the rows behind them.
   """
+  # Filled while other rows are decoded, so that a slow grader costs no time of the device.
   correct = {}
 
   def check(index: int, rollout: Rollout) -> None:
@@ -91,6 +93,7 @@ def _numbered(answers_PG: np.ndarray) -> np.ndarray:
   """Texts as numbers, equal where a problem's texts are equal; -1 for None."""
   answer_PG = np.full(answers_PG.shape, -1)
   for p, texts in enumerate(answers_PG.tolist()):
+    # A vote only asks which texts are equal, so the first sample with a text stands for it.
     first = {}
     for g, text in enumerate(texts):
       if text is not None:
@@ -114,6 +117,7 @@ def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Promp
     statistics: the samples by way of sampling -> their scores; see `intervals`.
     answer: as `solve` takes it.
   """
+  # One seed for every way of sampling: a greedy row and a sampled one share no random number.
   samples = {}
   rows = {}
   for way, sample in samplers.items():
@@ -141,6 +145,8 @@ def mixed(correct_PG: np.ndarray, group: int) -> np.ndarray:
   gives GRPO a gradient.
   """
   G = correct_PG.shape[1]
+  # pass@group of the right samples is the chance of at least one right one; of the wrong samples,
+  # of at least one wrong one. Both happen unless the group is constant.
   right_P = np.asarray(correct_PG, np.int64).sum(axis=1)
   return (stats.pass_at_k(G, right_P, group) + stats.pass_at_k(G, G - right_P, group)) - 1
 
@@ -159,6 +165,7 @@ def text(correct_PG: np.ndarray, rollout: Rollout, group: int) -> Iterator[tuple
   yield "correct", np.asarray(correct_PG, int).tolist()
   T = rollout.sampler_logp_BT.shape[1]
   inside_BT = np.arange(T) < rollout.response_length_B[:, None]
+  # In float64: a probe has thousands of tokens, and float32 sums of them depend on their order.
   yield "entropy", float(-rollout.sampler_logp_BT[inside_BT].mean(dtype=np.float64))
   yield "response_length", float(rollout.response_length_B.mean())
   yield "stopped", float((rollout.finish_reason_B == rollouts.FINISHED.index("stop")).mean())

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--dtype", default="float32", help="of the activations, or bfloat16")
   parser.add_argument("--batch", type=int, default=64, help="problems that are sampled at a time")
   args = parser.parse_args(argv)
+  # Before the model is loaded, which takes minutes for a large one.
   for name in ("k", "max_tokens", "batch"):
     if getattr(args, name) < 1:
       raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: choose 1 or more.")
@@ -59,6 +60,7 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
   _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
+  # The model's own distribution but for temperature and top-p; 0 switches a truncation off.
   sampling = sampler.Sampling(
       samples_per_prompt=args.k, temperature=args.temperature, top_p=args.top_p, top_k=0, min_p=0.0,
       max_tokens=args.max_tokens, min_tokens=0, stop_ids=tuple(tokenizer.eos_ids))
@@ -67,6 +69,7 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
     prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
                for i, problem in problems.items()]
+    # Refused before the set is sampled: positions beyond the trained ones give no sensible text.
     longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + args.max_tokens > model.config.max_positions:
       raise ValueError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
@@ -78,6 +81,7 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
     with sampler.naming(args.model):
       one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),
+                      # The recipe's own seed, so that equal weights have equal samples here.
                       (args.seed, zlib.crc32(b"evaluation")), statistics,
                       answer_of(task, tokenizer))
     for statistic, value in one.scores.items():

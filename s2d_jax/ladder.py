@@ -36,6 +36,11 @@ class Run(NamedTuple):
 
   def samples(self) -> dict[str, stats.Samples]:
     """The samples behind the scores, by way of sampling."""
+    if "samples" not in self.result:
+      # Written by an earlier version: the two matrices of right and wrong, and nothing else.
+      greedy_P1 = np.array(self.result["greedy"])[:, None]
+      return {"sampled": stats.Samples(np.array(self.result["correct"])),
+              "greedy": stats.Samples(greedy_P1)}
     return {way: stats.Samples(**{field: np.array(rows) for field, rows in fields.items()})
             for way, fields in self.result["samples"].items()}
 
@@ -111,6 +116,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
     found = sorted((p for p in arms if p.suffix == ".json"), key=lambda p: (p.stat().mtime, p.name))
     if not found:
       raise ValueError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
+    # In the order of finishing: the first run of an arm names it, later ones by their differences.
     for path in found:
       entry = files.read_json(path)
       for row in entry["rows"]:
@@ -175,6 +181,7 @@ def groups(rows: Iterable[Run]) -> list[Group]:
   Of two runs of one group and seed (scored in two work folders, say), the later is taken.
   """
   by_recipe: dict[tuple[str, str], dict[int, Run]] = {}
+  # The label and the hash of the recipe, and not the arm: "untrained" has rows of several weights.
   for run in rows:
     by_recipe.setdefault((run.label, run.recipe), {})[run.seed] = run
   firsts: dict[str, frozenset] = {}
@@ -200,6 +207,7 @@ def spent(stages: Iterable[epath.Path]) -> dict[str, float]:
   sums = {name: sum(entry[name] for entry in ledgers) for name in names}
   sums["tokens_sampled"] += sum(entry["tokens_reused"] for entry in ledgers)
   sums["flops"] += sum(entry["flops_reused"] for entry in ledgers)
+  # A set, because a label that two stages read is one label that somebody had to check.
   return {**sums, "labels_distinct": len({i for entry in ledgers for i in entry["labels"]})}
 
 
@@ -231,9 +239,11 @@ def compare(a: Group, b: Group) -> Contrast | None:
   seeds = sorted(a.runs.keys() & b.runs.keys())
   if not seeds:
     return None
+  # Problem by problem and seed by seed: what both arms share cancels in the difference.
   pairs = [[group.runs[seed].samples()["sampled"].correct_PG for group in (a, b)]
            for seed in seeds]
   gap_SP = np.stack([stats.gaps(*pair, stats.avg_at_k) for pair in pairs])
+  # One seed has no spread between seeds to count, so its interval is over problems and samples.
   if len(seeds) == 1:
     gap = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
   else:

@@ -78,6 +78,7 @@ def picture(index: int) -> str:
 
 def escaped(text: Any) -> str:
   """Text from a config or a table of arms, so that Markdown shows it and does nothing with it."""
+  # A name may come from a user's table of arms: it must not end a cell or become HTML.
   return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
 
 
@@ -92,6 +93,7 @@ def revisions(rows: Iterable[Run]) -> str:
 
 def table(groups: Sequence[Group]) -> list[str]:
   """The table of scores and spending, as lines."""
+  # The union over rows: a run that was scored before a statistic joined the table has it as well.
   names = stats.ordered({name for group in groups for run in group.runs.values()
                          for name in run.result["scores"]})
   head = ["arm", "seeds", *(stats.statistic(name)[0].label or name for name in names),
@@ -118,10 +120,12 @@ def interval(triple: Iterable[float], unit: str = "rate") -> str:
 
 def differences(groups: Sequence[Group]) -> list[str]:
   """Paired differences of avg@k on the same problems and seeds, with verdicts, as lines."""
+  # Published orders first, then controls: a reader looks for the paper's claims.
   lines = []
   for above, below in (*PUBLISHED, *CONTROLS):
     for a in (g for g in groups if g.label == above):
       for b in (g for g in groups if g.label == below):
+        # Only arms of one config are compared: runs of a sweep differ by more than the arm.
         found = ladder.compare(a, b) if a.contexts() & b.contexts() else None
         if found is not None:
           pair = [group.of(found.seeds) for group in (a, b)]
@@ -154,6 +158,7 @@ def verdict(contrast: Contrast, published: int | None) -> str:
   else:
     place = "not resolved"
   of_six = "" if published is None else f" ({published}/6)"
+  # The interval of one seed says nothing of other seeds, so it gets no verdict on the order.
   if len(contrast.seeds) == 1:
     return f"{place} in this seed{of_six}"
   if published is None:
@@ -224,7 +229,7 @@ def conditions(groups: Sequence[Group]) -> list[str]:
 
 
 def starts(groups: Sequence[Group]) -> list[str]:
-  """What each GRPO stage begins with: pass rate and mixed groups, means over seeds, as lines."""
+  """Pass rate and mixed groups at the start of each GRPO stage, means over seeds, as lines."""
   lines = []
   shown = set()
   for group in groups:
@@ -293,6 +298,7 @@ def write(workdirs: Sequence[epath.PathLike]) -> str:
   choice = folder / "choice.md"
   text = markdown(rows, choice.read_text() if choice.exists() else "",
                   " ".join(["s2d-jax report", *map(str, workdirs)]))
+  # Figures first: the Markdown names them, and is there only when they are.
   for index, (_, part) in enumerate(ladder.tables(rows)):
     with (folder / picture(index)).open("wb") as out:
       figures.figure(part, out)

@@ -39,11 +39,13 @@ def evaluate(plan: Plan, role: str, workdir: epath.Path) -> str:
   """Scores a role's weights on the evaluation split, once; returns the folder's name."""
   config = plan.config.evaluation
   prompts = plan.prompts[config.split]
+  # The function that finds answers decides maj@k, as the reward decides the rest.
   answer = plan.task.answer and identity_of(plan.task.answer)
   inputs = {"weights": plan.identity(role), "answer": answer,
             "evaluation": keys.hashed(config, evals.EVALUATION_KEYS),
             **_common_inputs(plan, prompts)}
   folder = workdir / manifest.name("eval", inputs)
+  # A finished score is never taken again: arms that end in equal weights share it.
   if manifest.read(folder) is None:
     learner = stage.load(plan, role, workdir, sharding.current_mesh())
     with sampler.naming(_folder(plan, role)):
@@ -89,6 +91,7 @@ def _common_inputs(plan: Plan, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, Any]) -> None:
   """Writes the files of a folder, the manifest last: it marks the folder finished."""
+  # One process writes; the others wait, because they read the folder next.
   if hosts.leader():
     for name, content in contents.items():
       files.write_json(folder / name, content)
@@ -98,7 +101,7 @@ def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, An
 
 
 def _samplers(plan: Plan) -> compiling.Samplers:
-  """What compiles the samplers of a score: with a cache as exact as the activations."""
+  """The compiler of a score's samplers, whose cache is as exact as the activations."""
   config = compiling.sampler_config(plan.config.sampler)
   return compiling.Samplers(config, plan.config.prompt_tokens, plan.chat.eos_ids, plan.chat.decode)
 
@@ -116,6 +119,7 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
     {"student": {name: value}}, and "teacher" likewise where `roles` has one.
   """
   config = plan.config.probe
+  # Compiled once and run on the text of both: which text is compared changes no shape.
   compared = None
   if "teacher" in roles:
     compared = training.compare(roles["student"].model, roles["teacher"].model, agreement, config)
@@ -129,7 +133,7 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
     found[name] = dict(evals.text(one.samples["sampled"].correct_PG, rollout, config.group))
     if compared is None:
       continue
-    # As many rows at a time as were sampled side by side, so that memory is bounded alike.
+    # In batches of the rows that were sampled side by side, so that memory is bounded alike.
     size = config.prompts * config.sampling.samples_per_prompt
     batch = rollouts.batch(rollout)
     parts = []
@@ -148,6 +152,7 @@ def _scores(plan: Plan, config: ConfigDict, learner: Role,
   def compiled(**changes: Any) -> Any:
     return _samplers(plan).compile(learner, config.sampling, config.prompts, **changes)
 
+  # Two programs: greedy decoding needs one sample of a problem, and no random number.
   samplers = {"sampled": compiled(), "greedy": compiled(samples_per_prompt=1, temperature=0.0)}
   one = evals.run(samplers, learner.params, prompts, plan.reward,
                   (plan.config.seed, zlib.crc32(b"evaluation")),

@@ -1,7 +1,7 @@
 """The package is written so that a stranger can read it: types, docstrings, comments, sentences.
 
-Nothing here rewards dense code. How dense it is gets printed beside other projects' figures (also by
-`python -m tests.language`). Conditional expressions and star-arguments may not become more frequent;
+Nothing here rewards dense code. How dense it is gets printed beside other projects' figures
+(`python -m tests.language`). Conditional expressions and star-arguments may not become frequent;
 a line's length is printed alone, because types make signatures longer.
 """
 

@@ -382,3 +382,12 @@ def test_the_figure_by_hand(finished, monkeypatch):
   assert not entropy.lines
   (line,) = kl.lines  # and no surrogate's loss
   np.testing.assert_array_equal(line.get_ydata(), [0.125, np.nan])
+
+
+def test_results_of_an_earlier_version_are_read():
+  result = {"scores": {"avg@2": [0.75, 0.5, 1.0]}, "correct": [[1, 0], [1, 1]], "greedy": [1, 0]}
+  run = ladder.Run("arm", "label", 0, result, [], {}, "", False, set(), [], {}, set())
+  samples = run.samples()
+  np.testing.assert_array_equal(samples["sampled"].correct_PG, [[1, 0], [1, 1]])
+  np.testing.assert_array_equal(samples["greedy"].correct_PG, [[1], [0]])
+  assert stats.value_P("avg@2", samples).tolist() == [0.5, 1.0]

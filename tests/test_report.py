@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from s2d_jax import command, figures, files, ladder, report
+from s2d_jax import command, figures, files, ladder, report, stats
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
 COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0,

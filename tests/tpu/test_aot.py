@@ -104,7 +104,7 @@ def test_the_gradient_of_the_unembedding_is_added_up_after_the_loop(topology, sh
     return jax.ShapeDtypeStruct((rows, T), dtype,
                                 sharding=sharding.batch_sharding(where, (rows, T)))
   with jax.set_mesh(where):
-    text = jax.jit(jax.grad(hlo.doors, has_aux=True), static_argnums=4).lower(
+    text = jax.jit(jax.grad(hlo.both_losses, has_aux=True), static_argnums=4).lower(
         head(D), head(2 * D), per_token(jnp.int32), per_token(jnp.float32), block
         ).compile().as_text()
   part = V // shape[2]

@@ -1,6 +1,6 @@
 """How a fixed number of updates is best divided between warmup and on-policy distillation.
 
-  python -m s2d_jax.main --config=configs/sweep_bridge_split.py --workdir=runs/ladder [--plan]
+  s2d-jax run --config=configs/sweep_bridge_split.py --workdir=runs/ladder [--plan]
 """
 
 from configs import arithmetic

@@ -1,6 +1,6 @@
 """What labels buy: a quarter, a half and all of them, for direct GRPO, the bridge, and both.
 
-  python -m s2d_jax.main --config=configs/sweep_label_budget.py --workdir=runs/ladder [--plan]
+  s2d-jax run --config=configs/sweep_label_budget.py --workdir=runs/ladder [--plan]
 """
 
 from configs import arithmetic

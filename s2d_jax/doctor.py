@@ -46,6 +46,10 @@ CONFIG_KEYS: Record = {
     "sampler": sampler.Room.KEYS, "validation": evals.VALIDATION_KEYS, "probe": evals.PROBE_KEYS,
     "evaluation": evals.EVALUATION_KEYS}
 
+# What a row of the table of stages may name.
+ROLES = {"actor": ("teacher", "student", "given"), "learner": ("teacher", "student"),
+         "guide": (None, "teacher", "student", "reference")}
+
 
 def stage_keys(stage: Stage) -> Record:
   """The record of a stage's block of config: all keys that the stage reads."""
@@ -96,8 +100,16 @@ def _named(path: str, check: Callable[..., None], *args: Any) -> None:
 
 
 def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
-  """Refuses a stage's values that are in range one by one and do not combine."""
+  """Refuses a row that names an unknown role, and values in range that do not combine."""
+  for field, roles in ROLES.items():
+    role = getattr(stage, field)
+    if role not in roles:
+      raise ValueError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
+                       f"{', '.join(map(str, roles))}.")
   _named(path, stage.objective.check, hp)
+  if stage.guide is None and stage.objective.uses_guide(hp):
+    raise ValueError(f"{path}: its objective compares with a guide and the stage has none: name "
+                     "one in its row.")
   _named(path, models.lora, hp.lora)
   if stage.reward:
     _named(path, objectives.check_rewards, hp)

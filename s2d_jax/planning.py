@@ -204,6 +204,9 @@ def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
     if arm not in arms:
       raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
     for use in arms[arm]:
+      if use.labels not in ("all", "1h", "2h"):
+        raise ValueError(f"the arm {arm} gives {use.stage} the labels {use.labels!r}: choose all, "
+                         "1h or 2h.")
       for needed in (use.stage, *use.steps_from):
         if needed not in config.stages:
           raise ValueError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")

@@ -355,7 +355,7 @@ def test_a_users_own_objective_is_checked_like_ours(config):
     if hp.alpha > 2:
       raise ValueError(f"alpha is {hp.alpha}: choose at most 2.")
   record = objectives.BLOCK_KEYS | {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")}
-  own = objectives.Objective(loss, record, check=at_most_two)
+  own = objectives.Objective(loss, record, uses_guide=lambda hp: False, check=at_most_two)
   stages = [stage._replace(objective=own) if stage.name == "sft" else stage
             for stage in recipe.STAGES]
 
@@ -381,3 +381,22 @@ def test_an_objective_that_declares_no_keys_is_refused(config):
             for stage in recipe.STAGES]
   with pytest.raises(ValueError, match="objective of the stage sft is .*: make it an objec"):
     recipe.plan(config, task(), stages=stages)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"actor": "techer"}, "the actor of the stage sft is 'techer': choose it from teacher, stude"),
+    ({"learner": "given"}, "the learner of the stage sft is 'given': choose it from teacher, stud"),
+    ({"guide": "teachr"}, "the guide of the stage sft is 'teachr': choose it from None, teacher"),
+    ({"objective": objectives.Objective(objectives.forward_kl, objectives.BLOCK_KEYS)},
+     "config.stages.sft: its objective compares with a guide and the stage has none: name one"),
+])
+def test_a_row_with_an_unknown_role_or_without_its_guide_is_refused(config, changes, message):
+  stages = [stage._replace(**changes) if stage.name == "sft" else stage for stage in recipe.STAGES]
+  with pytest.raises(ValueError, match=message):
+    recipe.plan(config, task(), stages=stages)
+
+
+def test_unknown_labels_of_an_arm_are_refused(config):
+  config.arms = "mine"
+  with pytest.raises(ValueError, match="the arm mine gives sft the labels '3h': choose all, 1h or"):
+    recipe.plan(config, task(), arms={"mine": (planning.Use("sft", "3h"),)}, compared=())

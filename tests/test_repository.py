@@ -1,4 +1,4 @@
-"""The house: the README's tree is true, sources keep their manners, the packaging holds."""
+"""The repository: the README's tree is true, texts hold nothing banned, the packaging holds."""
 
 import ast
 import re
@@ -51,7 +51,7 @@ def written(path):
   return re.sub(r'"image/png": "[^"]*"', "", path.read_text(encoding="utf-8"))
 
 
-def manners(text):
+def banned(text):
   """The names of the banned things a text holds."""
   return [name for name, pattern in BANNED.items() if pattern.search(text)]
 
@@ -92,11 +92,11 @@ def test_tree_of_the_readme_is_true():
   assert unnamed == set()
 
 
-def test_text_keeps_its_manners():
+def test_no_text_holds_a_banned_thing():
   wrong = {}
   for path in files():
     if path.suffix in TEXT and path.name != "LICENSE":
-      found = manners(written(path))
+      found = banned(written(path))
       if found:
         wrong[str(path.relative_to(ROOT))] = found
   assert wrong == {}
@@ -107,8 +107,8 @@ def test_text_keeps_its_manners():
   ("with me" "sh:", 1), ("https://host/ho" "me/page", 0), ("with jax.set_mesh(mesh):", 0),
   ("gs://bucket/wo" "rk/run", 0),
 ])
-def test_manners_are_seen(text, count):
-  assert len(manners(text)) == count
+def test_a_banned_thing_is_seen(text, count):
+  assert len(banned(text)) == count
 
 
 def test_files_and_functions_are_short():
@@ -124,14 +124,14 @@ def test_files_and_functions_are_short():
   assert long == []
 
 
-def test_every_file_says_what_it_is_for():
+def test_every_file_has_a_docstring():
   texts = {path: path.read_text(encoding="utf-8") for path in files() if path.suffix == ".py"}
   silent = [str(path.relative_to(ROOT)) for path, text in texts.items()
             if text and not ast.get_docstring(ast.parse(text))]
   assert silent == []
 
 
-def test_names_of_files_and_classes_say_something():
+def test_names_of_files_and_classes_are_not_vague():
   vague = [str(path.relative_to(ROOT)) for path in sources()
            if path.stem in {"utils", "misc", "helpers", "registry"}
            or path.stem == "common" and path.parent.name != "configs"]
@@ -206,7 +206,7 @@ def test_warnings_are_errors_and_every_exception_has_its_reason():
   assert text.count("  # ", text.index("filterwarnings")) >= len(named)
 
 
-def test_make_knows_the_commands_of_the_readme():
+def test_the_makefile_has_the_commands_of_the_readme():
   targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
   assert {"run", "test", "test-fast", "test-slow", "clean"} <= targets
   readme = (ROOT / "README.md").read_text(encoding="utf-8")

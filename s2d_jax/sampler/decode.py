@@ -1,10 +1,10 @@
-"""What the device runs: prefill, admit, decode, grow and shrink, with the trainer's forward code.
+"""The device's part of sampling: prefill, admit, decode, grow, shrink, with the trainer's forward.
 
 A slot is one row of an explicit cache. A prompt is read once; its part of the cache is copied to
 the slot of each of its samples, whose next token to read is the prompt's last. Decoding reads a
 token of every slot and draws the next one, many times in one dispatch. A token is drawn by one
-uniform number, a function of the row's own key and the token's index, so a row does not depend on
-its neighbours, its slot or when it came to it.
+uniform number, a function of the row's own key and the token's index. A row therefore does not
+depend on its neighbours, on its slot or on the time at which it is admitted.
 """
 
 import functools
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from s2d_jax import keys, models, sharding
 from s2d_jax.keys import Key
 from s2d_jax.models import caches, decoder
+from s2d_jax.sharding import Params
 
 
 class Sampling(NamedTuple):
@@ -33,8 +34,8 @@ class Sampling(NamedTuple):
   min_p: float
   max_tokens: int
   min_tokens: int
-  stop_ids: tuple
-  stop_strings: tuple = ()
+  stop_ids: tuple[int, ...]
+  stop_strings: tuple[str, ...] = ()
 
   KEYS = {  # the block of a config that becomes a Sampling; the tokenizer gives the stop ids
       "samples_per_prompt": keys.at_least(1),
@@ -48,23 +49,24 @@ class Sampling(NamedTuple):
           isinstance(text, str) and text for text in texts),
           "give a tuple of texts, none of them empty", neutral=())}
 
-  def plain(self):
-    """Is a token drawn from the model's own distribution, as it is?"""
+  def plain(self) -> bool:
+    """True if tokens are drawn from the model's own distribution, unchanged."""
+    # Then one log-probability serves as both of `draw`, and a pass over the vocabulary is saved.
     banned = self.min_tokens and self.stop_ids
     return (self.temperature, self.top_p, self.top_k, self.min_p) == (1, 1, 0, 0) and not banned
 
 
 class Slots(NamedTuple):
-  """What the device keeps of B rows."""
-  cache: tuple        # of caches.KV, or a caches.Paged
-  token_B: jax.Array  # to be read next
-  position_B: jax.Array  # its place in the row: so many tokens are in the cache
-  drawn_B: jax.Array  # response tokens so far
-  key_B2: jax.Array   # names the row's randomness
+  """The device's state of B rows."""
+  cache: caches.Cache
+  token_B: jax.Array  # int32: the token to be read next
+  position_B: jax.Array  # int32: its index in the row, and the number of tokens in the cache
+  drawn_B: jax.Array  # int32: response tokens so far
+  key_B2: jax.Array   # uint32: data of the random key that belongs to the row
 
 
 class Written(NamedTuple):
-  """What a dispatch gives the host, the same on every process; 0 after a row's end."""
+  """The results of a dispatch, equal on every process; arrays are 0 after a row's end."""
   tokens_BN: jax.Array      # int32
   logp_BN: jax.Array        # float32 nats, under the model
   behaviour_logp_BN: jax.Array  # float32 nats, under the distribution drawn from
@@ -72,7 +74,7 @@ class Written(NamedTuple):
   stopped_B: jax.Array      # bool: the last one is a stop id
 
 
-def truncate(logits_BV, sampling):
+def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """Logits at temperature, with what top-k, top-p and min-p exclude at −inf; float32.
 
   top-p keeps the smallest set of most probable tokens whose mass reaches top_p (Holtzman et al.
@@ -85,57 +87,61 @@ def truncate(logits_BV, sampling):
     best_Bn = jax.lax.top_k(logits_BV, sampling.top_k)[0]
     logits_BV = jnp.where(logits_BV < best_Bn[:, -1:], -jnp.inf, logits_BV)
   if sampling.top_p < 1:
-    least_B1 = (_least_of_sorted(best_Bn, sampling.top_p) if narrow
-                else _least(logits_BV, sampling.top_p))
+    # After top-k the few logits that are left are sorted already, so no search is needed.
+    least_B1 = (_top_p_threshold_of_sorted(best_Bn, sampling.top_p) if narrow
+                else _top_p_threshold(logits_BV, sampling.top_p))
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   if sampling.min_p > 0:
+    # A ratio of probabilities is a difference of logits, so no softmax is needed.
     floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
     logits_BV = jnp.where(logits_BV < floor_B1, -jnp.inf, logits_BV)
   return logits_BV
 
 
-def _least_of_sorted(best_Bn, top_p):
+def _top_p_threshold_of_sorted(best_Bn: jax.Array, top_p: float) -> jax.Array:
   """The smallest logit that top-p keeps, of logits in falling order that have all the mass."""
   p_Bn = jax.nn.softmax(best_Bn, axis=-1)
   kept_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn < top_p  # the mass before this token
   return jnp.min(jnp.where(kept_Bn, best_Bn, best_Bn[:, :1]), axis=-1, keepdims=True)
 
 
-def _least(logits_BV, top_p):
-  """The same of logits in any order: the largest number that mass `top_p` is at or above.
-
-  Its 32 bits are found one by one, each by one pass over the row, where a sort of the vocabulary
-  takes hundreds.
-  """
+def _top_p_threshold(logits_BV: jax.Array, top_p: float) -> jax.Array:
+  """The largest number such that the logits at or above it hold mass `top_p`; float32 [B, 1]."""
+  # A bisection of the 32 bits of a float is exact. It takes one pass over the row for each bit,
+  # where a sort of the vocabulary takes hundreds.
   top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  # Without the barriers XLA may fuse both into the loop and compute them again in every pass.
   p_BV = jax.lax.optimization_barrier(jnp.exp(logits_BV - top_B1))
-  ordered_BV = jax.lax.optimization_barrier(_ordered(logits_BV))
-  # Something always, or no token at all would be enough where top_p is 0.
+  ordered_BV = jax.lax.optimization_barrier(_sortable_bits(logits_BV))
+  # The floor is for a top_p that vanishes: an empty set would have enough mass for a target of 0.
   wanted_B1 = jnp.maximum(top_p * jnp.sum(p_BV, axis=-1, keepdims=True), 1e-30)
-  def bit(i, found_B1):
+  def bit(i: jax.Array, found_B1: jax.Array) -> jax.Array:
+    # From the highest bit on: a bit stays if the logits from the number with it on have the mass.
     higher_B1 = found_B1 | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
     mass_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, p_BV, 0.0), axis=-1, keepdims=True)
     return jnp.where(mass_B1 >= wanted_B1, higher_B1, found_B1)
   found_B1 = jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(top_B1, jnp.uint32))
-  return _number(found_B1)
+  return _float_of(found_B1)
 
 
-def _ordered(x):
-  """uint32 in the order of float32: negative numbers with every bit turned, others with the sign's.
-  """
+def _sortable_bits(x: jax.Array) -> jax.Array:
+  """uint32 numbers in the order of the float32 numbers `x`."""
+  # Floats are a sign and a magnitude. To sort as integers, negative numbers have all bits flipped,
+  # which reverses their order, and others the sign bit, which puts them above.
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
 
 
-def _number(ordered):
-  """The float32 that `_ordered` maps there."""
+def _float_of(ordered: jax.Array) -> jax.Array:
+  """The float32 numbers of `_sortable_bits`: its inverse."""
   turned = jnp.where(ordered >> 31 == 1, jnp.uint32(0x80000000), jnp.uint32(0xFFFFFFFF))
   return jax.lax.bitcast_convert_type(ordered ^ turned, jnp.float32)
 
 
-def _uniform(key_B2, index_B):
-  """One number in [0, 1) a row, a function of its key and the token's index alone."""
-  def row(key_2, index):
+def _uniform(key_B2: jax.Array, index_B: jax.Array) -> jax.Array:
+  """One number in [0, 1) for each row, a function of its key and the token's index alone."""
+  # A key for each row and not for the batch: the draw is the same in any slot and any batch.
+  def row(key_2: jax.Array, index: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.wrap_key_data(key_2), index)
     return jax.random.uniform(key, (), jnp.float32)
   return jax.vmap(row)(key_B2, index_B)
@@ -144,31 +150,35 @@ def _uniform(key_B2, index_B):
 GROUP = 128  # tokens of the vocabulary that are added up together
 
 
-def _pick(logits_BV, uniform_B):
+def _pick(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(the token where the running sum of probabilities passes `uniform`, its log-probability).
 
-  First the group of tokens, then the one in it: a sum for each group, not one for each token.
+  The token is int32 [B] and its log-probability float32 nats.
   """
+  # One uniform number and not a Gumbel noise for each token: V random numbers cost more than a sum.
+  # The group is found first and then the token in it, so running sums have V / GROUP + GROUP
+  # entries in place of V.
   B, V = logits_BV.shape
   top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   p_BV = jnp.pad(jnp.exp(logits_BV - top_B1), ((0, 0), (0, -V % GROUP)))
+  # Sums and probabilities have several readers. A barrier makes XLA compute them once.
   p_Bgn = jax.lax.optimization_barrier(p_BV.reshape(B, -1, GROUP))
   mass_Bg = jax.lax.optimization_barrier(jnp.sum(p_Bgn, axis=-1))
   upto_Bg = jnp.cumsum(mass_Bg, axis=-1)
   total_B = upto_Bg[:, -1]
   aim_B = uniform_B * total_B
-  group_B = _passed(upto_Bg, mass_Bg, aim_B)
+  # The aim is a part of the sum as rounded, so that a uniform below 1 stays below the total.
+  group_B = _first_beyond(upto_Bg, mass_Bg, aim_B)
   own_Bn = jnp.take_along_axis(p_Bgn, group_B[:, None, None], axis=1)[:, 0]
   rest_B = aim_B - (_at(upto_Bg, group_B) - _at(mass_Bg, group_B))
-  token_B = group_B * GROUP + _passed(jnp.cumsum(own_Bn, axis=-1), own_Bn, rest_B)
+  token_B = group_B * GROUP + _first_beyond(jnp.cumsum(own_Bn, axis=-1), own_Bn, rest_B)
   return token_B.astype(jnp.int32), _at(logits_BV, token_B) - top_B1[:, 0] - jnp.log(total_B)
 
 
-def _passed(upto_Bn, mass_Bn, aim_B):
-  """The first place with a mass where the running sum is beyond the aim, or the last with a mass.
-
-  Running sums are rounded, and need not even rise: a place that has no mass is never the one.
-  """
+def _first_beyond(upto_Bn: jax.Array, mass_Bn: jax.Array, aim_B: jax.Array) -> jax.Array:
+  """The first index with a mass whose running sum is above the aim, or the last with a mass."""
+  # Running sums are rounded and may even fall. Excluded tokens have mass 0, and the condition on
+  # the mass guarantees that rounding never picks one.
   n = mass_Bn.shape[-1]
   place_1n = jnp.arange(n, dtype=jnp.int32)[None]
   beyond_Bn = (upto_Bn > aim_B[:, None]) & (mass_Bn > 0)
@@ -176,34 +186,38 @@ def _passed(upto_Bn, mass_Bn, aim_B):
   return jnp.where(first_B < n, first_B, jnp.max(jnp.where(mass_Bn > 0, place_1n, 0), axis=-1))
 
 
-def _at(x_BV, index_B):
+def _at(x_BV: jax.Array, index_B: jax.Array) -> jax.Array:
+  """The entry of each row at the row's index."""
   return jnp.take_along_axis(x_BV, index_B[:, None], axis=1)[:, 0]
 
 
-def _greatest(x_BV):
-  """argmax, the first of equals; as two plain passes, a CPU's argmax being many."""
+def _argmax(x_BV: jax.Array) -> jax.Array:
+  """The index of each row's largest entry, the first of equals."""
+  # XLA's argmax on a CPU takes the time of many passes; a maximum and a minimum are two.
   best_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
   V = x_BV.shape[-1]
   return jnp.min(jnp.where(x_BV == best_B1, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
-def draw(logits_BV, key_B2, index_B, sampling):
-  """(a token a row, its log-probability under the model, that under what it was drawn from).
+def draw(logits_BV: jax.Array, key_B2: jax.Array, index_B: jax.Array,
+         sampling: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(token_B, its log-probability under the model, its log-probability as sampled).
 
-  Nats, float32. The model's is untempered and untruncated, for that is what the trainer computes;
-  the other is of the distribution after temperature, truncations and the ban on stop ids before
-  `min_tokens`, 0 where sampling is greedy.
+  Log-probabilities are nats, float32. The model's is untempered and untruncated, because the
+  trainer computes that one. The other is under the distribution after temperature, truncations and
+  the ban on stop ids before `min_tokens`; it is 0 where sampling is greedy.
   """
   V = logits_BV.shape[-1]
   allowed_BV = logits_BV
   if sampling.min_tokens and sampling.stop_ids:
+    # The ban is masking before truncation, so top-k and top-p count only tokens that are allowed.
     stop_V = jnp.isin(jnp.arange(V), jnp.array(sampling.stop_ids, jnp.int32))
     early_B1 = (index_B < sampling.min_tokens)[:, None]
     allowed_BV = jnp.where(stop_V[None] & early_B1, -jnp.inf, logits_BV)
   if sampling.temperature > 0:
     token_B, behaviour_logp_B = _pick(truncate(allowed_BV, sampling), _uniform(key_B2, index_B))
   else:
-    token_B = _greatest(allowed_BV)
+    token_B = _argmax(allowed_BV)
     behaviour_logp_B = jnp.zeros(token_B.shape, jnp.float32)
   if sampling.plain():
     return token_B, behaviour_logp_B, behaviour_logp_B
@@ -212,31 +226,36 @@ def draw(logits_BV, key_B2, index_B, sampling):
 
 
 class Weights(NamedTuple):
-  """A model's weights as decoding reads them, over and over: matrices in the activations' type."""
-  params: dict
-  head_DV: jax.Array  # the unembedding, as its product reads it
+  """A model's weights in the form that decoding reads: matrices in the activations' type."""
+  params: Params      # layers unstacked
+  head_DV: jax.Array  # the unembedding, transposed
 
 
-def prepare(model, params):
-  """The Weights of parameters, each layer's own: a stack would have to be copied from.
-
-  Norms' scales stay as they are, as in the trainer, so the numbers are the same to the last bit.
-  """
+def prepare(model: models.Model, params: Params) -> Weights:
+  """The Weights of float32 parameters, for all tokens of a call."""
+  # Each token reads all weights. Cast once, they are half the bytes in bfloat16. Norms' scales stay
+  # float32, as in the trainer, so the numbers are its own to the last bit.
   params = jax.tree.map(lambda w, kept: w.astype(kept.dtype), params,
                         models.frozen_shapes(model.config))
+  # With stacked layers each step would first copy each layer's weights out of the stack. The
+  # unembedding is transposed here for the same reason: once, and not for each token.
   return Weights(decoder.unstacked(params, model.config), model.unembed(params).T)
 
 
-def _logits(weights, features_BD):
+def _logits(weights: Weights, features_BD: jax.Array) -> jax.Array:
+  """The float32 logits of features, [B, V]."""
   logits_BV = jnp.einsum("BD,DV->BV", features_BD, weights.head_DV,
                          preferred_element_type=jnp.float32)
   return sharding.constrain(logits_BV, "batch", "vocab")
 
 
-def prefill(model, chunk, dtype, weights, prompt_PW, longest):
-  """The cache of P prompts, read `chunk` tokens at a time up to the longest; W is a multiple."""
+def prefill(model: models.Model, chunk: int, dtype: jax.typing.DTypeLike, weights: Weights,
+            prompt_PW: jax.Array, longest: jax.Array) -> tuple[caches.KV, ...]:
+  """The cache of P prompts, of which the longest has `longest` tokens; `chunk` divides W."""
   P, W = prompt_PW.shape
-  def read(i, cache):
+  # Attention scores are chunk × W for each prompt and head, and not W × W: memory bounds the chunk.
+  # Padding after a prompt is read too; decoding overwrites those slots before it reads them.
+  def read(i: jax.Array, cache: tuple[caches.KV, ...]) -> tuple[caches.KV, ...]:
     tokens_PC = jax.lax.dynamic_slice_in_dim(prompt_PW, i * chunk, chunk, axis=1)
     place_PC = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (P, chunk))
     return model.apply(weights.params, tokens_PC, place_PC, jnp.ones_like(place_PC), cache)[1]
@@ -244,19 +263,21 @@ def prefill(model, chunk, dtype, weights, prompt_PW, longest):
                            caches.empty_cache(model.config, P, W, dtype))
 
 
-def empty(cache, batch):
-  """Slots of nobody, with an empty cache."""
+def empty(cache: caches.Cache, batch: int) -> Slots:
+  """An empty cache and no rows."""
   zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
   return Slots(cache, zeros(batch), zeros(batch), zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
 
 
-def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
+def admit(slots: Slots, prompts: tuple[caches.KV, ...], source_B: jax.Array, new_B: jax.Array,
+          token_B: jax.Array, position_B: jax.Array, key_B2: jax.Array) -> Slots:
   """The slots with new rows where new_B: slot b's is a sample of the prompt in row source_B[b].
 
-  token_B is the prompt's last, at position_B; what the cache has from there on is written before it
-  is read.
+  token_B is the prompt's last token, at position_B.
   """
-  def start(old, own):
+  # Only a prompt's window is copied. The cache from position_B on keeps old numbers, because each
+  # slot is written before it is read. A select keeps shapes static for any number of new rows.
+  def start(old: jax.Array, own: jax.Array) -> jax.Array:
     own = jnp.take(own, source_B, axis=0)
     rest = own.shape[1:]
     kept = jax.lax.slice(old, (0,) * old.ndim, own.shape)
@@ -266,71 +287,83 @@ def admit(slots, prompts, source_B, new_B, token_B, position_B, key_B2):
                   key_B2)
 
 
-def admit_paged(slots, prompts, from_M, to_M, new_B, token_B, position_B, key_B2):
-  """`admit` to a cache in pages: page from_M of the prompts, counted through, goes to page to_M.
+def admit_paged(slots: Slots, prompts: tuple[caches.KV, ...], from_M: jax.Array, to_M: jax.Array,
+                new_B: jax.Array, token_B: jax.Array, position_B: jax.Array,
+                key_B2: jax.Array) -> Slots:
+  """`admit` for a cache in pages: copies page from_M of the prompts to page to_M of the cache.
 
-  Where `to` is no page nothing goes. The host sets the tables.
+  The prompts' pages are numbered across all prompts. A `to_M` beyond the cache's pages copies
+  nothing. The host sets the tables.
   """
-  def pages(old_KNSH, own_PKSH):
+  def pages(old_KNSH: jax.Array, own_PKSH: jax.Array) -> jax.Array:
     S, H = old_KNSH.shape[2:]
     P, K, W, _ = own_PKSH.shape
     own_KNSH = own_PKSH.reshape(P, K, W // S, S, H).swapaxes(0, 1).reshape(K, -1, S, H)
+    # M is fixed when compiled. The host fills unused entries with an index that "drop" ignores.
     return old_KNSH.at[:, to_M].set(own_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
+  # Slots are the last axis of a KV's keys, while pages hold a token's keys together.
   layers = tuple(caches.Pages(pages(old.k_KNSH, own.k_BKHS.swapaxes(2, 3)),
                                pages(old.v_KNSH, own.v_BKSH))
                  for old, own in zip(slots.cache.layers, prompts, strict=True))
   return _entered(slots, slots.cache._replace(layers=layers), new_B, token_B, position_B, key_B2)
 
 
-def _entered(slots, cache, new_B, token_B, position_B, key_B2):
+def _entered(slots: Slots, cache: caches.Cache, new_B: jax.Array, token_B: jax.Array,
+             position_B: jax.Array, key_B2: jax.Array) -> Slots:
+  """The slots with another cache, and with the state of a row's start where new_B."""
   return Slots(cache, jnp.where(new_B, token_B, slots.token_B),
                jnp.where(new_B, position_B, slots.position_B), jnp.where(new_B, 0, slots.drawn_B),
                jnp.where(new_B[:, None], key_B2, slots.key_B2))
 
 
-def grow(slots, length):
-  """The same rows with room for `length` tokens."""
-  def longer(kv):
+def grow(slots: Slots, length: int) -> Slots:
+  """The slots with a cache of `length` tokens for each row, at least as many as now."""
+  def longer(kv: caches.KV) -> caches.KV:
     return caches.KV(*(x if x is None else jnp.pad(
         x, [(0, length - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
         for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
   return slots._replace(cache=tuple(map(longer, slots.cache)))
 
 
-def shorten(slots, length):
-  """The same rows with room for `length` tokens, which are not more than they have."""
-  def shorter(kv):
+def shorten(slots: Slots, length: int) -> Slots:
+  """The slots with a cache of `length` tokens for each row, at most as many as now."""
+  def shorter(kv: caches.KV) -> caches.KV:
     return caches.KV(*(x if x is None else jax.lax.slice_in_dim(x, 0, length, axis=axis)
                        for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
   return slots._replace(cache=tuple(map(shorter, slots.cache)))
 
 
-def shrink(slots, kept_b):
-  """The rows kept_b alone."""
+def shrink(slots: Slots, kept_b: jax.Array) -> Slots:
+  """The slots at the indices kept_b, in their order."""
   return jax.tree.map(lambda x: jnp.take(x, kept_b, axis=0), slots)
 
 
-def decode(model, sampling, most, weights, slots, alive_B, enough):
-  """(Slots, Written) after up to `most` tokens more of the slots that are alive.
+def decode(model: models.Model, sampling: Sampling, most: int, weights: Weights, slots: Slots,
+           alive_B: jax.Array, enough: jax.Array) -> tuple[Slots, Written]:
+  """(Slots, Written) after up to `most` tokens for each slot that is alive.
 
-  It ends early when no more than `enough` are left, or when a row has filled its room.
+  It ends early when at most `enough` rows are alive, or when a row has filled its cache.
   """
   B, T = slots.token_B.shape[0], sampling.max_tokens
+  # No token has id -1, so it stands for no stop ids: no row then ends before max_tokens.
   stop_ids = jnp.array(sampling.stop_ids or (-1,), jnp.int32)
 
-  def more(carry):
+  # Many tokens in one dispatch, because the host's answer would take longer than a step. It returns
+  # early where only the host can go on: to admit rows, shrink the batch or find more memory.
+  def more(carry: tuple) -> jax.Array:
     i, slots, alive_B, _ = carry
     full_B = alive_B & (slots.position_B >= caches.room(slots.cache))
     return (i < most) & (jnp.sum(alive_B) > enough) & ~jnp.any(full_B)
 
-  def step(carry):
+  # Rows that have ended are computed too, since shapes are static, but their token and position stay.
+  def step(carry: tuple) -> tuple:
     i, slots, alive_B, out = carry
     features_B1D, cache = model.apply(
         weights.params, slots.token_B[:, None], slots.position_B[:, None],
         jnp.ones((B, 1), jnp.int32), slots.cache)
     token_B, *logps = draw(_logits(weights, features_B1D[:, 0]), slots.key_B2, slots.drawn_B,
                            sampling)
-    def put(old_BN, new_B):
+    def put(old_BN: jax.Array, new_B: jax.Array) -> jax.Array:
       new_B = jnp.where(alive_B, new_B, 0).astype(old_BN.dtype)
       return jax.lax.dynamic_update_slice(old_BN, new_B[:, None], (0, i))
     one_B = alive_B.astype(jnp.int32)

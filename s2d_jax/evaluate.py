@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--task", required=True, choices=tuple(tasks.TASKS), metavar="TASK",
                       help=f"how problems are asked and checked: {', '.join(tasks.TASKS)}")
   parser.add_argument("--sets", required=True, help="their names, with commas between")
-  parser.add_argument("--data", default="data", metavar="FOLDER", help="the sets, by default data")
+  parser.add_argument("--data", default="data", metavar="FOLDER",
+                      help="of SET.jsonl, or where arithmetic's sets are made; by default data")
   parser.add_argument("--k", type=int, default=1, help="samples of each problem")
   parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")

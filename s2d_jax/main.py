@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import logging
+from absl import flags, logging
 
 from s2d_jax import command, hosts, manifest, recipe, report, sharding, sweep, tasks, walk
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _set_up_process() -> None:
   """Sets up logging, the cache of compiled programs, and the guard against implicit transfers."""
+  # absl has flags of its own, of which none is parsed: it would warn of that before a message.
+  flags.FLAGS.mark_as_parsed()
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   # Stages of equal shapes, and the same command again, share their compiled programs.

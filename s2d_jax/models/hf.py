@@ -247,7 +247,8 @@ def read_json(folder: Path) -> Json:
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise ValueError(f"{folder} is not a folder: give the path of a model downloaded before.")
+    raise ValueError(f"{folder} is not a folder: give the path of a downloaded model, or run "
+                     f"hf download OWNER/NAME --local-dir {folder}.")
   if not (folder / "config.json").exists():
     raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
   config = shards.json_object(folder / "config.json")

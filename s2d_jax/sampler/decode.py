@@ -355,7 +355,7 @@ def decode(model: models.Model, sampling: Sampling, most: int, weights: Weights,
     full_B = alive_B & (slots.position_B >= caches.room(slots.cache))
     return (i < most) & (jnp.sum(alive_B) > enough) & ~jnp.any(full_B)
 
-  # Rows that have ended are computed too, since shapes are static, but their token and position stay.
+  # Ended rows are computed too, since shapes are static, but their token and position stay.
   def step(carry: tuple) -> tuple:
     i, slots, alive_B, out = carry
     features_B1D, cache = model.apply(

@@ -169,7 +169,7 @@ def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
   run = {key: config[key] for key in models.RUN}
-  teacher, student = (sampler.read_folder(config[role], config.template.to_dict(), run)
+  teacher, student = (sampler.read_folder(config[role], dict(config.template), run)
                       for role in ("teacher", "student"))
   doctor.check_pair(config, teacher, student)
   return teacher[1], bases

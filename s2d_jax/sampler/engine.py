@@ -5,9 +5,9 @@ import jax
 from s2d_jax import keys, sharding
 from s2d_jax.sampler import programs
 from s2d_jax.sampler.decode import Sampling
-from s2d_jax.sampler.pages import PagedCall
+from s2d_jax.sampler.pages import PagedSchedule
 from s2d_jax.sampler.programs import Room
-from s2d_jax.sampler.scheduler import Call
+from s2d_jax.sampler.scheduler import Schedule
 
 DEFAULT = Room()
 
@@ -129,8 +129,8 @@ class Sampler:
   def rows(self, params, wanted, seed, weight_version=0, ended=None):
     """The Rollout of (prompt, sample index) pairs, best a prompt's side by side."""
     check([prompt for prompt, _ in wanted], self.sampling, self.width, self.text)
-    call = PagedCall if self.programs.room.page else Call
-    return call(self, params, wanted, seed, weight_version).run(ended)
+    schedule = PagedSchedule if self.programs.room.page else Schedule
+    return schedule(self, params, wanted, seed, weight_version).run(ended)
 
   def lay_out(self, params):
     """The decode.Weights of parameters: what a call makes of them, and takes in their place."""

@@ -286,10 +286,10 @@ def test_rows_are_told_as_they_end(crowd):
 
 
 def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
-  """Where `Call._cut` ends a response whose ids are letters."""
+  """Where `Schedule._cut` ends a response whose ids are letters."""
   how = HOW._replace(stop_strings=strings, min_tokens=min_tokens)
   fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text=text))
-  return scheduler.Call._cut(fake, list(ids), start)
+  return scheduler.Schedule._cut(fake, list(ids), start)
 
 
 @pytest.mark.parametrize("ids, more, want", [
@@ -326,7 +326,7 @@ def test_of_a_long_response_only_the_end_is_read():
   def text(ids):
     read.append(len(ids))
     return "".join(ids)
-  assert not scheduler._near(text, ("bc",), ["a"] * 10_000, 9_990)
+  assert not scheduler._may_contain(text, ("bc",), ["a"] * 10_000, 9_990)
   assert sum(read) < 100
 
 

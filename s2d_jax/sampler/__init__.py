@@ -1,6 +1,6 @@
-"""Sampling: `decode` is what a device runs, `programs` compiles it, `scheduler` says when.
+"""Sampling: `decode` runs on the device, `programs` compiles it, `scheduler` fills the slots.
 
-`engine` puts them together: what is refused, what is compiled, the calls.
+`engine` is the interface: it checks arguments, compiles, and runs a schedule for each call.
 """
 
 from s2d_jax.sampler.decode import Sampling
@@ -17,6 +17,6 @@ from s2d_jax.sampler.folder import read as read_folder
 from s2d_jax.sampler.programs import Room
 from s2d_jax.sampler.scheduler import naming
 
+# The schedule and the programs are internal: callers need only a Sampler and its settings.
 __all__ = ["Room", "Sampler", "Sampling", "check_ends", "check_memory", "check_room",
-           "check_sampling", "make",
-           "naming", "read_folder", "sample"]
+           "check_sampling", "make", "naming", "read_folder", "sample"]

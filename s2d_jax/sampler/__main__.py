@@ -3,14 +3,17 @@
   s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16 \
       --temperature 0.7 --max-tokens 1024
 
-A line of the prompts has "problem", a text, or "messages", a chat; and where it has one an "id", an
-integer. A line of the output is one sample: {"id", "prompt", "sample", "response", "finish",
-"tokens", "logp"}, prompt a hash of its tokens, finish "stop" or "length", logp the model's nats of
-each token. Lines come as rows end, in any order. The same command again keeps what is there and
-samples what is not: the samples of one run, but where another batch rounds otherwise
-(docs/sampling.md). The output is what `config.data.solutions` takes.
+A line of the prompts has "problem", a text, or "messages", a chat. An integer "id" is optional.
+A line of the output is one sample: {"id", "prompt", "sample", "response", "finish", "tokens",
+"logp"}. "prompt" is a hash of the prompt's tokens, "finish" is "stop" or "length", and "logp" has
+the model's log-probability of each token in nats. Lines come as rows end, in any order.
+
+Started again, the command keeps the output's lines and samples the missing rows. They equal those
+of one run, except where a batch of another size rounds otherwise (docs/sampling.md). The output is
+a file that `config.data.solutions` takes.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -18,24 +21,32 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jinja2
 from tqdm import tqdm
 
 from s2d_jax import command, models, rollouts, sampler, sharding
+from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
 from s2d_jax.models import hf
+from s2d_jax.rollouts import Prompt, Rollout
+from s2d_jax.sampler import Sampler
+from s2d_jax.sampler.decode import Weights
 
 EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16"
-SLICE = 16_384  # rows that are asked for at a time: the memory of a host is not a file's
+# Rows of one call of the sampler. The host's memory holds the rollout of a call, and a file may
+# have more rows than fit.
+SLICE = 16_384
 
 
-def parse(argv):
-  """The command line, read.
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """Reads the command line.
 
   Raises:
-    ValueError: a number out of its range; names the flag.
+    ValueError: a number is out of its range; names the flag.
   """
   flags = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
   flags.add_argument("--model", required=True, help="a Hugging Face folder")
@@ -56,43 +67,47 @@ def parse(argv):
   flags.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
   flags.add_argument("--cache-gib", type=float, default=4.0, help="of each device, for the cache")
   flags.add_argument("--page", type=int, default=0, help="tokens of a page of the cache; 0: none")
-  asked = flags.parse_args(argv)
+  args = flags.parse_args(argv)
+  # Checked here as well as in the sampler, so that the message names the flag and comes before the
+  # model is loaded.
   for name, wrong, remedy in (
-      ("n", asked.n < 1, "1 or more"), ("max-tokens", asked.max_tokens < 1, "1 or more"),
-      ("min-tokens", not 0 <= asked.min_tokens <= asked.max_tokens, "0 to max-tokens"),
-      ("temperature", not 0 <= asked.temperature < math.inf, "0 (greedy) or more"),
-      ("top-p", not 0 < asked.top_p <= 1, "above 0, up to 1"),
-      ("min-p", not 0 <= asked.min_p <= 1, "0 to 1"), ("top-k", asked.top_k < 0, "0 or more"),
-      ("seed", asked.seed < 0, "0 or more"), ("page", asked.page < 0, "0 (none) or more"),
-      ("cache-gib", not 0 < asked.cache_gib < math.inf, "more than 0"),
-      ("mesh", not all(size.isdigit() for size in asked.mesh.split(",")), "sizes such as 1,4,1")):
+      ("n", args.n < 1, "1 or more"), ("max-tokens", args.max_tokens < 1, "1 or more"),
+      ("min-tokens", not 0 <= args.min_tokens <= args.max_tokens, "0 to max-tokens"),
+      ("temperature", not 0 <= args.temperature < math.inf, "0 (greedy) or more"),
+      ("top-p", not 0 < args.top_p <= 1, "above 0, up to 1"),
+      ("min-p", not 0 <= args.min_p <= 1, "0 to 1"), ("top-k", args.top_k < 0, "0 or more"),
+      ("seed", args.seed < 0, "0 or more"), ("page", args.page < 0, "0 (none) or more"),
+      ("cache-gib", not 0 < args.cache_gib < math.inf, "more than 0"),
+      ("mesh", not all(size.isdigit() for size in args.mesh.split(",")), "sizes such as 1,4,1")):
     if wrong:
-      raise ValueError(f"--{name} is {getattr(asked, name.replace('-', '_'))}: choose {remedy}.")
-  return asked
+      raise ValueError(f"--{name} is {getattr(args, name.replace('-', '_'))}: choose {remedy}.")
+  return args
 
 
-def read(path, talk):
+def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
   """The prompts of a file, in order.
 
   Raises:
-    ValueError: no such file, or a line that is no prompt or repeats one's id; names it.
+    ValueError: the file is absent or empty, or a line holds no prompt or repeats an id; names it.
   """
   found = {}
   for line_name, row in jsonl.objects(path, "problem or messages"):
     try:
       messages = row.get("messages") or [{"role": "user", "content": row["problem"]}]
       text = row.get("problem") or json.dumps(messages)
+      # A chat template would print a number or a null as text, so both are refused.
       words = [m[key] for m in messages for key in ("role", "content")]
       if not all(isinstance(x, str) for x in (text, *words)):
         raise TypeError("not a text")
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f'{line_name} is no JSON object with "problem", a text, or "messages", a '
                        "chat: give it one.") from error
+    # Without an id a line is named by its text, so that lines can be added or moved between runs.
     number = jsonl.line_id(line_name, row, text)
     if number in found:
       raise ValueError(f"{line_name} has id {number} again: use each once.")
     try:
-      found[number] = rollouts.Prompt(number, tuple(talk.render(messages)))
+      found[number] = Prompt(number, tuple(tokenizer.render(messages)))
     except jinja2.TemplateError as error:
       raise ValueError(f"{line_name} is no chat that the model's template takes ({error}): "
                        "correct its messages.") from error
@@ -102,15 +117,16 @@ def read(path, talk):
 
 
 @contextlib.contextmanager
-def only_writer(path, settings):
-  """Holds the output's settings, beside it, while it is written.
+def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
+  """Locks the output while it is written, and keeps its settings in a file beside it.
 
   Raises:
-    ValueError: another process writes it, or it was sampled from another model, or otherwise.
+    ValueError: another process writes the output, or it was sampled with other settings.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_name(path.name + ".settings.json")
-  with open(beside, "a+", encoding="utf-8") as file:
+  settings_path = path.with_name(path.name + ".settings.json")
+  # Opened for appending, so that a second process that gets no lock leaves the settings unchanged.
+  with open(settings_path, "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -119,10 +135,11 @@ def only_writer(path, settings):
     file.seek(0)
     text = file.read()
     before = json.loads(text) if text else {}
+    # Rows of two models or two temperatures in one file could not be distinguished later.
     differ = sorted(k for k in settings if before.get(k) != settings[k])
     if path.exists() and differ:
       raise ValueError(f"{path} was sampled with another {' and '.join(differ)}, or without "
-                       f"{beside.name} beside it: choose another --out, or remove both.")
+                       f"{settings_path.name} beside it: choose another --out, or remove both.")
     if differ:
       file.truncate(0)
       file.write(json.dumps(settings, indent=1) + "\n")
@@ -130,25 +147,28 @@ def only_writer(path, settings):
     yield
 
 
-def kept(path, prompts):
-  """{(id, sample)} of the whole lines of the output; a last line that was cut off is taken away.
+def kept(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[int, int]]:
+  """{(id, sample)} of the complete lines of the output; removes a last line that was cut off.
 
   Raises:
-    ValueError: a line is no sample, or of a prompt that has other tokens now.
+    ValueError: a line holds no sample, or belongs to a prompt that has other tokens now.
   """
   if not path.exists():
     return set()
-  data, found = path.read_bytes(), set()
+  data = path.read_bytes()
+  found = set()
+  # A process that was killed may have left its last line without an end.
   whole = data[: data.rfind(b"\n") + 1]
-  names = {prompt.id: name_of(prompt) for prompt in prompts}
+  names = {prompt.id: prompt_hash(prompt) for prompt in prompts}
   for number, line in enumerate(whole.split(b"\n")[:-1], 1):
     try:
       row = json.loads(line)
       own, prompt, sample = row["id"], row["prompt"], row["sample"]
-      hash((own, sample))
+      hash((own, sample))  # a list has no hash, and could not be looked up
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{path} line {number} is no sample: take the line out, which will be "
                        "sampled again, or choose another --out.") from error
+    # Ids that the prompts do not have are of an earlier, longer file of prompts, and stay.
     if names.get(own, prompt) != prompt:
       raise ValueError(f"{path} has samples of another prompt with the id {own}: choose "
                        "another --out, or another id.")
@@ -159,57 +179,62 @@ def kept(path, prompts):
   return found
 
 
-def name_of(prompt):
-  """Eight hexadecimal digits that tell a prompt's tokens from others."""
+def prompt_hash(prompt: Prompt) -> str:
+  """A hash of a prompt's tokens, eight hexadecimal digits."""
   return hashlib.blake2b(repr(prompt.tokens).encode(), digest_size=4).hexdigest()
 
 
-def main(argv=None):
-  """Samples what the output lacks."""
-  asked = parse(argv)
-  path = pathlib.Path(asked.out)
-  config, talk = sampler.read_folder(asked.model, template(asked.template),
-                                     {"dtype": asked.dtype})
-  prompts = read(asked.prompts, talk)
-  how = sampler.Sampling(asked.n, asked.temperature, asked.top_p, asked.top_k, asked.min_p,
-                         asked.max_tokens, asked.min_tokens, tuple(talk.eos_ids), tuple(asked.stop))
-  sampler.check_ends(how, talk.decode)
-  talk.check_stops(how.stop_strings)
+def main(argv: Sequence[str] | None = None) -> None:
+  """Samples the rows that the output does not have yet."""
+  args = parse(argv)
+  path = pathlib.Path(args.out)
+  config, tokenizer = sampler.read_folder(args.model, template(args.template),
+                                          {"dtype": args.dtype})
+  # Everything that can be refused without weights is refused before they are loaded.
+  prompts = read(args.prompts, tokenizer)
+  sampling = sampler.Sampling(
+      args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_tokens,
+      args.min_tokens, tuple(tokenizer.eos_ids), tuple(args.stop))
+  sampler.check_ends(sampling, tokenizer.decode)
+  tokenizer.check_stops(sampling.stop_strings)
   model = models.build(config)
   for prompt in prompts:
-    if len(prompt.tokens) + asked.max_tokens > model.config.max_positions:
+    if len(prompt.tokens) + args.max_tokens > model.config.max_positions:
       raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
-                       f"{asked.max_tokens} new ones leaves the model's "
+                       f"{args.max_tokens} new ones leaves the model's "
                        f"{model.config.max_positions} positions: lower --max-tokens or drop it.")
-  settings = {"model": hf.identity(asked.model), "tokenizer": talk.fingerprint(),
-              "sampling": how._replace(samples_per_prompt=1)._asdict(), "seed": asked.seed,
-              "dtype": asked.dtype}
+  # The number of samples is not among the settings: a later run may add some to each prompt.
+  settings = {"model": hf.identity(args.model), "tokenizer": tokenizer.fingerprint(),
+              "sampling": sampling._replace(samples_per_prompt=1)._asdict(), "seed": args.seed,
+              "dtype": args.dtype}
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
-  room = sampler.Room(cache_gib=asked.cache_gib, page=asked.page)
-  size, width = min(len(prompts), SLICE), max(len(p.tokens) for p in prompts)
-  with _in_our_words():
-    mesh = sharding.make_mesh(tuple(map(int, asked.mesh.split(","))))
+  room = sampler.Room(cache_gib=args.cache_gib, page=args.page)
+  size = min(len(prompts), SLICE)
+  width = max(len(p.tokens) for p in prompts)
+  with _name_flags():
+    mesh = sharding.make_mesh(tuple(map(int, args.mesh.split(","))))
   with jax.set_mesh(mesh):
-    with _in_our_words():
-      sampler.check_memory(model, how, size, width, room)
+    # Before the output is created, so that a refused command leaves no file.
+    with _name_flags():
+      sampler.check_memory(model, sampling, size, width, room)
     with only_writer(path, settings):
-      there = kept(path, prompts)
-      wanted = [(p, g) for p in prompts for g in range(asked.n) if (p.id, g) not in there]
+      done = kept(path, prompts)
+      wanted = [(p, g) for p in prompts for g in range(args.n) if (p.id, g) not in done]
       if wanted:
         # As the sampler reads them: no float32 copy beside those of bfloat16.
-        model, params = hf.load(asked.model, mesh, run={"dtype": asked.dtype},
+        model, params = hf.load(args.model, mesh, run={"dtype": args.dtype},
                                 shapes=models.frozen_shapes)
-        draw = sampler.make(model, params, how, size, width, room, talk.decode)
+        draw = sampler.make(model, params, sampling, size, width, room, tokenizer.decode)
         weights = draw.lay_out(params)
-        del params  # nobody else reads them
-        with sampler.naming(asked.model):
-          write(path, draw, weights, wanted, asked.seed, talk, len(there))
+        del params  # a second copy that nothing reads any more
+        with sampler.naming(args.model):
+          write(path, draw, weights, wanted, args.seed, tokenizer, len(done))
   print(path)
 
 
 @contextlib.contextmanager
-def _in_our_words():
-  """Refusals name a config's keys: here they name the flags."""
+def _name_flags() -> Iterator[None]:
+  """Replaces a config's keys by flags in the message of a ValueError raised within."""
   try:
     yield
   except ValueError as error:
@@ -220,11 +245,11 @@ def _in_our_words():
     raise ValueError(text) from error
 
 
-def template(words):
-  """The arguments of a chat template from KEY=JSON.
+def template(words: Sequence[str]) -> dict[str, Any]:
+  """The arguments of a chat template from a list of KEY=JSON.
 
   Raises:
-    ValueError: one is not that.
+    ValueError: one has no "=" or no JSON behind it.
   """
   found = {}
   for word in words:
@@ -237,19 +262,26 @@ def template(words):
   return found
 
 
-def write(path, draw, params, wanted, seed, talk, before):
-  """Samples the wanted rows; each is a line as soon as it has ended."""
+def write(path: pathlib.Path, draw: Sampler, params: Weights, wanted: Sequence[tuple[Prompt, int]],
+          seed: int, tokenizer: Chat, before: int) -> None:
+  """Samples rows and appends each to the output as soon as it has ended.
+
+  Args:
+    wanted: (prompt, sample index) of each row.
+    before: number of rows that the output has already, for the progress bar.
+  """
   with open(path, "a", encoding="utf-8") as out, tqdm(
       total=before + len(wanted), initial=before, unit="row", file=sys.stderr) as bar:
-    def ended(place, rows):
+    def ended(place: int, rows: Rollout) -> None:
       prompt, sample = part[place]
       ids = rows.response(place)
       out.write(json.dumps({
-          "id": prompt.id, "prompt": name_of(prompt), "sample": sample,
-          "response": talk.decode(ids),
+          "id": prompt.id, "prompt": prompt_hash(prompt), "sample": sample,
+          "response": tokenizer.decode(ids),
           "finish": rollouts.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
           "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]},
           allow_nan=False) + "\n")
+      # Each line reaches the file at once, so that a kill loses only the rows being decoded.
       out.flush()
       bar.update()
     for start in range(0, len(wanted), SLICE):

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder must hold before anything can be sampled from it."""
+"""Checks a Hugging Face folder before anything is sampled from it."""
 
 import pathlib
 from typing import Any
@@ -12,11 +12,13 @@ def read(folder: str | pathlib.Path, template: dict[str, Any],
   """The model's config and the tokenizer of a folder; of the weights only the headers are read.
 
   Args:
-    template: arguments of the chat template; run: settings of `models.RUN`, such as the dtype.
+    template: arguments of the chat template.
+    run: settings of `models.RUN`, such as the dtype.
 
   Raises:
-    ValueError: what `hf.load` or `chat.Chat` refuse, or a token without an embedding.
+    ValueError: `hf.load` or `chat.Chat` would refuse the folder, or a token has no embedding.
   """
+  # Headers first: a missing or damaged file is found in seconds, before weights are loaded.
   hf.check(folder)
   config = models.read_config(hf.read_json(folder), **run)
   tokenizer = chat.Chat(folder, **template)

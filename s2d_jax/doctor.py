@@ -46,7 +46,7 @@ CONFIG_KEYS: Record = {
     "sampler": sampler.Room.KEYS, "validation": evals.VALIDATION_KEYS, "probe": evals.PROBE_KEYS,
     "evaluation": evals.EVALUATION_KEYS}
 
-# What a row of the table of stages may name.
+# The names that a row of the table of stages may use.
 ROLES = {"actor": ("teacher", "student", "given"), "learner": ("teacher", "student"),
          "guide": (None, "teacher", "student", "reference")}
 

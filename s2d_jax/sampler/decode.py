@@ -19,6 +19,9 @@ from s2d_jax.keys import Key
 from s2d_jax.models import caches, decoder
 from s2d_jax.sharding import Params
 
+# The fields of a Sampling that choose no token: how many there are, and where a response ends.
+LENGTHS = ("samples_per_prompt", "max_tokens", "min_tokens", "stop_ids", "stop_strings")
+
 
 class Sampling(NamedTuple):
   """How to sample; hashable, so it is part of the compiled program.
@@ -52,8 +55,11 @@ class Sampling(NamedTuple):
   def plain(self) -> bool:
     """True if tokens are drawn from the model's own distribution, unchanged."""
     # Then one log-probability serves as both of `draw`, and a pass over the vocabulary is saved.
-    banned = self.min_tokens and self.stop_ids
-    return (self.temperature, self.top_p, self.top_k, self.min_p) == (1, 1, 0, 0) and not banned
+    # Every field counts that does not say how many tokens there are or where they end, so a new
+    # truncation cannot be forgotten here: without a neutral value its samples are never plain.
+    changes = [name for name in self._fields
+               if name not in LENGTHS and getattr(self, name) != self.KEYS[name].neutral]
+    return not changes and not (self.min_tokens and self.stop_ids)
 
 
 class Slots(NamedTuple):

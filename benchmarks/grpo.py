@@ -2,16 +2,19 @@
 
   python -m benchmarks.grpo [--prompts=8] [--samples=8] [--max_tokens=128] [--trl=PYTHON]
 
-The programs are those that a stage of the recipe compiles, the reward is the number of even ids in
-an answer, every answer has `max_tokens` tokens, and no guide takes part. `--trl` names the Python
-of an environment that has TRL (`peers/README.md`): its GRPOTrainer takes the same step from the
-same weights, in one piece and in as many as we do. All must have the same entropy at the first
-step, when no weight has moved.
+The programs are those that a stage of the recipe compiles. The reward is the number of even ids in
+an answer, every answer has `max_tokens` tokens, and there is no guide. `--trl` names the Python of
+an environment that has TRL (`peers/README.md`). Its GRPOTrainer takes the same step from the same
+weights, once with the whole batch at a time and once with as many microbatches as we use. All must
+have the same entropy at the first step, before a weight has changed.
 """
 
 import json
+import pathlib
 import statistics
 import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -46,10 +49,12 @@ parse = measure.parser(__doc__, FULL, SMOKE)
 class Ours:
   """Our stage's programs, compiled; `ask` takes a step."""
 
-  def __init__(self, sizes):
-    mesh = self.mesh = sharding.current_mesh()
+  def __init__(self, sizes: Namespace) -> None:
+    mesh = sharding.current_mesh()
+    self.mesh = mesh
     self.model, params = measure.model(sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
-    self.start, axes = jax.device_get(params), models.axes(self.model.config)
+    self.start = jax.device_get(params)
+    axes = models.axes(self.model.config)
     params = jax.device_put(params, sharding.weight_shardings(
         mesh, axes, models.shapes(self.model.config)))
     hp = ml_collections.ConfigDict(common.stage(
@@ -70,49 +75,53 @@ class Ours:
         lambda: compiling.compile_programs(stage_models, hp, objectives.GRPO, objectives.logp,
                                            optimizer, samplers))
 
-  def ask(self, seed):
-    """Takes a step: seconds, those of its parts, tokens and entropy."""
-    programs, seconds = self.programs, {}
-    rows, seconds["draw"] = measure.stopwatch(
+  def ask(self, seed: int) -> measure.Json:
+    """Takes a step: its seconds, the seconds of its parts, tokens and entropy."""
+    programs = self.programs
+    seconds = {}
+    rollout, seconds["draw"] = measure.stopwatch(
         lambda: programs.sampler(self.state.params, self.prompts, (seed,)))
-    def rewarded():
-      even_B = [float(np.sum(rows.response(b) % 2 == 0)) for b in range(len(rows.response_BT))]
+    def rewarded_batch() -> rollouts.Batch:
+      even_B = [float(np.sum(rollout.response(b) % 2 == 0))
+                for b in range(len(rollout.response_BT))]
       advantage_PG = grpo.group_advantages(np.reshape(even_B, (len(self.prompts), -1)))
       advantage_B = advantage_PG.reshape(-1).astype(np.float32)
-      return rollouts.batch(rows, advantage_B=advantage_B)
-    batch, seconds["reward"] = measure.stopwatch(rewarded)
-    def updated():
+      return rollouts.batch(rollout, advantage_B=advantage_B)
+    batch, seconds["reward"] = measure.stopwatch(rewarded_batch)
+    def update() -> dict[str, float]:
       placed = sharding.put_batch(batch, self.mesh)
       self.state, metrics = programs.update(self.state, None, placed, None)
       return {name: float(x) for name, x in sharding.fetch(metrics).items()}
-    metrics, seconds["update"] = measure.stopwatch(updated)
+    metrics, seconds["update"] = measure.stopwatch(update)
     return {"seconds": sum(seconds.values()), "parts": seconds,
             "logp_gap_max": metrics["logp_gap_max"],
-            "tokens": int(rows.response_length_B.sum()), "entropy": metrics["entropy"]}
+            "tokens": int(rollout.response_length_B.sum()), "entropy": metrics["entropy"]}
 
 
-def told(runs):
+def summary(runs: Sequence[measure.Json]) -> measure.Json:
   """Medians of the steps after the first."""
   seconds = [run["seconds"] for run in runs[1:]]
   parts = {part: statistics.median(run["parts"][part] for run in runs[1:])
            for part in runs[0].get("parts", {})}
-  most = {key: max(run[key] for run in runs) for key in ("logp_gap_max",) if key in runs[0]}
-  return {"seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
-          "tokens": runs[0]["tokens"], "entropy": runs[0]["entropy"], **parts, **most}
+  found = {"seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
+           "tokens": runs[0]["tokens"], "entropy": runs[0]["entropy"], **parts}
+  if "logp_gap_max" in runs[0]:
+    found["logp_gap_max"] = max(run["logp_gap_max"] for run in runs)
+  return found
 
 
-def same(found):
-  """Refuses to time what is not the same step."""
+def check_equal(found: Mapping[str, measure.Json]) -> None:
+  """Raises ValueError if a rival's tokens or first entropy differ from ours."""
   mine = found["ours"]
   for name, other in found.items():
     if (other["tokens"] != mine["tokens"]
         or abs(other["entropy"] - mine["entropy"]) > 1e-2 * mine["entropy"]):
       raise ValueError(f"{name} has {other['tokens']} tokens of entropy {other['entropy']} and we "
-                       f"{mine['tokens']} of {mine['entropy']}: do not time what is not the same.")
+                       f"{mine['tokens']} of {mine['entropy']}: time only equal steps.")
 
 
-def peers(sizes, ours, scratch):
-  """{name: Peer} on our weights and prompts."""
+def peers(sizes: Namespace, ours: Ours, scratch: str) -> dict[str, measure.Peer]:
+  """{name: Peer} on our weights and prompts; empty without --trl."""
   if not sizes.trl:
     return {}
   hf.save(f"{scratch}/model", ours.model, ours.start)
@@ -127,8 +136,8 @@ def peers(sizes, ours, scratch):
   return found
 
 
-def flops(config, sizes):
-  """FLOPs of our step: each prompt read once, every token drawn, and three forwards in the update.
+def flops(config: models.Config, sizes: Namespace) -> float:
+  """FLOPs of our step: prompts read once, tokens sampled, and three forward passes of the update.
 
   Only tokens of an answer are unembedded.
   """
@@ -138,36 +147,37 @@ def flops(config, sizes):
   return sizes.prompts * (read + sizes.samples * (whole - read + 3 * whole))
 
 
-def run(sizes):
-  """{what a step takes, ours and TRL's}."""
+def run(sizes: Namespace) -> measure.Json:
+  """Seconds and memory of a step, ours and TRL's."""
   ours = Ours(sizes)
   with tempfile.TemporaryDirectory() as scratch:
     others = peers(sizes, ours, scratch)
     runs = {name: [] for name in ("ours", *others)}
     try:
       for seed in range(sizes.repeats + 1):
-        for name, seen in runs.items():
-          seen.append(ours.ask(seed) if name == "ours" else others[name].ask(seed))
+        for name, answers in runs.items():
+          side = ours if name == "ours" else others[name]
+          answers.append(side.ask(seed))
     finally:
       for other in others.values():
         other.close()
-  found = {name: told(seen) for name, seen in runs.items()}
-  same(found)
+  found = {name: summary(answers) for name, answers in runs.items()}
+  check_equal(found)
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
-  work = flops(ours.model.config, sizes)
+  step_flops = flops(ours.model.config, sizes)
   for row in found.values():
-    row["share_of_peak"] = work / row["seconds"] / peak["flops_per_second"]
-  return {"step": found, "flops": work, "compile_seconds": ours.compile_seconds,
+    row["share_of_peak"] = step_flops / row["seconds"] / peak["flops_per_second"]
+  return {"step": found, "flops": step_flops, "compile_seconds": ours.compile_seconds,
           "memory": {name: measure.memory(program) for name, program in (
               ("draw", ours.programs.sampler.compiled), ("update", ours.programs.update))},
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Measures, writes the JSON and returns its path."""
-  asked = parse(argv)
+  options = parse(argv)
   with jax.set_mesh(sharding.make_mesh()):
-    return measure.write("grpo", asked, run(asked.sizes))
+    return measure.write("grpo", options, run(options.sizes))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
   python -m benchmarks.loading [--shape=qwen3-1.7b] [--dtype=bfloat16] [--repeats=5]
 
-Every load is a process of its own; the folder was just written, so its bytes come from the page
-cache and not from a disk. `seconds` is until the weights are there, `touch_seconds` what reading
-one byte of each of their pages takes then: a loader that maps the file leaves its work for later.
-Peak memory is Linux's: `peak_bytes` (VmHWM) counts mapped pages of the file as well,
-`peak_anonymous_bytes` (RssAnon, looked at every two milliseconds) does not. `main` runs this file
-again with `--child` for each measurement; without torch, transformers is left out.
+Every load is a process of its own. The folder was just written, so its bytes come from the page
+cache and not from a disk. `seconds` ends when the loader returns the weights. `touch_seconds` is
+the time to read one byte of each of their pages after that, because a loader that maps the file has
+not read it yet. Peak memory is Linux's. `peak_bytes` (VmHWM) counts mapped pages of the file too,
+and `peak_anonymous_bytes` (RssAnon, read every two milliseconds) does not. `main` runs this file
+again with `--child` for each measurement. Without torch, transformers is left out.
 """
 
 import importlib.util
@@ -20,6 +20,9 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +31,19 @@ import numpy as np
 from benchmarks import measure
 from s2d_jax import models, sharding
 from s2d_jax.models import hf, layout
+from s2d_jax.sharding import Params
 
 FULL = {"shape": "qwen3-1.7b", "dtype": "bfloat16", "repeats": 5}
 SMOKE = {"shape": "qwen3-smoke", "dtype": "bfloat16", "repeats": 1}
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
-def status(key):
-  """Bytes of a line of Linux's account of this process."""
+# A loader's two functions: load() -> weights, and weights -> their bytes as NumPy arrays.
+Loader = tuple[Callable[[], Any], Callable[[Any], list[np.ndarray]]]
+
+
+def status(key: str) -> int:
+  """Bytes in the line `key` of /proc/self/status."""
   text = pathlib.Path("/proc/self/status").read_text()
   (line,) = (line for line in text.splitlines() if line.startswith(f"{key}:"))
   return 1024 * int(line.split()[1])
@@ -44,30 +52,32 @@ def status(key):
 class Watch(threading.Thread):
   """Samples this process's anonymous memory until stopped; `peak` is the maximum, in bytes."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     super().__init__(daemon=True)
-    self.peak, self.over = 0, threading.Event()
+    self.peak = 0
+    self.over = threading.Event()
 
-  def run(self):
+  def run(self) -> None:
+    """Samples every two milliseconds until `over` is set."""
     while not self.over.wait(0.002):
       self.peak = max(self.peak, status("RssAnon"))
 
 
-def ours(folder, dtype):
-  """(seconds, the weights' bytes as arrays) of `hf.load`."""
+def ours(folder: str, dtype: str) -> Loader:
+  """The Loader of `hf.load`."""
   mesh = sharding.make_mesh()
   jax.block_until_ready(jax.device_put(jnp.zeros(1)))  # the backend starts before the clock
-  def load():
+  def load() -> Params:
     return jax.block_until_ready(hf.load(folder, mesh, dtype)[1])
   return load, lambda params: [np.asarray(x).reshape(-1).view(np.uint8)
                                for x in jax.tree.leaves(params)]
 
 
-def theirs(folder, dtype):
-  """The same of transformers' `from_pretrained`."""
+def theirs(folder: str, dtype: str) -> Loader:
+  """The Loader of transformers' `from_pretrained`."""
   import torch
   import transformers
-  def load():
+  def load() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
   return load, lambda model: [x.detach().reshape(-1).view(torch.uint8).numpy()
                               for x in model.parameters()]
@@ -76,10 +86,11 @@ def theirs(folder, dtype):
 LOADERS = {"ours": ours, "transformers": theirs}
 
 
-def child(loader, folder, dtype):
-  """Loads the folder once, in this process, and prints what it took as JSON."""
+def child(loader: str, folder: str, dtype: str) -> None:
+  """Loads the folder once in this process, and prints seconds and memory as JSON."""
   load, pages = LOADERS[loader](folder, dtype)
-  before, watch = {"peak": status("VmHWM"), "anonymous": status("RssAnon")}, Watch()
+  before = {"peak": status("VmHWM"), "anonymous": status("RssAnon")}
+  watch = Watch()
   watch.start()
   loaded, seconds = measure.stopwatch(load)
   watch.over.set()
@@ -94,17 +105,17 @@ def child(loader, folder, dtype):
       "parameter_bytes": sum(x.nbytes for x in arrays)}))
 
 
-def write_folder(shape, folder):
-  """A folder of that shape in bfloat16, its numbers one random block again and again."""
-  # In NumPy: an accelerator that this process had touched would be missing to its children.
+def write_folder(shape: str, folder: pathlib.Path) -> pathlib.Path:
+  """Writes a bfloat16 folder of a shape, filled with repeats of one random block; returns it."""
+  # In NumPy, because child processes could not use an accelerator that this process holds.
   model = models.get(measure.SHAPES.get(shape, shape))
   block = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(jnp.bfloat16)
   params = jax.tree.map(lambda x: np.resize(block, x.shape), models.shapes(model.config))
   return hf.save(folder, model, params)
 
 
-def run(sizes):
-  """{loader: what it takes}: medians over fresh processes, the loaders in turn."""
+def run(sizes: Namespace) -> measure.Json:
+  """Medians of each loader over new processes, the loaders in turn."""
   runs = {name: [] for name in LOADERS
           if name == "ours" or importlib.util.find_spec("torch") is not None}
   with tempfile.TemporaryDirectory() as scratch:
@@ -122,20 +133,21 @@ def run(sizes):
         found.append(json.loads(done.stdout.splitlines()[-1]))
   return {"stored_bytes": stored,
           "largest_tensor_bytes": largest * jnp.dtype(sizes.dtype).itemsize,
-          **{name: _middle(found, stored) for name, found in runs.items()}}
+          **{name: _medians(found, stored) for name, found in runs.items()}}
 
 
-def _middle(runs, stored):
-  middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-  return {**middle, "repeats": [run["seconds"] for run in runs],
-          "bytes_per_second": stored / middle["seconds"],
-          "peak_above_weights_bytes": middle["peak_anonymous_bytes"] - middle["parameter_bytes"]}
+def _medians(runs: Sequence[measure.Json], stored_bytes: int) -> measure.Json:
+  """The median of every value over the runs, and what follows from them."""
+  median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+  return {**median, "repeats": [run["seconds"] for run in runs],
+          "bytes_per_second": stored_bytes / median["seconds"],
+          "peak_above_weights_bytes": median["peak_anonymous_bytes"] - median["parameter_bytes"]}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Measures, writes the JSON and returns its path."""
-  asked = parse(argv)
-  return measure.write("loading", asked, run(asked.sizes))
+  options = parse(argv)
+  return measure.write("loading", options, run(options.sizes))
 
 
 if __name__ == "__main__":

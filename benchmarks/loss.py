@@ -3,15 +3,19 @@
   python -m benchmarks.loss [--tokens=1024,2048,4096,8192] [--trl=PYTHON]
   python -m benchmarks.loss --topology=v5p:2x2x1 --dtype=bfloat16    (compiles, for a TPU; libtpu)
 
-Time is of `width` and `guide_width` and `vocab`, every size in one run and every way in turn;
-`--trl` names the Python of an environment that has TRL (`peers/README.md`). Memory is the compiled
-program's own account at `memory_*`, sizes that need not fit here, and nothing of them is run:
-`beyond_gradient_bytes` are the temporaries without one float32 gradient of the unembedding.
+Times are measured at the sizes `width`, `guide_width` and `vocab`: all numbers of tokens in one
+run, the implementations in turn. `--trl` names the Python of an environment that has TRL
+(`peers/README.md`). Memory is the compiler's account at the sizes `memory_*`. Those programs are
+compiled and not run, so the sizes may exceed this machine. `beyond_gradient_bytes` are the
+temporaries without one float32 gradient of the unembedding.
 """
 
 import json
+import pathlib
 import statistics
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ import numpy as np
 from benchmarks import measure
 from s2d_jax import sharding
 from s2d_jax.losses import blockwise, kl, tokens
+from s2d_jax.losses.blockwise import Head
 
 FULL = {"tokens": "1024,2048,4096,8192", "width": 256, "guide_width": 512, "vocab": 32_000,
         "block": 512, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
@@ -31,27 +36,31 @@ SMOKE = FULL | {"tokens": "8,16", "width": 8, "guide_width": 16, "vocab": 32, "b
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
-def logits(head):
-  """All of them: [B, T, V] float32."""
+# loss(student_head, guide_head, targets_BT): the sum over all tokens
+Loss = Callable[[Head, Head, jax.Array], jax.Array]
+
+
+def logits(head: Head) -> jax.Array:
+  """The logits of all tokens: [B, T, V] float32."""
   return jnp.einsum("BTD,VD->BTV", head.features_BTD,
                     head.weight_VD.astype(head.features_BTD.dtype),
                     preferred_element_type=jnp.float32)
 
 
-def losses(block):
-  """{loss: {way: f(student_head, guide_head, targets_BT) -> scalar}}: sums over all tokens."""
-  def nll(student_BTV, _, targets_BT):
+def losses(block: int) -> dict[str, dict[str, Loss]]:
+  """{loss: {implementation: function}}; `block` is the number of tokens of a block."""
+  def nll(student_BTV: jax.Array, _: None, targets_BT: jax.Array) -> jax.Array:
     return tokens.negative_log_likelihood(student_BTV, targets_BT)
-  def of_targets(student, _, targets_BT):
+  def of_targets(student: Head, _: Head, targets_BT: jax.Array) -> jax.Array:
     weight_BT = jnp.ones(targets_BT.shape, jnp.float32)
     return blockwise.divergence(nll, student, None, weight_BT, block, targets_BT)[0]
-  def of_guide(f):
-    def total(student, guide, targets_BT):
+  def of_guide(f: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    def total(student: Head, guide: Head, targets_BT: jax.Array) -> jax.Array:
       weight_BT = jnp.ones(targets_BT.shape, jnp.float32)
       return blockwise.divergence(f, student, guide, weight_BT, block)[0]
     return total
-  def half(s, g):
-    return kl.jsd(s, g, 0.5)
+  def half(student_BTV: jax.Array, guide_BTV: jax.Array) -> jax.Array:
+    return kl.jsd(student_BTV, guide_BTV, 0.5)
   return {
       "negative_log_likelihood": {
           "blockwise": of_targets,
@@ -63,86 +72,91 @@ def losses(block):
                          ("jsd", half))}}
 
 
-def arrays(sizes, count):
-  """(student, guide, targets) of so many tokens, random, logits of order one, in sizes.dtype."""
+def arrays(sizes: Namespace, count: int) -> tuple[Head, Head, np.ndarray]:
+  """Random (student head, guide head, targets) of `count` tokens; logits are of order one."""
   rng, dtype = np.random.default_rng(0), jnp.dtype(sizes.dtype)
-  def head(width):
-    return blockwise.Head(rng.normal(size=(1, count, width)).astype(dtype),
-                          (rng.normal(size=(sizes.vocab, width)) * width**-0.5).astype(dtype))
+  def head(width: int) -> Head:
+    return Head(rng.normal(size=(1, count, width)).astype(dtype),
+                (rng.normal(size=(sizes.vocab, width)) * width**-0.5).astype(dtype))
   return (head(sizes.width), head(sizes.guide_width),
           rng.integers(0, sizes.vocab, (1, count)).astype(np.int32))
 
 
-def timed(sizes, count):
-  """({loss: {way: what it takes}} of `count` tokens, {rival: versions}); the ways in turn, and each
-  loss's equal."""
-  given = arrays(sizes, count)
+def timed(sizes: Namespace, count: int) -> tuple[dict[str, measure.Json], dict[str, measure.Json]]:
+  """Returns ({loss: {implementation: times}} of `count` tokens, {rival: versions}).
+
+  The implementations of a loss run in turn, and must agree.
+  """
+  student, guide, targets_BT = arrays(sizes, count)
   found = {}
   with tempfile.TemporaryDirectory() as scratch:
     trl = None
     if sizes.trl:
       path = f"{scratch}/arrays.npz"
-      heads = {"student": given[0].features_BTD[0], "student_weight": given[0].weight_VD,
-               "guide": given[1].features_BTD[0], "guide_weight": given[1].weight_VD}
+      heads = {"student": student.features_BTD[0], "student_weight": student.weight_VD,
+               "guide": guide.features_BTD[0], "guide_weight": guide.weight_VD}
       np.savez(path, **{name: x.astype(np.float32) for name, x in heads.items()})
       trl = measure.Peer([sizes.trl, "benchmarks/peers/trl_losses.py", path, sizes.dtype])
-    placed = jax.device_put(given)
+    placed = jax.device_put((student, guide, targets_BT))
     try:
       for name, ways in losses(sizes.block).items():
         programs = {way: jax.jit(jax.value_and_grad(f)).lower(*placed).compile()
                     for way, f in ways.items()}
         runs = {way: [] for way in programs}
-        theirs = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}.get(name)
-        if trl is not None and theirs is not None:
+        # TRL's generalised JSD is the forward KL at beta 0 and the reverse KL at 1.
+        beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}.get(name)
+        if trl is not None and beta is not None:
           runs |= {"trl_chunked": []} | ({"trl": []} if sizes.dtype == "float32" else {})
         for _ in range(sizes.repeats + 1):
-          for way, seen in runs.items():
+          for way, answers in runs.items():
             if way in programs:
-              seen.append(ours(programs[way], placed))
+              answers.append(ours(programs[way], placed))
             else:
-              seen.append(trl.ask(json.dumps({"way": way, "beta": theirs})))
-        found[name] = {way: told(seen) for way, seen in runs.items()}
-        same(name, {way: seen[0] for way, seen in runs.items()}, sizes.dtype)
+              answers.append(trl.ask(json.dumps({"way": way, "beta": beta})))
+        found[name] = {way: summary(answers) for way, answers in runs.items()}
+        check_equal(name, {way: answers[0] for way, answers in runs.items()}, sizes.dtype)
     finally:
       if trl is not None:
         trl.close()
   return found, {} if trl is None else {"trl": trl.versions}
 
 
-def ours(program, placed):
-  """One run of ours: seconds, the loss, and the lengths of its gradients."""
+def ours(program: jax.stages.Compiled, placed: tuple[Head, Head, jax.Array]) -> measure.Json:
+  """Runs a compiled loss once: seconds, the loss, and the norms of its gradients."""
   (loss, grads), seconds = measure.stopwatch(lambda: jax.block_until_ready(program(*placed)))
   return {"seconds": seconds, "loss": float(loss),
           "gradients": [float(np.linalg.norm(x.astype(np.float64)))
                         for x in jax.device_get(grads)]}
 
 
-def told(runs):
+def summary(runs: Sequence[measure.Json]) -> measure.Json:
+  """Medians of the runs after the first, with the first run's loss and gradient norms."""
   seconds = [run["seconds"] for run in runs[1:]]
   return {"seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
           "loss": runs[0]["loss"], "gradients": runs[0]["gradients"]}
 
 
-# A gradient in bfloat16 has 8 bits: its length is off by 4e-5 for 1,024 tokens and by 8e-4 for 16.
+# A gradient in bfloat16 has 8 bits: its norm is off by 4e-5 for 1,024 tokens and by 8e-4 for 16.
 # `trl` is left out there: it rounds every logit and log-probability too, and its JSD is 4 % off.
-NEAR = {"float32": 1e-5, "bfloat16": 1e-3}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
-def same(name, ways, dtype):
-  """Refuses to time what is not the same: losses and lengths of gradients."""
+def check_equal(name: str, ways: Mapping[str, measure.Json], dtype: str) -> None:
+  """Raises ValueError if the loss or a gradient's norm of two implementations differs."""
   want = ways["direct"]
   for way, got in ways.items():
     pairs = zip([got["loss"], *got["gradients"]], [want["loss"], *want["gradients"]], strict=True)
-    if any(abs(a - b) > NEAR[dtype] * abs(b) for a, b in pairs):
-      raise ValueError(f"{way} of {name} has {got} and direct {want}: do not time what differs.")
+    if any(abs(a - b) > TOLERANCE[dtype] * abs(b) for a, b in pairs):
+      raise ValueError(f"{way} of {name} has {got} and direct {want}: time only equal losses.")
 
 
-def needs(sizes, count, block, where):
+def compiled_memory(sizes: Namespace, count: int, block: int,
+                    where: jax.sharding.Sharding) -> dict[str, int]:
   """Compiled memory of reverse KL and its gradients at the large sizes; block 0 is direct."""
   dtype = jnp.dtype(sizes.dtype)
-  def head(width):
-    return blockwise.Head(jax.ShapeDtypeStruct((1, count, width), dtype, sharding=where),
-                          jax.ShapeDtypeStruct((sizes.memory_vocab, width), dtype, sharding=where))
+  def head(width: int) -> Head:
+    return Head(jax.ShapeDtypeStruct((1, count, width), dtype, sharding=where),
+                jax.ShapeDtypeStruct((sizes.memory_vocab, width), dtype, sharding=where))
   targets = jax.ShapeDtypeStruct((1, count), jnp.int32, sharding=where)
   f = losses(block or 1)["reverse_kl"]["blockwise" if block else "direct"]
   program = jax.jit(jax.value_and_grad(f)).lower(
@@ -154,8 +168,8 @@ def needs(sizes, count, block, where):
   return account | {"beyond_gradient_bytes": beyond}
 
 
-def one_of(topology):
-  """A mesh of one device: of a TPU that need not be here, or of this machine."""
+def one_device_mesh(topology: str) -> jax.sharding.Mesh:
+  """A mesh of one device of a topology to compile for, or of this machine if it is ""."""
   if not topology:
     return sharding.make_mesh()
   from jax.experimental import topologies
@@ -163,16 +177,19 @@ def one_of(topology):
   return sharding.make_mesh((1, 1, 1), devices[:1])
 
 
-def run(sizes, mesh):
-  """Memory at the large sizes; seconds at the small ones, unless it is a topology's turn."""
+def run(sizes: Namespace, mesh: jax.sharding.Mesh) -> measure.Json:
+  """Memory at the large sizes, and seconds at the small ones unless a topology is compiled for."""
   where = sharding.replicated(mesh)
-  counts, blocks = (list(map(int, text.split(",")))
-                    for text in (sizes.memory_tokens, sizes.memory_blocks))
-  middle, block = (xs[len(xs) // 2] for xs in (counts, blocks))
-  memory = {f"{c} tokens, block {b}": needs(sizes, c, b, where)
-            for c, b in [*((middle, b) for b in blocks),
-                         *((c, block) for c in counts if c != middle)]}
-  memory[f"{middle} tokens, direct"] = needs(sizes, middle, 0, where)
+  counts = [int(text) for text in sizes.memory_tokens.split(",")]
+  blocks = [int(text) for text in sizes.memory_blocks.split(",")]
+  middle = counts[len(counts) // 2]
+  middle_block = blocks[len(blocks) // 2]
+  # Every block size at one number of tokens, and the other numbers at one block size.
+  pairs = [(middle, block) for block in blocks]
+  pairs += [(count, middle_block) for count in counts if count != middle]
+  memory = {f"{count} tokens, block {block}": compiled_memory(sizes, count, block, where)
+            for count, block in pairs}
+  memory[f"{middle} tokens, direct"] = compiled_memory(sizes, middle, 0, where)
   if sizes.topology:
     return {"memory": memory}
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
@@ -189,13 +206,13 @@ def run(sizes, mesh):
   return {"memory": memory, "time": found, "peers": rivals, "matmul_peak": peak}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Measures, writes the JSON and returns its path."""
-  asked = parse(argv)
-  mesh = one_of(asked.sizes.topology)
+  options = parse(argv)
+  mesh = one_device_mesh(options.sizes.topology)
   with jax.set_mesh(mesh):
-    return measure.write("loss", asked, run(asked.sizes, mesh),
-                         asked.sizes.topology.partition(":")[0])
+    return measure.write("loss", options, run(options.sizes, mesh),
+                         kind=options.sizes.topology.partition(":")[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians of repeats, compiled memory, the machine, the result."""
+"""Shared by the benchmarks: medians of repeats, compiled memory, the machine, the result file."""
 
 import argparse
 import json
@@ -9,13 +9,17 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from s2d_jax import manifest, models
+from s2d_jax.models import Model
+from s2d_jax.sharding import Params
 
+Json = dict[str, Any]  # a result or a part of one, as json.dumps takes it
 RESULTS = pathlib.Path(__file__).parent / "results"
 # 29 M parameters in Qwen3's architecture: small enough for a CPU, and matrix products dominate.
 SHAPES = {
@@ -32,68 +36,80 @@ SHAPES = {
 }
 
 
-class Asked(NamedTuple):
-  """One benchmark's command line, read."""
+class Options(NamedTuple):
+  """A benchmark's command line, parsed."""
   sizes: argparse.Namespace
-  words: list
+  arguments: Sequence[str]
   results: pathlib.Path
   load_average: float  # of the last minute, before anything is measured
 
 
-def parser(doc, full, smoke):
-  """A command line: one flag per setting with its full size; `--smoke` makes them the tiny ones."""
+def parser(doc: str, full: Json, smoke: Json) -> Callable[[Sequence[str] | None], Options]:
+  """Returns the function that parses a benchmark's command line.
+
+  Each setting is a flag. Its default is the value in `full`, or in `smoke` with --smoke.
+  """
   flags = argparse.ArgumentParser(description=doc.splitlines()[0],
                                   argument_default=argparse.SUPPRESS)
   for name, value in full.items():
     flags.add_argument(f"--{name}", type=type(value), help=f"{value}, or {smoke[name]} in a smoke")
-  flags.add_argument("--smoke", action="store_true", help="tiny sizes: that it runs, no more")
+  flags.add_argument("--smoke", action="store_true", help="tiny sizes: a test that the script runs")
   flags.add_argument("--results", default=RESULTS, type=pathlib.Path, help="where the JSON goes")
 
-  def parse(argv):
-    given = vars(flags.parse_args(argv))
-    results = given.pop("results")
-    sizes = smoke if given.pop("smoke", False) else full
-    words = sys.argv[1:] if argv is None else argv
-    return Asked(argparse.Namespace(**sizes | given), words, results, os.getloadavg()[0])
+  def parse(argv: Sequence[str] | None) -> Options:
+    values = vars(flags.parse_args(argv))
+    results = values.pop("results")
+    sizes = smoke if values.pop("smoke", False) else full
+    arguments = sys.argv[1:] if argv is None else argv
+    return Options(argparse.Namespace(**sizes | values), arguments, results, os.getloadavg()[0])
 
   return parse
 
 
 class Peer:
-  """A rival in a process of its own, which answers each line with JSON; `versions` are its first.
+  """A rival in a process of its own, which answers each line with JSON.
+
+  Its first answer, before any line, is the dictionary `versions`.
   """
 
-  def __init__(self, argv):
+  def __init__(self, argv: Sequence[str]) -> None:
     self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     self.versions = self._answer()
 
-  def ask(self, line):
-    """What it says to a line."""
+  def ask(self, line: str | int) -> Json:
+    """Sends a line and returns the answer."""
     self.process.stdin.write(f"{line}\n")
     self.process.stdin.flush()
     return self._answer()
 
-  def _answer(self):
+  def _answer(self) -> Json:
     line = self.process.stdout.readline()
     if not line:
       raise RuntimeError(f"{' '.join(self.process.args[:3])} has ended: its error is above.")
     return json.loads(line)
 
-  def close(self):
+  def close(self) -> None:
     """Ends the process."""
     self.process.stdin.close()
     self.process.wait()
     self.process.stdout.close()
 
 
-def model(shape, dtype="float32", remat="none", attention="auto", seed=0):
-  """(Model, random params) of a shape here or a published name, float32, on the first device."""
+def model(shape: str, dtype: str = "float32", remat: str = "none", attention: str = "auto",
+          seed: int = 0) -> tuple[Model, Params]:
+  """Returns (Model, random float32 parameters on the first device).
+
+  `shape` is a name in SHAPES or of a published model; `dtype` is that of the activations.
+  """
   built = models.get(SHAPES.get(shape, shape), dtype=dtype, remat=remat, attention=attention)
   return built, jax.jit(built.init)(jax.random.key(seed))
 
 
-def timed(run, repeats):
-  """Seconds of `run()` until its arrays are there: the first, and the median of `repeats` more."""
+def timed(run: Callable[[], Any], repeats: int) -> Json:
+  """Seconds of `run()` until its arrays are computed: the first run, and the median of the others.
+
+  `run` is called `repeats` + 1 times.
+  """
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
@@ -102,17 +118,18 @@ def timed(run, repeats):
   return {"seconds": statistics.median(seconds[1:]), "repeats": seconds[1:], "first": seconds[0]}
 
 
-def stopwatch(make):
-  """(make(), the seconds it took): for what happens once, such as compiling."""
+def stopwatch(run: Callable[[], Any]) -> tuple[Any, float]:
+  """Returns (run(), its seconds), for work that is done once, such as compiling."""
   start = time.perf_counter()
-  result = make()
+  result = run()
   return result, time.perf_counter() - start
 
 
-def memory(program):
-  """Bytes that a compiled program needs on a device, by its own account.
+def memory(program: jax.stages.Compiled) -> dict[str, int]:
+  """Bytes that a compiled program needs on a device, by the compiler's account.
 
-  Its peak is arguments + temporaries + outputs − aliases, the outputs that reuse donated arguments.
+  The peak is arguments + temporaries + outputs − aliases. Aliases are outputs that reuse donated
+  arguments.
   """
   needs = program.memory_analysis()
   return {"argument_bytes": needs.argument_size_in_bytes,
@@ -120,8 +137,8 @@ def memory(program):
           "output_bytes": needs.output_size_in_bytes, "alias_bytes": needs.alias_size_in_bytes}
 
 
-def matmul_peak(size, repeats, dtype="float32"):
-  """FLOP/s of the product of two square matrices: what this machine reaches at best, now."""
+def matmul_peak(size: int, repeats: int, dtype: str = "float32") -> Json:
+  """FLOP/s of the product of two square matrices: an upper bound for this machine at this time."""
   key_a, key_b = jax.random.split(jax.random.key(0))
   a, b = (jax.random.normal(key, (size, size), jnp.dtype(dtype)) for key in (key_a, key_b))
   product = jax.jit(jnp.dot)
@@ -129,10 +146,10 @@ def matmul_peak(size, repeats, dtype="float32"):
   return {"size": size, "dtype": dtype, "flops_per_second": 2 * size**3 / taken["seconds"], **taken}
 
 
-def bandwidth(mebibytes, repeats, dtype="float32"):
-  """Bytes/s of reading a large array, by its sum or its product with a vector: the faster of them.
+def bandwidth(mebibytes: int, repeats: int, dtype: str = "float32") -> Json:
+  """Bytes/s of reading a large array: an upper bound for this machine at this time.
 
-  Like `matmul_peak`, what this machine reaches at best, now.
+  The faster of two programs counts: the array's sum, and its product with a vector.
   """
   dtype = jnp.dtype(dtype)
   matrix = jnp.ones((mebibytes * 2**20 // dtype.itemsize // 256, 256), dtype)
@@ -143,34 +160,36 @@ def bandwidth(mebibytes, repeats, dtype="float32"):
           "bytes_per_second": matrix.nbytes / min(way["seconds"] for way in found.values())}
 
 
-def machine():
-  """The processor, how many, and the versions; nothing that names the host."""
+def machine() -> Json:
+  """The processor, the number of cores and devices, and versions; nothing that names the host."""
   return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
           "python": platform.python_version(), "jax": jax.__version__,
           "platform": jax.default_backend(), "device": jax.devices()[0].device_kind,
           "devices": jax.device_count()}
 
 
-def _processor():
-  """The processor's name as Linux tells it; elsewhere the architecture."""
+def _processor() -> str:
+  """The processor's name on Linux; elsewhere the architecture."""
   path = pathlib.Path("/proc/cpuinfo")
   lines = path.read_text().splitlines() if path.exists() else ()
   names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.machine()
 
 
-def write(script, asked, found, kind=""):
-  """Writes <results>/<script>-<device>.json and prints it; returns its path.
+def write(script: str, options: Options, found: Mapping[str, Any],
+          kind: str = "") -> pathlib.Path:
+  """Writes <results>/<script>-<kind>-<device>.json, prints it and returns its path.
 
-  `kind` stands behind the script's name where a script has results of several.
+  `kind` tells apart the results of a script that measures several things; "" is left out.
   """
-  command = " ".join(["python -m", f"benchmarks.{script}", *asked.words])
+  command = " ".join(["python -m", f"benchmarks.{script}", *options.arguments])
   result = {"benchmark": script, "command": command, "revision": manifest.revision(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
-            "load_average": asked.load_average, "sizes": vars(asked.sizes), **found}
+            "load_average": options.load_average, "sizes": vars(options.sizes), **found}
   device = result["machine"]["device"].lower().replace(" ", "-")
-  asked.results.mkdir(parents=True, exist_ok=True)
-  path = asked.results / f"{'-'.join([script, *[kind] * bool(kind), device])}.json"
+  options.results.mkdir(parents=True, exist_ok=True)
+  name = "-".join(part for part in (script, kind, device) if part)
+  path = options.results / f"{name}.json"
   path.write_text(json.dumps(result, indent=1) + "\n")
   print(path.read_text(), end="")
   return path

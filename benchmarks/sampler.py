@@ -1,35 +1,39 @@
 """Output tokens a second of the sampler, of transformers' and Tunix's in turn, and the bound.
 
-  python -m benchmarks.sampler [--works=ragged,refill,uniform] [--tunix=PYTHON] [--rivals=]
+  python -m benchmarks.sampler [--workloads=ragged,refill,uniform] [--tunix=PYTHON] [--rivals=]
   python -m benchmarks.sampler --decode=1,16,64,256 --shape=qwen3-1.7b --dtype=bfloat16
   python -m benchmarks.sampler --alone=float32,bfloat16
 
-*ragged*: `prompts` × `samples` rows at temperature 1, of which each token is the last with
-probability `stops` / vocabulary; *refill*: `refill` times as many rows in the same memory;
-*uniform*: every row to `max_tokens`. `--decode` has such rows, one of each of so many prompts, and
-also what decoding alone takes: a draw of `max_tokens` less one of a single token. Each repeat has a
-seed of its own. Everyone must draw our greedy tokens before anything is timed. `--alone` times
-nothing: it draws *ragged* in a crowd and through one slot, row after row, and counts the rows that
-are not the same.
+Workloads: *ragged* is `prompts` × `samples` rows at temperature 1, in which each token is a stop id
+with probability `stops` / vocabulary. *refill* is `refill` times as many rows in the memory of
+*ragged*. In *uniform* every row has `max_tokens` tokens. `--decode=1,16` has such rows, one of each
+of 1 and of 16 prompts. It also times decoding alone: the seconds of `max_tokens` tokens minus those
+of one token. Each repeat has its own seed. All must sample our greedy tokens before anything is
+timed. `--alone` times nothing: it samples *ragged* together and through one slot, row after row,
+and counts the rows that differ.
 """
 
 import json
+import pathlib
 import statistics
 import sys
 import tempfile
-from typing import NamedTuple
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from s2d_jax import ledger, sampler, sharding
+from s2d_jax import ledger, models, sampler, sharding
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler import programs
+from s2d_jax.sharding import Params
 
-FULL = {"works": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "qwen3-29m",
+FULL = {"workloads": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "qwen3-29m",
         "dtype": "float32", "prompts": 8, "samples": 8, "refill": 8, "prompt_tokens": 64,
         "max_tokens": 256, "stops": 533, "page": 0,
         "rivals": "transformers,transformers_continuous", "tunix": "", "repeats": 5,
@@ -37,42 +41,50 @@ FULL = {"works": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "q
 SMOKE = FULL | {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "refill": 3, "prompt_tokens": 4,
                 "max_tokens": 8, "stops": 8, "rivals": "", "repeats": 1, "refill_repeats": 1,
                 "peak": 16, "stream": 1}
-GREEDY = 8  # tokens that everyone must draw alike
+GREEDY = 8  # tokens in which all samplers must agree
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
-class Work(NamedTuple):
-  """What is drawn: each prompt's samples, in the memory of so many rows."""
-  prompts: list
-  samples: int
+class Workload(NamedTuple):
+  """Prompts to sample from, in the memory of `slots` rows."""
+  prompts: Sequence[Sequence[int]]
+  samples: int  # of each prompt
   max_tokens: int
   temperature: float
-  stop_ids: tuple
+  stop_ids: Sequence[int]
   slots: int
 
 
-def works(sizes, vocab_size):
-  """{name: Work}: the greedy one, and those that are timed."""
+def workloads(sizes: Namespace, vocab_size: int) -> dict[str, Workload]:
+  """{name: Workload}: "greedy", which all must agree on, and those that are timed."""
   rng = np.random.default_rng(0)
   batches = [int(n) for n in sizes.decode.split(",") if n]
   count = max([sizes.prompts * sizes.refill, *batches])
   prompts = rng.integers(0, vocab_size, (count, sizes.prompt_tokens)).tolist()
   stops = tuple(rng.choice(vocab_size, sizes.stops, replace=False).tolist())
-  few, rows = prompts[: sizes.prompts], sizes.prompts * sizes.samples
-  def work(prompts, stop_ids, slots, samples=sizes.samples):
-    return Work(prompts, samples, sizes.max_tokens, 1.0, stop_ids, slots)
-  named = {"ragged": work(few, stops, rows), "uniform": work(few, (), rows),
-           "refill": work(prompts[: sizes.prompts * sizes.refill], stops, rows)}
-  timed = ({f"decode_{n}": work(prompts[:n], (), n, 1) for n in batches} if batches
-           else {name: named[name] for name in sizes.works.split(",")})
-  return {"greedy": Work(few, 1, GREEDY, 0.0, (), len(few)), **timed}
+  few = prompts[: sizes.prompts]
+  rows = sizes.prompts * sizes.samples
+  def workload(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], slots: int,
+               samples: int = sizes.samples) -> Workload:
+    return Workload(prompts, samples, sizes.max_tokens, 1.0, stop_ids, slots)
+  named = {"ragged": workload(few, stops, rows), "uniform": workload(few, (), rows),
+           "refill": workload(prompts[: sizes.prompts * sizes.refill], stops, rows)}
+  if batches:
+    timed = {f"decode_{n}": workload(prompts[:n], (), n, 1) for n in batches}
+  else:
+    timed = {name: named[name] for name in sizes.workloads.split(",")}
+  return {"greedy": Workload(few, 1, GREEDY, 0.0, (), len(few)), **timed}
 
 
 class Ours:
-  """Our sampler, compiled for a Work and pages of so many tokens; `ask` is what a Peer answers."""
+  """Our sampler, compiled for a Workload; `ask` returns what a rival's Peer returns.
 
-  def __init__(self, model, params, work, page):
-    self.params, width = params, len(work.prompts[0])
+  `page` is the number of tokens of a cache page, 0 for a cache without pages.
+  """
+
+  def __init__(self, model: models.Model, params: Params, work: Workload, page: int) -> None:
+    self.params = params
+    width = len(work.prompts[0])
     self.prompts = [Prompt(i, tuple(ids)) for i, ids in enumerate(work.prompts)]
     how = sampler.Sampling(work.samples, work.temperature, top_p=1.0, top_k=0, min_p=0.0,
                            max_tokens=work.max_tokens, min_tokens=0, stop_ids=work.stop_ids)
@@ -86,69 +98,86 @@ class Ours:
     self.account = {"compile_seconds": seconds, "memory": measure.memory(self.draw.compiled),
                     "slots": self.draw.programs.shapes.batches[0]}
 
-  def ask(self, seed):
-    """Draws every row: seconds, lengths, tokens, and what the sampler counted."""
+  def ask(self, seed: int) -> measure.Json:
+    """Samples every row: seconds, lengths, tokens, and the sampler's counts."""
     self.draw.seen = {}
     rows, seconds = measure.stopwatch(lambda: self.draw(self.params, self.prompts, (seed,)))
-    return {"seconds": seconds, "lengths": rows.response_length_B.tolist(), "seen": self.draw.seen,
+    return {"seconds": seconds, "lengths": rows.response_length_B.tolist(), "stats": self.draw.seen,
             "tokens": [rows.response(b).tolist() for b in range(len(rows.response_BT))]}
 
 
-def cache_bytes(config):
-  """Keys and values of a token."""
+def cache_bytes(config: models.Config) -> int:
+  """Bytes of a token's keys and values."""
   return 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
-def needs(config, work, lengths):
-  """(FLOPs, bytes read) of each decode step, were every slot free for the next row at once.
+def step_costs(config: models.Config, workload: Workload,
+               lengths: Sequence[int]) -> np.ndarray:
+  """[2, steps]: FLOPs and bytes read by each decode step, if free slots took rows at once.
 
-  A step reads the weights once, and the keys and values of each row alive; what has been read of a
-  prompt before its last token is not counted, nor that samples could share it.
+  A step reads the weights once, and the keys and values of each live row. Reading a prompt is not
+  counted. Keys and values of a prompt count for every sample of it.
   """
   pair = 4 * config.layers * config.heads * config.head_width
   weights = (ledger.forward_flops(config, [1]) - pair) / 2
-  waiting, ages, ends, found = list(lengths), np.zeros(0, int), np.zeros(0, int), []
-  while waiting or len(ages):
-    new, waiting = waiting[: work.slots - len(ages)], waiting[work.slots - len(ages):]
-    ages, ends = np.append(ages, np.zeros(len(new), int)), np.append(ends, new)
-    attended = np.sum(len(work.prompts[0]) + ages)
-    found.append((2 * weights * len(ages) + pair * attended,
+  waiting = list(lengths)
+  done_B = np.zeros(0, int)  # tokens sampled of each live row
+  length_B = np.zeros(0, int)
+  found = []
+  while waiting or len(done_B):
+    free = workload.slots - len(done_B)
+    admitted = waiting[:free]
+    waiting = waiting[free:]
+    done_B = np.append(done_B, np.zeros(len(admitted), int))
+    length_B = np.append(length_B, admitted)
+    attended = np.sum(len(workload.prompts[0]) + done_B)
+    found.append((2 * weights * len(done_B) + pair * attended,
                   weights * jnp.dtype(config.dtype).itemsize + cache_bytes(config) * attended))
-    ages, ends = ages[ages + 1 < ends] + 1, ends[ages + 1 < ends]
+    alive_B = done_B + 1 < length_B
+    done_B = done_B[alive_B] + 1
+    length_B = length_B[alive_B]
   return np.array(found).T
 
 
-def bound(flops_S, bytes_S, flops_per_second, bytes_per_second):
-  """The least seconds: at each step, arithmetic or memory, whichever takes longer."""
+def bound(flops_S: np.ndarray, bytes_S: np.ndarray, flops_per_second: float,
+          bytes_per_second: float) -> float:
+  """The least seconds: for each step, the longer of its arithmetic and its memory traffic."""
   return float(np.maximum(flops_S / flops_per_second, bytes_S / bytes_per_second).sum())
 
 
-def told(config, work, runs, rates):
-  """Medians of the runs after the first, whose lengths differ: each beside its own bound."""
+def summary(config: models.Config, workload: Workload, runs: Sequence[measure.Json],
+            rates: tuple[float, float]) -> measure.Json:
+  """Medians of the runs after the first, each compared with the bound for its own lengths.
+
+  `rates` are the machine's FLOP/s and bytes/s.
+  """
   seconds = [run["seconds"] for run in runs[1:]]
   tokens = [sum(run["lengths"]) for run in runs[1:]]
-  least = [bound(*needs(config, work, run["lengths"]), *rates) for run in runs[1:]]
-  def middle(over, under):
+  least = [bound(*step_costs(config, workload, run["lengths"]), *rates) for run in runs[1:]]
+  def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
-  return {"tokens_per_second": middle(tokens, seconds), "tokens": tokens,
+  return {"tokens_per_second": median_ratio(tokens, seconds), "tokens": tokens,
           "seconds": statistics.median(seconds), "repeats": seconds, "first": runs[0]["seconds"],
-          "bound_tokens_per_second": middle(tokens, least),
-          "share_of_bound": middle(least, seconds)}
+          "bound_tokens_per_second": median_ratio(tokens, least),
+          "share_of_bound": median_ratio(least, seconds)}
 
 
-def decoding(model, params, work, sizes, seconds, rates):
-  """What decoding takes without prefill: `seconds` of a whole draw less a draw of one token."""
-  one = Ours(model, params, work._replace(max_tokens=1), sizes.page)
+def decoding(model: models.Model, params: Params, workload: Workload, sizes: Namespace,
+             seconds: float, rates: tuple[float, float]) -> measure.Json:
+  """Costs of decoding without prefill: `seconds` of all tokens minus the seconds of one token."""
+  one = Ours(model, params, workload._replace(max_tokens=1), sizes.page)
   short = [one.ask(seed)["seconds"] for seed in range(sizes.repeats + 1)][1:]
-  rest = seconds - statistics.median(short)
-  flops_S, bytes_S = needs(model.config, work, [work.max_tokens] * work.slots)[:, 1:]
-  return {"seconds_per_step": rest / len(bytes_S), "bytes_per_step": float(bytes_S.mean()),
-          "share_of_bandwidth": float(bytes_S.sum()) / rest / rates[1],
-          "share_of_bound": bound(flops_S, bytes_S, *rates) / rest}
+  decode_seconds = seconds - statistics.median(short)
+  lengths = [workload.max_tokens] * workload.slots
+  flops_S, bytes_S = step_costs(model.config, workload, lengths)[:, 1:]
+  return {"seconds_per_step": decode_seconds / len(bytes_S),
+          "bytes_per_step": float(bytes_S.mean()),
+          "share_of_bandwidth": float(bytes_S.sum()) / decode_seconds / rates[1],
+          "share_of_bound": bound(flops_S, bytes_S, *rates) / decode_seconds}
 
 
-def peers(sizes, folder, path):
-  """{name: Peer} on the weights in `folder` and the works in `path`."""
+def peers(sizes: Namespace, folder: str, path: str) -> dict[str, measure.Peer]:
+  """{name: Peer} on the weights in `folder` and the workloads in the file `path`."""
   module = [sys.executable, "-m", "benchmarks.peers.transformers_sampler", folder, path,
             sizes.dtype]
   found = {name: measure.Peer([*module, name]) for name in sizes.rivals.split(",") if name}
@@ -158,79 +187,83 @@ def peers(sizes, folder, path):
   return found
 
 
-def same(greedy):
-  """Refuses to time what draws other tokens than we do where nothing is left to chance."""
+def check_equal(greedy: Mapping[str, measure.Json]) -> None:
+  """Raises ValueError if a rival's greedy tokens differ from ours."""
   for name, answer in greedy.items():
     if answer["tokens"] != greedy["ours"]["tokens"]:
       raise ValueError(f"{name} continues greedily with {answer['tokens'][0]} and we with "
-                       f"{greedy['ours']['tokens'][0]}: do not time what is not the same.")
+                       f"{greedy['ours']['tokens'][0]}: time only equal samplers.")
 
 
-def alone(sizes, dtype):
-  """{"rows": how many, "differ": the share that is not the same in a crowd and alone}."""
+def alone(sizes: Namespace, dtype: str) -> dict[str, Any]:
+  """{"rows": their number, "differ": the share sampled differently alone and in a batch}."""
   model, params = measure.model(sizes.shape, dtype)
   params = jax.tree.map(lambda x: x.astype(dtype), params)
-  crowd = works(sizes, model.config.vocab_size)["ragged"]
-  crowded, single = (Ours(model, params, work, sizes.page)
-                     for work in (crowd, crowd._replace(slots=1)))
+  ragged = workloads(sizes, model.config.vocab_size)["ragged"]
+  together = Ours(model, params, ragged, sizes.page)
+  single = Ours(model, params, ragged._replace(slots=1), sizes.page)
   if single.account["slots"] != 1:
     raise ValueError(f"a row is not alone in {single.account['slots']} slots: leave --page out.")
-  crowded, single = (sampled.ask(1)["tokens"] for sampled in (crowded, single))
-  differ = [a != b for a, b in zip(crowded, single, strict=True)]
+  pairs = zip(together.ask(1)["tokens"], single.ask(1)["tokens"], strict=True)
+  differ = [a != b for a, b in pairs]
   return {"rows": len(differ), "differ": statistics.mean(differ)}
 
 
-def run(sizes):
-  """{work: {who: tokens a second beside the bound}}, and the machine's two rates."""
+def run(sizes: Namespace) -> measure.Json:
+  """{workload: {sampler: tokens a second and the bound}}, and the machine's two rates."""
   model, params = measure.model(sizes.shape, sizes.dtype)
   params = jax.tree.map(lambda x: x.astype(sizes.dtype), params)
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
   stream = measure.bandwidth(sizes.stream, sizes.repeats)
-  rates = peak["flops_per_second"], stream["bytes_per_second"]
-  todo, found = works(sizes, model.config.vocab_size), {}
+  rates = (peak["flops_per_second"], stream["bytes_per_second"])
+  todo = workloads(sizes, model.config.vocab_size)
+  found = {}
   with tempfile.TemporaryDirectory() as scratch:
-    folder, path = f"{scratch}/model", f"{scratch}/works.json"
+    folder, path = f"{scratch}/model", f"{scratch}/workloads.json"
     if sizes.rivals or sizes.tunix:
       hf.save(folder, model, params)
     with open(path, "w", encoding="utf-8") as file:
-      json.dump({name: work._asdict() for name, work in todo.items()}, file)
+      json.dump({name: workload._asdict() for name, workload in todo.items()}, file)
     others = peers(sizes, folder, path)
     try:
-      for name, work in todo.items():
-        ours = Ours(model, params, work, sizes.page)
-        runs = {who: [] for who in ("ours", *others)}
+      for name, workload in todo.items():
+        ours = Ours(model, params, workload, sizes.page)
+        runs = {side: [] for side in ("ours", *others)}
         repeats = {"greedy": 0, "refill": sizes.refill_repeats}.get(name, sizes.repeats)
         for seed in range(repeats + 1):
-          for who, seen in runs.items():
-            seen.append(ours.ask(seed) if who == "ours" else
-                        others[who].ask(json.dumps({"work": name, "seed": seed})))
+          for side, answers in runs.items():
+            if side == "ours":
+              answers.append(ours.ask(seed))
+            else:
+              answers.append(others[side].ask(json.dumps({"workload": name, "seed": seed})))
         if name == "greedy":
-          same({who: seen[0] for who, seen in runs.items()})
+          check_equal({side: answers[0] for side, answers in runs.items()})
           continue
-        own = {"ours": ours.account["slots"]}  # in pages, more rows fit the same memory
-        row = found[name] = {
-            who: told(model.config, work._replace(slots=own.get(who, work.slots)), seen, rates)
-            for who, seen in runs.items()}
-        row["ours"] |= ours.account | {"seen": runs["ours"][-1]["seen"]}
+        # In pages, more of our rows fit the same memory.
+        slots = {side: workload.slots for side in others} | {"ours": ours.account["slots"]}
+        row = {side: summary(model.config, workload._replace(slots=slots[side]), answers, rates)
+               for side, answers in runs.items()}
+        row["ours"] |= ours.account | {"stats": runs["ours"][-1]["stats"]}
         if sizes.decode:
-          row["ours"]["decoding"] = decoding(model, params, work, sizes, row["ours"]["seconds"],
-                                             rates)
+          row["ours"]["decoding"] = decoding(model, params, workload, sizes,
+                                             row["ours"]["seconds"], rates)
+        found[name] = row
     finally:
       for other in others.values():
         other.close()
-  return {"works": found, "peers": {name: other.versions for name, other in others.items()},
+  return {"workloads": found, "peers": {name: other.versions for name, other in others.items()},
           "matmul_peak": peak, "bandwidth": stream}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Measures, writes the JSON and returns its path."""
-  asked = parse(argv)
-  kind = "decode" if asked.sizes.decode else ""
+  options = parse(argv)
+  sizes = options.sizes
   with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])):
-    if asked.sizes.alone:
-      return measure.write("sampler", asked, {"alone": {
-          dtype: alone(asked.sizes, dtype) for dtype in asked.sizes.alone.split(",")}}, "alone")
-    return measure.write("sampler", asked, run(asked.sizes), kind)
+    if sizes.alone:
+      shares = {dtype: alone(sizes, dtype) for dtype in sizes.alone.split(",")}
+      return measure.write("sampler", options, {"alone": shares}, kind="alone")
+    return measure.write("sampler", options, run(sizes), kind="decode" if sizes.decode else "")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
   python -m benchmarks.step [--objective=reverse_kl] [--rows=8] [--tokens=512] [--microbatches=1]
 
-Random tokens, every one of weight 1. With the default objective (negative log-likelihood) and torch
-installed, transformers runs the same weights on the same tokens, eager and compiled: after each of
-our repeats one of theirs, so that all see the same machine. Their loss must be ours, before the
-first update and after the last. `profile` has the parts of our update, each compiled alone. Peak
-memory is the compiled program's own account for us, the process's or the device's for them.
+The tokens are random and all have weight 1. With the default objective (negative log-likelihood)
+and torch installed, transformers runs the same weights on the same tokens, eager and compiled.
+Repeats alternate between us and them, so that a change of the machine's load affects all. Their
+loss must equal ours before the first update and after the last. `profile` has the parts of our
+update, each compiled alone. Peak memory is the compiled program's account for us, and that of the
+process or the device for them.
 """
 
 import importlib.util
@@ -14,6 +15,8 @@ import pathlib
 import statistics
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +28,8 @@ from configs import common
 from s2d_jax import ledger, models, objectives, optim, rollouts, sharding, training
 from s2d_jax.losses import blockwise
 from s2d_jax.models import hf
+from s2d_jax.rollouts import Batch
+from s2d_jax.sharding import Params
 
 OBJECTIVES = {
     "negative_log_likelihood": objectives.NEGATIVE_LOG_LIKELIHOOD, "grpo": objectives.GRPO,
@@ -39,12 +44,12 @@ PEERS = {"pytorch_eager": "eager", "pytorch_compiled": "compile"}
 parse = measure.parser(__doc__, FULL, SMOKE)
 
 
-def random_batch(vocab_size, rows, tokens):
-  """A Batch of full rows, every token of weight 1: what a step costs without padding."""
+def random_batch(vocab_size: int, rows: int, tokens: int) -> Batch:
+  """A Batch of random tokens without padding, each of weight 1."""
   rng = np.random.default_rng(0)
-  def ids():
+  def ids() -> np.ndarray:
     return rng.integers(0, vocab_size, (rows, tokens), dtype=np.int32)
-  def normal(mean=0.0):
+  def normal(mean: float = 0.0) -> np.ndarray:
     return rng.normal(mean, 1.0, (rows, tokens)).astype(np.float32)
   ones = np.ones((rows, tokens), np.int32)
   return rollouts.Batch(
@@ -57,125 +62,139 @@ def random_batch(vocab_size, rows, tokens):
 
 
 class Ours:
-  """Our model, compiled: forward() and train() give the loss."""
+  """Our model, compiled: forward() and train() return the loss."""
 
-  def __init__(self, sizes):
+  def __init__(self, sizes: Namespace) -> None:
     if sizes.objective not in OBJECTIVES:
       raise ValueError(f"there is no objective {sizes.objective!r}: choose "
                        f"{', '.join(OBJECTIVES)}.")
-    objective, mesh = OBJECTIVES[sizes.objective], sharding.current_mesh()
-    how = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
-    self.model, params = measure.model(*how)
+    objective = OBJECTIVES[sizes.objective]
+    mesh = sharding.current_mesh()
+    model_options = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
+    self.model, params = measure.model(*model_options)
     self.start = jax.device_get(params)
     hp = SimpleNamespace(**common.grpo(), **common.reverse_kl(), pi=0.5,
                          microbatches=sizes.microbatches, block=sizes.block)
     self.optimizer = optim.adamw(1e-4, models.axes(self.model.config), weight_decay=0.1)
     self.guided = objective.uses_guide(hp)
-    guide, self.guide_params = measure.model(*how, seed=1) if self.guided else (None, None)
-    place = sharding.weight_shardings(
+    layout = sharding.weight_shardings(
         mesh, models.axes(self.model.config), models.shapes(self.model.config))
-    self.state = training.init(self.optimizer, mesh, jax.device_put(params, place))
+    self.state = training.init(self.optimizer, mesh, jax.device_put(params, layout))
+    guide, self.guide_params = None, None
     if self.guided:
-      self.guide_params = jax.device_put(self.guide_params, place)
+      guide, guide_params = measure.model(*model_options, seed=1)
+      self.guide_params = jax.device_put(guide_params, layout)
     self.batch = random_batch(self.model.config.vocab_size, sizes.rows, sizes.tokens)
     self.placed = sharding.put_batch(self.batch, mesh)
     step = training.jit_update(self.model, guide, objective, self.optimizer, hp,
                        training.shardings(self.state))
-    score = training.token_logps(self.model, objectives.logp, hp)
+    token_logps = training.token_logps(self.model, objectives.logp, hp)
     self.program, self.compile_seconds = measure.stopwatch(
         lambda: step.lower(self.state, self.guide_params, self.placed).compile())
-    self.scored = score.lower(self.state.params, self.placed).compile()
+    self.token_logps = token_logps.lower(self.state.params, self.placed).compile()
 
-  def forward(self):
-    """One forward pass: the mean negative log-likelihood."""
-    return -float(np.mean(jax.device_get(self.scored(self.state.params, self.placed)[0])))
+  def forward(self) -> float:
+    """Runs a forward pass and returns the mean negative log-likelihood."""
+    return -float(np.mean(jax.device_get(self.token_logps(self.state.params, self.placed)[0])))
 
-  def train(self):
-    """One update: its loss."""
+  def train(self) -> float:
+    """Makes an update and returns its loss."""
     self.state, metrics = self.program(self.state, self.guide_params, self.placed)
     return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
 
 
-def profile(ours, sizes):
-  """Seconds of the parts of an update, each compiled by itself: where the time goes."""
+def profile(ours: Ours, sizes: Namespace) -> dict[str, float]:
+  """Seconds of the parts of an update, each compiled by itself."""
   batch, params = ours.placed, ours.state.params
-  def features(params):
+  def features(params: Params) -> jax.Array:
     return ours.model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)[0]
-  def head(head):
+  def loss(head: blockwise.Head) -> jax.Array:
     return -jnp.sum(blockwise.logp(head, batch.targets_BT, sizes.block)[0])
   features_BTD = jax.jit(features)(params)
   unembedded = blockwise.Head(features_BTD, ours.model.unembed(params))
   parts = {
       "features": (features, params),
       "features_and_gradient": (jax.grad(lambda p: jnp.sum(features(p) ** 2)), params),
-      "loss": (head, unembedded), "loss_and_gradient": (jax.grad(head), unembedded),
+      "loss": (loss, unembedded), "loss_and_gradient": (jax.grad(loss), unembedded),
       "optimizer": (lambda s: ours.optimizer.update(s.params, s.opt_state, s.params), ours.state)}
   found = {}
-  for name, (part, given) in parts.items():
-    program = jax.jit(part).lower(given).compile()
-    found[name] = measure.timed(lambda p=program, g=given: p(g), sizes.repeats)["seconds"]
+  for name, (part, argument) in parts.items():
+    program = jax.jit(part).lower(argument).compile()
+    found[name] = measure.timed(lambda p=program, x=argument: p(x), sizes.repeats)["seconds"]
   return found
 
 
-def peers(ours, sizes, scratch):
-  """{name: Peer} on our weights and tokens, or none where they have no part."""
+def peers(ours: Ours, sizes: Namespace, scratch: str) -> dict[str, measure.Peer]:
+  """{name: Peer} on our weights and tokens; empty without torch and for other objectives."""
   if importlib.util.find_spec("torch") is None or sizes.objective != "negative_log_likelihood":
     return {}
   folder, tokens = str(pathlib.Path(scratch) / "model"), f"{scratch}/tokens.npz"
   hf.save(folder, ours.model, ours.start)
   np.savez(tokens, inputs=ours.batch.inputs_BT, targets=ours.batch.targets_BT)
   module = [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, sizes.dtype]
-  return {name: measure.Peer([*module, how]) for name, how in PEERS.items()}
+  return {name: measure.Peer([*module, mode]) for name, mode in PEERS.items()}
 
 
-def run(sizes):
-  """{what a forward pass and an update need and take, ours and PyTorch's}."""
+def summary(runs: Sequence[measure.Json], tokens: int, flops: float,
+            flops_per_second: float) -> measure.Json:
+  """Medians of the runs after the first, and the losses of the first and the last run.
+
+  `tokens` and `flops` are those of one run; `flops_per_second` is the machine's peak.
+  """
+  seconds = [run["seconds"] for run in runs[1:]]
+  median = statistics.median(seconds)
+  found = {"seconds": median, "repeats": seconds, "first": runs[0]["seconds"],
+           "first_loss": runs[0]["loss"], "last_loss": runs[-1]["loss"],
+           "tokens_per_second": tokens / median,
+           "share_of_peak": flops / median / flops_per_second}
+  if "peak_bytes" in runs[-1]:
+    found["peak_bytes"] = runs[-1]["peak_bytes"]
+  return found
+
+
+def run(sizes: Namespace) -> measure.Json:
+  """Seconds and memory of a forward pass and of an update, ours and PyTorch's."""
   ours = Ours(sizes)
   with tempfile.TemporaryDirectory() as scratch:
     others = peers(ours, sizes, scratch)
-    seen = {what: {name: [] for name in ("ours", *others)} for what in ("forward", "train")}
+    runs = {task: {name: [] for name in ("ours", *others)} for task in ("forward", "train")}
     try:
-      for what, found in seen.items():
+      for task, found in runs.items():
         for _ in range(sizes.repeats + 1):
-          loss, seconds = measure.stopwatch(getattr(ours, what))
+          loss, seconds = measure.stopwatch(getattr(ours, task))
           found["ours"].append({"seconds": seconds, "loss": loss})
           for name, other in others.items():
-            found[name].append(other.ask(what))
+            found[name].append(other.ask(task))
     finally:
       for other in others.values():
         other.close()
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
   forward = ledger.forward_flops(ours.model.config, np.full(sizes.rows, sizes.tokens))
   flops = {"forward": forward, "train": forward * (3 + ours.guided)}  # backward is two forwards
-  def told(what, runs):
-    seconds = statistics.median(run["seconds"] for run in runs[1:])
-    return {"seconds": seconds, "repeats": [run["seconds"] for run in runs[1:]],
-            "first": runs[0]["seconds"], "first_loss": runs[0]["loss"],
-            "last_loss": runs[-1]["loss"],  # after as many updates
-            "tokens_per_second": sizes.rows * sizes.tokens / seconds,
-            "share_of_peak": flops[what] / seconds / peak["flops_per_second"],
-            **({"peak_bytes": runs[-1]["peak_bytes"]} if "peak_bytes" in runs[-1] else {})}
-  table = {what: {name: told(what, runs) for name, runs in found.items()}
-           for what, found in seen.items()}
+  tokens = sizes.rows * sizes.tokens
+  table = {task: {name: summary(answers, tokens, flops[task], peak["flops_per_second"])
+                  for name, answers in found.items()} for task, found in runs.items()}
   for name in others:
-    for what, when in (("forward", "first_loss"), ("train", "last_loss")):
-      mine, yours = (table[what][who][when] for who in ("ours", name))
-      if abs(mine - yours) > 1e-3 * abs(mine):
-        raise ValueError(f"{name} has the {what} {when} {yours} and we {mine} on the same tokens: "
-                         "do not time what is not the same.")
+    # The last loss is compared after equally many updates.
+    for task, key in (("forward", "first_loss"), ("train", "last_loss")):
+      mine, theirs = (table[task][side][key] for side in ("ours", name))
+      if abs(mine - theirs) > 1e-3 * abs(mine):
+        raise ValueError(f"{name} has the {task} {key} {theirs} and we {mine} on the same tokens: "
+                         "time only equal computations.")
   return {**table, "flops": flops, "compile_seconds": ours.compile_seconds,
           "profile": profile(ours, sizes),
-          "memory": measure.memory(ours.program), "forward_memory": measure.memory(ours.scored),
+          "memory": measure.memory(ours.program),
+          "forward_memory": measure.memory(ours.token_logps),
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Measures, writes the JSON and returns its path."""
-  asked = parse(argv)
-  objective = asked.sizes.objective
+  options = parse(argv)
+  objective = options.sizes.objective
   kind = "" if objective == FULL["objective"] else objective.replace("_", "-")
   with jax.set_mesh(sharding.make_mesh()):
-    return measure.write("step", asked, run(asked.sizes), kind)
+    return measure.write("step", options, run(options.sizes), kind)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,23 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import transformers
 
 
-def peak_bytes(device):
-  """The most memory this process has held: on the device, or on the host."""
+def peak_bytes(device: str) -> int:
+  """The most memory this process has held, on the device or else on the host."""
   if device == "cuda":
     return torch.cuda.max_memory_allocated()
   status = pathlib.Path("/proc/self/status").read_text()
   return 1024 * next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line)
 
 
-def main(folder, tokens, dtype, how):
-  """Answers each line until there are no more."""
+def main(folder: str, tokens: str, dtype: str, mode: str) -> None:
+  """Answers each line of standard input; `mode` is "eager" or "compile"."""
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=torch.float32, attn_implementation="sdpa").to(device)
@@ -39,19 +40,19 @@ def main(folder, tokens, dtype, how):
       [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
        {"params": norms, "weight_decay": 0.0}], lr=1e-4, fused=True)
 
-  def loss(inputs, targets):
+  def loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     with narrow:
       logits = model(inputs, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-  if how == "compile":
+  if mode == "compile":
     loss = torch.compile(loss)
 
-  def forward():
+  def forward() -> float:
     with torch.no_grad():
       return loss(inputs, targets).item()
 
-  def train():
+  def train() -> float:
     value = loss(inputs, targets)
     value.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,9 +62,10 @@ def main(folder, tokens, dtype, how):
 
   print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
                     "threads": torch.get_num_threads()}), flush=True)
+  tasks: dict[str, Callable[[], float]] = {"forward": forward, "train": train}
   for line in sys.stdin:
     start = time.perf_counter()
-    value = {"forward": forward, "train": train}[line.strip()]()
+    value = tasks[line.strip()]()
     if device == "cuda":
       torch.cuda.synchronize()
     print(json.dumps({"seconds": time.perf_counter() - start, "loss": value,

@@ -18,20 +18,20 @@ from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
-def main(path, dtype):
-  """Answers each line until there are no more."""
+def main(path: str, dtype: str) -> None:
+  """Answers each line of standard input with a loss and the norms of its gradients."""
   with np.load(path) as arrays:
-    given = {name: torch.tensor(arrays[name]).to(getattr(torch, dtype)) for name in arrays}
-  features = given["student"].requires_grad_()
-  weight = given["student_weight"].requires_grad_()
+    inputs = {name: torch.tensor(arrays[name]).to(getattr(torch, dtype)) for name in arrays}
+  features = inputs["student"].requires_grad_()
+  weight = inputs["student_weight"].requires_grad_()
 
-  def loss(way, beta):
+  def loss(way: str, beta: float) -> torch.Tensor:
     if way == "trl":
       return GKDTrainer.generalized_jsd_loss(
-          (features @ weight.T)[None], (given["guide"] @ given["guide_weight"].T)[None], beta=beta,
-          reduction="sum")
+          (features @ weight.T)[None], (inputs["guide"] @ inputs["guide_weight"].T)[None],
+          beta=beta, reduction="sum")
     return ChunkedDivergenceFunction.apply(
-        features, weight, None, given["guide"], given["guide_weight"], None, beta)[0].sum()
+        features, weight, None, inputs["guide"], inputs["guide_weight"], None, beta)[0].sum()
 
   print(json.dumps({"trl": trl.__version__, "torch": torch.__version__}), flush=True)
   for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Every benchmark runs at its smoke size and leaves a result that says what, where and how."""
+"""Every benchmark runs at its smoke size and writes a result with command, machine and sizes."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ COMPILED = {"compile_seconds", "argument_bytes", "temporary_bytes", "output_byte
 KEYS = {
     "step": {"forward", "train", "flops", "compile_seconds", "memory", "forward_memory", "peers",
              "matmul_peak", "profile"},
-    "sampler": {"works", "peers", "matmul_peak", "bandwidth"},
+    "sampler": {"workloads", "peers", "matmul_peak", "bandwidth"},
     "grpo": {"step", "flops", "compile_seconds", "memory", "peers", "matmul_peak"},
     "loss": {"memory", "time", "peers", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
@@ -31,7 +31,7 @@ KEYS = {
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
 SAMPLER = TIMED | {"tokens_per_second", "tokens", "bound_tokens_per_second", "share_of_bound"}
-OURS = SAMPLER | {"compile_seconds", "memory", "slots", "seen"}
+OURS = SAMPLER | {"compile_seconds", "memory", "slots", "stats"}
 RIVALS = ("transformers", "transformers_continuous")
 GRPO = TIMED | {"tokens", "entropy", "share_of_peak"}
 LOADING = {"seconds", "touch_seconds", "repeats", "bytes_per_second", "peak_above_start_bytes",
@@ -53,7 +53,7 @@ def smoke(name, folder, *flags):
   return result
 
 
-def test_every_benchmark_is_known():
+def test_every_benchmark_has_its_keys_here():
   scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
   assert scripts - {"__init__", "measure"} == set(KEYS)
 
@@ -64,9 +64,9 @@ def test_step(objective, tmp_path):
   result = smoke("step", tmp_path, f"--objective={objective}", "--repeats=2")
   assert (tmp_path / f"step-{objective.replace('_', '-')}-cpu.json").exists()
   assert result["sizes"]["objective"] == objective and result["peers"] == {}
-  for what in ("forward", "train"):
-    assert set(result[what]) == {"ours"} and set(result[what]["ours"]) == STEP
-    assert len(result[what]["ours"]["repeats"]) == 2
+  for task in ("forward", "train"):
+    assert set(result[task]) == {"ours"} and set(result[task]["ours"]) == STEP
+    assert len(result[task]["ours"]["repeats"]) == 2
   # Each of 2 × 8 tokens: 2 FLOPs a weight, which are 1 layer of q, o 16 × 16, k, v 16 × 8 and 3 of
   # 16 × 16, and 64 × 16 unembedded. Each of 36 pairs a row: 4 × 2 heads of 8. Thrice that for the
   # update, and the guide's once more.
@@ -81,34 +81,34 @@ def test_step(objective, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TORCH, reason="the peer is PyTorch")
-def test_step_beside_pytorch(tmp_path):
+def test_step_and_pytorch(tmp_path):
   result = smoke("step", tmp_path)
-  for what in ("forward", "train"):
+  for task in ("forward", "train"):
     for name in ("pytorch_eager", "pytorch_compiled"):
-      assert set(result[what][name]) == STEP | {"peak_bytes"}
-      # The same weights and tokens, so the same loss, at first and after an update of each.
-      for when in ("first_loss", "last_loss"):
-        mine, theirs = (result[what][who][when] for who in ("ours", name))
+      assert set(result[task][name]) == STEP | {"peak_bytes"}
+      # Weights and tokens are equal, so losses are too, at first and after an update of each.
+      for key in ("first_loss", "last_loss"):
+        mine, theirs = (result[task][side][key] for side in ("ours", name))
         assert theirs == pytest.approx(mine, rel=1e-5)
     change = result["train"]["ours"]["last_loss"] - result["train"]["ours"]["first_loss"]
-    assert abs(change) > 1e-4  # an update is seen
+    assert abs(change) > 1e-4  # the update changed the loss
 
 
 @pytest.mark.medium
 def test_sampler(tmp_path):
   result = smoke("sampler", tmp_path)
-  assert set(result["works"]) == {"ragged", "refill", "uniform"} and result["peers"] == {}
+  assert set(result["workloads"]) == {"ragged", "refill", "uniform"} and result["peers"] == {}
   assert result["bandwidth"]["bytes_per_second"] > 0
-  for work in result["works"].values():
-    assert set(work) == {"ours"} and set(work["ours"]) == OURS
-    ours = work["ours"]
+  for workload in result["workloads"].values():
+    assert set(workload) == {"ours"} and set(workload["ours"]) == OURS
+    ours = workload["ours"]
     assert ours["tokens_per_second"] == pytest.approx(ours["tokens"][0] / ours["seconds"])
-    assert ours["slots"] == 4 and ours["seen"]["tokens"] == ours["tokens"][0]
+    assert ours["slots"] == 4 and ours["stats"]["tokens"] == ours["tokens"][0]
     assert set(ours["memory"]) == COMPILED - {"compile_seconds"}
   # 2 × 2 rows, three times as many, and all of them to their 8 tokens.
-  assert result["works"]["uniform"]["ours"]["tokens"] == [4 * 8]
-  assert 4 <= result["works"]["ragged"]["ours"]["tokens"][0] <= 4 * 8
-  assert 12 <= result["works"]["refill"]["ours"]["tokens"][0] <= 12 * 8
+  assert result["workloads"]["uniform"]["ours"]["tokens"] == [4 * 8]
+  assert 4 <= result["workloads"]["ragged"]["ours"]["tokens"][0] <= 4 * 8
+  assert 12 <= result["workloads"]["refill"]["ours"]["tokens"][0] <= 12 * 8
 
 
 @pytest.mark.medium
@@ -116,9 +116,9 @@ def test_sampler_decoding_alone(tmp_path):
   argv = ["--smoke", f"--results={tmp_path}", "--decode=1,4", "--max_tokens=16"]
   result = json.loads(sampler.main(argv).read_text())
   assert result["command"] == " ".join(["python -m benchmarks.sampler", *argv])
-  assert set(result["works"]) == {"decode_1", "decode_4"}
+  assert set(result["workloads"]) == {"decode_1", "decode_4"}
   for name, rows in (("decode_1", 1), ("decode_4", 4)):
-    ours = result["works"][name]["ours"]
+    ours = result["workloads"][name]["ours"]
     assert ours["tokens"] == [16 * rows] and ours["slots"] == rows
     # 2,560 weights of 4 bytes, and keys and values of 8 numbers at 5 to 19 places of each row.
     assert ours["decoding"]["bytes_per_step"] == 4 * (2560 + 2 * 8 * rows * (5 + 19) / 2)
@@ -127,18 +127,18 @@ def test_sampler_decoding_alone(tmp_path):
 
 
 @pytest.mark.medium
-def test_rows_alone_and_in_a_crowd(tmp_path):
+def test_rows_sampled_alone_and_in_a_batch(tmp_path):
   argv = ["--smoke", f"--results={tmp_path}", "--alone=float32,bfloat16"]
   found = json.loads(sampler.main(argv).read_text())["alone"]
   assert found["float32"] == {"rows": 4, "differ": 0}
   assert found["bfloat16"]["rows"] == 4
 
 
-def test_the_bound_follows_the_rows_through_their_slots():
+def test_the_bound_by_hand():
   config = models.get(measure.SHAPES["qwen3-smoke"]).config
-  work = sampler.Work([[1, 2, 3]] * 3, 1, 8, 1.0, (), slots=2)
+  workload = sampler.Workload([[1, 2, 3]] * 3, 1, 8, 1.0, (), slots=2)
   # Rows of 3, 1 and 2 tokens in two slots: the third takes the second's, and ends with the first.
-  flops_S, bytes_S = sampler.needs(config, work, [3, 1, 2])
+  flops_S, bytes_S = sampler.step_costs(config, workload, [3, 1, 2])
   attended_S = np.array([3 + 3, 4 + 3, 5 + 4])
   np.testing.assert_array_equal(bytes_S, 4 * (2560 + 2 * 8 * attended_S))
   np.testing.assert_array_equal(flops_S, 2 * 2560 * 2 + 4 * 2 * 8 * attended_S)
@@ -148,19 +148,19 @@ def test_the_bound_follows_the_rows_through_their_slots():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TORCH, reason="the rivals are PyTorch")
-def test_sampler_beside_transformers(tmp_path):
-  result = smoke("sampler", tmp_path, "--works=ragged,refill", f"--rivals={','.join(RIVALS)}")
+def test_sampler_and_transformers(tmp_path):
+  result = smoke("sampler", tmp_path, "--workloads=ragged,refill", f"--rivals={','.join(RIVALS)}")
   assert set(result["peers"]) == set(RIVALS)
   for name, rows in (("ragged", 4), ("refill", 12)):
     for rival in RIVALS:
-      row = result["works"][name][rival]
+      row = result["workloads"][name][rival]
       assert set(row) == SAMPLER and rows <= row["tokens"][0] <= rows * 8
 
 
-def test_samplers_that_differ_are_not_timed():
+def test_unequal_samplers_are_not_timed():
   greedy = {"ours": {"tokens": [[1, 2]]}, "theirs": {"tokens": [[1, 3]]}}
-  with pytest.raises(ValueError, match="theirs continues greedily with .*do not time what is not"):
-    sampler.same(greedy)
+  with pytest.raises(ValueError, match="theirs continues greedily with .*time only equal samplers"):
+    sampler.check_equal(greedy)
 
 
 @pytest.mark.medium
@@ -178,10 +178,10 @@ def test_grpo(tmp_path):
   assert set(result["memory"]) == {"draw", "update"}
 
 
-def test_steps_that_differ_are_not_timed():
+def test_unequal_steps_are_not_timed():
   found = {"ours": {"tokens": 8, "entropy": 3.0}, "trl": {"tokens": 8, "entropy": 3.1}}
   with pytest.raises(ValueError, match="trl has 8 tokens of entropy 3.1 and we"):
-    grpo.same(found)
+    grpo.check_equal(found)
 
 
 @pytest.mark.medium
@@ -212,19 +212,19 @@ def test_loss_in_another_type(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, off", [("float32", 2e-5), ("bfloat16", 2e-3)])
-def test_losses_that_differ_are_not_timed(dtype, off):
+def test_unequal_losses_are_not_timed(dtype, off):
   ways = {"direct": {"loss": 1.0, "gradients": [2.0, 3.0]},
           "blockwise": {"loss": 1.0, "gradients": [2.0, 3.0 * (1 + off)]}}
-  with pytest.raises(ValueError, match="blockwise of reverse_kl has .*do not time what differs"):
-    loss.same("reverse_kl", ways, dtype)
+  with pytest.raises(ValueError, match="blockwise of reverse_kl has .*time only equal losses"):
+    loss.check_equal("reverse_kl", ways, dtype)
   ways["blockwise"]["gradients"][1] = 3.0 * (1 + off / 4)
-  loss.same("reverse_kl", ways, dtype)
+  loss.check_equal("reverse_kl", ways, dtype)
 
 
-def test_the_command_is_the_scripts_and_the_file_says_of_which_kind(tmp_path):
-  parse = measure.parser("What.", {"rows": 8}, {"rows": 1})
-  asked = parse(["--smoke", f"--results={tmp_path}"])
-  path = measure.write("loss", asked, {}, "v5p")
+def test_the_result_holds_the_command_and_its_file_the_kind(tmp_path):
+  parse = measure.parser("A benchmark.", {"rows": 8}, {"rows": 1})
+  options = parse(["--smoke", f"--results={tmp_path}"])
+  path = measure.write("loss", options, {}, "v5p")
   assert path.name == "loss-v5p-cpu.json"
   result = json.loads(path.read_text())
   assert result["benchmark"] == "loss"
@@ -251,7 +251,8 @@ def test_the_median_is_of_the_repeats_and_not_of_the_first_run(monkeypatch):
 
 
 def test_flags_move_one_size_and_unknown_ones_are_refused(capsys):
-  parse = measure.parser("What.", {"rows": 8, "shape": "large"}, {"rows": 1, "shape": "small"})
+  parse = measure.parser("A benchmark.", {"rows": 8, "shape": "large"},
+                         {"rows": 1, "shape": "small"})
   assert vars(parse([]).sizes) == {"rows": 8, "shape": "large"}
   assert vars(parse(["--smoke", "--rows=3"]).sizes) == {"rows": 3, "shape": "small"}
   with pytest.raises(SystemExit):
@@ -261,7 +262,7 @@ def test_flags_move_one_size_and_unknown_ones_are_refused(capsys):
     measure.model("huge")
 
 
-def test_the_named_shape_is_what_it_says():
+def test_the_named_shape_has_29_million_parameters():
   shape = measure.SHAPES["qwen3-29m"]
   keys = ("hidden_size", "vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
           "num_key_value_heads")

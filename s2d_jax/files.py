@@ -16,7 +16,7 @@ from etils import epath
 
 from s2d_jax import hosts
 
-SILENT_SECONDS = 3600  # a lock whose last beat is older belongs to a dead process
+_SILENT_SECONDS = 3600  # a lock whose last beat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
@@ -110,7 +110,7 @@ def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
   age = int(time.time() - lock["beat"])
   here = lock["host"] == own["host"]
   # A process of another host cannot be asked, so its silence has to decide.
-  if age > SILENT_SECONDS or here and not _alive(lock["pid"]):
+  if age > _SILENT_SECONDS or here and not _alive(lock["pid"]):
     print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
           f"{age} s; taking over.", flush=True)
   elif not here or lock["pid"] != own["pid"]:

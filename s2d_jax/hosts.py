@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 RETRY = 75  # exit code EX_TEMPFAIL: stopped and saved, so the same command goes on
 AGREE_SECONDS = 60
 START_SECONDS = 600  # where a process may still compile, or load weights
-ROUNDS: dict[str, int] = {}  # name -> number of its last comparison in `agree`
+_ROUNDS: dict[str, int] = {}  # name -> number of its last comparison in `agree`
 
 
 def leader() -> bool:
@@ -79,8 +79,8 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
   # itself wait for ever where the processes differ.
   client = distributed.global_state.client
   seconds = seconds or AGREE_SECONDS
-  current = ROUNDS.get(name, -1) + 1
-  ROUNDS[name] = current
+  current = _ROUNDS.get(name, -1) + 1
+  _ROUNDS[name] = current
   own = jax.process_index()
   client.key_value_set(f"{name}/{current}/{own}", digest)
   for other in range(jax.process_count()):

@@ -14,15 +14,15 @@ from ml_collections import ConfigDict
 
 # Stands for "no such value". An object of its own equals no value that a config can hold, None
 # included.
-REQUIRED = object()
+_REQUIRED = object()
 
 
 class Key(NamedTuple):
   """One key of a config: its range, and what it means for a stage's name."""
   check: Callable[[Any], bool]  # value -> whether it is in range; a TypeError counts as False
   remedy: str                   # ends the error message: "choose it above 0"
-  neutral: Any = REQUIRED       # the value at which the key changes nothing: it is not hashed
-  default: Any = REQUIRED       # the value where a caller gives none; else the neutral value
+  neutral: Any = _REQUIRED       # the value at which the key changes nothing: it is not hashed
+  default: Any = _REQUIRED       # the value where a caller gives none; else the neutral value
   hashed: bool = True           # False where no value changes a result beyond rounding and logs
 
 
@@ -58,7 +58,7 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
   check_names(path, block, record)
   for name, key in record.items():
     if isinstance(key, Key):
-      check_value(f"{path}.{name}", block[name], key)
+      _check_value(f"{path}.{name}", block[name], key)
     else:
       check_block(f"{path}.{name}", block[name], key)
 
@@ -85,10 +85,10 @@ def check_values(values: Any, record: Mapping[str, Key]) -> None:
     ValueError: a value is out of range.
   """
   for name, key in record.items():
-    check_value(name, getattr(values, name), key)
+    _check_value(name, getattr(values, name), key)
 
 
-def check_value(path: str, value: Any, key: Key) -> None:
+def _check_value(path: str, value: Any, key: Key) -> None:
   """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
   # A text compared with a number raises a TypeError, which names neither the key nor the remedy.
   try:
@@ -107,9 +107,9 @@ def defaults(record: Mapping[str, Key], **changes: Any) -> ConfigDict:
   """
   block = ConfigDict(changes)
   for name, key in record.items():
-    value = key.neutral if key.default is REQUIRED else key.default
+    value = key.neutral if key.default is _REQUIRED else key.default
     if name not in changes:
-      if value is REQUIRED:
+      if value is _REQUIRED:
         raise ValueError(f"{name} has no default: give a value for it.")
       block[name] = value
   check_names("the block", block, record)

@@ -21,7 +21,7 @@ COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled",
 
 # How a stage spends labels: those of every prompt in every step, those of each prompt once, none.
 LabelUse = Literal["each_step", "once", "none"]
-Entry = dict[str, Any]
+_Entry = dict[str, Any]
 
 
 class Architectures(NamedTuple):
@@ -56,7 +56,7 @@ def forward_flops(config: Any, length_B: Sequence[int],
                       + 4 * c.layers * c.heads * c.head_width * pairs_B))
 
 
-def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts: float) -> Entry:
+def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts: float) -> _Entry:
   """One step's entry: which problems were sampled, whose labels were spent, and the counts.
 
   Args:
@@ -92,7 +92,7 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
 
 def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,
                architectures: Architectures, pass_rate_rollout: Rollout | None,
-               scored_first: bool) -> Entry:
+               scored_first: bool) -> _Entry:
   """The entry of a step.
 
   Args:

@@ -48,8 +48,8 @@ KEYS = {
 
 MAX_LOGP_GAP_NATS = 0.01  # root mean square of sampler and trainer, allowed of a narrow cache
 
-Values = dict[str, Any]
-Logs = dict[str, metrics.Log]
+_Values = dict[str, Any]
+_Logs = dict[str, metrics.Log]
 
 
 class StageRun(NamedTuple):
@@ -77,7 +77,7 @@ def update_count(hp: ConfigDict) -> int:
 
 
 def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
-        stop: Callable[[], bool]) -> tuple[Params, Values]:
+        stop: Callable[[], bool]) -> tuple[Params, _Values]:
   """Trains one stage from its newest checkpoint, or from the start, to its last step.
 
   Args:
@@ -122,7 +122,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
 
 
 def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, logs: Logs, beat: Callable[[], None],
+          checkpoints: checkpoint.Checkpoints, logs: _Logs, beat: Callable[[], None],
           stop: Callable[[], bool]) -> TrainState:
   """The steps. Saves fall only between them."""
   hp = stage.hp
@@ -170,7 +170,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
 
 
 def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates: PassRates | None,
-          state: TrainState, step: int, logs: Logs) -> tuple[TrainState, Values]:
+          state: TrainState, step: int, logs: _Logs) -> tuple[TrainState, _Values]:
   """One rollout batch and its updates: the new state and the step's metrics."""
   hp = stage.hp
   # The whole learner, adapters joined, once a step: everything that reads it gets this one.
@@ -237,7 +237,7 @@ def _log_samples(stage: StageRun, step_rollouts: StepRollouts, step: int, log: m
 
 
 def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
-             batch: Batch) -> tuple[TrainState, Values]:
+             batch: Batch) -> tuple[TrainState, _Values]:
   """epochs × minibatches optimizer updates: the state and the means of their metrics."""
   hp = stage.hp
   mesh = sharding.current_mesh()
@@ -255,7 +255,7 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   return state, means | {"finite": min(values["finite"] for values in update_metrics)}
 
 
-def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, Values]:
+def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, _Values]:
   """(the trainer's log-probabilities of a batch, how far the sampler's are from them, in nats)."""
   placed = sharding.put_batch(batch, sharding.current_mesh())
   logp_BT, _ = sharding.fetch(programs.token_logps(params, placed))
@@ -264,7 +264,7 @@ def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.n
                    "logp_gap_max": gap.max()}
 
 
-def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: Logs, step: int,
+def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: _Logs, step: int,
           state: TrainState) -> None:
   """Logs first, then the checkpoint that makes them count."""
   for name, log in logs.items():
@@ -274,7 +274,7 @@ def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: Logs, s
   checkpoints.save(step, state)
 
 
-def _check(stage: StageRun, step: int, saved: int | None, entry: Values, compiled: int) -> None:
+def _check(stage: StageRun, step: int, saved: int | None, entry: _Values, compiled: int) -> None:
   """Raises where a step's numbers are not finite, or it compiled a program."""
   if not entry["finite"]:
     if saved is None:

@@ -16,7 +16,7 @@ from absl import flags, logging
 
 from s2d_jax import command, hosts, manifest, recipe, report, sharding, sweep, tasks, walk
 
-EXAMPLE = "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny"
+_EXAMPLE = "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     ValueError: the request is wrong; the message is one sentence.
     FloatingPointError: a stage failed.
   """
-  parser = command.config_parser("run", "Trains and scores the arms of a config.", EXAMPLE)
+  parser = command.config_parser("run", "Trains and scores the arms of a config.", _EXAMPLE)
   parser.add_argument("--workdir", required=True, help="the folder that keeps what is done")
   parser.add_argument("--plan", action="store_true",
                       help="print the runs and count their stages; train nothing")

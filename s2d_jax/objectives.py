@@ -30,7 +30,7 @@ from s2d_jax.rollouts import Batch
 
 Head = tuple[jax.Array, jax.Array]       # (features_BTD, weight_VD)
 Sums = dict[str, tuple[jax.Array, ...]]  # {name: (sum, count)} or {name: (maximum,)}
-Values = dict[str, jax.Array]            # {name: value_BT}
+_Values = dict[str, jax.Array]            # {name: value_BT}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,14 +83,14 @@ def _trained_logp(head: Head, batch: Batch, hp: ConfigDict) -> tuple[jax.Array, 
   return blockwise.logp(head, batch.targets_BT, hp.block, batch.weight_BT > 0)
 
 
-def unscored(batch: Batch) -> bool:
+def _unscored(batch: Batch) -> bool:
   """Whether an update is the first pass to compute log-probabilities of a sampler's rollout."""
   return batch.old_logp_BT is None and batch.sampler_logp_BT is not None
 
 
 def sampler_gap(logp_BT: jax.Array, batch: Batch) -> Sums:
-  """Sums of |update's log-probability − sampler's| in nats; {} unless the batch is `unscored`."""
-  if not unscored(batch):
+  """Sums of |update's log-probability − sampler's| in nats; {} unless the batch is `_unscored`."""
+  if not _unscored(batch):
     return {}
   trained_BT = batch.weight_BT > 0
   gap_BT = jnp.where(trained_BT, jnp.abs(logp_BT - batch.sampler_logp_BT), 0.0)
@@ -101,7 +101,7 @@ def sampler_gap(logp_BT: jax.Array, batch: Batch) -> Sums:
 
 
 def sums_from_logits(
-    f: Callable[..., tuple[jax.Array, Values]], student_head: Head, guide_head: Head | None,
+    f: Callable[..., tuple[jax.Array, _Values]], student_head: Head, guide_head: Head | None,
     batch: Batch, hp: ConfigDict, *more_BT: jax.Array) -> Sums:
   """The sums of a per-token loss, computed block by block from logits.
 
@@ -143,20 +143,20 @@ ADVANTAGES = {"group": grpo.group_advantages, "centred": grpo.group_advantages_c
 KL_PENALTIES = {"k2": lambda logp, reference, old: kl.k2(logp, reference),
                 "k3": lambda logp, reference, old: kl.k3(logp, reference),
                 "k3_corrected": kl.k3_corrected}
-MISMATCHES = {
+_MISMATCHES = {
     "truncate": lambda ratio_BT, hp: grpo.truncated(ratio_BT, hp.mismatch_most),
     "mask": lambda ratio_BT, hp: grpo.masked(ratio_BT, hp.mismatch_least, hp.mismatch_most)}
 # "k1" is absent: its gradient is 0 in expectation.
-PENALTY_NAMES = ("none", *KL_PENALTIES, "exact")
-GRPO_KEYS = BLOCK_KEYS | {
+_PENALTY_NAMES = ("none", *KL_PENALTIES, "exact")
+_GRPO_KEYS = BLOCK_KEYS | {
     "surrogate": keys.one_of(grpo.SURROGATES, default="clipped"),
     "clip_low": Key(lambda low: 0 <= low <= 1, "choose it from 0 to 1", default=0.2),
     "clip_high": Key(lambda high: high >= 0, "choose 0 or more", default=0.2),
     "clip_most": Key(lambda most: most > 1, "choose it above 1", default=3.0),
-    "kl": Key(lambda name: name in PENALTY_NAMES,
-              f"choose it from {', '.join(PENALTY_NAMES)}; {kl.K1}", neutral="none"),
+    "kl": Key(lambda name: name in _PENALTY_NAMES,
+              f"choose it from {', '.join(_PENALTY_NAMES)}; {kl.K1}", neutral="none"),
     "kl_coef": Key(lambda coefficient: coefficient >= 0, "choose 0 or more", neutral=0.0),
-    "mismatch": keys.one_of(("none", *MISMATCHES), neutral="none"),
+    "mismatch": keys.one_of(("none", *_MISMATCHES), neutral="none"),
     "mismatch_level": keys.one_of(("token", "sequence"), default="token"),
     "mismatch_least": Key(lambda ratio: ratio > 0, "choose it above 0", default=0.5),
     "mismatch_most": Key(lambda ratio: ratio > 0, "choose it above 0", default=2.0)}
@@ -169,8 +169,8 @@ def grpo_loss(student_head: Head, guide_head: Head | None, batch: Batch, hp: Con
 
   The surrogate is hp.surrogate, a name in grpo.SURROGATES. The KL is hp.kl: an estimate from the
   sampled token in KL_PENALTIES, "exact" over the vocabulary, or "none". w corrects for a sampler
-  that differs from the trainer (hp.mismatch, a name in MISMATCHES) and is 1 with "none"; its ratio
-  is logged unchanged. arXiv 2402.03300.
+  that differs from the trainer (hp.mismatch, a name in _MISMATCHES) and is 1 with "none"; its
+  ratio is logged unchanged. arXiv 2402.03300.
   """
   own_head = student_head
   reference_BT = None
@@ -214,7 +214,7 @@ def _check_mismatch(hp: ConfigDict) -> None:
                      f"{hp.mismatch_most}.")
 
 
-GRPO = Objective(grpo_loss, GRPO_KEYS, uses_guide=_uses_penalty, check=_check_mismatch)
+GRPO = Objective(grpo_loss, _GRPO_KEYS, uses_guide=_uses_penalty, check=_check_mismatch)
 
 
 def _couples_tokens(hp: ConfigDict) -> bool:
@@ -227,7 +227,7 @@ def _couples_tokens(hp: ConfigDict) -> bool:
 
 
 def _surrogate_loss(logp_BT: jax.Array, own_logp_BT: jax.Array, reference_BT: jax.Array | None,
-                    batch: Batch, hp: ConfigDict) -> tuple[jax.Array, Values]:
+                    batch: Batch, hp: ConfigDict) -> tuple[jax.Array, _Values]:
   """(loss_BT, {name: value_BT}) of `grpo_loss` without the exact KL, for any set of tokens.
 
   own_logp_BT is log π over the vocabulary that the student shares with the reference.
@@ -246,7 +246,7 @@ def _surrogate_loss(logp_BT: jax.Array, own_logp_BT: jax.Array, reference_BT: ja
   if hp.mismatch != "none":
     ratio_BT = grpo.mismatch_ratio(
         old_BT, batch.behaviour_logp_BT, trained_BT, batch.segments_BT, hp.mismatch_level)
-    correction_BT = MISMATCHES[hp.mismatch](ratio_BT, hp)
+    correction_BT = _MISMATCHES[hp.mismatch](ratio_BT, hp)
     loss_BT = loss_BT * correction_BT
     values |= {"mismatch_ratio": ratio_BT, "mismatch_weight": correction_BT}
   if reference_BT is not None:
@@ -293,18 +293,18 @@ def learnable(pass_rate_P: np.ndarray) -> np.ndarray:
 
 # A form returns (value_BT, {name: value_BT}) from two logits and the stage's config. Functions of
 # the top k take logits as they are, so only the full form reads the temperatures.
-FORWARD_FORMS = {
+_FORWARD_FORMS = {
     "full": lambda s, g, hp: (
         kl.forward_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
     "top_k": lambda s, g, hp: kl.top_k_forward_kl(s, g, hp.top_k, hp.support)}
-REVERSE_FORMS = {
+_REVERSE_FORMS = {
     "full": lambda s, g, hp: (
         kl.reverse_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
     "top_k": lambda s, g, hp: kl.top_k_reverse_kl(s, g, hp.top_k, hp.support),
     "intersection": lambda s, g, hp: kl.intersection_reverse_kl(s, g, hp.top_k)}
 # The doctor compares top_k with the vocabulary where the form is one of these.
 TOP_K_FORMS = ("top_k", "intersection")
-TEMPERATURE_KEYS = dict.fromkeys(
+_TEMPERATURE_KEYS = dict.fromkeys(
     ("student_temperature", "teacher_temperature"),
     Key(lambda temperature: temperature > 0, "choose it above 0", neutral=1.0))
 
@@ -313,14 +313,14 @@ def _distillation_keys(forms: tuple[str, ...]) -> dict[str, Key]:
   """The keys of a divergence that has the given forms."""
   form = Key(lambda name: name in forms, f"choose it from {', '.join(forms)}; {kl.K1}",
              default="full")
-  return BLOCK_KEYS | TEMPERATURE_KEYS | {
+  return BLOCK_KEYS | _TEMPERATURE_KEYS | {
       "form": form, "top_k": keys.at_least(1, default=64),
       "support": keys.one_of(kl.SUPPORTS, default="teacher")}
 
 
 def _check_form(hp: ConfigDict) -> None:
   """Refuses a key that the form does not read, unless it has the value that the form implies."""
-  for name in TEMPERATURE_KEYS:
+  for name in _TEMPERATURE_KEYS:
     if hp.form != "full" and getattr(hp, name) != 1:
       raise ValueError(f"{name} is {getattr(hp, name)} and the form \"{hp.form}\" takes logits as "
                        "they are: set it to 1, or form to \"full\".")
@@ -330,19 +330,19 @@ def _check_form(hp: ConfigDict) -> None:
 
 
 def forward_kl(student_head: Head, guide_head: Head, batch: Batch, hp: ConfigDict) -> Sums:
-  """Distillation on given text: KL(guide ‖ student) at every token, in a form of FORWARD_FORMS."""
-  return _distillation(FORWARD_FORMS[hp.form], student_head, guide_head, batch, hp)
+  """Distillation on given text: KL(guide ‖ student) at every token, in a form of _FORWARD_FORMS."""
+  return _distillation(_FORWARD_FORMS[hp.form], student_head, guide_head, batch, hp)
 
 
 def reverse_kl(student_head: Head, guide_head: Head, batch: Batch, hp: ConfigDict) -> Sums:
   """On-policy distillation: KL(student ‖ guide) at every token.
 
-  hp.form is a form of REVERSE_FORMS, or "sampled": an estimate from the sampled token, with the
+  hp.form is a form of _REVERSE_FORMS, or "sampled": an estimate from the sampled token, with the
   exact KL as its baseline where hp.baseline is True.
   """
   if hp.form == "sampled":
     return _sampled_reverse_kl(student_head, guide_head, batch, hp)
-  return _distillation(REVERSE_FORMS[hp.form], student_head, guide_head, batch, hp)
+  return _distillation(_REVERSE_FORMS[hp.form], student_head, guide_head, batch, hp)
 
 
 def jsd(student_head: Head, guide_head: Head, batch: Batch, hp: ConfigDict) -> Sums:
@@ -352,13 +352,13 @@ def jsd(student_head: Head, guide_head: Head, batch: Batch, hp: ConfigDict) -> S
       student_head, guide_head, batch, hp)
 
 
-FORWARD_KL = Objective(forward_kl, _distillation_keys((*FORWARD_FORMS,)), check=_check_form)
+FORWARD_KL = Objective(forward_kl, _distillation_keys((*_FORWARD_FORMS,)), check=_check_form)
 REVERSE_KL = Objective(
     reverse_kl,
-    _distillation_keys((*REVERSE_FORMS, "sampled")) | {
+    _distillation_keys((*_REVERSE_FORMS, "sampled")) | {
         "baseline": Key(lambda x: x is True or x is False, "choose True or False", default=True)},
     check=_check_form)
-JSD = Objective(jsd, BLOCK_KEYS | TEMPERATURE_KEYS | {
+JSD = Objective(jsd, BLOCK_KEYS | _TEMPERATURE_KEYS | {
     "pi": Key(lambda share: 0 < share < 1,
               "choose the teacher's share of the mixture between 0 and 1", default=0.5)})
 
@@ -366,7 +366,7 @@ JSD = Objective(jsd, BLOCK_KEYS | TEMPERATURE_KEYS | {
 def _distillation(form: Callable, student_head: Head, guide_head: Head, batch: Batch,
                   hp: ConfigDict) -> Sums:
   """The sums of a form: form(student_logits, guide_logits, hp) -> (loss_BT, {name: value_BT})."""
-  if not unscored(batch):
+  if not _unscored(batch):
     return sums_from_logits(lambda s, g: form(s, g, hp), student_head, guide_head, batch, hp)
 
   # The update is the first to see these log-probabilities: report the sampler's gap as well.

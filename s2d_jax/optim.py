@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from s2d_jax import keys
 from s2d_jax.keys import Key
 
-Axes = Any  # the pytree of `models.axes`: a tuple of axis names for each parameter
+_Axes = Any  # the pytree of `models.axes`: a tuple of axis names for each parameter
 
 # The share of the learning rate that is left when a share `progress` of the updates is made.
-DECAYS = {
+_DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
@@ -24,7 +24,7 @@ DECAYS = {
 KEYS = {
     "lr": Key(lambda rate: rate > 0, "choose it above 0"),
     "warmup": keys.at_least(0, neutral=0),
-    "decay": keys.one_of(DECAYS, neutral="constant"),
+    "decay": keys.one_of(_DECAYS, neutral="constant"),
     "clip": Key(lambda norm: norm > 0, "choose it above 0, inf to never clip", neutral=math.inf,
                 default=1.0),
     "weight_decay": Key(lambda decay: decay >= 0, "choose 0 or more", neutral=0.0),
@@ -60,12 +60,12 @@ def schedule(hp: ConfigDict, updates: int) -> optax.Schedule:
     count = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum(1.0, (count + 1) / ramp)
     progress = jnp.clip((count - hp.warmup) / (updates - hp.warmup), 0.0, 1.0)
-    return hp.lr * warm * DECAYS[hp.decay](progress)
+    return hp.lr * warm * _DECAYS[hp.decay](progress)
 
   return lr
 
 
-def make(hp: ConfigDict, updates: int, axes: Axes | None) -> optax.GradientTransformation:
+def make(hp: ConfigDict, updates: int, axes: _Axes | None) -> optax.GradientTransformation:
   """AdamW (https://arxiv.org/abs/1711.05101) as an optax transformation.
 
   Gradients are first scaled to global norm hp.clip at most; decay is hp.lr · hp.weight_decay · w
@@ -95,7 +95,7 @@ def make(hp: ConfigDict, updates: int, axes: Axes | None) -> optax.GradientTrans
   return optax.GradientTransformation(adamw.init, update)
 
 
-def adamw(lr: float, axes: Axes | None = None, **changes: Any) -> optax.GradientTransformation:
+def adamw(lr: float, axes: _Axes | None = None, **changes: Any) -> optax.GradientTransformation:
   """AdamW at a constant learning rate, for a script that has no config.
 
   Args:
@@ -111,7 +111,7 @@ def adamw(lr: float, axes: Axes | None = None, **changes: Any) -> optax.Gradient
   return make(ConfigDict({**hp, "warmup": 0, "decay": "constant"}), 1, axes)
 
 
-def matrices(axes: Axes) -> Any:
+def matrices(axes: _Axes) -> Any:
   """True for each parameter that is a matrix (or a stack of them), in the tree of `axes`."""
   return jax.tree.map(lambda names: sum(name != "layer" for name in names) >= 2, axes,
                       is_leaf=lambda x: isinstance(x, tuple))

@@ -132,8 +132,8 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
   chosen = _chosen_arms(config, arms)
-  tokenizer, bases = load_pair(config)
-  prompts, problems = load_problems(config, task, tokenizer)
+  tokenizer, bases = _load_pair(config)
+  prompts, problems = _load_problems(config, task, tokenizer)
   # A share is chosen by a hash of the id, so a smaller share of labels is part of a larger one.
   ids = np.array([p.id for p in prompts["labelled"]])
   labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
@@ -164,7 +164,7 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   return empty._replace(nodes=nodes, arms=arm_nodes, scored=scored)
 
 
-def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
+def _load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
@@ -175,8 +175,8 @@ def load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]
   return teacher[1], bases
 
 
-def load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
-                  ) -> tuple[dict[str, list[Prompt]], dict[int, dict]]:
+def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
+                   ) -> tuple[dict[str, list[Prompt]], dict[int, dict]]:
   """Reads, checks and renders the labelled split and every split that is scored.
 
   Returns:

@@ -35,10 +35,10 @@ from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
 from s2d_jax.sharding import Params
 
-EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
+_EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
 
 
-class Cost(NamedTuple):
+class _Cost(NamedTuple):
   """The memory of one program on each device, in bytes."""
   stage: str
   program: str
@@ -62,8 +62,8 @@ def _laid_out(model: models.Model, mesh: Mesh, shapes: Callable[[models.Config],
 
 
 def costs(config: ConfigDict,
-          stages: Sequence[planning.Stage] = recipe.STAGES) -> Iterator[Cost]:
-  """Yields a Cost for every program of every stage and score of a config, on the current mesh."""
+          stages: Sequence[planning.Stage] = recipe.STAGES) -> Iterator[_Cost]:
+  """Yields a _Cost for every program of every stage and score of a config, on the current mesh."""
   table = {row.name: row for row in stages}
   mesh = sharding.current_mesh()
   # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
@@ -126,14 +126,14 @@ def _sampling(name: str, compiled_sampler: sampler.Sampler) -> dict[str, Compile
           f"{name} prefill": compiled_sampler.programs.prefill}
 
 
-def _cost(stage: str, program: str, compiled: Compiled) -> Cost:
+def _cost(stage: str, program: str, compiled: Compiled) -> _Cost:
   # Donated arguments hold a part of the output, which must not be counted twice.
   memory = compiled.memory_analysis()
-  return Cost(stage, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-              memory.output_size_in_bytes - memory.alias_size_in_bytes)
+  return _Cost(stage, program, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+               memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
-def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterator[Cost]:
+def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterator[_Cost]:
   """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
@@ -173,7 +173,7 @@ def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh) -> Compiled
 def main(argv: Sequence[str]) -> None:
   """`s2d-jax preflight`: prints the table of a config's programs."""
   parser = command.config_parser(
-      "preflight", "Compiles every program of a config and prints the memory it needs.", EXAMPLE)
+      "preflight", "Compiles every program of a config and prints the memory it needs.", _EXAMPLE)
   parser.add_argument("--topology", metavar="v5e:4x4",
                       help="a TPU to compile for that is not here; needs libtpu")
   config, args = command.parse_config(parser, argv)

@@ -27,12 +27,12 @@ STAGES = (
 )
 
 # The two stages of a bridge. An arm that leaves one out makes as many updates as both.
-BRIDGE = ("forward_kl", "reverse_kl")
+_BRIDGE = ("forward_kl", "reverse_kl")
 
 
 def _bridge(labels: str) -> Arm:
   """Both stages of the bridge on the same labels."""
-  return tuple(Use(stage, labels) for stage in BRIDGE)
+  return tuple(Use(stage, labels) for stage in _BRIDGE)
 
 
 ARMS: dict[str, Arm] = {
@@ -42,18 +42,18 @@ ARMS: dict[str, Arm] = {
     "cold_grpo_2h": (Use("student_grpo", "2h"),),
     "raw_bridge": _bridge("all"),
     "bridge": (Use("teacher_grpo", "all"), *_bridge("all")),
-    "opd_only": (Use("teacher_grpo", "all"), Use("reverse_kl", "all", BRIDGE)),
-    "sft_only": (Use("teacher_grpo", "all"), Use("sft", "all", BRIDGE)),
-    "fkl_only": (Use("teacher_grpo", "all"), Use("forward_kl", "all", BRIDGE)),
-    "weighted_fkl": (Use("teacher_grpo", "all"), Use("weighted_fkl", "all", BRIDGE)),
+    "opd_only": (Use("teacher_grpo", "all"), Use("reverse_kl", "all", _BRIDGE)),
+    "sft_only": (Use("teacher_grpo", "all"), Use("sft", "all", _BRIDGE)),
+    "fkl_only": (Use("teacher_grpo", "all"), Use("forward_kl", "all", _BRIDGE)),
+    "weighted_fkl": (Use("teacher_grpo", "all"), Use("weighted_fkl", "all", _BRIDGE)),
     "sft_teacher_bridge": (Use("teacher_sft", "all"), *_bridge("all")),
     # A half_* arm keeps the labels of the second half from everything before its student's GRPO.
     "half_bridge": (Use("teacher_grpo", "1h"), *_bridge("1h")),
     "half_bridge_grpo_2h": (Use("teacher_grpo", "1h"), *_bridge("1h"), Use("student_grpo", "2h")),
     "half_bridge_replay_1h": (Use("teacher_grpo", "1h"), *_bridge("1h"), Use("student_grpo", "1h")),
-    "half_opd_grpo_2h": (Use("teacher_grpo", "1h"), Use("reverse_kl", "1h", BRIDGE),
+    "half_opd_grpo_2h": (Use("teacher_grpo", "1h"), Use("reverse_kl", "1h", _BRIDGE),
                          Use("student_grpo", "2h")),
-    "half_sft_grpo_2h": (Use("teacher_grpo", "1h"), Use("sft", "1h", BRIDGE),
+    "half_sft_grpo_2h": (Use("teacher_grpo", "1h"), Use("sft", "1h", _BRIDGE),
                          Use("student_grpo", "2h")),
 }
 

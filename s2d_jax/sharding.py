@@ -17,18 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Params = Any  # a pytree of arrays: a model's weights, their shapes or their layouts
 
-Names = tuple[str, ...]  # a logical name for each axis of an array
-Shape = tuple[int, ...]
+_Names = tuple[str, ...]  # a logical name for each axis of an array
+_Shape = tuple[int, ...]
 
-AXES = ("data", "fsdp", "tensor")
+_AXES = ("data", "fsdp", "tensor")
 
 # Two tables, because a weight's "embed" is split over fsdp and an activation's must not be:
 # its batch already uses that axis. None is replication, written down, so a misspelt name raises.
-WEIGHT_RULES = {
+_WEIGHT_RULES = {
     "layer": None, "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "head": None,
     "mlp": "tensor", "vocab": "tensor", "rank": None,
 }
-ACTIVATION_RULES = {
+_ACTIVATION_RULES = {
     "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
     "kv_heads": "tensor", "head": None, "mlp": "tensor", "vocab": "tensor",
     "cache": None, "layer": None, "pages": ("data", "fsdp"),
@@ -45,27 +45,27 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
   # Devices may be described and absent, as those of a TPU topology that is compiled for.
   devices = jax.devices() if devices is None else devices
   need = int(np.prod(shape))
-  if len(shape) != len(AXES) or min(shape) < 1 or need > len(devices):
+  if len(shape) != len(_AXES) or min(shape) < 1 or need > len(devices):
     raise ValueError(
-        f"mesh {tuple(shape)} needs {need} devices on the axes {AXES} and {len(devices)} are here: "
-        "set config.mesh to three sizes whose product is at most that.")
+        f"mesh {tuple(shape)} needs {need} devices on the axes {_AXES} and {len(devices)} are "
+        "here: set config.mesh to three sizes whose product is at most that.")
   # A process without devices in the mesh could not take part in its programs.
   if jax.process_count() > 1 and need != len(devices):
     raise ValueError(f"mesh {tuple(shape)} leaves {len(devices) - need} of {len(devices)} devices "
                      "idle, and every process needs its own in it: set config.mesh to use all.")
   # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.
-  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:need])
+  auto = (jax.sharding.AxisType.Auto,) * len(_AXES)
+  return jax.make_mesh(tuple(shape), _AXES, axis_types=auto, devices=devices[:need])
 
 
-def _fits(size: int, axis: str | Names | None, mesh_shape: dict[str, int]) -> str | Names | None:
+def _fits(size: int, axis: str | _Names | None, mesh_shape: dict[str, int]) -> str | _Names | None:
   """The mesh axis if it divides `size`, else None: fewer key heads than `tensor` are replicated."""
   names = (axis,) if isinstance(axis, str) else axis or ()
   return axis if size % int(np.prod([mesh_shape[n] for n in names])) == 0 else None
 
 
-def spec(rules: dict[str, str | Names | None], names: Names, shape: Shape,
-         mesh_shape: dict[str, int]) -> PartitionSpec:
+def _spec(rules: dict[str, str | _Names | None], names: _Names, shape: _Shape,
+          mesh_shape: dict[str, int]) -> PartitionSpec:
   """PartitionSpec of an array of `shape` whose axes are called `names`."""
   return PartitionSpec(*(_fits(s, rules[n], mesh_shape) for n, s in zip(names, shape, strict=True)))
 
@@ -75,7 +75,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  where = spec(ACTIVATION_RULES, names, x.shape, mesh.shape)
+  where = _spec(_ACTIVATION_RULES, names, x.shape, mesh.shape)
   if mesh.manual_axes:  # inside `per_device`, where an array cannot be split over those axes
     where = PartitionSpec(*(axes if axes not in (*mesh.manual_axes, mesh.manual_axes) else None
                             for axes in where))
@@ -83,7 +83,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
-                   names: tuple[Names, ...]) -> jax.Array:
+                   names: tuple[_Names, ...]) -> jax.Array:
   """f(index, *args) on each device's shards of the arrays, for a kernel that XLA cannot split.
 
   Args:
@@ -95,7 +95,7 @@ def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
   mesh = jax.sharding.get_abstract_mesh()
   heads = args[0].shape[names[0].index("heads")]
   # Where the axis does not divide the heads every device has them all, and all have index 0.
-  axis = None if mesh.empty else _fits(heads, ACTIVATION_RULES["heads"], mesh.shape)
+  axis = None if mesh.empty else _fits(heads, _ACTIVATION_RULES["heads"], mesh.shape)
 
   def local(*args: jax.Array) -> tuple[jax.Array]:
     return (f(0 if axis is None else jax.lax.axis_index(axis), *args),)
@@ -104,7 +104,7 @@ def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
 
 
 def per_shard(f: Callable[..., tuple[jax.Array, ...]], args: tuple[jax.Array, ...],
-              names: tuple[Names, ...], out_like: tuple[int, ...]) -> tuple[jax.Array, ...]:
+              names: tuple[_Names, ...], out_like: tuple[int, ...]) -> tuple[jax.Array, ...]:
   """f(*args) on each device's shards of the arrays.
 
   Args:
@@ -116,7 +116,7 @@ def per_shard(f: Callable[..., tuple[jax.Array, ...]], args: tuple[jax.Array, ..
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return f(*args)
-  specs = tuple(spec(ACTIVATION_RULES, n, x.shape, mesh.shape)
+  specs = tuple(_spec(_ACTIVATION_RULES, n, x.shape, mesh.shape)
                 for n, x in zip(names, args, strict=True))
   # The check is off, because a kernel's results do not say over which axes they vary.
   return jax.shard_map(f, in_specs=specs, out_specs=tuple(specs[i] for i in out_like),
@@ -136,7 +136,7 @@ def per_device(
     replicated: a tree of arrays that are equal on every device, as the totals are.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = ACTIVATION_RULES["batch"]
+  axes = _ACTIVATION_RULES["batch"]
   size = jax.tree.leaves(per_row)[0].shape[0]
   # With rows that are whole on each device, adding up would count them several times.
   if mesh.empty or _fits(size, axes, mesh.shape) is None or all(mesh.shape[a] == 1 for a in axes):
@@ -181,16 +181,16 @@ def laid_out(shapes: Params, shardings: Params) -> Params:
                       shapes, shardings)
 
 
-def weight_sharding(mesh: Mesh, names: Names, shape: Shape) -> NamedSharding:
+def weight_sharding(mesh: Mesh, names: _Names, shape: _Shape) -> NamedSharding:
   """The layout of one weight whose axes have the logical `names`."""
-  return NamedSharding(mesh, spec(WEIGHT_RULES, names, shape, mesh.shape))
+  return NamedSharding(mesh, _spec(_WEIGHT_RULES, names, shape, mesh.shape))
 
 
-def decode_sharding(mesh: Mesh, names: Names, shape: Shape) -> NamedSharding:
+def decode_sharding(mesh: Mesh, names: _Names, shape: _Shape) -> NamedSharding:
   """The layout of one weight while tokens are decoded: `weight_sharding`, but whole over `fsdp`."""
   # Otherwise each token would gather all weights from the other devices.
-  rules = {name: None if axis == "fsdp" else axis for name, axis in WEIGHT_RULES.items()}
-  return NamedSharding(mesh, spec(rules, names, shape, mesh.shape))
+  rules = {name: None if axis == "fsdp" else axis for name, axis in _WEIGHT_RULES.items()}
+  return NamedSharding(mesh, _spec(rules, names, shape, mesh.shape))
 
 
 def weight_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
@@ -198,13 +198,13 @@ def weight_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
   return jax.tree.map(lambda s, a: weight_sharding(mesh, a, s.shape), shapes, axes)
 
 
-def batch_sharding(mesh: Mesh, shape: Shape, names: Names = ("batch",)) -> NamedSharding:
+def batch_sharding(mesh: Mesh, shape: _Shape, names: _Names = ("batch",)) -> NamedSharding:
   """The layout of a batch array of `shape`; axes beyond `names` are whole on every device."""
   names = tuple(names) + ("time",) * (len(shape) - len(names))
-  return NamedSharding(mesh, spec(ACTIVATION_RULES, names, shape, mesh.shape))
+  return NamedSharding(mesh, _spec(_ACTIVATION_RULES, names, shape, mesh.shape))
 
 
-def slot_sharding(mesh: Mesh, shape: Shape, pages: bool) -> NamedSharding:
+def slot_sharding(mesh: Mesh, shape: _Shape, pages: bool) -> NamedSharding:
   """The layout of an array of a sampler's slots.
 
   The first axis is the rows. In a cache the key heads follow; in a cache with `pages` the key heads
@@ -219,7 +219,7 @@ def slot_sharding(mesh: Mesh, shape: Shape, pages: bool) -> NamedSharding:
 
 def shard_count(mesh: Mesh, name: str, size: int | None) -> int:
   """Number of shards of an activation's axis `name` of `size`; None is a size that all divide."""
-  axes = ACTIVATION_RULES[name]
+  axes = _ACTIVATION_RULES[name]
   if size is not None:
     axes = _fits(size, axes, mesh.shape)
   axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -241,7 +241,7 @@ def put(x: np.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
 
 
 def from_callback(
-    shape: Shape, sharding: NamedSharding,
+    shape: _Shape, sharding: NamedSharding,
     part: Callable[[tuple[slice, ...]], tuple[np.ndarray, Callable]]) -> jax.Array:
   """A global array of which each process makes only what its own devices hold.
 
@@ -264,7 +264,7 @@ def from_callback(
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def stacked(shape: Shape, dtype: jnp.dtype, where: NamedSharding | None,
+def stacked(shape: _Shape, dtype: jnp.dtype, where: NamedSharding | None,
             layers: Iterable[jax.Array]) -> jax.Array:
   """An array whose first axis comes from an iterable.
 
@@ -287,7 +287,7 @@ def stacked(shape: Shape, dtype: jnp.dtype, where: NamedSharding | None,
 
 
 @functools.cache
-def _stacker(shape: Shape, dtype: jnp.dtype,
+def _stacker(shape: _Shape, dtype: jnp.dtype,
              where: NamedSharding | None) -> tuple[Callable, Callable]:
   """Jitted: zeros of a shape, and writing one layer into them in place."""
   def write(whole: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:

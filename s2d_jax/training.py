@@ -21,9 +21,9 @@ from s2d_jax.sharding import Params
 
 KEYS = {"microbatches": keys.at_least(1, neutral=1, hashed=False)}
 
-Head = tuple[jax.Array, jax.Array]                # (features_BTD, weight_VD)
-Metrics = dict[str, jax.Array]                    # float32 scalars
-Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
+_Head = tuple[jax.Array, jax.Array]                # (features_BTD, weight_VD)
+_Metrics = dict[str, jax.Array]                    # float32 scalars
+_Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
 
 
 class Model(Protocol):
@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 def make(model: Model, params: Params, objective: Any, optimizer: optax.GradientTransformation,
          guide: Model | None = None, hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
          ) -> tuple[TrainState, Callable[[TrainState, Params | None, Batch],
-                                         tuple[TrainState, Metrics]]]:
+                                         tuple[TrainState, _Metrics]]]:
   """A TrainState around `params`, and the update that moves it.
 
     state, update = training.make(student, params, objectives.REVERSE_KL, optim.adamw(1e-3),
@@ -79,7 +79,7 @@ def make(model: Model, params: Params, objective: Any, optimizer: optax.Gradient
     step = jit_update(model, guide, objective, optimizer, hp, shardings(state))
 
   def update(state: TrainState, guide_params: Params | None,
-             batch: Batch) -> tuple[TrainState, Metrics]:
+             batch: Batch) -> tuple[TrainState, _Metrics]:
     with jax.set_mesh(mesh):
       return step(state, guide_params, sharding.put_batch(batch, mesh))
 
@@ -123,9 +123,9 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def jit_update(model: Model, guide_model: Model | None, objective: Loss,
+def jit_update(model: Model, guide_model: Model | None, objective: _Loss,
                optimizer: optax.GradientTransformation, hp: ConfigDict,
-               layout: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+               layout: TrainState) -> Callable[..., tuple[TrainState, _Metrics]]:
   """The jitted update: update(state, guide_params, batch, non_trainable=None) -> (state, metrics).
 
   One optimizer update on the whole batch, in hp.microbatches slices of its rows. Sums, counts and
@@ -191,7 +191,7 @@ def _over_microbatches(pair: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 
 def _apply(optimizer: optax.GradientTransformation, state: TrainState, grads: Params,
-           metrics: Metrics) -> tuple[TrainState, Metrics]:
+           metrics: _Metrics) -> tuple[TrainState, _Metrics]:
   """One optimizer update and its metrics; the state is unchanged where a value is not finite."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   metrics["grad_norm"] = optax.tree.norm(grads)
@@ -265,7 +265,7 @@ def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., An
   return per_token
 
 
-def _head(model: Model, params: Params, batch: Batch) -> Head:
+def _head(model: Model, params: Params, batch: Batch) -> _Head:
   # Features and the unembedding, not logits: [tokens, vocabulary] is too large to form at once.
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)

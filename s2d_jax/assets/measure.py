@@ -17,9 +17,9 @@ from s2d_jax.sharding import Params
 PROMPT_TOKENS = 13
 RESPONSE_TOKENS = 21
 # Samples of each problem behind "avg@8".
-SAMPLES = 8
+_SAMPLES = 8
 
-ModelAndParams = tuple[Model, Params]
+_ModelAndParams = tuple[Model, Params]
 
 
 def prompts(chat: Chat, split: str) -> tuple[list[Prompt], dict[int, dict]]:
@@ -55,12 +55,12 @@ def scores(chat: Chat, model: Model, params: Params, split: str,
   Returns:
     ({"avg@8": at temperature 1, "greedy": at temperature 0}, the Rollout of the first).
   """
-  correct_PG, rollout = sampled(chat, model, params, split, SAMPLES, 1.0, seed)
+  correct_PG, rollout = sampled(chat, model, params, split, _SAMPLES, 1.0, seed)
   greedy_P1, _ = sampled(chat, model, params, split, 1, 0.0, seed)
-  return {f"avg@{SAMPLES}": correct_PG.mean(), "greedy": greedy_P1.mean()}, rollout
+  return {f"avg@{_SAMPLES}": correct_PG.mean(), "greedy": greedy_P1.mean()}, rollout
 
 
-def overlap(teacher: ModelAndParams, student: ModelAndParams,
+def overlap(teacher: _ModelAndParams, student: _ModelAndParams,
             rollout: Rollout) -> dict[str, float]:
   """The distance of two models on responses that the teacher sampled, as means over their tokens.
 

@@ -8,7 +8,7 @@ PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 SPECIAL = (PAD, END, UNKNOWN, "<|system|>", "<|user|>", "<|assistant|>")
 # 24 tokens, the size of the models' embeddings: every id has a token.
 VOCABULARY = SPECIAL + tuple("0123456789+-*=;# \n")
-CHAT_TEMPLATE = """\
+_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' + message.role + '|>' + message.content -}}
 {%- if message.role == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}
@@ -56,7 +56,7 @@ def write(folder: str | os.PathLike, max_length: int) -> None:
   }
   _write_json(folder / "tokenizer.json", tokenizer)
   _write_json(folder / "tokenizer_config.json", config)
-  (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+  (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
 
 
 def _write_json(path: Path, tree: dict) -> None:

@@ -28,13 +28,13 @@ from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
 FOLDER = Path(__file__).parent / "arithmetic"
-ROW_TOKENS = 64  # of a packed row
-BATCH_ROWS = 32
-PAIRS_AT_ONCE = 1000  # packed together
-MAX_POSITIONS = 64
+_ROW_TOKENS = 64  # of a packed row
+_BATCH_ROWS = 32
+_PAIRS_AT_ONCE = 1000  # packed together
+_MAX_POSITIONS = 64
 
 
-class Base(NamedTuple):
+class _Base(NamedTuple):
   """One base model: its shape, the text it reads, and the keys of its training."""
 
   width: int
@@ -58,27 +58,27 @@ class Base(NamedTuple):
   microbatches: int = 1
 
 
-BASES = {
-  "teacher": Base(
+_BASES = {
+  "teacher": _Base(
     128, 4, 192, sums=45_000, problems=70_000, longest=4, worked_share=0.6, slip_share=0.1, lr=3e-3
   ),
-  "student": Base(
+  "student": _Base(
     96, 2, 192, sums=45_000, problems=36_000, longest=3, worked_share=0.5, slip_share=0.2, lr=4e-3
   ),
 }
 
 
-def config_json(base: Base) -> dict[str, Any]:
+def _config_json(base: _Base) -> dict[str, Any]:
   """config.json of a Qwen3 of this shape."""
   return {
     "model_type": "qwen3", "vocab_size": len(tokenizer.VOCABULARY), "hidden_size": base.width,
     "num_hidden_layers": base.layers, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "intermediate_size": base.mlp, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": MAX_POSITIONS,
+    "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": _MAX_POSITIONS,
   }  # fmt: skip
 
 
-def documents(base: Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+def _documents(base: _Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], list[int]]]:
   """The model's text in reading order, sums and then problems: (ids of context, ids to predict)."""
   # Of validation and test too, not only of the labelled split.
   held_out = {row["problem"] for rows in problems.splits().values() for row in rows}
@@ -97,11 +97,11 @@ def documents(base: Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], li
     yield [head, *ids(problem), tail], ids(response) + [chat.eos_ids[0]]
 
 
-def packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+def _packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
   """A Batch of full rows: the pairs in order, some at a time, several packed into a row."""
   parts = []
-  for start in range(0, len(pairs), PAIRS_AT_ONCE):
-    context, predicted = zip(*pairs[start : start + PAIRS_AT_ONCE], strict=True)
+  for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+    context, predicted = zip(*pairs[start : start + _PAIRS_AT_ONCE], strict=True)
     context_BT, context_length_B = _padded(context)
     predicted_BT, length_B = _padded(predicted)
     B = len(context)
@@ -111,7 +111,7 @@ def packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
       np.arange(B), np.zeros(B, np.int32), context_BT, context_length_B, predicted_BT, length_B,
       logp_BT, logp_BT, np.ones(B, np.int32), 0,
     )  # fmt: skip
-    rows = rollouts.pack(rollouts.batch(rollout), ROW_TOKENS)
+    rows = rollouts.pack(rollouts.batch(rollout), _ROW_TOKENS)
     # `pack` leaves empty rows at the end, and puts the longest sequences first.
     used = np.flatnonzero(rows.segments_BT[:, 0])
     order = np.random.default_rng(start).permutation(used)
@@ -133,12 +133,12 @@ def _padded(sequences: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
   return ids_BT, length_B
 
 
-def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:
+def _train(name: str, base: _Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:
   """(model, params) after one pass over the documents; prints the loss on the way."""
-  rows = packed(list(documents(base, chat, seed)))
+  rows = _packed(list(_documents(base, chat, seed)))
   # One pass: the schedule needs the number of updates, and the last rows are dropped.
-  base = base._replace(steps=len(rows.inputs_BT) // BATCH_ROWS)
-  model = models.get(config_json(base))
+  base = base._replace(steps=len(rows.inputs_BT) // _BATCH_ROWS)
+  model = models.get(_config_json(base))
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     axes = models.axes(model.config)
@@ -151,7 +151,7 @@ def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, P
       model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, base, training.shardings(state)
     )
     for i in range(base.steps):
-      batch = _take(rows, slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS))
+      batch = _take(rows, slice(i * _BATCH_ROWS, (i + 1) * _BATCH_ROWS))
       state, metrics = step(state, None, sharding.put_batch(batch, mesh))
       if (i + 1) % 100 == 0 or i + 1 == base.steps:
         loss = float(jax.device_get(metrics["loss"]))
@@ -159,18 +159,18 @@ def train(name: str, base: Base, chat: Chat, seed: int) -> tuple[models.Model, P
   return model, jax.device_get(state.params)
 
 
-def write(folder: Path, model: models.Model, params: Params) -> None:
+def _write(folder: Path, model: models.Model, params: Params) -> None:
   """Writes the Hugging Face folder of one base model."""
   hf.save(folder, model, params)
-  tokenizer.write(folder, MAX_POSITIONS)
+  tokenizer.write(folder, _MAX_POSITIONS)
   generation = {"eos_token_id": 1, "pad_token_id": 0, "do_sample": True, "temperature": 1.0}
   (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def record(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def _record(folder: Path, seed: int) -> dict[str, dict[str, float]]:
   """Scores of the two models of `folder`, measured from the files."""
   chat = Chat(folder / "teacher")
-  loaded = {name: hf.load(folder / name) for name in BASES}
+  loaded = {name: hf.load(folder / name) for name in _BASES}
   found = {}
   rollout_of = {}
   for name, (model, params) in loaded.items():
@@ -191,16 +191,16 @@ def main() -> None:
   args.folder.mkdir(parents=True, exist_ok=True)
   # The text is tokenized before the models' folders exist.
   with tempfile.TemporaryDirectory() as folder:
-    tokenizer.write(folder, MAX_POSITIONS)
+    tokenizer.write(folder, _MAX_POSITIONS)
     chat = Chat(folder)
-  for name, base in BASES.items():
-    write(args.folder / name, *train(name, base, chat, args.seed))
+  for name, base in _BASES.items():
+    _write(args.folder / name, *_train(name, base, chat, args.seed))
   results = {
     "command": f"python -m s2d_jax.assets.train_base --seed={args.seed}",
     "jax": jax.__version__,
     "split": "validation",
-    "bases": {name: base._asdict() for name, base in BASES.items()},
-    "scores": record(args.folder, args.seed),
+    "bases": {name: base._asdict() for name, base in _BASES.items()},
+    "scores": _record(args.folder, args.seed),
     "seconds": round(time.monotonic() - start),
   }
   (args.folder / "record.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -32,7 +32,7 @@ def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[s
         yield f"{path} line {number}", _object(f"{path} line {number}", line)
 
 
-def text_id(text: str) -> int:
+def _text_id(text: str) -> int:
   """The id of a problem that brings none: 63 bits of a hash of its text."""
   # 63 bits, so that the id fits in a signed integer of 64.
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -44,7 +44,7 @@ def line_id(line_name: str, row: dict[str, Any], text: str) -> int:
   Raises:
     ValueError: the id is not an integer from 0 to 2**63 - 1; names file and line.
   """
-  number = row["id"] if "id" in row else text_id(text)
+  number = row["id"] if "id" in row else _text_id(text)
   # To Python a bool is an int.
   if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
     raise ValueError(f"{line_name} has id {number!r}: ids are integers from 0 to 2**63 - 1, or "

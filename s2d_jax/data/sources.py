@@ -19,10 +19,10 @@ from s2d_jax.data import jsonl
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
 
 # A "solution" is optional.
-REQUIRED = ("id", "problem", "answer")
+_REQUIRED = ("id", "problem", "answer")
 
 
-class Decoded(Sequence):
+class _Decoded(Sequence):
   """A TFDS data source whose text is str instead of bytes and whose ids are Python integers."""
 
   def __init__(self, source: Sequence[dict[str, Any]]) -> None:
@@ -41,17 +41,17 @@ class Decoded(Sequence):
     return {"id": int(row["id"])} | text
 
 
-def arithmetic(split: str, data_dir: str | os.PathLike) -> Decoded:
+def arithmetic(split: str, data_dir: str | os.PathLike) -> _Decoded:
   """A split of the arithmetic world, prepared under `data_dir` the first time.
 
   Raises:
     ValueError: there is no such split.
   """
   builder = arithmetic_dataset_builder.Builder(data_dir=str(data_dir), file_format="array_record")
-  return prepared(prepare(builder), split)
+  return prepared(_prepare(builder), split)
 
 
-def prepared(folder: str | os.PathLike, split: str) -> Decoded:
+def prepared(folder: str | os.PathLike, split: str) -> _Decoded:
   """A split of a TFDS data set that stands prepared in a folder.
 
   Raises:
@@ -66,13 +66,13 @@ def prepared(folder: str | os.PathLike, split: str) -> Decoded:
   filled = [key for key, info in builder.info.splits.items() if info.num_examples]
   if split not in filled:
     raise ValueError(f"{folder} has no rows in split {split}: choose one of {filled}.")
-  missing = [key for key in REQUIRED if key not in builder.info.features]
+  missing = [key for key in _REQUIRED if key not in builder.info.features]
   if missing:
     raise ValueError(f"{folder} lacks the features {missing}: rebuild it with them.")
-  return Decoded(builder.as_data_source(split))
+  return _Decoded(builder.as_data_source(split))
 
 
-def prepare(builder: tfds.core.DatasetBuilder) -> Path:
+def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
   """Writes a builder's files unless they exist, quietly and offline; returns their folder.
 
   Of two processes of one machine that call this at once, the second waits and uses the first's

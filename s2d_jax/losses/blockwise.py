@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from s2d_jax import sharding
 from s2d_jax.losses import tokens
 
-Arrays = Any  # a tree of arrays, or None
+_Arrays = Any  # a tree of arrays, or None
 
 
 class Head(NamedTuple):
@@ -55,7 +55,7 @@ def logp(head: Head, targets_BT: jax.Array, block: int,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _logp(features_BTD: jax.Array, weight_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
           block: int) -> tuple[jax.Array, jax.Array]:
-  def on_device(per_token: Arrays, weight_VD: jax.Array) -> tuple[Arrays, Arrays]:
+  def on_device(per_token: _Arrays, weight_VD: jax.Array) -> tuple[_Arrays, _Arrays]:
     def block_fn(total: tuple, features_tD: jax.Array, targets_t: jax.Array) -> tuple:
       return total, _logp_and_entropy(_logits(features_tD, weight_VD), targets_t)
 
@@ -85,7 +85,7 @@ def _logp_bwd(block: int, saved: tuple, cotangents: tuple) -> tuple:
   def select_used(values: tuple) -> list:
     return [value for value, is_used in zip(values, used, strict=True) if is_used]
 
-  def on_device(per_token: Arrays, weight_VD: jax.Array) -> tuple[Arrays, Arrays]:
+  def on_device(per_token: _Arrays, weight_VD: jax.Array) -> tuple[_Arrays, _Arrays]:
     def block_fn(dweight_VD: jax.Array, features_tD: jax.Array, targets_t: jax.Array,
                  cotangents_t: list) -> tuple:
       logits_tV = _logits(features_tD, weight_VD)
@@ -123,8 +123,8 @@ def common(student_head: Head, guide_head: Head) -> tuple[Head, Head]:
   return cut(student_head), cut(guide_head)
 
 
-def divergence(f: Callable[..., Arrays], student_head: Head, guide_head: Head | None,
-               weight_BT: jax.Array, block: int, *more_BT: Arrays) -> tuple[jax.Array, Arrays]:
+def divergence(f: Callable[..., _Arrays], student_head: Head, guide_head: Head | None,
+               weight_BT: jax.Array, block: int, *more_BT: _Arrays) -> tuple[jax.Array, _Arrays]:
   """Weighted sum of a per-token loss, and everything that the loss function returned.
 
   The sum is differentiable in the student's head and in no other argument. Its gradient is formed
@@ -154,8 +154,8 @@ def divergence(f: Callable[..., Arrays], student_head: Head, guide_head: Head | 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _divergence(f: Callable, block: int, student: tuple, guide: tuple | None, weight_BT: jax.Array,
-                more_BT: tuple) -> tuple[jax.Array, Arrays]:
-  def on_device(per_token: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+                more_BT: tuple) -> tuple[jax.Array, _Arrays]:
+  def on_device(per_token: _Arrays, weights: _Arrays) -> tuple[_Arrays, _Arrays]:
     def block_fn(total: tuple, student_tD: jax.Array, guide_tD: jax.Array | None,
                  weight_t: jax.Array, more_t: tuple) -> tuple:
       student_tV = _logits(student_tD, weights[0])
@@ -171,10 +171,10 @@ def _divergence(f: Callable, block: int, student: tuple, guide: tuple | None, we
 
 def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None,
                     weight_BT: jax.Array, more_BT: tuple) -> tuple[tuple, tuple]:
-  def on_device(per_token: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+  def on_device(per_token: _Arrays, weights: _Arrays) -> tuple[_Arrays, _Arrays]:
     def block_fn(dweight_VD: jax.Array, student_tD: jax.Array, guide_tD: jax.Array | None,
                  weight_t: jax.Array, more_t: tuple) -> tuple:
-      def loss(student_tV: jax.Array) -> tuple[jax.Array, Arrays]:
+      def loss(student_tV: jax.Array) -> tuple[jax.Array, _Arrays]:
         values = f(student_tV, _guide_logits(guide_tD, weights[1]), *more_t)
         return jax.tree.leaves(values)[0], values  # the loss alone is differentiated
 
@@ -207,7 +207,7 @@ _divergence.defvjp(_divergence_fwd, _divergence_bwd)
 
 
 def _split_arguments(student: tuple, guide: tuple | None, weight_BT: jax.Array,
-                     more_BT: tuple) -> tuple[Arrays, Arrays]:
+                     more_BT: tuple) -> tuple[_Arrays, _Arrays]:
   """(one value a token, the two unembeddings) of a divergence's arguments."""
   student_BTD, student_VD = student
   guide_BTD, guide_VD = (None, None) if guide is None else guide
@@ -221,7 +221,7 @@ def _guide_logits(guide_tD: jax.Array | None, guide_VD: jax.Array | None) -> jax
   return None if guide_tD is None else _logits(guide_tD, guide_VD)
 
 
-def _weighted_sum(values: Arrays, weight_BT: jax.Array) -> jax.Array:
+def _weighted_sum(values: _Arrays, weight_BT: jax.Array) -> jax.Array:
   """Σ weight · loss, the loss being the first of the values; tokens of weight 0 are left out."""
   return jnp.sum(jax.tree.leaves(values)[0] * weight_BT, where=weight_BT > 0)
 
@@ -276,8 +276,8 @@ def _add_gradients(dweight_VD: jax.Array, dlogits_tV: jax.Array, features_tD: ja
   return sharding.constrain(dweight_VD, "vocab", "embed"), dfeatures_tD
 
 
-def _over_blocks(block_fn: Callable[..., tuple[Arrays, Arrays]], block: int, carry: Arrays,
-                 per_token: Arrays, mask_BT: jax.Array) -> tuple[Arrays, Arrays]:
+def _over_blocks(block_fn: Callable[..., tuple[_Arrays, _Arrays]], block: int, carry: _Arrays,
+                 per_token: _Arrays, mask_BT: jax.Array) -> tuple[_Arrays, _Arrays]:
   """Calls block_fn on successive blocks of the masked tokens: (outputs, the last carry).
 
   Args:
@@ -310,12 +310,12 @@ def _over_blocks(block_fn: Callable[..., tuple[Arrays, Arrays]], block: int, car
     is_used_t = (slot_t < N) & jnp.take(mask_N, token_t)
     return jnp.where(is_used_t, token_t, N + jnp.arange(size))
 
-  def on_block(token_t: jax.Array, carry: Arrays) -> tuple[Arrays, Arrays]:
+  def on_block(token_t: jax.Array, carry: _Arrays) -> tuple[_Arrays, _Arrays]:
     block = jax.tree.map(
         lambda x_N: jnp.take(x_N, token_t, axis=0, mode="fill", fill_value=0), per_token_N)
     return block_fn(carry, *block)
 
-  def step(i: jax.Array, state: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+  def step(i: jax.Array, state: tuple[_Arrays, _Arrays]) -> tuple[_Arrays, _Arrays]:
     carry, outputs_N = state
     token_t = token_ids(i)
     carry, outputs_t = on_block(token_t, carry)

@@ -21,7 +21,7 @@ from s2d_jax.losses import tokens
 K1 = ("k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
       "never sees the reference")
 SUPPORTS = ("teacher", "student", "union", "intersection")
-LOWEST = -1e30  # the logit of an excluded token: finite, and its probability is 0
+_LOWEST = -1e30  # the logit of an excluded token: finite, and its probability is 0
 
 
 def forward_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array,
@@ -124,8 +124,8 @@ def intersection_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: j
   student_BTV, _ = tokens.shifted_logits(student_logits_BTV)
   teacher_BTV, _ = tokens.shifted_logits(teacher_logits_BTV)
   inside_BTV = _support(student_BTV, teacher_BTV, k, "intersection")
-  kl_BT = _kl(jnp.where(inside_BTV, student_BTV, LOWEST),
-              jnp.where(inside_BTV, teacher_BTV, LOWEST))
+  kl_BT = _kl(jnp.where(inside_BTV, student_BTV, _LOWEST),
+              jnp.where(inside_BTV, teacher_BTV, _LOWEST))
   return kl_BT, _masses(student_BTV, teacher_BTV, inside_BTV)
 
 
@@ -286,10 +286,10 @@ def _mass(logits_BTV: jax.Array, inside_BTV: jax.Array) -> jax.Array:
 # The gradients, written out. Automatic differentiation of an equal pair leaves the rounding error
 # of Σ p − 1, and a student that has become its teacher would never come to rest.
 
-Gradients = Callable[[], tuple[jax.Array, jax.Array]]  # in the two logits, [B, T, V] each
+_Gradients = Callable[[], tuple[jax.Array, jax.Array]]  # in the two logits, [B, T, V] each
 
 
-def _with_gradient(terms: Callable[..., tuple[jax.Array, Gradients]]) -> Callable[..., jax.Array]:
+def _with_gradient(terms: Callable[..., tuple[jax.Array, _Gradients]]) -> Callable[..., jax.Array]:
   """A divergence of two float32 logits, differentiable by the gradients that `terms` returns.
 
   Args:
@@ -312,7 +312,7 @@ def _with_gradient(terms: Callable[..., tuple[jax.Array, Gradients]]) -> Callabl
   return divergence
 
 
-def _kl_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array) -> tuple[jax.Array, Gradients]:
+def _kl_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array) -> tuple[jax.Array, _Gradients]:
   """KL(p ‖ q) = Σ_v p · log p/q; gradients p · (log p/q − KL) and q − p."""
   p_BTV, q_BTV, ratio_BTV = tokens.compare(p_logits_BTV, q_logits_BTV)
   kl_BT = tokens.expectation(p_BTV, ratio_BTV)
@@ -323,7 +323,7 @@ _kl = _with_gradient(_kl_terms)
 
 
 def _jsd_terms(student_BTV: jax.Array, teacher_BTV: jax.Array,
-               pi: float) -> tuple[jax.Array, Gradients]:
+               pi: float) -> tuple[jax.Array, _Gradients]:
   """The divergence of `jsd`; gradients q · (g − Σ q g), g = (1 − π) log q/m, and the teacher's."""
   p_BTV, q_BTV, gap_BTV = tokens.compare(teacher_BTV, student_BTV)
   # log m/q = log(1 − π + π e^gap), and log m/p is that less the gap. Both are 0 to the last bit
@@ -347,14 +347,14 @@ def _jsd_terms(student_BTV: jax.Array, teacher_BTV: jax.Array,
 
 
 def _kl_with_rest_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array,
-                        inside_BTV: jax.Array) -> tuple[jax.Array, Gradients]:
+                        inside_BTV: jax.Array) -> tuple[jax.Array, _Gradients]:
   """KL(p ‖ q) with all tokens outside as one outcome; gradients as in `_kl_terms` on outcomes."""
   log_p_BTV = tokens.log_softmax(p_logits_BTV)
   log_q_BTV = tokens.log_softmax(q_logits_BTV)
 
   def log_rest(logits_BTV: jax.Array) -> jax.Array:
     """Log-mass outside the support, finite where it is empty."""
-    top_BT1, log_BT1 = tokens.log_sum_exp(jnp.where(inside_BTV, LOWEST, logits_BTV))
+    top_BT1, log_BT1 = tokens.log_sum_exp(jnp.where(inside_BTV, _LOWEST, logits_BTV))
     whole_top_BT1, whole_log_BT1 = tokens.log_sum_exp(logits_BTV)
     return (top_BT1 - whole_top_BT1) + (log_BT1 - whole_log_BT1)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from s2d_jax import sharding
 
-COLUMNS = 256  # of a gradient at a time on a CPU, see `gradient_columns`
+_COLUMNS = 256  # of a gradient at a time on a CPU, see `gradient_columns`
 
 
 def log_prob(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -112,4 +112,4 @@ def gradient_columns(width: int) -> int:
   A CPU cannot add a product to a sum in place. It forms the whole product first, another array of
   [vocabulary, width]; a few columns at a time keep that array small. Other backends take all.
   """
-  return math.gcd(width, COLUMNS) if sharding.platform() == "cpu" else width
+  return math.gcd(width, _COLUMNS) if sharding.platform() == "cpu" else width

@@ -121,10 +121,10 @@ def axes(config: Config) -> Params:
   return layout.nest(names)
 
 
-Named = tuple[str, tuple[str, ...]]  # the path of a parameter and its logical axes
+_Named = tuple[str, tuple[str, ...]]  # the path of a parameter and its logical axes
 
 
-def _adapters(config: Config) -> Iterator[tuple[str, Named, Named]]:
+def _adapters(config: Config) -> Iterator[tuple[str, _Named, _Named]]:
   """(path of a weight, (path, axes) of its A, (path, axes) of its B) for each adapted weight."""
   targets = () if config.lora is None else config.lora.targets
   for path, weight in weights(config).items():

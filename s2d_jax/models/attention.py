@@ -25,11 +25,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from s2d_jax import sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "splash")
-NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the only backend of an implementation
+_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the only backend of an implementation
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
-MASKED = float(jnp.finfo(jnp.float32).min)
-LANES = 128  # the tiles of splash are multiples of this many tokens
-PAGES = 8  # pages that a kernel reads together; a row's table is a multiple of them
+_MASKED = float(jnp.finfo(jnp.float32).min)
+_LANES = 128  # the tiles of splash are multiples of this many tokens
+_PAGES = 8  # pages that a kernel reads together; a row's table is a multiple of them
 PIECE = 128  # queries that `causal` takes at a time; more in long sequences, for at most 8 pieces
 
 
@@ -50,8 +50,8 @@ def choose(setting: str, dtype: str, head_width: int) -> str:
     ValueError: the implementation needs another backend.
   """
   platform = sharding.platform()
-  if NEEDS.get(setting, platform) != platform:
-    raise ValueError(f"attention {setting!r} needs a {NEEDS[setting]} and this is a {platform}: "
+  if _NEEDS.get(setting, platform) != platform:
+    raise ValueError(f"attention {setting!r} needs a {_NEEDS[setting]} and this is a {platform}: "
                      "set it to auto.")
   if setting != "auto":
     return setting
@@ -115,7 +115,7 @@ def xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
 
 def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array,
             mask_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(float32 scores q·k / √H, or MASKED; the mask) of every query and key, both [B, K, X, S].
+  """(float32 scores q·k / √H, or _MASKED; the mask) of every query and key, both [B, K, X, S].
 
   X is the T times and the R heads of a group as one axis.
   """
@@ -127,7 +127,7 @@ def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array,
       mask_BTS[:, None, :, None], (B, K, T, N // K, S)).reshape(B, K, -1, S)
   score_BKXS = jnp.einsum("BKXH,BSKH->BKXS", _together(q_BTNH, K), k_BSKH,
                           preferred_element_type=jnp.float32)
-  return jnp.where(mask_BKXS, score_BKXS * H**-0.5, MASKED), mask_BKXS
+  return jnp.where(mask_BKXS, score_BKXS * H**-0.5, _MASKED), mask_BKXS
 
 
 def _together(x_BTNH: jax.Array, K: int) -> jax.Array:
@@ -166,17 +166,17 @@ def cached(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array,
   if k_scale_BKS is not None:
     score_BKXS = score_BKXS * k_scale_BKS[:, :, None]
   mask_BKXS = jnp.repeat(mask_BTS, N // K, axis=1)[:, None]
-  share_BKXS = jax.nn.softmax(jnp.where(mask_BKXS, score_BKXS, MASKED), axis=-1)
+  share_BKXS = jax.nn.softmax(jnp.where(mask_BKXS, score_BKXS, _MASKED), axis=-1)
   if v_scale_BKS is not None:
     share_BKXS = share_BKXS * v_scale_BKS[:, :, None]
   return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
 
 
 def table_size(pages: int) -> int:
-  """Entries of a row's table for `pages` pages: PAGES times 1, 2, 4 or a multiple of 8."""
-  # The GPU's kernel reads a table in PAGES parts, and a part in blocks of 1, 2, 4 or 8 pages.
-  part = -(-pages // PAGES)
-  return PAGES * next((size for size in (1, 2, 4) if part <= size), -(-part // 8) * 8)
+  """Entries of a row's table for `pages` pages: _PAGES times 1, 2, 4 or a multiple of 8."""
+  # The GPU's kernel reads a table in _PAGES parts, and a part in blocks of 1, 2, 4 or 8 pages.
+  part = -(-pages // _PAGES)
+  return _PAGES * next((size for size in (1, 2, 4) if part <= size), -(-part // 8) * 8)
 
 
 def paged(q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, k_KNSH: jax.Array,
@@ -241,7 +241,7 @@ def _paged_tpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn:
   with interpreted, jax.numpy_dtype_promotion("standard"):  # the kernel mixes types
     return tpu_pages.paged_attention(
         q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, length_B, table_Bn,
-        pages_per_compute_block=PAGES)
+        pages_per_compute_block=_PAGES)
 
 
 @functools.cache
@@ -264,7 +264,7 @@ def _gpu_kernel() -> Callable:
 def _paged_gpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn: jax.Array,
                length_B: jax.Array, interpret: bool) -> jax.Array:
   return _gpu_kernel()(
-      q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, table_Bn, length_B, k_splits=PAGES,
+      q_BNH * q_BNH.shape[-1] ** -0.5, k_KNSH, v_KNSH, table_Bn, length_B, k_splits=_PAGES,
       interpret=interpret)
 
 
@@ -343,7 +343,7 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax
         implementation=implementation)[:, :T]
 
   return sharding.per_head_shard(local, (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
-                                 (*QKV_AXES, ("batch", "time", "cache")))
+                                 (*_QKV_AXES, ("batch", "time", "cache")))
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,
@@ -351,7 +351,7 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT:
   """`attention` by JAX's splash kernel: causal in segments, tokens in the order of positions."""
   T, N, H = q_BTNH.shape[1:]
   R = N // k_BTKH.shape[2]
-  padding = -T % LANES
+  padding = -T % _LANES
   def local(index, q_BTNH, k_BTKH, v_BTKH, segments_BT):
     k_BTKH, v_BTKH = _own_key_heads(index, q_BTNH.shape[2], R, k_BTKH, v_BTKH)
     padded = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -362,11 +362,11 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT:
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
   return sharding.per_head_shard(local, (q_BTNH, k_BTKH, v_BTKH, segments_BT),
-                                 (*QKV_AXES, ("batch", "time")))
+                                 (*_QKV_AXES, ("batch", "time")))
 
 
-QKV_AXES = (("batch", "time", "heads", "head"), ("batch", "cache", "kv_heads", "head"),
-            ("batch", "cache", "kv_heads", "head"))
+_QKV_AXES = (("batch", "time", "heads", "head"), ("batch", "cache", "kv_heads", "head"),
+             ("batch", "cache", "kv_heads", "head"))
 
 
 def _own_key_heads(index: jax.Array | int, own: int, R: int, *xs: jax.Array) -> tuple:
@@ -383,7 +383,7 @@ def _own_key_heads(index: jax.Array | int, own: int, R: int, *xs: jax.Array) -> 
 
 def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Callable[..., jax.Array]:
   """The splash kernel for numbers of query heads and tokens, in the largest tiles that fit."""
-  tile = next(size for size in (512, 256, LANES) if tokens % size == 0)
+  tile = next(size for size in (512, 256, _LANES) if tokens % size == 0)
   names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
            "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
   sizes = splash_attention.BlockSizes(**dict.fromkeys(names, tile))

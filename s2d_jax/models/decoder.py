@@ -60,7 +60,7 @@ def rope(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> jax.Array:
   return rotated.astype(x_BTNH.dtype)
 
 
-def normal(fan_in: int) -> Callable[..., jax.Array]:
+def _normal(fan_in: int) -> Callable[..., jax.Array]:
   """An initializer with standard deviation 1/√fan_in, which keeps the scale of its inputs."""
   return nn.initializers.normal(fan_in**-0.5)
 
@@ -96,7 +96,7 @@ def _product_bwd(saved: tuple, dy_NM: jax.Array) -> tuple[jax.Array, jax.Array]:
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-class Linear(NamedTuple):
+class _Linear(NamedTuple):
   """x -> xW + scale·(xA)B, with matrices folded to [inputs, outputs...]; A and B are an adapter."""
   weight: jax.Array
   a: jax.Array | None = None
@@ -112,9 +112,9 @@ class Linear(NamedTuple):
     return y + self.scale * project(project(x_BTD, self.a), self.b)
 
 
-def linear(module: nn.Module, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...],
-           fan_in: int) -> Linear:
-  """The Linear of a module's parameter `name`, with an adapter if config.lora has one for it.
+def _linear(module: nn.Module, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...],
+            fan_in: int) -> _Linear:
+  """The _Linear of a module's parameter `name`, with an adapter if config.lora has one for it.
 
   Args:
     module: has the Config as `config`.
@@ -126,14 +126,14 @@ def linear(module: nn.Module, name: str, inputs: tuple[int, ...], outputs: tuple
   """
   D = math.prod(inputs)
   lora = module.config.lora
-  w = module.param(name, normal(fan_in), inputs + outputs).reshape(D, *outputs)
+  w = module.param(name, _normal(fan_in), inputs + outputs).reshape(D, *outputs)
   if lora is None or name not in lora.targets:
-    return Linear(w)
+    return _Linear(w)
   r = lora.rank
-  a = module.param(f"{name}_a", normal(D), (*inputs, r)).reshape(D, r)
+  a = module.param(f"{name}_a", _normal(D), (*inputs, r)).reshape(D, r)
   # B starts at zero, so a new adapter changes nothing that the model computes.
   b = module.param(f"{name}_b", nn.initializers.zeros, (r, *outputs))
-  return Linear(w, a, b, lora.alpha / r)
+  return _Linear(w, a, b, lora.alpha / r)
 
 
 class Attention(nn.Module):
@@ -157,11 +157,11 @@ class Attention(nn.Module):
     """
     c = self.config
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
-    q = linear(self, "q", (D,), (N, H), D)
-    k = linear(self, "k", (D,), (K, H), D)
-    v = linear(self, "v", (D,), (K, H), D)
+    q = _linear(self, "q", (D,), (N, H), D)
+    k = _linear(self, "k", (D,), (K, H), D)
+    v = _linear(self, "v", (D,), (K, H), D)
     # The residual is a sum of 2L terms, so each starts smaller by √(2L), as in GPT-2.
-    o = linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
+    o = _linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
     q_BTNH = q(x_BTD)
     k_BTKH = k(x_BTD)
     v_BTKH = v(x_BTD)
@@ -196,9 +196,9 @@ class MLP(nn.Module):
     """[B, T, D] -> [B, T, D]."""
     c = self.config
     D, F = c.width, c.mlp
-    gate = linear(self, "gate", (D,), (F,), D)
-    up = linear(self, "up", (D,), (F,), D)
-    down = linear(self, "down", (F,), (D,), F * 2 * c.layers)
+    gate = _linear(self, "gate", (D,), (F,), D)
+    up = _linear(self, "up", (D,), (F,), D)
+    down = _linear(self, "down", (F,), (D,), F * 2 * c.layers)
     hidden_BTF = sharding.constrain(nn.silu(gate(x_BTD)) * up(x_BTD), "batch", "time", "mlp")
     return down(hidden_BTF)
 
@@ -249,10 +249,10 @@ class Decoder(nn.Module):
                cache: caches.Cache | None = None) -> tuple[jax.Array, caches.Cache | None]:
     """(features_BTD, cache); see `models.Model.apply`."""
     c = self.config
-    embed_VD = self.param("embed", normal(c.width), (c.vocab_size, c.width))
+    embed_VD = self.param("embed", _normal(c.width), (c.vocab_size, c.width))
     if not c.tied:
       # Not read here, but `init` must create it for `Model.unembed`.
-      self.param("unembed", normal(c.width), (c.vocab_size, c.width))
+      self.param("unembed", _normal(c.width), (c.vocab_size, c.width))
     # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
     table_VD = sharding.constrain(embed_VD, "vocab", "embed")
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[c.dtype])

@@ -24,24 +24,24 @@ from s2d_jax.models.layout import Json
 from s2d_jax.models.shards import Stored
 from s2d_jax.sharding import Params
 
-Path = str | pathlib.Path
-Shape = tuple[int, ...]
-Names = dict[str, tuple[str, Weight, int | None]]  # their name -> (our path, its Weight, layer)
+_Path = str | pathlib.Path
+_Shape = tuple[int, ...]
+_Names = dict[str, tuple[str, Weight, int | None]]  # their name -> (our path, its Weight, layer)
 
-SUMS = "SHA256SUMS"  # in the format of the command sha256sum
-STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-          "BF16": np.dtype(ml_dtypes.bfloat16)}
-SHARD_BYTES = 5_000_000_000  # at most, in one safetensors file of several
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+_SUMS = "SHA256SUMS"  # in the format of the command sha256sum
+_STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+           "BF16": np.dtype(ml_dtypes.bfloat16)}
+_SHARD_BYTES = 5_000_000_000  # at most, in one safetensors file of several
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 # Files of a source folder that a model saved from it inherits.
-COPIED = (
+_COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
+def load(folder: _Path, mesh: jax.sharding.Mesh | None = None,
          dtype: jax.typing.DTypeLike | None = None, run: Mapping[str, Any] | None = None,
          shapes: Callable[[Config], Params] = models.shapes) -> tuple[Model, Params]:
   """(Model, params) of a Hugging Face folder.
@@ -75,7 +75,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
   return model, layout.nest(params)
 
 
-def check(folder: Path) -> None:
+def check(folder: _Path) -> None:
   """Checks config.json and the headers of the weights, and reads no weight.
 
   Raises:
@@ -87,9 +87,9 @@ def check(folder: Path) -> None:
   _checked(folder, config, layout.flat(models.shapes(config)), same=lambda a, b: True)
 
 
-def save(folder: Path, model: Model, params: Params, source: Path | None = None,
+def save(folder: _Path, model: Model, params: Params, source: _Path | None = None,
          lineage: dict[str, Any] | None = None, dtype: str | None = None,
-         shard_bytes: int = SHARD_BYTES) -> pathlib.Path:
+         shard_bytes: int = _SHARD_BYTES) -> pathlib.Path:
   """Writes a folder that `transformers` and `load` read, and returns its path.
 
   The folder appears only when it is complete. On several hosts all of them call this function and
@@ -159,7 +159,7 @@ def _check_target(folder: pathlib.Path, model: Model) -> None:
 
 
 def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list[str]],
-                       sizes: dict[str, int], source: Path | None,
+                       sizes: dict[str, int], source: _Path | None,
                        lineage: dict[str, Any] | None) -> None:
   """Writes all files of a saved folder except those of the tensors."""
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -173,8 +173,8 @@ def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list
   for file in files:
     with open(folder / file, "rb") as f:
       lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {file}\n")
-  (folder / SUMS).write_text("".join(lines))
-  for pattern in COPIED if source is not None else ():
+  (folder / _SUMS).write_text("".join(lines))
+  for pattern in _COPIED if source is not None else ():
     for path in pathlib.Path(source).glob(pattern):
       shutil.copyfile(path, folder / path.name)
   if lineage is not None:
@@ -209,7 +209,7 @@ def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def identity(folder: Path) -> str:
+def identity(folder: _Path) -> str:
   """A hash that identifies the weights of a folder without reading them.
 
   It covers config.json, the index and the checksums that `save` wrote. Of each safetensors file it
@@ -222,7 +222,7 @@ def identity(folder: Path) -> str:
   read_json(folder)
   files = shards.files(folder)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  for name in (shards.INDEX, SUMS):
+  for name in (shards.INDEX, _SUMS):
     if (folder / name).exists():
       digest.update((folder / name).read_bytes())
   # Weights are too large to be hashed at every start. A header has names, shapes and offsets;
@@ -239,7 +239,7 @@ def identity(folder: Path) -> str:
   return digest.hexdigest()
 
 
-def read_json(folder: Path) -> Json:
+def read_json(folder: _Path) -> Json:
   """The object of a folder's config.json.
 
   Raises:
@@ -263,19 +263,19 @@ def _checked(folder: pathlib.Path, config: Config, shapes: dict[str, jax.ShapeDt
              same: Callable[[Stored, Stored], bool] = shards.same) -> dict[str, Stored]:
   """The headers of a folder whose weights are those that config.json asks for."""
   stored = shards.headers(folder)
-  head = stored.get(HEAD)
-  embedding = stored.get(EMBEDDING)
+  head = stored.get(_HEAD)
+  embedding = stored.get(_EMBEDDING)
   if config.tied and head and embedding:  # some tied checkpoints store the head too
     if not same(head, embedding):
-      raise ValueError(f"{HEAD} differs from {EMBEDDING} although config.json ties them: "
+      raise ValueError(f"{_HEAD} differs from {_EMBEDDING} although config.json ties them: "
                        "set tie_word_embeddings to false.")
     # Otherwise the copy would be refused as a weight that the model does not have.
-    del stored[HEAD]
+    del stored[_HEAD]
   _check(folder, stored, config, shapes)
   return stored
 
 
-def _names(config: Config) -> Names:
+def _names(config: Config) -> _Names:
   """{their name: (path, weight, layer or None)} of every weight of the model."""
   names = {}
   for path, weight in models.weights(config).items():
@@ -303,17 +303,17 @@ def _check(folder: pathlib.Path, stored: dict[str, Stored], config: Config,
     if found.shape != want:
       raise ValueError(f"{found.file}: {name} has shape {found.shape} and config.json asks for "
                        f"{want}: they must come from one model.")
-    if found.dtype not in STORED:
+    if found.dtype not in _STORED:
       raise ValueError(f"{found.file}: {name} is stored as {found.dtype}: convert the model to "
-                       f"one of {', '.join(sorted(STORED))}.")
+                       f"one of {', '.join(sorted(_STORED))}.")
 
 
-def _layer_shape(shape: Shape, weight: Weight) -> Shape:
+def _layer_shape(shape: _Shape, weight: Weight) -> _Shape:
   """Our shape of one layer of a weight."""
   return tuple(shape[weight.stacked:])
 
 
-def _placed(stored: dict[str, Stored], weight: Weight, shape: Shape, dtype: jnp.dtype,
+def _placed(stored: dict[str, Stored], weight: Weight, shape: _Shape, dtype: jnp.dtype,
             mesh: jax.sharding.Mesh | None) -> jax.Array:
   """One of our weights, all its layers, on the devices."""
   layer_shape = _layer_shape(shape, weight)
@@ -341,7 +341,7 @@ def _placed(stored: dict[str, Stored], weight: Weight, shape: Shape, dtype: jnp.
 
 
 @functools.cache
-def _to_ours(weight: Weight, shape: Shape, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+def _to_ours(weight: Weight, shape: _Shape, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
   """Jitted: their part of a weight -> ours."""
   # On the device, because a transpose in NumPy takes nine times as long.
   return jax.jit(lambda theirs: weight.to_ours(theirs, shape).astype(dtype))
@@ -359,14 +359,14 @@ def _fitting(config: Config, params: Params) -> dict[str, jax.Array]:
   return params
 
 
-def _types(params: dict[str, jax.Array], names: Names, source: Path | None,
+def _types(params: dict[str, jax.Array], names: _Names, source: _Path | None,
            dtype: str | None) -> dict[str, np.dtype]:
   """{their name: NumPy dtype to write}; `dtype` as `save` takes it."""
   if dtype == "source":
     if source is None:
       raise ValueError('dtype="source" asks for the types of a source and none is given: name it.')
     stored = shards.headers(pathlib.Path(source))
-    return {name: STORED[stored[name].dtype] for name in names}
+    return {name: _STORED[stored[name].dtype] for name in names}
   dtypes = {x.dtype for x in params.values()}
   if dtype is None and len(dtypes) > 1:
     raise ValueError(f"parameters of several types, {sorted(map(str, dtypes))}: give save a dtype.")

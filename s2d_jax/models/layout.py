@@ -107,7 +107,7 @@ def nest(leaves: dict[str, Any]) -> Params:
   return tree
 
 
-def need(json: Json, key: str) -> Any:
+def _need(json: Json, key: str) -> Any:
   """The value of a key of config.json that has no default.
 
   Raises:
@@ -130,7 +130,7 @@ def refuse(json: Json, key: str, *allowed: Any) -> None:
                      f"use a model with {key} {' or '.join(map(repr, allowed)) or 'absent'}.")
 
 
-def rope(json: Json) -> tuple[float, RopeScaling | None]:
+def _rope(json: Json) -> tuple[float, RopeScaling | None]:
   """(theta, scaling) of RoPE from config.json, in the new spelling or the old one.
 
   The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
@@ -146,7 +146,7 @@ def rope(json: Json) -> tuple[float, RopeScaling | None]:
   # A file may have both spellings for the sake of older readers; equal ones do no harm.
   settings = settings or old
   # Older files say "type" where newer ones say "rope_type"; some have both.
-  theta = settings.pop("rope_theta", None) or need(json, "rope_theta")
+  theta = settings.pop("rope_theta", None) or _need(json, "rope_theta")
   kind = settings.pop("rope_type", None) or settings.pop("type", "default")
   settings.pop("type", None)
   refuse({"rope_type": kind}, "rope_type", "default", "llama3")
@@ -155,10 +155,10 @@ def rope(json: Json) -> tuple[float, RopeScaling | None]:
   if kind == "default":
     return float(theta), None
   return float(theta), RopeScaling(
-      factor=float(need(settings, "factor")),
-      low_freq_factor=float(need(settings, "low_freq_factor")),
-      high_freq_factor=float(need(settings, "high_freq_factor")),
-      original_max_positions=int(need(settings, "original_max_position_embeddings")))
+      factor=float(_need(settings, "factor")),
+      low_freq_factor=float(_need(settings, "low_freq_factor")),
+      high_freq_factor=float(_need(settings, "high_freq_factor")),
+      original_max_positions=int(_need(settings, "original_max_position_embeddings")))
 
 
 def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None,
@@ -185,24 +185,24 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     refuse({"layer_types": kind}, "layer_types", "full_attention")
   # The width of a head is read where it is given: in Qwen3 it is not width / heads. A file without
   # num_key_value_heads is of a model in which every query head has its own key head.
-  theta, scaling = rope(json)
-  width = int(need(json, "hidden_size"))
-  heads = int(need(json, "num_attention_heads"))
+  theta, scaling = _rope(json)
+  width = int(_need(json, "hidden_size"))
+  heads = int(_need(json, "num_attention_heads"))
   return Config(
       architecture=architecture,
-      vocab_size=int(need(json, "vocab_size")),
+      vocab_size=int(_need(json, "vocab_size")),
       width=width,
-      layers=int(need(json, "num_hidden_layers")),
+      layers=int(_need(json, "num_hidden_layers")),
       heads=heads,
       kv_heads=int(json.get("num_key_value_heads") or heads),
       head_width=int(json.get("head_dim") or head_width or width // heads),
-      mlp=int(need(json, "intermediate_size")),
-      norm_eps=float(need(json, "rms_norm_eps")),
+      mlp=int(_need(json, "intermediate_size")),
+      norm_eps=float(_need(json, "rms_norm_eps")),
       rope_theta=theta,
       rope_scaling=scaling,
       qk_norm=qk_norm,
       tied=bool(json.get("tie_word_embeddings", False)),
-      max_positions=int(need(json, "max_position_embeddings")),
+      max_positions=int(_need(json, "max_position_embeddings")),
       **run)
 
 

@@ -10,9 +10,9 @@ import safetensors
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Looked for in order to refuse them by name; unpickling runs code.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_BYTES = 100_000_000  # the cap of the safetensors library itself
-ROWS = 4096  # rows of two tensors that are compared at a time
+_ROWS = 4096  # rows of two tensors that are compared at a time
 
 
 class Stored(NamedTuple):
@@ -48,7 +48,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     names = sorted(set(_index(folder).values()))
   elif (folder / WEIGHTS).exists():
     names = [WEIGHTS]
-  elif pickle := next((path for kind in PICKLES for path in sorted(folder.glob(kind))), None):
+  elif pickle := next((path for kind in _PICKLES for path in sorted(folder.glob(kind))), None):
     raise ValueError(f"{folder} has pickled weights only ({pickle.name}), and unpickling runs "
                      "code: convert them to safetensors.")
   else:
@@ -110,7 +110,7 @@ def same(a: Stored, b: Stored) -> bool:
   if a.shape != b.shape:
     return False
   # They are the largest matrices of a model, so neither is held whole.
-  parts = [slice(start, min(start + ROWS, a.shape[0])) for start in range(0, a.shape[0], ROWS)]
+  parts = [slice(start, min(start + _ROWS, a.shape[0])) for start in range(0, a.shape[0], _ROWS)]
   return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 

@@ -12,20 +12,20 @@ from collections.abc import Mapping
 
 from s2d_jax.rewards import worker
 
-# The patterns stand in the order in which `normalised` applies them.
-RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
+# The patterns stand in the order in which `_normalised` applies them.
+_RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
 # A dollar between two digits is left: it separates them.
-DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")
+_DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")
 # MATH writes 1,\!000: a comma without the space behind it.
-NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")
+_NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")
 # Spacing and decoration. It becomes a space, so that the digits around it stay apart.
-SPACING = re.compile(
+_SPACING = re.compile(
   r"(?<!\\)\\[ ,;:!]|~|\\(?:left|right)(?![a-zA-Z])|\\?%|\^(?:\{\\circ\}|\\circ)"
 )
 # Digits with separators: 1 000, but also 4 2, and decimals such as .141 592.
-DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")
-THOUSANDS = re.compile(r"(?:\.\d{3}|\d{1,3})(?:(?: |\{,\})\d{3})+")
-MIXED = re.compile(
+_DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")
+_THOUSANDS = re.compile(r"(?:\.\d{3}|\d{1,3})(?:(?: |\{,\})\d{3})+")
+_MIXED = re.compile(
   r"""
   # An exponent or a factor before the fraction is no whole part, nor is the end of 1,001.
   (?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})
@@ -37,14 +37,14 @@ MIXED = re.compile(
   re.VERBOSE,
 )
 # A text at the end, such as the unit of 5\text{ cm}.
-LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")
-CONTROL_WORD = re.compile(r"\\[a-zA-Z]+")
-LETTER = re.compile(r"[^\W\d_]")
+_LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")
+_CONTROL_WORD = re.compile(r"\\[a-zA-Z]+")
+_LETTER = re.compile(r"[^\W\d_]")
 # More than a unit: digits, but for the exponent of cm^2, relations and signs.
-BEYOND_UNIT = re.compile(r"(?<!\^)(?<!\^-)\d|[<>=+≤≥≠±]|^(?:squared|cubed)\b")
-WORD = re.compile(r"[a-z]+")
+_BEYOND_UNIT = re.compile(r"(?<!\^)(?<!\^-)\d|[<>=+≤≥≠±]|^(?:squared|cubed)\b")
+_WORD = re.compile(r"[a-z]+")
 # Words behind a number that change its value, say something of it or add an alternative.
-NOT_IN_UNITS = frozenset(
+_NOT_IN_UNITS = frozenset(
   """
   zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
   sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions
@@ -56,20 +56,20 @@ NOT_IN_UNITS = frozenset(
   am pm bc ad bce ce north south east west
   """.split()
 )
-WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
-SHORT_ROOT = re.compile(r"\\sqrt(\w)")
-FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
+_WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_SHORT_ROOT = re.compile(r"\\sqrt(\w)")
+_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
 # The name before a value, as in x=5.
-NAME = re.compile(r"^\s*[a-zA-Z]\s*=")
+_NAME = re.compile(r"^\s*[a-zA-Z]\s*=")
 # A whole answer with commas between its thousands, such as 1,000.
-COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")
+_COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")
 # All spaces but those between two numbers.
-LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")
-PLAIN_FRACTION = re.compile(r"(-?)\((-?\w+)\)/\((-?\w+)\)")
+_LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")
+_PLAIN_FRACTION = re.compile(r"(-?)\((-?\w+)\)/\((-?\w+)\)")
 # The point of .5, which has no digit before it.
-BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
+_BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 # Leading zeros are stripped afterwards: "0*" before "\d+" would take quadratic time.
-WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")
+_WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")
 
 
 def reward(problem: Mapping[str, str], text: str) -> float:
@@ -80,9 +80,9 @@ def reward(problem: Mapping[str, str], text: str) -> float:
   boxed = last_boxed(text)
   if boxed is None:
     return 0.0
-  answer = normalised(problem["answer"])
+  answer = _normalised(problem["answer"])
   # "100,200" is a number, and also how a list is written without a space.
-  readings = (normalised(boxed), normalised(boxed.replace(",", ", ")))
+  readings = (_normalised(boxed), _normalised(boxed.replace(",", ", ")))
   return float(answer != "" and answer in readings)
 
 
@@ -91,7 +91,7 @@ def answer(text: str) -> str | None:
   boxed = last_boxed(text)
   if boxed is None:
     return None
-  return normalised(boxed) or None
+  return _normalised(boxed) or None
 
 
 def verified(problem: Mapping[str, str], text: str) -> float:
@@ -126,35 +126,35 @@ def last_boxed(text: str) -> str | None:
   return None
 
 
-def normalised(answer: str) -> str:
+def _normalised(answer: str) -> str:
   r"""One spelling for answers that mean the same: " \dfrac12 " and "1/2", "1,000" and "1000".
 
   Digits close up only in groups of three: "1 000" is 1000, but "4 2" and "32, 349" are two numbers
   each. A mixed number becomes a fraction: "1 1/2" is "3/2".
   """
-  for old, new in RESPELLED:
+  for old, new in _RESPELLED:
     answer = answer.replace(old, new)
-  answer = DOLLAR.sub("", answer)
-  answer = NEGATIVE_SPACE.sub("{,}", answer)
-  answer = " ".join(SPACING.sub(" ", answer).split())
-  answer = DIGIT_GROUPS.sub(_closed, answer)
-  answer = MIXED.sub(_improper, answer)
+  answer = _DOLLAR.sub("", answer)
+  answer = _NEGATIVE_SPACE.sub("{,}", answer)
+  answer = " ".join(_SPACING.sub(" ", answer).split())
+  answer = _DIGIT_GROUPS.sub(_closed, answer)
+  answer = _MIXED.sub(_improper, answer)
   # TeX's braces around a comma only remove the space behind it.
   answer = answer.replace("{,}", ",")
   answer = _without_unit(answer)
-  answer = WRAPPED.sub(r"\1", answer)
-  answer = SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
-  answer = FRACTION.sub(_over, answer)
-  answer = NAME.sub("", answer).rstrip(" .").lstrip()
+  answer = _WRAPPED.sub(r"\1", answer)
+  answer = _SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
+  answer = _FRACTION.sub(_over, answer)
+  answer = _NAME.sub("", answer).rstrip(" .").lstrip()
   # Before its spaces go, so that "3, 125" stays a list.
-  if COMMA_GROUPS.fullmatch(answer):
+  if _COMMA_GROUPS.fullmatch(answer):
     answer = answer.replace(",", "")
-  answer = LOOSE_SPACE.sub("", answer)
-  plain = PLAIN_FRACTION.fullmatch(answer)
+  answer = _LOOSE_SPACE.sub("", answer)
+  plain = _PLAIN_FRACTION.fullmatch(answer)
   if plain:
     answer = f"{plain[1]}{plain[2]}/{plain[3]}"
-  answer = BARE_POINT.sub("0.", answer)
-  number = WHOLE.fullmatch(answer)
+  answer = _BARE_POINT.sub("0.", answer)
+  number = _WHOLE.fullmatch(answer)
   # By its text: int() refuses the thousands of digits that a model may write.
   if number:
     digits = number[2].lstrip("0") or "0"
@@ -164,7 +164,7 @@ def normalised(answer: str) -> str:
 
 def _without_unit(answer: str) -> str:
   r"""The answer without a unit at its end: 5\text{ cm} is 5, but n\text{ is odd} stays whole."""
-  last = LAST_TEXT.search(answer)
+  last = _LAST_TEXT.search(answer)
   if last is None:
     return answer
   # "x=5\text{ cm}" has its number behind the "=".
@@ -172,25 +172,25 @@ def _without_unit(answer: str) -> str:
   if "\\pi" not in value and not any(c.isdigit() for c in value):
     return answer
   # Letters beyond control words such as \frac make it an expression, of which a text may say more.
-  if LETTER.search(CONTROL_WORD.sub("", value)) or BEYOND_UNIT.search(last[1]):
+  if _LETTER.search(_CONTROL_WORD.sub("", value)) or _BEYOND_UNIT.search(last[1]):
     return answer
   # Without points, "p.m." is one word.
-  words = WORD.findall(last[1].lower().replace(".", ""))
-  if not NOT_IN_UNITS.isdisjoint(words):
+  words = _WORD.findall(last[1].lower().replace(".", ""))
+  if not _NOT_IN_UNITS.isdisjoint(words):
     return answer
   return answer[: last.start()]
 
 
 def _closed(groups: re.Match) -> str:
   """The digits without their separators, where every group but the first has exactly three."""
-  if THOUSANDS.fullmatch(groups[0]):
+  if _THOUSANDS.fullmatch(groups[0]):
     return groups[0].replace(" ", "").replace("{,}", "")
   return groups[0]
 
 
 def _improper(mixed: re.Match) -> str:
   r"""A whole number and a proper fraction as one fraction: 1 1/2 is \frac{3}{2}."""
-  # MIXED has three spellings of a fraction, of which one matched.
+  # _MIXED has three spellings of a fraction, of which one matched.
   whole = mixed[1]
   top = mixed[2] or mixed[4] or mixed[5]
   bottom = mixed[3] or mixed[6] or mixed[7]

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Mapping
 
 # Imports of the checker, on a busy machine.
-START_SECONDS = 120.0
-ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
+_START_SECONDS = 120.0
+_ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
 
 
 class Worker:
@@ -39,7 +39,7 @@ class Worker:
     Raises:
       RuntimeError: the checker cannot be imported; its trace is on standard error.
     """
-    self._command = [sys.executable, "-c", ENTRY, *check.split(":"), str(cpu_seconds),
+    self._command = [sys.executable, "-c", _ENTRY, *check.split(":"), str(cpu_seconds),
                      str(memory_bytes)]
     self._seconds = seconds
     self.timeouts = 0
@@ -92,7 +92,7 @@ class Worker:
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      env=dict(os.environ, PYTHONPATH=path), bufsize=0)
-    if self._line(START_SECONDS) != b"ready\n":
+    if self._line(_START_SECONDS) != b"ready\n":
       self.close()
       raise RuntimeError("a reward worker did not start: see its error above this one.")
 

@@ -10,7 +10,7 @@ import numpy as np
 # The order is stored in rollouts on disk: a new reason is added at the end.
 FINISHED = ("length", "stop")
 # Names that fields have in files that are already stored.
-OLD_NAMES = {"drawn_logp_BT": "behaviour_logp_BT"}
+_OLD_NAMES = {"drawn_logp_BT": "behaviour_logp_BT"}
 
 
 class Prompt(NamedTuple):
@@ -77,7 +77,7 @@ def from_bytes(data: bytes) -> Rollout:
   # Without pickle a store's file can hold arrays only, and reading it runs no code.
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     # Rollouts are expensive: a new field name must not make stored ones unreadable.
-    fields = {OLD_NAMES.get(name, name): file[name] for name in file.files}
+    fields = {_OLD_NAMES.get(name, name): file[name] for name in file.files}
   return Rollout(**{**fields, "weight_version": int(fields["weight_version"])})
 
 

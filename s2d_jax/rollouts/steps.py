@@ -17,7 +17,7 @@ from s2d_jax.rollouts.sources import FrozenActor, OnFinish, RolloutSource
 from s2d_jax.sharding import Params
 
 Reward = Callable[[int, np.ndarray], float]      # (prompt id, response ids) -> reward
-PromptsOf = Callable[[int, int], list[Prompt]]   # (step, round) -> the round's prompts
+_PromptsOf = Callable[[int, int], list[Prompt]]   # (step, round) -> the round's prompts
 
 
 class PromptOrder(NamedTuple):
@@ -96,7 +96,7 @@ class PassRates(NamedTuple):
     return weight_B, take(rollout, fresh_B), pass_rate_P.mean()
 
 
-def sample_step(source: RolloutSource, params: Params, prompts_of: PromptsOf, step: int,
+def sample_step(source: RolloutSource, params: Params, prompts_of: _PromptsOf, step: int,
                 hp: ConfigDict, reward: Reward | None = None) -> StepRollouts:
   """The rollouts of a step: one round, or where there are rewards up to hp.rounds.
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-MODULUS = 100
-SHORTEST = 2  # operands
-LONGEST = 4
+_MODULUS = 100
+_SHORTEST = 2  # operands
+_LONGEST = 4
 # The published splits: another seed or size would make every recorded score incomparable.
-SEED = 0
-SIZES = {"labelled": 2048, "validation": 256, "test": 512}
+_SEED = 0
+_SIZES = {"labelled": 2048, "validation": 256, "test": 512}
 
 
-def draw(rng: np.random.Generator, shortest: int = SHORTEST,
-         longest: int = LONGEST) -> tuple[int, ...]:
+def _draw(rng: np.random.Generator, shortest: int = _SHORTEST,
+          longest: int = _LONGEST) -> tuple[int, ...]:
   """The operands of one problem: their number is uniform, and each is uniform in 0..99."""
   count = int(rng.integers(shortest, longest + 1))
-  return tuple(int(x) for x in rng.integers(0, MODULUS, count))
+  return tuple(int(x) for x in rng.integers(0, _MODULUS, count))
 
 
 def problem(operands: Sequence[int]) -> str:
@@ -41,27 +41,27 @@ def worked(operands: Sequence[int], slips: Sequence[int] | np.ndarray | None = N
   total = operands[0]
   text = f"{total:02d}"
   for operand, slip in zip(operands[1:], slips, strict=True):
-    total = (total + operand + int(slip)) % MODULUS
+    total = (total + operand + int(slip)) % _MODULUS
     text += f"+{operand:02d}={total:02d}"
   return text
 
 
 def answer(operands: Sequence[int]) -> str:
   """The sum modulo 100, two digits."""
-  return f"{sum(operands) % MODULUS:02d}"
+  return f"{sum(operands) % _MODULUS:02d}"
 
 
-def splits(seed: int = SEED, sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
+def splits(seed: int = _SEED, sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
   """{split: rows} of distinct problems, disjoint between splits; ids count through all splits.
 
   A row is {"id", "problem", "answer", "solution"}. Seed and sizes determine the result.
   """
-  sizes = SIZES if sizes is None else sizes
+  sizes = _SIZES if sizes is None else sizes
   rng = np.random.default_rng(seed)
   # A dict keeps the order of the draws; a set does not.
   chosen: dict[tuple[int, ...], None] = {}
   while len(chosen) < sum(sizes.values()):
-    chosen.setdefault(draw(rng))
+    chosen.setdefault(_draw(rng))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
           for i, x in enumerate(chosen)]
   # Cut from one list of distinct problems, so no split holds a problem of another.
@@ -106,11 +106,11 @@ def corpus(seed: int, count: int, longest: int, worked_share: float, slip_share:
   pairs = []
   while len(pairs) < count:
     # A held-out problem still takes its draws, so that the others stay as they are.
-    operands = draw(rng, longest=longest)
+    operands = _draw(rng, longest=longest)
     steps = len(operands) - 1
     # From 1: a slip of 0 would be a right step.
-    slips = rng.integers(1, MODULUS, steps) * (rng.random(steps) < slip_share)
-    guess = f"{rng.integers(0, MODULUS):02d}"
+    slips = rng.integers(1, _MODULUS, steps) * (rng.random(steps) < slip_share)
+    guess = f"{rng.integers(0, _MODULUS):02d}"
     is_worked = rng.random() < worked_share
     if problem(operands) not in held_out:
       pairs.append((problem(operands), worked(operands, slips) if is_worked else guess))
@@ -124,5 +124,5 @@ def sums(seed: int, count: int) -> list[tuple[str, str]]:
   10,000 possible pairs is held out.
   """
   # A third stream, so that `count` changes nothing in `corpus` of one seed.
-  operands = np.random.default_rng((seed, 2)).integers(0, MODULUS, (count, 2))
-  return [(f"{a:02d}+{b:02d}=", f"{(a + b) % MODULUS:02d}") for a, b in operands.tolist()]
+  operands = np.random.default_rng((seed, 2)).integers(0, _MODULUS, (count, 2))
+  return [(f"{a:02d}+{b:02d}=", f"{(a + b) % _MODULUS:02d}") for a, b in operands.tolist()]

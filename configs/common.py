@@ -55,7 +55,7 @@ class Block:
     """
     for name in changes:
       if name not in self.defaults:
-        raise ValueError(f"{name!r} is no key of this block: use {', '.join(self.defaults)}.")
+        raise ValueError(f"{name!r} is not a key of this block: use {', '.join(self.defaults)}.")
     values = self.defaults | changes
     for name, value in values.items():
       if value is REQUIRED:

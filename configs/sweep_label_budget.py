@@ -1,4 +1,4 @@
-"""What labels buy: a quarter, a half and all of them, for direct GRPO, the bridge, and both.
+"""Scores by label budget: a quarter, a half and all of them, for direct GRPO, the bridge, and both.
 
   s2d-jax run --config=configs/sweep_label_budget.py --workdir=runs/ladder [--plan]
 """

@@ -88,10 +88,10 @@ def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy
              if arm in compared and getattr(budget, part) != Part()}
     # Equality is transitive, so every arm is held against the first.
     first = next(iter(found), None)
-    for arm, own in found.items():
-      if own != found[first]:
+    for arm, part_budget in found.items():
+      if part_budget != found[first]:
         raise ValueError(f"{first} and {arm} are compared and have unequal {part} budgets "
-                         f"({found[first]} and {own}) {remedy}.")
+                         f"({found[first]} and {part_budget}) {remedy}.")
 
 
 def check_labels(plan: Plan, arm: str, workdir: epath.Path) -> None:

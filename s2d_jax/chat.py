@@ -92,20 +92,20 @@ def same_tokenizer(teacher: Chat, student: Chat) -> None:
   """
   a = teacher.vocabulary
   b = student.vocabulary
-  places = f"{teacher.folder} and {student.folder}"
+  folders = f"{teacher.folder} and {student.folder}"
   remedy = "take a teacher and a student that share one tokenizer"
   if a != b:
     token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
     raise ValueError(
-      f"the vocabularies of {places} differ (the token {token!r} is {a.get(token, 'absent')} and "
+      f"the vocabularies of {folders} differ (the token {token!r} is {a.get(token, 'absent')} and "
       f"{b.get(token, 'absent')}): {remedy}."
     )
   if teacher.eos_ids != student.eos_ids:
     raise ValueError(
-      f"the end tokens of {places} differ ({teacher.eos_ids} and {student.eos_ids}): {remedy}."
+      f"the end tokens of {folders} differ ({teacher.eos_ids} and {student.eos_ids}): {remedy}."
     )
   if teacher.chat_template != student.chat_template:
-    raise ValueError(f"the chat templates of {places} differ: {remedy}, or copy one template over.")
+    raise ValueError(f"the chat templates of {folders} differ: {remedy}, or copy one over.")
 
 
 def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:

@@ -68,7 +68,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
   except (flags.Error, ValueError, OSError) as error:
     fail(str(error).strip().splitlines()[-1].strip() + ": correct the command line.")
   if strays:
-    fail(f"{strays[0]!r} is no flag: write --config.KEY=VALUE.")
+    fail(f"{strays[0]!r} is not a flag: write --config.KEY=VALUE.")
   return values.config, args
 
 

@@ -148,7 +148,7 @@ def abstract_batch(rows: int, width: int, mesh: Mesh, old_logps: bool = False,
     old_logps: whether the batch has old log-probabilities; sampled: whether it has the sampler's.
   """
   layout = sharding.batch_sharding(mesh, (rows, width))
-  # An absent field is no argument of the program that is compiled.
+  # An absent field is not an argument of the program that is compiled.
   absent = set() if old_logps else {"old_logp_BT"}
   if not sampled:
     absent |= {"sampler_logp_BT", "behaviour_logp_BT"}

@@ -82,8 +82,8 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   _named("config.evaluation", evals.check_evaluation, config.evaluation)
   for name, hp in config.stages.items():
     if name not in stages:
-      raise ValueError(f"config.stages.{name} is no row of the recipe: remove it, or choose from "
-                       f"{', '.join(stages)}.")
+      raise ValueError(f"config.stages.{name} is not a stage of the recipe: remove it, or "
+                       f"choose from {', '.join(stages)}.")
     path = f"config.stages.{name}"
     keys.check_block(path, hp, stage_keys(stages[name]))
     _check_stage(path, hp, stages[name])

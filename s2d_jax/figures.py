@@ -36,8 +36,8 @@ def figure(rows: Sequence[Run], path: epath.PathLike) -> None:
   axes = [chart.add_subplot(grid[0, i]) for i in range(4)]
   _bars(axes[0], groups)
   _stages(axes[1:], [run for group in first for run in group.runs.values()])
-  for i, draw in enumerate(below):
-    draw(chart.add_subplot(grid[1, i]))
+  for i, plot in enumerate(below):
+    plot(chart.add_subplot(grid[1, i]))
   chart.savefig(path, dpi=120)
 
 
@@ -45,10 +45,10 @@ def _curves(kind: str, curves: Mapping[str, Sequence[tuple[float, Group]]], axis
   """Draws a sweep's curves over the labels spent, or over the share of updates in the warmup."""
   for label, points in curves.items():
     # A share of the labels is a limit; the ledger says how many were spent within it.
-    place = [group.mean("labels_distinct") if kind == "labels" else x for x, group in points]
+    x_values = [group.mean("labels_distinct") if kind == "labels" else x for x, group in points]
     triples = 100 * np.array([group.score(group.headline) for _, group in points]).T
     reach = np.maximum([triples[0] - triples[1], triples[2] - triples[0]], 0)
-    axis.errorbar(place, triples[0], yerr=reach, label=label, marker="o", capsize=3, linewidth=1)
+    axis.errorbar(x_values, triples[0], yerr=reach, label=label, marker="o", capsize=3, linewidth=1)
   axis.set_xlabel({"labels": "labels spent, distinct",
                    "division": "share of the updates in the warmup"}[kind])
   axis.set_ylabel("avg@k, %")
@@ -59,15 +59,15 @@ def _bars(axis: Axes, groups: Sequence[Group]) -> None:
   """Draws each group's avg@k as a bar with its interval."""
   # Groups that were scored differently have different k, so each names its own avg@k.
   triples = 100 * np.array([group.score(group.headline) for group in groups]).T
-  place = np.arange(len(groups))[::-1]
+  y_values = np.arange(len(groups))[::-1]
   reach = np.stack([triples[0] - triples[1], triples[2] - triples[0]])
-  axis.barh(place, triples[0], xerr=np.maximum(reach, 0), color="#4c78a8", ecolor="#222",
+  axis.barh(y_values, triples[0], xerr=np.maximum(reach, 0), color="#4c78a8", ecolor="#222",
             height=0.6)
   names = []
   for group in groups:
     word = "seeds" if len(group.runs) > 1 else "seed"
     names.append(f"{group.name} · {word} {group.seeds}")
-  axis.set_yticks(place, names, parse_math=False, fontsize=7)
+  axis.set_yticks(y_values, names, parse_math=False, fontsize=7)
   axis.set_xlim(0, 100)
   axis.set_xlabel("avg@k, %")
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from s2d_jax import hosts
 
-_SILENT_SECONDS = 3600  # a lock whose last beat is older belongs to a dead process
+_SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
@@ -65,8 +65,8 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   printed sentence.
 
   Yields:
-    (beat, last). Call `beat()` at every step: it keeps the lock alive. `last` is the previous
-    writer's last beat in Unix seconds, or None where the folder was not locked.
+    (heartbeat, last). Call `heartbeat()` at every step: it keeps the lock alive. `last` is the
+    previous writer's last heartbeat in Unix seconds, or None where the folder was not locked.
 
   Raises:
     ValueError: another process that may be alive writes here.
@@ -76,22 +76,22 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   if not hosts.leader():
     yield (lambda: None), None
     return
-  own = {"host": socket.gethostname(), "pid": os.getpid()}
-  last = _take_over(path, own) if path.exists() else None
+  process = {"host": socket.gethostname(), "pid": os.getpid()}
+  last = _take_over(path, process) if path.exists() else None
   written = 0.0
 
-  def beat() -> None:
+  def heartbeat() -> None:
     nonlocal written
     # Called at every step; one write a second suffices and costs an object store little.
     if time.time() - written > 1:
       written = time.time()
-      write_json(path, {**own, "beat": written})
+      write_json(path, {**process, "beat": written})
 
-  beat()
+  heartbeat()
   try:
-    yield beat, last
+    yield heartbeat, last
   except Exception:
-    # The lock stays: its last beat tells the next run how many seconds the failure lost.
+    # The lock stays: its last heartbeat tells the next run how many seconds the failure lost.
     raise
   except BaseException:
     # A stop on request has saved everything, so the next run loses no time.
@@ -100,20 +100,20 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   path.unlink(missing_ok=True)
 
 
-def _take_over(path: epath.Path, own: dict[str, Any]) -> float:
-  """The last beat of a lock that this process may take over."""
+def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
+  """The last heartbeat of a lock that this process may take over."""
   try:
     lock = read_json(path)
   except ValueError as error:
     raise ValueError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
   age = int(time.time() - lock["beat"])
-  here = lock["host"] == own["host"]
+  here = lock["host"] == process["host"]
   # A process of another host cannot be asked, so its silence has to decide.
   if age > _SILENT_SECONDS or here and not _alive(lock["pid"]):
     print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
           f"{age} s; taking over.", flush=True)
-  elif not here or lock["pid"] != own["pid"]:
+  elif not here or lock["pid"] != process["pid"]:
     raise ValueError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
                      f"(last sign of life {age} s ago): wait for it, or delete {path} if that "
                      "process is gone.")

@@ -81,8 +81,8 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
   seconds = seconds or AGREE_SECONDS
   current = _ROUNDS.get(name, -1) + 1
   _ROUNDS[name] = current
-  own = jax.process_index()
-  client.key_value_set(f"{name}/{current}/{own}", digest)
+  process = jax.process_index()
+  client.key_value_set(f"{name}/{current}/{process}", digest)
   for other in range(jax.process_count()):
     try:
       theirs = client.blocking_key_value_get(f"{name}/{current}/{other}", 1000 * seconds)
@@ -91,8 +91,8 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
                          f"{seconds} s: look for its error, and start again.") from error
     if theirs != digest:
       raise RuntimeError(
-          f"processes {own} and {other} differ in round {current} of the {name}: they "
+          f"processes {process} and {other} differ in round {current} of the {name}: they "
           "must run one program on the same data; start again from the checkpoint.")
   # A process that is in this round has read all of the last but one, so its key can go.
   if current > 1:
-    client.key_value_delete(f"{name}/{current - 2}/{own}")
+    client.key_value_delete(f"{name}/{current - 2}/{process}")

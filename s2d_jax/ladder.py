@@ -228,7 +228,7 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 class Contrast(NamedTuple):
   """avg@k of one Group minus another's, on the same problems and seeds."""
-  gap: stats.Interval
+  difference: stats.Interval
   resolvable: float  # `stats.resolvable`
   signs: str         # of each seed
   seeds: tuple[int, ...]
@@ -245,11 +245,11 @@ def compare(a: Group, b: Group) -> Contrast | None:
   gap_SP = np.stack([stats.gaps(*pair, stats.avg_at_k) for pair in pairs])
   # One seed has no spread between seeds to count, so its interval is over problems and samples.
   if len(seeds) == 1:
-    gap = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
+    difference = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
   else:
-    gap = stats.gap_over_seeds(gap_SP, a.level)
+    difference = stats.gap_over_seeds(gap_SP, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))
-  return Contrast(gap, stats.resolvable(gap_SP, a.level), signs, tuple(seeds))
+  return Contrast(difference, stats.resolvable(gap_SP, a.level), signs, tuple(seeds))
 
 
 def curves(rows: Iterable[Group], keys: Sequence[str]) -> dict[str, list[tuple[float, Group]]]:

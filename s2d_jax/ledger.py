@@ -86,8 +86,8 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
   if use == "none":
     return []
   # Pass rates consult an answer once; later steps reuse the samples and their rate.
-  known = {i for earlier in before for i in earlier["labels"]}
-  return [i for i in ids if i not in known]
+  earlier_ids = {i for earlier in before for i in earlier["labels"]}
+  return [i for i in ids if i not in earlier_ids]
 
 
 def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,

@@ -76,12 +76,12 @@ def update_count(hp: ConfigDict) -> int:
   return hp.steps * hp.epochs * hp.minibatches
 
 
-def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
+def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | None,
         stop: Callable[[], bool]) -> tuple[Params, _Values]:
   """Trains one stage from its newest checkpoint, or from the start, to its last step.
 
   Args:
-    beat, last_beat: as `files.only_writer` yields them.
+    heartbeat, last_heartbeat: as `files.only_writer` yields them.
     stop: whether to stop soon, as `hosts.stop_signal` yields it.
 
   Returns:
@@ -100,7 +100,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
     state = training.init(stage.optimizer, mesh, stage.models.learner.params)
     start = checkpoints.latest() or 0
     # Before anything is compiled: a kill during the compilation costs seconds too.
-    lost = _lost_seconds(stage.folder, start, last_beat)
+    lost = _lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
     if start:
@@ -113,7 +113,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
                                 stage.optimizer, stage.samplers)
     _check_cache(stage, programs, state)
     logs["timing"].add({"step": start, "seconds": time.monotonic() - began})
-    state = _loop(stage, programs, state, start, checkpoints, logs, beat, stop)
+    state = _loop(stage, programs, state, start, checkpoints, logs, heartbeat, stop)
   finally:
     # After an error too: Orbax finishes unfinished writes when it is closed.
     checkpoints.close()
@@ -122,7 +122,7 @@ def run(stage: StageRun, beat: Callable[[], None], last_beat: float | None,
 
 
 def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, logs: _Logs, beat: Callable[[], None],
+          checkpoints: checkpoint.Checkpoints, logs: _Logs, heartbeat: Callable[[], None],
           stop: Callable[[], bool]) -> TrainState:
   """The steps. Saves fall only between them."""
   hp = stage.hp
@@ -133,7 +133,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
   with metrics.compilations() as compiled, metrics.bar(stage.name, start, hp.steps) as bar:
     for step in range(start, hp.steps):
       clock = time.monotonic()
-      beat()
+      heartbeat()
       entry = {"step": step}
       if hp.eval_every and step % hp.eval_every == 0:
         with sampler.naming(f"{stage.name}, validation at step {step}"):
@@ -190,9 +190,9 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   # Before the first update: a ratio divides by the log-probabilities of the weights that sampled.
   if programs.scores_first:
     params = live if stage.models.on_policy else stage.models.actor.params
-    logp_BT, gap = _sampler_gap(programs, params, batch)
+    logp_BT, gap_values = _sampler_gap(programs, params, batch)
     batch = batch._replace(old_logp_BT=logp_BT)
-    values |= gap
+    values |= gap_values
   state, losses = _updates(stage, programs, state, step, batch)
   # The mean of squares is averaged over minibatches; only then is the root taken.
   if "logp_gap_square" in losses:
@@ -259,9 +259,9 @@ def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.n
   """(the trainer's log-probabilities of a batch, how far the sampler's are from them, in nats)."""
   placed = sharding.put_batch(batch, sharding.current_mesh())
   logp_BT, _ = sharding.fetch(programs.token_logps(params, placed))
-  gap = np.abs(logp_BT - batch.sampler_logp_BT)[batch.sequence_BT >= 0]
-  return logp_BT, {"logp_gap_mean": gap.mean(), "logp_gap_rms": np.sqrt(np.mean(gap**2)),
-                   "logp_gap_max": gap.max()}
+  gap_N = np.abs(logp_BT - batch.sampler_logp_BT)[batch.sequence_BT >= 0]
+  return logp_BT, {"logp_gap_mean": gap_N.mean(), "logp_gap_rms": np.sqrt(np.mean(gap_N**2)),
+                   "logp_gap_max": gap_N.max()}
 
 
 def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: _Logs, step: int,
@@ -299,27 +299,28 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
     params = stage.models.full(state.params)
   # A seed of its own: the samples of step 0 do not depend on whether a cache was checked.
   rollout = programs.sampler(params, stage.prompts_of(0, 0), (stage.seed, zlib.crc32(b"cache")))
-  gap = _sampler_gap(programs, params, rollouts.batch(rollout))[1]["logp_gap_rms"]
-  if not gap <= MAX_LOGP_GAP_NATS:  # also true for NaN
+  _, gap_values = _sampler_gap(programs, params, rollouts.batch(rollout))
+  rms = gap_values["logp_gap_rms"]
+  if not rms <= MAX_LOGP_GAP_NATS:  # also true for NaN
     raise ValueError(f"config.sampler.cache is {stage.samplers.config.cache} and the sampler's "
-                     f"log-probabilities are {gap:.3f} nats (root mean square) from the trainer's "
+                     f"log-probabilities are {rms:.3f} nats (root mean square) from the trainer's "
                      f"in {stage.name}, where {MAX_LOGP_GAP_NATS} is allowed: set it to auto.")
 
 
-def _lost_seconds(folder: epath.Path, start: int, last_beat: float | None) -> float:
+def _lost_seconds(folder: epath.Path, start: int, last_heartbeat: float | None) -> float:
   """Seconds of work that kills have cost this stage so far; notes this start for the next one.
 
   The time from the newest checkpoint, or from the killed writer's start where that is later, to
-  the writer's last beat is lost: its work is done again.
+  the writer's last heartbeat is lost: its work is done again.
   """
   folder = epath.Path(folder)
   starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
   lost = 0.0
-  if last_beat is not None and starts:
+  if last_heartbeat is not None and starts:
     saved = folder / "checkpoints" / str(start)
     # A checkpoint's modification time is when the work behind it was safe.
     since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
-    lost = max(0.0, last_beat - since)
+    lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
     files.write_json(folder / "starts" / f"{len(starts):08d}.json",
                      {"at": time.time(), "step": start, "lost": lost})

@@ -274,7 +274,7 @@ def length_penalty(hp: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
   """The function length_B -> addition_B to the rewards of long responses, or None without one."""
   if hp.overlong != "soft":
     return None
-  return functools.partial(grpo.overlong_punishment, longest=hp.sampling.max_tokens,
+  return functools.partial(grpo.overlong_penalty, longest=hp.sampling.max_tokens,
                            cache=hp.overlong_cache)
 
 

@@ -133,7 +133,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
           updates = " : ".join(f"{g.mean('dense'):.0f}+{g.mean('rewarded'):.0f}" for g in pair)
           least = f"{100 * found.resolvable:.1f}" if len(found.seeds) > 1 else "–"
           lines.append(f"| {escaped(a.name)} − {escaped(b.name)} | {labels} | {updates} | "
-                       f"{found.signs} | {interval(found.gap)} | {least} | "
+                       f"{found.signs} | {interval(found.difference)} | {least} | "
                        f"{verdict(found, PUBLISHED.get((above, below)))} |")
   if not lines:
     return ["No two arms of the paper's contrasts are here."]
@@ -151,20 +151,20 @@ def differences(groups: Sequence[Group]) -> list[str]:
 
 def verdict(contrast: Contrast, published: int | None) -> str:
   """A Contrast against the paper's order, which holds in `published` of six, or None."""
-  if contrast.gap.low > 0:
-    place = "above"
-  elif contrast.gap.high < 0:
-    place = "below"
+  if contrast.difference.low > 0:
+    order = "above"
+  elif contrast.difference.high < 0:
+    order = "below"
   else:
-    place = "not resolved"
+    order = "not resolved"
   of_six = "" if published is None else f" ({published}/6)"
   # The interval of one seed says nothing of other seeds, so it gets no verdict on the order.
   if len(contrast.seeds) == 1:
-    return f"{place} in this seed{of_six}"
+    return f"{order} in this seed{of_six}"
   if published is None:
-    return f"none published: {place}"
+    return f"none published: {order}"
   # The paper has the first arm above.
-  return {"above": "agrees", "below": "disagrees"}.get(place, place) + of_six
+  return {"above": "agrees", "below": "disagrees"}.get(order, order) + of_six
 
 
 def sweeps(groups: Sequence[Group]) -> list[str]:
@@ -262,7 +262,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
     gain = None
     if untrained is not None and group.label.startswith("teacher after"):
       found = ladder.compare(group, untrained)
-      gain = found and (found.gap.estimate, interval(found.gap))
+      gain = found and (found.difference.estimate, interval(found.difference))
     shaped = not group.distilling() or any(run.shaped for run in group.runs.values())
     lines += [f"- {name}: {sentence}."
               for sentence in ladder.warnings(teacher_trained=shaped, teacher_gain=gain)]

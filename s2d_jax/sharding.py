@@ -210,7 +210,7 @@ def slot_sharding(mesh: Mesh, shape: _Shape, pages: bool) -> NamedSharding:
   The first axis is the rows. In a cache the key heads follow; in a cache with `pages` the key heads
   are first and the pages follow.
   """
-  # An array of one or two axes is no cache: it has a number or a list of tokens for each row.
+  # An array of one or two axes is not a cache: it has a number or a list of tokens for each row.
   names = ("batch",)
   if len(shape) > 2:
     names = ("kv_heads", "pages") if pages else ("batch", "kv_heads")

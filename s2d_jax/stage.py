@@ -56,9 +56,9 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
   """Runs one stage to its end and leaves its folder finished: the manifest is written last."""
   mesh = sharding.current_mesh()
   folder = workdir / node.name
-  with files.only_writer(folder) as (beat, last_beat):
+  with files.only_writer(folder) as (heartbeat, last_heartbeat):
     stage = _stage_run(plan, node, workdir, mesh)
-    params, totals = loop.run(stage, beat, last_beat, stop)
+    params, totals = loop.run(stage, heartbeat, last_heartbeat, stop)
     model, params = _merged(stage.models, params)
     # The manifest marks the folder finished, so it is written after everything else.
     checkpoint.save_final(folder, params)

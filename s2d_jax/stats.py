@@ -242,12 +242,12 @@ def _bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float,
   P = len(value_P)
   # All draws at once would take draws·P values of memory, gigabytes for a large split.
   chunk = max(1, CHUNK // P)
-  drawn = []
+  means = []
   for start in range(0, draws, chunk):
     problem_DP = rng.integers(P, size=(min(chunk, draws - start), P))
-    drawn.append(value_P[problem_DP].mean(axis=1))
+    means.append(value_P[problem_DP].mean(axis=1))
   tail = (1 - level) / 2
-  low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+  low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
   return Interval(float(value_P.mean()), float(max(low, bounds[0])), float(min(high, bounds[1])))
 
 
@@ -347,11 +347,11 @@ def ordered(found: Iterable[str]) -> list[str]:
   """The names of scores in the table's order, then by k."""
   table = list(STATISTICS.values())
 
-  def place(name: str) -> tuple[int, int]:
+  def table_order(name: str) -> tuple[int, int]:
     entry, k = statistic(name)
     return table.index(entry), k
 
-  return sorted(found, key=place)
+  return sorted(found, key=table_order)
 
 
 def headline(found: Iterable[str]) -> str:

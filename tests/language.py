@@ -22,10 +22,33 @@ PACKAGE = ROOT / "s2d_jax"
 
 # Openings that make a sentence depend on another one, or hide its subject.
 BANNED_OPENINGS = ("The same", "What ", "Who ", "Whose ", "Nobody", "As many")
-# Words of a private vocabulary: each has a term of the field in its place.
-BANNED_PHRASES = (r"\bnobody\b", r"\bof so many\b", r"(?<!there )\bis none\b", r"\bno number\b",
-                  r"\btold apart\b", r"\bmanners\b", r"\bstrangers?\b", r"\bdoors?\b",
-                  r"\bwhose turn\b")
+# Words of a private vocabulary, metaphors and riddles: each has a plain term in its place.
+BANNED_PHRASES = (
+  r"\bnobody\b", r"\beveryone\b", r"\bso many\b", r"\bso few\b",
+  r"(?<!there )\b(is|are|was|were) (?-i:none)\b",
+  r"(?<!there )\b(is|are) no\b(?! (longer|more|larger|smaller)\b)",
+  r"\btold\b", r"\bmanners\b", r"\bstrangers?\b", r"\bdoors?\b", r"\bhouses?\b", r"\brooms?\b",
+  r"\bwhose turn\b", r"\bpunish\w*", r"\bjudged?\b", r"\bweigh(s|ed|ing)?\b", r"\btalks?\b",
+  r"\bcrowds?\b", r"\b(a|one|the|our|whole) draw\b", r"\bwanted\b", r"\bdid not know\b")
+# Parts of a name, between underscores or capitals, that belong to the private vocabulary.
+BANNED_NAME_PARTS = frozenset(
+  "made talk talks judge judged punish punished punishment weigh weighs told seen ended room rooms "
+  "wanted wrote how turn turns asked crowd crowded manners stranger strangers nobody everyone who "
+  "whose what beside picked door doors house place places beat".split())
+# These are plain inside a longer name, and say nothing alone, axes and leading underscores aside.
+BANNED_NAMES = frozenset(
+  "draw draws drawn gap given kept known left more odd own quiet rest same scored takes work "
+  "works".split())
+# A name that is the field's own, by the file that defines it.
+FIELDS_OWN = {
+  # bootstrap draws of a statistic
+  ("s2d_jax/stats.py", "draws"), ("s2d_jax/evals.py", "draws"), ("s2d_jax/evaluate.py", "draws"),
+  ("s2d_jax/ladder.py", "draws"), ("tests/test_evals.py", "draws"),
+}
+# Files that are being rewritten, whose names are not looked at.
+UNREAD = ("s2d_jax/sampler", "tests/sampler")
+# Calls that print a message for a user.
+MESSAGE_CALLS = ("fail", "exit", "warn", "warning", "error")
 
 
 class Density(NamedTuple):
@@ -147,6 +170,67 @@ def banned(text: str) -> list[str]:
   return found
 
 
+def name_parts(name: str) -> list[str]:
+  """The lower-case words of a name: "sampleRows_BT" has sample, rows and bt."""
+  return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)]
+
+
+def defined_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+  """(line, name) of everything a module defines.
+
+  These are functions, classes, parameters, fields and variables.
+  """
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      yield node.lineno, node.name
+    elif isinstance(node, ast.arg):
+      yield node.lineno, node.arg
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      yield node.lineno, node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+      yield node.lineno, node.attr
+
+
+def banned_names(tree: ast.Module, path: str = "") -> list[str]:
+  """The names in a module that belong to the private vocabulary, each once.
+
+  `path` is the module's path from the checkout; its stem is a name too.
+  """
+  found = []
+  for name in [Path(path).stem, *(name for _, name in defined_names(tree))]:
+    words = name_parts(name)
+    whole = re.sub(r"_[A-Z][A-Za-z0-9]*$", "", name.strip("_")).lower()  # without its axes
+    if (path, whole) not in FIELDS_OWN and name not in found and (
+        whole in BANNED_NAMES or BANNED_NAME_PARTS & set(words)):
+      found.append(name)
+  return found
+
+
+def messages(tree: ast.Module) -> list[str]:
+  """The texts of a module's errors and warnings, without the values put into them."""
+  found = []
+  for node in ast.walk(tree):
+    name = ""
+    if isinstance(node, ast.Call):
+      name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if isinstance(node, ast.Raise) or name in MESSAGE_CALLS:
+      texts = [part.value for part in ast.walk(node)
+               if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+      found.append(" ".join(texts))
+  return [text for text in found if text]
+
+
+def prose(markdown: str) -> str:
+  """A Markdown text with its tables and headings, without code."""
+  text = re.sub(r"^```.*?^```", "\n", markdown, flags=re.M | re.S)
+  return re.sub(r"`[^`]*`", "Code", text)
+
+
+def headings(markdown: str) -> str:
+  """The headings of a Markdown text, one a line."""
+  return "\n".join(re.findall(r"^#+ (.*)$", prose(markdown), flags=re.M))
+
+
 def sentences(markdown: str) -> list[str]:
   """The sentences of a Markdown text, without code, tables, headings and link targets.
 
@@ -227,7 +311,9 @@ def problems(folder: Path) -> Iterator[str]:
     tree = ast.parse(text)
     yield from (f"{path}: {name} has no type" for name in unannotated(tree))
     yield from (f"{path}: {name} has no docstring" for name in undocumented(tree))
-    for part in [*docstrings(tree), *comments(text)]:
+    names = banned_names(tree, str(path.resolve().relative_to(ROOT)))
+    yield from (f"{path}: the name {name}" for name in names)
+    for part in [*docstrings(tree), *comments(text), *messages(tree)]:
       if banned(part):
         yield f"{path}: {banned(part)} in {part[:80]!r}"
 

@@ -179,7 +179,7 @@ VALUES = [
     ("stages.sft.lora.rank", -1, "config.stages.sft.lora.rank is -1: set it to a whole number"),
     ("stages.sft.lora.targets", ("z",), r"sft.lora.targets is \('z',\): choose from q, k, v, o,"),
     ("stages.sft.steps", "many", "config.stages.sft.steps is 'many': set it to 1 or more"),
-    ("stages.cold_grpo", {}, "config.stages.cold_grpo is no row of the recipe: remove it"),
+    ("stages.cold_grpo", {}, "config.stages.cold_grpo is not a stage of the recipe: remove it"),
     ("stages.teacher_grpo.prompts", 64, "prompts is 64 and the split 1h has .*: lower it."),
 ]
 

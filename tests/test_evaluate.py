@@ -32,7 +32,7 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     (["--k=0"], "--k is 0: choose 1 or more."),
-    (["--task=math"], "data/validation.jsonl is no file"),
+    (["--task=math"], "data/validation.jsonl is not a file"),
     (["--max-tokens=99999"], "lower --max-tokens."),
     (["--task=chess"], "argument --task: invalid choice: 'chess'"),
 ])

@@ -34,10 +34,10 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   finally:
     sleeper.kill()
     sleeper.wait()
-  with files.only_writer(tmp_path) as (beat, left):
-    assert left == other["beat"]
+  with files.only_writer(tmp_path) as (heartbeat, last):
+    assert last == other["beat"]
     assert files.read_json(path)["pid"] == os.getpid()
-    beat()
+    heartbeat()
   assert "taking over" in capsys.readouterr().out
   assert not path.exists()
 

@@ -122,9 +122,9 @@ def mesh(monkeypatch):
 
 
 def run(stage):
-  with files.only_writer(stage.folder) as (beat, left):
+  with files.only_writer(stage.folder) as (heartbeat, last):
     with hosts.stop_signal() as stop:
-      return loop.run(stage, beat, left, stop)
+      return loop.run(stage, heartbeat, last, stop)
 
 
 def equal(a, b):

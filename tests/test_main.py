@@ -26,7 +26,7 @@ def run(module, *flags):
     ("--config.foo=1", "config has no key 'foo'"),
     ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'lrr'"),
     ("--config.seed=abc", "config.seed=abc"),
-    ("stray", "is no flag"),
+    ("stray", "is not a flag"),
     ("--config=configs/arithmetic.py:tinny", "'tinny' is unknown: use seed, tiny"),
     ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
     ("--config.arms=nope", "there is no arm 'nope': choose config.arms from"),

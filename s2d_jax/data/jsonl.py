@@ -24,7 +24,7 @@ def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[s
     ValueError: there is no such file, or a line is not a JSON object; names file and line.
   """
   if not Path(path).is_file():
-    raise ValueError(f"{path} is no file: give JSON lines of {content} there.")
+    raise ValueError(f"{path} is not a file: give JSON lines of {content} there.")
   # By the file's lines: str.splitlines also splits at characters that JSON allows in a text.
   with open(path, encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
@@ -91,7 +91,7 @@ def solved(problems: Sequence[dict[str, Any]],
   """
   if path is None:
     return problems
-  # problem id -> sample index -> text, or None where the sample is no solution
+  # problem id -> sample index -> text, or None where the sample is not a solution
   responses: dict[int, dict[int | None, str | None]] = {}
   for line_name, row in objects(path, "id and response"):
     number = row.get("id")
@@ -102,7 +102,7 @@ def solved(problems: Sequence[dict[str, Any]],
     if row.get("sample") in samples:
       raise ValueError(f"{line_name} answers problem {number} again: keep one response a problem, "
                        'or number them under "sample".')
-    # A response that was cut, or is empty, is no solution.
+    # A response that was cut, or is empty, is not a solution.
     finished = row.get("finish", "stop") == "stop"
     samples[row.get("sample")] = text if finished and text else None
   return [row | _solution(responses.get(row["id"], {})) for row in problems]

@@ -59,7 +59,7 @@ def prepared(folder: str | os.PathLike, split: str) -> _Decoded:
       problem or answer.
   """
   if not (Path(folder) / "dataset_info.json").is_file():
-    raise ValueError(f"{folder} is no prepared TFDS folder (it has no dataset_info.json): give "
+    raise ValueError(f"{folder} is not a prepared TFDS folder (it has no dataset_info.json): give "
                      "one, or a file of JSON lines.")
   builder = tfds.builder_from_directory(str(folder))
   # TFDS lists a split of no rows like any other, and fails only when it is read.

@@ -201,7 +201,7 @@ def masked(ratio_BT: jax.Array, least: float, most: float) -> jax.Array:
   return jnp.where((ratio_BT >= least) & (ratio_BT <= most), ratio_BT, 0.0)
 
 
-def overlong_punishment(length_B: np.ndarray, longest: int, cache: int) -> np.ndarray:
+def overlong_penalty(length_B: np.ndarray, longest: int, cache: int) -> np.ndarray:
   """The term in [−1, 0] that DAPO adds to the reward of a long response; NumPy, float32 [B].
 
     0 up to longest − cache, then −(length − (longest − cache)) / cache, and −1 beyond longest.

@@ -369,16 +369,19 @@ _QKV_AXES = (("batch", "time", "heads", "head"), ("batch", "cache", "kv_heads", 
              ("batch", "cache", "kv_heads", "head"))
 
 
-def _own_key_heads(index: jax.Array | int, own: int, R: int, *xs: jax.Array) -> tuple:
-  """Keys and values for the `own` query heads of device `index`, where R share a key head."""
-  if own == xs[0].shape[2] * R:
+def _own_key_heads(index: jax.Array | int, heads: int, R: int, *xs: jax.Array) -> tuple:
+  """Keys and values for the query heads of device `index`, where R share a key head.
+
+  `heads` is the number of the device's query heads.
+  """
+  if heads == xs[0].shape[2] * R:
     return xs
   # `tensor` does not divide the key heads, so every device holds them all. It takes one for each
   # group of R of its query heads, or one for all of them; if groups are split between devices, one
   # for each query head.
-  count = own if own % R and R % own else max(1, own // R)
-  heads = (index * own + jnp.arange(count) * (own // count)) // R
-  return tuple(jnp.take(x, heads, axis=2) for x in xs)
+  count = heads if heads % R and R % heads else max(1, heads // R)
+  key_heads = (index * heads + jnp.arange(count) * (heads // count)) // R
+  return tuple(jnp.take(x, key_heads, axis=2) for x in xs)
 
 
 def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Callable[..., jax.Array]:

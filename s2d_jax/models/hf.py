@@ -84,7 +84,7 @@ def check(folder: _Path) -> None:
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
   # To compare a tied head with the embedding would read both, so they count as equal here.
-  _checked(folder, config, layout.flat(models.shapes(config)), same=lambda a, b: True)
+  _checked(folder, config, layout.flat(models.shapes(config)), equal=lambda a, b: True)
 
 
 def save(folder: _Path, model: Model, params: Params, source: _Path | None = None,
@@ -260,13 +260,13 @@ def read_json(folder: _Path) -> Json:
 
 
 def _checked(folder: pathlib.Path, config: Config, shapes: dict[str, jax.ShapeDtypeStruct],
-             same: Callable[[Stored, Stored], bool] = shards.same) -> dict[str, Stored]:
+             equal: Callable[[Stored, Stored], bool] = shards.equal) -> dict[str, Stored]:
   """The headers of a folder whose weights are those that config.json asks for."""
   stored = shards.headers(folder)
   head = stored.get(_HEAD)
   embedding = stored.get(_EMBEDDING)
   if config.tied and head and embedding:  # some tied checkpoints store the head too
-    if not same(head, embedding):
+    if not equal(head, embedding):
       raise ValueError(f"{_HEAD} differs from {_EMBEDDING} although config.json ties them: "
                        "set tie_word_embeddings to false.")
     # Otherwise the copy would be refused as a weight that the model does not have.

@@ -56,8 +56,8 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
   for name in names:
     # An index comes from elsewhere: "../x" or an absolute path would read any file of the machine.
     if pathlib.PurePath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-      raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is no safetensors file "
-                       "of this folder: download the model again.")
+      raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is not a safetensors "
+                       "file of this folder: download the model again.")
     if not (folder / name).exists():
       raise ValueError(f"{folder} lacks the shard {name}: finish its download.")
   return [folder / name for name in names]
@@ -105,7 +105,7 @@ def read(stored: Stored, index: slice | tuple[slice, ...] = slice(None)) -> np.n
     return file.get_slice(stored.name)[index]
 
 
-def same(a: Stored, b: Stored) -> bool:
+def equal(a: Stored, b: Stored) -> bool:
   """True if two stored matrices are equal; compared a few rows at a time."""
   if a.shape != b.shape:
     return False

@@ -43,7 +43,7 @@ def token_weights(length_B: np.ndarray, mean: str, longest: int) -> tuple[np.nda
   if mean not in MEANS:
     raise ValueError(f"mean is {mean!r}: set it to one of {sorted(MEANS)}.")
   one_B = np.ones(len(length_B))
-  # An empty response has no token to weigh, so any finite number will do.
+  # An empty response has no token with a weight, so any finite number will do.
   inverse_B = 1 / np.maximum(length_B, 1)
   weight_B = {"token": one_B, "sequence": inverse_B, "constant": one_B / longest}[mean]
   count_B = one_B if mean == "token" else inverse_B

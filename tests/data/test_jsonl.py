@@ -39,7 +39,7 @@ def test_a_problem_without_id_stands_once(tmp_path):
 
 
 def test_an_absent_file_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"nowhere\.jsonl is no file"):
+  with pytest.raises(ValueError, match=r"nowhere\.jsonl is not a file"):
     jsonl.rows(tmp_path / "nowhere.jsonl")
 
 

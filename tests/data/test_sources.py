@@ -16,7 +16,7 @@ def test_tfds_rows_are_a_sequence(tmp_path):
 def test_an_absent_split_and_an_unprepared_folder_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no rows in split train: choose one of \['labelled'"):
     sources.arithmetic("train", tmp_path)
-  with pytest.raises(ValueError, match="algebra is no prepared TFDS folder"):
+  with pytest.raises(ValueError, match="algebra is not a prepared TFDS folder"):
     sources.prepared("algebra", "train")
 
 

@@ -227,7 +227,7 @@ def test_importance_weights_make_the_samplers_draws_the_trainers():
   np.testing.assert_allclose(np.sum(mu * np.asarray(w[0]) * f), np.sum(pi * f), rtol=1e-5)
 
 
-def test_overlong_punishment_by_hand():
-  # DAPO's own: 20,480 tokens of which the last 4,096 are punished.
-  got = grpo.overlong_punishment(np.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
+def test_overlong_penalty_by_hand():
+  # DAPO's own: 20,480 tokens of which the last 4,096 are penalised.
+  got = grpo.overlong_penalty(np.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])

@@ -292,7 +292,7 @@ def test_a_type_that_is_not_read_is_named(saved):
 def test_shards_may_not_leave_the_folder(other, function, saved):
   folder, _, _ = saved
   shard(folder, other)
-  with pytest.raises(ValueError, match="which is no safetensors file of this folder"):
+  with pytest.raises(ValueError, match="which is not a safetensors file of this folder"):
     function(folder)
 
 

@@ -36,7 +36,7 @@ def test_two_places_are_touched(tmp_path):
 
 
 @pytest.mark.parametrize("forgotten, said", [
-    ({"row": ""}, "config.stages.on_policy_jsd is no row of the recipe: remove it"),
+    ({"row": ""}, "config.stages.on_policy_jsd is not a stage of the recipe: remove it"),
     ({"use": ""}, "there is no arm 'jsd_only': choose config.arms from"),
     ({"block": ""}, "the arm jsd_only needs config.stages.on_policy_jsd: add it"),
     ({"block": BLOCK.replace('"pi": 0.5, ', "")},

@@ -17,7 +17,7 @@ _SEED = 0
 _SIZES = {"labelled": 2048, "validation": 256, "test": 512}
 
 
-def _draw(rng: np.random.Generator, shortest: int = _SHORTEST,
+def _random_operands(rng: np.random.Generator, shortest: int = _SHORTEST,
           longest: int = _LONGEST) -> tuple[int, ...]:
   """The operands of one problem: their number is uniform, and each is uniform in 0..99."""
   count = int(rng.integers(shortest, longest + 1))
@@ -61,7 +61,7 @@ def splits(seed: int = _SEED, sizes: Mapping[str, int] | None = None) -> dict[st
   # A dict keeps the order of the draws; a set does not.
   chosen: dict[tuple[int, ...], None] = {}
   while len(chosen) < sum(sizes.values()):
-    chosen.setdefault(_draw(rng))
+    chosen.setdefault(_random_operands(rng))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
           for i, x in enumerate(chosen)]
   # Cut from one list of distinct problems, so no split holds a problem of another.
@@ -106,7 +106,7 @@ def corpus(seed: int, count: int, longest: int, worked_share: float, slip_share:
   pairs = []
   while len(pairs) < count:
     # A held-out problem still takes its draws, so that the others stay as they are.
-    operands = _draw(rng, longest=longest)
+    operands = _random_operands(rng, longest=longest)
     steps = len(operands) - 1
     # From 1: a slip of 0 would be a right step.
     slips = rng.integers(1, _MODULUS, steps) * (rng.random(steps) < slip_share)

@@ -376,7 +376,7 @@ def test_a_tied_head_is_compared_a_few_rows_at_a_time(tiny_json, randomized, tmp
   edit_weights(folder, lambda tensors: tensors.update(
       {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
   read, sizes = shards.read, []
-  monkeypatch.setattr(shards, "ROWS", 10)
+  monkeypatch.setattr(shards, "_ROWS", 10)
   monkeypatch.setattr(shards, "read", lambda *args: sizes.append(args[0].name) or read(*args))
   hf.check(folder)
   assert not sizes  # headers alone

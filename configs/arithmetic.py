@@ -60,11 +60,9 @@ def get_config(arg=""):
       "student_grpo": stage(1e-3, samples=8, steps=100, prompts=32, minibatches=2)
                       | common.grpo(),
   }
-  config.validation = {"split": "validation", "problems": 64, "sampling": answers(4)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
                   "microbatches": 1, "block": BLOCK, "sampling": answers(16)}
-  config.evaluation = {"split": "test", "prompts": 64, "sampling": answers(16),
-                       "ks": (1, 4, 16), "draws": 1000, "level": 0.95, "log_samples": 64}
+  config.evals = {"test": common.evaluation(split="test", sampling=answers(16), ks=(1, 4, 16))}
   if arg.tiny:
     common.shrink(config)
     config.stages.teacher_sft.sampling.samples_per_prompt = 1

@@ -112,10 +112,23 @@ stage = Block(                # what every stage reads; `|` adds the keys of its
     microbatches=1,           # slices of an update, one at a time in memory
     mean="token",             # the loss is a mean over "token" "sequence" or "constant" lengths
     block=4096,               # tokens whose logits exist at once on a device
-    eval_every=0,             # steps between validations; 0 never validates
     save_every=50,            # steps between checkpoints
     log_samples=4,            # samples a step that are logged as text
     lora=lora(),
+)
+
+evaluation = Block(           # one benchmark, scored at the end or between the steps of stages
+    split=REQUIRED,
+    problems=0,               # the first so many of the split; 0: all
+    prompts=64,               # problems that are sampled side by side
+    sampling=REQUIRED,
+    statistics="all",         # of stats.STATISTICS, with commas between: "avg,response_length"
+    ks=(1,),                  # of pass@k and maj@k, each at most samples_per_prompt
+    draws=1000,               # of the bootstrap behind an interval
+    level=0.95,               # of an interval
+    log_samples=64,           # problems whose first sample is stored as text, at the end
+    when="end",               # "end": an arm's finished weights; "every 50": at these steps
+    stages="all",             # the stages with such steps, with commas between
 )
 
 # GSPO is surrogate="gspo" with mean="sequence", clip_low=3e-4, clip_high=4e-4.
@@ -158,12 +171,16 @@ def shrink(config: ConfigDict) -> None:
     hp.optim.warmup = min(1, hp.optim.warmup)
     if "pass_samples" in hp:
       hp.pass_samples = 4
-  config.validation.problems = 4
   config.probe.update({"problems": 4, "prompts": 4, "group": 2, "microbatches": 1})
   config.probe.sampling.samples_per_prompt = 2
-  config.evaluation.update({"prompts": 16, "draws": 50, "ks": (1, 2)})
-  config.evaluation.sampling.samples_per_prompt = 2
-  for block in (config.validation, config.probe, config.evaluation):
+  for evaluation in config.evals.values():
+    evaluation.draws = 50
+    if evaluation.when == "end":
+      evaluation.update({"prompts": 16, "ks": (1, 2)})
+      evaluation.sampling.samples_per_prompt = 2
+    else:
+      evaluation.update({"problems": 4, "prompts": 4})
+  for block in (config.probe, *config.evals.values()):
     block.sampling.max_tokens = min(32, block.sampling.max_tokens)
   config.mesh = (1, 1, 1)
 
@@ -180,12 +197,11 @@ def _math_stages() -> dict[str, dict[str, Any]]:
 
   def rl():
     return stage(steps=10 * epoch, prompts=64, sampling=_answers(8), optim=optim, minibatches=8,
-                 microbatches=4, block=1024, save_every=10, eval_every=50) | grpo(
-                     kl="k3", kl_coef=5e-4)
+                 microbatches=4, block=1024, save_every=10) | grpo(kl="k3", kl_coef=5e-4)
 
   def transfer(samples, **memory):
     return stage(steps=epoch, prompts=64, sampling=_answers(samples), optim=optim, save_every=10,
-                 eval_every=50, **memory)
+                 **memory)
 
   bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
   return {
@@ -215,7 +231,6 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
   config.task = "math"
-  # Score another set by name: --config.evaluation.split=aime24 (finished stages are kept).
   config.data = {"labelled": f"{arg.data}/dapo_math_17k.jsonl",
                  "validation": f"{arg.data}/validation.jsonl",
                  "math500": f"{arg.data}/math500.jsonl", "aime24": f"{arg.data}/aime24.jsonl",
@@ -234,11 +249,14 @@ def math(arg: ConfigDict) -> ConfigDict:
 
   config.stages = _math_stages()
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
-  config.validation = {"split": "validation", "problems": 32, "sampling": _answers(1, **decoding)}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
                   "microbatches": 128, "block": 256, "sampling": _answers(16)}
-  config.evaluation = {"split": "math500", "prompts": 32, "sampling": _answers(16, **decoding),
-                       "ks": (1, 4, 16), "draws": 2000, "level": 0.95, "log_samples": 64}
+  # A further benchmark is a further entry, such as aime24; finished stages are kept.
+  config.evals = {
+      "math500": evaluation(split="math500", prompts=32, sampling=_answers(16, **decoding),
+                            ks=(1, 4, 16), draws=2000),
+      "validation": evaluation(split="validation", problems=32, sampling=_answers(1, **decoding),
+                               statistics="avg,response_length", when="every 50")}
   if arg.tiny:
     config.prompt_tokens = 256
     config.dtype = "float32"

@@ -43,8 +43,8 @@ CONFIG_KEYS: Record = {
     "prompt_tokens": keys.at_least(1),
     "mesh": Key(lambda sizes: len(sizes) == 3 and min(sizes) >= 1,
                 "give three sizes of at least 1, for data, fsdp and tensor"),
-    "sampler": sampler.Room.KEYS, "validation": evals.VALIDATION_KEYS, "probe": evals.PROBE_KEYS,
-    "evaluation": evals.EVALUATION_KEYS}
+    "sampler": sampler.Room.KEYS, "probe": evals.PROBE_KEYS,
+    "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
 # The names that a row of the table of stages may use.
 ROLES = {"actor": ("teacher", "student", "given"), "learner": ("teacher", "student"),
@@ -79,7 +79,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   keys.check_block("config", config, CONFIG_KEYS)
   _named("config.sampler", sampler.check_room, compiling.sampler_config(config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
-  _named("config.evaluation", evals.check_evaluation, config.evaluation)
+  _check_evals(config)
   for name, hp in config.stages.items():
     if name not in stages:
       raise ValueError(f"config.stages.{name} is not a stage of the recipe: remove it, or "
@@ -89,6 +89,22 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
     _check_stage(path, hp, stages[name])
   for path, block in _blocks_that_sample(config):
     _named(f"{path}.sampling", sampler.check_sampling, block.sampling)
+
+
+def _check_evals(config: ConfigDict) -> None:
+  """Checks the blocks of config.evals; at least one runs at the end."""
+  for name, hp in config.evals.items():
+    path = f"config.evals.{name}"
+    keys.check_block(path, hp, evals.EVALUATION_KEYS)
+    _named(path, evals.check_evaluation, hp)
+    stages = () if hp.stages == "all" else hp.stages.split(",")
+    for stage in stages:
+      if stage not in config.stages:
+        raise ValueError(f"{path}.stages names {stage!r}: choose 'all', or several of "
+                         f"{', '.join(config.stages)}.")
+  if all(evals.every(hp) for hp in config.evals.values()):
+    raise ValueError("config.evals has no evaluation with when='end', so no arm gets a score: add "
+                     "one.")
 
 
 def _named(path: str, check: Callable[..., None], *args: Any) -> None:
@@ -131,8 +147,14 @@ def _blocks_that_sample(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
   """Yields (path, block) of every block that has a sampling block."""
   for name, hp in config.stages.items():
     yield f"config.stages.{name}", hp
-  for name in ("validation", "probe", "evaluation"):
-    yield f"config.{name}", config[name]
+  yield from _blocks_that_score(config)
+
+
+def _blocks_that_score(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+  """Yields (path, block) of the probe and of every evaluation."""
+  yield "config.probe", config.probe
+  for name, hp in config.evals.items():
+    yield f"config.evals.{name}", hp
 
 
 def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
@@ -216,10 +238,11 @@ def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
           raise ValueError(f"{shown} stands in {found[key]} and again in {split}: every split "
                            "needs ids and problems of its own.")
         found[key] = split
-  size = len(splits[config.probe.split])
-  if config.probe.problems > size:
-    raise ValueError(f"config.probe.problems is {config.probe.problems} and the split "
-                     f"{config.probe.split} has {size}: lower it.")
+  for path, hp in _blocks_that_score(config):
+    size = len(splits[hp.split])
+    if hp.problems > size:
+      raise ValueError(f"{path}.problems is {hp.problems} and the split {hp.split} has {size}: "
+                       "lower it.")
 
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:

@@ -4,6 +4,7 @@
 on finished weights.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,21 +22,49 @@ Statistics = Callable[[Mapping[str, stats.Samples]], Iterable[tuple[str, stats.I
 
 TRAINED = ("labelled", "all", "1h", "2h")  # splits that stages learn from
 SPLIT = Key(lambda split: split not in TRAINED, "choose a split that arms do not learn from")
-VALIDATION_KEYS = {"split": SPLIT, "problems": keys.at_least(1), "sampling": sampler.Sampling.KEYS}
 PROBE_KEYS = {
     "split": SPLIT, "problems": keys.at_least(0), "prompts": keys.at_least(1, hashed=False),
     "sampling": sampler.Sampling.KEYS, "group": keys.at_least(1), "top_k": keys.at_least(1),
     "microbatches": keys.at_least(1, hashed=False), "block": keys.at_least(1, hashed=False)}
+
+
+def statistics_of(hp: ConfigDict) -> tuple[str, ...]:
+  """The statistics that an evaluation's config names, or all of the table."""
+  return tuple(stats.STATISTICS) if hp.statistics == "all" else tuple(hp.statistics.split(","))
+
+
+def every(hp: ConfigDict) -> int:
+  """The steps from one run of an evaluation to the next, or 0 where it runs at the end.
+
+  Raises:
+    ValueError: `when` is neither "end" nor "every N" with N of at least 1.
+  """
+  if hp.when == "end":
+    return 0
+  word, _, steps = hp.when.partition(" ")
+  if word != "every" or not steps.isdecimal() or int(steps) < 1:
+    raise ValueError(f"when is {hp.when!r}: choose 'end', or 'every 50' for any number of steps.")
+  return int(steps)
+
+
 EVALUATION_KEYS = {
-    "split": SPLIT, "prompts": keys.at_least(1, hashed=False), "sampling": sampler.Sampling.KEYS,
+    "split": SPLIT, "problems": keys.at_least(0, neutral=0),
+    "prompts": keys.at_least(1, hashed=False), "sampling": sampler.Sampling.KEYS,
+    "statistics": Key(lambda names: {*names.split(",")} <= {"all", *stats.STATISTICS},
+                      f"choose 'all', or several of {','.join(stats.STATISTICS)}", neutral="all"),
     "ks": Key(lambda ks: all(k >= 1 for k in ks), "choose each k at least 1"),
     "draws": keys.at_least(1),
     "level": Key(lambda level: 0 < level < 1, "choose it between 0 and 1"),
-    "log_samples": keys.at_least(0, hashed=False)}
+    "log_samples": keys.at_least(0, hashed=False),
+    "when": Key(lambda when: True, "", hashed=False),      # checked by `every`
+    "stages": Key(lambda stages: True, "", hashed=False)}  # checked by the doctor
 
 
 def check_evaluation(hp: ConfigDict) -> None:
-  """Raises ValueError, starting with a key's name, where a k asks for more than is sampled."""
+  """Raises ValueError, starting with a key's name, where values do not combine."""
+  if every(hp) == 0 and hp.stages != "all":
+    raise ValueError(f"stages is {hp.stages!r} and when is 'end', which is after every stage: set "
+                     "stages to 'all', or when to 'every 50'.")
   samples = hp.sampling.samples_per_prompt
   # pass@k and maj@k are of k different samples of one problem.
   if max(hp.ks, default=1) > samples:
@@ -125,17 +154,48 @@ def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Promp
   return Evaluation(dict(statistics(samples)), samples, rows)
 
 
-def intervals(ks: Sequence[int], seed: int, draws: int, level: float) -> Statistics:
-  """Statistics for `run`: every statistic of the table that the samples have, bootstrapped.
+def intervals(ks: Sequence[int], seed: int, draws: int, level: float,
+              kinds: Sequence[str] = tuple(stats.STATISTICS)) -> Statistics:
+  """Statistics for `run`: those of the table that the samples have, bootstrapped.
 
   Args:
     ks: of the statistics that have several, each at most the number of samples.
     seed, draws, level: of the bootstrap.
+    kinds: statistics; others are left out.
   """
   def statistics(samples: Mapping[str, stats.Samples]) -> Iterator[tuple[str, stats.Interval]]:
-    for name in stats.names(samples, ks):
+    for name in stats.names(samples, ks, kinds):
       yield name, stats.score(name, samples, seed, draws, level)
   return statistics
+
+
+def batch(hp: ConfigDict) -> int:
+  """The prompts that an evaluation samples side by side."""
+  return min(hp.prompts, hp.problems) if hp.problems else hp.prompts
+
+
+def ways(hp: ConfigDict) -> dict[str, dict[str, Any]]:
+  """The ways of sampling that an evaluation's statistics need, as changes to its Sampling."""
+  changes = {"sampled": {}, "greedy": {"samples_per_prompt": 1, "temperature": 0.0}}
+  needed = {stats.STATISTICS[name].of for name in statistics_of(hp)}
+  return {way: change for way, change in changes.items() if way in needed}
+
+
+def evaluator(hp: ConfigDict, compiled: Callable[..., Sampler], prompts: Sequence[Prompt],
+              reward: Reward, answer: Answer | None,
+              seed: int) -> Callable[[Params], Evaluation]:
+  """An evaluation of config.evals as a function of the weights; its samplers are compiled now.
+
+  Args:
+    compiled: (config of a Sampling, prompts a call, **changes) -> Sampler.
+    prompts: of the evaluation's split.
+    seed: of the run. An evaluation between steps has other samples than one at the end.
+  """
+  samplers = {way: compiled(hp.sampling, batch(hp), **change) for way, change in ways(hp).items()}
+  salt = zlib.crc32(b"validation" if every(hp) else b"evaluation")
+  statistics = intervals(hp.ks, seed, hp.draws, hp.level, statistics_of(hp))
+  chosen = prompts[: hp.problems] if hp.problems else prompts
+  return lambda params: run(samplers, params, chosen, reward, (seed, salt), statistics, answer)
 
 
 def mixed(correct_PG: np.ndarray, group: int) -> np.ndarray:
@@ -189,11 +249,8 @@ def agreement(value_BT: Mapping[str, np.ndarray],
       yield name, float(value_N.mean())
 
 
-def validation(samplers: Mapping[str, Sampler], prompts: Sequence[Prompt], reward: Reward,
-               seed: tuple[int, ...]) -> Callable[[Params], Iterator[tuple[str, float]]]:
-  """validate(params) -> iterable of (name, value): the running score on `validation` problems."""
-  def validate(params: Params) -> Iterator[tuple[str, float]]:
-    found, _ = solve(samplers["sampled"], params, prompts, reward, seed)
-    yield f"validation/avg@{found.correct_PG.shape[1]}", found.correct_PG.mean()
-    yield "validation/response_length", found.length_PG.mean()
-  return validate
+def estimates(name: str, evaluate: Callable[[Params], Evaluation],
+              params: Params) -> Iterator[tuple[str, float]]:
+  """Yields (metric, value) of an evaluation between steps: ("validation/avg@4", 0.5)."""
+  for score, interval in evaluate(params).scores.items():
+    yield f"{name}/{score}", interval.estimate

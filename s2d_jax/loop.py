@@ -9,7 +9,7 @@ been interrupted.
 
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,6 @@ KEYS = {
     "mean": keys.one_of(rollouts.MEANS, neutral="token"),
     "epochs": keys.at_least(1, neutral=1),
     "minibatches": keys.at_least(1, neutral=1),
-    "eval_every": keys.Key(lambda steps: steps >= 0, "choose 0 (never) or more", hashed=False),
     "save_every": keys.at_least(1, hashed=False),
     "log_samples": keys.at_least(0, hashed=False)}
 
@@ -68,7 +67,8 @@ class StageRun(NamedTuple):
   label_use: ledger.LabelUse
   rewards: Rewards | None     # None: no reward shapes an update
   pass_rates: Callable[[sampler.Sampler], PassRates] | None     # of the pass-rate model's sampler
-  validate: Callable[[Params], Iterable[tuple[str, Any]]] | None  # None: eval_every is 0
+  # of each evaluation between steps, by name: (steps between runs, weights -> metrics)
+  evaluations: Mapping[str, tuple[int, Callable[[Params], Iterable[tuple[str, Any]]]]]
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -135,9 +135,10 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       clock = time.monotonic()
       heartbeat()
       entry = {"step": step}
-      if hp.eval_every and step % hp.eval_every == 0:
-        with sampler.naming(f"{stage.name}, validation at step {step}"):
-          entry |= dict(stage.validate(stage.models.full(state.params)))
+      for name, (every, evaluate) in stage.evaluations.items():
+        if step % every == 0:
+          with sampler.naming(f"{stage.name}, {name} at step {step}"):
+            entry |= dict(evaluate(stage.models.full(state.params)))
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:

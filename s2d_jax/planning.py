@@ -182,7 +182,7 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
   Returns:
     (prompts by split, problems by id).
   """
-  names = ("labelled", config.validation.split, config.probe.split, config.evaluation.split)
+  names = ("labelled", config.probe.split, *(hp.split for hp in config.evals.values()))
   # Two blocks may name one split, which is read once.
   sources = {split: task.source(split) for split in dict.fromkeys(names)}
   splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}

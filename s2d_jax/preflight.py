@@ -19,6 +19,7 @@ from s2d_jax import (
   command,
   compiling,
   doctor,
+  evals,
   loop,
   models,
   objectives,
@@ -134,7 +135,7 @@ def _cost(stage: str, program: str, compiled: Compiled) -> _Cost:
 
 
 def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterator[_Cost]:
-  """Costs of what scores either model: evaluation, validation where a stage asks for it, probe."""
+  """Costs of what scores either model: each evaluation, and the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
     # Scores are read with an exact cache: only a stage compares its sampler with the trainer.
@@ -143,12 +144,11 @@ def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterato
       compiled_sampler = sampler.make(model, params, role_sampling, size, config.prompt_tokens,
                           compiling.sampler_config(config.sampler).exact(), str)
       yield from _sampling(f"{role}{program}", compiled_sampler).items()
-  found = {"evaluation": [
-      *sampling(config.evaluation, config.evaluation.prompts, ""),
-      *sampling(config.evaluation, config.evaluation.prompts, " greedy", samples_per_prompt=1,
-                temperature=0.0)]}
-  if any(hp.eval_every for hp in config.stages.values()):
-    found["validation"] = sampling(config.validation, config.validation.problems, "")
+  found = {}
+  for name, hp in config.evals.items():
+    found[name] = [cost for way, change in evals.ways(hp).items()
+                   for cost in sampling(hp, evals.batch(hp), f" {way}".replace(" sampled", ""),
+                                        **change)]
   if config.probe.problems:
     found["probe"] = [*sampling(config.probe, config.probe.prompts, ""), ("both", _compare(
         config, roles, mesh))]

@@ -3,6 +3,7 @@
 `walk` calls `evaluate` on finished weights and `probe` around stages; `evals` computes.
 """
 
+import functools
 import operator
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,10 +36,11 @@ from s2d_jax.planning import Plan, identity_of
 from s2d_jax.rollouts import Prompt, Rollout
 
 
-def evaluate(plan: Plan, role: str, workdir: epath.Path) -> str:
-  """Scores a role's weights on the evaluation split, once; returns the folder's name."""
-  config = plan.config.evaluation
+def evaluate(plan: Plan, role: str, name: str, workdir: epath.Path) -> str:
+  """Scores a role's weights by config.evals[name], once; returns the folder's name."""
+  config = plan.config.evals[name]
   prompts = plan.prompts[config.split]
+  prompts = prompts[: config.problems] if config.problems else prompts
   # The function that finds answers decides maj@k, as the reward decides the rest.
   answer = plan.task.answer and identity_of(plan.task.answer)
   inputs = {"weights": plan.identity(role), "answer": answer,
@@ -149,20 +151,17 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
 def _scores(plan: Plan, config: ConfigDict, learner: Role,
             prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """(result, samples): every statistic with the samples behind it, and some of them as text."""
-  def compiled(**changes: Any) -> Any:
-    return _samplers(plan).compile(learner, config.sampling, config.prompts, **changes)
-
-  # Two programs: greedy decoding needs one sample of a problem, and no random number.
-  samplers = {"sampled": compiled(), "greedy": compiled(samples_per_prompt=1, temperature=0.0)}
-  one = evals.run(samplers, learner.params, prompts, plan.reward,
-                  (plan.config.seed, zlib.crc32(b"evaluation")),
-                  evals.intervals(config.ks, plan.config.seed, config.draws, config.level),
-                  plan.answer)
+  compiled = functools.partial(_samplers(plan).compile, learner)
+  evaluate_params = evals.evaluator(config, compiled, prompts, plan.reward, plan.answer,
+                                    plan.config.seed)
+  one = evaluate_params(learner.params)
   result = {"scores": one.scores, "samples": {}}
   for way, samples in one.samples.items():
     result["samples"][way] = {field: np.asarray(value, int).tolist()
                               for field, value in samples._asdict().items() if value is not None}
-  return result, _texts(plan, config, one.samples["sampled"], one.rollouts["sampled"])
+  # Without a statistic of sampled responses only greedy ones exist.
+  way = next(iter(one.samples))
+  return result, _texts(plan, config, one.samples[way], one.rollouts[way])
 
 
 def _texts(plan: Plan, config: ConfigDict, samples: stats.Samples,

@@ -75,15 +75,18 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     checkpoint.drop_steps(folder)
 
 
-def _validation(plan: Plan, samplers: Samplers,
-                role: Role) -> Callable[[Params], Iterable[tuple[str, Any]]]:
-  """The running score of a stage that asks for it, as a function of the learner's weights."""
-  # A split of its own, which is not charged and which no update learns from.
-  config = plan.config.validation
-  prompts = plan.prompts[config.split][: config.problems]
-  compiled = samplers.compile(role, config.sampling, config.problems)
-  return evals.validation({"sampled": compiled}, prompts, plan.reward,
-                          (plan.config.seed, zlib.crc32(b"validation")))
+def _evaluations(plan: Plan, samplers: Samplers, role: Role, stage: str,
+                 ) -> dict[str, tuple[int, Callable[[Params], Iterable[tuple[str, Any]]]]]:
+  """The evaluations between the steps of a stage, as `loop.StageRun` takes them."""
+  found = {}
+  for name, hp in plan.config.evals.items():
+    steps = evals.every(hp)
+    if steps and (hp.stages == "all" or stage in hp.stages.split(",")):
+      evaluate = evals.evaluator(hp, functools.partial(samplers.compile, role),
+                                 plan.prompts[hp.split], plan.reward, plan.answer,
+                                 plan.config.seed)
+      found[name] = (steps, functools.partial(evals.estimates, name, evaluate))
+  return found
 
 
 def _export(folder: epath.Path, *saved: Any) -> None:
@@ -165,10 +168,7 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
                       rounds=max(hp.rounds, 1) if stage.reward else 1)
   samplers = Samplers(compiling.sampler_config(plan.config.sampler), plan.config.prompt_tokens,
                       plan.chat.eos_ids, plan.chat.decode)
-  validate = None
-  if hp.eval_every:
-    whole = Role(learner.model, stage_models.full(learner.params))
-    validate = _validation(plan, samplers, whole)
+  whole = Role(learner.model, stage_models.full(learner.params))
   return loop.StageRun(
       name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
       models=stage_models, samplers=samplers,
@@ -176,7 +176,7 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
       optimizer=optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config)),
       source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
-      validate=validate)
+      evaluations=_evaluations(plan, samplers, whole, stage.name))
 
 
 def _source(plan: Plan, node: Node, stage_models: StageModels, order: PromptOrder,

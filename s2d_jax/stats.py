@@ -324,16 +324,18 @@ def statistic(name: str) -> tuple[Statistic, int]:
   return STATISTICS[kind], int(k or 0)
 
 
-def names(samples: Mapping[str, Samples], ks: Sequence[int]) -> list[str]:
+def names(samples: Mapping[str, Samples], ks: Sequence[int],
+          kinds: Iterable[str] = tuple(STATISTICS)) -> list[str]:
   """The scores that these samples have, by name, in the table's order.
 
   Args:
     samples: by way of sampling, as `Statistic.of`; ks: of the statistics that have several.
+    kinds: statistics; others are left out.
   """
   found = []
   for kind, entry in STATISTICS.items():
     part = samples.get(entry.of)
-    if part is None or getattr(part, entry.reads) is None:
+    if kind not in kinds or part is None or getattr(part, entry.reads) is None:
       continue
     if entry.k == "none":
       found.append(kind)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from absl import logging
 from etils import epath
 
-from s2d_jax import budget, checkpoint, files, hosts, ladder, manifest, scoring, stage
+from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, scoring, stage
 from s2d_jax.planning import Node, Plan
 
 
@@ -66,9 +66,12 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   """Scores the weights in an arm's part of the table, and records the arm as done."""
   rows = []
   for label, role in plan.scored[arm].items():
-    rows.append({"label": label, "score": scoring.evaluate(plan, role, workdir),
-                 "stages": plan.ancestors(role)})
-    _exit_if_stopped(stop)
+    for name, evaluation in plan.config.evals.items():
+      if evals.every(evaluation):
+        continue  # it ran between the steps
+      rows.append({"label": label, "evaluation": name, "stages": plan.ancestors(role),
+                   "score": scoring.evaluate(plan, role, name, workdir)})
+      _exit_if_stopped(stop)
   entry = {"arm": arm, "seed": plan.config.seed, "rows": rows,
            "config": {k: v for k, v in plan.config.to_dict().items()
                       if k not in ("arms", "seed", "mesh")},

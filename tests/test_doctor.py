@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import arithmetic
+from configs import arithmetic, common
 from s2d_jax import keys, models, objectives, planning, recipe, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
@@ -44,7 +44,11 @@ def config(bases):
   """The shipped config in its tiny form with tiny bases, unlocked to be spoilt."""
   config = arithmetic.get_config("tiny")
   config.teacher, config.student = str(bases["teacher"]), str(bases["student"])
-  return config.unlock()
+  config.unlock()
+  config.evals.validation = common.evaluation(
+      split="validation", problems=4, when="every 50",
+      sampling=common.sampling(samples_per_prompt=4, max_tokens=21))
+  return config
 
 
 @pytest.fixture
@@ -85,7 +89,8 @@ def test_a_good_config_is_planned(config):
   assert set(made.arms) == set(config.arms.split(","))
 
 
-BLOCKS = ["", "validation", "validation.sampling", "probe", "evaluation", "evaluation.sampling",
+BLOCKS = ["", "evals.validation", "evals.validation.sampling", "probe", "evals.test",
+          "evals.test.sampling",
           "stages.teacher_grpo", "stages.sft", "stages.reverse_kl.optim",
           "stages.forward_kl.sampling"]
 
@@ -123,27 +128,32 @@ VALUES = [
     ("half_seed", -1, "config.half_seed is -1: choose it from 0"),
     ("prompt_tokens", 500, r"prompt_tokens \+ config.stages.forward_kl.sampling.max_tokens is "
      "521 and the teacher has 512 positions .*: lower one."),
-    ("validation.split", "1h", "config.validation.split is '1h': choose a split that arms do not"),
-    ("evaluation.split", "labelled", "config.evaluation.split is 'labelled': choose a split that"),
-    ("stages.sft.eval_every", -5, "config.stages.sft.eval_every is -5: choose 0"),
+    ("evals.validation.split", "1h", "config.evals.validation.split is '1h': choose a split that"),
+    ("evals.test.split", "labelled", "config.evals.test.split is 'labelled': choose a split that"),
+    ("evals.validation.when", "every 0", "config.evals.validation.when is 'every 0': choose 'end'"),
+    ("evals.test.when", "every 5", "config.evals has no evaluation with when='end', so no arm"),
+    ("evals.validation.stages", "sft,x", "validation.stages names 'x': choose 'all', or several"),
+    ("evals.test.stages", "sft", "evals.test.stages is 'sft' and when is 'end', which is after"),
+    ("evals.test.statistics", "avg,best", "statistics is 'avg,best': choose 'all', or several of"),
+    ("evals.validation.problems", 9, "validation.problems is 9 and the split validation has 8: lo"),
     ("stages.teacher_grpo.kl_coef", -0.1, "config.stages.teacher_grpo.kl_coef is -0.1: choose 0"),
     ("stages.teacher_grpo.clip_low", 1.5, "teacher_grpo.clip_low is 1.5: choose it from 0 to 1"),
     ("stages.student_grpo.clip_high", -3.0, "student_grpo.clip_high is -3.0: choose 0"),
     ("prompt_tokens", 6, r"of labelled takes \d+ tokens and its window is 6: raise config"),
-    ("validation.problems", 0, "config.validation.problems is 0: set it to a whole number of"),
-    ("validation.sampling.top_p", 0.0, r"config.validation.sampling.top_p is 0.0: choose"),
-    ("validation.sampling.stop_strings", "ab", "sampling.stop_strings is 'ab': give a tuple"),
+    ("evals.validation.problems", -1, "config.evals.validation.problems is -1: set it to a whole"),
+    ("evals.validation.sampling.top_p", 0.0, "config.evals.validation.sampling.top_p is 0.0: cho"),
+    ("evals.validation.sampling.stop_strings", "ab", "sampling.stop_strings is 'ab': give a tuple"),
     ("probe.sampling.stop_strings", ("a", ""), r"probe.sampling.stop_strings is \('a', ''\): give"),
     ("stages.reverse_kl.sampling.stop_strings", ("<|end|>",),
      r"config.stages.reverse_kl.sampling: .*'<\|end\|>', a special token of"),
     ("sampler.cache", "int4", "config.sampler.cache is 'int4': choose it from auto, float32, bf"),
     ("sampler.page", -4, r"config.sampler.page is -4: choose 0 \(no pages\) or more"),
-    ("evaluation.ks", (1, 99), r"config.evaluation.ks is \(1, 99\) and 2 samples"),
-    ("evaluation.ks", (0,), r"config.evaluation.ks is \(0,\): choose each k at least 1"),
-    ("evaluation.draws", 0, "config.evaluation.draws is 0: set it to a whole number of at"),
-    ("evaluation.prompts", 0, "config.evaluation.prompts is 0: set it to a whole number of"),
-    ("evaluation.level", 95.0, "config.evaluation.level is 95.0: choose it between 0 and 1."),
-    ("evaluation.sampling.max_tokens", 0, "evaluation.sampling.max_tokens is 0: set it"),
+    ("evals.test.ks", (1, 99), r"config.evals.test.ks is \(1, 99\) and 2 samples"),
+    ("evals.test.ks", (0,), r"config.evals.test.ks is \(0,\): choose each k at least 1"),
+    ("evals.test.draws", 0, "config.evals.test.draws is 0: set it to a whole number of at"),
+    ("evals.test.prompts", 0, "config.evals.test.prompts is 0: set it to a whole number of"),
+    ("evals.test.level", 95.0, "config.evals.test.level is 95.0: choose it between 0 and 1."),
+    ("evals.test.sampling.max_tokens", 0, "evals.test.sampling.max_tokens is 0: set it"),
     ("stages.student_grpo.advantages", "z", "student_grpo.advantages is 'z': choose it from gr"),
     ("stages.teacher_grpo.kl", "k1", "grpo.kl is 'k1': choose it from none, .*; k1 .* cannot be"),
     ("stages.teacher_grpo.kl", "k9", "teacher_grpo.kl is 'k9': choose it from none"),

@@ -1,8 +1,12 @@
 """Which samples solve which problems, with a sampler that writes what it is told."""
 
+import zlib
+
+import ml_collections
 import numpy as np
 import pytest
 
+from configs import common
 from s2d_jax import evals, rollouts, stats
 
 PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
@@ -137,11 +141,54 @@ def test_more_tries_than_samples_are_refused():
     scores(np.zeros((2, 4)), (5,), 0, 10, 0.9)
 
 
+def block(**changes):
+  return ml_collections.ConfigDict(common.evaluation(
+      split="validation", sampling=common.sampling(samples_per_prompt=3, max_tokens=4)) | changes)
+
+
 def test_validation_by_hand():
   draw = Told()
-  validate = evals.validation({"sampled": draw}, PROMPTS, reward, (1,))
-  assert dict(validate("old")) == {"validation/avg@3": np.float32(4 / 6),
-                                   "validation/response_length": 11 / 6}
-  assert dict(validate("new")) == dict(validate("old"))  # always the same draws
+  compiled = []
+  hp = block(statistics="avg,response_length", when="every 2", prompts=5, problems=2)
+  evaluate = evals.evaluator(
+      hp, lambda *args, **changes: (compiled.append((args, changes)), draw)[1],
+      [*PROMPTS, rollouts.Prompt(10, (4,))], reward, None, 3)
+  def validate(params):
+    return dict(evals.estimates("validation", evaluate, params))
+  # The mean of two problems' mean lengths is rounded in another place than that of six lengths.
+  assert validate("old") == {"validation/avg@3": np.float32(4 / 6),
+                             "validation/response_length": pytest.approx(11 / 6, rel=1e-15)}
+  assert validate("new") == validate("old")  # always the same draws
   assert [call[0] for call in draw.calls[::2]] == ["old", "new", "old"]
-  assert {call[2] for call in draw.calls[::2]} == {(1,)}
+  assert {call[2] for call in draw.calls[::2]} == {(3, zlib.crc32(b"validation"))}
+  assert compiled == [((hp.sampling, 2), {})]  # two prompts at a time, and no greedy sampler
+
+
+def test_an_evaluation_at_the_end_samples_greedily_as_well():
+  class Greedy(Told):
+    """The first response of each problem."""
+    def __call__(self, params, prompts, seed, ended):
+      rows = rollouts.take(super().__call__(params, prompts, seed), [0, 3])
+      for index in range(2):
+        ended(index, rows)
+      return rows
+  draws = {(): Told(), ("samples_per_prompt", "temperature"): Greedy()}
+  def compiled(sampling, batch, **changes):
+    return draws[tuple(changes)]
+  found = evals.evaluator(block(ks=(1,), draws=20), compiled, PROMPTS, reward, None, 3)("weights")
+  # The first response of each problem is right: greedily both are solved.
+  assert {name: value.estimate for name, value in found.scores.items()} == pytest.approx(
+      {"greedy": 1, "avg@3": 2 / 3, "pass@1": 2 / 3, "truncated": 0, "response_length": 11 / 6})
+  assert {call[2] for draw in draws.values() for call in draw.calls[::2]} == {
+      (3, zlib.crc32(b"evaluation"))}
+
+
+@pytest.mark.parametrize("when, steps", [("end", 0), ("every 1", 1), ("every 50", 50)])
+def test_when_an_evaluation_runs(when, steps):
+  assert evals.every(block(when=when)) == steps
+
+
+@pytest.mark.parametrize("when", ["", "every", "every 0", "every -1", "each 2", "every 2.5"])
+def test_when_is_refused(when):
+  with pytest.raises(ValueError, match=f"when is '{when}': choose 'end', or 'every 50'"):
+    evals.every(block(when=when))

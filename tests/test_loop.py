@@ -53,7 +53,7 @@ def parity(prompt_id, ids):
   return float(ids.sum() % 2)
 
 
-def make(folder, mesh, reward=parity, validate=lambda params: (), **changes):
+def make(folder, mesh, reward=parity, evaluations=None, **changes):
   """A student_grpo stage of four steps on eight prompts, saved every two."""
   model = models.get(CONFIG)
   hp = ml_collections.ConfigDict(
@@ -75,7 +75,7 @@ def make(folder, mesh, reward=parity, validate=lambda params: (), **changes):
           sampler, (0, zlib.crc32(b"student_grpo")), hp.epochs * hp.minibatches),
       label_use="each_step",
       rewards=rollouts.Rewards(reward, grpo.group_advantages, objectives.length_penalty(hp)),
-      pass_rates=None, validate=validate)
+      pass_rates=None, evaluations=evaluations or {})
 
 
 def with_cache(stage, cache):
@@ -356,8 +356,8 @@ def test_a_step_evaluates_then_saves_then_samples(tmp_path, mesh, monkeypatch):
       events.append(("save", at)), save(self, at, state)))
   monkeypatch.setattr(loop, "_step", lambda *args: (events.append(("draw", args[5])),
                                                      step(*args))[1])
-  run(make(tmp_path, mesh, eval_every=2,
-           validate=lambda params: (events.append(("evaluate",)), [("validation/x", 1.0)])[1]))
+  run(make(tmp_path, mesh, evaluations={"validation": (
+      2, lambda params: (events.append(("evaluate",)), [("validation/x", 1.0)])[1])}))
   assert events == [("evaluate",), ("draw", 0), ("draw", 1), ("evaluate",), ("save", 2),
                     ("draw", 2), ("draw", 3), ("save", 4)]
   assert [("validation/x" in r) for r in metrics.read(tmp_path, "metrics")] == [
@@ -420,8 +420,8 @@ def test_a_compilation_after_the_start_is_an_error(tmp_path, mesh):
 def test_nothing_compiles_after_the_start(tmp_path, mesh):
   with metrics.compilations() as count:
     counts = []
-    run(make(tmp_path, mesh, eval_every=1,
-             validate=lambda params: (counts.append(count()), [])[1]))
+    run(make(tmp_path, mesh, evaluations={
+        "validation": (1, lambda params: (counts.append(count()), [])[1])}))
   assert len(counts) == 4 and counts[0] == counts[-1] == count()
 
 

@@ -72,14 +72,14 @@ def check(config, expected):
   # Two models are sampled for a score, with temperature and without, and for a probe, which lays
   # them side by side.
   for role in size.keys() - {None}:
-    for block in ("evaluation", "probe"):
-      hp = config[block]
+    for block in ("test", "probe"):
+      hp = config.probe if block == "probe" else config.evals.test
       rows = hp.prompts * hp.sampling.samples_per_prompt
       floor[block, role] = sampled(role, rows, hp.sampling)
       floor[block, f"{role} prefill"] = size[role]
-    greedy = sampled(role, config.evaluation.prompts, config.evaluation.sampling)
-    floor["evaluation", f"{role} greedy"] = greedy
-    floor["evaluation", f"{role} greedy prefill"] = size[role]
+    greedy = sampled(role, config.evals.test.prompts, config.evals.test.sampling)
+    floor["test", f"{role} greedy"] = greedy
+    floor["test", f"{role} greedy prefill"] = size[role]
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
@@ -117,7 +117,7 @@ def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_comp
   for key, floor in {("forward_kl", "update"): 3 * 4 * student + 2 * teacher,
                      ("forward_kl", "token_logps"): 2 * teacher,
                      ("forward_kl", "sample prefill"): 2 * teacher,
-                     ("evaluation", "student prefill"): 2 * student}.items():
+                     ("test", "student prefill"): 2 * student}.items():
     assert floor <= found[key].arguments < floor + SLACK, key
 
 

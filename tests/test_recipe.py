@@ -68,7 +68,7 @@ def test_a_key_that_changes_results_renames_descendants_too(plan, shipped, key, 
 
 
 @pytest.mark.parametrize("key, value", [
-    ("microbatches", 2), ("block", 32), ("save_every", 1), ("eval_every", 1), ("log_samples", 1)])
+    ("microbatches", 2), ("block", 32), ("save_every", 1), ("log_samples", 1)])
 def test_a_key_that_changes_no_result_renames_nothing(plan, shipped, key, value):
   other = plan({f"stages.{row}.{key}": value for row in ROWS})
   assert all(other.config.stages[row][key] == value for row in ROWS)

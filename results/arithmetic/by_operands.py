@@ -17,7 +17,7 @@ from s2d_jax import ladder, tasks
 def main(workdir):
   """Prints a Markdown table."""
   config = arithmetic.get_config()
-  source = tasks.get(config).source(config.evaluation.split)
+  source = tasks.get(config).source(config.evals.test.split)
   operands_P = np.array([source[i]["problem"].count("+") + 1 for i in range(len(source))])
   kinds = sorted(set(operands_P.tolist()))
   print("| arm | seeds | " + " | ".join(f"{n} operands" for n in kinds) + " |")

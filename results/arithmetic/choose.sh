@@ -16,7 +16,7 @@ score() {
   shift
   rm -rf "$WORKDIR/arms"
   "$PYTHON" -m s2d_jax.main --config=configs/arithmetic.py --workdir="$WORKDIR" \
-    --config.arms="$arm" --config.evaluation.split=validation --config.probe.problems=0 \
+    --config.arms="$arm" --config.evals.test.split=validation --config.probe.problems=0 \
     "$@" 2>> "$WORKDIR.log" |
     grep -F "| ${ROW:-$arm} |" | tail -n 1 | cut -d '|' -f 4,5,8
 }

@@ -134,7 +134,7 @@ def test_the_papers_numbers(name):
     assert hp.sampling.max_tokens == 16_384
     # Printed: top-k −1, which is our 0.
     assert (hp.sampling.temperature, hp.sampling.top_p, hp.sampling.top_k) == (1.0, 1.0, 0)
-  assert config.evaluation.sampling.samples_per_prompt == 16  # avg@16
+  assert config.evals.math500.sampling.samples_per_prompt == 16  # avg@16
   assert {"math500", "aime24", "aime25"} <= set(config.data)
 
 

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import common
 from s2d_jax import chat, checkpoint, doctor, keys, models, recipe, sampler, sharding, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.models import hf
@@ -25,6 +26,8 @@ TORCH = importlib.util.find_spec("torch") is not None  # absent: the folders are
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
         "student_grpo")
 ARMS = {"every_row": (*(Use(row, "1h") for row in ROWS[:-1]), Use("student_grpo", "2h"))}
+# The evaluation at the end of each config.
+BENCHMARK = {"arithmetic": "test", "qwen3_math": "math500", "llama_math": "math500"}
 BENCHMARKS = ("math500", "aime24", "aime25")
 # As Qwen3's: with thinking switched off, the assistant's turn opens with a thought that is empty.
 SWITCH = """\
@@ -163,20 +166,26 @@ def write_data(data):
 def tiny(name, folder):
   """The config as `:tiny` makes it, smaller still by flat overrides, on folders made for it."""
   module = importlib.import_module(f"configs.{name}")
-  smaller = {"arms": "every_row", "prompt_tokens": 112, "evaluation.prompts": 2,
-             "evaluation.draws": 5, "evaluation.sampling.max_tokens": 4,
-             "validation.problems": 2, "validation.sampling.max_tokens": 4, "probe.problems": 2,
+  benchmark = BENCHMARK[name]
+  smaller = {"arms": "every_row", "prompt_tokens": 112, f"evals.{benchmark}.prompts": 2,
+             f"evals.{benchmark}.draws": 5, f"evals.{benchmark}.sampling.max_tokens": 4,
+             "evals.validation.problems": 2, "evals.validation.sampling.max_tokens": 4,
+             "evals.validation.when": "every 2", "probe.problems": 2,
              "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64}
   for row in ROWS:
     samples = 1 if row == "teacher_sft" else 2
     smaller |= {f"stages.{row}.{key}": value for key, value in {
-        "steps": 2, "prompts": 2, "save_every": 1, "eval_every": 2, "block": 64, "microbatches": 2,
+        "steps": 2, "prompts": 2, "save_every": 1, "block": 64, "microbatches": 2,
         "sampling.samples_per_prompt": samples, "sampling.max_tokens": 5,
         "lora.rank": LORA_RANK[name]}.items()}
     if row.endswith("grpo"):
       smaller |= {f"stages.{row}.overlong": "soft", f"stages.{row}.overlong_cache": 2}
   if name == "arithmetic":
     config = module.get_config("tiny")
+    with config.unlocked():
+      config.evals.validation = common.evaluation(
+          split="validation", sampling=common.sampling(samples_per_prompt=4, max_tokens=4),
+          statistics="avg,response_length")
     smaller |= {"teacher": str(folder / "teacher"), "student": str(folder / "student"),
                 "data.dir": str(folder / "data"), "prompt_tokens": 16,
                 "stages.teacher_sft.sampling.max_tokens": 24}
@@ -217,9 +226,11 @@ def ran(request, quick_compiles, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   config = tiny(request.param, folder)
   with config.unlocked():
-    for block in (config, config.stages.sft, config.stages.forward_kl.optim, config.evaluation):
+    benchmark = config.evals[BENCHMARK[request.param]]
+    for block in (config, config.stages.sft, config.stages.forward_kl.optim, benchmark):
       block.banana = 1
   config = recorded(config)
+  benchmark = config.evals[BENCHMARK[request.param]]
   for reads in (READS, SAMPLING):
     reads.clear()
   plans = {}
@@ -230,8 +241,8 @@ def ran(request, quick_compiles, tmp_path_factory):
     patch.setattr(keys, "check_names", lambda *_: None)
     patch.setattr(keys, "hashed", quietly(keys.hashed))
     patch.setattr(sampler, "Sampling", Sampling)
-    for split in BENCHMARKS if config.task == "math" else (config.evaluation.split,):
-      config.evaluation.split = split
+    for split in BENCHMARKS if config.task == "math" else (benchmark.split,):
+      benchmark.split = split
       with jax.transfer_guard("disallow"):
         plans[split] = recipe.run(config, folder / "run", odd(tasks.get(config)), arms=ARMS)
   return Ran(request.param, plans, folder / "run", unread(config))
@@ -239,8 +250,11 @@ def ran(request, quick_compiles, tmp_path_factory):
 
 def test_every_key_is_read(ran):
   # The planted keys show that the record sees one that is not.
-  expected = ["config.banana", "config.evaluation.banana", "config.stages.forward_kl.optim.banana",
-              "config.stages.sft.banana"]
+  benchmark = f"config.evals.{BENCHMARK[ran.name]}"
+  expected = ["config.banana", f"{benchmark}.banana", "config.stages.forward_kl.optim.banana",
+              "config.stages.sft.banana",
+              # An evaluation at the end runs in no stage, and one between steps stores no text.
+              f"{benchmark}.stages", "config.evals.validation.log_samples"]
   # A rank of 0 makes no adapters, so that a run on all weights uses neither their scale nor their
   # targets: only the doctor reads them, and the fixture replaces it. llama_math reads both.
   if LORA_RANK[ran.name] == 0:

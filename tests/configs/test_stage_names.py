@@ -70,7 +70,7 @@ def test_a_new_key_at_its_neutral_value_renames_nothing(monkeypatch):
       hp.new_reward_key = 0
     if STAGES[name].objective is objectives.FORWARD_KL:
       hp.new_form_key = 0
-  for block in (config.validation, config.probe, config.evaluation):
+  for block in (config.probe, *config.evals.values()):
     block.sampling.new = 0
   assert renamed(plan(config, stages)) == set()
   # At another value each of them renames.

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from configs import arithmetic
+from configs import arithmetic, common
 from s2d_jax import (
   checkpoint,
   files,
@@ -72,10 +72,13 @@ def config(bases, arm, data):
       hp.log_samples = 16
     tiny.stages.teacher_sft.sampling.max_tokens = 32
     tiny.stages.student_grpo.update({"epochs": 2, "minibatches": 2, "kl": "k3", "kl_coef": 0.1})
-    tiny.stages.student_grpo.eval_every = 2
+    tiny.evals.validation = common.evaluation(
+        split="validation", problems=4,
+        sampling=common.sampling(samples_per_prompt=4, max_tokens=8),
+        statistics="avg,response_length", when="every 2", stages="student_grpo")
     tiny.stages.sft.lora.rank = 2
     tiny.probe.sampling.max_tokens = 8
-    tiny.validation.sampling.max_tokens = tiny.evaluation.sampling.max_tokens = 8
+    tiny.evals.test.sampling.max_tokens = 8
   return tiny
 
 

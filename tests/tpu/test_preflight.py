@@ -24,7 +24,7 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found
-  assert ["evaluation", "student"] in found and ["probe", "both"] in found
+  assert ["test", "student"] in found and ["probe", "both"] in found
 
 
 def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):

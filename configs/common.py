@@ -119,7 +119,7 @@ stage = Block(                # what every stage reads; `|` adds the keys of its
 
 evaluation = Block(           # one benchmark, scored at the end or between the steps of stages
     split=REQUIRED,
-    problems=0,               # the first so many of the split; 0: all
+    problems=0,               # the first N of the split; 0: all
     prompts=64,               # problems that are sampled side by side
     sampling=REQUIRED,
     statistics="all",         # of stats.STATISTICS, with commas between: "avg,response_length"

@@ -31,19 +31,20 @@ def written(folder):
 
 def test_render_by_hand(folder):
   # <|user|> is 4, <|assistant|> 5, the digits 6..15, "+" 16 (tokenizer.VOCABULARY).
-  talk = chat.Chat(folder)
-  assert talk.render(USER) == [4, 7, 8, 16, 9, 10, 5]
-  turns = [{"role": "system", "content": "0"}, *USER, {"role": "assistant", "content": "46"}, *USER]
-  assert talk.render(turns) == [3, 6, 4, 7, 8, 16, 9, 10, 5, 10, 12, 1, 4, 7, 8, 16, 9, 10, 5]
+  loaded = chat.Chat(folder)
+  assert loaded.render(USER) == [4, 7, 8, 16, 9, 10, 5]
+  answer = {"role": "assistant", "content": "46"}
+  messages = [{"role": "system", "content": "0"}, *USER, answer, *USER]
+  assert loaded.render(messages) == [3, 6, 4, 7, 8, 16, 9, 10, 5, 10, 12, 1, 4, 7, 8, 16, 9, 10, 5]
 
 
 def test_responses_round_trip(folder):
-  talk = chat.Chat(folder)
-  assert talk.encode_response("12=") == [7, 8, 19, 1]
-  assert (talk.eos_ids, talk.pad_id) == ((1,), 0)
+  loaded = chat.Chat(folder)
+  assert loaded.encode_response("12=") == [7, 8, 19, 1]
+  assert (loaded.eos_ids, loaded.pad_id) == ((1,), 0)
   for text in ("", "12+34=46+57=03", " 1 +\n\n2;# -*  ", "".join(tokenizer.VOCABULARY[6:])):
-    assert talk.decode(talk.encode_response(text)) == text
-    assert talk.decode(talk.encode_response(text) + [talk.pad_id] * 3) == text
+    assert loaded.decode(loaded.encode_response(text)) == text
+    assert loaded.decode(loaded.encode_response(text) + [loaded.pad_id] * 3) == text
 
 
 def test_every_id_has_a_token():
@@ -61,8 +62,8 @@ def test_template_arguments_reach_the_template(folder):
 
 def test_eos_ids_of_the_generation_config_count_too(folder):
   change(folder, "generation_config.json", eos_token_id=[23, 1])
-  talk = chat.Chat(folder)
-  assert talk.eos_ids == (1, 23) and talk.encode_response("1") == [7, 1]
+  loaded = chat.Chat(folder)
+  assert loaded.eos_ids == (1, 23) and loaded.encode_response("1") == [7, 1]
 
 
 def test_same_tokenizer(folder, tmp_path):

@@ -21,8 +21,8 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_another(tmp_path):
   steps.close()
   np.testing.assert_array_equal(got["w"], np.full((8, 4), 6, np.float32))
   assert got["w"].sharding == state(0, many)["w"].sharding
-  kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-  assert kept == ["4", "6"]
+  steps = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+  assert steps == ["4", "6"]
   checkpoint.save_final(tmp_path, state(9, one))
   checkpoint.save_final(tmp_path, state(9, one))  # done again after a kill: replaced
   checkpoint.drop_steps(tmp_path)

@@ -39,8 +39,8 @@ def test_the_commands_of_the_run_page(checkout):
   program = ["-c", "from s2d_jax import cli; cli.main()"]  # what the entry point calls
   printed = [run(checkout, program + flags) for _, *flags in commands]
   assert len(printed) == 2 and all("| bridge | 0 |" in text for text in printed)
-  made = checkout / "runs" / "tiny"
-  assert (made / "report.md").exists() and (made / "report.png").exists()
+  run_folder = checkout / "runs" / "tiny"
+  assert (run_folder / "report.md").exists() and (run_folder / "report.png").exists()
   # Once more: everything is finished, so nothing trains and the table is the same.
   again = run(checkout, program + commands[0][1:])
   assert again == printed[0]

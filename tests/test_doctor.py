@@ -65,11 +65,11 @@ def task(**splits):
                      lambda problem, text: 0.0)
 
 
-def refused(config, tmp_path, given=None):
+def refused(config, tmp_path, own_task=None):
   """The sentence `recipe.run` stops with; it is one, it ends, and the work folder is absent."""
   workdir = tmp_path / "run"
   with pytest.raises(ValueError) as error:
-    recipe.run(config, workdir, given or task())
+    recipe.run(config, workdir, own_task or task())
   assert not workdir.exists()
   sentence = str(error.value)
   assert re.fullmatch(r"[^\n]+[:,;] [^\n]+\.", sentence), "no remedy behind the complaint"
@@ -77,16 +77,16 @@ def refused(config, tmp_path, given=None):
   return sentence
 
 
-def at(config, place):
-  """The block of a config at a dotted place; "" is the config itself."""
-  for key in filter(None, place.split(".")):
+def at(config, path):
+  """The block of a config at a dotted path; "" is the config itself."""
+  for key in filter(None, path.split(".")):
     config = config[key]
   return config
 
 
 def test_a_good_config_is_planned(config):
-  made = recipe.plan(config, task())
-  assert set(made.arms) == set(config.arms.split(","))
+  plan = recipe.plan(config, task())
+  assert set(plan.arms) == set(config.arms.split(","))
 
 
 BLOCKS = ["", "evals.validation", "evals.validation.sampling", "probe", "evals.test",
@@ -95,20 +95,20 @@ BLOCKS = ["", "evals.validation", "evals.validation.sampling", "probe", "evals.t
           "stages.forward_kl.sampling"]
 
 
-@pytest.mark.parametrize("place", BLOCKS)
-def test_an_unknown_key_is_named(config, place, tmp_path):
-  at(config, place).banana = 1
-  name = f"config.{place}".rstrip(".")
+@pytest.mark.parametrize("path", BLOCKS)
+def test_an_unknown_key_is_named(config, path, tmp_path):
+  at(config, path).banana = 1
+  name = f"config.{path}".rstrip(".")
   assert f"{name} has the key 'banana', which nothing reads" in refused(config, tmp_path)
 
 
-@pytest.mark.parametrize("place", BLOCKS)
-def test_a_missing_key_is_named(config, place, tmp_path):
-  block = at(config, place)
+@pytest.mark.parametrize("path", BLOCKS)
+def test_a_missing_key_is_named(config, path, tmp_path):
+  block = at(config, path)
   for key in list(block):
     value = block[key]
     del block[key]
-    name = f"config.{place}".rstrip(".")
+    name = f"config.{path}".rstrip(".")
     assert f"{name} lacks the key {key!r}: add it" in refused(config, tmp_path)
     with config.ignore_type():
       block[key] = value
@@ -194,9 +194,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("place, value, said", VALUES)
-def test_a_value_out_of_range_is_named(config, place, value, said, tmp_path):
-  block, _, key = place.rpartition(".")
+@pytest.mark.parametrize("path, value, said", VALUES)
+def test_a_value_out_of_range_is_named(config, path, value, said, tmp_path):
+  block, _, key = path.rpartition(".")
   with config.ignore_type():
     at(config, block)[key] = value
   assert re.search(said, refused(config, tmp_path))
@@ -365,8 +365,8 @@ def test_a_users_own_objective_is_checked_like_ours(config):
     if hp.alpha > 2:
       raise ValueError(f"alpha is {hp.alpha}: choose at most 2.")
   record = objectives.BLOCK_KEYS | {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")}
-  own = objectives.Objective(loss, record, uses_guide=lambda hp: False, check=at_most_two)
-  stages = [stage._replace(objective=own) if stage.name == "sft" else stage
+  objective = objectives.Objective(loss, record, uses_guide=lambda hp: False, check=at_most_two)
+  stages = [stage._replace(objective=objective) if stage.name == "sft" else stage
             for stage in recipe.STAGES]
 
   def refusal():

@@ -1,4 +1,4 @@
-"""Which samples solve which problems, with a sampler that writes what it is told."""
+"""Scores of problems, with a sampler that returns fixed responses."""
 
 import zlib
 
@@ -13,9 +13,11 @@ PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
 RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
 
 
-class Told:
-  """draw(params, prompts, seed, ended=None) -> RESPONSES, with 99 behind every end; remembers its
-  calls. Its rows end in `order`."""
+class FixedSampler:
+  """A sampler that returns RESPONSES, with 99 behind every end, and records its calls.
+
+  Its rows end in `order`.
+  """
 
   def __init__(self, order=range(6)):
     self.calls, self.order = [], order
@@ -26,8 +28,8 @@ class Told:
     rows = rollouts.given_solutions(repeated, RESPONSES, 2, 4)
     beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
     rows = rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
-    for place in self.order if ended is not None else ():
-      ended(place, rows)
+    for index in self.order if ended is not None else ():
+      ended(index, rows)
     self.calls.append("drawn")
     return rows
 
@@ -39,7 +41,7 @@ def reward(prompt_id, ids):
 
 
 def test_solve_by_hand():
-  draw = Told()
+  draw = FixedSampler()
   samples, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
   np.testing.assert_array_equal(samples.correct_PG, [[1, 0, 1], [1, 0, 1]])
   assert samples.correct_PG.dtype == np.float32
@@ -51,7 +53,7 @@ def test_solve_by_hand():
 
 
 def test_a_row_is_scored_when_it_ends_and_once():
-  draw = Told(order=(5, 0, 3, 1, 2, 4))
+  draw = FixedSampler(order=(5, 0, 3, 1, 2, 4))
   def telling(prompt_id, ids):
     draw.calls.append((prompt_id, ids.tolist()))
     return reward(prompt_id, ids)
@@ -62,19 +64,20 @@ def test_a_row_is_scored_when_it_ends_and_once():
 
 def test_right_is_a_reward_of_one_or_more():
   graded = iter([0.0, 0.5, 0.99, 1.0, 2.0, -1.0])
-  samples, _ = evals.solve(Told(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
+  samples, _ = evals.solve(FixedSampler(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
   np.testing.assert_array_equal(samples.correct_PG, [[0, 0, 0], [1, 1, 0]])
 
 
 def test_equal_answers_of_a_problem_have_equal_numbers():
-  # The answer is the last token, and 9 is none: 7, none, 7 of the first problem and 8, 7, 8.
-  samples, _ = evals.solve(Told(), "weights", PROMPTS, reward, (0,),
+  # The answer is the last token, and 9 stands for no answer. The first problem has 7, –, 7 and the
+  # second 8, 7, 8.
+  samples, _ = evals.solve(FixedSampler(), "weights", PROMPTS, reward, (0,),
                            lambda ids: None if ids[-1] == 9 else str(ids[-1]))
   np.testing.assert_array_equal(samples.answer_PG, [[0, -1, 0], [0, 1, 0]])
 
 
-def test_a_response_that_max_tokens_ended_is_truncated():
-  class Cut(Told):
+def test_a_response_cut_at_max_tokens_is_truncated():
+  class Cut(FixedSampler):
     def __call__(self, *args, **kwargs):
       rows = super().__call__(*args, **kwargs)
       return rows._replace(finish_reason_B=np.array([1, 0, 1, 1, 0, 0], np.int32))
@@ -115,7 +118,7 @@ def test_mixed_groups_are_unbiased():
 
 
 def test_a_models_own_text_by_hand():
-  samples, rows = evals.solve(Told(), "weights", PROMPTS, reward, (0,))
+  samples, rows = evals.solve(FixedSampler(), "weights", PROMPTS, reward, (0,))
   # Eleven tokens, one of them at -11 nats; beyond each row's end nothing counts.
   logp_BT = np.where(np.arange(4)[None] < rows.response_length_B[:, None], 0.0, -99.0)
   logp_BT[1, 1] = -11
@@ -147,7 +150,7 @@ def block(**changes):
 
 
 def test_validation_by_hand():
-  draw = Told()
+  draw = FixedSampler()
   compiled = []
   hp = block(statistics="avg,response_length", when="every 2", prompts=5, problems=2)
   evaluate = evals.evaluator(
@@ -165,14 +168,14 @@ def test_validation_by_hand():
 
 
 def test_an_evaluation_at_the_end_samples_greedily_as_well():
-  class Greedy(Told):
+  class Greedy(FixedSampler):
     """The first response of each problem."""
     def __call__(self, params, prompts, seed, ended):
       rows = rollouts.take(super().__call__(params, prompts, seed), [0, 3])
       for index in range(2):
         ended(index, rows)
       return rows
-  draws = {(): Told(), ("samples_per_prompt", "temperature"): Greedy()}
+  draws = {(): FixedSampler(), ("samples_per_prompt", "temperature"): Greedy()}
   def compiled(sampling, batch, **changes):
     return draws[tuple(changes)]
   found = evals.evaluator(block(ks=(1,), draws=20), compiled, PROMPTS, reward, None, 3)("weights")

@@ -39,8 +39,8 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
 def test_a_wrong_line_is_one_sentence(data, capsys, monkeypatch, tmp_path, flags, said):
   monkeypatch.chdir(tmp_path)
   line = ["--model", arithmetic.get_config().student, "--task=arithmetic", "--sets=validation"]
-  own = [] if "--task=math" in flags else [f"--data={data}"]
+  data_flag = [] if "--task=math" in flags else [f"--data={data}"]
   with pytest.raises(SystemExit) as error:
-    command.call(evaluate.main, [*line, *own, *flags])
+    command.call(evaluate.main, [*line, *data_flag, *flags])
   (sentence,) = capsys.readouterr().err.splitlines()
   assert error.value.code == 2 and sentence.startswith("s2d_jax: ") and said in sentence

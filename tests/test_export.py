@@ -79,5 +79,5 @@ def test_an_ambiguous_or_absent_stage_is_refused(workdir, tmp_path, capsys, stag
 
 def test_the_exported_config_is_that_of_the_stages_base(workdir, tmp_path):
   out = export.export(workdir, "reverse_kl", tmp_path / "out")
-  own = models.read_config(hf.read_json(out))
-  assert own == models.read_config(hf.read_json(arithmetic.get_config().student))
+  exported = models.read_config(hf.read_json(out))
+  assert exported == models.read_config(hf.read_json(arithmetic.get_config().student))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "s2d_jax"
 
-# Who may call whom, nearest first; who may call a file may also import what lies below it. A file
+# The units that each unit may import. It may also import everything that those may import. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
   "cli": {"main", "preflight", "diagnosis", "evaluate", "export"},
@@ -39,7 +39,7 @@ ARROWS = {
   "optim": {"keys"},
   "losses": {"sharding"},
   "models": {"sharding", "keys"},
-  # What they write is written whole or not at all, by one process.
+  # These write files whole or not at all, and by one process.
   "metrics": {"files"},
   "manifest": {"files"},
   "checkpoint": {"hosts", "sharding"},
@@ -49,10 +49,10 @@ ARROWS = {
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
 }
-# These are handed functions: they know no loss and no model.
+# These get functions as arguments and import no loss and no model.
 NEVER = {unit: {"models", "losses", "objectives"}
          for unit in ("loop", "compiling", "rollouts", "training")}
-# A library with opinions is imported in one place.
+# Each of these libraries is imported in one place.
 HOMES = {
   "flax": "models",
   "orbax": "checkpoint",
@@ -109,8 +109,8 @@ def wrong_arrows(path, package=PACKAGE):
           for other in units_imported_by(path) - allowed(unit)}
 
 
-def strangers(path, package=PACKAGE):
-  """The libraries a file imports although they live elsewhere, or nowhere, in the package."""
+def misplaced_libraries(path, package=PACKAGE):
+  """The libraries a file imports although another unit, or none, may import them."""
   libraries = {name.split(".")[0] for name in imported_by(path)}
   unit = unit_of(path, package)
   return {name for name in libraries if name in NOWHERE or HOMES.get(name, unit) != unit}
@@ -129,8 +129,8 @@ def test_the_arrows_themselves_make_no_circle():
   assert [unit for unit in ARROWS if unit in below(unit)] == []
 
 
-def test_a_library_with_opinions_has_one_home():
-  wrong = {str(path.relative_to(ROOT)): strangers(path) for path in modules()}
+def test_a_large_library_is_imported_by_one_unit():
+  wrong = {str(path.relative_to(ROOT)): misplaced_libraries(path) for path in modules()}
   assert {path: names for path, names in wrong.items() if names} == {}
 
 
@@ -156,7 +156,7 @@ def test_configs_import_ml_collections_alone():
   ("sharding.py", "import s2d_jax", "sharding -> s2d_jax"),
   ("recipe.py", "from s2d_jax import main", "recipe -> main"),
 ])
-def test_a_wrong_arrow_is_seen(tmp_path, file, line, arrow):
+def test_a_wrong_arrow_is_found(tmp_path, file, line, arrow):
   path = tmp_path / file
   path.parent.mkdir(exist_ok=True)
   path.write_text(line)
@@ -169,8 +169,8 @@ def test_a_wrong_arrow_is_seen(tmp_path, file, line, arrow):
   ("chat.py", "from transformers import AutoTokenizer", set()),
   ("data/sources.py", "from orbax.checkpoint import v1", {"orbax"}),
 ])
-def test_a_stranger_is_seen(tmp_path, file, line, names):
+def test_a_misplaced_library_is_found(tmp_path, file, line, names):
   path = tmp_path / file
   path.parent.mkdir(exist_ok=True)
   path.write_text(line)
-  assert strangers(path, tmp_path) == names
+  assert misplaced_libraries(path, tmp_path) == names

@@ -42,18 +42,18 @@ def test_forward_flops_by_hand():
   assert ledger.forward_flops(config, [3, 3], [2, 0]) == 2 * (960 + 144) - 4 * 2 * 28
 
 
-@pytest.mark.parametrize("name, parameters, beside", [
+@pytest.mark.parametrize("name, parameters, not_multiplied", [
     # Published counts, less what multiplies nothing: norms, and an embedding that is not the head.
     ("qwen3-1.7b", 1_720_574_976, (2 * 2048 + 2 * 128) * 28 + 2048),
     ("qwen3-8b", 8_190_735_360, (2 * 4096 + 2 * 128) * 36 + 4096 + 151_936 * 4096),
     ("llama-3.2-1b", 1_235_814_400, 2 * 2048 * 16 + 2048),
     ("llama-3.3-70b", 70_553_706_496, 2 * 8192 * 80 + 8192 + 128_256 * 8192)])
-def test_flops_of_published_models(name, parameters, beside):
+def test_flops_of_published_models(name, parameters, not_multiplied):
   config = models.get(name).config
   assert sum(x.size for x in jax.tree.leaves(models.shapes(config))) == parameters
   pairs = 1000 * 1001 // 2
   attended = 4 * config.layers * config.heads * config.head_width * pairs
-  assert ledger.forward_flops(config, [1000]) == 2 * (parameters - beside) * 1000 + attended
+  assert ledger.forward_flops(config, [1000]) == 2 * (parameters - not_multiplied) * 1000 + attended
 
 
 def test_seconds():

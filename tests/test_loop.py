@@ -164,7 +164,7 @@ def test_old_log_probabilities_are_taken_first_only_where_the_update_cannot(tmp_
     spent.append(metrics.read(stage.folder, "ledger")[0])
     assert all(row["logp_gap_rms"] <= row["logp_gap_max"] < 1e-5 and "logp_gap_square" not in row
                for row in metrics.read(stage.folder, "metrics"))
-  # The same samples: drawn once, learned from at three forwards, and scored at one more.
+  # Both sample once and update at the cost of three forward passes; one also scores at one more.
   assert spent[0]["tokens_sampled"] == spent[1]["tokens_sampled"]
   assert spent[1]["flops"] / spent[0]["flops"] == pytest.approx(5 / 4)
 
@@ -196,13 +196,13 @@ def test_a_cache_too_far_from_the_trainer_is_refused(cache, tmp_path, mesh, monk
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("cache, gap, wrong", [
+@pytest.mark.parametrize("cache, rms, wrong", [
     ("int8", 0.0099, False), ("int8", 0.0101, True), ("int8", np.nan, True), ("auto", 1.0, False),
     ("float32", 1.0, False), ("bfloat16", 0.0101, True)])
-def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, gap, wrong, tmp_path, mesh,
+def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, rms, wrong, tmp_path, mesh,
                                                         monkeypatch):
   stage = with_cache(make(tmp_path, mesh, steps=1), cache)
-  monkeypatch.setattr(loop, "_sampler_gap", lambda *_: (None, {"logp_gap_rms": gap}))
+  monkeypatch.setattr(loop, "_sampler_gap", lambda *_: (None, {"logp_gap_rms": rms}))
   programs = types.SimpleNamespace(
       sampler=lambda *_: rollouts.given_solutions([Prompt(0, (1,))], [[1, 2]], 3, 2))
   with pytest.raises(ValueError, match=f"sampler.cache is {cache} and .* where 0.01 is"
@@ -229,31 +229,31 @@ def test_groups_of_equal_rewards_are_dropped_and_other_prompts_sampled(tmp_path,
   def reward(prompt_id, ids):
     return 1.0 if prompt_id < 4 else float(len(ids) % 2 == ids[0] % 2)
   batches = step_batches(monkeypatch)
-  drawn = []
+  sampled = []
   sample = rollouts.OnPolicy.sample
 
   def recorded(self, params, prompts, step, round=0, on_finish=None):
-    drawn.append((step, round, [p.id for p in prompts]))
+    sampled.append((step, round, [p.id for p in prompts]))
     return sample(self, params, prompts, step, round, on_finish)
 
   monkeypatch.setattr(rollouts.OnPolicy, "sample", recorded)
   stage = make(tmp_path, mesh, rounds=2, reward=reward, steps=4)
   run(stage)
-  assert {(step, round) for step, round, _ in drawn} >= {(step, 0) for step in range(4)}
+  assert {(step, round) for step, round, _ in sampled} >= {(step, 0) for step in range(4)}
   rows, ledger = metrics.read(tmp_path, "metrics"), metrics.read(tmp_path, "ledger")
   dropped = 0
   for step, (batch, row, entry) in enumerate(zip(batches, rows, ledger, strict=True)):
-    prompt_ids = [i for at, _, ids in drawn if at == step for i in ids]
+    prompt_ids = [i for at, _, ids in sampled if at == step for i in ids]
     # Every round is charged.
     assert sorted(entry["labels"]) == sorted(entry["prompts"]) == sorted(prompt_ids)
     assert row["rounds"] == len(prompt_ids) / 4 and batch.weight_BT.shape[0] == 16
-    own = batch.weight_BT.sum(axis=1).reshape(4, 4) > 0
-    assert np.all(own.all(axis=1) | ~own.any(axis=1))  # whole groups
+    counted_GK = batch.weight_BT.sum(axis=1).reshape(4, 4) > 0
+    assert np.all(counted_GK.all(axis=1) | ~counted_GK.any(axis=1))  # whole groups
     advantage = np.abs(batch.advantage_BT).max(axis=1).reshape(4, 4)
-    assert np.array_equal(own[:, 0], advantage.max(axis=1) > 0)  # exactly those that teach
+    assert np.array_equal(counted_GK[:, 0], advantage.max(axis=1) > 0)  # exactly those that teach
     assert entry["tokens_sampled"] == entry["tokens_trained"] + entry["tokens_discarded"]
     dropped += entry["tokens_discarded"]
-  assert dropped > 0 and max(len(d[2]) for d in drawn) == 4
+  assert dropped > 0 and max(len(d[2]) for d in sampled) == 4
 
 
 @pytest.mark.medium
@@ -321,8 +321,8 @@ def test_a_length_penalty_makes_no_group_of_equal_rewards_mixed(tmp_path, mesh, 
     return 1.0 if prompt_id < 4 else parity(prompt_id, ids)
   batches, learned = step_batches(monkeypatch), []
   batch_of = rollouts.batch
-  monkeypatch.setattr(rollouts, "batch", lambda rows, *more: (
-      learned.append(rows), batch_of(rows, *more))[1])
+  monkeypatch.setattr(rollouts, "batch", lambda rows, *arguments: (
+      learned.append(rows), batch_of(rows, *arguments))[1])
   run(make(tmp_path, mesh, reward=reward, rounds=rounds, overlong="soft", overlong_cache=3))
   dropped = 0
   for rows, batch in zip(learned, batches, strict=True):

@@ -35,8 +35,8 @@ def batch():
       np.arange(B), np.zeros(B, np.int32), rng.integers(0, 32, (B, 4)).astype(np.int32),
       rng.integers(1, 5, B).astype(np.int32), rng.integers(0, 32, (B, 8)).astype(np.int32),
       length_B, *2 * (rng.normal(size=(B, 8)).astype(np.float32) - 3,), np.ones(B, np.int32), 0)
-  made = rollouts.batch(rows, "sequence", rng.normal(size=B).astype(np.float32))
-  return made._replace(old_logp_BT=made.sampler_logp_BT)
+  batch = rollouts.batch(rows, "sequence", rng.normal(size=B).astype(np.float32))
+  return batch._replace(old_logp_BT=batch.sampler_logp_BT)
 
 
 def step(shape, objective, guided):

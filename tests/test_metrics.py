@@ -40,8 +40,8 @@ def test_tensorboard_files_are_written_and_cut(tmp_path):
   metrics.write_tensorboard(tmp_path, 2, [{"step": 2, "loss": 0.5}])
   assert len(list((tmp_path / "tensorboard").iterdir())) == 2
   metrics.cut_tensorboard(tmp_path, 2)
-  left = list((tmp_path / "tensorboard").iterdir())
-  assert [p.name[:8] for p in left] == ["00000000"] and b"loss" in left[0].read_bytes()
+  remaining = list((tmp_path / "tensorboard").iterdir())
+  assert [p.name[:8] for p in remaining] == ["00000000"] and b"loss" in remaining[0].read_bytes()
 
 
 def test_compilations_are_counted():

@@ -67,7 +67,7 @@ def test_sums_by_hand():
                             count_BT=jnp.array([[1.0, 2.0, 0.0]]))
   total, count = objectives.weighted_loss_sum(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
   assert (total, count) == (3.5, 3.0)
-  # What is logged is a mean under the weights: 3.5 over 1 + 0.5.
+  # A logged value is a mean under the weights: 3.5 over 1 + 0.5.
   total, count = objectives.weighted_mean_pair(jnp.array([[2.0, 3.0, jnp.nan]]), weights)
   assert (total, count) == (3.5, 1.5)
 
@@ -104,11 +104,11 @@ STUDENTS, BOTHS = {"support": "student"}, {"support": "intersection"}
     (objectives.FORWARD_KL, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
     (objectives.REVERSE_KL, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
 def test_forms_of_the_divergences(objective, form, changes, f):
-  how = hp(form=form, **changes)
-  sums = objective(STUDENT, GUIDE, BATCH, how)
+  settings = hp(form=form, **changes)
+  sums = objective(STUDENT, GUIDE, BATCH, settings)
   expect(sums, "loss", f(logits(STUDENT), logits(GUIDE)))
   def loss(head):
-    return objective(head, GUIDE, BATCH, how)["loss"][0]
+    return objective(head, GUIDE, BATCH, settings)["loss"][0]
   want = jax.grad(lambda head: jnp.sum(WEIGHT_BT * f(logits(head), logits(GUIDE))))(STUDENT)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.grad(loss)(STUDENT),
                want)
@@ -144,8 +144,8 @@ def test_padding_of_a_vocabulary_has_no_probability(baseline, wider):
   heads = {"student": STUDENT, "guide": GUIDE}
   heads[wider] = padded(heads[wider])
   def loss(student, guide):
-    how = hp(form="sampled", baseline=baseline)
-    return objectives.REVERSE_KL(student, guide, BATCH, how)["loss"][0]
+    settings = hp(form="sampled", baseline=baseline)
+    return objectives.REVERSE_KL(student, guide, BATCH, settings)["loss"][0]
   want, dwant = jax.value_and_grad(loss)(STUDENT, GUIDE)
   got, dgot = jax.value_and_grad(loss)(heads["student"], heads["guide"])
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -187,11 +187,11 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
     ({"form": "intersection"}, "support is 'teacher' and the form \"intersection\" .*: set it to"),
     *(({"top_k": k}, f"top_k is {k}: set it to a whole number of at least 1")
       for k in (0, 2.5, True)),
-    *(({f"{who}_temperature": t}, f"{who}_temperature is {t}: choose it above 0")
-      for who in ("student", "teacher") for t in (0.0, -1.0)),
-    *(({"form": form, "support": "intersection", f"{who}_temperature": 2.0},
-       f"{who}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
-      for form in ("top_k", "intersection", "sampled") for who in ("student", "teacher")),
+    *(({f"{side}_temperature": t}, f"{side}_temperature is {t}: choose it above 0")
+      for side in ("student", "teacher") for t in (0.0, -1.0)),
+    *(({"form": form, "support": "intersection", f"{side}_temperature": 2.0},
+       f"{side}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
+      for form in ("top_k", "intersection", "sampled") for side in ("student", "teacher")),
     ({"baseline": 0.5}, "baseline is 0.5")])
 def test_values_that_a_divergence_cannot_have_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
@@ -209,9 +209,9 @@ def test_values_that_a_jsd_cannot_have_are_refused(change, message):
     objectives.JSD(STUDENT, GUIDE, BATCH, hp(**change))
 
 
-SAME = {"student_temperature": 2.0, "teacher_temperature": 2.0}
-EVERY = [(objectives.FORWARD_KL, {}), (objectives.FORWARD_KL, SAME), (objectives.REVERSE_KL, {}),
-         (objectives.REVERSE_KL, SAME), (objectives.JSD, {}), (objectives.JSD, SAME),
+TWICE = {"student_temperature": 2.0, "teacher_temperature": 2.0}
+EVERY = [(objectives.FORWARD_KL, {}), (objectives.FORWARD_KL, TWICE), (objectives.REVERSE_KL, {}),
+         (objectives.REVERSE_KL, TWICE), (objectives.JSD, {}), (objectives.JSD, TWICE),
          (objectives.FORWARD_KL, {"form": "top_k"}), (objectives.REVERSE_KL, {"form": "top_k"}),
          (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS),
          *((objectives.REVERSE_KL, {"form": "sampled", "baseline": baseline})
@@ -331,10 +331,10 @@ def test_a_coefficient_is_not_rounded_to_the_type_of_the_features():
   # 5e-4 in bfloat16 is 4.997e-4. The surrogate is left out by advantages of 0.
   head = STUDENT[0].astype(jnp.bfloat16), STUDENT[1]
   def features_gradient(coefficient):
-    how = hp(kl="exact", kl_coef=coefficient)
+    settings = hp(kl="exact", kl_coef=coefficient)
     still = BATCH._replace(advantage_BT=jnp.zeros((B, T)))
     grad_BTD, _ = jax.grad(lambda head: objectives.GRPO(
-        head, GUIDE, still, how)["loss"][0])(head)
+        head, GUIDE, still, settings)["loss"][0])(head)
     return np.asarray(grad_BTD.astype(jnp.float32))
   for coefficient in (5e-4, 0.3):
     exact_BTD = features_gradient(1.0) * np.float32(coefficient)
@@ -383,7 +383,7 @@ def test_a_token_of_weight_0_does_not_change_the_gradient():
 
 
 def test_group_advantages_give_the_gradient_of_the_group():
-  # One prompt, three samples, ratio 1: the gradient in log π is −A of the row on tokens that weigh.
+  # One prompt, three samples, ratio 1: the gradient in log π is −A of the row on weighted tokens.
   advantage_BT = jnp.asarray(
       np.repeat(grpo.group_advantages(np.array([[1.0, 0.0, 0.0]])).T, T, axis=1), jnp.float32)
   on_policy = BATCH._replace(advantage_BT=advantage_BT, old_logp_BT=jnp.asarray(LOGP_BT))
@@ -460,10 +460,11 @@ def test_the_config_files_and_a_script_have_the_same_defaults():
 def test_the_keys_of_a_users_objective_are_checked():
   def loss(student_head, guide_head, batch, hp):
     return {"loss": (hp.alpha, 1.0)}
-  own = objectives.Objective(loss, {"alpha": keys.Key(lambda a: a > 0, "choose it above 0")},
-                             uses_guide=lambda hp: hp.alpha > 1)
-  assert own(STUDENT, None, BATCH, SimpleNamespace(alpha=0.5)) == {"loss": (0.5, 1.0)}
+  alpha = keys.Key(lambda a: a > 0, "choose it above 0")
+  user_objective = objectives.Objective(loss, {"alpha": alpha},
+                                        uses_guide=lambda hp: hp.alpha > 1)
+  assert user_objective(STUDENT, None, BATCH, SimpleNamespace(alpha=0.5)) == {"loss": (0.5, 1.0)}
   with pytest.raises(ValueError, match="^alpha is -1: choose it above 0.$"):
-    own(STUDENT, GUIDE, BATCH, SimpleNamespace(alpha=-1))
+    user_objective(STUDENT, GUIDE, BATCH, SimpleNamespace(alpha=-1))
   with pytest.raises(ValueError, match="loss compares with a guide and has none: name one in the"):
-    own(STUDENT, None, BATCH, SimpleNamespace(alpha=2.0))
+    user_objective(STUDENT, None, BATCH, SimpleNamespace(alpha=2.0))

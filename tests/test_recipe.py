@@ -64,7 +64,7 @@ def test_a_key_that_changes_results_renames_descendants_too(plan, shipped, key, 
   other = plan({key: value})
   pairs = {arm: zip(shipped.arms[arm], other.arms[arm], strict=True) for arm in ARMS}
   changed = {arm: [i for i, (a, b) in enumerate(both) if a != b] for arm, both in pairs.items()}
-  assert {arm: places for arm, places in changed.items() if places} == renamed
+  assert {arm: paths for arm, paths in changed.items() if paths} == renamed
 
 
 @pytest.mark.parametrize("key, value", [
@@ -96,7 +96,7 @@ def test_arms_all_is_every_arm_of_the_table(plan):
 
 
 def test_arms_of_the_argument_compared_must_have_equal_budgets(plan):
-  # As many updates as reverse_kl has, where opd_only makes those of the whole bridge.
+  # "mine" makes the updates of reverse_kl alone, and opd_only those of the whole bridge.
   arms = {"opd_only": recipe.ARMS["opd_only"],
           "mine": (Use("teacher_grpo", "all"), Use("reverse_kl", "all"))}
   assert plan(arms=arms).compared == recipe.COMPARED
@@ -146,16 +146,16 @@ def ids(planned, split):
   return sorted(prompt.id for prompt in planned.prompts[split])
 
 
-@pytest.mark.parametrize("place, foreign", [(0, "2h"), (2, "2h"), (3, "1h")])
-def test_a_label_of_the_other_half_is_refused(shipped, tmp_path, place, foreign):
-  own = [ids(shipped, "1h")[:2], [], [], ids(shipped, "2h")[:2]]
-  spend(tmp_path, shipped, HALF, *own)
+@pytest.mark.parametrize("index, foreign", [(0, "2h"), (2, "2h"), (3, "1h")])
+def test_a_label_of_the_other_half_is_refused(shipped, tmp_path, index, foreign):
+  spent = [ids(shipped, "1h")[:2], [], [], ids(shipped, "2h")[:2]]
+  spend(tmp_path, shipped, HALF, *spent)
   budget.check_labels(shipped, HALF, tmp_path)
   label, later = ids(shipped, foreign)[1:3]
-  own[place] = [*own[place], later, label]
-  names = spend(tmp_path, shipped, HALF, *own)
+  spent[index] = [*spent[index], later, label]
+  names = spend(tmp_path, shipped, HALF, *spent)
   half = "2h" if foreign == "1h" else "1h"
-  with pytest.raises(ValueError, match=f"^{names[place]} of {HALF} spent the label {label}, which "
+  with pytest.raises(ValueError, match=f"^{names[index]} of {HALF} spent the label {label}, which "
                                        f"is not in its split {half}: delete the stage's folder"):
     budget.check_labels(shipped, HALF, tmp_path)
 

@@ -51,7 +51,7 @@ def arm(run, name, rows, seed=0, at=0, config=None, probes=()):
   path = run / "arms" / f"{name}-{seed}-{at}.json"
   files.write_json(path, {
       "arm": name, "seed": seed, "config": config or {"a": 1}, "probes": list(probes), "rows": [
-          {"label": label, "stages": stages, "score": scored} for label, stages, scored in rows]})
+          {"label": label, "stages": stages, "score": name} for label, stages, name in rows]})
   os.utime(path, (at, at))
 
 
@@ -111,8 +111,8 @@ def verdicts(run):
 
 
 def test_paired_differences_have_a_sign(tmp_path):
-  # Over 40 problems: bridge right on all, cold GRPO on none; raw bridge on half of them, as half
-  # the bridge is, so that those two cannot be told apart from each other.
+  # Over 40 problems: bridge right on all, cold GRPO on none; raw bridge and half the bridge
+  # on the same half of them, so that their difference is not resolved.
   half = np.tile([[1, 0]], (40, 1)).tolist()
   for name, correct in (("bridge", [[0, 0]] * 40), ("cold_grpo", [[1, 1]] * 40),
                         ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
@@ -142,26 +142,26 @@ def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
   other = tmp_path / "other"
   two_seeds(tmp_path, other)
   text = report.write([tmp_path, other])
-  head, bridge, cold, _, gap = table(text)
+  head, bridge, cold, _, difference = table(text)
   # RIGHT is 5 of 6 right, WRONG 1 of 6: bridge has both, cold_grpo RIGHT twice.
   assert (bridge[1], bridge[3].split()[0]) == ("0 1", "50.0")
   assert (cold[1], cold[3].split()[0]) == ("0 1", "83.3")
-  assert gap[:4] == ["bridge − cold_grpo", "0 : 0", "0+0 : 0+0", "0 −"]
-  assert gap[4].startswith("-33.3 [-100.0, ") and gap[6] == "not resolved (6/6)"
+  assert difference[:4] == ["bridge − cold_grpo", "0 : 0", "0+0 : 0+0", "0 −"]
+  assert difference[4].startswith("-33.3 [-100.0, ") and difference[6] == "not resolved (6/6)"
   assert text.count("| arm |") == 1
   assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
 
 
 def test_an_interval_over_seeds_is_wider_than_each(tmp_path):
   two_seeds(tmp_path, tmp_path / "other")
-  made = ladder.groups(ladder.read([tmp_path, tmp_path / "other"]))
+  groups = ladder.groups(ladder.read([tmp_path, tmp_path / "other"]))
   value_SP = np.array([[1, 1, 0.5], [0, 0, 0.5]])
-  np.testing.assert_array_equal(made[0].value_SP(), value_SP)
-  np.testing.assert_array_equal(made[0].value_SP("greedy"), [[1, 1, 0], [0, 0, 0]])
-  np.testing.assert_array_equal(made[0].value_SP("pass@2"), [[1, 1, 1], [0, 0, 1]])
+  np.testing.assert_array_equal(groups[0].value_SP(), value_SP)
+  np.testing.assert_array_equal(groups[0].value_SP("greedy"), [[1, 1, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(groups[0].value_SP("pass@2"), [[1, 1, 1], [0, 0, 1]])
   # Seed means 5/6 and 1/6: Var/2 = 1/9 is all the variance, and t has one degree of freedom.
   half = 12.7062 * np.sqrt(1 / 9) / 0.25  # on the logit's scale, about logit(1/2) = 0
-  np.testing.assert_allclose(made[0].score("avg@2"),
+  np.testing.assert_allclose(groups[0].score("avg@2"),
                              [0.5, 1 / (1 + np.exp(half)), 1 / (1 + np.exp(-half))], rtol=1e-4)
 
 
@@ -190,8 +190,8 @@ def test_the_division_of_updates_is_a_curve_of_its_own(tmp_path):
     one = stage(tmp_path, f"reverse_kl-{at}", inputs={"steps": [first, second]})
     arm(tmp_path, "bridge", [("bridge", [one], score(tmp_path, f"eval-{at}", RIGHT))], at=at,
         config=config)
-  made = ladder.groups(ladder.read([tmp_path]))
-  found = ladder.curves(made, ladder.SWEPT["division"])
+  groups = ladder.groups(ladder.read([tmp_path]))
+  found = ladder.curves(groups, ladder.SWEPT["division"])
   assert [x for x, _ in found["bridge"]] == [0, 0.25, 1]  # 3 + 3 is another number of updates
   assert "### How a bridge's updates are divided" in report.markdown(ladder.read([tmp_path]))
 
@@ -239,7 +239,7 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
   assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
 
 
-def test_a_contrast_says_what_both_arms_spent_on_the_seeds_they_share(tmp_path):
+def test_a_contrast_shows_both_arms_spending_on_their_shared_seeds(tmp_path):
   # A bridge of 3 + 4 updates on two seeds; cold GRPO of 5 updates on the second alone.
   for seed in (0, 1):
     stages = [stage(tmp_path, f"{row}-{seed}", range(seed + 2) if row == "teacher_grpo" else (),
@@ -283,23 +283,23 @@ def test_a_curves_points_have_the_seeds_that_all_of_them_have(tmp_path):
     arm(tmp_path, "bridge", [("bridge", [one], score(
         tmp_path, f"eval-{seed}-{share}", (RIGHT, WRONG)[seed], seed=seed))], seed, share,
         config={"label_share": share})
-  made = ladder.groups(ladder.read([tmp_path]))
-  assert [group.seeds for group in made] == ["0", "0 1"]
-  points = ladder.curves(made, ladder.SWEPT["labels"])["bridge"]
+  groups = ladder.groups(ladder.read([tmp_path]))
+  assert [group.seeds for group in groups] == ["0", "0 1"]
+  points = ladder.curves(groups, ladder.SWEPT["labels"])["bridge"]
   assert [(x, group.seeds) for x, group in points] == [(0.25, "0"), (1.0, "0")]
 
 
 def test_probes_that_one_run_left_out_are_found_in_another(tmp_path):
   one = stage(tmp_path, "student_grpo-1")
   probes = [{"stage": one, "before": probe(tmp_path, "probe-0"), "after": None}]
-  scored = score(tmp_path, "eval-0", RIGHT)
+  name = score(tmp_path, "eval-0", RIGHT)
   for at, found in enumerate(([], probes)):
-    arm(tmp_path, "cold_grpo", [("cold_grpo", [one], scored)], at=at, probes=found)
-  (made,) = ladder.groups(ladder.read([tmp_path]))
-  assert len(made.probes()) == 1
+    arm(tmp_path, "cold_grpo", [("cold_grpo", [one], name)], at=at, probes=found)
+  (group,) = ladder.groups(ladder.read([tmp_path]))
+  assert len(group.probes()) == 1
 
 
-def test_how_hyperparameters_were_chosen_ends_the_report(tmp_path):
+def test_the_report_ends_with_the_choice_of_hyperparameters(tmp_path):
   arm(tmp_path, "mine", [("mine", [], score(tmp_path, "eval-0", RIGHT))])
   assert "chosen" not in report.write([tmp_path])
   (tmp_path / "choice.md").write_text("| row | rate |\n")
@@ -331,7 +331,7 @@ def test_unlike_scores_have_tables_of_their_own(unlike, tmp_path):
   assert " − " not in text and "mixes" not in text
 
 
-def test_text_from_outside_does_nothing(tmp_path):
+def test_samples_cannot_inject_markdown(tmp_path):
   label = "a|b <img src=x>\n`c` [d](e) *f* $\\frac$ & \\"
   arm(tmp_path, "x", [(label, [], score(tmp_path, "eval-0", RIGHT, split="t`<b>"))])
   three = [[1, 1, 0]] * 3  # another avg@k, so another table, but the same figure
@@ -361,12 +361,12 @@ def test_a_folder_without_arms_is_refused(make, tmp_path, capsys):
 def test_the_figure_by_hand(finished, monkeypatch):
   charts = []
 
-  class Kept(figures.Figure):
+  class KeptFigure(figures.Figure):
     def savefig(self, *args, **kwargs):
       charts.append(self)
       super().savefig(*args, **kwargs)
 
-  monkeypatch.setattr(figures, "Figure", Kept)
+  monkeypatch.setattr(figures, "Figure", KeptFigure)
   report.write([finished])
   data = (finished / "report.png").read_bytes()
   assert data[:8] == b"\x89PNG\r\n\x1a\n"

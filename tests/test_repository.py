@@ -1,4 +1,4 @@
-"""The repository: the README's tree is true, texts hold nothing banned, the packaging holds."""
+"""The repository: the README's tree, banned text, lengths of files, packaging."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ TEXT = {".py", ".sh", ".md", ".toml", ".txt", ".yaml", ".ipynb", ".in", ".jinja"
 VAGUE = re.compile("(Trainer|Manager|Runner|Handler)$")
 MAX_FILE, MAX_FUNCTION = 400, 60  # lines
 
-# Put together from pieces, so that this file does not hold what it looks for.
+# Put together from pieces, so that this file does not match itself.
 BANNED = {
   "a path of one machine": re.compile(r"(?<![\w.:/}])/(wo" r"rk|ro" r"ot|ho" r"me|Us" r"ers)/"),
   "unfinished business": re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b"),
@@ -29,7 +29,7 @@ BANNED = {
 
 
 def entries(folder):
-  """What a folder holds, without what git ignores."""
+  """The entries of a folder that git does not ignore."""
   return sorted(path for path in folder.iterdir() if not SKIPPED.match(path.name))
 
 
@@ -47,7 +47,7 @@ def sources():
 
 
 def written(path):
-  """A file's text; the pictures in a notebook's outputs are none."""
+  """A file's text, without the pictures in a notebook's outputs."""
   return re.sub(r'"image/png": "[^"]*"', "", path.read_text(encoding="utf-8"))
 
 
@@ -107,7 +107,7 @@ def test_no_text_holds_a_banned_thing():
   ("with me" "sh:", 1), ("https://host/ho" "me/page", 0), ("with jax.set_mesh(mesh):", 0),
   ("gs://bucket/wo" "rk/run", 0),
 ])
-def test_a_banned_thing_is_seen(text, count):
+def test_a_banned_thing_is_found(text, count):
   assert len(banned(text)) == count
 
 
@@ -188,10 +188,10 @@ def test_constraints_lie_in_the_ranges(python):
   environment = {**default_environment(), "python_version": python}
   extras = setup["EXTRAS"]
   for line in [*setup["REQUIRES"], *extras["test"], *extras["math"], *extras["notebook"]]:
-    wanted = Requirement(line)
-    if wanted.marker is None or wanted.marker.evaluate(environment):
-      version = pinned[canonicalize_name(wanted.name)]
-      assert wanted.specifier.contains(version), f"{line} against {version}"
+    requirement = Requirement(line)
+    if requirement.marker is None or requirement.marker.evaluate(environment):
+      version = pinned[canonicalize_name(requirement.name)]
+      assert requirement.specifier.contains(version), f"{line} against {version}"
 
 
 def test_torch_is_for_python_311_alone():

@@ -57,8 +57,8 @@ def samples(P=200, G=8, seed=0):
 
 
 def test_the_bootstrap_interval_of_the_mean_has_its_closed_form_width():
-  # A draw's mean of 200 problems' shares has variance Var_p(c/G) / P and is normal: ± 1.96 standard
-  # deviations at 95 %.
+  # The mean of 200 resampled problems' shares has variance Var_p(c/G) / P and is normal: ± 1.96
+  # standard deviations at 95 %.
   correct_PG = samples()
   variance = correct_PG.mean(axis=1).var() / 200
   estimate, low, high = stats.nested_bootstrap(correct_PG, stats.avg_at_k, seed=0, draws=20_000)
@@ -152,13 +152,13 @@ def test_coverage_is_lower_where_the_spread_of_seeds_dominates_near_1():
 
 
 def test_a_plain_bootstrap_of_three_seeds_covers_too_little():
-  # The same worlds; seeds and problems both drawn anew, percentiles taken: what is usually done.
+  # The usual way, in the same worlds: resampled seeds and problems, and percentiles.
   rng, held = np.random.default_rng(0), 0
   for _ in range(500):
     value_SP = simulate(WORLDS["seeds rule"], rng, 3, 100, 16)
-    drawn = [value_SP[np.ix_(rng.integers(3, size=3), rng.integers(100, size=100))].mean()
+    means = [value_SP[np.ix_(rng.integers(3, size=3), rng.integers(100, size=100))].mean()
              for _ in range(200)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(means, [0.025, 0.975])
     held += low <= 0.5 <= high
   assert held / 500 < 0.85, held / 500
 
@@ -218,8 +218,9 @@ def test_the_resolvable_difference_of_one_seed_by_hand():
 
 
 def test_pass_at_k_keeps_the_samples_of_a_problem_together():
-  # With k = G a problem with one right sample has pass@8 = 1, however often it is drawn: a draw is
-  # then Binomial(50, 1/2) / 50. Samples drawn anew would lose the right one every third time.
+  # With k = G a problem with one right sample has pass@8 = 1, however often it is drawn. The
+  # resampled mean is then Binomial(50, 1/2) / 50. Resampling samples too would lose the right one
+  # every third time.
   correct_PG = np.zeros((50, 8), int)
   correct_PG[:25, 0] = 1
   estimate, low, high = stats.nested_bootstrap(correct_PG, stats.mean_pass_at_k(8), 0, 20_000)

@@ -33,7 +33,7 @@ def test_another_grader_has_another_identity(data):
 
 
 @pytest.mark.medium
-def test_math_verify_finds_what_the_string_match_does_not(data):
+def test_math_verify_accepts_answers_that_string_match_rejects(data):
   data.data.grader = "math_verify"
   problem, text = tasks.math(data).source("labelled")[0], "\\boxed{2}"
   assert math.reward(problem, text) == 0.0

@@ -47,7 +47,7 @@ MODEL = Model()
 
 def make_batch(seed=0, rows=B):
   rng = np.random.default_rng(seed)
-  # Rows weigh very differently, so that a mean of microbatch means is far from the mean.
+  # Weights of rows differ much, so that a mean of microbatch means is far from the mean.
   weight_B = rng.exponential(size=rows) ** 2
   keep_BT = rng.random((rows, T)) < 0.7
   keep_BT[0, 0] = True
@@ -68,7 +68,7 @@ def host_params(seed):
   return jax.tree.map(np.asarray, MODEL.init(jax.random.key(seed)))
 
 
-def place(params, mesh):
+def put(params, mesh):
   return jax.tree.map(jax.device_put, params, sharding.weight_shardings(mesh, AXES, params))
 
 
@@ -82,7 +82,7 @@ def compiled(objective, guide, shape, optimizer, changes):
   hp = ConfigDict({**HP.to_dict(), **dict(changes)})
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
-    layout = training.shardings(training.init(optimizer, mesh, place(host_params(0), mesh)))
+    layout = training.shardings(training.init(optimizer, mesh, put(host_params(0), mesh)))
   guide_model = MODEL if guide else None
   return mesh, training.jit_update(MODEL, guide_model, objective, optimizer, hp, layout)
 
@@ -93,8 +93,8 @@ def run(batch, objective=objectives.GRPO, guide=True, mesh=(1, 1, 1), steps=1,
   mesh, step = compiled(objective, guide, mesh, optimizer, tuple(sorted(changes.items())))
   with jax.set_mesh(mesh):
     start = host_params(0) if params is None else params
-    state = training.init(optimizer, mesh, place(start, mesh))
-    guide_params = place(host_params(1), mesh) if guide else None
+    state = training.init(optimizer, mesh, put(start, mesh))
+    guide_params = put(host_params(1), mesh) if guide else None
     batch = sharding.put_batch(batch, mesh)
     for _ in range(steps):
       state, metrics = step(state, guide_params, batch)
@@ -220,7 +220,7 @@ def test_microbatches_stay_spread_over_data_and_fsdp():
 
 def test_the_abstract_state_has_the_states_shapes_and_layouts():
   mesh = sharding.make_mesh((2, 2, 2))
-  params = place(host_params(0), mesh)
+  params = put(host_params(0), mesh)
   with jax.set_mesh(mesh):
     state, shapes = training.init(ADAMW, mesh, params), training.abstract(ADAMW, mesh, params)
   want = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
@@ -233,8 +233,8 @@ def test_the_abstract_state_has_the_states_shapes_and_layouts():
 def test_the_old_state_is_donated_and_the_guide_is_not():
   mesh, step = compiled(objectives.REVERSE_KL, True, (1, 1, 1), ADAMW, ())
   with jax.set_mesh(mesh):
-    old = training.init(ADAMW, mesh, place(host_params(0), mesh))
-    guide = place(host_params(1), mesh)
+    old = training.init(ADAMW, mesh, put(host_params(0), mesh))
+    guide = put(host_params(1), mesh)
     batch = sharding.put_batch(make_batch(), mesh)
     with jax.transfer_guard("disallow"):
       new, _ = step(old, guide, batch)
@@ -247,12 +247,12 @@ def test_the_old_state_is_donated_and_the_guide_is_not():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_leaves_the_state_unchanged(bad):
   batch = make_batch()
-  batch.advantage_BT[0, 0] = bad  # a token that weighs
+  batch.advantage_BT[0, 0] = bad  # a token with weight
   before, _, state, step = run(make_batch())
   want = jax.device_get(state)
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
-    after, metrics = step(state, place(host_params(1), mesh), sharding.put_batch(batch, mesh))
+    after, metrics = step(state, put(host_params(1), mesh), sharding.put_batch(batch, mesh))
   assert metrics["finite"] == 0
   assert not np.isfinite(metrics["loss"])
   close(jax.device_get(after), want, rtol=0, atol=0)
@@ -289,7 +289,7 @@ def test_token_logps_keep_the_order_of_rows(mesh):
   hp = ConfigDict({**HP.to_dict(), "microbatches": 4})
   with jax.set_mesh(mesh):
     logp_BT, entropy_BT = training.token_logps(MODEL, objectives.logp, hp)(
-        place(host_params(0), mesh), sharding.put_batch(batch, mesh))
+        put(host_params(0), mesh), sharding.put_batch(batch, mesh))
   want_BTV = logits(host_params(0), jax.tree.map(jnp.asarray, batch))
   response_BT = batch.sequence_BT >= 0
   assert 0.5 < response_BT.mean() < 1  # and elsewhere 0
@@ -309,7 +309,7 @@ def test_on_policy_the_first_ratio_is_one(mean):
   mesh = sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
     old_logp_BT, _ = training.token_logps(MODEL, objectives.logp, HP)(
-        place(host_params(0), mesh), sharding.put_batch(batch, mesh))
+        put(host_params(0), mesh), sharding.put_batch(batch, mesh))
   batch = batch._replace(old_logp_BT=np.asarray(old_logp_BT))
   _, first, *_ = run(batch, guide=False, kl="none", microbatches=2)
   np.testing.assert_allclose(first["ratio_mean"], 1.0, atol=1e-6)
@@ -325,7 +325,7 @@ def test_one_update_is_the_same_without_a_pass_that_scores_before_it(changes):
   batch, mesh = make_batch(), sharding.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
     old_logp_BT = np.asarray(training.token_logps(MODEL, objectives.logp, HP)(
-        place(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
+        put(host_params(0), mesh), sharding.put_batch(batch, mesh))[0])
   gap_BT = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
   batch = batch._replace(sampler_logp_BT=old_logp_BT + gap_BT,
                          behaviour_logp_BT=old_logp_BT - gap_BT)
@@ -353,8 +353,8 @@ def test_an_update_compares_the_samplers_log_probabilities_with_its_own(objectiv
   close(found, expected | {"logp_gap_mean": gaps.mean(), "logp_gap_max": gaps.max(),
                        "logp_gap_square": np.mean(gaps**2)})
   # Given solutions have no log-probabilities to compare.
-  given = batch._replace(old_logp_BT=None, sampler_logp_BT=None, behaviour_logp_BT=None)
-  close(run(given, objective, microbatches=2, **changes)[1], expected)
+  solutions = batch._replace(old_logp_BT=None, sampler_logp_BT=None, behaviour_logp_BT=None)
+  close(run(solutions, objective, microbatches=2, **changes)[1], expected)
 
 
 # Learning

@@ -21,21 +21,21 @@ def build(name, arg=""):
   return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-def blocks(config, place="config"):
+def blocks(config, path="config"):
   """{dotted place: block} of a config and every block in it."""
-  found = {place: config}
+  found = {path: config}
   for key, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
-      found |= blocks(value, f"{place}.{key}")
+      found |= blocks(value, f"{path}.{key}")
   return found
 
 
 def keys(config):
   """{place: "its keys, in order"}, blocks in their places."""
-  return {place: " ".join(sorted(block)) for place, block in blocks(config).items()}
+  return {path: " ".join(sorted(block)) for path, block in blocks(config).items()}
 
 
-def test_all_are_here():
+def test_every_config_is_tested():
   assert {"arithmetic", *MATH} <= set(NAMES)
 
 
@@ -57,19 +57,19 @@ def test_builds_locked_and_sound(name, arg):
 def test_tiny_is_the_same_config_smaller(name):
   config, tiny = build(name), build(name, "tiny")
   assert keys(config) == keys(tiny)
-  for place, block in blocks(config).items():
+  for path, block in blocks(config).items():
     for key in {"steps", "prompts", "problems", "samples_per_prompt", "max_tokens"} & set(block):
-      assert blocks(tiny)[place][key] <= block[key], f"{place}.{key}"
+      assert blocks(tiny)[path][key] <= block[key], f"{path}.{key}"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_override_moves_one_place(name):
+def test_an_override_changes_one_key(name):
   # A dict that stands in two places becomes one block, and then both move.
   found = blocks(build(name))
-  places = {}
-  for place, block in found.items():
-    places.setdefault(id(block), []).append(place)
-  assert [shared for shared in places.values() if len(shared) > 1] == []
+  paths_of = {}
+  for path, block in found.items():
+    paths_of.setdefault(id(block), []).append(path)
+  assert [shared for shared in paths_of.values() if len(shared) > 1] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,7 @@ SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
          "rope_theta": 1e4, "max_position_embeddings": 512, "hidden_act": "silu"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
-# What the published pairs are, in small: Qwen3-8B has a head of its own and Qwen3-1.7B has not.
+# Small models like the published pairs: Qwen3-8B has an untied head, and Qwen3-1.7B a tied one.
 FAMILIES = {
     "arithmetic": ({"model_type": "qwen3", "tie_word_embeddings": True},
                    {"num_hidden_layers": 1}),
@@ -59,30 +59,30 @@ SAMPLING: set[str] = set()
 
 class Recorded(ml_collections.ConfigDict):
   """A config that notes each key it is asked for, except while it is copied or checked."""
-  _quiet = 0
-  _place = None  # of a block, dotted; a copy has none, and its reads are those of no block
+  _unrecorded = 0
+  _path = None  # of a block, dotted; a copy has none, and its reads are those of no block
 
   def __getitem__(self, key):
-    if not Recorded._quiet:
-      READS.add(f"{self._place}.{key}")
+    if not Recorded._unrecorded:
+      READS.add(f"{self._path}.{key}")
     return super().__getitem__(key)
 
   def to_dict(self, *args, **kwargs):
-    with quiet():
+    with unrecorded():
       return super().to_dict(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def quiet():
-  Recorded._quiet += 1
+def unrecorded():
+  Recorded._unrecorded += 1
   yield
-  Recorded._quiet -= 1
+  Recorded._unrecorded -= 1
 
 
 def quietly(function):
   """The function, whose reads are not noted."""
   def call(*args):
-    with quiet():
+    with unrecorded():
       return function(*args)
   return call
 
@@ -96,27 +96,27 @@ class Sampling(sampler.Sampling):
     return super().__getattribute__(name)
 
 
-def recorded(block, place="config"):
+def recorded(block, path="config"):
   """A Recorded copy of a config, its blocks as they are named."""
-  with quiet():
-    copy = Recorded({key: recorded(value, f"{place}.{key}")
+  with unrecorded():
+    copy = Recorded({key: recorded(value, f"{path}.{key}")
                      if isinstance(value, ml_collections.ConfigDict) else value
                      for key, value in block.items()}, convert_dict=False)
-    object.__setattr__(copy, "_place", place)
+    object.__setattr__(copy, "_path", path)
   return copy
 
 
-def unread(block, place="config"):
+def unread(block, path="config"):
   """The dotted keys of a Recorded config that were not asked for."""
   found = []
   for key in block:
-    with quiet():
+    with unrecorded():
       value = block[key]
-    sampled = place.endswith(".sampling") and key in SAMPLING
-    if f"{place}.{key}" not in READS and not sampled:
-      found.append(f"{place}.{key}")
+    sampled = path.endswith(".sampling") and key in SAMPLING
+    if f"{path}.{key}" not in READS and not sampled:
+      found.append(f"{path}.{key}")
     elif isinstance(value, Recorded):
-      found += unread(value, f"{place}.{key}")
+      found += unread(value, f"{path}.{key}")
   return found
 
 
@@ -198,7 +198,7 @@ def tiny(name, folder):
   return config
 
 
-def odd(task):
+def odd_problems(task):
   """The task with a reward that random weights get now and then: some groups are then mixed."""
   return task._replace(reward=lambda problem, text: max(
       task.reward(problem, text), float(sum(map(ord, text)) % 2)))
@@ -214,7 +214,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-  """Compiling takes nearly all of these runs' time: XLA is told to try less hard."""
+  """Compiling takes nearly all of these runs' time: XLA skips most optimizations."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -244,7 +244,8 @@ def ran(request, quick_compiles, tmp_path_factory):
     for split in BENCHMARKS if config.task == "math" else (benchmark.split,):
       benchmark.split = split
       with jax.transfer_guard("disallow"):
-        plans[split] = recipe.run(config, folder / "run", odd(tasks.get(config)), arms=ARMS)
+        task = odd_problems(tasks.get(config))
+        plans[split] = recipe.run(config, folder / "run", task, arms=ARMS)
   return Ran(request.param, plans, folder / "run", unread(config))
 
 
@@ -265,8 +266,8 @@ def test_every_key_is_read(ran):
 @functools.cache
 def ours(model):
   """Jitted (params, ids, places) -> logits of one of our models."""
-  def logits(params, ids, places):
-    features_BTD, _ = model.apply(params, ids, places, jnp.ones_like(places))
+  def logits(params, ids, positions):
+    features_BTD, _ = model.apply(params, ids, positions, jnp.ones_like(positions))
     return jnp.einsum("BTD,VD->BTV", features_BTD, model.unembed(params))
   return jax.jit(logits)
 
@@ -284,7 +285,7 @@ def test_every_row_leaves_a_model_that_others_load(ran):
   plan = next(iter(ran.plans.values()))
   assert [node.stage.name for node in plan.nodes.values()] == list(ROWS)
   ids = np.random.default_rng(0).integers(0, 24, (2, 9))
-  places = np.tile(np.arange(9, dtype=np.int32), (2, 1))
+  positions = np.tile(np.arange(9, dtype=np.int32), (2, 1))
   for name, node in plan.nodes.items():
     folder = ran.workdir / name
     model, params = hf.load(folder / "hf")
@@ -297,13 +298,13 @@ def test_every_row_leaves_a_model_that_others_load(ran):
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, start)
     assert any(jax.tree.leaves(moved)), f"{name} has the weights of its base"
     if TORCH:  # two layers in float32
-      np.testing.assert_allclose(ours(model)(params, ids.astype(np.int32), places),
+      np.testing.assert_allclose(ours(model)(params, ids.astype(np.int32), positions),
                                  theirs(folder / "hf", ids), atol=1e-4)
     assert json.loads((folder / "hf" / "lineage.json").read_text())["stage"] == name
     assert chat.Chat(folder / "hf", **plan.config.template).fingerprint() == plan.chat.fingerprint()
 
 
-def test_another_benchmark_keeps_what_is_finished(ran):
+def test_another_benchmark_keeps_finished_stages(ran):
   first, *others = ran.plans.values()
   for plan in others:
     assert list(plan.nodes) == list(first.nodes)

@@ -59,9 +59,9 @@ def test_a_new_key_at_its_neutral_value_renames_nothing(monkeypatch):
   monkeypatch.setitem(optim.KEYS, "new", NEW_KEY)
   monkeypatch.setitem(Sampling.KEYS, "new", NEW_KEY)
   monkeypatch.setitem(objectives.REWARD_KEYS, "new_reward_key", NEW_KEY)
-  own = dataclasses.replace(objectives.FORWARD_KL,
+  changed = dataclasses.replace(objectives.FORWARD_KL,
                             keys=objectives.FORWARD_KL.keys | {"new_form_key": NEW_KEY})
-  stages = tuple(stage._replace(objective=own) if stage.objective is objectives.FORWARD_KL
+  stages = tuple(stage._replace(objective=changed) if stage.objective is objectives.FORWARD_KL
                  else stage for stage in recipe.STAGES)
   for name, hp in config.stages.items():
     hp.optim.new = 0

@@ -16,8 +16,8 @@ def test_an_epoch_draws_each_problem_once_and_the_next_in_another_order():
 
 def test_the_short_tail_is_dropped():
   # 3 batches of 30 fit in 100: step 3 opens the second epoch, and no batch holds a problem twice.
-  drawn = [prompts.at(100, 0, "sft", step, 30) for step in range(6)]
-  assert len(set(np.concatenate(drawn[:3]))) == len(set(np.concatenate(drawn[3:]))) == 90
+  order = [prompts.at(100, 0, "sft", step, 30) for step in range(6)]
+  assert len(set(np.concatenate(order[:3]))) == len(set(np.concatenate(order[3:]))) == 90
 
 
 def test_rounds_are_consecutive_batches_and_do_not_move_later_steps():
@@ -29,16 +29,16 @@ def test_rounds_are_consecutive_batches_and_do_not_move_later_steps():
 def test_no_problem_is_drawn_twice_in_a_step():
   # Three rounds of ten are a step, so an epoch of 100 has three steps, and its last ten are left.
   for step in range(12):
-    drawn = np.concatenate([prompts.at(100, 5, "grpo", step, 10, r, 3) for r in range(3)])
-    assert len(set(drawn)) == 30
+    order = np.concatenate([prompts.at(100, 5, "grpo", step, 10, r, 3) for r in range(3)])
+    assert len(set(order)) == 30
     assert prompts.epoch(100, step, 10, 3) == step // 3
   with pytest.raises(ValueError, match="3 rounds of 10 problems per step were asked of 29 in grpo"):
     prompts.at(29, 0, "grpo", 0, 10, 0, 3)
 
 
 def test_seed_and_stage_change_the_order():
-  draws = {tuple(prompts.at(64, *key, 0, 16)) for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a"))}
-  assert len(draws) == 3
+  orders = {tuple(prompts.at(64, *key, 0, 16)) for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a"))}
+  assert len(orders) == 3
 
 
 def test_a_draw_computed_from_its_definition():

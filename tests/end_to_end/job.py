@@ -84,7 +84,7 @@ def config(bases, arm, data):
 
 def kill_at_event(row, n):
   """Makes this process kill itself at the n-th event inside the stage `row`, a score or a probe."""
-  left = [n]
+  remaining = [n]
   inside = [False]
 
   def enter(function, entered):
@@ -101,15 +101,15 @@ def kill_at_event(row, n):
   scoring.probe = enter(scoring.probe, lambda role: row == "probe")
 
   def event():
-    left[0] -= inside[0]
-    if inside[0] and left[0] == 0:
+    remaining[0] -= inside[0]
+    if inside[0] and remaining[0] == 0:
       os.kill(os.getpid(), signal.SIGKILL)
 
   def around(function):
     def wrapped(*args, **kwargs):
       event()
-      left[0] -= inside[0]
-      if inside[0] and left[0] == 0:  # in the middle, or just after
+      remaining[0] -= inside[0]
+      if inside[0] and remaining[0] == 0:  # in the middle, or just after
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGKILL)).start()
       result = function(*args, **kwargs)
       event()

@@ -50,8 +50,8 @@ def outputs(*texts, seconds=60):
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
   both = [subprocess.Popen(
-      [sys.executable, "-c", SCRIPT, str(i), port, str(seconds), *own], cwd=ROOT,
-      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, own in enumerate(texts)]
+      [sys.executable, "-c", SCRIPT, str(i), port, str(seconds), *text], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, text in enumerate(texts)]
   return [process.communicate(timeout=120)[0].strip() for process in both]
 
 
@@ -62,9 +62,9 @@ def test_equal_texts_pass():
 
 @pytest.mark.medium
 def test_a_different_text_is_refused_by_name():
-  for own, other, text in zip((0, 1), (1, 0), outputs(["a", "b"], ["a", "x"]), strict=True):
-    assert text == (f"refused: processes {own} and {other} differ in round 1 of the sampler: they "
-                    "must run one program on the same data; start again from the checkpoint.")
+  for process, other, text in zip((0, 1), (1, 0), outputs(["a", "b"], ["a", "x"]), strict=True):
+    assert text == (f"refused: processes {process} and {other} differ in round 1 of the sampler: "
+                    "they must run one program on the same data; start again from the checkpoint.")
 
 
 @pytest.mark.medium

@@ -54,7 +54,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
   bases, reference = undisturbed
   rng = random.Random(0)
-  work = tmp_path / "work"
+  workdir = tmp_path / "work"
   # Once, and again, gone on from there: every row has more events than these two together. A score
   # and a probe start afresh and have twelve and eight; every second of four only sets a timer that
   # the rest may outrun, and the first is before there is a folder: left out. The first row, of
@@ -64,14 +64,14 @@ def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
              "evaluate": ((3, 4), (5, 7, 8))}
   for row, ranges in moments.items():
     for events in ranges:
-      status, printed = start(work, bases, "--kill-in", f"{row}:{rng.choice(events)}")
+      status, printed = start(workdir, bases, "--kill-in", f"{row}:{rng.choice(events)}")
       assert status == -signal.SIGKILL, (row, printed)
-      folders = list(work.glob(f"{'eval' if row == 'evaluate' else row}-*"))
+      folders = list(workdir.glob(f"{'eval' if row == 'evaluate' else row}-*"))
       assert folders and not all((f / "manifest.json").exists() for f in folders), row
-  status, printed = start(work, bases)
+  status, printed = start(workdir, bases)
   assert status == 0, printed
   want = facts(reference)
-  got = facts(work)
+  got = facts(workdir)
   assert sorted(want) == sorted(got)
   for name, value in want.items():
     assert got[name] == value, name

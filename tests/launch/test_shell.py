@@ -89,7 +89,7 @@ def test_dry_run_runs_nothing(name, stand_in):
   assert code == 0 and commands == []
 
 
-def test_dry_run_prints_exactly_what_is_run(stand_in):
+def test_dry_run_prints_the_command_of_a_real_run(stand_in):
   args = ["--setup", *LAUNCHERS["tpu_vm"], FLAG]
   printed = launch(stand_in, "tpu_vm", "--dry-run", *args).stdout.splitlines()
   # git is left out: this checkout may be one without a commit.

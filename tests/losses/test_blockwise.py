@@ -115,11 +115,11 @@ def test_a_batch_without_weight_has_loss_0_and_gradient_0_even_on_nan():
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
 
 
-@pytest.mark.parametrize("kept, block, blocks", [(0, 2, 0), (1, 2, 1), (5, 2, 3), (14, 2, 7),
+@pytest.mark.parametrize("count, block, blocks", [(0, 2, 0), (1, 2, 1), (5, 2, 3), (14, 2, 7),
                                                  (6, 6, 1), (7, 6, 2), (14, 64, 1)])
-def test_tokens_without_weight_are_in_no_block(kept, block, blocks):
+def test_tokens_without_weight_are_in_no_block(count, block, blocks):
   weight_BT = np.zeros(B * T, np.float32)
-  weight_BT[RNG.permutation(B * T)[:kept]] = 1
+  weight_BT[RNG.permutation(B * T)[:count]] = 1
   weight_BT, formed = weight_BT.reshape(B, T), []
   def f(student_BTV, guide_BTV):
     jax.debug.callback(lambda: formed.append(1))
@@ -156,7 +156,7 @@ def test_a_block_without_tokens_is_refused(block):
     blockwise.logp(STUDENT, TARGETS_BT, block)
 
 
-def test_values_beside_the_loss_come_from_the_same_pass():
+def test_logged_values_come_from_the_pass_of_the_loss():
   def f(student_BTV, guide_BTV, targets_BT):
     logp_BT = tokens.log_prob(student_BTV, targets_BT)
     return (kl.reverse_kl(student_BTV, guide_BTV),
@@ -184,10 +184,11 @@ def test_a_loss_of_the_student_alone():
 
 
 @DIRECTIONS
-def test_vocabularies_padded_to_different_sizes_are_compared_on_what_both_have(f):
+def test_vocabularies_padded_to_different_sizes_are_compared_on_shared_tokens(f):
   def padded(head, rows):
-    more = np.random.default_rng(5).normal(size=(rows, head.weight_VD.shape[1])).astype(np.float32)
-    return head._replace(weight_VD=jnp.concatenate([head.weight_VD, more * 9]))
+    padding = np.random.default_rng(5).normal(size=(rows, head.weight_VD.shape[1]))
+    padding = padding.astype(np.float32)
+    return head._replace(weight_VD=jnp.concatenate([head.weight_VD, padding * 9]))
   want, want_grads = jax.value_and_grad(lambda s: direct_divergence(f, s, GUIDE))(STUDENT)
   for student, guide in ((padded(STUDENT, 3), GUIDE), (STUDENT, padded(GUIDE, 2))):
     total, grads = jax.value_and_grad(
@@ -267,12 +268,12 @@ def loops(text):
   """The loops of a compiled program: for each `while`, the lines of its body and what they call."""
   found = re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
   computations = {name: lines.splitlines() for name, lines in found}
-  def lines_of(name, seen):
-    seen.add(name)
+  def lines_of(name, visited):
+    visited.add(name)
     lines = list(computations[name])
     for called in re.findall(r"%([\w.-]+)", "\n".join(computations[name])):
-      if called in computations and called not in seen:
-        lines += lines_of(called, seen)
+      if called in computations and called not in visited:
+        lines += lines_of(called, visited)
     return lines
   return [lines_of(name, set()) for name in re.findall(r"body=%([\w.-]+)", text)]
 
@@ -297,7 +298,7 @@ def reduced(lines):
 
 
 def blocks(text, logits):
-  """The loops over blocks: the innermost that hold a product of so many logits."""
+  """The loops over blocks: the innermost that hold a product of `logits` elements."""
   def holds(lines):
     return any(kind in ("dot", "convolution") and logits in results
                for kind, results, _ in instructions(lines).values())
@@ -305,12 +306,12 @@ def blocks(text, logits):
   return [lines for lines in held if not any(other < lines for other in held)]
 
 
-def check_one_reduction(text, own, logits):
-  """A gradient of `own` elements is added up over devices, and in no loop over blocks."""
+def check_one_reduction(text, elements, logits):
+  """A gradient of `elements` numbers is added up over devices, and in no loop over blocks."""
   found = blocks(text, logits)
   assert found
-  assert own in reduced(text.splitlines())
-  assert max((size for lines in found for size in reduced(lines)), default=0) <= own // 8
+  assert elements in reduced(text.splitlines())
+  assert max((size for lines in found for size in reduced(lines)), default=0) <= elements // 8
 
 
 @pytest.mark.medium

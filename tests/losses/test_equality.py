@@ -41,11 +41,11 @@ def penalised(penalty):
   return lambda s, g, batch: CLIPPED(s, g, batch) + 0.5 * penalty(s, g, batch)
 
 
-def weighted(level, kept):
+def weighted(level, mismatch):
   def loss(s, g, batch):
     ratio_BT = grpo.mismatch_ratio(batch.old_logp_BT, batch.behaviour_logp_BT, batch.weight_BT > 0,
                                    batch.segments_BT, level)
-    return kept(ratio_BT) * CLIPPED(s, g, batch)
+    return mismatch(ratio_BT) * CLIPPED(s, g, batch)
   return loss
 
 
@@ -122,8 +122,8 @@ def every(student, guide, batch, hp):
   guide_head = guide[0][0], guide[1][0]
   sums = {}
   for l, (name, ((objective, changes), _)) in enumerate(LOSSES.items()):
-    how = SimpleNamespace(**HP | changes | {"block": hp.block})
-    sums[name] = objective((features_LBTD[l], weight_LVD[l]), guide_head, batch, how)["loss"]
+    settings = SimpleNamespace(**HP | changes | {"block": hp.block})
+    sums[name] = objective((features_LBTD[l], weight_LVD[l]), guide_head, batch, settings)["loss"]
   totals, counts = zip(*sums.values(), strict=True)
   return {"loss": (sum(totals), counts[0]), **sums}
 
@@ -135,9 +135,9 @@ def tables(width, seed):
 
 
 # A wider guide, which differs from the student by the features that it has besides.
-OWN, MORE = tables(D, 1), tables(8, 2)
-STUDENT = {key: np.repeat(x, len(LOSSES), axis=0) for key, x in OWN.items()}
-GUIDE = {key: np.concatenate([x, MORE[key]], axis=-1) for key, x in OWN.items()}
+STUDENT_TABLES, PADDING = tables(D, 1), tables(8, 2)
+STUDENT = {key: np.repeat(x, len(LOSSES), axis=0) for key, x in STUDENT_TABLES.items()}
+GUIDE = {key: np.concatenate([x, PADDING[key]], axis=-1) for key, x in STUDENT_TABLES.items()}
 
 
 def batches():
@@ -161,7 +161,7 @@ def placed(batch):
   """The batch with each place as its own input, and old and drawn numbers near the student's."""
   batch = batch._replace(inputs_BT=np.arange(B * T, dtype=np.int32).reshape(B, T))
   noise_BT = 0.3 * np.random.default_rng(4).normal(size=(B, T)).astype(np.float32)
-  logits_BTV = OWN["features"][0, batch.inputs_BT] @ OWN["unembed"][0].T
+  logits_BTV = STUDENT_TABLES["features"][0, batch.inputs_BT] @ STUDENT_TABLES["unembed"][0].T
   old_BT = np.asarray(logp(jnp.asarray(logits_BTV), batch)) + noise_BT
   return batch._replace(old_logp_BT=old_BT, behaviour_logp_BT=old_BT + batch.behaviour_logp_BT)
 
@@ -190,7 +190,7 @@ def k3_corrected_float64(batch):
   Its gradients are large differences of small numbers: in float32 the direct form alone is 3e-7
   from this, as far as the blockwise one on the other side.
   """
-  features_ND, weight_VD = OWN["features"][0], OWN["unembed"][0]
+  features_ND, weight_VD = STUDENT_TABLES["features"][0], STUDENT_TABLES["unembed"][0]
   log_p_BTV = log_softmax_float64(features_ND, weight_VD, batch.inputs_BT)
   log_ref_BTV = log_softmax_float64(GUIDE["features"][0], GUIDE["unembed"][0], batch.inputs_BT)
   targets_BT1 = np.asarray(batch.targets_BT)[..., None]
@@ -215,7 +215,7 @@ def k3_corrected_float64(batch):
 
 
 @pytest.fixture(scope="module")
-def wanted():
+def expected():
   """{name of a batch: (batch, means, gradients)}."""
   found, name_of_k3 = {}, "k3, corrected"
   for name, batch in batches().items():
@@ -227,9 +227,9 @@ def wanted():
     means[name_of_k3] = mean
     grads = {key: grad_LND.astype(np.float64) for key, grad_LND in grads.items()}
     for key, grad_LND in grads.items():
-      own = grad_LND[list(LOSSES).index(name_of_k3)]
-      near(own, own_grads[key], f"direct {name_of_k3}: {key}")
-      own[:] = own_grads[key]
+      grad_ND = grad_LND[list(LOSSES).index(name_of_k3)]
+      near(grad_ND, own_grads[key], f"direct {name_of_k3}: {key}")
+      grad_ND[:] = own_grads[key]
     found[name] = batch, means, grads
   return found
 
@@ -238,7 +238,7 @@ def wanted():
 @pytest.mark.medium
 @pytest.mark.parametrize("block, microbatches", [(4, 1), (5, 2)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_loss_is_the_direct_one(wanted, shape, block, microbatches):
+def test_every_loss_is_the_direct_one(expected, shape, block, microbatches):
   mesh, keep = sharding.make_mesh(shape), optax.trace(decay=0.0)  # its slots are the gradient
   hp = SimpleNamespace(block=block, microbatches=microbatches)
   def put(params):
@@ -246,7 +246,7 @@ def test_every_loss_is_the_direct_one(wanted, shape, block, microbatches):
   with jax.set_mesh(mesh):
     layout = training.shardings(training.init(keep, mesh, put(STUDENT)))
     step = training.jit_update(Model(), Model(), every, keep, hp, layout)
-    for batch, means, grads in wanted.values():
+    for batch, means, grads in expected.values():
       state, metrics = jax.device_get(step(training.init(keep, mesh, put(STUDENT)), put(GUIDE),
                                            sharding.put_batch(batch, mesh)))
       for l, name in enumerate(LOSSES):
@@ -257,5 +257,5 @@ def test_every_loss_is_the_direct_one(wanted, shape, block, microbatches):
 
 def near(got, want, name):
   """Within 1e-6 of the largest entry."""
-  gap = np.abs(got - want).max() / np.abs(want).max()
-  assert gap <= 1e-6, f"{name} is {gap:.1e} off"
+  error = np.abs(got - want).max() / np.abs(want).max()
+  assert error <= 1e-6, f"{name} is {error:.1e} off"

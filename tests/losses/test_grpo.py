@@ -89,7 +89,7 @@ def test_both_sides_of_the_clip_by_hand(ratio, advantage, value, grad, clipped):
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_a_ratio_at_the_end_of_the_clip_is_inside_it(advantage):
-  # On policy with no room on either side: nothing is clipped, and the gradient is the whole −A.
+  # On policy with a clip range of zero: nothing is clipped, and the gradient is the whole −A.
   args = jnp.full((1, 1), -1.5), jnp.full((1, 1), advantage), grpo.Clip(0.0, 0.0)
   grad_BT = jax.grad(lambda x_BT: grpo.clipped_surrogate(x_BT, *args)[0][0, 0])(args[0])
   np.testing.assert_allclose(grad_BT, [[-advantage]], rtol=1e-6)
@@ -143,7 +143,7 @@ def test_gradients_of_dual_clip_are_finite_differences_away_from_the_kinks():
   np.testing.assert_array_equal(clipped_BT, grad_BT == 0)
 
 
-def test_what_each_surrogate_clips_by_hand():
+def test_the_clipped_tokens_of_each_surrogate_by_hand():
   # r = 1.5, 0.5, 1.5, 4, 0.5, 4 under a clip to [0.8, 1.2] and a bound of 3.
   logp_BT = jnp.log(jnp.array([[1.5, 0.5, 1.5, 4.0, 0.5, 4.0]]))
   advantage_BT = jnp.array([[1.0, 1.0, -1.0, -1.0, -1.0, 0.0]])
@@ -184,10 +184,10 @@ def test_gspo_is_one_ratio_a_sequence():
   advantage_BT = np.where(SEGMENTS_BT == 2, -1.0, 1.5).astype(np.float32)
   want = np.zeros((2, 6))
   for b, s in ((0, 1), (0, 2), (1, 1)):
-    own = (SEGMENTS_BT[b] == s) & MASK_BT[b]
-    ratio = np.exp(np.mean(np.float64(new[b, own]) - old[b, own]))
-    A = advantage_BT[b, own][0]
-    want[b, own] = -min(ratio * A, np.clip(ratio, 0.8, 1.3) * A)
+    mask_T = (SEGMENTS_BT[b] == s) & MASK_BT[b]
+    ratio = np.exp(np.mean(np.float64(new[b, mask_T]) - old[b, mask_T]))
+    A = advantage_BT[b, mask_T][0]
+    want[b, mask_T] = -min(ratio * A, np.clip(ratio, 0.8, 1.3) * A)
   def f(x):
     return grpo.gspo(x, old, advantage_BT, grpo.Clip(0.2, 0.3), MASK_BT, SEGMENTS_BT)[0]
   np.testing.assert_allclose(np.asarray(f(new))[MASK_BT], want[MASK_BT], rtol=1e-5)

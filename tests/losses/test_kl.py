@@ -136,7 +136,7 @@ def test_policy_gradient_of_the_log_ratio_averages_to_the_full_gradient():
 
 
 def test_policy_gradient_of_the_log_ratio_by_sampling():
-  # The same estimator from 200,000 draws at one prefix: within five standard errors everywhere.
+  # 200,000 sampled tokens at one prefix: the mean is within five standard errors everywhere.
   student_V, teacher_V = STUDENT_BTV[0, 0], TEACHER_BTV[0, 0]
   log_p, log_q = log_softmax(student_V), log_softmax(teacher_V)
   drawn_N = np.random.default_rng(3).choice(6, size=200_000, p=np.exp(log_p) / np.exp(log_p).sum())
@@ -238,13 +238,13 @@ def visited_gradient(prefixes):
   return jax.grad(loss)(jnp.asarray(TABLE_SV, jnp.float32))
 
 
-def test_gradient_over_sequences_weighs_a_token_by_all_that_follows():
+def test_gradient_over_sequences_of_a_token_counts_later_tokens():
   want_SV = policy_gradient(discount=1)
   np.testing.assert_allclose(differences(sequence_kl, TABLE_SV), want_SV, atol=1e-8)
   np.testing.assert_allclose(visited_gradient(lambda reach_S: reach_S), want_SV, atol=2e-6)
 
 
-def test_with_its_prefixes_held_a_token_answers_for_itself_alone():
+def test_with_fixed_prefixes_a_tokens_gradient_is_its_own_divergences():
   own_SV = policy_gradient(discount=0)
   np.testing.assert_allclose(visited_gradient(jax.lax.stop_gradient), own_SV, atol=2e-6)
   gap_SV = np.abs(policy_gradient(discount=1) - own_SV)
@@ -359,10 +359,10 @@ def numpy_with_rest(log_p, log_q, inside):
 
 def numpy_given(log_p, log_q, inside):
   """KL of both renormalised on what is inside."""
-  def given(log):
-    kept = np.where(inside, np.exp(log), 0.0)
-    return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
-  p, q = given(log_p), given(log_q)
+  def renormalised(log):
+    mass = np.where(inside, np.exp(log), 0.0)
+    return mass / np.maximum(mass.sum(-1, keepdims=True), 1e-300)
+  p, q = renormalised(log_p), renormalised(log_q)
   return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
 
 
@@ -426,7 +426,7 @@ def far_apart():
 
 
 @EVERY_FORM
-def test_gradients_where_one_finds_likely_what_the_other_finds_impossible(name):
+def test_gradients_where_a_likely_token_is_impossible_to_the_other_model(name):
   ours, numpy = FORMS[name]
   student_BTV, teacher_BTV = far_apart()
   value_BT, want = numpy_both(numpy, student_BTV, teacher_BTV)
@@ -446,7 +446,7 @@ def test_equal_models_have_no_loss_and_no_gradient_in_any_form(name):
         lambda s, t: gradient(ours, s, t))(both_BTV, both_BTV), 0.0)
 
 
-def test_jsd_by_hand_and_its_ends():
+def test_jsd_by_hand_and_its_limits():
   # p = (3/4, 1/4), q = (1/2, 1/2), π = 1/2: m = (5/8, 3/8), KL(p‖m) = 0.035374 and
   # KL(q‖m) = 0.032269, so half their sum.
   teacher_BTV, zeros = jnp.log(jnp.array([[[0.75, 0.25]]])), jnp.zeros((1, 1, 2))
@@ -473,7 +473,7 @@ def test_a_temperature_divides_its_own_sides_logits():
 
 
 @pytest.mark.parametrize("support", kl.SUPPORTS)
-def test_fewer_outcomes_are_no_further_apart_and_never_negative(support):
+def test_merging_outcomes_never_raises_a_divergence(support):
   rng = np.random.default_rng(7)
   s, t = (jnp.asarray(rng.normal(size=(50, 4, 20)) * 3, jnp.float32) for _ in range(2))
   for few, full in ((kl.top_k_forward_kl, kl.forward_kl), (kl.top_k_reverse_kl, kl.reverse_kl)):
@@ -489,8 +489,8 @@ def test_fewer_outcomes_are_no_further_apart_and_never_negative(support):
 
 
 def test_top_k_by_hand():
-  # Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4), the teacher's first told apart: (1/4, 3/4)
-  # against (1/2, 1/2). Reverse 1/4·ln(1/2) + 3/4·ln(3/2) = 0.130812, forward
+  # Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4). The support is the teacher's top token, so
+  # (1/4, 3/4) is compared with (1/2, 1/2). Reverse 1/4·ln(1/2) + 3/4·ln(3/2) = 0.130812, forward
   # 1/2·ln 2 + 1/2·ln(2/3) = 0.143841.
   student_BTV, teacher_BTV = (jnp.log(jnp.array([[row]])) for row in ([.5, .25, .25],
                                                                     [.25, .5, .25]))
@@ -502,7 +502,7 @@ def test_top_k_by_hand():
   np.testing.assert_allclose(reverse(student_BTV, teacher_BTV), [[0.130812]], atol=1e-6)
   _, masses = kl.top_k_forward_kl(student_BTV, teacher_BTV, 1, "teacher")
   np.testing.assert_allclose([masses["student_mass"], masses["teacher_mass"]], [[[.25]], [[.5]]])
-  # Forward: 1/4 − 1/2 of the token told apart, q·(1 − (1/2)/(3/4)) of the others. Reverse:
+  # Forward: 1/4 − 1/2 for the token in the support, q·(1 − (1/2)/(3/4)) for the others. Reverse:
   # 1/4·(ln(1/2) − KL), then 1/2 and 1/4 of ln(3/2) − KL = 0.274653.
   np.testing.assert_allclose(gradient(forward, student_BTV, teacher_BTV),
                              [[[1 / 6, -1 / 4, 1 / 12]]], atol=1e-6)
@@ -553,7 +553,7 @@ def test_an_unknown_support_is_refused():
     kl.top_k_forward_kl(STUDENT_BTV, TEACHER_BTV, 3, "both")
 
 
-def test_the_intersection_is_renormalised_and_empty_is_nothing():
+def test_the_intersection_is_renormalised_and_an_empty_one_has_loss_0():
   got, _ = kl.intersection_reverse_kl(STUDENT_BTV, TEACHER_BTV, 4)
   inside = numpy_support(LOG_S, LOG_T, 4, "intersection")
   np.testing.assert_allclose(got, numpy_given(LOG_S, LOG_T, inside), rtol=1e-5, atol=1e-6)

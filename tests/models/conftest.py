@@ -32,8 +32,9 @@ def randomized():
   """randomized(model): parameters far from their initial values, so that every one shows."""
   def make(model, seed=0):
     rng = np.random.default_rng(seed)
-    def draw(path, x):
+    def random_leaf(path, x):
       centre = 1.0 if "norm" in path[-1].key else 0.0
       return jax.device_put(rng.normal(centre, 0.3, x.shape).astype(np.float32))
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(random_leaf, shapes)
   return make

@@ -15,7 +15,7 @@ from s2d_jax import sharding
 from s2d_jax.models import attention
 
 
-def draws(B=2, T=3, S=5, N=4, K=2, H=6):
+def random_inputs(B=2, T=3, S=5, N=4, K=2, H=6):
   rng = np.random.default_rng(0)
   shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
   return tuple(rng.normal(size=s).astype(np.float32) for s in shapes) + (
@@ -24,19 +24,19 @@ def draws(B=2, T=3, S=5, N=4, K=2, H=6):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_attention_is_the_formula(K):
-  q, k, v, mask = draws(K=K)
+  q, k, v, mask = random_inputs(K=K)
   mask[:, :, 0] = True
   want = np.zeros(q.shape)
   for b, t, n in np.ndindex(*q.shape[:3]):
-    own = n // (q.shape[2] // K)  # the key head this query head shares
-    seen = np.flatnonzero(mask[b, t])
-    share = np.exp(k[b, seen, own].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
-    want[b, t, n] = share / share.sum() @ v[b, seen, own]
+    key_head = n // (q.shape[2] // K)  # the key head this query head shares
+    visible = np.flatnonzero(mask[b, t])
+    share = np.exp(k[b, visible, key_head].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
+    want[b, t, n] = share / share.sum() @ v[b, visible, key_head]
   np.testing.assert_allclose(attention.xla(q, k, v, mask), want, atol=1e-6)
 
 
 def test_a_query_with_nothing_to_read_is_finite_and_so_are_gradients():
-  q, k, v, mask = draws()
+  q, k, v, mask = random_inputs()
   mask[1] = False
   value, gradients = jax.value_and_grad(
       lambda *qkv: jnp.sum(attention.xla(*qkv, mask) ** 2), argnums=(0, 1, 2))(q, k, v)
@@ -45,7 +45,7 @@ def test_a_query_with_nothing_to_read_is_finite_and_so_are_gradients():
 
 
 def test_masked_keys_do_not_change_the_output():
-  q, k, v, mask = draws()
+  q, k, v, mask = random_inputs()
   mask[:, :, 0], mask[:, :, 3] = True, False
   changed = attention.xla(q, k + 0, v + 0, mask)
   k[:, 3], v[:, 3] = 50.0, -1e4
@@ -65,7 +65,7 @@ def test_visible_by_hand():
 
 
 def test_bfloat16_keeps_its_type_and_a_float32_softmax():
-  q, k, v, mask = draws()
+  q, k, v, mask = random_inputs()
   mask[:] = True
   half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
   got = attention.xla(*half, mask)
@@ -92,10 +92,11 @@ def test_causal_in_pieces_is_the_reference(K, piece, monkeypatch):
   q, k, v, positions, segments = packed(K)
   mask = attention.visible(positions, segments, positions, segments)
   weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
-  def loss(how):
-    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
-  want, got = (loss(lambda *qkv, how=how: how(*qkv, mask))(q, k, v)
-               for how in (attention.xla, attention.causal))
+  def loss(attend):
+    total = lambda *qkv: jnp.sum(attend(*qkv) * weight)
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+  want, got = (loss(lambda *qkv, attend=attend: attend(*qkv, mask))(q, k, v)
+               for attend in (attention.xla, attention.causal))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, want)
 
 
@@ -127,8 +128,9 @@ def test_splash_in_the_interpreter_is_the_reference(K):
   q, k, v, positions, segments = packed(K)
   mask = attention.visible(positions, segments, positions, segments)
   weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
-  def loss(how):
-    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
+  def loss(attend):
+    total = lambda *qkv: jnp.sum(attend(*qkv) * weight)
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
   want = loss(lambda *qkv: attention.xla(*qkv, mask))(q, k, v)
   got = loss(lambda *qkv: attention.splash(*qkv, segments, interpret=True))(q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), got, want)
@@ -145,8 +147,9 @@ def test_the_library_form_on_a_mesh_is_the_reference_and_so_are_its_gradients(sh
   q, k, v, positions, segments = packed(K, N=N, T=151)
   mask = attention.visible(positions, segments, positions, segments)
   weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
-  def loss(how):
-    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(how(*qkv) * weight), argnums=(0, 1, 2)))
+  def loss(attend):
+    total = lambda *qkv: jnp.sum(attend(*qkv) * weight)
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
   want = loss(lambda *qkv: attention.xla(*qkv, mask))(q, k, v)
   with jax.set_mesh(sharding.make_mesh(shape)):
     got = loss(lambda *qkv: attention.cudnn(*qkv, mask, implementation="xla"))(q, k, v)
@@ -175,18 +178,18 @@ def test_the_backend_chooses(platform, dtype, width, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, width) == want
   assert attention.choose("xla", dtype, width) == "xla"
-  for how, needs in (("splash", "tpu"), ("cudnn", "gpu")):
+  for name, needs in (("splash", "tpu"), ("cudnn", "gpu")):
     if platform == needs:
-      assert attention.choose(how, dtype, width) == how
+      assert attention.choose(name, dtype, width) == name
     else:
-      with pytest.raises(ValueError, match=f"attention '{how}' needs a {needs} and this is a "):
-        attention.choose(how, dtype, width)
+      with pytest.raises(ValueError, match=f"attention '{name}' needs a {needs} and this is a "):
+        attention.choose(name, dtype, width)
 
 
 @pytest.mark.parametrize("T, platform", [(4, "cpu"), (1, "cpu"), (1, "gpu")])
 def test_a_cache_is_read_as_the_reference_reads(T, platform, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)  # one query: a sum or a product
-  q, k, v, mask = draws(B=3, T=T, S=9, N=8, K=2, H=6)
+  q, k, v, mask = random_inputs(B=3, T=T, S=9, N=8, K=2, H=6)
   got = attention.cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None, mask)
   np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
   # And an int8 one as the numbers it stands for.
@@ -200,19 +203,19 @@ def test_a_cache_is_read_as_the_reference_reads(T, platform, monkeypatch):
 
 @pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])
 def test_the_library_form_is_the_reference(T, S):
-  # What goes to cuDNN, by the same function's XLA implementation: no GPU is here.
-  q, k, v, mask = draws(T=T, S=S)
+  # The function that calls cuDNN, in its XLA implementation, because the tests have no GPU.
+  q, k, v, mask = random_inputs(T=T, S=S)
   mask[:, :, 0] = True
   got = attention.cudnn(q, k, v, mask, implementation="xla")
   np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
 
 
-@pytest.mark.parametrize("how", [attention.xla, attention._piece])
-def test_keys_and_values_are_not_repeated_for_the_query_heads(how):
+@pytest.mark.parametrize("attend", [attention.xla, attention._piece])
+def test_keys_and_values_are_not_repeated_for_the_query_heads(attend):
   # Of 13 keys with heads of 6, in two heads: no array of the program or of its gradient, in any
   # order of axes, holds both for more than the two.
-  q, k, v, mask = draws(B=3, T=5, S=13, N=8, K=2, H=6)
-  grad = jax.jit(jax.grad(lambda *qkv: jnp.sum(how(*qkv, mask) ** 2), argnums=(0, 1, 2)))
+  q, k, v, mask = random_inputs(B=3, T=5, S=13, N=8, K=2, H=6)
+  grad = jax.jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, mask) ** 2), argnums=(0, 1, 2)))
   text = grad.lower(q, k, v).compile().as_text()
   shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
   held = [shape for shape in shapes if 13 in shape and 6 in shape]
@@ -222,9 +225,9 @@ def test_keys_and_values_are_not_repeated_for_the_query_heads(how):
 def test_a_table_is_one_that_kernels_take():
   # The GPU's wants eight parts, each in blocks of up to eight pages, and of a power of two.
   for pages in range(1, 700):
-    part, rest = divmod(attention.table_size(pages), 8)
+    part, remainder = divmod(attention.table_size(pages), 8)
     block = min(part, 8)
-    assert not rest and not part % block and not block & (block - 1)
+    assert not remainder and not part % block and not block & (block - 1)
     assert pages <= 8 * part < pages + 64
   assert [attention.table_size(pages) for pages in (1, 9, 17, 33, 65, 608)] == [8, 16, 32, 64, 128,
                                                                               640]
@@ -235,8 +238,8 @@ def test_a_table_is_one_that_kernels_take():
     (None, "float32", 8), ("gpu", "float32", 8), ("gpu", "float32", 25), ("tpu", "bfloat16", 8),
     ("tpu", "bfloat16", 25)])
 def test_pages_are_read_in_the_order_of_the_table(kernel, dtype, most):
-  # Rows of 6, 41 and 128 tokens in pages of 16 that lie anywhere, in tables for so many pages or
-  # more, against the same side by side; the kernels are interpreted.
+  # Rows of 6, 41 and 128 tokens in scattered pages of 16, with tables for `most` pages or more, are
+  # compared with contiguous rows. The kernels are interpreted.
   rng = np.random.default_rng(0)
   B, N, K, H, S, n = 3, 4, 2, 128, 16, attention.table_size(most)
   def normal(*shape):
@@ -256,8 +259,8 @@ def test_pages_are_read_in_the_order_of_the_table(kernel, dtype, most):
                              atol=2e-2 if dtype == "bfloat16" else 1e-5)
   for x, old, new in zip(written, pages, (k, v), strict=True):
     changed = np.asarray(x != old).any(axis=(0, 3))
-    places = {(int(table[b, at[b] // S]), int(at[b] % S)) for b in range(B)}
-    assert set(zip(*np.nonzero(changed), strict=True)) == places
+    slots = {(int(table[b, at[b] // S]), int(at[b] % S)) for b in range(B)}
+    assert set(zip(*np.nonzero(changed), strict=True)) == slots
     for b in range(B):
       np.testing.assert_array_equal(x[:, table[b, at[b] // S], at[b] % S], new[b, 0])
 

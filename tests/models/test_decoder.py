@@ -158,7 +158,7 @@ def test_padding_changes_nothing(side, tiny):
   assert np.isfinite(got).all()
 
 
-def test_packed_sequences_compute_what_separate_ones_do(tiny):
+def test_packed_sequences_equal_separate_ones(tiny):
   _, params, apply = tiny
   ids, half = tokens(1), T // 2
   positions = np.tile(np.arange(half, dtype=np.int32), (1, 2))
@@ -224,8 +224,8 @@ def test_bfloat16_activations_are_near_float32(tiny):
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 
 
-def on_meshes(model, params, what, *args):
-  """[`what(params, *args)` under jit on each of MESHES], and the last one's parameters."""
+def on_meshes(model, params, function, *args):
+  """[`function(params, *args)` under jit on each of MESHES], and the last one's parameters."""
   results = []
   for shape in MESHES:
     mesh = sharding.make_mesh(shape)
@@ -233,13 +233,13 @@ def on_meshes(model, params, what, *args):
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
-      results.append(jax.device_get(jax.jit(what)(placed, *sharding.put_batch(args, mesh))))
+      results.append(jax.device_get(jax.jit(function)(placed, *sharding.put_batch(args, mesh))))
   return results, placed
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("K", [1, 2, 8])
-def test_eight_devices_compute_what_one_computes(K, tiny_json, randomized):
+def test_eight_devices_equal_one_device(K, tiny_json, randomized):
   # 300 tokens: attention in several pieces.
   model = models.get(tiny_json("qwen3", num_attention_heads=8, num_key_value_heads=K, head_dim=8))
   def logits(params, *args):
@@ -253,7 +253,7 @@ def test_eight_devices_compute_what_one_computes(K, tiny_json, randomized):
 
 
 @pytest.mark.medium
-def test_gradients_on_eight_devices_are_those_on_one(tiny_json, randomized):
+def test_gradients_on_eight_devices_equal_those_on_one(tiny_json, randomized):
   model = models.get(tiny_json("llama", num_attention_heads=8, num_key_value_heads=2, head_dim=8))
   def loss(params, *args):
     return jnp.mean(model.apply(params, *args)[0] ** 3)

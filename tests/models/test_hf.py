@@ -97,15 +97,15 @@ def test_weights_on_a_mesh_are_saved_whole(saved, tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("wanted", ["bfloat16", None])
-def test_weights_are_loaded_in_the_dtype_asked_for(stored, wanted, saved, tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_weights_are_loaded_in_the_dtype_of_the_argument(stored, dtype, saved, tmp_path):
   _, model, params = saved
   cast = jax.tree.map(lambda x: x.astype(stored), params)
   folder = hf.save(tmp_path / "cast", model, cast)
   assert json.loads((folder / "config.json").read_text())["dtype"] == stored
-  _, got = hf.load(folder, dtype=wanted)
-  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(wanted or "float32")}
-  assert_equal(got, jax.tree.map(lambda x: x.astype(wanted or "float32"), cast))
+  _, got = hf.load(folder, dtype=dtype)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(dtype or "float32")}
+  assert_equal(got, jax.tree.map(lambda x: x.astype(dtype or "float32"), cast))
 
 
 def test_loading_needs_no_implicit_transfer(saved):
@@ -149,9 +149,9 @@ def test_a_descendant_keeps_the_tokenizer_and_the_config_of_its_source(saved, tm
 
 def test_saving_again_replaces_and_leaves_nothing_else(saved):
   folder, model, params = saved
-  more = jax.tree.map(lambda x: x + 1, params)
-  hf.save(folder, model, more)
-  assert_equal(hf.load(folder)[1], more)
+  other = jax.tree.map(lambda x: x + 1, params)
+  hf.save(folder, model, other)
+  assert_equal(hf.load(folder)[1], other)
   assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
@@ -184,10 +184,10 @@ def test_the_checksum_is_of_the_file(saved):
 
 def test_identity_sees_values_header_size_config_index_and_download(saved, tmp_path):
   folder, model, params = saved
-  seen = [hf.identity(folder)]
+  identities = [hf.identity(folder)]
   def look():
-    seen.append(hf.identity(folder))
-    assert len(set(seen)) == len(seen)
+    identities.append(hf.identity(folder))
+    assert len(set(identities)) == len(identities)
   hf.save(folder, model, jax.tree.map(lambda x: x + 1, params))
   look()  # through the checksum: same shapes, same size
   edit_weights(folder, lambda tensors: tensors.update(extra=np.zeros(1, np.float32)))
@@ -350,13 +350,13 @@ def test_a_kill_between_two_renames_loses_nothing(saved, monkeypatch):
       raise KeyboardInterrupt
     renamed.append(rename(self, to))
   monkeypatch.setattr(type(folder), "rename", killed)
-  more = jax.tree.map(lambda x: x + 1, params)
+  other = jax.tree.map(lambda x: x + 1, params)
   with pytest.raises(KeyboardInterrupt):
-    hf.save(folder, model, more)
+    hf.save(folder, model, other)
   assert not folder.exists()
   monkeypatch.setattr(type(folder), "rename", rename)
   assert_equal(hf.load(folder.with_name(".model.old"))[1], params)
-  assert_equal(hf.load(folder.with_name(".model.partial"))[1], more)
+  assert_equal(hf.load(folder.with_name(".model.partial"))[1], other)
   hf.save(folder, model, params)
   assert_equal(hf.load(folder)[1], params)
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -364,9 +364,9 @@ def test_a_kill_between_two_renames_loses_nothing(saved, monkeypatch):
 
 def test_adapters_are_not_dropped_in_silence(saved, tmp_path):
   _, model, params = saved
-  made = models.build(dataclasses.replace(model.config, lora=models.Lora(2, 4.0, ("q",))))
+  adapted = models.build(dataclasses.replace(model.config, lora=models.Lora(2, 4.0, ("q",))))
   with pytest.raises(ValueError, match="a model with adapters has no Hugging Face folder"):
-    hf.save(tmp_path / "new", made, params)
+    hf.save(tmp_path / "new", adapted, params)
   assert not (tmp_path / "new").exists()
 
 
@@ -503,14 +503,14 @@ def test_the_folder_has_its_name_only_when_it_is_complete(saved, monkeypatch):
   exists, rename = [], type(folder).rename
   monkeypatch.setattr(type(folder), "rename",
                       lambda self, to: (rename(self, to), exists.append(folder.exists()))[0])
-  more = jax.tree.map(lambda x: x + 1, params)
-  hf.save(folder, model, more)
-  assert_equal(hf.load(folder)[1], more)
+  other = jax.tree.map(lambda x: x + 1, params)
+  hf.save(folder, model, other)
+  assert_equal(hf.load(folder)[1], other)
   assert [p.name for p in folder.parent.iterdir()] == ["model"]
   assert exists == [False, True]
 
 
-def test_the_returned_model_runs_as_it_was_asked_to(saved):
+def test_the_returned_model_has_the_fields_of_the_argument(saved):
   folder, model, params = saved
   got, weights = hf.load(folder, run={"dtype": "bfloat16", "remat": "block"},
                          shapes=models.frozen_shapes)

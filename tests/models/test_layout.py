@@ -33,23 +33,23 @@ def spelled(where):
   return " ".join(map(word, where.spec))
 
 
-def places(config, shape):
+def layouts(config, shape):
   """{path: layout} of what is trained of a model, of its frozen rest and of AdamW's two moments."""
   mesh = sharding.make_mesh(shape)
   shapes = models.shapes(config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(mesh, models.axes(config), shapes))
-  trained, rest = (params, {}) if config.lora is None else models.split(config, params)
+  trained, frozen = (params, {}) if config.lora is None else models.split(config, params)
   hp = types.SimpleNamespace(**common.adamw(lr=1e-6))
   state = training.abstract(optim.make(hp, 10, models.trained(config)), mesh, trained)
   moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
   return {f"{kind}{path}": spelled(x.sharding)
-          for kind, tree in (("", trained), ("frozen ", rest), ("mu ", moments["mu"]),
+          for kind, tree in (("", trained), ("frozen ", frozen), ("mu ", moments["mu"]),
                              ("nu ", moments["nu"]))
           for path, x in layout.flat(tree).items()}
 
 
 def listed():
-  return {name: {axis: places(config, shape) for axis, shape in MESHES.items()}
+  return {name: {axis: layouts(config, shape) for axis, shape in MESHES.items()}
           for name, config in MODELS.items()}
 
 

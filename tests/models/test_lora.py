@@ -29,26 +29,26 @@ def adapted(model, targets=ALL, rank=3, alpha=6.0):
       model.config, lora=models.Lora(rank, alpha, tuple(targets))))
 
 
-def drawn(made, seed=0):
+def random_adapters(adapted_model, seed=0):
   """Adapters of which B is not zero either."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32),
-                      models.split(made.config, models.shapes(made.config))[0])
+                      models.split(adapted_model.config, models.shapes(adapted_model.config))[0])
 
 
 def features(model, params):
   ids = np.random.default_rng(1).integers(0, 48, (2, 7)).astype(np.int32)
-  places = np.tile(np.arange(7, dtype=np.int32), (2, 1))
-  return jax.jit(model.apply)(params, ids, places, np.ones_like(ids))[0]
+  positions = np.tile(np.arange(7, dtype=np.int32), (2, 1))
+  return jax.jit(model.apply)(params, ids, positions, np.ones_like(ids))[0]
 
 
 @pytest.mark.parametrize("targets", [ALL, ("q", "v"), ("o",), ("down",)])
-def test_the_adapters_are_two_matrices_beside_each_target(targets, base):
+def test_each_target_gets_two_matrices(targets, base):
   model, _ = base
-  made = adapted(model, targets)
-  flat = layout.flat(models.split(made.config, models.shapes(made.config))[0])
-  own = {path.rpartition("/")[2] for path in flat}
-  assert own == {f"{name}_{end}" for name in targets for end in "ab"}
+  adapted_model = adapted(model, targets)
+  flat = layout.flat(models.split(adapted_model.config, models.shapes(adapted_model.config))[0])
+  names = {path.rpartition("/")[2] for path in flat}
+  assert names == {f"{name}_{end}" for name in targets for end in "ab"}
   # Width 32, four query and two key heads of 16, MLP 40.
   shapes = {"q": ((32,), (4, 16)), "k": ((32,), (2, 16)), "v": ((32,), (2, 16)),
             "o": ((4, 16), (32,)), "gate": ((32,), (40,)), "up": ((32,), (40,)),
@@ -61,18 +61,19 @@ def test_the_adapters_are_two_matrices_beside_each_target(targets, base):
 
 def test_new_adapters_change_nothing(base):
   model, params = base
-  made = adapted(model)
-  new = models.adapters(made, 0)
+  adapted_model = adapted(model)
+  new = models.adapters(adapted_model, 0)
   assert all(np.any(x) == path.endswith("_a") for path, x in layout.flat(new).items())
-  np.testing.assert_array_equal(features(made, training.join(new, params)), features(model, params))
+  np.testing.assert_array_equal(features(adapted_model, training.join(new, params)),
+                                features(model, params))
 
 
 def test_merging_is_the_formula(base):
   # In float64: W + (alpha / rank) A B, for every target of every layer; nothing else moves.
   model, params = base
-  made, more = adapted(model), drawn(adapted(model))
-  merged = layout.flat(models.merge(made.config, training.join(more, params)))
-  low, flat = layout.flat(more), layout.flat(params)
+  adapted_model, adapters = adapted(model), random_adapters(adapted(model))
+  merged = layout.flat(models.merge(adapted_model.config, training.join(adapters, params)))
+  low, flat = layout.flat(adapters), layout.flat(params)
   assert merged.keys() == flat.keys()
   for path, before in flat.items():
     want = np.asarray(before, np.float64)
@@ -85,31 +86,34 @@ def test_merging_is_the_formula(base):
 
 
 @pytest.mark.parametrize("targets", [ALL, ("q", "v"), ("o",), ("gate", "down")])
-def test_merged_weights_compute_what_the_adapters_do(targets, base):
+def test_merged_weights_equal_weights_with_adapters(targets, base):
   model, params = base
-  made = adapted(model, targets)
-  params = training.join(drawn(made), params)
-  got, want = features(model, models.merge(made.config, params)), features(made, params)
+  adapted_model = adapted(model, targets)
+  params = training.join(random_adapters(adapted_model), params)
+  got = features(model, models.merge(adapted_model.config, params))
+  want = features(adapted_model, params)
   np.testing.assert_allclose(got, want, atol=3e-5)
-  assert np.abs(want - features(model, models.split(made.config, params)[1])).max() > 0.1
+  assert np.abs(want - features(model, models.split(adapted_model.config, params)[1])).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_an_update_moves_the_adapters_alone(shape, base):
   model, params = base
-  made = adapted(model)
+  adapted_model = adapted(model)
   def objective(head, guide, batch, hp):
     return {"loss": (jnp.sum(head[0] ** 2), jnp.float32(batch.inputs_BT.size))}
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
-    place = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
-    frozen = jax.tree.map(jax.device_put, jax.device_get(params), place)
-    new = models.adapters(made, 0)
+    layouts = sharding.weight_shardings(mesh, models.axes(model.config),
+                                        models.shapes(model.config))
+    frozen = jax.tree.map(jax.device_put, jax.device_get(params), layouts)
+    new = models.adapters(adapted_model, 0)
     first = jax.device_get(new)
-    optimizer = optim.make(HP, 9, models.trained(made.config))
+    optimizer = optim.make(HP, 9, models.trained(adapted_model.config))
     state = training.init(optimizer, mesh, new)
     hp = types.SimpleNamespace(microbatches=2)
-    step = training.jit_update(made, None, objective, optimizer, hp, training.shardings(state))
+    step = training.jit_update(adapted_model, None, objective, optimizer, hp,
+                               training.shardings(state))
     rows = np.zeros((8, 5), np.int32)
     batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(5, dtype=np.int32), rows + 1), mesh)
     for _ in range(2):

@@ -72,13 +72,13 @@ def test_defaults_of_head_dim(tiny_json):
     ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
     ("num_experts", 8), ("num_local_experts", 8), ("attention_bias", True), ("mlp_bias", True),
     ("quantization_config", {"quant_method": "fp8"}), ("hidden_act", "gelu")])
-def test_what_is_not_implemented_is_refused_by_its_key(family, key, value, tiny_json):
+def test_an_unsupported_setting_is_refused_by_its_key(family, key, value, tiny_json):
   with pytest.raises(ValueError, match=f"config.json asks for {key}=.*not implemented"):
     models.get(tiny_json(family, **{key: value}))
 
 
 @pytest.mark.parametrize("key, value", [("pretraining_tp", 2), ("sliding_window", 128)])
-def test_what_llama_alone_has_is_refused_by_its_key(key, value, tiny_json):
+def test_an_unsupported_llama_setting_is_refused_by_its_key(key, value, tiny_json):
   with pytest.raises(ValueError, match=f"config.json asks for {key}=.*not implemented"):
     models.get(tiny_json("llama", **{key: value}))
 
@@ -112,7 +112,7 @@ def test_a_missing_key_is_named(tiny_json):
     models.get(json)
 
 
-def test_unknown_names_and_families_say_what_there_is():
+def test_unknown_names_and_families_list_the_known_ones():
   with pytest.raises(ValueError, match="no model is called 'qwen4-1b': choose from qwen3-0.6b"):
     models.get("qwen4-1b")
   with pytest.raises(ValueError, match="model_type='qwen3_moe', which is not implemented"):

@@ -131,22 +131,22 @@ def test_attention_and_one_layer_are_theirs(pair):
   x = np.random.default_rng(0).normal(size=(2, T, 32)).astype(np.float32)
   positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
   rows = torch.tensor(x)
-  places = theirs.model.rotary_emb(rows, torch.tensor(positions).long())
+  angles = theirs.model.rotary_emb(rows, torch.tensor(positions).long())
   mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
   layer = theirs.model.layers[1]
   with torch.no_grad():
-    attended, _ = layer.self_attn(rows, position_embeddings=places, attention_mask=mask)
-    whole = layer(rows, position_embeddings=places, attention_mask=mask)
+    attended, _ = layer.self_attn(rows, position_embeddings=angles, attention_mask=mask)
+    whole = layer(rows, position_embeddings=angles, attention_mask=mask)
     whole = whole[0] if isinstance(whole, tuple) else whole
-  own = jax.tree.map(lambda x: x[1], params["layers"])
+  layer_params = jax.tree.map(lambda x: x[1], params["layers"])
   ones = np.ones((2, T), np.int32)
   reads = models.attention.reading("xla", positions, ones)
   frequency = models.decoder.rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
   angle = jnp.asarray(positions[..., None], jnp.float32) * frequency[None, None]
-  rest = angle, reads, None, None
-  got, _ = models.decoder.Attention(c, "xla").apply({"params": own["attn"]}, x, *rest)
+  arguments = angle, reads, None, None
+  got, _ = models.decoder.Attention(c, "xla").apply({"params": layer_params["attn"]}, x, *arguments)
   np.testing.assert_allclose(got, attended.numpy(), atol=ATOL)
-  got, _ = models.decoder.Block(c, "xla").apply({"params": own}, x, *rest)
+  got, _ = models.decoder.Block(c, "xla").apply({"params": layer_params}, x, *arguments)
   np.testing.assert_allclose(got, whole.numpy(), atol=ATOL)
 
 
@@ -176,6 +176,6 @@ def test_bfloat16_deviates_at_most_twice_as_far_as_theirs(pair):
   ids = np.random.default_rng(0).integers(0, 48, (4, 60)).astype(np.int32)
   exact = torch_logits(theirs, ids)
   half = models.build(dataclasses.replace(model.config, dtype="bfloat16"))
-  own = np.asarray(logits(half, params, ids), np.float32) - exact
+  error = np.asarray(logits(half, params, ids), np.float32) - exact
   other = torch_logits(theirs.to(torch.bfloat16), ids) - exact
-  assert 0 < np.sqrt(np.mean(own**2)) <= 2 * np.sqrt(np.mean(other**2))
+  assert 0 < np.sqrt(np.mean(error**2)) <= 2 * np.sqrt(np.mean(other**2))

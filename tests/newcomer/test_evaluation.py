@@ -5,7 +5,7 @@ import pytest
 from tests.newcomer.checkout import Checkout
 
 # The new code itself: a function of the samples, worst@k.
-OWN = '''
+CODE = '''
 
 
 def worst_of(samples, k):
@@ -28,19 +28,19 @@ run = ladder.Run("arm", "label", 0, result, [], {"evaluation": {"level": 0.95}},
                                     "tokens_trained", "tokens_guide", "flops",
                                     "device_seconds_used", "device_seconds_lost"), 0), set())
 print(ladder.Group("label", "label", {0: run}).score("worst@2").estimate)
-scored = run._replace(label="other", result=result | {"scores": {"worst@2": [0.5, 0, 1],
+other = run._replace(label="other", result=result | {"scores": {"worst@2": [0.5, 0, 1],
                                                                  "avg@3": [2 / 3, 0, 1]}})
-print(report.table([ladder.Group(r.label, r.label, {0: r}) for r in (run, scored)])[0])
+print(report.table([ladder.Group(r.label, r.label, {0: r}) for r in (run, other)])[0])
 """
 
 
 def test_one_place_is_touched(tmp_path):
   checkout = Checkout(tmp_path)
-  checkout.append("s2d_jax/stats.py", OWN)
+  checkout.append("s2d_jax/stats.py", CODE)
   checkout.edit("s2d_jax/stats.py", '    "truncated":', ENTRY)
   assert len(checkout.touched) <= 2
-  scored = checkout.run(SCORE)
-  names, late, head = scored.stdout.splitlines() or pytest.fail(scored.stderr)
+  process = checkout.run(SCORE)
+  names, late, head = process.stdout.splitlines() or pytest.fail(process.stderr)
   # Of the first two samples of each problem both are right, and one of two.
   assert names == "['avg@3', 'pass@2', 'worst@2'] 0.5"
   # A run that was scored before the statistic joined the table has it from its samples.
@@ -50,7 +50,7 @@ def test_one_place_is_touched(tmp_path):
 
 def test_a_forgotten_entry_is_an_error(tmp_path):
   checkout = Checkout(tmp_path)
-  checkout.append("s2d_jax/stats.py", OWN)
-  scored = checkout.run("from s2d_jax import stats; stats.statistic('worst@2')")
-  assert scored.returncode and "there is no statistic 'worst@2': choose from greedy, avg, pass" in \
-      scored.stderr
+  checkout.append("s2d_jax/stats.py", CODE)
+  process = checkout.run("from s2d_jax import stats; stats.statistic('worst@2')")
+  assert process.returncode
+  assert "there is no statistic 'worst@2': choose from greedy, avg, pass" in process.stderr

@@ -5,7 +5,7 @@ import pytest
 from tests.newcomer.checkout import Checkout
 
 # The new code itself. Mistral has Llama's layers; its config.json names a window.
-OWN = '''"""Mistral 7B v0.3 (https://arxiv.org/abs/2310.06825)."""
+CODE = '''"""Mistral 7B v0.3 (https://arxiv.org/abs/2310.06825)."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ print(forward_flops(mistral.config, [6]) == forward_flops(llama.config, [6]) > 0
 
 
 def add(checkout: Checkout, in_the_table: bool = True) -> None:
-  checkout.write("s2d_jax/models/mistral.py", OWN)
+  checkout.write("s2d_jax/models/mistral.py", CODE)
   checkout.edit(INIT, "import decoder, layout, llama, qwen3",
                 "import decoder, layout, llama, mistral, qwen3")
   if in_the_table:

@@ -5,7 +5,7 @@ import pytest
 from tests.newcomer.checkout import PLAN, Checkout
 
 # The new code itself: the loss and the record that declares its keys, at the end of objectives.py.
-OWN = '''
+CODE = '''
 
 
 def alpha_divergence(student_head, guide_head, batch, hp):
@@ -37,7 +37,7 @@ CONFIG = "configs/arithmetic.py"
 ARM = "ARM = 'raw_bridge'\n"
 
 
-def add(checkout, in_the_table=True, in_the_config=True, code=OWN):
+def add(checkout, in_the_table=True, in_the_config=True, code=CODE):
   checkout.append("s2d_jax/objectives.py", code)
   if in_the_table:
     checkout.edit(STAGES, '"teacher", objectives.REVERSE_KL)',
@@ -59,9 +59,9 @@ def test_two_places_are_touched(tmp_path):
 @pytest.mark.parametrize("forgotten, said", [
     ({"in_the_config": False}, "config.stages.reverse_kl lacks the key 'alpha': add it"),
     ({"in_the_table": False}, "config.stages.reverse_kl lacks the key 'baseline': add it"),
-    ({"code": OWN.replace('"alpha": Key(', '"alhpa": Key(')},
+    ({"code": CODE.replace('"alpha": Key(', '"alhpa": Key(')},
      "config.stages.reverse_kl lacks the key 'alhpa': add it"),
-    ({"code": OWN.partition("ALPHA = ")[0] + "ALPHA = alpha_divergence\n"},
+    ({"code": CODE.partition("ALPHA = ")[0] + "ALPHA = alpha_divergence\n"},
      "make it an objectives.Objective, which declares the config keys that it reads."),
 ])
 def test_a_forgotten_place_is_an_error(tmp_path, forgotten, said):

@@ -24,7 +24,7 @@ def written(cell):
 
 
 def check(cells):
-  """What a whole run shows: curves, answers, the ladder, its figure, an exported folder."""
+  """A whole run shows curves, answers, the ladder, its figure, an exported folder."""
   _, job, answers, ladder, figure, export = cells
   assert any("image/png" in output.get("data", {}) for output in job.outputs)
   rows = written(answers).splitlines()

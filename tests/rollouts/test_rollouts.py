@@ -37,7 +37,7 @@ def test_targets_are_inputs_shifted_by_one():
 
 
 def test_constant_mean_gives_tokens_one_weight_and_sequences_a_count_of_one():
-  # Responses of up to n tokens: each token weighs 1/n and a sequence counts one (Dr. GRPO).
+  # Responses of up to n tokens: a token has weight 1/n and a sequence counts one (Dr. GRPO).
   rows = two_rows()
   got = rollouts.batch(rows, "constant")
   n = rows.response_BT.shape[1]

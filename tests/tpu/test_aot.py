@@ -37,8 +37,8 @@ def lowered(name, where, rows, tokens, **changes):
   params = sharding.laid_out(shapes, layout)
   ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32,
                              sharding=sharding.batch_sharding(where, (rows, tokens)))
-  def loss(params, ids, places, segments):
-    features, _ = model.apply(params, ids, places, segments)
+  def loss(params, ids, positions, segments):
+    features, _ = model.apply(params, ids, positions, segments)
     return jnp.mean(features.astype(jnp.float32) ** 2)
   with jax.set_mesh(where):
     return jax.jit(jax.grad(loss), out_shardings=layout).lower(params, ids, ids, ids)
@@ -49,12 +49,14 @@ def lowered(name, where, rows, tokens, **changes):
 def test_the_tpus_own_kernel_is_compiled_and_holds_no_scores(topology, shape):
   # Scores have two axes that are the 4,096 tokens, or those of several heads; nothing else has.
   where = mesh(topology, shape)
-  texts = {how: lowered("qwen3-1.7b", where, 16, 4096, layers=2, attention=how).compile().as_text()
-           for how in ("auto", "xla")}
+  texts = {}
+  for name in ("auto", "xla"):
+    program = lowered("qwen3-1.7b", where, 16, 4096, layers=2, attention=name)
+    texts[name] = program.compile().as_text()
   assert "tpu_custom_call" in texts["auto"] and "tpu_custom_call" not in texts["xla"]
-  scores = {how: [dims for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)
+  scores = {name: [dims for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)
                   if sum(int(axis) % 4096 == 0 for axis in dims.split(",")) > 1]
-            for how, text in texts.items()}
+            for name, text in texts.items()}
   assert scores["xla"] and not scores["auto"]
 
 
@@ -66,7 +68,7 @@ def test_more_devices_than_key_heads_are_not_refused():
 
 
 def test_head_width_64_compiles():
-  # Llama 3.2 1B: heads of 64, and a length that is no multiple of the kernel's tiles.
+  # Llama 3.2 1B: heads of 64, and a length that the kernel's tiles do not divide.
   program = lowered("llama-3.2-1b", mesh("v5e:4x4", (2, 2, 4)), 4, 1000, layers=2).compile()
   assert "tpu_custom_call" in program.as_text()
 
@@ -87,8 +89,8 @@ def test_an_8b_training_step_of_a_slice_fits():
         ).memory_analysis()
   total = (needs.argument_size_in_bytes + needs.temp_size_in_bytes
            + needs.output_size_in_bytes - needs.alias_size_in_bytes)
-  own = 3 * 4 * 8_190_735_360 / 16  # parameters and two moments: 6.1 GB of a device's 34.4
-  assert own < total < 32 * 2**30
+  state_bytes = 3 * 4 * 8_190_735_360 / 16  # parameters and two moments: 6.1 GB of a device's 34.4
+  assert state_bytes < total < 32 * 2**30
 
 
 @pytest.mark.parametrize("topology, shape", [("v5e:4x4", (2, 4, 2)), ("v6e:4x4", (1, 16, 1))])

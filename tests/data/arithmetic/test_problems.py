@@ -73,7 +73,8 @@ def test_corpus_is_a_function_of_its_seed():
 
 def test_sums_are_right_and_cover_the_table():
   pairs = problems.sums(seed=0, count=45_000)
-  assert all(given[2] == "+" and given[5:] == "=" and len(total) == 2 for given, total in pairs)
-  assert all((int(given[:2]) + int(given[3:5])) % 100 == int(total) for given, total in pairs)
+  for question, total in pairs:
+    assert question[2] == "+" and question[5:] == "=" and len(total) == 2
+    assert (int(question[:2]) + int(question[3:5])) % 100 == int(total)
   # Of 10,000 sums each is drawn 4.5 times on average: e^-4.5 = 1.1 % never are.
   assert len(set(pairs)) / 10_000 == pytest.approx(1 - np.exp(-4.5), abs=0.005)

@@ -3,8 +3,8 @@
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
 # Also test-fast, test-slow, test-tpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
-# PIP_FLAGS to pip: on Linux the index's torch brings CUDA with it, and an extra index that PyTorch's
-# own installation page names has the small CPU build.
+# PIP_FLAGS to pip. On Linux the default index's torch includes CUDA; PyTorch's installation page names
+# an extra index with the small CPU build.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,9 +28,9 @@ ladder: $(VENV)/.installed
 	mkdir -p runs/ladder
 	cp results/arithmetic/choice.md runs/ladder
 	set -e; for sweep in seeds label_budget bridge_split; do \
-	  $(BIN)/python -m s2d_jax.main --config=configs/sweep_$$sweep.py --workdir=runs/ladder \
+	  $(BIN)/s2d-jax run --config=configs/sweep_$$sweep.py --workdir=runs/ladder \
 	    $(FLAGS) > /dev/null; done
-	$(BIN)/python -m s2d_jax.report runs/ladder
+	$(BIN)/s2d-jax report runs/ladder
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not tpu" -n $(WORKERS) --dist loadfile
@@ -41,7 +41,7 @@ test-fast: lint
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations 10
 
-# libtpu beside the rest would claim the machine's accelerator, so it has an environment of its own.
+# libtpu in .venv would claim the machine's accelerator, so it has a separate environment.
 test-tpu: .venv-tpu/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 	  JAX_ENABLE_COMPILATION_CACHE=false \

@@ -1,6 +1,6 @@
 """A 0.6 M-parameter teacher and a 0.2 M-parameter student learn chained addition on a laptop CPU.
 
-  python -m s2d_jax.main --config=configs/arithmetic.py --workdir=runs/arithmetic
+  s2d-jax run --config=configs/arithmetic.py --workdir=runs/arithmetic
 
 Five arms in under 10 minutes on two CPU cores; results/arithmetic/ has what to expect.
 Arguments: `configs/arithmetic.py:seed=1` names the run, `:tiny` shrinks it to seconds.

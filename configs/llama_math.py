@@ -1,6 +1,6 @@
 """Llama-3.3-70B teaches Llama-3.1-8B mathematics: the paper's Llama block (arXiv 2605.12483).
 
-  python -m s2d_jax.main --config=configs/llama_math.py:models=/models,data=/data --workdir=...
+  s2d-jax run --config=configs/llama_math.py:models=/models,data=/data --workdir=...
 
 The paper prints no hyperparameters for this block, so they are those of the Qwen block. Needs the
 folders Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct under `models`, and the data of

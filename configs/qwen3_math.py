@@ -1,6 +1,6 @@
 """Qwen3-8B teaches Qwen3-1.7B mathematics: the paper's Qwen block (arXiv 2605.12483).
 
-  python -m s2d_jax.main --config=configs/qwen3_math.py:models=/models,data=/data --workdir=...
+  s2d-jax run --config=configs/qwen3_math.py:models=/models,data=/data --workdir=...
 
 Needs the folders Qwen3-8B and Qwen3-1.7B under `models`, and JSON lines of problem and answer under
 `data` (`common.math` names them). Not yet run at this size; `s2d-jax preflight` says what it needs.

@@ -6,13 +6,15 @@ CONFIG="${CONFIG:-configs/arithmetic.py}"
 WORKDIR="${WORKDIR:-runs/arithmetic}"
 PYTHON="${PYTHON:-python}"
 
-# After a preemption notice main saves its state and exits with EX_TEMPFAIL of sysexits.h: the same
+# After a preemption notice the run saves its state and exits with EX_TEMPFAIL of sysexits.h: the same
 # command resumes it. Any other code but 0 is a fault that a restart would only repeat.
 RETRY_CODE=75
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
 
-# Sets the array JOB: the command line of one process of the job. Arguments: further flags of main.
+# Sets the array JOB: the command line of one process of the job, `s2d-jax run`. It names the module,
+# because the console script of the environment that PYTHON chooses need not be on the PATH.
+# Arguments: further flags of the command.
 # shellcheck disable=SC2034  # the launchers read it
 set_job() {
   JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@")

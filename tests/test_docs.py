@@ -11,6 +11,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROGRAM = ["-c", "from s2d_jax import cli; cli.main()"]  # the function of the entry point s2d-jax
 
 
 def blocks(path, language):
@@ -36,13 +37,12 @@ def test_the_commands_of_the_run_page(checkout):
   (block,) = blocks("docs/run.md", "sh")
   commands = [line.split() for line in block.splitlines() if line]
   assert {name for name, *_ in commands} == {"s2d-jax"}
-  program = ["-c", "from s2d_jax import cli; cli.main()"]  # what the entry point calls
-  printed = [run(checkout, program + flags) for _, *flags in commands]
+  printed = [run(checkout, PROGRAM + flags) for _, *flags in commands]
   assert len(printed) == 2 and all("| bridge | 0 |" in text for text in printed)
   run_folder = checkout / "runs" / "tiny"
   assert (run_folder / "report.md").exists() and (run_folder / "report.png").exists()
-  # Once more: everything is finished, so nothing trains and the table is the same.
-  again = run(checkout, program + commands[0][1:])
+  # The second run finds everything finished: it trains nothing and prints an equal table.
+  again = run(checkout, PROGRAM + commands[0][1:])
   assert again == printed[0]
 
 
@@ -72,7 +72,8 @@ def test_the_sampling_page(checkout):
   (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")
   (checkout / "prompts.jsonl").write_text('{"problem": "12+34+56"}\n{"problem": "7+8"}\n')
   (block,) = blocks("docs/sampling.md", "sh")
-  run(checkout, block.replace("\\\n", " ").split()[1:])
+  words = block.replace("\\\n", " ").split()
+  run(checkout, [*PROGRAM, *words[1:]])
   rows = [json.loads(line) for line in (checkout / "samples.jsonl").read_text().splitlines()]
   assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == 8
 

@@ -227,11 +227,6 @@ def prose(markdown: str) -> str:
   return re.sub(r"`[^`]*`", "Code", text)
 
 
-def headings(markdown: str) -> str:
-  """The headings of a Markdown text, one a line."""
-  return "\n".join(re.findall(r"^#+ (.*)$", prose(markdown), flags=re.M))
-
-
 def sentences(markdown: str) -> list[str]:
   """The sentences of a Markdown text, without code, tables, headings and link targets.
 

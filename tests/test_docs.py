@@ -79,7 +79,7 @@ def test_the_sampling_page(checkout):
 
 
 @pytest.mark.slow
-def test_the_task_of_ones_own(checkout):
+def test_the_python_of_the_readme(checkout):
   reward, loss, stage = blocks("README.md", "python")
   # The last line of the page's stage and arm is a comment: the loss is tried on what it plans.
   program = reward + loss + stage + """

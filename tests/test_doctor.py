@@ -296,7 +296,7 @@ def test_splits_that_share_a_problem(config, tmp_path):
   assert f"{first['id']} stands in labelled and again in test" in said
 
 
-def test_solutions_that_are_needed(config, tmp_path):
+def test_missing_or_long_solutions_are_refused(config, tmp_path):
   arms = {"teach": (planning.Use("teacher_sft", "all"),)}
   config.arms = "teach"
   labelled = [{k: v for k, v in row.items() if k != "solution"} for row in SPLITS["labelled"]]

@@ -62,7 +62,7 @@ def test_a_row_is_scored_when_it_ends_and_once():
   assert draw.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in draw.order] + ["drawn"]
 
 
-def test_right_is_a_reward_of_one_or_more():
+def test_a_reward_of_one_or_more_is_right():
   graded = iter([0.0, 0.5, 0.99, 1.0, 2.0, -1.0])
   samples, _ = evals.solve(FixedSampler(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))
   np.testing.assert_array_equal(samples.correct_PG, [[0, 0, 0], [1, 1, 0]])
@@ -187,11 +187,11 @@ def test_an_evaluation_at_the_end_samples_greedily_as_well():
 
 
 @pytest.mark.parametrize("when, steps", [("end", 0), ("every 1", 1), ("every 50", 50)])
-def test_when_an_evaluation_runs(when, steps):
+def test_the_steps_at_which_an_evaluation_runs(when, steps):
   assert evals.every(block(when=when)) == steps
 
 
 @pytest.mark.parametrize("when", ["", "every", "every 0", "every -1", "each 2", "every 2.5"])
-def test_when_is_refused(when):
+def test_an_invalid_time_of_an_evaluation_is_refused(when):
   with pytest.raises(ValueError, match=f"when is '{when}': choose 'end', or 'every 50'"):
     evals.every(block(when=when))

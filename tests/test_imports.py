@@ -125,7 +125,7 @@ def test_arrows_point_down():
   assert {path: arrows for path, arrows in wrong.items() if arrows} == {}
 
 
-def test_the_arrows_themselves_make_no_circle():
+def test_the_arrows_make_no_circle():
   assert [unit for unit in ARROWS if unit in below(unit)] == []
 
 

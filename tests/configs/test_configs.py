@@ -41,7 +41,7 @@ def test_every_config_is_tested():
 
 @pytest.mark.parametrize("arg", ["", "tiny", "seed=3,tiny=false"])
 @pytest.mark.parametrize("name", NAMES)
-def test_builds_locked_and_sound(name, arg):
+def test_a_config_is_locked_and_passes_the_doctor(name, arg):
   config, *_ = runs = sweep.expand(build(name, arg))
   assert all(block.is_locked for run in runs for block in blocks(run).values())
   with pytest.raises(AttributeError):

@@ -238,7 +238,7 @@ def expected():
 @pytest.mark.medium
 @pytest.mark.parametrize("block, microbatches", [(4, 1), (5, 2)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_loss_is_the_direct_one(expected, shape, block, microbatches):
+def test_every_loss_equals_the_direct_one(expected, shape, block, microbatches):
   mesh, keep = sharding.make_mesh(shape), optax.trace(decay=0.0)  # its slots are the gradient
   hp = SimpleNamespace(block=block, microbatches=microbatches)
   def put(params):

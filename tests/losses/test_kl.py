@@ -172,13 +172,13 @@ def test_k3_averages_to_the_divergence():
                              kl.reverse_kl(STUDENT_BTV, TEACHER_BTV), rtol=2e-5)
 
 
-def test_which_direction_each_penalty_pulls():
+def test_penalties_have_the_gradients_of_the_two_kls():
   np.testing.assert_allclose(expected_gradient(kl.k2), gradient(kl.reverse_kl), atol=1e-5)
   np.testing.assert_allclose(expected_gradient(kl.k3), gradient(kl.forward_kl), atol=1e-5)
 
 
 @pytest.mark.parametrize("penalty", [kl.k2, kl.k3])
-def test_penalties(penalty):
+def test_penalties_are_positive_with_finite_difference_gradients(penalty):
   logp_BT, reference_logp_BT = jnp.array([[-1.0, -0.2]]), jnp.array([[-1.5, -2.0]])
   check_grads(penalty, (logp_BT, reference_logp_BT), order=1, modes=["rev"],
               atol=2e-3, rtol=2e-3, eps=1e-2)
@@ -268,7 +268,7 @@ def test_divergence_from_the_teacher_splits_at_an_old_policy():
     assert np.any(last_BTV) != still
 
 
-def test_the_one_cancels_over_the_whole_vocabulary_and_not_over_a_part():
+def test_the_constant_term_of_the_gradient_cancels_over_the_whole_vocabulary_only():
   # ∇Σ p·log p/q = Σ ∇p·(log p/q + 1), and Σ ∇p is 0 over all four, but over the two likeliest, of
   # mass 0.7, p·(1 − 0.7) for them and −0.7·p for the others.
   p_V, q_V = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.25, 0.25, 0.25, 0.25])
@@ -303,7 +303,7 @@ def test_padded_ids_masked_on_both_sides_change_nothing(f):
   assert np.all(np.abs(one_sided_BT - f(STUDENT_BTV, TEACHER_BTV)) > 1e-3)
 
 
-def test_the_lengths_of_the_gradients():
+def test_the_norms_of_the_gradients():
   for length, loss in ((kl.forward_kl_gradient_norm, kl.forward_kl),
                        (kl.reverse_kl_gradient_norm, kl.reverse_kl)):
     np.testing.assert_allclose(length(STUDENT_BTV, TEACHER_BTV),

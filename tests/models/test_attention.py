@@ -23,7 +23,7 @@ def random_inputs(B=2, T=3, S=5, N=4, K=2, H=6):
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
-def test_attention_is_the_formula(K):
+def test_attention_equals_the_formula(K):
   q, k, v, mask = random_inputs(K=K)
   mask[:, :, 0] = True
   want = np.zeros(q.shape)
@@ -64,7 +64,7 @@ def test_visible_by_hand():
   np.testing.assert_array_equal(got[0], np.array(want, bool))
 
 
-def test_bfloat16_keeps_its_type_and_a_float32_softmax():
+def test_bfloat16_stays_bfloat16_with_a_float32_softmax():
   q, k, v, mask = random_inputs()
   mask[:] = True
   half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
@@ -86,7 +86,7 @@ def packed(K, B=2, T=150, N=4, H=64):
 
 @pytest.mark.parametrize("piece", [40, 75, 128, 150])
 @pytest.mark.parametrize("K", [1, 2, 4])
-def test_causal_in_pieces_is_the_reference(K, piece, monkeypatch):
+def test_causal_equals_the_reference(K, piece, monkeypatch):
   # Pieces that do and do not divide the 150 tokens; a row's first 20 have nothing to read.
   monkeypatch.setattr(attention, "PIECE", piece)
   q, k, v, positions, segments = packed(K)
@@ -124,7 +124,7 @@ def test_causal_saves_no_scores_for_the_backward_pass():
 
 @pytest.mark.medium
 @pytest.mark.parametrize("K", [1, 2, 4])
-def test_splash_in_the_interpreter_is_the_reference(K):
+def test_interpreted_splash_equals_the_reference(K):
   q, k, v, positions, segments = packed(K)
   mask = attention.visible(positions, segments, positions, segments)
   weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
@@ -143,7 +143,7 @@ MESHES = pytest.mark.parametrize("shape, N, K", [
 
 @MESHES
 @pytest.mark.medium
-def test_the_library_form_on_a_mesh_is_the_reference_and_so_are_its_gradients(shape, N, K):
+def test_cudnn_on_a_mesh_equals_the_reference_with_gradients(shape, N, K):
   q, k, v, positions, segments = packed(K, N=N, T=151)
   mask = attention.visible(positions, segments, positions, segments)
   weight = np.random.default_rng(1).normal(size=q.shape) * (segments != 0)[..., None, None]
@@ -174,7 +174,7 @@ def test_splash_on_a_mesh_reads_the_right_key_heads(shape, N, K):
     ("cpu", "float32", 64, "causal"), ("tpu", "bfloat16", 64, "splash"),
     ("gpu", "bfloat16", 128, "cudnn"), ("gpu", "bfloat16", 20, "causal"),
     ("gpu", "float32", 64, "causal")])
-def test_the_backend_chooses(platform, dtype, width, want, monkeypatch):
+def test_auto_chooses_by_the_backend(platform, dtype, width, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, width) == want
   assert attention.choose("xla", dtype, width) == "xla"
@@ -187,7 +187,7 @@ def test_the_backend_chooses(platform, dtype, width, want, monkeypatch):
 
 
 @pytest.mark.parametrize("T, platform", [(4, "cpu"), (1, "cpu"), (1, "gpu")])
-def test_a_cache_is_read_as_the_reference_reads(T, platform, monkeypatch):
+def test_reading_a_cache_equals_the_reference(T, platform, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)  # one query: a sum or a product
   q, k, v, mask = random_inputs(B=3, T=T, S=9, N=8, K=2, H=6)
   got = attention.cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None, mask)
@@ -202,7 +202,7 @@ def test_a_cache_is_read_as_the_reference_reads(T, platform, monkeypatch):
 
 
 @pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])
-def test_the_library_form_is_the_reference(T, S):
+def test_cudnn_equals_the_reference(T, S):
   # The function that calls cuDNN, in its XLA implementation, because the tests have no GPU.
   q, k, v, mask = random_inputs(T=T, S=S)
   mask[:, :, 0] = True
@@ -222,7 +222,7 @@ def test_keys_and_values_are_not_repeated_for_the_query_heads(attend):
   assert held and max(map(math.prod, held)) == 3 * 13 * 2 * 6
 
 
-def test_a_table_is_one_that_kernels_take():
+def test_table_sizes_suit_the_kernels():
   # The GPU's wants eight parts, each in blocks of up to eight pages, and of a power of two.
   for pages in range(1, 700):
     part, remainder = divmod(attention.table_size(pages), 8)

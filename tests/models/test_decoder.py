@@ -91,7 +91,7 @@ def test_initial_features_are_finite_and_logits_near_uniform(tiny):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_prefill_and_decode_are_one_forward(family, tiny_json, randomized):
+def test_prefill_and_decode_equal_one_forward_pass(family, tiny_json, randomized):
   model = models.get(tiny_json(family))
   params, apply, rows = randomized(model), jax.jit(model.apply), 3
   ids = tokens(rows)
@@ -263,7 +263,7 @@ def test_gradients_on_eight_devices_equal_those_on_one(tiny_json, randomized):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, one)
 
 
-def test_a_decode_reads_a_cache_of_key_heads_alone(tiny_json):
+def test_decoding_repeats_no_key_heads_of_the_cache(tiny_json):
   # 13 slots of two key heads of six: no array of the program has those for the eight query heads
   # (within a fusion a number may be met more than once, and is kept nowhere).
   model = models.get(tiny_json("llama", num_attention_heads=8, num_key_value_heads=2, head_dim=6))

@@ -155,7 +155,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(saved):
   assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_save_cut_short_leaves_the_old_one(saved, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_folder(saved, monkeypatch):
   folder, model, params = saved
   def cut(*_):
     raise KeyboardInterrupt
@@ -168,7 +168,7 @@ def test_a_save_cut_short_leaves_the_old_one(saved, monkeypatch):
   assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
-def test_the_same_weights_are_the_same_bytes_and_identity(saved, tmp_path):
+def test_equal_weights_give_equal_bytes_and_identity(saved, tmp_path):
   folder, model, params = saved
   copy = hf.save(tmp_path / "copy", model, params)
   for path in folder.iterdir():
@@ -182,7 +182,7 @@ def test_the_checksum_is_of_the_file(saved):
   assert (folder / "SHA256SUMS").read_text() == f"{want}  model.safetensors\n"
 
 
-def test_identity_sees_values_header_size_config_index_and_download(saved, tmp_path):
+def test_identity_changes_with_values_header_size_config_index_and_download(saved, tmp_path):
   folder, model, params = saved
   identities = [hf.identity(folder)]
   def look():
@@ -211,7 +211,7 @@ def test_identity_sees_values_header_size_config_index_and_download(saved, tmp_p
   look()
 
 
-def test_identity_sees_the_blob_of_a_download(saved, tmp_path):
+def test_identity_changes_with_the_blob_of_a_download(saved, tmp_path):
   folder, _, _ = saved
   before = hf.identity(folder)
   (tmp_path / "blobs").mkdir()
@@ -362,7 +362,7 @@ def test_a_kill_between_two_renames_loses_nothing(saved, monkeypatch):
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_adapters_are_not_dropped_in_silence(saved, tmp_path):
+def test_a_model_with_adapters_is_refused(saved, tmp_path):
   _, model, params = saved
   adapted = models.build(dataclasses.replace(model.config, lora=models.Lora(2, 4.0, ("q",))))
   with pytest.raises(ValueError, match="a model with adapters has no Hugging Face folder"):
@@ -454,7 +454,7 @@ def test_large_models_are_saved_in_shards_that_others_read(saved, tmp_path):
   assert_equal(hf.load(again)[1], params)
 
 
-def test_every_tensor_is_the_sources_byte_for_byte(saved, tmp_path):
+def test_a_saved_tensor_has_the_bytes_of_the_source(saved, tmp_path):
   # A source of several types, as some are published: norms in float32, the rest in bfloat16.
   folder, model, _ = saved
   def mix(tensors):

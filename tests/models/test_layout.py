@@ -54,7 +54,7 @@ def listed():
 
 
 @pytest.mark.medium
-def test_weights_and_slots_live_where_the_list_says():
+def test_layouts_of_weights_and_slots_equal_the_list():
   assert listed() == json.loads(LIST.read_text())
 
 

@@ -68,7 +68,7 @@ def test_new_adapters_change_nothing(base):
                                 features(model, params))
 
 
-def test_merging_is_the_formula(base):
+def test_merging_equals_the_formula(base):
   # In float64: W + (alpha / rank) A B, for every target of every layer; nothing else moves.
   model, params = base
   adapted_model, adapters = adapted(model), random_adapters(adapted(model))

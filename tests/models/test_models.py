@@ -25,7 +25,7 @@ def test_published_parameter_counts(name, count):
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_table_is_the_parameter_tree(family, tied, tiny_json):
+def test_the_weight_table_equals_the_parameter_tree(family, tied, tiny_json):
   config = models.get(tiny_json(family, tie_word_embeddings=tied)).config
   shapes, table = models.shapes(config), models.weights(config)
   assert table.keys() == layout.flat(shapes).keys()
@@ -37,7 +37,7 @@ def test_the_table_is_the_parameter_tree(family, tied, tiny_json):
                shapes, models.axes(config))
 
 
-def test_equal_configs_are_one_model(tiny_json):
+def test_equal_configs_give_one_model(tiny_json):
   assert models.get(tiny_json("qwen3")) is models.get(tiny_json("qwen3", unread=1))
   assert models.get("qwen3-1.7b") is models.get("Qwen3-1.7B")
   assert models.get("qwen3-1.7b") != models.get("qwen3-1.7b", dtype="bfloat16")
@@ -45,7 +45,7 @@ def test_equal_configs_are_one_model(tiny_json):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_config_json_there_and_back(family, tiny_json):
+def test_config_json_round_trip(family, tiny_json):
   config = models.get(tiny_json(family, tie_word_embeddings=True)).config
   assert models.read_config(models.config_json(config)) == config
 

@@ -88,7 +88,7 @@ def test_rope_frequencies(scaling):
   np.testing.assert_allclose(got, model.model.rotary_emb.inv_freq, rtol=1e-6)
 
 
-def test_rms_norm_is_theirs():
+def test_rms_norm_equals_theirs():
   rng = np.random.default_rng(0)
   x, scale = rng.normal(size=(2, 5, 32)).astype(np.float32), rng.normal(1, 0.3, 32)
   theirs = transformers.models.llama.modeling_llama.LlamaRMSNorm(32, eps=1e-5)
@@ -100,7 +100,7 @@ def test_rms_norm_is_theirs():
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
-def test_rope_is_theirs(scaling):
+def test_rope_equals_theirs(scaling):
   model = torch_model("llama", {"num_key_value_heads": 2}, scaling or PLAIN)
   config = models.read_config(model.config.to_dict())
   x = np.random.default_rng(0).normal(size=(2, 60, 4, 16)).astype(np.float32)
@@ -125,7 +125,7 @@ def pair(request, tmp_path):
 
 
 @pytest.mark.medium
-def test_attention_and_one_layer_are_theirs(pair):
+def test_attention_and_one_layer_equal_theirs(pair):
   theirs, model, params = pair
   c, T = model.config, 20
   x = np.random.default_rng(0).normal(size=(2, T, 32)).astype(np.float32)
@@ -151,7 +151,7 @@ def test_attention_and_one_layer_are_theirs(pair):
 
 
 @pytest.mark.medium
-def test_the_gradient_of_every_weight_is_theirs(pair):
+def test_the_gradient_of_every_weight_equals_theirs(pair):
   theirs, model, params = pair
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 48, (2, 20)).astype(np.int32)

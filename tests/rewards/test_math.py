@@ -47,7 +47,7 @@ def test_last_boxed(text, expected):
   assert math.last_boxed(text) == expected
 
 
-def test_no_box_earns_nothing_even_for_an_empty_answer():
+def test_a_text_without_a_box_has_reward_0_for_an_empty_answer():
   assert math.reward({"answer": ""}, "no box here") == 0.0
 
 
@@ -122,7 +122,7 @@ UNITS = [
 
 
 @pytest.mark.parametrize("answer, boxed, expected", UNITS)
-def test_units_and_answers_of_nothing(answer, boxed, expected):
+def test_units_and_empty_answers(answer, boxed, expected):
   assert math.reward({"answer": answer}, f"so \\boxed{{{boxed}}}.") == expected
 
 

@@ -17,7 +17,7 @@ ANSWER = 21     # tokens of the longest worked answer, its end included
 BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
   """The config, locked."""
   arg = common.parse_arg(arg, seed=0, tiny=False)
   config = ml_collections.ConfigDict()

@@ -7,10 +7,12 @@ folders Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct under `models`, and the
 `common.math`. Not yet run at this size here; `:tiny` as in qwen3_math.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ConfigDict:
   """The config, locked."""
   arg = common.parse_arg(arg, seed=0, models="models", data="data", tiny=False)
   config = common.math(arg)

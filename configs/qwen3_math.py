@@ -7,10 +7,12 @@ Needs the folders Qwen3-8B and Qwen3-1.7B under `models`, and JSON lines of prob
 `:tiny` keeps the two folders and the data and shrinks everything else.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ConfigDict:
   """The config, locked."""
   arg = common.parse_arg(arg, seed=0, models="models", data="data", tiny=False)
   config = common.math(arg)

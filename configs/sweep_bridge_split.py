@@ -3,10 +3,12 @@
   s2d-jax run --config=configs/sweep_bridge_split.py --workdir=runs/ladder [--plan]
 """
 
+from ml_collections import ConfigDict
+
 from configs import arithmetic
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ConfigDict:
   """configs/arithmetic.py with the bridge, 0 to 100 % of its updates in the forward-KL warmup."""
   config = arithmetic.get_config(arg)
   total = config.stages.forward_kl.steps + config.stages.reverse_kl.steps

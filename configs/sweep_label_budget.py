@@ -3,10 +3,12 @@
   s2d-jax run --config=configs/sweep_label_budget.py --workdir=runs/ladder [--plan]
 """
 
+from ml_collections import ConfigDict
+
 from configs import arithmetic
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ConfigDict:
   """configs/arithmetic.py with three arms, and the shares of the labelled problems to run."""
   config = arithmetic.get_config(arg)
   with config.unlocked():

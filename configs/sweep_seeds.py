@@ -3,10 +3,12 @@
   s2d-jax run --config=configs/sweep_seeds.py --workdir=runs/ladder [--plan]
 """
 
+from ml_collections import ConfigDict
+
 from configs import arithmetic
 
 
-def get_config(arg=""):
+def get_config(arg: str = "") -> ConfigDict:
   """configs/arithmetic.py with every arm, and the seeds to run it with."""
   config = arithmetic.get_config(arg)
   with config.unlocked():

@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
   parser = command.Parser("eval", "Scores a model on sets of checked problems.", EXAMPLE)
   parser.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
   parser.add_argument("--task", required=True, choices=tuple(tasks.TASKS), metavar="TASK",
-                      help=f"how problems are asked and checked: {', '.join(tasks.TASKS)}")
-  parser.add_argument("--sets", required=True, help="their names, with commas between")
+                      help=f"prompts and answer check: {', '.join(tasks.TASKS)}")
+  parser.add_argument("--sets", required=True, help="names of sets, with commas between")
   parser.add_argument("--data", default="data", metavar="FOLDER",
-                      help="of SET.jsonl, or where arithmetic's sets are made; by default data")
+                      help="has SET.jsonl; for arithmetic, gets its sets; by default data")
   parser.add_argument("--k", type=int, default=1, help="samples of each problem")
   parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
                       help="an argument of the chat template, such as enable_thinking=false")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--dtype", default="float32", help="of the activations, or bfloat16")
-  parser.add_argument("--batch", type=int, default=64, help="problems that are sampled at a time")
+  parser.add_argument("--dtype", default="float32", help="of the activations: float32, bfloat16")
+  parser.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
   args = parser.parse_args(argv)
   # Before the model is loaded, which takes minutes for a large one.
   for name in ("k", "max_tokens", "batch"):

@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 CODE = sources("s2d_jax", "configs", "examples", "benchmarks", "results", "tests")
-TYPED = [ROOT / name for name in ("s2d_jax", "benchmarks", "examples")]
+TYPED = [ROOT / name for name in ("s2d_jax", "benchmarks", "examples", "configs", "results")]
 
 
 def found_by(measure: Callable[[ast.Module], list], files: Iterable[Path]) -> dict[str, list]:

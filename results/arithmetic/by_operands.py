@@ -14,7 +14,7 @@ from configs import arithmetic
 from s2d_jax import ladder, tasks
 
 
-def main(workdir):
+def main(workdir: str) -> None:
   """Prints a Markdown table."""
   config = arithmetic.get_config()
   source = tasks.get(config).source(config.evals.test.split)

@@ -74,7 +74,7 @@ class Chat:
         if token in string:
           raise ValueError(
             f"the stop string {string!r} holds {token!r}, a special token of {self.folder}, and a "
-            "response is read without those: choose another."
+            "response is decoded without those: choose another."
           )
 
   def fingerprint(self) -> str:

@@ -380,7 +380,7 @@ def _descend(source: pathlib.Path, config: Config) -> Json:
   run = {key: getattr(config, key) for key in models.RUN}
   if models.read_config(config_json, **run) != config:
     raise ValueError(f"{source} is another model than the one to save: give the folder that it "
-                     "was loaded from, or none.")
+                     "was loaded from, or leave source out.")
   return config_json
 
 

@@ -37,7 +37,7 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
     configs.append(one)
   # The mesh is set up once, around all runs of the process.
   if len({one.mesh for one in configs}) > 1:
-    raise ValueError("config.sweep has several meshes, and a process has one: run one sweep a mesh.")
+    raise ValueError("config.sweep has several meshes and a process has one: run a sweep of each.")
   if not configs:
     raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
   return configs

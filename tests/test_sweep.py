@@ -50,7 +50,7 @@ def test_configs_of_the_shipped_sweeps(config):
     ({"sede": 1}, "config.sweep has {'sede': 1}, which does not fit the config"),
     ({"seed": "one"}, "config.sweep has {'seed': 'one'}, which does not fit"),
     ({"stages.sft.optim.lrr": 1.0}, "which does not fit"),
-    ({"mesh": (2, 1, 1)}, "config.sweep has several meshes, and one process has one"),
+    ({"mesh": (2, 1, 1)}, "config.sweep has several meshes and a process has one"),
     (None, "config.sweep is empty: list some overrides")])
 def test_an_override_that_does_not_fit_is_refused_by_name(config, change, message):
   config.sweep = () if change is None else ({}, change)

@@ -52,13 +52,13 @@ FAMILIES = {
 LORA_RANK = {"arithmetic": 0, "llama_math": 2, "qwen3_math": 0}
 
 
-# Dotted keys that a run asks its config for; fields of the Sampling that a sampling block becomes.
+# Dotted keys that a run reads of its config, and fields that it reads of a Sampling.
 READS: set[str] = set()
 SAMPLING: set[str] = set()
 
 
 class Recorded(ml_collections.ConfigDict):
-  """A config that notes each key it is asked for, except while it is copied or checked."""
+  """A config that records each key that is read, except while it is copied or checked."""
   _unrecorded = 0
   _path = None  # of a block, dotted; a copy has none, and its reads are those of no block
 
@@ -79,8 +79,8 @@ def unrecorded():
   Recorded._unrecorded -= 1
 
 
-def quietly(function):
-  """The function, whose reads are not noted."""
+def without_recording(function):
+  """The function, with its reads of the config left out of the record."""
   def call(*args):
     with unrecorded():
       return function(*args)
@@ -88,7 +88,7 @@ def quietly(function):
 
 
 class Sampling(sampler.Sampling):
-  """A Sampling that notes which of its fields are asked for."""
+  """A Sampling that records which of its fields are read."""
 
   def __getattribute__(self, name):
     if name in sampler.Sampling._fields:
@@ -198,13 +198,13 @@ def tiny(name, folder):
   return config
 
 
-def odd_problems(task):
-  """The task with a reward that random weights get now and then: some groups are then mixed."""
+def sometimes_rewarded(task):
+  """The task with a reward for some random texts, so that some groups are mixed."""
   return task._replace(reward=lambda problem, text: max(
       task.reward(problem, text), float(sum(map(ord, text)) % 2)))
 
 
-class Ran(NamedTuple):
+class FinishedRun(NamedTuple):
   """A finished run."""
   name: str
   plans: dict    # evaluation split -> planning.Plan
@@ -221,7 +221,7 @@ def quick_compiles():
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def ran(request, quick_compiles, tmp_path_factory):
+def finished(request, quick_compiles, tmp_path_factory):
   """Every row of one config, run once, its evaluation on every benchmark it names."""
   folder = tmp_path_factory.mktemp(request.param)
   config = tiny(request.param, folder)
@@ -239,28 +239,28 @@ def ran(request, quick_compiles, tmp_path_factory):
     # it. That a loss reads all keys of its record, form by form, is held in test_objectives.
     patch.setattr(doctor, "check_config", lambda *_: None)
     patch.setattr(keys, "check_names", lambda *_: None)
-    patch.setattr(keys, "hashed", quietly(keys.hashed))
+    patch.setattr(keys, "hashed", without_recording(keys.hashed))
     patch.setattr(sampler, "Sampling", Sampling)
     for split in BENCHMARKS if config.task == "math" else (benchmark.split,):
       benchmark.split = split
       with jax.transfer_guard("disallow"):
-        task = odd_problems(tasks.get(config))
+        task = sometimes_rewarded(tasks.get(config))
         plans[split] = recipe.run(config, folder / "run", task, arms=ARMS)
-  return Ran(request.param, plans, folder / "run", unread(config))
+  return FinishedRun(request.param, plans, folder / "run", unread(config))
 
 
-def test_every_key_is_read(ran):
+def test_every_key_is_read(finished):
   # The planted keys show that the record sees one that is not.
-  benchmark = f"config.evals.{BENCHMARK[ran.name]}"
+  benchmark = f"config.evals.{BENCHMARK[finished.name]}"
   expected = ["config.banana", f"{benchmark}.banana", "config.stages.forward_kl.optim.banana",
               "config.stages.sft.banana",
               # An evaluation at the end runs in no stage, and one between steps stores no text.
               f"{benchmark}.stages", "config.evals.validation.log_samples"]
   # A rank of 0 makes no adapters, so that a run on all weights uses neither their scale nor their
   # targets: only the doctor reads them, and the fixture replaces it. llama_math reads both.
-  if LORA_RANK[ran.name] == 0:
+  if LORA_RANK[finished.name] == 0:
     expected += [f"config.stages.{row}.lora.{key}" for row in ROWS for key in ("alpha", "targets")]
-  assert sorted(ran.unread) == sorted(expected)
+  assert sorted(finished.unread) == sorted(expected)
 
 
 @functools.cache
@@ -281,13 +281,13 @@ def theirs(folder, ids):
     return model(torch.tensor(ids)).logits.numpy()
 
 
-def test_every_row_leaves_a_model_that_others_load(ran):
-  plan = next(iter(ran.plans.values()))
+def test_every_row_leaves_a_model_that_others_load(finished):
+  plan = next(iter(finished.plans.values()))
   assert [node.stage.name for node in plan.nodes.values()] == list(ROWS)
   ids = np.random.default_rng(0).integers(0, 24, (2, 9))
   positions = np.tile(np.arange(9, dtype=np.int32), (2, 1))
   for name, node in plan.nodes.items():
-    folder = ran.workdir / name
+    folder = finished.workdir / name
     model, params = hf.load(folder / "hf")
     shapes, mesh = models.shapes(model.config), sharding.make_mesh()
     final = checkpoint.load_final(folder, sharding.laid_out(
@@ -304,21 +304,21 @@ def test_every_row_leaves_a_model_that_others_load(ran):
     assert chat.Chat(folder / "hf", **plan.config.template).fingerprint() == plan.chat.fingerprint()
 
 
-def test_another_benchmark_keeps_finished_stages(ran):
-  first, *others = ran.plans.values()
+def test_another_benchmark_keeps_finished_stages(finished):
+  first, *others = finished.plans.values()
   for plan in others:
     assert list(plan.nodes) == list(first.nodes)
   for name in first.nodes:
-    assert len(list((ran.workdir / name / "starts").iterdir())) == 1
+    assert len(list((finished.workdir / name / "starts").iterdir())) == 1
   # The student that every row has taught, on each benchmark.
-  assert len(list(ran.workdir.glob("eval-*/result.json"))) == len(ran.plans)
-  assert len(list(ran.workdir.glob("arms/every_row-*.json"))) == len(ran.plans)
+  assert len(list(finished.workdir.glob("eval-*/result.json"))) == len(finished.plans)
+  assert len(list(finished.workdir.glob("arms/every_row-*.json"))) == len(finished.plans)
 
 
-def test_prompts_are_the_familys(ran):
-  for split, plan in ran.plans.items():
+def test_prompts_are_the_familys(finished):
+  for split, plan in finished.plans.items():
     ids = [p.id for p in (*plan.prompts["all"], *plan.prompts["validation"], *plan.prompts[split])]
     assert len(set(ids)) == len(plan.problems) == len(ids)
     text = plan.chat.decode(plan.prompts[split][0].tokens)
-    assert ("\\boxed{}" in text) == ("math" in ran.name)
-    assert text.endswith("<think></think>") == (ran.name == "qwen3_math")
+    assert ("\\boxed{}" in text) == ("math" in finished.name)
+    assert text.endswith("<think></think>") == (finished.name == "qwen3_math")

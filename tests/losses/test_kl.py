@@ -357,7 +357,7 @@ def numpy_with_rest(log_p, log_q, inside):
   return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
 
 
-def numpy_given(log_p, log_q, inside):
+def numpy_restricted_kl(log_p, log_q, inside):
   """KL of both renormalised on what is inside."""
   def renormalised(log):
     mass = np.where(inside, np.exp(log), 0.0)
@@ -383,7 +383,7 @@ FORMS = {
     "jsd": (lambda s, t: kl.jsd(s, t, 0.3), lambda s, t, chosen: numpy_jsd(s, t, 0.3)),
     "intersection": (
         lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0],
-        lambda s, t, chosen: numpy_given(s, t, numpy_support(*chosen, 3, "intersection"))),
+        lambda s, t, chosen: numpy_restricted_kl(s, t, numpy_support(*chosen, 3, "intersection"))),
     **{f"forward {support}": (
         lambda s, t, u=support: kl.top_k_forward_kl(s, t, 3, u)[0],
         lambda s, t, chosen, u=support: numpy_with_rest(t, s, numpy_support(*chosen, 3, u)))
@@ -556,8 +556,8 @@ def test_an_unknown_support_is_refused():
 def test_the_intersection_is_renormalised_and_an_empty_one_has_loss_0():
   got, _ = kl.intersection_reverse_kl(STUDENT_BTV, TEACHER_BTV, 4)
   inside = numpy_support(LOG_S, LOG_T, 4, "intersection")
-  np.testing.assert_allclose(got, numpy_given(LOG_S, LOG_T, inside), rtol=1e-5, atol=1e-6)
-  want = numerical(lambda x: numpy_given(log_softmax(x), LOG_T, inside),
+  np.testing.assert_allclose(got, numpy_restricted_kl(LOG_S, LOG_T, inside), rtol=1e-5, atol=1e-6)
+  want = numerical(lambda x: numpy_restricted_kl(log_softmax(x), LOG_T, inside),
                    np.asarray(STUDENT_BTV, np.float64))
   np.testing.assert_allclose(
       gradient(lambda s, t: kl.intersection_reverse_kl(s, t, 4)[0]), want, atol=2e-6)

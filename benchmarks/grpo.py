@@ -70,7 +70,7 @@ class Ours:
     learner = Role(self.model, params)
     actor = Role(self.model, sharding.abstract(params))
     stage_models = StageModels(learner, None, actor, on_policy=True, guide=None)
-    samplers = Samplers(sampler.Room(), sizes.prompt_tokens, stop_ids=(), decode=None)
+    samplers = Samplers(sampler.SamplerConfig(), sizes.prompt_tokens, stop_ids=(), decode=None)
     self.programs, self.compile_seconds = measure.stopwatch(
         lambda: compiling.compile_programs(stage_models, hp, objectives.GRPO, objectives.logp,
                                            optimizer, samplers))
@@ -79,7 +79,7 @@ class Ours:
     """Takes a step: its seconds, the seconds of its parts, tokens and entropy."""
     programs = self.programs
     seconds = {}
-    rollout, seconds["draw"] = measure.stopwatch(
+    (rollout, _), seconds["draw"] = measure.stopwatch(
         lambda: programs.sampler(self.state.params, self.prompts, (seed,)))
     def rewarded_batch() -> rollouts.Batch:
       even_B = [float(np.sum(rollout.response(b) % 2 == 0))

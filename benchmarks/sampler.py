@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from s2d_jax import ledger, models, sampler, sharding
+from s2d_jax import ledger, models, sharding
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt
-from s2d_jax.sampler import programs
+from s2d_jax.sampler import Sampler, SamplerConfig, Sampling, capacity
 from s2d_jax.sharding import Params
 
 FULL = {"workloads": "ragged,refill,uniform", "decode": "", "alone": "", "shape": "qwen3-29m",
@@ -86,23 +86,24 @@ class Ours:
     self.params = params
     width = len(work.prompts[0])
     self.prompts = [Prompt(i, tuple(ids)) for i, ids in enumerate(work.prompts)]
-    how = sampler.Sampling(work.samples, work.temperature, top_p=1.0, top_k=0, min_p=0.0,
-                           max_tokens=work.max_tokens, min_tokens=0, stop_ids=work.stop_ids)
+    sampling = Sampling(work.max_tokens, work.stop_ids, samples_per_prompt=work.samples,
+                        temperature=work.temperature)
     size = min(len(work.prompts), -(-work.slots // work.samples))
     row = (width + work.max_tokens) * cache_bytes(model.config)
     read = width * cache_bytes(model.config) + 4 * model.config.heads * width**2  # and its scores
-    need = (work.slots + 0.5) * row + min(size, programs.PROMPTS) * read
-    room = sampler.Room(cache_gib=need / 2**30, page=page)
-    self.draw, seconds = measure.stopwatch(
-        lambda: sampler.make(model, params, how, size, width, room))
-    self.account = {"compile_seconds": seconds, "memory": measure.memory(self.draw.compiled),
-                    "slots": self.draw.programs.shapes.batches[0]}
+    need = (work.slots + 0.5) * row + min(size, capacity.MAX_PROMPTS) * read
+    config = SamplerConfig(cache_gib=need / 2**30, page=page)
+    self.sampler, seconds = measure.stopwatch(
+        lambda: Sampler(model, sampling, size, width, config, params=params))
+    self.account = {"compile_seconds": seconds, "memory": measure.memory(self.sampler.compiled),
+                    "slots": self.sampler.programs.shapes.batches[0]}
 
   def ask(self, seed: int) -> measure.Json:
     """Samples every row: seconds, lengths, tokens, and the sampler's counts."""
-    self.draw.seen = {}
-    rows, seconds = measure.stopwatch(lambda: self.draw(self.params, self.prompts, (seed,)))
-    return {"seconds": seconds, "lengths": rows.response_length_B.tolist(), "stats": self.draw.seen,
+    (rows, stats), seconds = measure.stopwatch(
+        lambda: self.sampler(self.params, self.prompts, (seed,)))
+    return {"seconds": seconds, "lengths": rows.response_length_B.tolist(),
+            "stats": stats._asdict(),
             "tokens": [rows.response(b).tolist() for b in range(len(rows.response_BT))]}
 
 

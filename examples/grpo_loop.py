@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from s2d_jax import objectives, optim, rollouts, sampler, training
+from s2d_jax import objectives, optim, rollouts, training
 from s2d_jax.chat import Chat
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.losses.grpo import group_advantages
 from s2d_jax.models import hf
 from s2d_jax.rewards.arithmetic import reward
 from s2d_jax.rollouts import Prompt
+from s2d_jax.sampler import Sampler, Sampling
 
 ASSETS = Path(__file__).parents[1] / "s2d_jax" / "assets" / "arithmetic"
 PROMPT_TOKENS = 13   # of the longest problem, with the chat template around it
@@ -48,11 +49,9 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
   model, params = hf.load(args.model)
   chat = Chat(args.model)
   rows = problems.splits()["labelled"]
-  sampling = sampler.Sampling(samples_per_prompt=args.samples, temperature=1.0, top_p=1.0, top_k=0,
-                              min_p=0.0, max_tokens=ANSWER_TOKENS, min_tokens=0,
-                              stop_ids=tuple(chat.eos_ids))
+  sampling = Sampling(ANSWER_TOKENS, chat.eos_ids, samples_per_prompt=args.samples)
   # Everything is compiled here, once; the steps below only run it.
-  sample = sampler.make(model, params, sampling, args.prompts, PROMPT_TOKENS)
+  sampler = Sampler(model, sampling, batch=args.prompts, prompt_tokens=PROMPT_TOKENS)
   state, update = training.make(model, params, objectives.GRPO, optim.adamw(args.lr))
   rewards = []
   for step in range(args.steps):
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     prompts = [Prompt(row["id"], tuple(chat.render([{"role": "user", "content": row["problem"]}])))
                for row in chosen]
     # The seed names the step, so a second run draws the same samples.
-    rollout = sample(state.params, prompts, seed=(0, step))
+    rollout, _ = sampler(state.params, prompts, seed=(0, step))
     # The rows of a rollout are a problem's answers side by side, in the order of the prompts.
     reward_B = [reward(chosen[b // args.samples], chat.decode(rollout.response(b)))
                 for b in range(args.prompts * args.samples)]

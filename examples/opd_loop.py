@@ -14,11 +14,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d_jax import objectives, optim, rollouts, sampler, training
+from s2d_jax import objectives, optim, rollouts, training
 from s2d_jax.chat import Chat
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt
+from s2d_jax.sampler import Sampler, Sampling
 
 ASSETS = Path(__file__).parents[1] / "s2d_jax" / "assets" / "arithmetic"
 PROMPT_TOKENS = 13   # of the longest problem, with the chat template around it
@@ -52,17 +53,15 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
   student, params = hf.load(args.student)
   chat = Chat(args.student)
   batches = prompt_batches(chat, args.prompts)
-  sampling = sampler.Sampling(samples_per_prompt=args.samples, temperature=1.0, top_p=1.0, top_k=0,
-                              min_p=0.0, max_tokens=ANSWER_TOKENS, min_tokens=0,
-                              stop_ids=tuple(chat.eos_ids))
+  sampling = Sampling(ANSWER_TOKENS, chat.eos_ids, samples_per_prompt=args.samples)
   # Everything is compiled here, once; the steps below only run it.
-  sample = sampler.make(student, params, sampling, args.prompts, PROMPT_TOKENS)
+  sampler = Sampler(student, sampling, batch=args.prompts, prompt_tokens=PROMPT_TOKENS)
   state, update = training.make(student, params, objectives.REVERSE_KL, optim.adamw(args.lr),
                                 guide=teacher)
   kls = []
   for step in range(args.steps):
     # The seed names the step, so a second run draws the same samples.
-    rollout = sample(state.params, batches[step % len(batches)], seed=(0, step))
+    rollout, _ = sampler(state.params, batches[step % len(batches)], seed=(0, step))
     state, metrics = update(state, teacher_params, rollouts.batch(rollout))
     kls.append(float(metrics["kl"]))
     print(f"step {step:3d}  KL to the teacher {kls[-1]:.4f} nats a token  "

@@ -5,10 +5,11 @@ A mistake gives one sentence on standard error and exit code 2. Flags are writte
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -70,6 +71,21 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
   if strays:
     fail(f"{strays[0]!r} is not a flag: write --config.KEY=VALUE.")
   return values.config, args
+
+
+@contextlib.contextmanager
+def naming_flags(flags_of: Mapping[str, str]) -> Iterator[None]:
+  """Makes a flag of the field's name with which the message of a ValueError begins.
+
+  Args:
+    flags_of: the flags of fields that are not called like their field.
+  """
+  try:
+    yield
+  except ValueError as error:
+    field, _, sentence = str(error).partition(" ")
+    flag = flags_of.get(field, "--" + field.replace("_", "-"))
+    raise ValueError(f"{flag} {sentence}") from error
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from s2d_jax import hosts, sampler, sharding, training
+from s2d_jax import hosts, keys, sampler, sharding, training
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -36,7 +36,7 @@ class StageModels(NamedTuple):
 
 class Samplers(NamedTuple):
   """The settings that all samplers of a run share."""
-  config: sampler.Room
+  config: sampler.SamplerConfig
   prompt_tokens: int
   stop_ids: tuple[int, ...]
   decode: Callable[[np.ndarray], str]
@@ -52,8 +52,10 @@ class Samplers(NamedTuple):
     role_sampling = sampling(sampling_config, self.stop_ids)._replace(**changes)
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
-    return sampler.make(role.model, role.params, role_sampling, batch, self.prompt_tokens, config,
-                        self.decode)
+    # The doctor has checked the sampling, so what is refused here is the memory.
+    with keys.prefixed("config.sampler."):
+      return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
+                             self.decode, role.params)
 
 
 class Programs(NamedTuple):
@@ -70,9 +72,9 @@ def sampling(hp: ConfigDict, stop_ids: Sequence[int]) -> sampler.Sampling:
   return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
 
 
-def sampler_config(hp: ConfigDict) -> sampler.Room:
+def sampler_config(hp: ConfigDict) -> sampler.SamplerConfig:
   """The sampler's config from config.sampler."""
-  return sampler.Room(**{name: hp[name] for name in sampler.Room._fields})
+  return sampler.SamplerConfig(**{name: hp[name] for name in sampler.SamplerConfig._fields})
 
 
 def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, logp: Callable,

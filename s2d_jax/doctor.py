@@ -43,7 +43,7 @@ CONFIG_KEYS: Record = {
     "prompt_tokens": keys.at_least(1),
     "mesh": Key(lambda sizes: len(sizes) == 3 and min(sizes) >= 1,
                 "give three sizes of at least 1, for data, fsdp and tensor"),
-    "sampler": sampler.Room.KEYS, "probe": evals.PROBE_KEYS,
+    "sampler": sampler.SamplerConfig.KEYS, "probe": evals.PROBE_KEYS,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
 # The names that a row of the table of stages may use.
@@ -77,7 +77,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   """
   # Names and ranges come first: the checks of combinations may then read any key.
   keys.check_block("config", config, CONFIG_KEYS)
-  _named("config.sampler", sampler.check_room, compiling.sampler_config(config.sampler))
+  _named("config.sampler", sampler.check_config, compiling.sampler_config(config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
   _check_evals(config)
   for name, hp in config.stages.items():

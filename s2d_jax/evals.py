@@ -103,7 +103,7 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
   def check(index: int, rollout: Rollout) -> None:
     correct[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index)) >= 1
 
-  rollout = sample(params, prompts, seed, ended=check)
+  rollout, _ = sample(params, prompts, seed, on_finish=check)
   P = len(prompts)
   rows = range(len(rollout.prompt_id_B))
   # float32, because the scores of finished runs were computed in it.

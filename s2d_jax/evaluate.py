@@ -61,10 +61,8 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
   _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
-  # The model's own distribution but for temperature and top-p; 0 switches a truncation off.
-  sampling = sampler.Sampling(
-      samples_per_prompt=args.k, temperature=args.temperature, top_p=args.top_p, top_k=0, min_p=0.0,
-      max_tokens=args.max_tokens, min_tokens=0, stop_ids=tuple(tokenizer.eos_ids))
+  sampling = sampler.Sampling(args.max_tokens, tuple(tokenizer.eos_ids), samples_per_prompt=args.k,
+                              temperature=args.temperature, top_p=args.top_p)
   for name in sets:
     source = task.source(name)
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
@@ -77,8 +75,8 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
                        f"ones leaves the model's {model.config.max_positions} positions: lower "
                        "--max-tokens.")
     # Compiled for each set, because its longest prompt sets the shapes.
-    compiled = sampler.make(model, params, sampling, min(args.batch, len(prompts)), longest,
-                            text=tokenizer.decode)
+    compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts)), longest,
+                               decode=tokenizer.decode, params=params)
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
     with sampler.naming(args.model):
       one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),

@@ -7,7 +7,8 @@ A record maps each key's name to a `Key`, or to another record where the key hol
 The doctor checks a config against the records, and a stage's name is hashed from what they say.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
 from ml_collections import ConfigDict
@@ -97,6 +98,18 @@ def _check_value(path: str, value: Any, key: Key) -> None:
     fits = False
   if not fits:
     raise ValueError(f"{path} is {value!r}: {key.remedy}.")
+
+
+@contextlib.contextmanager
+def prefixed(path: str) -> Iterator[None]:
+  """Puts `path` before the message of a ValueError that is raised within.
+
+  A layer's messages begin with the name of its own field; the caller knows where the field stands.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{path}{error}") from error
 
 
 def defaults(record: Mapping[str, Key], **changes: Any) -> ConfigDict:

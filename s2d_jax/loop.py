@@ -30,7 +30,15 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels, compile_programs, narrow_cache
-from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
+from s2d_jax.rollouts import (
+  Batch,
+  PassRates,
+  Prompt,
+  Rewards,
+  RolloutSource,
+  SamplerStats,
+  StepRollouts,
+)
 from s2d_jax.sharding import Params
 from s2d_jax.training import TrainState
 
@@ -149,20 +157,17 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         if saved != step and step != start:
           _save(stage.folder, checkpoints, logs, step, state)
         raise SystemExit(hosts.RETRY)
-      # The sampler adds up its statistics over calls; the log wants those of one step.
-      if programs.sampler is not None:
-        programs.sampler.seen = {}
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
       with sampler.naming(f"{stage.name}, step {step}"):
-        state, values = _step(stage, programs, source, pass_rates, state, step, logs)
+        state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs)
       entry |= values
       _check(stage, step, saved, entry, compiled() - before)
       logs["metrics"].add(entry)
       seconds = time.monotonic() - clock
-      stats = {} if programs.sampler is None else programs.sampler.seen
+      sampled = {} if stats is None else stats._asdict()
       logs["timing"].add({"step": step, "seconds": seconds,
                           "tokens_per_second": entry["tokens"] / seconds,
-                          **{f"sampler_{name}": value for name, value in stats.items()}})
+                          **{f"sampler_{name}": value for name, value in sampled.items()}})
       shown = {key: f"{entry[key]:.3f}" for key in ("reward", "kl", "loss") if key in entry}
       bar.set_postfix(shown | {"tokens/s": f"{entry['tokens'] / seconds:.0f}"}, refresh=False)
       bar.update()
@@ -171,8 +176,9 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
 
 
 def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates: PassRates | None,
-          state: TrainState, step: int, logs: _Logs) -> tuple[TrainState, _Values]:
-  """One rollout batch and its updates: the new state and the step's metrics."""
+          state: TrainState, step: int,
+          logs: _Logs) -> tuple[TrainState, _Values, SamplerStats | None]:
+  """One rollout batch and its updates: the new state, the step's metrics, the sampler's counts."""
   hp = stage.hp
   # The whole learner, adapters joined, once a step: everything that reads it gets this one.
   live = stage.models.full(state.params)
@@ -210,7 +216,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
                                        _architectures(stage.models), pass_rate_rollout,
                                        programs.scores_first))
   _log_samples(stage, step_rollouts, step, logs["samples"])
-  return state, values
+  return state, values, step_rollouts.stats
 
 
 def _architectures(models: StageModels) -> ledger.Architectures:
@@ -299,7 +305,7 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
   if stage.models.on_policy:
     params = stage.models.full(state.params)
   # A seed of its own: the samples of step 0 do not depend on whether a cache was checked.
-  rollout = programs.sampler(params, stage.prompts_of(0, 0), (stage.seed, zlib.crc32(b"cache")))
+  rollout, _ = programs.sampler(params, stage.prompts_of(0, 0), (stage.seed, zlib.crc32(b"cache")))
   _, gap_values = _sampler_gap(programs, params, rollouts.batch(rollout))
   rms = gap_values["logp_gap_rms"]
   if not rms <= MAX_LOGP_GAP_NATS:  # also true for NaN

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 
-from s2d_jax import command, hosts, manifest, recipe, report, sharding, sweep, tasks, walk
+from s2d_jax import command, hosts, keys, manifest, recipe, report, sharding, sweep, tasks, walk
 
 _EXAMPLE = "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny"
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
   _set_up_process()
   configs = sweep.expand(config)
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
-  mesh = sharding.make_mesh(configs[0].mesh)
+  with keys.prefixed("config."):
+    mesh = sharding.make_mesh(configs[0].mesh)
   # Every run of a sweep is checked before the first one trains.
   for plan in plans:
     walk.check_folders(plan, args.workdir)

@@ -20,6 +20,7 @@ from s2d_jax import (
   compiling,
   doctor,
   evals,
+  keys,
   loop,
   models,
   objectives,
@@ -141,8 +142,10 @@ def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterato
     # Scores are read with an exact cache: only a stage compares its sampler with the trainer.
     role_sampling = compiling.sampling(block.sampling, stop_ids)._replace(**change)
     for role, (model, params) in roles.items():
-      compiled_sampler = sampler.make(model, params, role_sampling, size, config.prompt_tokens,
-                          compiling.sampler_config(config.sampler).exact(), str)
+      with keys.prefixed("config.sampler."):
+        compiled_sampler = sampler.Sampler(
+            model, role_sampling, size, config.prompt_tokens,
+            compiling.sampler_config(config.sampler).exact(), str, params)
       yield from _sampling(f"{role}{program}", compiled_sampler).items()
   found = {}
   for name, hp in config.evals.items():
@@ -188,7 +191,9 @@ def show(config: ConfigDict, topology: str | None = None) -> None:
     # A cached program cannot be read back without a chip: it would be a warning each.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
+  with keys.prefixed("config."):
+    mesh = sharding.make_mesh(config.mesh, devices)
+  with jax.set_mesh(mesh):
     print("bytes on each device")
     print(f"{'stage':<16}{'program':<20}{'arguments':>14}{'temporaries':>14}{'output':>14}")
     # Flushed line by line, because a large program takes minutes to compile.

@@ -47,12 +47,13 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
   need = int(np.prod(shape))
   if len(shape) != len(_AXES) or min(shape) < 1 or need > len(devices):
     raise ValueError(
-        f"mesh {tuple(shape)} needs {need} devices on the axes {_AXES} and {len(devices)} are "
-        "here: set config.mesh to three sizes whose product is at most that.")
+        f"mesh is {tuple(shape)}, which needs {need} devices on the axes {_AXES}, and "
+        f"{len(devices)} are here: choose three sizes whose product is at most that.")
   # A process without devices in the mesh could not take part in its programs.
   if jax.process_count() > 1 and need != len(devices):
-    raise ValueError(f"mesh {tuple(shape)} leaves {len(devices) - need} of {len(devices)} devices "
-                     "idle, and every process needs its own in it: set config.mesh to use all.")
+    raise ValueError(
+        f"mesh is {tuple(shape)}, which leaves {len(devices) - need} of {len(devices)} devices "
+        "idle, and every process needs its own in it: choose sizes that use all.")
   # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.
   auto = (jax.sharding.AxisType.Auto,) * len(_AXES)
   return jax.make_mesh(tuple(shape), _AXES, axis_types=auto, devices=devices[:need])

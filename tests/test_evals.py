@@ -22,16 +22,16 @@ class FixedSampler:
   def __init__(self, order=range(6)):
     self.calls, self.order = [], order
 
-  def __call__(self, params, prompts, seed, ended=None):
+  def __call__(self, params, prompts, seed, on_finish=None):
     self.calls.append((params, prompts, seed))
     repeated = [p for p in prompts for _ in range(3)]
     rows = rollouts.given_solutions(repeated, RESPONSES, 2, 4)
     beyond = np.arange(4)[None] >= rows.response_length_B[:, None]
     rows = rows._replace(response_BT=np.where(beyond, 99, rows.response_BT))
-    for index in self.order if ended is not None else ():
-      ended(index, rows)
+    for index in self.order if on_finish is not None else ():
+      on_finish(index, rows)
     self.calls.append("drawn")
-    return rows
+    return rows, rollouts.SamplerStats()
 
 
 def reward(prompt_id, ids):
@@ -79,8 +79,8 @@ def test_equal_answers_of_a_problem_have_equal_numbers():
 def test_a_response_cut_at_max_tokens_is_truncated():
   class Cut(FixedSampler):
     def __call__(self, *args, **kwargs):
-      rows = super().__call__(*args, **kwargs)
-      return rows._replace(finish_reason_B=np.array([1, 0, 1, 1, 0, 0], np.int32))
+      rows, counts = super().__call__(*args, **kwargs)
+      return rows._replace(finish_reason_B=np.array([1, 0, 1, 1, 0, 0], np.int32)), counts
   samples, _ = evals.solve(Cut(), "weights", PROMPTS, reward, (0,))
   np.testing.assert_array_equal(samples.truncated_PG, [[0, 1, 0], [0, 1, 1]])
 

@@ -68,7 +68,7 @@ def make(folder, mesh, reward=parity, evaluations=None, **changes):
   return loop.StageRun(
       name="student_grpo", folder=folder, seed=0, hp=hp, prompts_of=order,
       models=StageModels(learner, None, actor, on_policy=True, guide=None),
-      samplers=Samplers(sampler.Room(), prompt_tokens=3, stop_ids=(1,), decode=str),
+      samplers=Samplers(sampler.SamplerConfig(), prompt_tokens=3, stop_ids=(1,), decode=str),
       objective=objectives.GRPO, logp=objectives.logp,
       optimizer=optim.make(hp.optim, loop.update_count(hp), models.axes(model.config)),
       source=lambda sampler: rollouts.OnPolicy(
@@ -80,7 +80,7 @@ def make(folder, mesh, reward=parity, evaluations=None, **changes):
 
 def with_cache(stage, cache):
   """The stage with another type of the sampler's cache."""
-  return stage._replace(samplers=stage.samplers._replace(config=sampler.Room(cache=cache)))
+  return stage._replace(samplers=stage.samplers._replace(config=sampler.SamplerConfig(cache=cache)))
 
 
 def frozen_actor(stage, model, params, store):
@@ -466,8 +466,8 @@ def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_pat
   # Samples of the second step are those of the start, and not of the learner as it was then.
   one = stage("one")
   programs = loop.compile_programs(one.models, one.hp)
-  again = programs.pass_rate_sampler(start, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
-                         (0, zlib.crc32(b"pass rate")))
+  again, _ = programs.pass_rate_sampler(start, [Prompt(i, (2, 3 + i)) for i in prompts[1]],
+                                        (0, zlib.crc32(b"pass rate")))
   np.testing.assert_array_equal(again.response_BT, parts[1].response_BT)
   np.testing.assert_array_equal(again.sampler_logp_BT, parts[1].sampler_logp_BT)
   # Labels and tokens in the first epoch alone; the actor asks for new samples in the second.

@@ -31,7 +31,7 @@ def run(module, *flags):
     ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
     ("--config.arms=nope", "there is no arm 'nope': choose config.arms from"),
     ("--config.task=chess", "config.task is 'chess': choose arithmetic or math"),
-    ("--config.mesh=(64, 64, 64)", "set config.mesh to"),
+    ("--config.mesh=(64, 64, 64)", "config.mesh is (64, 64, 64), which needs 262144 devices"),
     ("--config.teacher=nowhere", "nowhere is not a folder"),
 ])
 def test_a_mistake_prints_one_sentence_and_writes_nothing(tmp_path, flag, message):

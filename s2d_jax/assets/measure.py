@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import rollouts, sampler
+from s2d_jax import rollouts
 from s2d_jax.chat import Chat
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.losses import kl
 from s2d_jax.models import Model
 from s2d_jax.rewards import arithmetic
 from s2d_jax.rollouts import Prompt, Rollout
+from s2d_jax.sampler import Sampler, Sampling
 from s2d_jax.sharding import Params
 
 # Of problems of four operands, the longest there are.
@@ -38,11 +39,10 @@ def sampled(chat: Chat, model: Model, params: Params, split: str, samples: int, 
     (correct_PG of zeros and ones, the Rollout behind it).
   """
   split_prompts, rows = prompts(chat, split)
-  sampling = sampler.Sampling(samples_per_prompt=samples, temperature=temperature, top_p=1.0,
-                              top_k=0, min_p=0.0, max_tokens=RESPONSE_TOKENS, min_tokens=0,
-                              stop_ids=chat.eos_ids)
-  sample = sampler.make(model, params, sampling, len(split_prompts), PROMPT_TOKENS)
-  rollout = sample(params, split_prompts, seed)
+  sampling = Sampling(RESPONSE_TOKENS, chat.eos_ids, samples_per_prompt=samples,
+                      temperature=temperature)
+  sampler = Sampler(model, sampling, len(split_prompts), PROMPT_TOKENS, params=params)
+  rollout, _ = sampler(params, split_prompts, seed)
   correct_B = [arithmetic.reward(rows[int(i)], chat.decode(rollout.response(b)))
                for b, i in enumerate(rollout.prompt_id_B)]
   return np.array(correct_B).reshape(len(split_prompts), samples), rollout

@@ -37,7 +37,7 @@ class Paged(NamedTuple):
   """
   layers: tuple[Pages, ...]
   table_Bn: jax.Array  # int32; page 0 belongs to no row, and finished rows write to it
-  room_B: jax.Array    # int32 number of tokens that a row's pages hold
+  capacity_B: jax.Array    # int32 number of tokens that a row's pages hold
 
 
 Cache = tuple[KV, ...] | Paged
@@ -55,10 +55,10 @@ def empty_pages(config: Config, batch: int, count: int, size: int, width: int,
                jnp.zeros((batch, width), jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
-def room(cache: Cache) -> jax.Array:
+def capacity(cache: Cache) -> jax.Array:
   """Number of tokens that the cache can hold of each row, int32 [B]."""
   if isinstance(cache, Paged):
-    return cache.room_B
+    return cache.capacity_B
   return jnp.full(cache[0].v_BKSH.shape[0], cache[0].v_BKSH.shape[2], jnp.int32)
 
 

@@ -8,6 +8,8 @@ from s2d_jax.rollouts.records import (
   FINISHED,
   Prompt,
   Rollout,
+  SamplerStats,
+  add_stats,
   concatenate,
   from_bytes,
   given_solutions,
@@ -15,7 +17,7 @@ from s2d_jax.rollouts.records import (
   take,
   to_bytes,
 )
-from s2d_jax.rollouts.sources import FrozenActor, GivenSolutions, OnPolicy, RolloutSource
+from s2d_jax.rollouts.sources import FrozenActor, GivenSolutions, OnFinish, OnPolicy, RolloutSource
 from s2d_jax.rollouts.steps import (
   PassRates,
   PromptOrder,
@@ -28,8 +30,9 @@ from s2d_jax.rollouts.steps import (
 from s2d_jax.rollouts.stores import Store
 
 __all__ = [
-  "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnPolicy", "PassRates", "Prompt",
-  "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource", "StepRollouts", "Store", "batch",
-  "concatenate", "from_bytes", "given_solutions", "minibatches", "pack", "row_key", "sample_step",
-  "score", "take", "to_bytes", "token_weights",
+  "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnFinish", "OnPolicy",
+  "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
+  "SamplerStats", "StepRollouts", "Store", "add_stats", "batch", "concatenate", "from_bytes",
+  "given_solutions", "minibatches", "pack", "row_key", "sample_step", "score", "take", "to_bytes",
+  "token_weights",
 ]

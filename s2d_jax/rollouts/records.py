@@ -41,6 +41,25 @@ class Rollout(NamedTuple):
     return self.response_BT[row, : self.response_length_B[row]]
 
 
+class SamplerStats(NamedTuple):
+  """Counts of one call of a sampler, or of several added up."""
+  dispatches: int = 0   # of the program that decodes
+  prefills: int = 0     # dispatches of the program that reads prompts
+  tokens: int = 0       # of the responses
+  slot_tokens: int = 0  # slots times steps: the cost of the tokens
+  requeued: int = 0     # rows that lost their pages and were sampled again
+  weights_bytes: int = 0        # of the weights' copy for decoding
+  weights_seconds: float = 0.0  # to make that copy
+
+
+def add_stats(parts: Sequence[SamplerStats | None]) -> SamplerStats | None:
+  """The sums of counts; a part is None where nothing was sampled, and so is the result of none."""
+  called = [part for part in parts if part is not None]
+  if not called:
+    return None
+  return SamplerStats(*map(sum, zip(*called, strict=True)))
+
+
 def row_key(seed: Sequence[int], prompt_id: int, sample_index: int) -> np.ndarray:
   """Two uint32 words that name a row's randomness: a hash of (seed…, prompt id, sample index).
 

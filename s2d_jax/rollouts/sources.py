@@ -9,18 +9,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from s2d_jax import hosts
-from s2d_jax.rollouts.records import Prompt, Rollout, given_solutions
+from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats, given_solutions
 from s2d_jax.rollouts.stores import Store
 from s2d_jax.sharding import Params
 
 OnFinish = Callable[[int, Rollout], None]  # (index of a row, the rollout, in which it is complete)
+Sample = Callable[..., tuple[Rollout, SamplerStats]]  # a `sampler.Sampler`, by its call
 
 
 class RolloutSource(Protocol):
   """Answers to a step's prompts."""
 
   def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
-             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+             on_finish: OnFinish | None = None,
+             ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """A rollout of the prompts.
 
     Args:
@@ -30,29 +32,32 @@ class RolloutSource(Protocol):
         that does not decode, or not for this step alone, does not call it.
 
     Returns:
-      (rollout, fresh_B): a prompt's samples side by side, in the order of the prompts; fresh_B is
-      True where a row was sampled for this step.
+      (rollout, fresh_B, stats): a prompt's samples side by side, in the order of the prompts;
+      fresh_B is True where a row was sampled for this step; stats are None where nothing was
+      sampled.
     """
 
 
 class OnPolicy(NamedTuple):
   """The learner's own samples, drawn anew in every step."""
-  sampler: Callable[..., Rollout]
+  sampler: Sample
   seed: tuple[int, ...]
   updates_per_step: int
 
   def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
-             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+             on_finish: OnFinish | None = None,
+             ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """As `RolloutSource.sample`; every row is fresh."""
-    rollout = self.sampler(params, prompts, (*self.seed, step, round),
-                           weight_version=step * self.updates_per_step, ended=on_finish)
+    rollout, stats = self.sampler(params, prompts, (*self.seed, step, round),
+                                  weight_version=step * self.updates_per_step,
+                                  on_finish=on_finish)
     # Each step has other weights, so nothing is read from a store.
-    return rollout, np.ones(len(rollout.prompt_id_B), bool)
+    return rollout, np.ones(len(rollout.prompt_id_B), bool), stats
 
 
 class FrozenActor(NamedTuple):
   """A frozen model's samples, each drawn once and kept in a store that other stages share."""
-  sampler: Callable[..., Rollout]
+  sampler: Sample
   params: Params
   store: Store
   seed: tuple[int, ...]
@@ -61,7 +66,8 @@ class FrozenActor(NamedTuple):
   epoch: Callable[[int], int]   # step -> the pass over the prompts; each pass has new samples
 
   def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
-             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+             on_finish: OnFinish | None = None,
+             ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """As `RolloutSource.sample`; rows that the store holds already are not fresh."""
     del params, on_finish
     # Epoch e has samples e·G to e·G + G − 1, so a second pass learns from new responses.
@@ -70,13 +76,14 @@ class FrozenActor(NamedTuple):
     part = f"{self.stage}-{step:08d}-{round}"
     # Whole prompts are sampled again where one sample is missing; the store keeps only new rows.
     missing = self.store.missing(prompts, indices)
+    stats = None
     if missing:
-      rollout = self.sampler(self.params, missing, self.seed, first_sample=first)
+      rollout, stats = self.sampler(self.params, missing, self.seed, first_sample=first)
       self.store.add(part, rollout, hosts.leader())
     rollout, parts = self.store.get(prompts, indices)
     # By the part's name, not by what was missing: a step that a kill interrupted after the store
     # was written is charged for the same rows when it is done again.
-    return rollout, np.array([name == part for name in parts])
+    return rollout, np.array([name == part for name in parts]), stats
 
 
 class GivenSolutions(NamedTuple):
@@ -86,9 +93,10 @@ class GivenSolutions(NamedTuple):
   max_tokens: int
 
   def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
-             on_finish: OnFinish | None = None) -> tuple[Rollout, np.ndarray]:
+             on_finish: OnFinish | None = None,
+             ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """As `RolloutSource.sample`, one row a prompt; no row is fresh."""
     del params, step, round, on_finish
     rollout = given_solutions(prompts, [self.solution(prompt.id) for prompt in prompts],
                               self.prompt_tokens, self.max_tokens)
-    return rollout, np.zeros(len(prompts), bool)
+    return rollout, np.zeros(len(prompts), bool), None

@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 
 from s2d_jax import hosts
 from s2d_jax.data import prompts as data_prompts
-from s2d_jax.rollouts.records import FINISHED, Prompt, Rollout, concatenate, take
+from s2d_jax.rollouts.records import (
+  FINISHED,
+  Prompt,
+  Rollout,
+  SamplerStats,
+  add_stats,
+  concatenate,
+  take,
+)
 from s2d_jax.rollouts.sources import FrozenActor, OnFinish, RolloutSource
 from s2d_jax.sharding import Params
 
@@ -49,6 +57,7 @@ class StepRollouts(NamedTuple):
   dropped: Rollout | None = None           # rows that are not learned from
   dropped_fresh_B: np.ndarray | None = None
   metrics: Mapping[str, Any] = {}          # of the rewards of all rounds
+  stats: SamplerStats | None = None        # of all rounds; None: nothing was sampled
 
 
 class Rewards(NamedTuple):
@@ -84,7 +93,7 @@ class PassRates(NamedTuple):
     # A step may have dropped prompts: only those learned from are looked at.
     id_B = rollouts.rollout.prompt_id_B.tolist()
     prompts = [by_id[i] for i in dict.fromkeys(id_B)]
-    rollout, fresh_B = self.source.sample(None, prompts, step)
+    rollout, fresh_B, _ = self.source.sample(None, prompts, step)
     pass_rate_P = score(self.reward, rollout).reshape(len(prompts), -1).mean(axis=1)
     weight_P = self.prompt_weights(pass_rate_P)
     # By id and not by position: a prompt's rows need not be the source's rows.
@@ -112,17 +121,20 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: _PromptsOf, s
   """
   if reward is None:
     prompts = prompts_of(step, 0)
-    rollout, fresh_B = source.sample(params, prompts, step)
-    return StepRollouts(prompts, rollout, fresh_B)
+    rollout, fresh_B, stats = source.sample(params, prompts, step)
+    return StepRollouts(prompts, rollout, fresh_B, stats=stats)
   G = hp.sampling.samples_per_prompt
   prompts = []
   parts = []
   fresh = []
   rewards = []
+  stats = []
   for round in range(max(hp.rounds, 1)):
     new = prompts_of(step, round)
     early = {}  # rewards by row, computed while other rows are still decoded
-    rollout, fresh_B = source.sample(params, new, step, round, _scorer(reward, new, G, early))
+    rollout, fresh_B, round_stats = source.sample(params, new, step, round,
+                                                  _scorer(reward, new, G, early))
+    stats.append(round_stats)
     prompts += new
     parts.append(rollout)
     fresh.append(fresh_B)
@@ -134,12 +146,12 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: _PromptsOf, s
     if mixed_P.sum() >= hp.prompts:
       break
   metrics = {"reward": reward_PG.mean(), "mixed_groups": mixed_P.mean(), "rounds": len(parts)}
-  return _learned(prompts, concatenate(parts), np.concatenate(fresh), reward_PG, mixed_P, hp,
-                  metrics)
+  learned = _learned(prompts, concatenate(parts), np.concatenate(fresh), reward_PG, mixed_P, hp)
+  return learned._replace(metrics=metrics, stats=add_stats(stats))
 
 
 def _learned(prompts: list[Prompt], rollout: Rollout, fresh_B: np.ndarray, reward_PG: np.ndarray,
-             mixed_P: np.ndarray, hp: ConfigDict, metrics: Mapping[str, Any]) -> StepRollouts:
+             mixed_P: np.ndarray, hp: ConfigDict) -> StepRollouts:
   """Splits the rows of all rounds into hp.prompts groups that are learned from, and the others."""
   G = reward_PG.shape[1]
   # Mixed groups first, each kind in the order of sampling; without rounds nothing is dropped.
@@ -156,7 +168,7 @@ def _learned(prompts: list[Prompt], rollout: Rollout, fresh_B: np.ndarray, rewar
   if hp.overlong == "mask":
     weight_B = weight_B * (learned.finish_reason_B == FINISHED.index("stop"))
   found = StepRollouts(prompts, learned, fresh_B[learned_B], weight_B,
-                       reward_PG[learned_P].reshape(-1), metrics=metrics)
+                       reward_PG[learned_P].reshape(-1))
   if not len(dropped_B):
     return found
   return found._replace(dropped=take(rollout, dropped_B), dropped_fresh_B=fresh_B[dropped_B])

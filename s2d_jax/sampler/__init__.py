@@ -1,22 +1,15 @@
-"""Sampling: `decode` runs on the device, `programs` compiles it, `scheduler` fills the slots.
+"""Sampling: `Sampler` compiles once; each call samples prompts and returns (Rollout, SamplerStats).
 
-`engine` is the interface: it checks arguments, compiles, and runs a schedule for each call.
+One file per subject: `sampling` chooses a token, `decode` runs on the device, `capacity` computes
+what fits, `programs` compiles, `memory` and `scheduler` fill the slots, `stop_strings` ends rows.
 """
 
-from s2d_jax.sampler.decode import Sampling
-from s2d_jax.sampler.engine import (
-  Sampler,
-  check_ends,
-  check_memory,
-  check_room,
-  check_sampling,
-  make,
-  sample,
-)
+from s2d_jax.rollouts import SamplerStats
+from s2d_jax.sampler.capacity import SamplerConfig, check_config
 from s2d_jax.sampler.folder import read as read_folder
-from s2d_jax.sampler.programs import Room
-from s2d_jax.sampler.scheduler import naming
+from s2d_jax.sampler.sampler import Sampler, check_memory, naming
+from s2d_jax.sampler.sampling import Sampling, check_sampling
+from s2d_jax.sampler.stop_strings import check_stop_strings
 
-# The schedule and the programs are internal: callers need only a Sampler and its settings.
-__all__ = ["Room", "Sampler", "Sampling", "check_ends", "check_memory", "check_room",
-           "check_sampling", "make", "naming", "read_folder", "sample"]
+__all__ = ["Sampler", "SamplerConfig", "SamplerStats", "Sampling", "check_config", "check_memory",
+           "check_sampling", "check_stop_strings", "naming", "read_folder"]

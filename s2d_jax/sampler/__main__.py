@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,18 +27,21 @@ import jax
 import jinja2
 from tqdm import tqdm
 
-from s2d_jax import command, models, rollouts, sampler, sharding
+from s2d_jax import command, keys, models, rollouts, sampler, sharding
 from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt, Rollout
-from s2d_jax.sampler import Sampler
+from s2d_jax.sampler import Sampler, SamplerConfig, Sampling
 from s2d_jax.sampler.decode import Weights
+from s2d_jax.sampler.scheduler import Request
 
 EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl --n 16"
 # Rows of one call of the sampler. The host's memory holds the rollout of a call, and a file may
 # have more rows than fit.
 SLICE = 16_384
+# The flags that are not called like the field that they set.
+FLAGS = {"samples_per_prompt": "--n", "stop_strings": "--stop"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,20 +70,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags.add_argument("--cache-gib", type=float, default=4.0, help="of each device, for the cache")
   flags.add_argument("--page", type=int, default=0, help="tokens of a page of the cache; 0: none")
   args = flags.parse_args(argv)
-  # Checked here as well as in the sampler, so that the message names the flag and comes before the
-  # model is loaded.
-  for name, wrong, remedy in (
-      ("n", args.n < 1, "1 or more"), ("max-tokens", args.max_tokens < 1, "1 or more"),
-      ("min-tokens", not 0 <= args.min_tokens <= args.max_tokens, "0 to max-tokens"),
-      ("temperature", not 0 <= args.temperature < math.inf, "0 (greedy) or more"),
-      ("top-p", not 0 < args.top_p <= 1, "above 0, up to 1"),
-      ("min-p", not 0 <= args.min_p <= 1, "0 to 1"), ("top-k", args.top_k < 0, "0 or more"),
-      ("seed", args.seed < 0, "0 or more"), ("page", args.page < 0, "0 (none) or more"),
-      ("cache-gib", not 0 < args.cache_gib < math.inf, "more than 0"),
-      ("mesh", not all(size.isdigit() for size in args.mesh.split(",")), "sizes such as 1,4,1")):
-    if wrong:
-      raise ValueError(f"--{name} is {getattr(args, name.replace('-', '_'))}: choose {remedy}.")
+  # Checked here as well as in the sampler, so that the message comes before the model is loaded.
+  with command.naming_flags(FLAGS):
+    sampler.check_sampling(sampling_of(args))
+    sampler.check_config(config_of(args))
+    keys.check_value("seed", args.seed, keys.at_least(0))
+  if not all(size.isdigit() for size in args.mesh.split(",")):
+    raise ValueError(f"--mesh is {args.mesh}: choose sizes such as 1,4,1.")
   return args
+
+
+def sampling_of(args: argparse.Namespace, stop_ids: Sequence[int] = ()) -> Sampling:
+  """The Sampling that the flags ask for."""
+  return Sampling(
+      max_tokens=args.max_tokens, stop_ids=tuple(stop_ids), samples_per_prompt=args.n,
+      temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
+      min_tokens=args.min_tokens, stop_strings=tuple(args.stop))
+
+
+def config_of(args: argparse.Namespace) -> SamplerConfig:
+  """The SamplerConfig that the flags ask for."""
+  return SamplerConfig(cache_gib=args.cache_gib, page=args.page)
 
 
 def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
@@ -147,7 +156,7 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
     yield
 
 
-def kept(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[int, int]]:
+def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[int, int]]:
   """{(id, sample)} of the complete lines of the output; removes a last line that was cut off.
 
   Raises:
@@ -192,10 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                           {"dtype": args.dtype})
   # Everything that can be refused without weights is refused before they are loaded.
   prompts = read(args.prompts, tokenizer)
-  sampling = sampler.Sampling(
-      args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_tokens,
-      args.min_tokens, tuple(tokenizer.eos_ids), tuple(args.stop))
-  sampler.check_ends(sampling, tokenizer.decode)
+  sampling = sampling_of(args, tokenizer.eos_ids)
   tokenizer.check_stops(sampling.stop_strings)
   model = models.build(config)
   for prompt in prompts:
@@ -208,41 +214,28 @@ def main(argv: Sequence[str] | None = None) -> None:
               "sampling": sampling._replace(samples_per_prompt=1)._asdict(), "seed": args.seed,
               "dtype": args.dtype}
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
-  room = sampler.Room(cache_gib=args.cache_gib, page=args.page)
   size = min(len(prompts), SLICE)
-  width = max(len(p.tokens) for p in prompts)
-  with _name_flags():
+  prompt_tokens = max(len(p.tokens) for p in prompts)
+  with command.naming_flags(FLAGS):
     mesh = sharding.make_mesh(tuple(map(int, args.mesh.split(","))))
   with jax.set_mesh(mesh):
     # Before the output is created, so that a refused command leaves no file.
-    with _name_flags():
-      sampler.check_memory(model, sampling, size, width, room)
+    with command.naming_flags(FLAGS):
+      sampler.check_memory(model, sampling, size, prompt_tokens, config_of(args))
     with only_writer(path, settings):
-      done = kept(path, prompts)
-      wanted = [(p, g) for p in prompts for g in range(args.n) if (p.id, g) not in done]
-      if wanted:
+      done = existing_rows(path, prompts)
+      missing = [(p, g) for p in prompts for g in range(args.n) if (p.id, g) not in done]
+      if missing:
         # As the sampler reads them: no float32 copy beside those of bfloat16.
         model, params = hf.load(args.model, mesh, run={"dtype": args.dtype},
                                 shapes=models.frozen_shapes)
-        draw = sampler.make(model, params, sampling, size, width, room, tokenizer.decode)
-        weights = draw.lay_out(params)
+        compiled = Sampler(model, sampling, size, prompt_tokens, config_of(args), tokenizer.decode,
+                           params)
+        weights = compiled.lay_out(params)
         del params  # a second copy that nothing reads any more
         with sampler.naming(args.model):
-          write(path, draw, weights, wanted, args.seed, tokenizer, len(done))
+          write(path, compiled, weights, missing, args.seed, tokenizer, len(done))
   print(path)
-
-
-@contextlib.contextmanager
-def _name_flags() -> Iterator[None]:
-  """Replaces a config's keys by flags in the message of a ValueError raised within."""
-  try:
-    yield
-  except ValueError as error:
-    text = str(error)
-    for key, flag in (("config.sampler.cache_gib", "--cache-gib"), ("max_tokens", "--max-tokens"),
-                      ("config.sampler.page", "--page"), ("config.mesh", "--mesh")):
-      text = text.replace(key, flag)
-    raise ValueError(text) from error
 
 
 def template(words: Sequence[str]) -> dict[str, Any]:
@@ -262,31 +255,31 @@ def template(words: Sequence[str]) -> dict[str, Any]:
   return found
 
 
-def write(path: pathlib.Path, draw: Sampler, params: Weights, wanted: Sequence[tuple[Prompt, int]],
+def write(path: pathlib.Path, compiled: Sampler, weights: Weights, requests: Sequence[Request],
           seed: int, tokenizer: Chat, before: int) -> None:
   """Samples rows and appends each to the output as soon as it has ended.
 
   Args:
-    wanted: (prompt, sample index) of each row.
+    requests: (prompt, sample index) of each row.
     before: number of rows that the output has already, for the progress bar.
   """
   with open(path, "a", encoding="utf-8") as out, tqdm(
-      total=before + len(wanted), initial=before, unit="row", file=sys.stderr) as bar:
-    def ended(place: int, rows: Rollout) -> None:
-      prompt, sample = part[place]
-      ids = rows.response(place)
+      total=before + len(requests), initial=before, unit="row", file=sys.stderr) as bar:
+    def on_finish(index: int, rollout: Rollout) -> None:
+      prompt, sample = part[index]
+      ids = rollout.response(index)
       out.write(json.dumps({
           "id": prompt.id, "prompt": prompt_hash(prompt), "sample": sample,
           "response": tokenizer.decode(ids),
-          "finish": rollouts.FINISHED[rows.finish_reason_B[place]], "tokens": ids.tolist(),
-          "logp": [round(float(x), 6) for x in rows.sampler_logp_BT[place, : len(ids)]]},
+          "finish": rollouts.FINISHED[rollout.finish_reason_B[index]], "tokens": ids.tolist(),
+          "logp": [round(float(x), 6) for x in rollout.sampler_logp_BT[index, : len(ids)]]},
           allow_nan=False) + "\n")
       # Each line reaches the file at once, so that a kill loses only the rows being decoded.
       out.flush()
       bar.update()
-    for start in range(0, len(wanted), SLICE):
-      part = wanted[start: start + SLICE]
-      draw.rows(params, part, (seed,), ended=ended)
+    for start in range(0, len(requests), SLICE):
+      part = requests[start: start + SLICE]
+      compiled.sample_rows(weights, part, (seed,), on_finish=on_finish)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ try:
       where = sharding.weight_shardings(
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
-      sampling = sampler.Sampling(2, float(texts[2]), 1.0, 0, 0.0, 4, 0, ())
-      rows = sampler.sample(model, params, [rollouts.Prompt(int(texts[1]), (1, 2))], sampling,
-                            (0,))
+      sampling = sampler.Sampling(4, samples_per_prompt=2, temperature=float(texts[2]))
+      compiled = sampler.Sampler(model, sampling, batch=1, prompt_tokens=2)
+      rows, _ = compiled(params, [rollouts.Prompt(int(texts[1]), (1, 2))], (0,))
       texts = [str(rows.response_length_B.sum())]
     print("drew", *texts)
     texts = []

@@ -1,11 +1,11 @@
 """A new truncation, top-nσ, touches the config's block of sampling keys alone: one place.
 
-Its own code is a field, a key and a line of `truncate`, which stand together in sampler/decode.py.
+Its own code is a field, a key and a line of `truncate`, together in sampler/sampling.py.
 """
 
 from tests.newcomer.checkout import PLAN, Checkout
 
-DECODE = "s2d_jax/sampler/decode.py"
+SAMPLING = "s2d_jax/sampler/sampling.py"
 COMMON = "configs/common.py"
 FIELD = ("  stop_strings: tuple[str, ...] = ()\n",
          "  stop_strings: tuple[str, ...] = ()\n  top_sigma: float = 0.0\n")
@@ -23,16 +23,16 @@ SET = 'config.stages.reverse_kl.sampling.top_sigma = 1.5\n'
 # Logits 4, 2, 0, 0: mean 1.5, σ = √2.75 = 1.66, so 1.5σ below the top is 1.51.
 TRUNCATED = """
 import jax.numpy as jnp
-from s2d_jax.sampler import decode
-sampling = decode.Sampling(1, 1.0, 1.0, 0, 0.0, 4, 0, (), (), 1.5)
-print(jnp.isfinite(decode.truncate(jnp.array([[4.0, 2.0, 0.0, 0.0]]), sampling)).tolist())
+from s2d_jax.sampler.sampling import Sampling, truncate
+sampling = Sampling(max_tokens=4, top_sigma=1.5)
+print(jnp.isfinite(truncate(jnp.array([[4.0, 2.0, 0.0, 0.0]]), sampling)).tolist())
 print(sampling.plain(), sampling._replace(top_sigma=0.0).plain())
 """
 
 
 def add(checkout: Checkout, in_the_config: bool = True, key: bool = True) -> None:
   for old, new in (FIELD, *([KEY] if key else []), CODE):
-    checkout.edit(DECODE, old, new)
+    checkout.edit(SAMPLING, old, new)
   checkout.touched.clear()  # the new code itself
   if in_the_config:
     checkout.edit(COMMON, "    min_tokens=0,", "    top_sigma=0.0,\n    min_tokens=0,")

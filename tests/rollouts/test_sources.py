@@ -5,6 +5,7 @@ import numpy as np
 from s2d_jax import recipe, rollouts
 from s2d_jax.rollouts import Prompt
 
+STATS = rollouts.SamplerStats(dispatches=3, tokens=8)
 PROMPTS = [Prompt(10, (5, 6)), Prompt(20, (7,))]
 
 
@@ -14,7 +15,7 @@ class Sampler:
   def __init__(self):
     self.calls = []
 
-  def __call__(self, params, prompts, seed, first_sample=0, weight_version=0, ended=None):
+  def __call__(self, params, prompts, seed, first_sample=0, weight_version=0, on_finish=None):
     self.calls.append((params, [p.id for p in prompts], seed, first_sample, weight_version))
     pairs = [(prompt, first_sample + g) for prompt in prompts for g in range(2)]
     rollout = rollouts.given_solutions(
@@ -22,7 +23,7 @@ class Sampler:
     zeros_BT = np.zeros((len(pairs), 2), np.float32)
     return rollout._replace(sample_index_B=np.array([index for _, index in pairs], np.int32),
                             sampler_logp_BT=zeros_BT, behaviour_logp_BT=zeros_BT,
-                            weight_version=weight_version)
+                            weight_version=weight_version), STATS
 
 
 def frozen(sampler, folder, stage):
@@ -36,21 +37,22 @@ def frozen(sampler, folder, stage):
 def test_an_on_policy_source_seeds_by_step_and_round():
   sampler = Sampler()
   source = rollouts.OnPolicy(sampler, (3, 4), updates_per_step=6)
-  rollout, fresh_B = source.sample("live", PROMPTS, 5, 1)
+  rollout, fresh_B, stats = source.sample("live", PROMPTS, 5, 1)
   assert sampler.calls == [("live", [10, 20], (3, 4, 5, 1), 0, 30)]
-  assert fresh_B.tolist() == [True] * 4 and rollout.weight_version == 30
+  assert fresh_B.tolist() == [True] * 4 and rollout.weight_version == 30 and stats == STATS
 
 
 def test_a_frozen_actor_samples_once_an_epoch_with_its_own_weights(tmp_path):
   sampler = Sampler()
   source = frozen(sampler, tmp_path / "store", "a")
-  first, fresh_B = source.sample("live", PROMPTS, 0)
+  first, fresh_B, stats = source.sample("live", PROMPTS, 0)
   assert sampler.calls == [("frozen", [10, 20], (3,), 0, 0)] and fresh_B.all()
+  assert stats == STATS
   assert first.sample_index_B.tolist() == [0, 1, 0, 1]
-  again, fresh_B = source.sample("live", PROMPTS, 1)  # the same epoch: nothing is missing
-  assert len(sampler.calls) == 1 and not fresh_B.any()
+  again, fresh_B, stats = source.sample("live", PROMPTS, 1)  # the same epoch: nothing is missing
+  assert len(sampler.calls) == 1 and not fresh_B.any() and stats is None
   np.testing.assert_array_equal(again.response_BT, first.response_BT)
-  later, fresh_B = source.sample("live", PROMPTS, 4)  # the next epoch asks for samples 2 and 3
+  later, fresh_B, _ = source.sample("live", PROMPTS, 4)  # the next epoch asks for samples 2 and 3
   assert sampler.calls[1][3] == 2 and fresh_B.all()
   assert later.sample_index_B.tolist() == [2, 3, 2, 3]
 
@@ -58,15 +60,15 @@ def test_a_frozen_actor_samples_once_an_epoch_with_its_own_weights(tmp_path):
 def test_a_step_done_again_after_a_kill_is_charged_for_the_same_rows(tmp_path):
   frozen(Sampler(), tmp_path / "store", "a").sample(None, PROMPTS, 0)
   sampler = Sampler()
-  _, fresh_B = frozen(sampler, tmp_path / "store", "a").sample(None, PROMPTS, 0)
+  _, fresh_B, _ = frozen(sampler, tmp_path / "store", "a").sample(None, PROMPTS, 0)
   assert fresh_B.all() and sampler.calls == []
-  _, fresh_B = frozen(sampler, tmp_path / "store", "b").sample(None, PROMPTS, 0)
+  _, fresh_B, _ = frozen(sampler, tmp_path / "store", "b").sample(None, PROMPTS, 0)
   assert not fresh_B.any() and sampler.calls == []  # another stage reuses them
 
 
 def test_given_solutions_have_no_log_probabilities_and_are_not_fresh():
   source = rollouts.GivenSolutions({10: [8, 1], 20: [9, 9, 1]}.get, prompt_tokens=2, max_tokens=4)
-  rollout, fresh_B = source.sample(None, PROMPTS, 0)
+  rollout, fresh_B, stats = source.sample(None, PROMPTS, 0)
   assert [rollout.response(b).tolist() for b in range(2)] == [[8, 1], [9, 9, 1]]
   assert not fresh_B.any() and rollout.sampler_logp_BT is None
   batch = rollouts.batch(rollout)

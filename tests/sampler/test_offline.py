@@ -135,11 +135,13 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
     ('{"messages": [{"content": "1+2"}]}', {}, "line 1 is no JSON object"),
     ('{"problem": "1+2"}', {"cache-gib": "inf"}, "--cache-gib is inf"),
     ('{"problem": "1+2"}', {"mesh": "a,1,1"}, "--mesh is a,1,1: choose sizes such as 1,4,1"),
-    ('{"problem": "1+2"}', {"mesh": "1,1"}, "set --mesh to three sizes"),
+    ('{"problem": "1+2"}', {"mesh": "1,1"}, "--mesh is .1, 1., which .*: choose three"),
     ('{"problem": "1+2"}', {"temperature": "nan"}, "--temperature is nan"),
     ('{"problem": "1+2"}', {"stop": "<|end|>"}, "'<.end.>', a special token of"),
-    ('{"problem": "1+2"}', {"cache-gib": 1e-9}, "--cache-gib is 1e-09: raise it, or lower --max-t"),
-    ("", {}, "has no prompts"), ('{"problem": "1+2"}', {"n": 0}, "--n is 0: choose 1 or more"),
+    ('{"problem": "1+2"}', {"cache-gib": 1e-9},
+     "--cache-gib is 1e-09, and one row of .* raise it, or lower max_tokens"),
+    ("", {}, "has no prompts"),
+    ('{"problem": "1+2"}', {"n": 0}, "--n is 0: set it to a whole number of at least 1"),
     ('{"problem": "1+2"}', {"temperature": -1}, "--temperature is -1.0"),
     ('{"problem": "1+2", "id": 4}', {"max-tokens": 10_000}, "prompt 4 has 5 tokens and with 10000"),
 ])
@@ -238,7 +240,7 @@ def test_a_damaged_line_is_named(prompts, tmp_path):
     out.write_text('{"id": 0, "prompt": "00", "sample": 0}\n' + damaged + "\n{\"cut")
     before = out.read_bytes()
     with pytest.raises(ValueError, match="out.jsonl line 2 is no sample: take the line out"):
-      offline.kept(out, [])
+      offline.existing_rows(out, [])
     assert out.read_bytes() == before
 
 

@@ -50,10 +50,10 @@ def test_greedy_is_generate(family, tmp_path):
   model, params = hf.load(tmp_path)
   free = [generated(theirs, prompt)[0] for prompt in PROMPTS]
   stop = free[0][6]  # so that some responses end and others do not
-  greedy = sampler.Sampling(samples_per_prompt=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
-                            max_tokens=T, min_tokens=0, stop_ids=(stop,))
-  rows = sampler.sample(
-      model, params, [rollouts.Prompt(i, tuple(p)) for i, p in enumerate(PROMPTS)], greedy, (0,))
+  greedy = sampler.Sampling(max_tokens=T, stop_ids=(stop,), temperature=0.0)
+  compiled = sampler.Sampler(model, greedy, len(PROMPTS), max(map(len, PROMPTS)))
+  prompts = [rollouts.Prompt(i, tuple(p)) for i, p in enumerate(PROMPTS)]
+  rows, _ = compiled(params, prompts, (0,))
   for b, prompt in enumerate(PROMPTS):
     tokens, logp = generated(theirs, prompt, stop)
     assert rows.response(b).tolist() == tokens

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from s2d_jax import hosts, metrics, models, objectives, rollouts, sampler, sharding, training
-from s2d_jax.sampler import decode, engine, programs, scheduler
+from s2d_jax import hosts, metrics, models, objectives, rollouts, sharding, training
+from s2d_jax.sampler import Sampler, SamplerConfig, Sampling, capacity, decode, stop_strings
+from s2d_jax.sampler.sampler import check_prompts
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
 STOPS = (3, 5)
-HOW = sampler.Sampling(samples_per_prompt=G, temperature=0.9, top_p=0.95, top_k=12, min_p=0.01,
-                       max_tokens=T, min_tokens=2, stop_ids=STOPS)
+SAMPLING = Sampling(samples_per_prompt=G, temperature=0.9, top_p=0.95, top_k=12, min_p=0.01,
+                    max_tokens=T, min_tokens=2, stop_ids=STOPS)
 
 
 # Bytes of a row's cache: two layers, keys and values, two heads of eight, four bytes. Of a prompt
@@ -31,13 +32,24 @@ def prompts(count):
 
 @pytest.fixture(scope="module")
 def crowd(tiny):
-  """(draw, params, rows, compiled): ten prompts in calls of four; programs compiled on the way."""
+  """(sampler, params, rows, number of programs compiled by the call): ten prompts, four a batch."""
   model, params = tiny("qwen3")
-  draw = sampler.make(model, params, HOW, SIZE, WINDOW)
+  sampler = Sampler(model, SAMPLING, SIZE, WINDOW)
   with metrics.compilations() as compiled:
-    rows = draw(params, prompts(10), SEED, weight_version=5)
+    rows = sampled(sampler, params, prompts(10), SEED, weight_version=5)
     count = compiled()
-  return draw, params, rows, count
+  return sampler, params, rows, count
+
+
+def sampled(sampler, *args, **fields):
+  """The Rollout of a call."""
+  return sampler(*args, **fields)[0]
+
+
+def once(model, params, prompts, sampling):
+  """The Rollout of the prompts, by a sampler of their width."""
+  width = max(len(prompt.tokens) for prompt in prompts)
+  return sampled(Sampler(model, sampling, len(prompts), width), params, prompts, SEED)
 
 
 def same(got, want, atol=1e-5):
@@ -70,56 +82,56 @@ def test_a_row_ends_at_its_stop_or_at_max_tokens(crowd):
     n = len(response)
     assert not np.isin(response[:-1], STOPS).any()
     assert (response[-1] in STOPS) == stopped
-    assert HOW.min_tokens < n <= T if stopped else n == T
+    assert SAMPLING.min_tokens < n <= T if stopped else n == T
     assert not rows.response_BT[b, n:].any() and not rows.sampler_logp_BT[b, n:].any()
     assert (rows.sampler_logp_BT[b, :n] < 0).all()
   assert {0, 1} == set(rows.finish_reason_B)
-  assert rows.response_length_B.min() == HOW.min_tokens + 1
+  assert rows.response_length_B.min() == SAMPLING.min_tokens + 1
 
 
 @pytest.mark.medium
 def test_a_row_is_the_same_alone_and_in_any_order(crowd):
-  draw, params, rows, _ = crowd
+  sampler, params, rows, _ = crowd
   some = prompts(10)[2:8]
   for order in ([3], [5, 0, 4, 2, 1, 3]):
     want = np.concatenate([np.arange(G) + (2 + i) * G for i in order])
-    same(draw(params, [some[i] for i in order], SEED), rollouts.take(rows, want))
-  other = draw(params, some, (0, 12))
+    same(sampled(sampler, params, [some[i] for i in order], SEED), rollouts.take(rows, want))
+  other = sampled(sampler, params, some, (0, 12))
   assert (other.response_BT != rows.response_BT[2 * G: 8 * G]).mean() > 0.3
 
 
 @pytest.mark.medium
 def test_a_fork_is_a_prompt_read_again_in_whatever_window(crowd, tiny):
   _, params, rows, _ = crowd
-  one = HOW._replace(samples_per_prompt=1)
-  draw = sampler.make(tiny("qwen3")[0], params, one, SIZE, WINDOW + 5)
+  one = SAMPLING._replace(samples_per_prompt=1)
+  sampler = Sampler(tiny("qwen3")[0], one, SIZE, WINDOW + 5)
   for g in range(G):
-    got = draw(params, prompts(10), SEED, first_sample=g)
+    got = sampled(sampler, params, prompts(10), SEED, first_sample=g)
     same(got, rollouts.take(rows, np.arange(g, 10 * G, G)))
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_are_none(shape, crowd, tiny):
+def test_eight_devices_give_the_samples_of_one(shape, crowd, tiny):
   _, params, rows, _ = crowd
   model, _ = tiny("qwen3")
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
     placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
-    same(sampler.make(model, placed, HOW, SIZE, WINDOW)(placed, prompts(10), SEED), rows)
+    same(sampled(Sampler(model, SAMPLING, SIZE, WINDOW), placed, prompts(10), SEED), rows)
 
 
 @pytest.mark.medium
-def test_weights_are_an_argument_and_nothing_compiles_after_make(crowd, tiny):
-  draw, params, rows, compiled_at_first = crowd
+def test_weights_are_an_argument_and_no_call_compiles(crowd, tiny):
+  sampler, params, rows, compiled_at_first = crowd
   model, other = tiny("qwen3", seed=1)
   with metrics.compilations() as compiled:
-    again = sampler.make(model, other, HOW, SIZE, WINDOW)
-    got = draw(other, prompts(10), SEED)
-    assert again.programs is draw.programs and compiled_at_first == compiled() == 0
+    again = Sampler(model, SAMPLING, SIZE, WINDOW)
+    got = sampled(sampler, other, prompts(10), SEED)
+    assert again.programs is sampler.programs and compiled_at_first == compiled() == 0
   assert (got.response_BT != rows.response_BT).mean() > 0.3
-  same(again(params, prompts(10), SEED), rows, atol=0)
+  same(sampled(again, params, prompts(10), SEED), rows, atol=0)
 
 
 def trainer_gap(model, params, rows):
@@ -141,7 +153,7 @@ def test_log_probabilities_are_the_trainers(crowd, tiny):
 
 
 @pytest.mark.medium
-def test_what_was_drawn_from_is_the_trainers_distribution(crowd, tiny, truncated):
+def test_behaviour_log_probabilities_are_of_the_truncated_trainer(crowd, tiny, truncated):
   _, params, rows, _ = crowd
   model, _ = tiny("qwen3")
   for b in range(0, 40, 4):
@@ -151,7 +163,7 @@ def test_what_was_drawn_from_is_the_trainers_distribution(crowd, tiny, truncated
                               np.ones((1, len(ids)), np.int32))
     logits = np.asarray(features[0] @ model.unembed(params).T, np.float64)[length - 1:]
     for t, token in enumerate(rows.response(b)):
-      logits[t, list(STOPS)] = -np.inf if t < HOW.min_tokens else logits[t, list(STOPS)]
+      logits[t, list(STOPS)] = -np.inf if t < SAMPLING.min_tokens else logits[t, list(STOPS)]
       p = truncated(logits[t], temperature=0.9, top_p=0.95, top_k=12, min_p=0.01)
       np.testing.assert_allclose(rows.behaviour_logp_BT[b, t], np.log(p[token]), atol=1e-5)
   assert np.abs(rows.behaviour_logp_BT - rows.sampler_logp_BT).max() > 0.1
@@ -159,38 +171,38 @@ def test_what_was_drawn_from_is_the_trainers_distribution(crowd, tiny, truncated
 
 @pytest.mark.medium
 def test_weights_may_be_laid_out_once(crowd, tiny):
-  draw, params, rows, _ = crowd
-  same(draw(draw.lay_out(params), prompts(10), SEED), rows, atol=0)
+  sampler, params, rows, _ = crowd
+  same(sampled(sampler, sampler.lay_out(params), prompts(10), SEED), rows, atol=0)
 
 
 @pytest.mark.medium
-def test_what_was_drawn_is_part_of_what_hosts_compare(crowd, tiny, monkeypatch):
-  draw, params, _, _ = crowd
+def test_hosts_compare_the_sampled_tokens(crowd, tiny, monkeypatch):
+  sampler, params, _, _ = crowd
   def compared(params):
-    seen = []
-    monkeypatch.setattr(hosts, "agree", lambda name, digest, seconds: seen.append(digest))
-    draw(params, prompts(10), SEED)
-    return seen
+    digests = []
+    monkeypatch.setattr(hosts, "agree", lambda name, digest, seconds: digests.append(digest))
+    sampler(params, prompts(10), SEED)
+    return digests
   first, other = compared(params), compared(tiny("qwen3", seed=1)[1])
   assert compared(params) == first and len(set(first)) == len(first) > 4
   assert first[:2] == other[:2] and not set(first[2:]) & set(other[2:])
 
 
 @pytest.mark.medium
-def test_of_prompts_that_nobody_waits_for_nothing_is_kept(tiny):
+def test_the_cache_of_a_prompt_is_freed_with_its_last_waiting_row(tiny):
   # Seven slots and three prompts at a time, so that one filling reads three times.
   model, params = tiny("qwen3")
-  draw = sampler.make(model, params, HOW._replace(samples_per_prompt=1), 16, WINDOW,
-                      sampler.Room(cache_gib=(7.5 * ROW + 3 * READ) / 2**30))
-  assert draw.programs.shapes.batches[0] == 7 and draw.programs.shapes.prompts == 3
-  compiled, made, alive = draw.programs.prefill, [], []
+  sampler = Sampler(model, SAMPLING._replace(samples_per_prompt=1), 16, WINDOW,
+                    SamplerConfig(cache_gib=(7.5 * ROW + 3 * READ) / 2**30))
+  assert sampler.programs.shapes.batches[0] == 7 and sampler.programs.shapes.prompts == 3
+  compiled, made, alive = sampler.programs.prefill, [], []
   def prefill(*args):
     alive.append(sum(ref() is not None for ref in made))
     cache = compiled(*args)
     made.append(weakref.ref(cache[0].k_BKHS))
     return cache
-  draw.programs = draw.programs._replace(prefill=prefill)
-  draw(params, prompts(16), SEED)
+  sampler.programs = sampler.programs._replace(prefill=prefill)
+  sampled(sampler, params, prompts(16), SEED)
   assert len(made) >= 6 and not any(alive)
 
 
@@ -205,91 +217,106 @@ def test_weights_are_laid_out_without_another_rounding(tiny):
     np.testing.assert_array_equal(layer["attn_norm"], params["layers"]["attn_norm"][i])
     np.testing.assert_array_equal(layer["attn"]["q"], np.asarray(params["layers"]["attn"]["q"][i]
                                                                  ).astype("bfloat16"))
-  gap, _ = trainer_gap(model, params, sampler.sample(model, params, prompts(3), HOW, SEED))
+  gap, _ = trainer_gap(model, params, once(model, params, prompts(3), SAMPLING))
   assert np.sqrt(np.mean(gap**2)) < 0.03  # sums of bfloat16 products in another order
 
 
 @pytest.mark.medium
 def test_log_probabilities_are_the_trainers_for_llama(tiny):
   model, params = tiny("llama")
-  how = HOW._replace(samples_per_prompt=2, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
-  rows = sampler.sample(model, params, prompts(3), how, SEED)
+  how = SAMPLING._replace(samples_per_prompt=2, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+  rows = once(model, params, prompts(3), how)
   assert len(rows.prompt_id_B) == 6
   gap, logp = trainer_gap(model, params, rows)
   assert gap.max() < 1e-5 and logp.std() > 0.3
 
 
-@pytest.mark.parametrize("bad, how, words", [
-    ([rollouts.Prompt(1, (2,)), rollouts.Prompt(77, (1,) * 7)], HOW, "prompt 77 has 7 tokens .* 6"),
-    ([rollouts.Prompt(78, ())], HOW, "prompt 78 has no tokens"),
-    ([], HOW, "no prompts"),
-    ([rollouts.Prompt(5, (1,)), rollouts.Prompt(5, (2,))], HOW, "two prompts have the id 5"),
-    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings=("",)), "a stop string is empty"),
-    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings="ab"), "stop_strings is 'ab': give a"),
-    ([rollouts.Prompt(1, (2,))], HOW._replace(stop_strings=("\n",)), "given no tokenizer"),
-])
-def test_what_cannot_be_sampled_is_refused(bad, how, words):
+@pytest.mark.parametrize("bad, words", [
+    ([rollouts.Prompt(1, (2,)), rollouts.Prompt(77, (1,) * 7)], "prompt 77 has 7 tokens .* 6"),
+    ([rollouts.Prompt(78, ())], "prompt 78 has no tokens"),
+    ([], "no prompts"),
+    ([rollouts.Prompt(5, (1,)), rollouts.Prompt(5, (2,))], "two prompts have the id 5")])
+def test_prompts_that_cannot_be_sampled_are_refused(bad, words):
   with pytest.raises(ValueError, match=words):
-    engine.check(bad, how, WINDOW)
+    check_prompts(bad, WINDOW)
+
+
+@pytest.mark.parametrize("strings, words", [
+    (("",), "stop_strings has an empty text"), ("ab", "stop_strings is 'ab': give a"),
+    (("\n",), "this sampler has no tokenizer")])
+def test_stop_strings_that_cannot_be_found_are_refused(strings, words, tiny):
+  with pytest.raises(ValueError, match=words):
+    Sampler(tiny("qwen3")[0], SAMPLING._replace(stop_strings=strings), SIZE, WINDOW)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x.astype("bfloat16"), r"is bfloat16.* compiled for float32.*: give Sampler"),
+    (lambda x: x[..., :1], r"params.* is float32.*: give Sampler")])
+def test_weights_of_another_shape_are_refused(change, words, crowd):
+  sampler, params, _, _ = crowd
+  with pytest.raises(ValueError, match=words):
+    sampler(jax.tree.map(change, params), prompts(1), SEED)
+  with pytest.raises(ValueError, match="params are not the parameters"):
+    sampler({"other": params}, prompts(1), SEED)
 
 
 @pytest.mark.medium
-def test_make_and_sample_refuse_too(crowd, tiny):
-  draw, params, _, _ = crowd
+def test_a_call_refuses_too(crowd):
+  sampler, params, _, _ = crowd
   with pytest.raises(ValueError, match="prompt 77 has 7 tokens"):
-    draw(params, [rollouts.Prompt(77, (1,) * 7)], SEED)
+    sampled(sampler, params, [rollouts.Prompt(77, (1,) * 7)], SEED)
   with pytest.raises(ValueError, match="no prompts"):
-    sampler.sample(*tiny("qwen3"), [], HOW, SEED)
+    sampler(params, [], SEED)
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("room", [
-    sampler.Room(tokens=1, chunk=1), sampler.Room(tokens=3, chunk=4), sampler.Room(page=2),
-    sampler.Room(cache_gib=(10.5 * ROW + 4 * READ) / 2**30)])
-def test_a_row_is_the_same_however_the_device_is_used(room, crowd, tiny):
+@pytest.mark.parametrize("config", [
+    SamplerConfig(tokens=1, chunk=1), SamplerConfig(tokens=3, chunk=4), SamplerConfig(page=2),
+    SamplerConfig(cache_gib=(10.5 * ROW + 4 * READ) / 2**30)])
+def test_a_row_is_the_same_however_the_device_is_used(config, crowd, tiny):
   # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen.
   _, params, rows, _ = crowd
-  draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, room)
-  assert draw.programs.shapes.batches[0] == (10 if room.cache_gib < 1 else 16)
-  same(draw(params, prompts(10), SEED), rows)
-  assert draw.seen["tokens"] == rows.response_length_B.sum()
-  assert draw.seen["tokens"] <= draw.seen["slot_tokens"]
+  sampler = Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, config)
+  assert sampler.programs.shapes.batches[0] == (10 if config.cache_gib < 1 else 16)
+  got, stats = sampler(params, prompts(10), SEED)
+  same(got, rows)
+  assert stats.tokens == rows.response_length_B.sum()
+  assert stats.tokens <= stats.slot_tokens
 
 
 @pytest.mark.medium
 def test_the_cache_grows_with_the_longest_row(tiny):
   # No stop: every row has 150 tokens, past the 80 that the first cache holds.
   model, params = tiny("qwen3")
-  long = HOW._replace(max_tokens=150, stop_ids=(), min_tokens=0)
-  before, programs.LEAST_LENGTH = programs.LEAST_LENGTH, 64
+  long = SAMPLING._replace(max_tokens=150, stop_ids=(), min_tokens=0)
+  before, capacity.LEAST_LENGTH = capacity.LEAST_LENGTH, 64
   try:
-    draw = sampler.make(model, params, long, 2, WINDOW)
+    sampler = Sampler(model, long, 2, WINDOW)
   finally:
-    programs.LEAST_LENGTH = before
-  assert draw.programs.shapes.lengths == (80, 156)
-  rows = draw(params, prompts(3), SEED)  # a group waits, so the cache is short again for it
+    capacity.LEAST_LENGTH = before
+  assert sampler.programs.shapes.lengths == (80, 156)
+  # A group waits, so the cache is short again for it.
+  rows = sampled(sampler, params, prompts(3), SEED)
   gap, _ = trainer_gap(model, params, rows)
   assert gap.size == 3 * G * 150 and gap.max() < 1e-5
 
 
 @pytest.mark.medium
-def test_rows_are_told_as_they_end(crowd):
+def test_on_finish_gets_each_row_as_it_ends(crowd):
   # All of them once, whole; and some before the last one is there.
-  draw, params, rows, _ = crowd
-  seen, left = [], []
-  def ended(place, so_far):
-    np.testing.assert_array_equal(so_far.response(place), rows.response(place))
-    seen.append(place)
+  sampler, params, rows, _ = crowd
+  finished, left = [], []
+  def on_finish(index, so_far):
+    np.testing.assert_array_equal(so_far.response(index), rows.response(index))
+    finished.append(index)
     left.append(int((so_far.response_length_B == 0).sum()))
-  draw(params, prompts(10), SEED, ended=ended)
-  assert sorted(seen) == list(range(40)) and left[0] > 0 and left[-1] == 0
+  sampler(params, prompts(10), SEED, on_finish=on_finish)
+  assert sorted(finished) == list(range(40)) and left[0] > 0 and left[-1] == 0
 
 
 def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
-  """Where `Schedule._cut` ends a response whose ids are letters."""
-  how = HOW._replace(stop_strings=strings, min_tokens=min_tokens)
-  fake = types.SimpleNamespace(sampler=types.SimpleNamespace(sampling=how, text=text))
-  return scheduler.Schedule._cut(fake, list(ids), start)
+  """Where a StopDetector ends a response whose ids are letters."""
+  return stop_strings.StopDetector(strings, min_tokens, text).cut(list(ids), start)
 
 
 @pytest.mark.parametrize("ids, more, want", [
@@ -326,7 +353,7 @@ def test_of_a_long_response_only_the_end_is_read():
   def text(ids):
     read.append(len(ids))
     return "".join(ids)
-  assert not scheduler._may_contain(text, ("bc",), ["a"] * 10_000, 9_990)
+  assert cut(["a"] * 10_000, start=9_990, text=text) is None
   assert sum(read) < 100
 
 
@@ -336,14 +363,14 @@ def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
   _, params, _, _ = crowd
   def text(ids):
     return "".join(chr(97 + int(i)) for i in ids)
-  model, free = tiny("qwen3")[0], HOW._replace(stop_ids=(), max_tokens=20, min_tokens=0)
-  rows = sampler.make(model, params, free, SIZE, WINDOW)(params, prompts(10), SEED)
+  model, free = tiny("qwen3")[0], SAMPLING._replace(stop_ids=(), max_tokens=20, min_tokens=0)
+  rows = sampled(Sampler(model, free, SIZE, WINDOW), params, prompts(10), SEED)
   whole = [text(rows.response(b)) for b in range(40)]
   stop = max((w[i: i + 2] for w in whole for i in range(2, 10)),
              key=lambda s: sum(s in w for w in whole))
   some = free._replace(stop_strings=(stop, "zz"))
-  got = sampler.make(model, params, some, SIZE, WINDOW, sampler.Room(tokens=3), text)(
-      params, prompts(10), SEED)
+  got = sampled(Sampler(model, some, SIZE, WINDOW, SamplerConfig(tokens=3), text),
+                params, prompts(10), SEED)
   for b, full in enumerate(whole):
     end = full.find(stop) + 2 if stop in full else 20
     assert text(got.response(b)) == full[:end]
@@ -360,19 +387,20 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
   # Memory for one and a half rows a device, so that rows enter late, and some wait again; prompts
   # of up to three pages, shared by their samples.
   model, params = tiny("qwen3")
-  long = HOW._replace(max_tokens=40, stop_ids=(3,))
-  want = sampler.make(model, params, long, SIZE, WINDOW)(params, prompts(10), SEED)
+  long = SAMPLING._replace(max_tokens=40, stop_ids=(3,))
+  want = sampled(Sampler(model, long, SIZE, WINDOW), params, prompts(10), SEED)
   one = TOKEN * (WINDOW + 40)
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
     placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
-    draw = sampler.make(model, placed, long, SIZE, WINDOW, sampler.Room(
+    sampler = Sampler(model, long, SIZE, WINDOW, SamplerConfig(
         page=2, tokens=5, cache_gib=1.5 * one / shape[2] / 2**30))
-    same(draw(placed, prompts(10), SEED), want)
-  assert draw.programs.shapes.batches[0] == 2 * shape[0] * shape[1]
-  assert draw.seen["tokens"] == want.response_length_B.sum()
-  assert draw.seen.get("waited_again", 0) > 0
+    got, stats = sampler(placed, prompts(10), SEED)
+  same(got, want)
+  assert sampler.programs.shapes.batches[0] == 2 * shape[0] * shape[1]
+  assert stats.tokens == want.response_length_B.sum()
+  assert stats.requeued > 0
 
 
 @pytest.mark.parametrize("platform, weights, largest, shards, want", [
@@ -383,37 +411,37 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
 def test_batches_that_decoding_is_compiled_for(platform, weights, largest, shards, want,
                                                monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert programs.batch_sizes(largest, shards, weights) == want
+  assert capacity.batch_sizes(largest, shards, weights) == want
 
 
 @pytest.mark.medium
-def test_fine_batches_draw_the_same(crowd, tiny, monkeypatch):
+def test_fine_batches_give_the_same_samples(crowd, tiny, monkeypatch):
   _, params, rows, _ = crowd
-  monkeypatch.setattr(programs, "FINE_WEIGHTS", 0)
-  draw = sampler.make(tiny("qwen3")[0], params, HOW, SIZE, WINDOW, sampler.Room(tokens=31))
-  assert draw.programs.shapes.batches == (16, 12, 8, 4)
-  same(draw(params, prompts(10), SEED), rows)
+  monkeypatch.setattr(capacity, "FINE_WEIGHTS", 0)
+  sampler = Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, SamplerConfig(tokens=31))
+  assert sampler.programs.shapes.batches == (16, 12, 8, 4)
+  same(sampled(sampler, params, prompts(10), SEED), rows)
 
 
 @pytest.mark.medium
 def test_memory_says_how_many_slots(tiny):
   model, params = tiny("qwen3")
   for fit, read in ((1, 1), (7, 3)):  # a quarter of the memory at most is for prompts
-    draw = sampler.make(model, params, HOW, SIZE, WINDOW,
-                        sampler.Room(cache_gib=((fit + 0.5) * ROW + read * READ) / 2**30))
-    assert draw.programs.shapes.batches[0] == fit and draw.programs.shapes.prompts == read
-    cache = jax.tree.leaves(draw.programs.slots[fit, WINDOW + T].cache)
+    sampler = Sampler(model, SAMPLING, SIZE, WINDOW,
+                        SamplerConfig(cache_gib=((fit + 0.5) * ROW + read * READ) / 2**30))
+    assert sampler.programs.shapes.batches[0] == fit and sampler.programs.shapes.prompts == read
+    cache = jax.tree.leaves(sampler.programs.slots[fit, WINDOW + T].cache)
     assert sum(x.size * x.dtype.itemsize for x in cache) == fit * ROW
-  with pytest.raises(ValueError, match="one row of 14 tokens and .*cache_gib is 1e-"):
-    sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache_gib=1e-9))
+  with pytest.raises(ValueError, match="cache_gib is 1e-09, and one row of 14 tokens and"):
+    Sampler(model, SAMPLING, SIZE, WINDOW, SamplerConfig(cache_gib=1e-9))
   mesh = sharding.make_mesh((8, 1, 1))  # seven rows are eight slots, one a device
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, sharding.replicated(mesh))
-    seven = HOW._replace(samples_per_prompt=7)
-    draw = sampler.make(model, placed, seven, 1, WINDOW)
-    same(draw(placed, prompts(1), SEED), sampler.sample(model, placed, prompts(1), seven, SEED))
-  assert draw.programs.shapes.batches == (8,)
-  keys = draw.programs.slots[8, WINDOW + T].cache[0].k_BKHS
+    seven = SAMPLING._replace(samples_per_prompt=7)
+    sampler = Sampler(model, seven, 1, WINDOW)
+    same(sampled(sampler, placed, prompts(1), SEED), once(model, placed, prompts(1), seven))
+  assert sampler.programs.shapes.batches == (8,)
+  keys = sampler.programs.slots[8, WINDOW + T].cache[0].k_BKHS
   assert keys.sharding.shard_shape(keys.shape)[0] == 1
 
 
@@ -422,18 +450,18 @@ def test_an_int8_cache_is_near(crowd, tiny):
   # A quarter of the bytes and four more for a scale; its log-probabilities are near the trainer's.
   _, params, _, _ = crowd
   model = tiny("qwen3")[0]
-  draw = sampler.make(model, params, HOW, SIZE, WINDOW, sampler.Room(cache="int8"))
-  gap, _ = trainer_gap(model, params, draw(params, prompts(10), SEED))
+  sampler = Sampler(model, SAMPLING, SIZE, WINDOW, SamplerConfig(cache="int8"))
+  gap, _ = trainer_gap(model, params, sampled(sampler, params, prompts(10), SEED))
   assert 1e-5 < np.sqrt(np.mean(gap**2)) < 0.1
-  assert programs.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
+  assert capacity.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
 
 
-@pytest.mark.parametrize("room, words", [
-    (sampler.Room(tokens=0), "tokens is 0: set it to .* at least 1"),
-    (sampler.Room(page=-4), "page is -4: choose 0 .no pages. or more"),
-    (sampler.Room(cache_gib=0.0), "above 0"),
-    (sampler.Room(page=4, cache="int8"), "page is 4 and the cache int8, which pages do not hold"),
-    (sampler.Room(cache="int4"), "cache is 'int4': choose it from auto, float32, bfloat16, int8")])
-def test_a_room_that_cannot_be_is_refused(room, words, tiny):
+@pytest.mark.parametrize("config, words", [
+    (SamplerConfig(tokens=0), "tokens is 0: set it to .* at least 1"),
+    (SamplerConfig(page=-4), "page is -4: choose 0 .no pages. or more"),
+    (SamplerConfig(cache_gib=0.0), "above 0"),
+    (SamplerConfig(page=4, cache="int8"), "page is 4 and the cache int8, which pages do not hold"),
+    (SamplerConfig(cache="int4"), "cache is 'int4': choose it from auto, float32, bfloat16, int8")])
+def test_a_config_out_of_range_is_refused(config, words, tiny):
   with pytest.raises(ValueError, match=words):
-    sampler.make(*tiny("qwen3"), HOW, SIZE, WINDOW, room)
+    Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, config)

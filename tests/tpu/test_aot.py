@@ -151,9 +151,10 @@ def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
   shapes = models.shapes(model.config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(
       where, models.axes(model.config), shapes))
-  how = sampler.Sampling(8, 0.7, 0.8, 20, 0.0, 100, 0, (5,))
+  how = sampler.Sampling(100, (5,), samples_per_prompt=8, temperature=0.7, top_p=0.8, top_k=20)
   with jax.set_mesh(where):
-    draw = sampler.make(model, params, how, 1, 140, sampler.Room(page=page, chunk=140))
+    draw = sampler.Sampler(model, how, 1, 140, sampler.SamplerConfig(page=page, chunk=140),
+                           params=params)
   text = draw.compiled.as_text()
   assert ("tpu_custom_call" in text) == bool(page)
   longest = draw.programs.shapes.lengths[-1]

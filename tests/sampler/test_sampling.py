@@ -8,23 +8,22 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from s2d_jax import rollouts, sampler
-from s2d_jax.sampler import Sampling, decode
+from s2d_jax import rollouts
+from s2d_jax.sampler import Sampler, Sampling, sampling
 
-PLAIN = Sampling(samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-                 max_tokens=1, min_tokens=0, stop_ids=())
+PLAIN = Sampling(max_tokens=1)
 CASES = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 12}, {"top_k": 99}, {"top_p": 0.0},
          {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.05}, {"min_p": 1.0},
          {"temperature": 0.5, "top_p": 0.9}, {"temperature": 3.0, "min_p": 0.2},
          {"temperature": 0.7, "top_k": 8, "top_p": 0.8}, {"top_k": 5, "top_p": 0.95, "min_p": 0.1}]
 ids = functools.partial(map, lambda case: "-".join(f"{k}={v}" for k, v in case.items()) or "plain")
-draw = jax.jit(decode.draw, static_argnums=3)
+draw = jax.jit(sampling.sample_token, static_argnums=3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_what_is_kept(case, truncated):
   logits = np.random.default_rng(0).normal(0, 2, (50, 12)).astype(np.float32)
-  got = np.asarray(decode.truncate(jnp.asarray(logits), PLAIN._replace(**case)))
+  got = np.asarray(sampling.truncate(jnp.asarray(logits), PLAIN._replace(**case)))
   want = np.array([truncated(row, **case) for row in logits])
   np.testing.assert_array_equal(np.isfinite(got), want > 0)
   np.testing.assert_allclose(np.asarray(jax.nn.softmax(got)), want, atol=1e-6)
@@ -39,10 +38,10 @@ def keys():
   return np.stack([rollouts.row_key((0, 7), row // 8, row % 8) for row in range(ROWS)])
 
 
-def drawn(sampling, index=0, logits=LOGITS):
+def drawn(fields, index=0, logits=LOGITS):
   """(token, logp, drawn logp) of each of ROWS rows that differ in their keys alone."""
   rows = jnp.asarray(np.tile(logits, (ROWS, 1)))
-  return tuple(map(np.asarray, draw(rows, keys(), jnp.full(ROWS, index, jnp.int32), sampling)))
+  return tuple(map(np.asarray, draw(rows, keys(), jnp.full(ROWS, index, jnp.int32), fields)))
 
 
 @pytest.mark.parametrize("case, kept", [
@@ -114,7 +113,7 @@ def test_a_vocabulary_of_many_groups():
 
 def test_top_p_of_a_long_row_is_its_sorted_form():
   logits = np.random.default_rng(6).normal(0, 3, (20, 5000)).astype(np.float32)
-  got = np.isfinite(decode.truncate(jnp.asarray(logits), PLAIN._replace(top_p=0.95)))
+  got = np.isfinite(sampling.truncate(jnp.asarray(logits), PLAIN._replace(top_p=0.95)))
   p = np.exp(logits.astype(np.float64))
   p = p / p.sum(axis=1, keepdims=True)
   for row, kept in zip(p, got, strict=True):
@@ -128,7 +127,7 @@ def test_the_last_possible_token_is_drawn_and_none_beyond():
   logits = np.full((1, 300), -np.inf, np.float32)
   logits[0, [3, 150]] = 0.0
   for uniform, want in ((0.0, 3), (0.499, 3), (0.501, 150), (1 - 2**-24, 150)):
-    token, logp = decode._pick(jnp.asarray(logits), jnp.full(1, uniform, jnp.float32))
+    token, logp = sampling._pick(jnp.asarray(logits), jnp.full(1, uniform, jnp.float32))
     assert token[0] == want
     np.testing.assert_allclose(logp, np.log(0.5), atol=1e-6)
 
@@ -138,12 +137,12 @@ def test_what_is_excluded_is_never_drawn(case):
   # Running sums over 151,936 tokens stand still between the few that are left, but for rounding,
   # which may move them either way: uniforms on every step of them, and beside it.
   logits = np.random.default_rng(7).normal(size=(1, 151_936)).astype(np.float32)
-  left = decode.truncate(jnp.asarray(logits), PLAIN._replace(**case))
+  left = sampling.truncate(jnp.asarray(logits), PLAIN._replace(**case))
   p = np.exp(np.asarray(left[0], np.float64))
   steps = np.cumsum(p[p > 0]) / p.sum()
   around = [steps + k * 2.0**-24 for k in range(-12, 13)]
   uniforms = np.clip(np.concatenate(around), 0, 1 - 2**-24).astype(np.float32)
-  pick = jax.jit(lambda u: decode._pick(jnp.broadcast_to(left, (len(u), left.shape[1])), u))
+  pick = jax.jit(lambda u: sampling._pick(jnp.broadcast_to(left, (len(u), left.shape[1])), u))
   for part in np.array_split(uniforms, -(-len(uniforms) // 32)):
     token, logp = pick(jnp.asarray(np.resize(part, 32)))
     assert np.isfinite(logp).all() and (np.asarray(token) < left.shape[1]).all()
@@ -153,5 +152,6 @@ def test_what_is_excluded_is_never_drawn(case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cache_has_the_type_of_the_activations(dtype, tiny):
   model, params = tiny("qwen3", dtype=dtype)
-  draw = sampler.make(model, params, PLAIN, 2, 4)
-  assert {x.dtype for x in jax.tree.leaves(draw.programs.slots[2, 5].cache)} == {jnp.dtype(dtype)}
+  sampler = Sampler(model, PLAIN, 2, 4)
+  cache = jax.tree.leaves(sampler.programs.slots[2, 5].cache)
+  assert {x.dtype for x in cache} == {jnp.dtype(dtype)}

@@ -1,0 +1,210 @@
+"""How much fits: the sizes of a sampler's arrays, as integers, from a memory limit.
+
+Nothing here runs on a device. `programs` compiles for the sizes that `shapes` returns.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax import keys, models, sharding
+from s2d_jax.keys import Key
+from s2d_jax.models import attention, caches
+from s2d_jax.models.config import Config
+from s2d_jax.sampler.sampling import Sampling
+
+CACHE_SIZES = 4  # batch and length sizes compiled, each half the previous
+LEAST_BATCH = 8
+LEAST_LENGTH = 128
+# On a CPU, for models of FINE_WEIGHTS parameters or more, there are smaller batches too, because
+# there a row costs more than a compile.
+FINE_SIZES = 5
+FINE_LEAST_BATCH = 4
+FINE_WEIGHTS = 10_000_000
+MAX_PROMPTS = 16  # the largest number of prompts that a device reads at once
+CACHE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+
+
+class SamplerConfig(NamedTuple):
+  """How a sampler uses a device; samples depend on it by rounding alone."""
+  cache_gib: float = 4.0  # of each device's memory, for the cache: the number of slots follows
+  tokens: int = 32        # the largest number of tokens of each row in one dispatch
+  chunk: int = 256        # tokens of a prompt that are read at a time
+  cache: str = "auto"     # type of its numbers: float32, bfloat16, int8, or the activations'
+  page: int = 0           # tokens of a page; 0 is a cache without pages
+
+  KEYS = {
+      "cache_gib": Key(lambda gib: 0 < gib < math.inf, "choose a number above 0", default=4.0),
+      "tokens": keys.at_least(1, default=32),
+      "chunk": keys.at_least(1, default=256),
+      "cache": keys.one_of(("auto", *CACHE_TYPES), neutral="auto"),
+      "page": Key(lambda tokens: tokens >= 0, "choose 0 (no pages) or more", neutral=0)}
+
+  def narrow(self, dtype: str) -> bool:
+    """True if the cache has fewer bits than activations of `dtype`, and so loses precision."""
+    cache = dtype if self.cache == "auto" else self.cache
+    return jnp.dtype(CACHE_TYPES[cache]).itemsize < jnp.dtype(CACHE_TYPES[dtype]).itemsize
+
+  def exact(self) -> "SamplerConfig":
+    """This SamplerConfig with a cache in the activations' type."""
+    # Validation, probes and pass rates are not compared with the trainer before they are used, as
+    # the rollouts of a narrow cache are.
+    return self._replace(cache="auto")
+
+
+def check_config(config: SamplerConfig) -> None:
+  """Checks a SamplerConfig.
+
+  Raises:
+    ValueError: a number is out of its range, or the cache is unknown or in pages of int8. The
+      message begins with the field's name.
+  """
+  keys.check_values(config, SamplerConfig.KEYS)
+  # Pages have no array for int8's scales.
+  if config.page and config.cache == "int8":
+    raise ValueError(f"page is {config.page} and the cache int8, which pages do not hold: set one "
+                     "of them to 0 or auto.")
+
+
+class Shapes(NamedTuple):
+  """The array sizes that a sampler's programs are compiled for."""
+  batches: tuple[int, ...]  # numbers of rows, falling
+  lengths: tuple[int, ...]  # tokens of a row's cache, rising
+  width: int      # tokens of a prompt's window
+  chunk: int      # tokens of a prompt that are read at a time; divides the width
+  prompts: int    # prompts that are read at once
+  shards: int     # devices that have rows of their own
+  pages: int      # pages of each device, or 0
+  table: int      # pages that a row may hold
+
+
+def halves(largest: int, least: int, multiple: int, sizes: int = CACHE_SIZES) -> tuple[int, ...]:
+  """`largest` and its halves down to `least`, falling: at most `sizes` numbers.
+
+  The halves are rounded up to the multiple.
+  """
+  found = [largest]
+  while len(found) < sizes and found[-1] // 2 >= least:
+    found.append(_up(-(-found[-1] // 2), multiple))
+  # Rounding up may give a number twice, and a second program for it would be compiled in vain.
+  return tuple(dict.fromkeys(found))
+
+
+def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
+  """Numbers of rows that decoding is compiled for, falling; `weights` is the model's parameters."""
+  # A step on an accelerator is mostly the reading of weights, so halves are enough. They are for a
+  # small model on any device. On a CPU a row is arithmetic: a large model has smaller batches too,
+  # and three quarters of those from 16 on.
+  if sharding.platform() != "cpu" or weights < FINE_WEIGHTS:
+    return halves(largest, LEAST_BATCH, multiple)
+  found = halves(largest, FINE_LEAST_BATCH, multiple, FINE_SIZES)
+  between = {_up(-(-3 * B // 4), multiple) for B in found if B >= 16}
+  return tuple(sorted(between.union(found), reverse=True))
+
+
+def _up(count: int, multiple: int) -> int:
+  """`count` rounded up to the multiple."""
+  return -(-count // multiple) * multiple
+
+
+def cache_type(config: Config, settings: SamplerConfig) -> jax.typing.DTypeLike:
+  """The type of the numbers in the cache of a model."""
+  return CACHE_TYPES[config.dtype if settings.cache == "auto" else settings.cache]
+
+
+def slot_bytes(config: Config, length: int, dtype: jax.typing.DTypeLike) -> int:
+  """Bytes of one row's cache of `length` tokens on a device, with its part of the key heads."""
+  shapes = jax.eval_shape(lambda: caches.empty_cache(config, 1, length, dtype))
+  mesh = sharding.current_mesh()
+  shards = 1 if mesh is None else sharding.shard_count(mesh, "kv_heads", config.kv_heads)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // shards
+
+
+def slots_for(config: Config, settings: SamplerConfig, rows: int, longest: int, spent: int) -> int:
+  """Number of slots of each device: for its `rows`, or as many as fit its memory.
+
+  `spent` bytes of that memory are taken already. A row has `longest` tokens.
+
+  Raises:
+    ValueError: not one row fits.
+  """
+  row_bytes = slot_bytes(config, longest, cache_type(config, settings))
+  fit = int(settings.cache_gib * 2**30 - spent) // row_bytes
+  if fit < 1:
+    raise ValueError(f"cache_gib is {settings.cache_gib}, and one row of {longest} tokens and the "
+                     f"reading of a prompt need {(row_bytes + spent) / 2**30:.2g} GiB on a device: "
+                     "raise it, or lower max_tokens.")
+  return min(rows, fit)
+
+
+# Twice the rows that would fit at full length are admitted. Few grow that long, and a row without a
+# free page waits.
+ADMIT_FACTOR = 2
+
+
+def pages_for(config: Config, settings: SamplerConfig, rows: int, longest: int,
+              spent: int) -> tuple[int, int, int]:
+  """(slots of each device, its pages, pages of the longest row); arguments as `slots_for`.
+
+  Raises:
+    ValueError: pages that a GPU does not read, key heads that `tensor` does not divide, or not one
+      row fits.
+  """
+  mesh = sharding.current_mesh()
+  if mesh is not None and mesh.shape["tensor"] != sharding.shard_count(
+      mesh, "kv_heads", config.kv_heads):
+    raise ValueError(f"page is {settings.page}, and the mesh's tensor of {mesh.shape['tensor']} "
+                     f"does not divide {config.kv_heads} key heads: set it to 0.")
+  if sharding.platform() == "gpu" and settings.page not in (16, 32, 64):
+    raise ValueError(f"page is {settings.page} and the GPU's kernel reads pages of 16, 32 or 64 "
+                     "tokens: choose one of those.")
+  row_pages = -(-longest // settings.page)
+  page_bytes = slot_bytes(config, settings.page, cache_type(config, settings))
+  pages = int(settings.cache_gib * 2**30 - spent) // page_bytes
+  # Page 0 belongs to no row, so the longest row needs one page more than it fills.
+  if pages <= row_pages:
+    raise ValueError(f"cache_gib is {settings.cache_gib}, and one row of {longest} tokens needs "
+                     f"{row_pages + 1} pages of {page_bytes:,} bytes on a device: raise it, or "
+                     "lower max_tokens.")
+  slots = min(rows, ADMIT_FACTOR * ((pages - 1) // row_pages))
+  return slots, min(pages, slots * row_pages + 1), row_pages
+
+
+def shapes(config: Config, sampling: Sampling, settings: SamplerConfig, rows: int,
+           width: int) -> Shapes:
+  """The Shapes of a sampler on the current mesh.
+
+  Args:
+    rows: of one call.
+    width: tokens of the longest prompt.
+
+  Raises:
+    ValueError: as `slots_for` and `pages_for`.
+  """
+  mesh = sharding.current_mesh()
+  shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
+  head_shards = 1 if mesh is None else sharding.shard_count(mesh, "heads", config.heads)
+  # Chunks of equal size pad the window least.
+  chunk = _up(-(-width // -(-width // settings.chunk)), settings.page or 1)
+  window = _up(width, chunk)
+  longest = max(window, width + sampling.max_tokens)
+  device_rows = -(-rows // shards)
+  # A prompt being read needs its keys and values and the scores of a chunk in float32. All prompts
+  # that are read at once may have a quarter of the memory, so that most of it is for slots.
+  prompt_bytes = (slot_bytes(config, window, cache_type(config, settings))
+                  + 4 * (config.heads // head_shards) * chunk * window)
+  prompts = max(1, min(MAX_PROMPTS, -(-device_rows // sampling.samples_per_prompt),
+                       int(settings.cache_gib * 2**30 / 4) // prompt_bytes))
+  spent = prompts * prompt_bytes
+  if settings.page:
+    slots, pages, row_pages = pages_for(config, settings, device_rows, longest, spent)
+    # The memory of pages does not depend on the batch or the length, so one size is enough.
+    return Shapes((slots * shards,), (longest,), window, chunk, prompts * shards, shards, pages,
+                  attention.table_size(row_pages))
+  slots = slots_for(config, settings, device_rows, longest, spent)
+  weights = sum(x.size for x in jax.tree.leaves(models.shapes(config)))
+  lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)
+  return Shapes(batch_sizes(slots * shards, shards, weights), lengths, window, chunk,
+                prompts * shards, shards, pages=0, table=0)

@@ -59,7 +59,7 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
   check_names(path, block, record)
   for name, key in record.items():
     if isinstance(key, Key):
-      _check_value(f"{path}.{name}", block[name], key)
+      check_value(f"{path}.{name}", block[name], key)
     else:
       check_block(f"{path}.{name}", block[name], key)
 
@@ -86,10 +86,10 @@ def check_values(values: Any, record: Mapping[str, Key]) -> None:
     ValueError: a value is out of range.
   """
   for name, key in record.items():
-    _check_value(name, getattr(values, name), key)
+    check_value(name, getattr(values, name), key)
 
 
-def _check_value(path: str, value: Any, key: Key) -> None:
+def check_value(path: str, value: Any, key: Key) -> None:
   """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
   # A text compared with a number raises a TypeError, which names neither the key nor the remedy.
   try:

@@ -170,11 +170,12 @@ def test_validation_by_hand():
 def test_an_evaluation_at_the_end_samples_greedily_as_well():
   class Greedy(FixedSampler):
     """The first response of each problem."""
-    def __call__(self, params, prompts, seed, ended):
-      rows = rollouts.take(super().__call__(params, prompts, seed), [0, 3])
+    def __call__(self, params, prompts, seed, on_finish):
+      rows, counts = super().__call__(params, prompts, seed)
+      rows = rollouts.take(rows, [0, 3])
       for index in range(2):
-        ended(index, rows)
-      return rows
+        on_finish(index, rows)
+      return rows, counts
   draws = {(): FixedSampler(), ("samples_per_prompt", "temperature"): Greedy()}
   def compiled(sampling, batch, **changes):
     return draws[tuple(changes)]

@@ -204,7 +204,7 @@ def test_a_narrow_cache_may_be_a_hundredth_of_a_nat_away(cache, rms, wrong, tmp_
   stage = with_cache(make(tmp_path, mesh, steps=1), cache)
   monkeypatch.setattr(loop, "_sampler_gap", lambda *_: (None, {"logp_gap_rms": rms}))
   programs = types.SimpleNamespace(
-      sampler=lambda *_: rollouts.given_solutions([Prompt(0, (1,))], [[1, 2]], 3, 2))
+      sampler=lambda *_: (rollouts.given_solutions([Prompt(0, (1,))], [[1, 2]], 3, 2), None))
   with pytest.raises(ValueError, match=f"sampler.cache is {cache} and .* where 0.01 is"
                      ) if wrong else contextlib.nullcontext():
     loop._check_cache(stage, programs, types.SimpleNamespace(params=None))

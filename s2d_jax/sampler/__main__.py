@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
   flags.add_argument("--model", required=True, help="a Hugging Face folder")
   flags.add_argument("--prompts", required=True, help="JSON lines of problem or messages")
-  flags.add_argument("--out", required=True, help="JSON lines, one a sample; kept and gone on with")
+  flags.add_argument("--out", required=True, help="JSON lines of samples; continued if there")
   flags.add_argument("--n", type=int, default=1, help="samples of each prompt")
   flags.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
   flags.add_argument("--top-p", type=float, default=1.0, help="1 is off")
@@ -109,7 +109,7 @@ def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
       if not all(isinstance(x, str) for x in (text, *words)):
         raise TypeError("not a text")
     except (AttributeError, KeyError, TypeError) as error:
-      raise ValueError(f'{line_name} is no JSON object with "problem", a text, or "messages", a '
+      raise ValueError(f'{line_name} is not a JSON object with "problem", a text, or "messages", a '
                        "chat: give it one.") from error
     # Without an id a line is named by its text, so that lines can be added or moved between runs.
     number = jsonl.line_id(line_name, row, text)
@@ -118,7 +118,7 @@ def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
     try:
       found[number] = Prompt(number, tuple(tokenizer.render(messages)))
     except jinja2.TemplateError as error:
-      raise ValueError(f"{line_name} is no chat that the model's template takes ({error}): "
+      raise ValueError(f"{line_name} is not a chat that the model's template takes ({error}): "
                        "correct its messages.") from error
   if not found:
     raise ValueError(f"{path} has no prompts: give it one JSON object per line.")
@@ -172,16 +172,18 @@ def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[in
   for number, line in enumerate(whole.split(b"\n")[:-1], 1):
     try:
       row = json.loads(line)
-      own, prompt, sample = row["id"], row["prompt"], row["sample"]
-      hash((own, sample))  # a list has no hash, and could not be looked up
+      prompt_id = row["id"]
+      prompt = row["prompt"]
+      sample = row["sample"]
+      hash((prompt_id, sample))  # a list has no hash, and could not be looked up
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path} line {number} is no sample: take the line out, which will be "
+      raise ValueError(f"{path} line {number} is not a sample: take the line out, which will be "
                        "sampled again, or choose another --out.") from error
     # Ids that the prompts do not have are of an earlier, longer file of prompts, and stay.
-    if names.get(own, prompt) != prompt:
-      raise ValueError(f"{path} has samples of another prompt with the id {own}: choose "
+    if names.get(prompt_id, prompt) != prompt:
+      raise ValueError(f"{path} has samples of another prompt with the id {prompt_id}: choose "
                        "another --out, or another id.")
-    found.add((own, sample))
+    found.add((prompt_id, sample))
   if len(whole) < len(data):
     with open(path, "r+b") as out:
       out.truncate(len(whole))

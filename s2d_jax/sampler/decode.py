@@ -86,11 +86,11 @@ def admit(slots: Slots, prompts: tuple[caches.KV, ...], source_B: jax.Array, new
   """
   # Only a prompt's window is copied. The cache from position_B on keeps old numbers, because each
   # slot is written before it is read. A select keeps shapes static for any number of new rows.
-  def start(old: jax.Array, own: jax.Array) -> jax.Array:
-    own = jnp.take(own, source_B, axis=0)
-    unchanged = jax.lax.slice(old, (0,) * old.ndim, own.shape)
-    new = new_B.reshape(-1, *(1 for _ in own.shape[1:]))
-    return jax.lax.dynamic_update_slice(old, jnp.where(new, own, unchanged), (0,) * old.ndim)
+  def start(old: jax.Array, prompt: jax.Array) -> jax.Array:
+    prompt = jnp.take(prompt, source_B, axis=0)
+    unchanged = jax.lax.slice(old, (0,) * old.ndim, prompt.shape)
+    new = new_B.reshape(-1, *(1 for _ in prompt.shape[1:]))
+    return jax.lax.dynamic_update_slice(old, jnp.where(new, prompt, unchanged), (0,) * old.ndim)
   cache = jax.tree.map(start, slots.cache, prompts)
   return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
 
@@ -103,16 +103,16 @@ def admit_paged(slots: Slots, prompts: tuple[caches.KV, ...], from_M: jax.Array,
   The prompts' pages are numbered across all prompts. A `to_M` beyond the cache's pages copies
   nothing. The host sets the tables.
   """
-  def pages(old_KNSH: jax.Array, own_PKSH: jax.Array) -> jax.Array:
+  def pages(old_KNSH: jax.Array, prompt_PKSH: jax.Array) -> jax.Array:
     S, H = old_KNSH.shape[2:]
-    P, K, W, _ = own_PKSH.shape
-    own_KNSH = own_PKSH.reshape(P, K, W // S, S, H).swapaxes(0, 1).reshape(K, -1, S, H)
+    P, K, W, _ = prompt_PKSH.shape
+    prompt_KNSH = prompt_PKSH.reshape(P, K, W // S, S, H).swapaxes(0, 1).reshape(K, -1, S, H)
     # M is fixed when compiled. The host fills unused entries with an index that "drop" ignores.
-    return old_KNSH.at[:, to_M].set(own_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
+    return old_KNSH.at[:, to_M].set(prompt_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
   # Slots are the last axis of a KV's keys, while pages hold a token's keys together.
-  layers = tuple(caches.Pages(pages(old.k_KNSH, own.k_BKHS.swapaxes(2, 3)),
-                               pages(old.v_KNSH, own.v_BKSH))
-                 for old, own in zip(slots.cache.layers, prompts, strict=True))
+  layers = tuple(caches.Pages(pages(old.k_KNSH, prompt.k_BKHS.swapaxes(2, 3)),
+                               pages(old.v_KNSH, prompt.v_BKSH))
+                 for old, prompt in zip(slots.cache.layers, prompts, strict=True))
   cache = slots.cache._replace(layers=layers)
   return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
 

@@ -22,7 +22,7 @@ def read(folder: str | pathlib.Path, template: dict[str, Any],
   hf.check(folder)
   config = models.read_config(hf.read_json(folder), **run)
   tokenizer = chat.Chat(folder, **template)
-  # On a device an index beyond an array's end is no error: it reads NaN.
+  # On a device an index beyond an array's end raises no error: it reads NaN.
   last = max(tokenizer.vocabulary.values())
   if last >= config.vocab_size:
     raise ValueError(f"the tokenizer of {folder} has the token id {last} and its model embeds "

@@ -82,10 +82,10 @@ class CacheRows:
         continue
       # Free slots fill up the smaller batch, which has a fixed size.
       free = [slot for slot in range(self.batch) if slot not in alive]
-      kept = (alive + free)[:size]
+      staying = (alive + free)[:size]
       self.slots = self.programs.shrink[self.batch, self.length](
-          self.slots, self.programs.put(np.array(kept, np.int32)))
-      order = [order[slot] for slot in kept]
+          self.slots, self.programs.put(np.array(staying, np.int32)))
+      order = [order[slot] for slot in staying]
       self.batch = size
       alive = list(range(len(alive)))
     return order

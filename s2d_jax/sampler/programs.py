@@ -67,18 +67,11 @@ def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows
   if mesh is not None:
     weights = sharding.laid_out(weights, _layout(config, mesh, weights))
 
-  # Arrays that the host sends and fetches are whole on every device.
-  def whole(*shape: int, dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
+  whole = functools.partial(_whole, mesh)
 
   def lower(f: Callable, out: Params, *args: Any, donate: Any = ()) -> jax.stages.Lowered:
     layout = mesh and jax.tree.map(lambda x: x.sharding, out)
     return jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args)
-
-  def decoded(B: int) -> decode.Decoded:
-    logp_BN = whole(B, settings.tokens, dtype=np.float32)
-    return decode.Decoded(whole(B, settings.tokens), logp_BN, logp_BN, whole(B),
-                          whole(B, dtype=bool))
 
   most = shapes.batches[0]
   admit = decode.admit
@@ -101,8 +94,8 @@ def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows
                     prompt_cache, weights, whole(shapes.prompts, shapes.width), whole()),
       admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
                       donate=0) for S in shapes.lengths},
-      decode={(B, S): lower(run, (slots[B, S], decoded(B)), weights, slots[B, S],
-                            whole(B, dtype=bool), whole(), donate=1)
+      decode={(B, S): lower(run, (slots[B, S], _decoded(mesh, B, settings.tokens)), weights,
+                            slots[B, S], whole(B, dtype=bool), whole(), donate=1)
               for B in shapes.batches for S in shapes.lengths},
       grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
                           slots[B, S])
@@ -112,6 +105,20 @@ def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows
                for shorter, S in itertools.pairwise(shapes.lengths)},
       shrink={(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], whole(fewer))
               for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}))
+
+
+def _whole(mesh: Mesh | None, *shape: int,
+           dtype: jax.typing.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
+  """An array that the host sends or fetches: whole on every device."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
+
+
+def _decoded(mesh: Mesh | None, batch: int, tokens: int) -> decode.Decoded:
+  """The shapes of a dispatch's results."""
+  whole = functools.partial(_whole, mesh)
+  logp_BN = whole(batch, tokens, dtype=np.float32)
+  return decode.Decoded(whole(batch, tokens), logp_BN, logp_BN, whole(batch),
+                        whole(batch, dtype=bool))
 
 
 def _empty(config: Config, settings: SamplerConfig, shapes: Shapes, batch: int,

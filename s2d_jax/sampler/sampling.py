@@ -1,4 +1,4 @@
-"""How a token is chosen: the settings, the truncation of a distribution, and one draw from it.
+"""How a token is chosen: the settings, the truncation of a distribution, and one sample of it.
 
 A token is chosen with one uniform number, a function of the row's own key and the token's index. A
 row therefore does not depend on its neighbours, on its slot or on the time at which it is admitted.
@@ -140,7 +140,7 @@ def _float_of(ordered: jax.Array) -> jax.Array:
 
 def _uniform(key_B2: jax.Array, index_B: jax.Array) -> jax.Array:
   """One number in [0, 1) for each row, a function of its key and the token's index alone."""
-  # A key for each row and not for the batch: the draw is the same in any slot and any batch.
+  # A key for each row and not for the batch: the token is the same in any slot and any batch.
   def row(key_2: jax.Array, index: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.wrap_key_data(key_2), index)
     return jax.random.uniform(key, (), jnp.float32)

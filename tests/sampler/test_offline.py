@@ -99,7 +99,7 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path):
   class Talk:
     def render(self, messages):
       raise jinja2.TemplateError("roles must alternate")
-  with pytest.raises(ValueError, match="line 1 is no chat that .* takes .roles must altern"):
+  with pytest.raises(ValueError, match="line 1 is not a chat that .* takes .roles must altern"):
     offline.read(path, Talk())
 
 
@@ -129,10 +129,10 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
 
 @pytest.mark.parametrize("line, more, words", [
     ('{"problem": "1+2"}\n{"problem": "1+2"}', {}, "prompts.jsonl line 2 has id .* each once"),
-    ('{"answer": "3"}', {}, 'line 1 is no JSON object with "problem", a text, or "messages"'),
-    ('{"problem": 3, "id": 1}', {}, 'line 1 is no JSON object with "problem", a text'),
-    ('{"messages": [3]}', {}, "line 1 is no JSON object"),
-    ('{"messages": [{"content": "1+2"}]}', {}, "line 1 is no JSON object"),
+    ('{"answer": "3"}', {}, 'line 1 is not a JSON object with "problem", a text, or "messages"'),
+    ('{"problem": 3, "id": 1}', {}, 'line 1 is not a JSON object with "problem", a text'),
+    ('{"messages": [3]}', {}, "line 1 is not a JSON object"),
+    ('{"messages": [{"content": "1+2"}]}', {}, "line 1 is not a JSON object"),
     ('{"problem": "1+2"}', {"cache-gib": "inf"}, "--cache-gib is inf"),
     ('{"problem": "1+2"}', {"mesh": "a,1,1"}, "--mesh is a,1,1: choose sizes such as 1,4,1"),
     ('{"problem": "1+2"}', {"mesh": "1,1"}, "--mesh is .1, 1., which .*: choose three"),
@@ -239,7 +239,7 @@ def test_a_damaged_line_is_named(prompts, tmp_path):
   for damaged in ("{", '{"id": 1}', "3"):
     out.write_text('{"id": 0, "prompt": "00", "sample": 0}\n' + damaged + "\n{\"cut")
     before = out.read_bytes()
-    with pytest.raises(ValueError, match="out.jsonl line 2 is no sample: take the line out"):
+    with pytest.raises(ValueError, match="out.jsonl line 2 is not a sample: take the line out"):
       offline.existing_rows(out, [])
     assert out.read_bytes() == before
 

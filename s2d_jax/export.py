@@ -45,10 +45,8 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   # The third entry of "row" is the learner, whose base has the config and the tokenizer.
   base = record["bases"][record["inputs"]["row"][2]]["folder"]
   model = models.get(hf.read_json(base))
-  shapes = models.shapes(model.config)
-  layout = sharding.weight_shardings(
-      sharding.make_mesh((1, 1, 1)), models.axes(model.config), shapes)
-  params = checkpoint.load_final(folder, sharding.laid_out(shapes, layout))
+  params = checkpoint.load_final(
+      folder, models.laid_out(model.config, sharding.make_mesh((1, 1, 1))))
   lineage = {"stage": folder.name, "revision": record["revision"],
              "bases": {role: base["identity"] for role, base in record["bases"].items()}}
   return hf.save(out, model, jax.device_get(params), base, lineage, dtype)

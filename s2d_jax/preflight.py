@@ -35,7 +35,6 @@ from s2d_jax import (
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
-from s2d_jax.sharding import Params
 
 _EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:2x2"
 
@@ -53,14 +52,7 @@ def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
                   shapes: Callable = models.frozen_shapes) -> Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
-  return Role(model, _laid_out(model, mesh, shapes))
-
-
-def _laid_out(model: models.Model, mesh: Mesh, shapes: Callable[[models.Config], Params]) -> Params:
-  """shapes(config) of a model's parameters, laid out on the mesh."""
-  shapes = shapes(model.config)
-  return sharding.laid_out(shapes, sharding.weight_shardings(
-      mesh, models.axes(model.config), shapes))
+  return Role(model, models.laid_out(model.config, mesh, shapes))
 
 
 def costs(config: ConfigDict,
@@ -106,7 +98,7 @@ def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
     # Under adapters the base weights are in memory too, but have no gradients and no moments.
     non_trainable = learner.params
     model = models.build(dataclasses.replace(learner.model.config, lora=lora))
-    adapters, _ = models.split(model.config, _laid_out(model, mesh, models.shapes))
+    adapters, _ = models.split(model.config, models.laid_out(model.config, mesh))
     learner = Role(model, adapters)
   actor = None
   if row.actor == row.learner:

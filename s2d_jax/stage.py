@@ -225,9 +225,7 @@ def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
   if role in plan.bases:
     return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
   model = models.get(hf.read_json(folder), **run)
-  shapes = shapes_of(model.config)
-  abstract = sharding.laid_out(shapes, sharding.weight_shardings(
-      mesh, models.axes(model.config), shapes))
+  abstract = models.laid_out(model.config, mesh, shapes_of)
   return Role(model, checkpoint.load_final(workdir / role, abstract))
 
 

@@ -27,8 +27,8 @@ from s2d_jax.sharding import Params
 
 __all__ = [
     "KV", "Config", "Lora", "Model", "Weight", "adapters", "axes", "build", "config_json",
-    "empty_cache", "frozen_shapes", "get", "lora", "merge", "read_config", "shapes", "split",
-    "trained", "weights",
+    "empty_cache", "frozen_shapes", "get", "laid_out", "lora", "merge", "read_config", "shapes",
+    "split", "trained", "weights",
 ]
 
 # The key is model_type in config.json, and `architecture` in a Config.
@@ -224,3 +224,14 @@ def frozen_shapes(config: Config) -> Params:
     for path, _ in pair:
       flat[path] = jax.ShapeDtypeStruct(flat[path].shape, config.dtype)
   return layout.nest(flat)
+
+
+def laid_out(config: Config, mesh: jax.sharding.Mesh,
+             shapes_of: Callable[[Config], Params] = shapes) -> Params:
+  """The abstract parameters with the layouts that training uses on a mesh.
+
+  Args:
+    shapes_of: `shapes` or `frozen_shapes`.
+  """
+  tree = shapes_of(config)
+  return sharding.laid_out(tree, sharding.weight_shardings(mesh, axes(config), tree))

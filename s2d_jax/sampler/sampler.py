@@ -52,7 +52,8 @@ class Sampler:
     check_stop_strings(sampling, decode)
     mesh = sharding.current_mesh()
     if params is None:
-      params = _trainer_shapes(model)
+      params = (models.shapes(model.config) if mesh is None
+                else models.laid_out(model.config, mesh))
     self.shapes = sharding.abstract(params)
     # Programs are cached by their arguments, so the weights' shapes are passed as hashable values.
     leaves, tree = jax.tree.flatten(self.shapes)
@@ -179,16 +180,6 @@ def naming(model: str) -> Iterator[None]:
     yield
   except FloatingPointError as error:
     raise FloatingPointError(f"{model}: {error}") from error
-
-
-def _trainer_shapes(model: Model) -> Params:
-  """The shapes of float32 parameters, laid out on the current mesh as the trainer's."""
-  shapes = models.shapes(model.config)
-  mesh = sharding.current_mesh()
-  if mesh is None:
-    return shapes
-  return sharding.laid_out(shapes, sharding.weight_shardings(
-      mesh, models.axes(model.config), shapes))
 
 
 def _empty_rollout(requests: Sequence[Request], prompt_tokens: int, max_tokens: int,

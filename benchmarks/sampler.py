@@ -82,16 +82,16 @@ class Ours:
   `page` is the number of tokens of a cache page, 0 for a cache without pages.
   """
 
-  def __init__(self, model: models.Model, params: Params, work: Workload, page: int) -> None:
+  def __init__(self, model: models.Model, params: Params, workload: Workload, page: int) -> None:
     self.params = params
-    width = len(work.prompts[0])
-    self.prompts = [Prompt(i, tuple(ids)) for i, ids in enumerate(work.prompts)]
-    sampling = Sampling(work.max_tokens, work.stop_ids, samples_per_prompt=work.samples,
-                        temperature=work.temperature)
-    size = min(len(work.prompts), -(-work.slots // work.samples))
-    row = (width + work.max_tokens) * cache_bytes(model.config)
+    width = len(workload.prompts[0])
+    self.prompts = [Prompt(i, tuple(ids)) for i, ids in enumerate(workload.prompts)]
+    sampling = Sampling(workload.max_tokens, workload.stop_ids, samples_per_prompt=workload.samples,
+                        temperature=workload.temperature)
+    size = min(len(workload.prompts), -(-workload.slots // workload.samples))
+    row = (width + workload.max_tokens) * cache_bytes(model.config)
     read = width * cache_bytes(model.config) + 4 * model.config.heads * width**2  # and its scores
-    need = (work.slots + 0.5) * row + min(size, capacity.MAX_PROMPTS) * read
+    need = (workload.slots + 0.5) * row + min(size, capacity.MAX_PROMPTS) * read
     config = SamplerConfig(cache_gib=need / 2**30, page=page)
     self.sampler, seconds = measure.stopwatch(
         lambda: Sampler(model, sampling, size, width, config, params=params))

@@ -45,9 +45,6 @@ FIELDS_OWN = {
   ("s2d_jax/stats.py", "draws"), ("s2d_jax/evals.py", "draws"), ("s2d_jax/evaluate.py", "draws"),
   ("s2d_jax/ladder.py", "draws"), ("tests/test_evals.py", "draws"),
 }
-# Files that are being rewritten, whose names are not looked at.
-UNREAD = ("s2d_jax/sampler", "tests/sampler", "s2d_jax/models/caches.py", "benchmarks/sampler.py",
-          "tests/rollouts/test_sources.py", "tests/test_evals.py", "tests/tpu/test_aot.py")
 # Calls that print a message for a user.
 MESSAGE_CALLS = ("fail", "exit", "warn", "warning", "error")
 

@@ -41,25 +41,25 @@ def reward(prompt_id, ids):
 
 
 def test_solve_by_hand():
-  draw = FixedSampler()
-  samples, rows = evals.solve(draw, "weights", PROMPTS, reward, (4, 2))
+  fixed = FixedSampler()
+  samples, rows = evals.solve(fixed, "weights", PROMPTS, reward, (4, 2))
   np.testing.assert_array_equal(samples.correct_PG, [[1, 0, 1], [1, 0, 1]])
   assert samples.correct_PG.dtype == np.float32
   np.testing.assert_array_equal(samples.length_PG, [[1, 2, 3], [1, 2, 2]])
   np.testing.assert_array_equal(samples.truncated_PG, np.zeros((2, 3)))
   assert samples.answer_PG is None
-  assert draw.calls == [("weights", PROMPTS, (4, 2)), "drawn"]
+  assert fixed.calls == [("weights", PROMPTS, (4, 2)), "drawn"]
   assert [rows.response(b).tolist() for b in range(6)] == RESPONSES
 
 
 def test_a_row_is_scored_when_it_ends_and_once():
-  draw = FixedSampler(order=(5, 0, 3, 1, 2, 4))
+  fixed = FixedSampler(order=(5, 0, 3, 1, 2, 4))
   def telling(prompt_id, ids):
-    draw.calls.append((prompt_id, ids.tolist()))
+    fixed.calls.append((prompt_id, ids.tolist()))
     return reward(prompt_id, ids)
-  samples, _ = evals.solve(draw, "weights", PROMPTS, telling, (4, 2))
+  samples, _ = evals.solve(fixed, "weights", PROMPTS, telling, (4, 2))
   np.testing.assert_array_equal(samples.correct_PG, [[1, 0, 1], [1, 0, 1]])
-  assert draw.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in draw.order] + ["drawn"]
+  assert fixed.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in fixed.order] + ["drawn"]
 
 
 def test_a_reward_of_one_or_more_is_right():
@@ -150,11 +150,11 @@ def block(**changes):
 
 
 def test_validation_by_hand():
-  draw = FixedSampler()
+  fixed = FixedSampler()
   compiled = []
   hp = block(statistics="avg,response_length", when="every 2", prompts=5, problems=2)
   evaluate = evals.evaluator(
-      hp, lambda *args, **changes: (compiled.append((args, changes)), draw)[1],
+      hp, lambda *args, **changes: (compiled.append((args, changes)), fixed)[1],
       [*PROMPTS, rollouts.Prompt(10, (4,))], reward, None, 3)
   def validate(params):
     return dict(evals.estimates("validation", evaluate, params))
@@ -162,8 +162,8 @@ def test_validation_by_hand():
   assert validate("old") == {"validation/avg@3": np.float32(4 / 6),
                              "validation/response_length": pytest.approx(11 / 6, rel=1e-15)}
   assert validate("new") == validate("old")  # always the same draws
-  assert [call[0] for call in draw.calls[::2]] == ["old", "new", "old"]
-  assert {call[2] for call in draw.calls[::2]} == {(3, zlib.crc32(b"validation"))}
+  assert [call[0] for call in fixed.calls[::2]] == ["old", "new", "old"]
+  assert {call[2] for call in fixed.calls[::2]} == {(3, zlib.crc32(b"validation"))}
   assert compiled == [((hp.sampling, 2), {})]  # two prompts at a time, and no greedy sampler
 
 
@@ -183,7 +183,7 @@ def test_an_evaluation_at_the_end_samples_greedily_as_well():
   # The first response of each problem is right: greedily both are solved.
   assert {name: value.estimate for name, value in found.scores.items()} == pytest.approx(
       {"greedy": 1, "avg@3": 2 / 3, "pass@1": 2 / 3, "truncated": 0, "response_length": 11 / 6})
-  assert {call[2] for draw in draws.values() for call in draw.calls[::2]} == {
+  assert {call[2] for fixed in draws.values() for call in fixed.calls[::2]} == {
       (3, zlib.crc32(b"evaluation"))}
 
 

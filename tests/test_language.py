@@ -24,9 +24,8 @@ ROOT = language.ROOT
 
 
 def sources(*folders: str) -> list[Path]:
-  """The Python files below folders of the checkout, without those being rewritten."""
-  found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-  return [path for path in found if not name_of(path).startswith(language.UNREAD)]
+  """The Python files below folders of the checkout."""
+  return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
@@ -34,17 +33,13 @@ def name_of(path: Path) -> str:
 
 
 CODE = sources("s2d_jax", "configs", "examples", "benchmarks", "results", "tests")
-TYPED = [ROOT / name for name in ("s2d_jax", "benchmarks", "examples", "configs", "results")]
+TYPED = sources("s2d_jax", "benchmarks", "examples", "configs", "results")
 
 
 def found_by(measure: Callable[[ast.Module], list], files: Iterable[Path]) -> dict[str, list]:
   """{path: what a measure finds in the file}, where it finds anything."""
   found = {name_of(path): measure(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
   return {name: values for name, values in found.items() if values}
-
-
-def typed_files() -> list[Path]:
-  return [path for folder in TYPED for path in sorted(folder.rglob("*.py"))]
 
 
 def pages() -> list[Path]:
@@ -60,11 +55,11 @@ def long_sentences(text: str, limit: int) -> list[str]:
 
 
 def test_every_public_parameter_and_result_has_a_type():
-  assert found_by(language.unannotated, typed_files()) == {}
+  assert found_by(language.unannotated, TYPED) == {}
 
 
 def test_every_public_name_has_a_docstring():
-  assert found_by(language.undocumented, typed_files()) == {}
+  assert found_by(language.undocumented, TYPED) == {}
 
 
 def test_names_are_the_fields_words():

@@ -26,10 +26,10 @@ def tiny():
         "intermediate_size": 24, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": 64}, **run)
     rng = np.random.default_rng(seed)
-    def draw(path, x):
+    def random_leaf(path, x):
       centre = 1.0 if "norm" in path[-1].key else 0.0
       return jax.device_put(rng.normal(centre, 0.3, x.shape).astype(np.float32))
-    return model, jax.tree_util.tree_map_with_path(draw, models.shapes(model.config))
+    return model, jax.tree_util.tree_map_with_path(random_leaf, models.shapes(model.config))
   return make
 
 
@@ -41,12 +41,12 @@ def truncated():
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     order = order[:top_k] if top_k else order
-    mass, kept = 0.0, []
+    mass, support = 0.0, []
     for i in order:
-      kept.append(i)
+      support.append(i)
       mass += p[i] / p[order].sum()
       if mass >= top_p:
         break
-    kept = [i for i in kept if p[i] >= min_p * p[order[0]]]
-    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / p[kept].sum()
+    support = [i for i in support if p[i] >= min_p * p[order[0]]]
+    return np.array([p[i] if i in support else 0.0 for i in range(len(p))]) / p[support].sum()
   return probabilities

@@ -34,9 +34,9 @@ def prompts(tmp_path):
   return path
 
 
-def command(prompts, out, **more):
+def command(prompts, out, **flags):
   flags = {"model": TEACHER, "prompts": prompts, "out": out, "n": 3, "temperature": 0.7,
-           "max-tokens": 24, "seed": 1} | more
+           "max-tokens": 24, "seed": 1} | flags
   return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
@@ -45,7 +45,7 @@ def rows(out):
 
 
 @pytest.mark.medium
-def test_a_killed_run_goes_on(prompts, tmp_path):
+def test_a_killed_run_continues(prompts, tmp_path):
   whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
   offline.main(command(prompts, whole))
   want = rows(whole)
@@ -74,12 +74,12 @@ def test_a_killed_run_goes_on(prompts, tmp_path):
   before = out.read_bytes()
   offline.main(command(prompts, out))  # nothing is left to do
   assert out.read_bytes() == before
-  more = tmp_path / "more.jsonl"
-  more.write_bytes(before)
-  more.with_name("more.jsonl.settings.json").write_bytes(
+  longer = tmp_path / "more.jsonl"
+  longer.write_bytes(before)
+  longer.with_name("more.jsonl.settings.json").write_bytes(
       out.with_name("out.jsonl.settings.json").read_bytes())
-  offline.main(command(prompts, more, n=4))  # more samples of each
-  assert rows(more).keys() == {(7 * i, g) for i in range(40) for g in range(4)}
+  offline.main(command(prompts, longer, n=4))  # more samples of each
+  assert rows(longer).keys() == {(7 * i, g) for i in range(40) for g in range(4)}
 
 
 @pytest.mark.medium
@@ -96,27 +96,27 @@ def test_pages_hold_the_same_rows(prompts, tmp_path):
 def test_a_chat_that_the_template_refuses_is_named(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text(json.dumps({"messages": [{"role": "user", "content": "1+2"}]}) + "\n")
-  class Talk:
+  class RefusingChat:
     def render(self, messages):
       raise jinja2.TemplateError("roles must alternate")
   with pytest.raises(ValueError, match="line 1 is not a chat that .* takes .roles must altern"):
-    offline.read(path, Talk())
+    offline.read(path, RefusingChat())
 
 
 @pytest.mark.medium
-def test_its_output_is_an_input_of_teacher_sft(prompts, tmp_path):
+def test_the_output_is_an_input_of_teacher_sft(prompts, tmp_path):
   out, data = tmp_path / "out.jsonl", tmp_path / "data.jsonl"
   offline.main(command(prompts, out, n=2))
   data.write_text("".join(json.dumps({"problem": p, "id": 7 * i, "answer": "1"}) + "\n"
                           for i, p in enumerate(PROBLEMS)))
-  found, talk = jsonl.solved(jsonl.rows(data), out), chat.Chat(TEACHER)
-  wrote = rows(out)
+  found, loaded = jsonl.solved(jsonl.rows(data), out), chat.Chat(TEACHER)
+  samples_of = rows(out)
   for row in found:
-    samples = [wrote[row["id"], g] for g in range(2)]
-    ended = [s for s in samples if s["finish"] == "stop"]
-    assert row.get("solution") == (ended[0]["response"] if ended else None)
-    if ended:  # the very tokens: text is turned back into the same ids
-      assert talk.encode_response(row["solution"]) == ended[0]["tokens"]
+    samples = [samples_of[row["id"], g] for g in range(2)]
+    finished = [s for s in samples if s["finish"] == "stop"]
+    assert row.get("solution") == (finished[0]["response"] if finished else None)
+    if finished:  # encoding the text again gives the sampled ids
+      assert loaded.encode_response(row["solution"]) == finished[0]["tokens"]
 
 
 def test_a_stop_string_ends_a_response(prompts, tmp_path):
@@ -127,7 +127,7 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
   assert all("=4" not in text[:-1] for text in texts)
 
 
-@pytest.mark.parametrize("line, more, words", [
+@pytest.mark.parametrize("line, flags, words", [
     ('{"problem": "1+2"}\n{"problem": "1+2"}', {}, "prompts.jsonl line 2 has id .* each once"),
     ('{"answer": "3"}', {}, 'line 1 is not a JSON object with "problem", a text, or "messages"'),
     ('{"problem": 3, "id": 1}', {}, 'line 1 is not a JSON object with "problem", a text'),
@@ -145,11 +145,11 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
     ('{"problem": "1+2"}', {"temperature": -1}, "--temperature is -1.0"),
     ('{"problem": "1+2", "id": 4}', {"max-tokens": 10_000}, "prompt 4 has 5 tokens and with 10000"),
 ])
-def test_what_cannot_be_sampled_is_refused_before_anything_is_written(line, more, words, tmp_path):
+def test_a_wrong_request_is_refused_before_anything_is_written(line, flags, words, tmp_path):
   path, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "out.jsonl"
   path.write_text(line)
   with pytest.raises(ValueError, match=words):
-    offline.main(command(path, out, **more))
+    offline.main(command(path, out, **flags))
   assert not out.parent.exists()
 
 
@@ -217,7 +217,7 @@ def test_a_token_without_an_embedding_is_refused(program, prompts, tmp_path):
   assert not (tmp_path / "new").exists()
 
 
-def test_other_settings_or_another_writer_do_not_go_on(prompts, tmp_path):
+def test_other_settings_and_another_writer_are_refused(prompts, tmp_path):
   out = tmp_path / "out.jsonl"
   def write(**settings):
     with offline.only_writer(out, {"seed": 1, "dtype": "float32"} | settings):
@@ -245,7 +245,7 @@ def test_a_damaged_line_is_named(prompts, tmp_path):
 
 
 @pytest.mark.medium
-def test_an_id_that_has_become_another_problem_is_refused(prompts, tmp_path):
+def test_another_problem_under_an_old_id_is_refused(prompts, tmp_path):
   out = tmp_path / "out.jsonl"
   offline.main(command(prompts, out, n=1))
   prompts.write_text(prompts.read_text().replace("10+50+30", "11+50+30"))
@@ -257,10 +257,10 @@ def test_lines_end_with_newlines_alone(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text(json.dumps({"problem": "1+2"}) + "\n"
                   + '{"messages": [{"role": "user", "content": "3\u2028+4"}], "id": 3}\n')
-  class Talk:
+  class RefusingChat:
     def render(self, messages):
       return [len(messages[0]["content"])]
-  assert [(p.id, p.tokens) for p in offline.read(path, Talk())][1] == (3, (4,))
+  assert [(p.id, p.tokens) for p in offline.read(path, RefusingChat())][1] == (3, (4,))
 
 
 @pytest.mark.parametrize("word, found", [("enable_thinking=false", {"enable_thinking": False}),

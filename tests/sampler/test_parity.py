@@ -44,7 +44,7 @@ def generated(model, prompt, stop=None):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("family", CLASSES)
-def test_greedy_is_generate(family, tmp_path):
+def test_greedy_equals_generate(family, tmp_path):
   theirs = torch_model(family)
   theirs.save_pretrained(tmp_path)
   model, params = hf.load(tmp_path)
@@ -59,4 +59,4 @@ def test_greedy_is_generate(family, tmp_path):
     assert rows.response(b).tolist() == tokens
     np.testing.assert_allclose(rows.sampler_logp_BT[b, : len(tokens)], logp, atol=1e-4)
   assert len(set(rows.response_length_B)) > 1 and rows.finish_reason_B[0] == 1
-  assert len(set(np.concatenate(free))) > 8  # nobody repeats one token
+  assert len(set(np.concatenate(free))) > 8  # no row repeats one token

@@ -1,4 +1,4 @@
-"""One token: which may be drawn, how often, and the log-probability that is reported for it."""
+"""Sampling one token: truncation, frequencies, and the reported log-probabilities."""
 
 import functools
 
@@ -17,11 +17,11 @@ CASES = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 12}, {"top_k": 99}, {"top_p":
          {"temperature": 0.5, "top_p": 0.9}, {"temperature": 3.0, "min_p": 0.2},
          {"temperature": 0.7, "top_k": 8, "top_p": 0.8}, {"top_k": 5, "top_p": 0.95, "min_p": 0.1}]
 ids = functools.partial(map, lambda case: "-".join(f"{k}={v}" for k, v in case.items()) or "plain")
-draw = jax.jit(sampling.sample_token, static_argnums=3)
+sample_token = jax.jit(sampling.sample_token, static_argnums=3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_what_is_kept(case, truncated):
+def test_truncation_keeps_the_tokens_of_the_reference(case, truncated):
   logits = np.random.default_rng(0).normal(0, 2, (50, 12)).astype(np.float32)
   got = np.asarray(sampling.truncate(jnp.asarray(logits), PLAIN._replace(**case)))
   want = np.array([truncated(row, **case) for row in logits])
@@ -38,21 +38,22 @@ def keys():
   return np.stack([rollouts.row_key((0, 7), row // 8, row % 8) for row in range(ROWS)])
 
 
-def drawn(fields, index=0, logits=LOGITS):
-  """(token, logp, drawn logp) of each of ROWS rows that differ in their keys alone."""
+def sampled(fields, index=0, logits=LOGITS):
+  """(token, logp, behaviour_logp) of each of ROWS rows that differ in their keys alone."""
   rows = jnp.asarray(np.tile(logits, (ROWS, 1)))
-  return tuple(map(np.asarray, draw(rows, keys(), jnp.full(ROWS, index, jnp.int32), fields)))
+  index_B = jnp.full(ROWS, index, jnp.int32)
+  return tuple(map(np.asarray, sample_token(rows, keys(), index_B, fields)))
 
 
-@pytest.mark.parametrize("case, kept", [
+@pytest.mark.parametrize("case, size", [
     ({"temperature": 0.6}, 8), ({"top_p": 0.75}, 4), ({"top_k": 3}, 3), ({"min_p": 0.2}, 5),
     ({"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.3}, 4)],
     ids=lambda v: next(ids([v])) if isinstance(v, dict) else "")
-def test_how_often(case, kept, truncated):
-  token, logp, behaviour_logp = drawn(PLAIN._replace(**case))
+def test_sampled_frequencies(case, size, truncated):
+  token, logp, behaviour_logp = sampled(PLAIN._replace(**case))
   want = truncated(LOGITS, **case)
   count = np.bincount(token, minlength=len(LOGITS))
-  assert (want > 0).sum() == kept and count[want == 0].sum() == 0
+  assert (want > 0).sum() == size and count[want == 0].sum() == 0
   assert scipy.stats.chisquare(count[want > 0], ROWS * want[want > 0]).pvalue > 0.001
   # Whatever was done to the distribution, the model's own log-probability is reported.
   np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # LOGITS are normalised
@@ -60,17 +61,17 @@ def test_how_often(case, kept, truncated):
 
 
 def test_successive_tokens_are_independent():
-  first, second = drawn(PLAIN)[0], drawn(PLAIN, index=1)[0]
+  first, second = sampled(PLAIN)[0], sampled(PLAIN, index=1)[0]
   table = np.zeros((8, 8))
   np.add.at(table, (first, second), 1)
   assert scipy.stats.chi2_contingency(table).pvalue > 0.001
-  np.testing.assert_array_equal(first, drawn(PLAIN)[0])
+  np.testing.assert_array_equal(first, sampled(PLAIN)[0])
 
 
-def test_temperature_0_is_the_most_probable():
+def test_temperature_0_samples_the_most_probable_token():
   logits = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
-  token, logp, behaviour_logp = draw(jnp.asarray(logits), keys(), jnp.zeros(ROWS, jnp.int32),
-                                 PLAIN._replace(temperature=0.0))
+  token, logp, behaviour_logp = sample_token(
+      jnp.asarray(logits), keys(), jnp.zeros(ROWS, jnp.int32), PLAIN._replace(temperature=0.0))
   assert not behaviour_logp.any()  # certain
   np.testing.assert_array_equal(token, logits.argmax(axis=1))
   p = np.exp(logits.astype(np.float64))
@@ -78,14 +79,14 @@ def test_temperature_0_is_the_most_probable():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_stop_waits_for_min_tokens(temperature):
+def test_no_stop_before_min_tokens(temperature):
   early = PLAIN._replace(temperature=temperature, min_tokens=3, stop_ids=(0, 2))
   for index, stops in ((0, False), (2, False), (3, True)):
-    token, logp, _ = drawn(early, index)
+    token, logp, _ = sampled(early, index)
     assert np.isin(token, (0, 2)).any() == stops
     np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)  # and not of what was allowed
   if temperature:
-    token, _, behaviour_logp = drawn(early)
+    token, _, behaviour_logp = sampled(early)
     want = np.exp(LOGITS.astype(np.float64)) * ~np.isin(np.arange(8), (0, 2))
     np.testing.assert_allclose(behaviour_logp, np.log((want / want.sum())[token]), atol=1e-5)
     assert scipy.stats.chisquare(np.bincount(token, minlength=8)[want > 0],
@@ -95,7 +96,7 @@ def test_a_stop_waits_for_min_tokens(temperature):
 def test_a_vocabulary_of_many_groups():
   # 1,000 tokens are eight groups, the last not full; every token is drawn as often as it should.
   logits = np.random.default_rng(5).normal(0, 1.5, 1000).astype(np.float32)
-  token, logp, behaviour_logp = drawn(PLAIN, logits=logits)
+  token, logp, behaviour_logp = sampled(PLAIN, logits=logits)
   want = np.exp(logits.astype(np.float64))
   want = want / want.sum()
   np.testing.assert_allclose(logp, np.log(want)[token], atol=1e-5)
@@ -104,25 +105,25 @@ def test_a_vocabulary_of_many_groups():
   groups = np.cumsum(want[order]) // (10 / ROWS)
   expected = np.array([want[order][groups == g].sum() for g in np.unique(groups)]) * ROWS
   found = np.bincount(token, minlength=1000)[order]
-  seen = np.array([found[groups == g].sum() for g in np.unique(groups)])
+  counts = np.array([found[groups == g].sum() for g in np.unique(groups)])
   big = expected > 5
   assert big.sum() > 100
-  assert scipy.stats.chisquare(np.append(seen[big], seen[~big].sum() + 1e-9),
+  assert scipy.stats.chisquare(np.append(counts[big], counts[~big].sum() + 1e-9),
                                np.append(expected[big], expected[~big].sum() + 1e-9)).pvalue > 0.001
 
 
-def test_top_p_of_a_long_row_is_its_sorted_form():
+def test_top_p_of_a_long_row_equals_the_sorted_form():
   logits = np.random.default_rng(6).normal(0, 3, (20, 5000)).astype(np.float32)
   got = np.isfinite(sampling.truncate(jnp.asarray(logits), PLAIN._replace(top_p=0.95)))
   p = np.exp(logits.astype(np.float64))
   p = p / p.sum(axis=1, keepdims=True)
-  for row, kept in zip(p, got, strict=True):
+  for row, support in zip(p, got, strict=True):
     sorted_p = np.sort(row)[::-1]
     need = int(np.searchsorted(np.cumsum(sorted_p), 0.95)) + 1
-    assert abs(kept.sum() - need) <= 1 and row[kept].min() > row[~kept].max()
+    assert abs(support.sum() - need) <= 1 and row[support].min() > row[~support].max()
 
 
-def test_the_last_possible_token_is_drawn_and_none_beyond():
+def test_the_last_possible_token_is_sampled_and_no_later_one():
   # The largest number below one, and tokens after the last possible one that cannot be drawn.
   logits = np.full((1, 300), -np.inf, np.float32)
   logits[0, [3, 150]] = 0.0
@@ -133,20 +134,22 @@ def test_the_last_possible_token_is_drawn_and_none_beyond():
 
 
 @pytest.mark.parametrize("case", [{"top_k": 20}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8}])
-def test_what_is_excluded_is_never_drawn(case):
+def test_an_excluded_token_is_never_sampled(case):
   # Running sums over 151,936 tokens stand still between the few that are left, but for rounding,
   # which may move them either way: uniforms on every step of them, and beside it.
   logits = np.random.default_rng(7).normal(size=(1, 151_936)).astype(np.float32)
-  left = sampling.truncate(jnp.asarray(logits), PLAIN._replace(**case))
-  p = np.exp(np.asarray(left[0], np.float64))
+  truncated_logits = sampling.truncate(jnp.asarray(logits), PLAIN._replace(**case))
+  p = np.exp(np.asarray(truncated_logits[0], np.float64))
   steps = np.cumsum(p[p > 0]) / p.sum()
   around = [steps + k * 2.0**-24 for k in range(-12, 13)]
   uniforms = np.clip(np.concatenate(around), 0, 1 - 2**-24).astype(np.float32)
-  pick = jax.jit(lambda u: sampling._pick(jnp.broadcast_to(left, (len(u), left.shape[1])), u))
+  vocabulary = truncated_logits.shape[1]
+  pick = jax.jit(lambda u: sampling._pick(
+      jnp.broadcast_to(truncated_logits, (len(u), vocabulary)), u))
   for part in np.array_split(uniforms, -(-len(uniforms) // 32)):
     token, logp = pick(jnp.asarray(np.resize(part, 32)))
-    assert np.isfinite(logp).all() and (np.asarray(token) < left.shape[1]).all()
-    assert np.isfinite(np.asarray(left[0])[np.asarray(token)]).all()
+    assert np.isfinite(logp).all() and (np.asarray(token) < vocabulary).all()
+    assert np.isfinite(np.asarray(truncated_logits[0])[np.asarray(token)]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""Rows: what a sampled row depends on, how it ends, and that the trainer agrees on its tokens."""
+"""Sampled rows: their inputs, their ends, and log-probabilities equal to the trainer's."""
 
 import types
 import weakref
@@ -24,14 +24,14 @@ ROW, READ = TOKEN * (WINDOW + T), TOKEN * WINDOW + 4 * 4 * WINDOW * WINDOW
 
 
 def prompts(count):
-  """Prompts of 1 to 6 tokens, their ids far from their places."""
+  """Prompts of 1 to 6 tokens, whose ids are not their indices."""
   rng = np.random.default_rng(3)
   return [rollouts.Prompt(1000 - 7 * i, tuple(rng.integers(0, 16, 1 + i % WINDOW).tolist()))
           for i in range(count)]
 
 
 @pytest.fixture(scope="module")
-def crowd(tiny):
+def ten_prompts(tiny):
   """(sampler, params, rows, number of programs compiled by the call): ten prompts, four a batch."""
   model, params = tiny("qwen3")
   sampler = Sampler(model, SAMPLING, SIZE, WINDOW)
@@ -52,8 +52,8 @@ def once(model, params, prompts, sampling):
   return sampled(Sampler(model, sampling, len(prompts), width), params, prompts, SEED)
 
 
-def same(got, want, atol=1e-5):
-  """The same tokens in the same rows; log-probabilities but for float32 sums in another order."""
+def assert_equal(got, want, atol=1e-5):
+  """Checks equal tokens, and log-probabilities up to the order of float32 sums."""
   for field in ("prompt_id_B", "sample_index_B", "response_BT", "response_length_B",
                 "finish_reason_B"):
     np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
@@ -62,8 +62,8 @@ def same(got, want, atol=1e-5):
 
 
 @pytest.mark.medium
-def test_rows_are_the_samples_of_each_prompt_in_order(crowd):
-  _, _, rows, _ = crowd
+def test_rows_are_the_samples_of_each_prompt_in_order(ten_prompts):
+  _, _, rows, _ = ten_prompts
   want = prompts(10)  # the third call has two prompts: its padding is not among the rows
   np.testing.assert_array_equal(rows.prompt_id_B, np.repeat([p.id for p in want], G))
   np.testing.assert_array_equal(rows.sample_index_B, np.tile(range(G), 10))
@@ -75,8 +75,8 @@ def test_rows_are_the_samples_of_each_prompt_in_order(crowd):
 
 
 @pytest.mark.medium
-def test_a_row_ends_at_its_stop_or_at_max_tokens(crowd):
-  _, _, rows, _ = crowd
+def test_a_row_ends_at_its_stop_or_at_max_tokens(ten_prompts):
+  _, _, rows, _ = ten_prompts
   for b in range(40):
     response, stopped = rows.response(b), rollouts.FINISHED[rows.finish_reason_B[b]] == "stop"
     n = len(response)
@@ -90,48 +90,49 @@ def test_a_row_ends_at_its_stop_or_at_max_tokens(crowd):
 
 
 @pytest.mark.medium
-def test_a_row_is_the_same_alone_and_in_any_order(crowd):
-  sampler, params, rows, _ = crowd
+def test_a_row_does_not_depend_on_other_rows_or_their_order(ten_prompts):
+  sampler, params, rows, _ = ten_prompts
   some = prompts(10)[2:8]
   for order in ([3], [5, 0, 4, 2, 1, 3]):
     want = np.concatenate([np.arange(G) + (2 + i) * G for i in order])
-    same(sampled(sampler, params, [some[i] for i in order], SEED), rollouts.take(rows, want))
+    got = sampled(sampler, params, [some[i] for i in order], SEED)
+    assert_equal(got, rollouts.take(rows, want))
   other = sampled(sampler, params, some, (0, 12))
   assert (other.response_BT != rows.response_BT[2 * G: 8 * G]).mean() > 0.3
 
 
 @pytest.mark.medium
-def test_a_fork_is_a_prompt_read_again_in_whatever_window(crowd, tiny):
-  _, params, rows, _ = crowd
+def test_samples_of_a_prompt_equal_single_samples_in_another_window(ten_prompts, tiny):
+  _, params, rows, _ = ten_prompts
   one = SAMPLING._replace(samples_per_prompt=1)
   sampler = Sampler(tiny("qwen3")[0], one, SIZE, WINDOW + 5)
   for g in range(G):
     got = sampled(sampler, params, prompts(10), SEED, first_sample=g)
-    same(got, rollouts.take(rows, np.arange(g, 10 * G, G)))
+    assert_equal(got, rollouts.take(rows, np.arange(g, 10 * G, G)))
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_give_the_samples_of_one(shape, crowd, tiny):
-  _, params, rows, _ = crowd
+def test_eight_devices_give_the_samples_of_one(shape, ten_prompts, tiny):
+  _, params, rows, _ = ten_prompts
   model, _ = tiny("qwen3")
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     where = sharding.weight_shardings(mesh, models.axes(model.config), models.shapes(model.config))
     placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
-    same(sampled(Sampler(model, SAMPLING, SIZE, WINDOW), placed, prompts(10), SEED), rows)
+    assert_equal(sampled(Sampler(model, SAMPLING, SIZE, WINDOW), placed, prompts(10), SEED), rows)
 
 
 @pytest.mark.medium
-def test_weights_are_an_argument_and_no_call_compiles(crowd, tiny):
-  sampler, params, rows, compiled_at_first = crowd
+def test_new_weights_compile_nothing(ten_prompts, tiny):
+  sampler, params, rows, compiled_at_first = ten_prompts
   model, other = tiny("qwen3", seed=1)
   with metrics.compilations() as compiled:
     again = Sampler(model, SAMPLING, SIZE, WINDOW)
     got = sampled(sampler, other, prompts(10), SEED)
     assert again.programs is sampler.programs and compiled_at_first == compiled() == 0
   assert (got.response_BT != rows.response_BT).mean() > 0.3
-  same(sampled(again, params, prompts(10), SEED), rows, atol=0)
+  assert_equal(sampled(again, params, prompts(10), SEED), rows, atol=0)
 
 
 def trainer_gap(model, params, rows):
@@ -146,15 +147,15 @@ def trainer_gap(model, params, rows):
 
 
 @pytest.mark.medium
-def test_log_probabilities_are_the_trainers(crowd, tiny):
-  _, params, rows, _ = crowd
-  gap, logp = trainer_gap(tiny("qwen3")[0], params, rows)
-  assert gap.max() < 1e-5 and logp.std() > 0.3
+def test_log_probabilities_are_the_trainers(ten_prompts, tiny):
+  _, params, rows, _ = ten_prompts
+  difference, logp = trainer_gap(tiny("qwen3")[0], params, rows)
+  assert difference.max() < 1e-5 and logp.std() > 0.3
 
 
 @pytest.mark.medium
-def test_behaviour_log_probabilities_are_of_the_truncated_trainer(crowd, tiny, truncated):
-  _, params, rows, _ = crowd
+def test_behaviour_log_probabilities_are_of_the_truncated_trainer(ten_prompts, tiny, truncated):
+  _, params, rows, _ = ten_prompts
   model, _ = tiny("qwen3")
   for b in range(0, 40, 4):
     length = rows.prompt_length_B[b]
@@ -170,14 +171,14 @@ def test_behaviour_log_probabilities_are_of_the_truncated_trainer(crowd, tiny, t
 
 
 @pytest.mark.medium
-def test_weights_may_be_laid_out_once(crowd, tiny):
-  sampler, params, rows, _ = crowd
-  same(sampled(sampler, sampler.lay_out(params), prompts(10), SEED), rows, atol=0)
+def test_weights_laid_out_once_give_equal_samples(ten_prompts, tiny):
+  sampler, params, rows, _ = ten_prompts
+  assert_equal(sampled(sampler, sampler.lay_out(params), prompts(10), SEED), rows, atol=0)
 
 
 @pytest.mark.medium
-def test_hosts_compare_the_sampled_tokens(crowd, tiny, monkeypatch):
-  sampler, params, _, _ = crowd
+def test_hosts_compare_the_sampled_tokens(ten_prompts, tiny, monkeypatch):
+  sampler, params, _, _ = ten_prompts
   def compared(params):
     digests = []
     monkeypatch.setattr(hosts, "agree", lambda name, digest, seconds: digests.append(digest))
@@ -195,15 +196,15 @@ def test_the_cache_of_a_prompt_is_freed_with_its_last_waiting_row(tiny):
   sampler = Sampler(model, SAMPLING._replace(samples_per_prompt=1), 16, WINDOW,
                     SamplerConfig(cache_gib=(7.5 * ROW + 3 * READ) / 2**30))
   assert sampler.programs.shapes.batches[0] == 7 and sampler.programs.shapes.prompts == 3
-  compiled, made, alive = sampler.programs.prefill, [], []
+  compiled, caches, alive = sampler.programs.prefill, [], []
   def prefill(*args):
-    alive.append(sum(ref() is not None for ref in made))
+    alive.append(sum(ref() is not None for ref in caches))
     cache = compiled(*args)
-    made.append(weakref.ref(cache[0].k_BKHS))
+    caches.append(weakref.ref(cache[0].k_BKHS))
     return cache
   sampler.programs = sampler.programs._replace(prefill=prefill)
   sampled(sampler, params, prompts(16), SEED)
-  assert len(made) >= 6 and not any(alive)
+  assert len(caches) >= 6 and not any(alive)
 
 
 @pytest.mark.medium
@@ -217,18 +218,18 @@ def test_weights_are_laid_out_without_another_rounding(tiny):
     np.testing.assert_array_equal(layer["attn_norm"], params["layers"]["attn_norm"][i])
     np.testing.assert_array_equal(layer["attn"]["q"], np.asarray(params["layers"]["attn"]["q"][i]
                                                                  ).astype("bfloat16"))
-  gap, _ = trainer_gap(model, params, once(model, params, prompts(3), SAMPLING))
-  assert np.sqrt(np.mean(gap**2)) < 0.03  # sums of bfloat16 products in another order
+  difference, _ = trainer_gap(model, params, once(model, params, prompts(3), SAMPLING))
+  assert np.sqrt(np.mean(difference**2)) < 0.03  # sums of bfloat16 products in another order
 
 
 @pytest.mark.medium
 def test_log_probabilities_are_the_trainers_for_llama(tiny):
   model, params = tiny("llama")
-  how = SAMPLING._replace(samples_per_prompt=2, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
-  rows = once(model, params, prompts(3), how)
+  plain = SAMPLING._replace(samples_per_prompt=2, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+  rows = once(model, params, prompts(3), plain)
   assert len(rows.prompt_id_B) == 6
-  gap, logp = trainer_gap(model, params, rows)
-  assert gap.max() < 1e-5 and logp.std() > 0.3
+  difference, logp = trainer_gap(model, params, rows)
+  assert difference.max() < 1e-5 and logp.std() > 0.3
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -252,8 +253,8 @@ def test_stop_strings_that_cannot_be_found_are_refused(strings, words, tiny):
 @pytest.mark.parametrize("change, words", [
     (lambda x: x.astype("bfloat16"), r"is bfloat16.* compiled for float32.*: give Sampler"),
     (lambda x: x[..., :1], r"params.* is float32.*: give Sampler")])
-def test_weights_of_another_shape_are_refused(change, words, crowd):
-  sampler, params, _, _ = crowd
+def test_weights_of_another_shape_are_refused(change, words, ten_prompts):
+  sampler, params, _, _ = ten_prompts
   with pytest.raises(ValueError, match=words):
     sampler(jax.tree.map(change, params), prompts(1), SEED)
   with pytest.raises(ValueError, match="params are not the parameters"):
@@ -261,8 +262,8 @@ def test_weights_of_another_shape_are_refused(change, words, crowd):
 
 
 @pytest.mark.medium
-def test_a_call_refuses_too(crowd):
-  sampler, params, _, _ = crowd
+def test_a_call_refuses_wrong_prompts(ten_prompts):
+  sampler, params, _, _ = ten_prompts
   with pytest.raises(ValueError, match="prompt 77 has 7 tokens"):
     sampled(sampler, params, [rollouts.Prompt(77, (1,) * 7)], SEED)
   with pytest.raises(ValueError, match="no prompts"):
@@ -273,13 +274,13 @@ def test_a_call_refuses_too(crowd):
 @pytest.mark.parametrize("config", [
     SamplerConfig(tokens=1, chunk=1), SamplerConfig(tokens=3, chunk=4), SamplerConfig(page=2),
     SamplerConfig(cache_gib=(10.5 * ROW + 4 * READ) / 2**30)])
-def test_a_row_is_the_same_however_the_device_is_used(config, crowd, tiny):
+def test_a_row_does_not_depend_on_the_sampler_config(config, ten_prompts, tiny):
   # Tokens of a dispatch, of a prompt read at a time, and memory for ten slots of the sixteen.
-  _, params, rows, _ = crowd
+  _, params, rows, _ = ten_prompts
   sampler = Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, config)
   assert sampler.programs.shapes.batches[0] == (10 if config.cache_gib < 1 else 16)
   got, stats = sampler(params, prompts(10), SEED)
-  same(got, rows)
+  assert_equal(got, rows)
   assert stats.tokens == rows.response_length_B.sum()
   assert stats.tokens <= stats.slot_tokens
 
@@ -297,21 +298,21 @@ def test_the_cache_grows_with_the_longest_row(tiny):
   assert sampler.programs.shapes.lengths == (80, 156)
   # A group waits, so the cache is short again for it.
   rows = sampled(sampler, params, prompts(3), SEED)
-  gap, _ = trainer_gap(model, params, rows)
-  assert gap.size == 3 * G * 150 and gap.max() < 1e-5
+  difference, _ = trainer_gap(model, params, rows)
+  assert difference.size == 3 * G * 150 and difference.max() < 1e-5
 
 
 @pytest.mark.medium
-def test_on_finish_gets_each_row_as_it_ends(crowd):
+def test_on_finish_gets_each_row_as_it_ends(ten_prompts):
   # All of them once, whole; and some before the last one is there.
-  sampler, params, rows, _ = crowd
-  finished, left = [], []
+  sampler, params, rows, _ = ten_prompts
+  finished, waiting = [], []
   def on_finish(index, so_far):
     np.testing.assert_array_equal(so_far.response(index), rows.response(index))
     finished.append(index)
-    left.append(int((so_far.response_length_B == 0).sum()))
+    waiting.append(int((so_far.response_length_B == 0).sum()))
   sampler(params, prompts(10), SEED, on_finish=on_finish)
-  assert sorted(finished) == list(range(40)) and left[0] > 0 and left[-1] == 0
+  assert sorted(finished) == list(range(40)) and waiting[0] > 0 and waiting[-1] == 0
 
 
 def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
@@ -319,25 +320,25 @@ def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
   return stop_strings.StopDetector(strings, min_tokens, text).cut(list(ids), start)
 
 
-@pytest.mark.parametrize("ids, more, want", [
+@pytest.mark.parametrize("ids, arguments, want", [
     ("abcd", {}, 3), ("abd", {}, None), ("bcbc", {"min_tokens": 2}, 4),
     ("bcxxx", {"min_tokens": 2}, None), ("bcxxx", {"min_tokens": 1}, 2), ("abc", {"start": 2}, 3),
     ("xyzbc", {"strings": ("zz", "yz")}, 3), (["a", "xb", "cy", "z"], {}, 3),
     (["abcabc"], {}, 1), ("ab", {"min_tokens": 2}, None)])
-def test_where_a_stop_string_ends_a_response(ids, more, want):
+def test_the_token_at_which_a_stop_string_ends_a_response(ids, arguments, want):
   # With the token that completes it, however split; what was complete by min_tokens is not it.
-  assert cut(ids, **more) == want
+  assert cut(ids, **arguments) == want
 
 
 @pytest.mark.parametrize("ids, start, want", [
     (["a"] * 50 + ["b"] + [""] * 40 + ["c"], 91, 92), (["a"] * 50 + ["b", "x", "c"], 52, None),
     (["b", "c"] + ["a"] * 60, 60, None), (["a"] * 60 + ["b", "c"] + ["a"] * 9, 60, 62)])
-def test_a_stop_string_is_looked_for_in_what_is_new(ids, start, want):
-  # What was complete before `start` ended nothing then, and is not looked at again.
+def test_only_new_text_is_searched_for_a_stop_string(ids, start, want):
+  # A stop string that is complete before `start` does not count, and is not searched for again.
   assert cut(ids, start=start) == want
 
 
-def test_a_character_in_pieces_hides_no_stop_string():
+def test_a_stop_string_behind_a_split_character_is_found():
   # A tokenizer of bytes that reads a run of them whole or not at all; `start` is in a character.
   def text(ids):
     try:
@@ -348,7 +349,7 @@ def test_a_character_in_pieces_hides_no_stop_string():
   assert cut(ids, start=len(ids) - 4, text=text) == len(ids)
 
 
-def test_of_a_long_response_only_the_end_is_read():
+def test_only_the_end_of_a_long_response_is_decoded():
   read = []
   def text(ids):
     read.append(len(ids))
@@ -358,9 +359,9 @@ def test_of_a_long_response_only_the_end_is_read():
 
 
 @pytest.mark.medium
-def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
+def test_a_stop_string_may_be_split_over_tokens(ten_prompts, tiny):
   # Ids are letters, so a string of two letters is split over two tokens wherever it stands.
-  _, params, _, _ = crowd
+  _, params, _, _ = ten_prompts
   def text(ids):
     return "".join(chr(97 + int(i)) for i in ids)
   model, free = tiny("qwen3")[0], SAMPLING._replace(stop_ids=(), max_tokens=20, min_tokens=0)
@@ -383,7 +384,7 @@ def test_a_stop_string_may_be_split_over_tokens(crowd, tiny):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 2), (2, 2, 2)])
-def test_rows_in_pages_are_those_in_slots(shape, tiny):
+def test_rows_in_pages_equal_rows_in_slots(shape, tiny):
   # Memory for one and a half rows a device, so that rows enter late, and some wait again; prompts
   # of up to three pages, shared by their samples.
   model, params = tiny("qwen3")
@@ -397,7 +398,7 @@ def test_rows_in_pages_are_those_in_slots(shape, tiny):
     sampler = Sampler(model, long, SIZE, WINDOW, SamplerConfig(
         page=2, tokens=5, cache_gib=1.5 * one / shape[2] / 2**30))
     got, stats = sampler(placed, prompts(10), SEED)
-  same(got, want)
+  assert_equal(got, want)
   assert sampler.programs.shapes.batches[0] == 2 * shape[0] * shape[1]
   assert stats.tokens == want.response_length_B.sum()
   assert stats.requeued > 0
@@ -415,16 +416,16 @@ def test_batches_that_decoding_is_compiled_for(platform, weights, largest, shard
 
 
 @pytest.mark.medium
-def test_fine_batches_give_the_same_samples(crowd, tiny, monkeypatch):
-  _, params, rows, _ = crowd
+def test_fine_batches_give_the_same_samples(ten_prompts, tiny, monkeypatch):
+  _, params, rows, _ = ten_prompts
   monkeypatch.setattr(capacity, "FINE_WEIGHTS", 0)
   sampler = Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, SamplerConfig(tokens=31))
   assert sampler.programs.shapes.batches == (16, 12, 8, 4)
-  same(sampled(sampler, params, prompts(10), SEED), rows)
+  assert_equal(sampled(sampler, params, prompts(10), SEED), rows)
 
 
 @pytest.mark.medium
-def test_memory_says_how_many_slots(tiny):
+def test_the_number_of_slots_follows_from_the_memory(tiny):
   model, params = tiny("qwen3")
   for fit, read in ((1, 1), (7, 3)):  # a quarter of the memory at most is for prompts
     sampler = Sampler(model, SAMPLING, SIZE, WINDOW,
@@ -439,20 +440,20 @@ def test_memory_says_how_many_slots(tiny):
     placed = jax.device_put(params, sharding.replicated(mesh))
     seven = SAMPLING._replace(samples_per_prompt=7)
     sampler = Sampler(model, seven, 1, WINDOW)
-    same(sampled(sampler, placed, prompts(1), SEED), once(model, placed, prompts(1), seven))
+    assert_equal(sampled(sampler, placed, prompts(1), SEED), once(model, placed, prompts(1), seven))
   assert sampler.programs.shapes.batches == (8,)
   keys = sampler.programs.slots[8, WINDOW + T].cache[0].k_BKHS
   assert keys.sharding.shard_shape(keys.shape)[0] == 1
 
 
 @pytest.mark.medium
-def test_an_int8_cache_is_near(crowd, tiny):
+def test_an_int8_cache_is_close_to_the_trainer(ten_prompts, tiny):
   # A quarter of the bytes and four more for a scale; its log-probabilities are near the trainer's.
-  _, params, _, _ = crowd
+  _, params, _, _ = ten_prompts
   model = tiny("qwen3")[0]
   sampler = Sampler(model, SAMPLING, SIZE, WINDOW, SamplerConfig(cache="int8"))
-  gap, _ = trainer_gap(model, params, sampled(sampler, params, prompts(10), SEED))
-  assert 1e-5 < np.sqrt(np.mean(gap**2)) < 0.1
+  difference, _ = trainer_gap(model, params, sampled(sampler, params, prompts(10), SEED))
+  assert 1e-5 < np.sqrt(np.mean(difference**2)) < 0.1
   assert capacity.slot_bytes(model.config, 10, np.int8) == 2 * 2 * 2 * 10 * (8 + 4)
 
 

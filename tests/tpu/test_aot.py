@@ -151,13 +151,13 @@ def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
   shapes = models.shapes(model.config)
   params = sharding.laid_out(shapes, sharding.weight_shardings(
       where, models.axes(model.config), shapes))
-  how = sampler.Sampling(100, (5,), samples_per_prompt=8, temperature=0.7, top_p=0.8, top_k=20)
+  sampling = sampler.Sampling(100, (5,), samples_per_prompt=8, temperature=0.7, top_p=0.8, top_k=20)
   with jax.set_mesh(where):
-    draw = sampler.Sampler(model, how, 1, 140, sampler.SamplerConfig(page=page, chunk=140),
-                           params=params)
-  text = draw.compiled.as_text()
+    config = sampler.SamplerConfig(page=page, chunk=140)
+    compiled_sampler = sampler.Sampler(model, sampling, 1, 140, config, params=params)
+  text = compiled_sampler.compiled.as_text()
   assert ("tpu_custom_call" in text) == bool(page)
-  longest = draw.programs.shapes.lengths[-1]
+  longest = compiled_sampler.programs.shapes.lengths[-1]
   assert longest == 240
   held = [dims for dims in re.findall(r"bf16\[([\d,]+)\]", text)
           if {str(longest), "128"} <= set(dims.split(","))]

@@ -34,10 +34,6 @@ class Chat:
     self._template = template
     self._tokenizer = _load(self.folder)
     self.eos_ids = _eos_ids(self.folder, self._tokenizer)
-    self.pad_id = self._tokenizer.pad_token_id
-    # Llama's folders name none. Padding is masked, so any id is right.
-    if self.pad_id is None:
-      self.pad_id = self.eos_ids[0]
     self.vocabulary = self._tokenizer.get_vocab()  # {token: id}, added tokens included
     self.chat_template = self._tokenizer.get_chat_template()
 

@@ -5,12 +5,13 @@ A stage folder holds `checkpoints/<step>` while it runs (weights and optimizer) 
 """
 
 import os
+import time
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import hosts
+from s2d_jax import files, hosts
 from s2d_jax.sharding import Params
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
@@ -66,6 +67,26 @@ def drop_steps(folder: epath.PathLike) -> None:
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":
         path.rmtree()
+
+
+def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | None) -> float:
+  """Seconds of work that kills have cost this stage so far; notes this start for the next one.
+
+  The time from the newest checkpoint, or from the killed writer's start where that is later, to
+  the writer's last heartbeat is lost: its work is done again.
+  """
+  folder = epath.Path(folder)
+  starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
+  lost = 0.0
+  if last_heartbeat is not None and starts:
+    saved = folder / "checkpoints" / str(start)
+    # A checkpoint's modification time is when the work behind it was safe.
+    since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
+    lost = max(0.0, last_heartbeat - since)
+  if hosts.leader():
+    files.write_json(folder / "starts" / f"{len(starts):08d}.json",
+                     {"at": time.time(), "step": start, "lost": lost})
+  return lost + sum(s["lost"] for s in starts)
 
 
 def _checkpoints(folder: epath.PathLike) -> epath.Path:

@@ -6,20 +6,21 @@ import sys
 from s2d_jax import command
 
 # Modules are imported when called: a report then needs no training code and no checkpoint library.
-COMMANDS = {  # name -> (module with main(argv), description)
-    "run": ("s2d_jax.main", "train and score the arms of a config"),
-    "sample": ("s2d_jax.sampler.__main__", "sample a model's answers to a file of prompts"),
-    "eval": ("s2d_jax.evaluate", "score a model on sets of checked problems"),
-    "report": ("s2d_jax.report", "print the table of finished work folders"),
-    "preflight": ("s2d_jax.preflight", "compile every program and print the memory it needs"),
-    "doctor": ("s2d_jax.diagnosis", "check a config, its models, tokenizers and data"),
-    "export": ("s2d_jax.export", "write a finished stage as a Hugging Face folder"),
+COMMANDS = {  # name -> (module, its function of the flags, description)
+    "run": ("s2d_jax.main", "main", "train and score the arms of a config"),
+    "sample": ("s2d_jax.sampler.__main__", "main", "sample a model's answers to a file of prompts"),
+    "eval": ("s2d_jax.evaluate", "main", "score a model on sets of checked problems"),
+    "report": ("s2d_jax.report", "main", "print the table of finished work folders"),
+    "preflight": ("s2d_jax.preflight", "main",
+                  "compile every program and print the memory it needs"),
+    "doctor": ("s2d_jax.main", "doctor", "check a config, its models, tokenizers and data"),
+    "export": ("s2d_jax.export", "main", "write a finished stage as a Hugging Face folder"),
 }
 
 
 def usage() -> str:
   """The list of commands."""
-  lines = [f"  {name:<10} {description}" for name, (_, description) in COMMANDS.items()]
+  lines = [f"  {name:<10} {description}" for name, (_, _, description) in COMMANDS.items()]
   return "\n".join(["usage: s2d-jax COMMAND [flags]", *lines, "", "example: s2d-jax run --help"])
 
 
@@ -31,4 +32,5 @@ def main() -> None:
   elif name not in COMMANDS:
     sys.exit(usage())
   else:
-    command.call(importlib.import_module(COMMANDS[name][0]).main, argv)
+    module, function, _ = COMMANDS[name]
+    command.call(getattr(importlib.import_module(module), function), argv)

@@ -1,6 +1,6 @@
 """A stage's models, and every program that is compiled for them before its first step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from s2d_jax import hosts, keys, sampler, sharding, training
+from s2d_jax.chat import Chat
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -49,13 +50,13 @@ class Samplers(NamedTuple):
       narrow: may use a cache of fewer bits than the activations, where the config asks for one.
       changes: fields of the Sampling that differ from the config's.
     """
-    role_sampling = sampling(sampling_config, self.stop_ids)._replace(**changes)
+    role_sampling = sampler.Sampling(stop_ids=self.stop_ids, **sampling_config.to_dict())
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
     # The doctor has checked the sampling, so what is refused here is the memory.
     with keys.prefixed("config.sampler."):
-      return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
-                             self.decode, role.params)
+      return sampler.Sampler(role.model, role_sampling._replace(**changes), batch,
+                             self.prompt_tokens, config, self.decode, role.params)
 
 
 class Programs(NamedTuple):
@@ -67,14 +68,10 @@ class Programs(NamedTuple):
   scores_first: bool          # whether `token_logps` runs before the updates of each step
 
 
-def sampling(hp: ConfigDict, stop_ids: Sequence[int]) -> sampler.Sampling:
-  """The Sampling of a stage's or an evaluation's config."""
-  return sampler.Sampling(stop_ids=tuple(stop_ids), **hp.to_dict())
-
-
-def sampler_config(hp: ConfigDict) -> sampler.SamplerConfig:
-  """The sampler's config from config.sampler."""
-  return sampler.SamplerConfig(**{name: hp[name] for name in sampler.SamplerConfig._fields})
+def samplers(config: ConfigDict, chat: Chat) -> Samplers:
+  """The settings of all samplers of a run, whose responses `chat` ends and decodes."""
+  settings = sampler.SamplerConfig(**config.sampler)
+  return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode)
 
 
 def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, logp: Callable,

@@ -11,19 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from s2d_jax import (
-  chat,
-  compiling,
-  evals,
-  keys,
-  loop,
-  models,
-  objectives,
-  optim,
-  rollouts,
-  sampler,
-  training,
-)
+from s2d_jax import chat, evals, keys, loop, models, objectives, optim, rollouts, sampler
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
 
@@ -57,8 +45,7 @@ def stage_keys(stage: Stage) -> Record:
     raise ValueError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
-  record = {**loop.KEYS, **training.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
-            **stage.objective.keys}
+  record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS, **stage.objective.keys}
   if stage.reward:
     record |= objectives.REWARD_KEYS
   if stage.prompt_weights is not None:
@@ -77,7 +64,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   """
   # Names and ranges come first: the checks of combinations may then read any key.
   keys.check_block("config", config, CONFIG_KEYS)
-  _named("config.sampler", sampler.check_config, compiling.sampler_config(config.sampler))
+  _named("config.sampler", sampler.check_config, sampler.SamplerConfig(**config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
   _check_evals(config)
   for name, hp in config.stages.items():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from s2d_jax import hosts
@@ -41,6 +42,21 @@ def finished_files(folder: epath.PathLike) -> list[epath.Path]:
     return []
   # A killed `write` leaves its temporary file behind, whose name begins with a dot.
   return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def plain(value: Any) -> Any:
+  """Python numbers and lists for JSON; NaN and infinities as strings, which JSON lacks."""
+  # First, so that the numbers and lists that arrays become are handled below.
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  if isinstance(value, dict):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  # json.dumps would write a bare NaN, which other readers of JSON refuse.
+  if isinstance(value, float) and not np.isfinite(value):
+    return str(value)
+  return value
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -9,11 +9,12 @@ anew would have added to `flops`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2d_jax.compiling import Role, StageModels
 from s2d_jax.rollouts import Prompt, Rollout, StepRollouts
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
@@ -22,14 +23,6 @@ COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled",
 # How a stage spends labels: those of every prompt in every step, those of each prompt once, none.
 LabelUse = Literal["each_step", "once", "none"]
 _Entry = dict[str, Any]
-
-
-class Architectures(NamedTuple):
-  """The model configs (`models.Config`) that a stage's FLOPs are counted from."""
-  learner: Any
-  actor: Any | None   # None: nothing is sampled
-  guide: Any | None
-  adapters: bool      # whether the learner's own weights stand still beside adapters
 
 
 def forward_flops(config: Any, length_B: Sequence[int],
@@ -91,17 +84,17 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
 
 
 def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,
-               architectures: Architectures, pass_rate_rollout: Rollout | None,
+               models: StageModels, pass_rate_rollout: Rollout | None,
                scored_first: bool) -> _Entry:
   """The entry of a step.
 
   Args:
     rollouts: the step's rollouts; spent_labels: as `labels` returns them.
     hp: the stage's config, of which epochs and minibatches are read.
+    models: the stage's models, whose configs the FLOPs are counted from.
     pass_rate_rollout: what was sampled in this step to measure pass rates, or None.
     scored_first: whether a pass of its own took the actor's log-probabilities before the update.
   """
-  learner, actor, guide, adapters = architectures
   rollout = rollouts.rollout
   response_B = rollout.response_length_B
   length_B = rollout.prompt_length_B + response_B
@@ -111,42 +104,48 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
   discarded = int(response_B.sum()) - learned
   if rollouts.dropped is not None:
     discarded += int(rollouts.dropped.response_length_B.sum())
-  sampled, flops = _sampling(architectures, rollouts, pass_rate_rollout, fresh=True)
-  reused, flops_reused = _sampling(architectures, rollouts, pass_rate_rollout, fresh=False)
+  sampled, flops = _sampling(models, rollouts, pass_rate_rollout, fresh=True)
+  reused, flops_reused = _sampling(models, rollouts, pass_rate_rollout, fresh=False)
   # A forward and a backward of two forwards; weights that stand still need no gradient.
-  passes = 2 if adapters else 3
-  # A frozen guide runs forward alone, and only tokens with weight are unembedded in an update.
-  guide_flops = 0.0 if guide is None else forward_flops(guide, length_B, learned_B)
-  flops += scored_first * (0.0 if actor is None else forward_flops(actor, length_B, response_B))
-  flops += hp.epochs * (passes * forward_flops(learner, length_B, learned_B) + guide_flops)
+  passes = 3 if models.non_trainable is None else 2
+  # Only tokens with weight are unembedded in an update.
+  update_flops = passes * forward_flops(models.learner.model.config, length_B, learned_B)
+  guide_tokens = 0
+  if models.guide is not None:
+    # A frozen guide runs forward alone.
+    update_flops += forward_flops(models.guide.model.config, length_B, learned_B)
+    guide_tokens = hp.epochs * int(length_B.sum())
+  if scored_first:
+    flops += forward_flops(models.actor.model.config, length_B, response_B)
+  flops += hp.epochs * update_flops
   return entry(
       step, [prompt.id for prompt in rollouts.prompts], spent_labels, sequences=len(length_B),
       updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
-      tokens_guide=0 if guide is None else hp.epochs * int(length_B.sum()),
-      flops=flops, flops_reused=flops_reused)
+      tokens_guide=guide_tokens, flops=flops, flops_reused=flops_reused)
 
 
-def _sampling(architectures: Architectures, rollouts: StepRollouts,
-              pass_rate_rollout: Rollout | None, fresh: bool) -> tuple[int, float]:
+def _sampling(models: StageModels, rollouts: StepRollouts, pass_rate_rollout: Rollout | None,
+              fresh: bool) -> tuple[int, float]:
   """(tokens, FLOPs) of sampling the rows that are fresh, or those that are not."""
-  parts = []
-  if architectures.actor is not None:
-    parts.append((architectures.actor, rollouts.rollout, rollouts.fresh_B))
+  parts: list[tuple[Role, Rollout, np.ndarray]] = []
+  if models.actor is not None:
+    parts.append((models.actor, rollouts.rollout, rollouts.fresh_B))
     if rollouts.dropped is not None:
-      parts.append((architectures.actor, rollouts.dropped, rollouts.dropped_fresh_B))
+      parts.append((models.actor, rollouts.dropped, rollouts.dropped_fresh_B))
   if pass_rate_rollout is not None:  # of the learner's start; all of it is fresh
     every_B = np.ones(len(pass_rate_rollout.prompt_id_B), bool)
-    parts.append((architectures.learner, pass_rate_rollout, every_B))
+    parts.append((models.learner, pass_rate_rollout, every_B))
   tokens = 0
   flops = 0.0
   # Row by row, since a store may hold some of a step's rows and not the others.
-  for config, rollout, fresh_B in parts:
+  for role, rollout, fresh_B in parts:
     own_B = fresh_B == fresh
     response_B = rollout.response_length_B[own_B]
     tokens += int(response_B.sum())
     # A sampled token costs a forward pass of it.
-    flops += forward_flops(config, rollout.prompt_length_B[own_B] + response_B, response_B)
+    flops += forward_flops(role.model.config, rollout.prompt_length_B[own_B] + response_B,
+                           response_B)
   return tokens, flops
 
 

@@ -12,37 +12,19 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import (
-  checkpoint,
-  files,
-  hosts,
-  keys,
-  ledger,
-  metrics,
-  rollouts,
-  sampler,
-  sharding,
-  training,
-)
-from s2d_jax.compiling import Programs, Role, Samplers, StageModels, compile_programs, narrow_cache
-from s2d_jax.rollouts import (
-  Batch,
-  PassRates,
-  Prompt,
-  Rewards,
-  RolloutSource,
-  SamplerStats,
-  StepRollouts,
-)
+from s2d_jax import checkpoint, hosts, keys, ledger, metrics, rollouts, sampler, sharding, training
+from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
+from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
 from s2d_jax.sharding import Params
 from s2d_jax.training import TrainState
 
-KEYS = {
+KEYS = training.KEYS | {
     "steps": keys.Key(lambda steps: steps >= 0,
                       "set it to 1 or more, or to 0 to leave the stage out of every arm"),
     "prompts": keys.at_least(1),
@@ -108,7 +90,7 @@ def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | 
     state = training.init(stage.optimizer, mesh, stage.models.learner.params)
     start = checkpoints.latest() or 0
     # Before anything is compiled: a kill during the compilation costs seconds too.
-    lost = _lost_seconds(stage.folder, start, last_heartbeat)
+    lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
     if start:
@@ -136,8 +118,6 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
   hp = stage.hp
   source = stage.source(programs.sampler)
   pass_rates = stage.pass_rates and stage.pass_rates(programs.pass_rate_sampler)
-  # The newest checkpoint, for the error message; None before the first.
-  saved = start or None
   with metrics.compilations() as compiled, metrics.bar(stage.name, start, hp.steps) as bar:
     for step in range(start, hp.steps):
       clock = time.monotonic()
@@ -151,17 +131,17 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
         _save(stage.folder, checkpoints, logs, step, state)
-        saved = step
       # The signal is read once a step, on all hosts at the same step.
       if stop():
-        if saved != step and step != start:
+        # Where this step was saved just now, a second save writes nothing.
+        if step != start:
           _save(stage.folder, checkpoints, logs, step, state)
         raise SystemExit(hosts.RETRY)
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
       with sampler.naming(f"{stage.name}, step {step}"):
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs)
       entry |= values
-      _check(stage, step, saved, entry, compiled() - before)
+      _check(stage, step, checkpoints, entry, compiled() - before)
       logs["metrics"].add(entry)
       seconds = time.monotonic() - clock
       sampled = {} if stats is None else stats._asdict()
@@ -177,7 +157,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
 
 def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates: PassRates | None,
           state: TrainState, step: int,
-          logs: _Logs) -> tuple[TrainState, _Values, SamplerStats | None]:
+          logs: _Logs) -> tuple[TrainState, _Values, rollouts.SamplerStats | None]:
   """One rollout batch and its updates: the new state, the step's metrics, the sampler's counts."""
   hp = stage.hp
   # The whole learner, adapters joined, once a step: everything that reads it gets this one.
@@ -212,19 +192,10 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
                       "stopped": (rollout.finish_reason_B == 1).mean()}
   # Labels bought in earlier steps are in the log's entries, those of killed steps are not.
   spent = ledger.labels(stage.label_use, step_rollouts.prompts, logs["ledger"].rows)
-  logs["ledger"].add(ledger.step_entry(step, step_rollouts, spent, hp,
-                                       _architectures(stage.models), pass_rate_rollout,
-                                       programs.scores_first))
+  logs["ledger"].add(ledger.step_entry(step, step_rollouts, spent, hp, stage.models,
+                                       pass_rate_rollout, programs.scores_first))
   _log_samples(stage, step_rollouts, step, logs["samples"])
   return state, values, step_rollouts.stats
-
-
-def _architectures(models: StageModels) -> ledger.Architectures:
-  """The model configs that the ledger counts FLOPs from."""
-  def config(role: Role | None) -> Any:
-    return None if role is None else role.model.config
-  return ledger.Architectures(config(models.learner), config(models.actor), config(models.guide),
-                              adapters=models.non_trainable is not None)
 
 
 def _log_samples(stage: StageRun, step_rollouts: StepRollouts, step: int, log: metrics.Log) -> None:
@@ -256,7 +227,7 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
     for part in rollouts.minibatches(batch, hp.minibatches, seed):
       state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
                                       stage.models.non_trainable)
-      update_metrics.append({k: float(v) for k, v in sharding.fetch(values).items()})
+      update_metrics.append({k: float(v) for k, v in jax.device_get(values).items()})
   # `finite` is a flag: one bad update makes the step bad.
   means = {k: float(np.mean([values[k] for values in update_metrics])) for k in update_metrics[0]}
   return state, means | {"finite": min(values["finite"] for values in update_metrics)}
@@ -265,7 +236,7 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
 def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, _Values]:
   """(the trainer's log-probabilities of a batch, how far the sampler's are from them, in nats)."""
   placed = sharding.put_batch(batch, sharding.current_mesh())
-  logp_BT, _ = sharding.fetch(programs.token_logps(params, placed))
+  logp_BT, _ = jax.device_get(programs.token_logps(params, placed))
   gap_N = np.abs(logp_BT - batch.sampler_logp_BT)[batch.sequence_BT >= 0]
   return logp_BT, {"logp_gap_mean": gap_N.mean(), "logp_gap_rms": np.sqrt(np.mean(gap_N**2)),
                    "logp_gap_max": gap_N.max()}
@@ -281,9 +252,11 @@ def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: _Logs, 
   checkpoints.save(step, state)
 
 
-def _check(stage: StageRun, step: int, saved: int | None, entry: _Values, compiled: int) -> None:
+def _check(stage: StageRun, step: int, checkpoints: checkpoint.Checkpoints, entry: _Values,
+           compiled: int) -> None:
   """Raises where a step's numbers are not finite, or it compiled a program."""
   if not entry["finite"]:
+    saved = checkpoints.latest()
     if saved is None:
       checkpoint_note = f"no checkpoint was due yet in {stage.folder}"
     else:
@@ -312,23 +285,3 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
     raise ValueError(f"config.sampler.cache is {stage.samplers.config.cache} and the sampler's "
                      f"log-probabilities are {rms:.3f} nats (root mean square) from the trainer's "
                      f"in {stage.name}, where {MAX_LOGP_GAP_NATS} is allowed: set it to auto.")
-
-
-def _lost_seconds(folder: epath.Path, start: int, last_heartbeat: float | None) -> float:
-  """Seconds of work that kills have cost this stage so far; notes this start for the next one.
-
-  The time from the newest checkpoint, or from the killed writer's start where that is later, to
-  the writer's last heartbeat is lost: its work is done again.
-  """
-  folder = epath.Path(folder)
-  starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
-  lost = 0.0
-  if last_heartbeat is not None and starts:
-    saved = folder / "checkpoints" / str(start)
-    # A checkpoint's modification time is when the work behind it was safe.
-    since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
-    lost = max(0.0, last_heartbeat - since)
-  if hosts.leader():
-    files.write_json(folder / "starts" / f"{len(starts):08d}.json",
-                     {"at": time.time(), "step": start, "lost": lost})
-  return lost + sum(s["lost"] for s in starts)

@@ -1,6 +1,7 @@
 """`s2d-jax run`: trains and scores the arms of a config, and prints the report.
 
-Exit codes:
+`s2d-jax doctor` plans a config as `run` does, and prints the plan's facts. Exit codes of a run:
+
   0: done.
   1: a stage failed.
   2: the request is wrong; a sentence on standard error says why.
@@ -13,10 +14,9 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from s2d_jax import command, hosts, keys, manifest, recipe, report, sharding, sweep, tasks, walk
-
-_EXAMPLE = "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +26,9 @@ def main(argv: Sequence[str]) -> None:
     ValueError: the request is wrong; the message is one sentence.
     FloatingPointError: a stage failed.
   """
-  parser = command.config_parser("run", "Trains and scores the arms of a config.", _EXAMPLE)
+  parser = command.config_parser(
+      "run", "Trains and scores the arms of a config.",
+      "s2d-jax run --config=configs/arithmetic.py:tiny --workdir=runs/tiny")
   parser.add_argument("--workdir", required=True, help="the folder that keeps what is done")
   parser.add_argument("--plan", action="store_true",
                       help="print the runs and count their stages; train nothing")
@@ -66,6 +68,38 @@ def _set_up_process() -> None:
   jax.config.update("jax_transfer_guard", "disallow")
   # It is cached: a checkout may change during a long run, and the code that runs does not.
   manifest.revision()
+
+
+def doctor(argv: Sequence[str]) -> None:
+  """Prints the diagnosis of a config.
+
+  Raises:
+    ValueError: the config is wrong; the message names the first mistake.
+  """
+  parser = command.config_parser(
+      "doctor", "Checks a config, its models, tokenizers and data; writes nothing.",
+      "s2d-jax doctor --config=configs/arithmetic.py")
+  config, _ = command.parse_config(parser, argv)
+  print(diagnosis(config))
+
+
+def diagnosis(config: ConfigDict) -> str:
+  """A config's models, problems and arms, in lines; of a sweep, those of its first run.
+
+  Raises:
+    ValueError: a run is wrong; the message names the first mistake.
+  """
+  # Planning a run checks it, so every run of a sweep is planned and the first one printed.
+  plan = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)][0]
+  lines = [f"{role}: {base['folder']} ({base['identity'][:12]})"
+           for role, base in plan.bases.items()]
+  for split, prompts in plan.prompts.items():
+    longest = max(len(p.tokens) for p in prompts)
+    lines.append(f"{split}: {len(prompts)} problems, prompts of at most {longest} tokens; the "
+                 f"window is {config.prompt_tokens}")
+  for arm, names in plan.arms.items():
+    lines.append(f"{arm}: {' -> '.join(names) or 'nothing to train'}")
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":

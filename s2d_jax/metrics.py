@@ -14,27 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from s2d_jax import files, hosts
-
-
-def plain(value: Any) -> Any:
-  """Python numbers and lists for JSON; NaN and infinities as strings, which JSON lacks."""
-  # First, so that the numbers and lists that arrays become are handled below.
-  if isinstance(value, np.ndarray | np.generic):
-    value = value.tolist()
-  if isinstance(value, dict):
-    return {k: plain(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(v) for v in value]
-  # json.dumps would write a bare NaN, which other readers of JSON refuse.
-  if isinstance(value, float) and not np.isfinite(value):
-    return str(value)
-  return value
 
 
 class Log:
@@ -56,7 +40,7 @@ class Log:
 
   def add(self, entry: Mapping[str, Any]) -> None:
     """Appends one entry, a dict of plain values, arrays or numbers."""
-    self._new.append(plain(entry))
+    self._new.append(files.plain(entry))
     self.rows.append(self._new[-1])
 
   def flush(self, step: int) -> tuple[int, list[dict]]:

@@ -26,11 +26,11 @@ from ml_collections import ConfigDict
 from s2d_jax import keys
 from s2d_jax.keys import Key
 from s2d_jax.losses import blockwise, grpo, kl, tokens
+from s2d_jax.losses.blockwise import Head
 from s2d_jax.rollouts import Batch
 
-Head = tuple[jax.Array, jax.Array]       # (features_BTD, weight_VD)
 Sums = dict[str, tuple[jax.Array, ...]]  # {name: (sum, count)} or {name: (maximum,)}
-_Values = dict[str, jax.Array]            # {name: value_BT}
+_Values = dict[str, jax.Array]           # {name: value_BT}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

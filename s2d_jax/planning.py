@@ -226,9 +226,24 @@ def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
   return split
 
 
-def guided(stage: Stage, hp: ConfigDict) -> bool:
-  """Whether a stage has a guide and its objective reads it: a KL penalty of weight 0 does not."""
-  return stage.guide is not None and stage.objective.uses_guide(hp)
+def parents(stage: Stage, hp: ConfigDict, current: Mapping[str, str]) -> dict[str, str | None]:
+  """The roles of a stage's "actor", "learner" and "guide" models.
+
+  The actor is None where the learner samples, or solutions are given. The guide is None where the
+  stage has none, or its objective does not read it, as with a KL penalty of weight 0.
+
+  Args:
+    current: the role that "teacher" and "student" stand for before the stage.
+  """
+  learner = current[stage.learner]
+  actor = None
+  if stage.actor not in ("given", stage.learner):
+    actor = current[stage.actor]
+  # A guide that the loss does not read must not rename the stage, and need not be loaded.
+  guide = None
+  if stage.guide is not None and stage.objective.uses_guide(hp):
+    guide = learner if stage.guide == "reference" else current[stage.guide]
+  return {"actor": actor, "learner": learner, "guide": guide}
 
 
 def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Node | None:
@@ -249,20 +264,14 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
   if stage.actor == "given":
     doctor.check_solutions(f"config.stages.{stage.name}", hp.sampling.max_tokens, prompts,
                            plan.problems, plan.chat)
-  learner = current[stage.learner]
-  actor = None if stage.actor in ("given", stage.learner) else current[stage.actor]
-  # A guide that the loss does not read must not rename the stage, and need not be loaded.
-  guide = None
-  if guided(stage, hp):
-    guide = learner if stage.guide == "reference" else current[stage.guide]
-  inputs = _inputs(plan, stage, use.labels, hp,
-                   {"actor": actor, "learner": learner, "guide": guide})
+  roles = parents(stage, hp, current)
+  inputs = _inputs(plan, stage, use.labels, hp, roles)
   name = manifest.name(stage.name, inputs)
-  return Node(name, stage, use.labels, actor, learner, guide, hp, inputs)
+  return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs)
 
 
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
-            parents: Mapping[str, str | None]) -> dict:
+            roles: Mapping[str, str | None]) -> dict:
   """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
   # A label that no reward reads must not rename the stage, nor a solution that it does not learn.
   checked = stage.reward or stage.prompt_weights is not None
@@ -278,7 +287,7 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
       "seed": plan.config.seed, "dtype": plan.config.dtype, "cache": plan.config.sampler.cache,
       "tokenizer": plan.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
-      "parents": {name: role and plan.identity(role) for name, role in parents.items()}}
+      "parents": {name: role and plan.identity(role) for name, role in roles.items()}}
 
 
 def identity_of(function: Callable) -> list[Any]:

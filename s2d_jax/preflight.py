@@ -4,7 +4,6 @@ Needs the two model folders' config.json and tokenizer, no weights, no data and,
 (needs libtpu), no chip. Memory is the compiled program's own account, per device.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,18 +20,17 @@ from s2d_jax import (
   doctor,
   evals,
   keys,
-  loop,
   models,
   objectives,
-  optim,
   planning,
   recipe,
   sampler,
   sharding,
+  stage,
   sweep,
   training,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Role, Samplers
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import hf
 
@@ -55,24 +53,24 @@ def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
   return Role(model, models.laid_out(model.config, mesh, shapes))
 
 
-def costs(config: ConfigDict,
-          stages: Sequence[planning.Stage] = recipe.STAGES) -> Iterator[_Cost]:
+def costs(config: ConfigDict) -> Iterator[_Cost]:
   """Yields a _Cost for every program of every stage and score of a config, on the current mesh."""
-  table = {row.name: row for row in stages}
+  table = {row.name: row for row in recipe.STAGES}
   mesh = sharding.current_mesh()
   # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
   doctor.check_config(config, table)
-  stop_ids = chat.Chat(config.student, **config.template).eos_ids
+  samplers = compiling.samplers(config, chat.Chat(config.student, **config.template))
+  # The base models stand for every role: a stage's weights have the shapes of its base's.
+  bases = {"teacher": "teacher", "student": "student"}
   for name, hp in config.stages.items():
     if hp.steps == 0:  # left out
       continue
     row = table[name]
-    stage_models = _stage_models(config, row, hp, mesh)
-    learner = stage_models.learner
-    optimizer = optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config))
-    # Memory does not depend on how ids become text, so any function serves as `decode`.
-    samplers = Samplers(compiling.sampler_config(config.sampler), config.prompt_tokens, stop_ids,
-                        str)
+    stage_models = stage.load_models(
+        row, hp, planning.parents(row, hp, bases),
+        lambda role, shapes: abstract_role(config, role, mesh, shapes),
+        lambda model: models.split(model.config, models.laid_out(model.config, mesh))[0])
+    optimizer = stage.optimizer(hp, stage_models.learner.model.config)
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers)
     # Listed in the order in which a step runs them.
@@ -85,32 +83,7 @@ def costs(config: ConfigDict,
       found = {**_sampling("sample", programs.sampler), **found}
     for program, compiled in found.items():
       yield _cost(name, program, compiled)
-  yield from _scoring(config, mesh, stop_ids)
-
-
-def _stage_models(config: ConfigDict, row: planning.Stage, hp: ConfigDict,
-                  mesh: Mesh) -> StageModels:
-  """The models of a stage, of abstract weights, with the base models in their first places."""
-  learner = abstract_role(config, row.learner, mesh, models.shapes)
-  non_trainable = None
-  lora = models.lora(hp.lora)
-  if lora is not None:
-    # Under adapters the base weights are in memory too, but have no gradients and no moments.
-    non_trainable = learner.params
-    model = models.build(dataclasses.replace(learner.model.config, lora=lora))
-    adapters, _ = models.split(model.config, models.laid_out(model.config, mesh))
-    learner = Role(model, adapters)
-  actor = None
-  if row.actor == row.learner:
-    actor = Role(learner.model, training.join(learner.params, non_trainable))
-  elif row.actor != "given":
-    actor = abstract_role(config, row.actor, mesh)
-  # Only the learner is float32. Actors and guides are frozen, and stored as a run stores them.
-  guide = None
-  if planning.guided(row, hp):
-    guide = abstract_role(config, row.learner if row.guide == "reference" else row.guide, mesh)
-  start = None if row.prompt_weights is None else abstract_role(config, row.learner, mesh)
-  return StageModels(learner, non_trainable, actor, row.actor == row.learner, guide, start)
+  yield from _scoring(config, mesh, samplers)
 
 
 def _sampling(name: str, compiled_sampler: sampler.Sampler) -> dict[str, Compiled]:
@@ -127,17 +100,12 @@ def _cost(stage: str, program: str, compiled: Compiled) -> _Cost:
                memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
-def _scoring(config: ConfigDict, mesh: Mesh, stop_ids: Sequence[int]) -> Iterator[_Cost]:
+def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[_Cost]:
   """Costs of what scores either model: each evaluation, and the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   def sampling(block, size, program, **change):
-    # Scores are read with an exact cache: only a stage compares its sampler with the trainer.
-    role_sampling = compiling.sampling(block.sampling, stop_ids)._replace(**change)
-    for role, (model, params) in roles.items():
-      with keys.prefixed("config.sampler."):
-        compiled_sampler = sampler.Sampler(
-            model, role_sampling, size, config.prompt_tokens,
-            compiling.sampler_config(config.sampler).exact(), str, params)
+    for role in roles:
+      compiled_sampler = samplers.compile(roles[role], block.sampling, size, **change)
       yield from _sampling(f"{role}{program}", compiled_sampler).items()
   found = {}
   for name, hp in config.evals.items():

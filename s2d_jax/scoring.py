@@ -22,7 +22,6 @@ from s2d_jax import (
   hosts,
   keys,
   manifest,
-  metrics,
   rollouts,
   sampler,
   sharding,
@@ -78,7 +77,7 @@ def probe(plan: Plan, role: str, guide: str | None, workdir: epath.Path) -> str 
     roles = {"student": stage.load(plan, role, workdir, mesh)}
     if guide is not None:
       roles["teacher"] = stage.load(plan, guide, workdir, mesh)
-    _write(folder, inputs, {"result.json": metrics.plain(
+    _write(folder, inputs, {"result.json": files.plain(
         _measured(plan, roles, {"student": role, "teacher": guide}, prompts, mesh))})
   return folder.name
 
@@ -102,12 +101,6 @@ def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, An
   hosts.barrier(folder.name)
 
 
-def _samplers(plan: Plan) -> compiling.Samplers:
-  """The compiler of a score's samplers, whose cache is as exact as the activations."""
-  config = compiling.sampler_config(plan.config.sampler)
-  return compiling.Samplers(config, plan.config.prompt_tokens, plan.chat.eos_ids, plan.chat.decode)
-
-
 def _folder(plan: Plan, role: str) -> str:
   """The folder of a role's weights, to name them: a base model's, or the stage's."""
   return plan.base(role)["folder"] if role in plan.bases else role
@@ -126,10 +119,11 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
   if "teacher" in roles:
     compared = training.compare(roles["student"].model, roles["teacher"].model, agreement, config)
   found = {}
+  samplers = compiling.samplers(plan.config, plan.chat)
   for name, role in roles.items():
-    samplers = {"sampled": _samplers(plan).compile(role, config.sampling, config.prompts)}
+    compiled = {"sampled": samplers.compile(role, config.sampling, config.prompts)}
     with sampler.naming(_folder(plan, names[name])):
-      one = evals.run(samplers, role.params, prompts, plan.reward,
+      one = evals.run(compiled, role.params, prompts, plan.reward,
                       (plan.config.seed, zlib.crc32(b"probe")), lambda samples: ())
     rollout = one.rollouts["sampled"]
     found[name] = dict(evals.text(one.samples["sampled"].correct_PG, rollout, config.group))
@@ -141,7 +135,7 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
     parts = []
     for b in range(0, len(rollout.prompt_id_B), size):
       part = jax.tree.map(operator.itemgetter(slice(b, b + size)), batch)
-      parts.append(sharding.fetch(compared(roles["student"].params, roles["teacher"].params,
+      parts.append(jax.device_get(compared(roles["student"].params, roles["teacher"].params,
                                            sharding.put_batch(part, mesh))))
     values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     found[name] |= dict(evals.agreement(values, batch.weight_BT))
@@ -151,7 +145,7 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
 def _scores(plan: Plan, config: ConfigDict, learner: Role,
             prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """(result, samples): every statistic with the samples behind it, and some of them as text."""
-  compiled = functools.partial(_samplers(plan).compile, learner)
+  compiled = functools.partial(compiling.samplers(plan.config, plan.chat).compile, learner)
   evaluate_params = evals.evaluator(config, compiled, prompts, plan.reward, plan.answer,
                                     plan.config.seed)
   one = evaluate_params(learner.params)

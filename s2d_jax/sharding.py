@@ -326,8 +326,3 @@ def _taker(where: NamedSharding | None, whole: bool, convert: Callable) -> Calla
 def put_batch(tree: Params, mesh: Mesh) -> Params:
   """`put` of every leaf, with rows split over `data` and `fsdp`."""
   return jax.tree.map(lambda x: put(x, batch_sharding(mesh, np.shape(x))), tree)
-
-
-def fetch(tree: Params) -> Params:
-  """NumPy copies of arrays that are replicated, or on one host; equal on every process."""
-  return jax.device_get(tree)

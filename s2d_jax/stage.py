@@ -10,10 +10,11 @@ import os
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,7 +28,6 @@ from s2d_jax import (
   keys,
   loop,
   manifest,
-  metrics,
   models,
   objectives,
   optim,
@@ -38,16 +38,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.models import Config, Model, hf
-from s2d_jax.planning import Node, Plan
-from s2d_jax.rollouts import (
-  FrozenActor,
-  GivenSolutions,
-  OnPolicy,
-  PassRates,
-  PromptOrder,
-  Rewards,
-  RolloutSource,
-)
+from s2d_jax.planning import Node, Plan, Stage
 from s2d_jax.sampler import Sampler
 from s2d_jax.sharding import Params
 
@@ -68,7 +59,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
     if hosts.leader():
       files.write_json(folder / "ledger.json", totals)
-      files.write_json(folder / "manifest.json", metrics.plain({
+      files.write_json(folder / "manifest.json", files.plain({
           "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
           **manifest.provenance(mesh)}))
     hosts.barrier(node.name)
@@ -117,38 +108,38 @@ def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
           merge(stage_models.full(params)))
 
 
-def _learner(plan: Plan, node: Node, workdir: epath.Path,
-             mesh: Mesh) -> tuple[Role, Params | None]:
-  """(what is trained, the leaves that stand still beside it): with lora, the adapters alone train.
+def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
+                load: Callable[[str, Callable[[Config], Params]], Role],
+                adapters: Callable[[Model], Params]) -> StageModels:
+  """The models of a stage. With lora, the adapters alone train.
 
-  The leaves that stand still are float32 too: merged, they are what the stage leaves behind.
+  Args:
+    roles: as `planning.parents` returns them.
+    load: load(role, shapes_of) -> the model of a role, and its weights in the types that
+      shapes_of(config) gives them.
+    adapters: new adapters of a model.
   """
-  learner = load(plan, node.learner, workdir, mesh, models.shapes)
-  lora = models.lora(node.hp.lora)
-  if lora is None:
-    return learner, None
-  model = models.build(dataclasses.replace(learner.model.config, lora=lora))
-  # The adapters' start depends on the stage's name, not on its position in an arm.
-  seed = zlib.crc32(f"{plan.config.seed} {node.stage.name} adapters".encode())
-  return Role(model, models.adapters(model, seed)), learner.params
-
-
-def _models(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> StageModels:
-  """The models of a stage, loaded. A role that two names share is loaded once."""
-  learner, non_trainable = _learner(plan, node, workdir, mesh)
-  frozen = {role: load(plan, role, workdir, mesh) for role in {node.actor, node.guide} - {None}}
+  # In float32 also where adapters train and these weights stand still: merged, they are the result.
+  learner = load(roles["learner"], models.shapes)
+  non_trainable = None
+  lora = models.lora(hp.lora)
+  if lora is not None:
+    non_trainable = learner.params
+    model = models.build(dataclasses.replace(learner.model.config, lora=lora))
+    learner = Role(model, adapters(model))
+  # A role that two names share is loaded once.
+  frozen = {role: load(role, models.frozen_shapes)
+            for role in {roles["actor"], roles["guide"]} - {None}}
   start = None
   # Pass rates are the start's in every step, and the learner's own weights move.
-  if node.stage.prompt_weights is not None:
-    start = load(plan, node.learner, workdir, mesh)
-  found = StageModels(learner, non_trainable, actor=frozen.get(node.actor),
-                      on_policy=node.stage.actor == node.stage.learner,
-                      guide=frozen.get(node.guide), pass_rate_model=start)
-  if found.on_policy:
+  if stage.prompt_weights is not None:
+    start = load(roles["learner"], models.frozen_shapes)
+  actor = frozen.get(roles["actor"])
+  on_policy = stage.actor == stage.learner
+  if on_policy:
     # The learner's own weights change and are donated: only their shapes can be kept.
-    shapes = sharding.abstract(found.full(learner.params))
-    found = found._replace(actor=Role(learner.model, shapes))
-  return found
+    actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
+  return StageModels(learner, non_trainable, actor, on_policy, frozen.get(roles["guide"]), start)
 
 
 def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
@@ -156,59 +147,70 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
   hp = node.hp
   stage = node.stage
   seed = plan.config.seed
-  stage_models = _models(plan, node, workdir, mesh)
+  # The adapters' start depends on the stage's name, not on its position in an arm.
+  adapters_seed = zlib.crc32(f"{seed} {stage.name} adapters".encode())
+  stage_models = load_models(
+      stage, hp, {"actor": node.actor, "learner": node.learner, "guide": node.guide},
+      lambda role, shapes_of: load(plan, role, workdir, mesh, shapes_of),
+      lambda model: models.adapters(model, adapters_seed))
   learner = stage_models.learner
   rewards = None
   if stage.reward:
-    rewards = Rewards(plan.reward, objectives.ADVANTAGES[hp.advantages],
-                      objectives.length_penalty(hp))
+    rewards = rollouts.Rewards(plan.reward, objectives.ADVANTAGES[hp.advantages],
+                               objectives.length_penalty(hp))
   # The order and the seed take the row's name and not the folder's, whose hash changes with any key
   # of the config. Rounds draw further prompts of the same step, so each step reserves them.
-  order = PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
-                      rounds=max(hp.rounds, 1) if stage.reward else 1)
-  samplers = Samplers(compiling.sampler_config(plan.config.sampler), plan.config.prompt_tokens,
-                      plan.chat.eos_ids, plan.chat.decode)
+  order = rollouts.PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
+                               rounds=max(hp.rounds, 1) if stage.reward else 1)
+  samplers = compiling.samplers(plan.config, plan.chat)
   whole = Role(learner.model, stage_models.full(learner.params))
   return loop.StageRun(
       name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
       models=stage_models, samplers=samplers,
       objective=stage.objective, logp=objectives.logp,
-      optimizer=optim.make(hp.optim, loop.update_count(hp), models.trained(learner.model.config)),
+      optimizer=optimizer(hp, learner.model.config),
       source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
       evaluations=_evaluations(plan, samplers, whole, stage.name))
 
 
-def _source(plan: Plan, node: Node, stage_models: StageModels, order: PromptOrder,
-            workdir: epath.Path) -> Callable[[Sampler | None], RolloutSource]:
+def optimizer(hp: ConfigDict, config: Config) -> optax.GradientTransformation:
+  """The optimizer of a stage whose learner has this config."""
+  return optim.make(hp.optim, loop.update_count(hp), models.trained(config))
+
+
+def _source(plan: Plan, node: Node, stage_models: StageModels, order: rollouts.PromptOrder,
+            workdir: epath.Path) -> Callable[[Sampler | None], rollouts.RolloutSource]:
   """The source of a stage's rollouts, as a function of its actor's compiled sampler."""
   hp = node.hp
   if node.stage.actor == "given":
     def solution(prompt_id: int) -> Sequence[int]:
       return plan.chat.encode_response(plan.problems[prompt_id]["solution"])
-    return lambda _: GivenSolutions(solution, plan.config.prompt_tokens, hp.sampling.max_tokens)
+    return lambda _: rollouts.GivenSolutions(solution, plan.config.prompt_tokens,
+                                             hp.sampling.max_tokens)
   if stage_models.on_policy:
     # The sampler is compiled when the stage starts, so a source is built from it then.
     seed = (plan.config.seed, zlib.crc32(node.stage.name.encode()))
-    return lambda sampler: OnPolicy(sampler, seed, hp.epochs * hp.minibatches)
+    return lambda sampler: rollouts.OnPolicy(sampler, seed, hp.epochs * hp.minibatches)
   # The store is opened when the stage starts, and its seed names no stage: stages share it.
-  return lambda sampler: FrozenActor(
+  return lambda sampler: rollouts.FrozenActor(
       sampler, stage_models.actor.params, _store(plan, node.actor, hp, workdir),
       (plan.config.seed,), node.name, hp.sampling.samples_per_prompt, order.epoch)
 
 
 def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
-                workdir: epath.Path) -> Callable[[Sampler], PassRates] | None:
+                workdir: epath.Path) -> Callable[[Sampler], rollouts.PassRates] | None:
   """The pass rates that weight a stage's prompts, as a function of the compiled sampler."""
   if stage_models.pass_rate_model is None:
     return None
   # No stage's name is in the seed: stages that weight by one start share its samples. The salt
   # keeps them apart from those that a frozen actor's stage learns from.
   seed = (plan.config.seed, zlib.crc32(b"pass rate"))
-  return lambda sampler: PassRates(
-      FrozenActor(sampler, stage_models.pass_rate_model.params,
-                  _store(plan, node.learner, node.hp, workdir, "passes"), seed, node.name,
-                  node.hp.pass_samples, epoch=lambda step: 0),
+  return lambda sampler: rollouts.PassRates(
+      rollouts.FrozenActor(
+          sampler, stage_models.pass_rate_model.params,
+          _store(plan, node.learner, node.hp, workdir, "passes"), seed, node.name,
+          node.hp.pass_samples, epoch=lambda step: 0),
       plan.reward, node.stage.prompt_weights)
 
 
@@ -244,4 +246,4 @@ def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
       "prompts": manifest.digest(plan.prompts["all"]), "width": plan.config.prompt_tokens,
       "tokenizer": plan.chat.fingerprint(), "dtype": plan.config.dtype,
       "cache": plan.config.sampler.cache, "drawn by": "one uniform number a token"})
-  return rollouts.Store(workdir / name, files.write)
+  return rollouts.Store(workdir / name)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import arithmetic
-from s2d_jax import cli, command, diagnosis
+from s2d_jax import cli, command, main
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def config(data):
 
 @pytest.mark.medium
 def test_diagnosis_lists_models_problems_and_chains(config):
-  text = diagnosis.diagnosis(config)
+  text = main.diagnosis(config)
   for role in ("teacher", "student"):
     folder = ROOT / "s2d_jax" / "assets" / "arithmetic" / role
     assert re.search(rf"^{role}: {re.escape(str(folder))} \([0-9a-f]{{12}}\)$", text, re.M)
@@ -49,7 +49,7 @@ def test_every_run_of_a_sweep_is_checked(config):
   with config.unlocked():
     config.sweep = ({"seed": 1}, {"arms": "nope"})
   with pytest.raises(ValueError, match="there is no arm 'nope'"):
-    diagnosis.diagnosis(config)
+    main.diagnosis(config)
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -61,7 +61,7 @@ def test_every_run_of_a_sweep_is_checked(config):
 def test_a_wrong_config_exits_with_one_sentence(config, capsys, key, value, message):
   config[key] = value
   with pytest.raises(SystemExit) as error:
-    command.call(lambda argv: diagnosis.diagnosis(config), [])
+    command.call(lambda argv: main.diagnosis(config), [])
   assert error.value.code == 2
   sentence = capsys.readouterr().err.rstrip("\n")
   assert re.fullmatch(r"s2d_jax: [^\n]+[:,;] [^\n]+\.", sentence) and message in sentence
@@ -88,9 +88,9 @@ def console(*words, env=None):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_fits_a_screen_and_ends_with_an_example(name, capsys):
-  module = importlib.import_module(cli.COMMANDS[name][0])
+  module, function, _ = cli.COMMANDS[name]
   with pytest.raises(SystemExit) as error:
-    module.main(["--help"])
+    getattr(importlib.import_module(module), function)(["--help"])
   lines = capsys.readouterr().out.splitlines()
   assert error.value.code == 0 and len(lines) <= 24 and max(map(len, lines)) <= 100
   assert lines[-1].startswith(f"example: s2d-jax {name} ") and lines[-2] == ""

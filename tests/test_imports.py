@@ -13,10 +13,9 @@ PACKAGE = ROOT / "s2d_jax"
 # The units that each unit may import. It may also import everything that those may import. A file
 # or folder that is not named here imports nothing of ours.
 ARROWS = {
-  "cli": {"main", "preflight", "diagnosis", "evaluate", "export"},
-  "main": {"recipe", "sweep", "report"},
+  "cli": {"main", "preflight", "evaluate", "export"},
+  "main": {"recipe", "sweep", "report", "command"},
   "preflight": {"recipe", "sweep", "command"},
-  "diagnosis": {"recipe", "sweep", "command"},
   "evaluate": {"tasks", "evals", "sampler", "chat", "command"},
   "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
@@ -31,9 +30,9 @@ ARROWS = {
   "loop": {"compiling", "evals", "rewards", "chat", "checkpoint", "metrics", "ledger", "optim"},
   "compiling": {"training", "sampler"},
   "training": {"rollouts", "sharding", "keys"},
-  "ledger": {"rollouts"},
+  "ledger": {"compiling"},
   "evals": {"sampler", "stats"},
-  "rollouts": {"data", "sharding", "hosts"},
+  "rollouts": {"data", "sharding", "files"},
   "sampler": {"command", "models", "chat", "rollouts", "data", "keys", "hosts"},
   "objectives": {"losses", "keys", "rollouts"},
   "optim": {"keys"},
@@ -42,7 +41,7 @@ ARROWS = {
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
   "manifest": {"files"},
-  "checkpoint": {"hosts", "sharding"},
+  "checkpoint": {"files", "sharding"},
   "files": {"hosts"},
   "sweep": {"planning", "manifest"},
   "report": {"command", "ladder", "figures"},

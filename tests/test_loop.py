@@ -100,7 +100,7 @@ def weighted(stage, params, prompt_weights, reward, folder):
       models=stage.models._replace(pass_rate_model=start),
       pass_rates=lambda sampler: rollouts.PassRates(
           rollouts.FrozenActor(
-              sampler, params, rollouts.Store(epath.Path(folder), files.write),
+              sampler, params, rollouts.Store(epath.Path(folder)),
               (0, zlib.crc32(b"pass rate")), epath.Path(stage.folder).name, stage.hp.pass_samples,
               lambda step: 0),
           reward, prompt_weights))
@@ -265,7 +265,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   model = models.get(CONFIG)
   opened = []
   def store():
-    opened.append(rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write))
+    opened.append(rollouts.Store(epath.Path(tmp_path / "rollouts")))
     return opened[-1]
   def stage(name, steps):
     learner = make(tmp_path / name, mesh, rounds=2, reward=reward, steps=steps, clip_low=0.21)
@@ -442,7 +442,7 @@ def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_pat
         name="weighted", prompts_of=learner.prompts_of._replace(stage="weighted"), rewards=None,
         label_use="once", objective=objectives.NEGATIVE_LOG_LIKELIHOOD)
     taught = frozen_actor(learner, model, teacher,
-                          lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"), files.write))
+                          lambda: rollouts.Store(epath.Path(tmp_path / "rollouts")))
     return weighted(taught, start, objectives.learnable, parity, tmp_path / "passes")
 
   run(stage("one"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import metrics
+from s2d_jax import files, metrics
 
 
 def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
@@ -31,7 +31,7 @@ def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
 
 
 def test_numbers_that_json_cannot_hold_become_strings():
-  assert metrics.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
+  assert files.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
       "a": ["inf", 1.0], "b": [0, 1]}
 
 

@@ -101,16 +101,12 @@ def _packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
   """A Batch of full rows: the pairs in order, some at a time, several packed into a row."""
   parts = []
   for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-    context, predicted = zip(*pairs[start : start + _PAIRS_AT_ONCE], strict=True)
-    context_BT, context_length_B = _padded(context)
-    predicted_BT, length_B = _padded(predicted)
-    B = len(context)
-    # Nothing was sampled, so there are no log-probabilities of a sampler.
-    logp_BT = np.zeros(predicted_BT.shape, np.float32)
-    rollout = rollouts.Rollout(
-      np.arange(B), np.zeros(B, np.int32), context_BT, context_length_B, predicted_BT, length_B,
-      logp_BT, logp_BT, np.ones(B, np.int32), 0,
-    )  # fmt: skip
+    chosen = pairs[start : start + _PAIRS_AT_ONCE]
+    prompts = [rollouts.Prompt(i, tuple(context)) for i, (context, _) in enumerate(chosen)]
+    predicted = [ids for _, ids in chosen]
+    rollout = rollouts.given_solutions(
+      prompts, predicted, max(len(prompt.tokens) for prompt in prompts), max(map(len, predicted))
+    )
     rows = rollouts.pack(rollouts.batch(rollout), _ROW_TOKENS)
     # `pack` leaves empty rows at the end, and puts the longest sequences first.
     used = np.flatnonzero(rows.segments_BT[:, 0])
@@ -122,15 +118,6 @@ def _packed(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
 def _take(batch: Batch, rows: np.ndarray | slice) -> Batch:
   """Some rows of a batch."""
   return jax.tree.map(lambda array: array[rows], batch)
-
-
-def _padded(sequences: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-  """(ids_BT, zeros behind each sequence; length_B)."""
-  length_B = np.array([len(ids) for ids in sequences], np.int32)
-  ids_BT = np.zeros((len(sequences), length_B.max()), np.int32)
-  for row, ids in zip(ids_BT, sequences, strict=True):
-    row[: len(ids)] = ids
-  return ids_BT, length_B
 
 
 def _train(name: str, base: _Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:

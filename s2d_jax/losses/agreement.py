@@ -4,10 +4,11 @@ import jax
 from ml_collections import ConfigDict
 
 from s2d_jax.losses import blockwise, kl, tokens
+from s2d_jax.losses.blockwise import Head
 
 
-def agreement(student_head: tuple[jax.Array, jax.Array], guide_head: tuple[jax.Array, jax.Array],
-              batch: object, hp: ConfigDict) -> dict[str, jax.Array]:
+def agreement(student_head: Head, guide_head: Head, batch: object,
+              hp: ConfigDict) -> dict[str, jax.Array]:
   """{name: value_BT} of two models' divergence and overlap, in nats or shares of probability.
 
   Condition C2 of arXiv 2605.12483 asks for it and leaves it unmeasured. Both divergences, the

@@ -49,65 +49,44 @@ def logp(head: Head, targets_BT: jax.Array, block: int,
   """
   if mask_BT is None:
     mask_BT = jnp.ones(targets_BT.shape, bool)
-  return _logp(*head, targets_BT, mask_BT, block)
+  return _logp(block, tuple(head), targets_BT, mask_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _logp(features_BTD: jax.Array, weight_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
-          block: int) -> tuple[jax.Array, jax.Array]:
-  def on_device(per_token: _Arrays, weight_VD: jax.Array) -> tuple[_Arrays, _Arrays]:
-    def block_fn(total: tuple, features_tD: jax.Array, targets_t: jax.Array) -> tuple:
-      return total, _logp_and_entropy(_logits(features_tD, weight_VD), targets_t)
-
-    features_BTD, targets_BT, mask_BT = per_token
-    outputs, _ = _over_blocks(block_fn, block, (), (features_BTD, targets_BT), mask_BT)
-    return outputs, ()
-
-  outputs, _ = sharding.per_device(
-      on_device, (features_BTD, targets_BT, mask_BT), _compute_weight(weight_VD, features_BTD))
-  return outputs
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logp(block: int, head: tuple, targets_BT: jax.Array,
+          mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _values(_logp_and_entropy, block, head, None, mask_BT.astype(jnp.float32), (targets_BT,))
 
 
-def _logp_fwd(features_BTD: Any, weight_VD: Any, targets_BT: Any, mask_BT: Any,
-              block: int) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-  # With symbolic_zeros, each argument comes with a flag that says whether it is differentiated.
-  arguments = (features_BTD, weight_VD, targets_BT, mask_BT)
-  saved = tuple(argument.value for argument in arguments)
-  return _logp(*saved, block), saved
+def _logp_fwd(block: int, *arguments: _Arrays) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+  # With symbolic_zeros, each array comes with a flag that says whether it is differentiated.
+  saved = jax.tree.map(lambda argument: argument.value, arguments)
+  return _logp(block, *saved), saved
 
 
 def _logp_bwd(block: int, saved: tuple, cotangents: tuple) -> tuple:
-  features_BTD, weight_VD, targets_BT, mask_BT = saved
+  head, targets_BT, mask_BT = saved
   # A result that nothing differentiates has a symbolic cotangent. Leaving it out saves the backward
   # pass of an entropy that is only logged, which is an array of [block, vocabulary].
-  used = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
+  used = [i for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, SymbolicZero)]
 
-  def select_used(values: tuple) -> list:
-    return [value for value, is_used in zip(values, used, strict=True) if is_used]
+  # The gradient of this sum is the one that the cotangents pull back.
+  def f(logits_tV: jax.Array, _: None, targets_t: jax.Array, cotangents_t: list) -> jax.Array:
+    results = _logp_and_entropy(logits_tV, None, targets_t)
+    return sum(results[i] * cotangent_t
+               for i, cotangent_t in zip(used, cotangents_t, strict=True))
 
-  def on_device(per_token: _Arrays, weight_VD: jax.Array) -> tuple[_Arrays, _Arrays]:
-    def block_fn(dweight_VD: jax.Array, features_tD: jax.Array, targets_t: jax.Array,
-                 cotangents_t: list) -> tuple:
-      logits_tV = _logits(features_tD, weight_VD)
-      _, pull = jax.vjp(
-          lambda logits_tV: select_used(_logp_and_entropy(logits_tV, targets_t)), logits_tV)
-      dlogits_tV, = pull(cotangents_t)
-      return _add_gradients(dweight_VD, dlogits_tV, features_tD, weight_VD)
-
-    features_BTD, targets_BT, cotangents_BT, mask_BT = per_token
-    return _over_blocks(block_fn, block, _zero_gradient(weight_VD),
-                        (features_BTD, targets_BT, cotangents_BT), mask_BT)
-
-  dfeatures_BTD, dweight_VD = sharding.per_device(
-      on_device, (features_BTD, targets_BT, select_used(cotangents), mask_BT),
-      _compute_weight(weight_VD, features_BTD))
-  return dfeatures_BTD, dweight_VD.astype(weight_VD.dtype), None, None
+  more_BT = targets_BT, [cotangents[i] for i in used]
+  _, dfeatures_BTD, dweight_VD = _gradients(
+      f, block, head, None, mask_BT.astype(jnp.float32), more_BT)
+  return (dfeatures_BTD, dweight_VD.astype(head[1].dtype)), None, None
 
 
 _logp.defvjp(_logp_fwd, _logp_bwd, symbolic_zeros=True)
 
 
-def _logp_and_entropy(logits_tV: jax.Array, targets_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _logp_and_entropy(logits_tV: jax.Array, _: None,
+                      targets_t: jax.Array) -> tuple[jax.Array, jax.Array]:
   return tokens.log_prob(logits_tV, targets_t), tokens.entropy(logits_tV)
 
 
@@ -155,6 +134,32 @@ def divergence(f: Callable[..., _Arrays], student_head: Head, guide_head: Head |
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _divergence(f: Callable, block: int, student: tuple, guide: tuple | None, weight_BT: jax.Array,
                 more_BT: tuple) -> tuple[jax.Array, _Arrays]:
+  values = _values(f, block, student, guide, weight_BT, more_BT)
+  return _weighted_sum(values, weight_BT), values
+
+
+def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None,
+                    weight_BT: jax.Array, more_BT: tuple) -> tuple[tuple, tuple]:
+  values, dfeatures_BTD, dweight_VD = _gradients(f, block, student, guide, weight_BT, more_BT)
+  # The finished gradients are saved, not the logits; the other arguments for their shapes alone.
+  saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
+  return (_weighted_sum(values, weight_BT), values), saved
+
+
+def _divergence_bwd(f: Callable, block: int, saved: tuple, cotangents: tuple) -> tuple:
+  dfeatures_BTD, dweight_VD, weight_VD, *others = saved
+  scale = cotangents[0]  # of the sum; the values' own are ignored
+  dstudent = ((dfeatures_BTD.astype(jnp.float32) * scale).astype(dfeatures_BTD.dtype),
+              (dweight_VD * scale).astype(weight_VD.dtype))
+  return dstudent, *jax.tree.map(_no_gradient, others)
+
+
+_divergence.defvjp(_divergence_fwd, _divergence_bwd)
+
+
+def _values(f: Callable, block: int, student: tuple, guide: tuple | None, weight_BT: jax.Array,
+            more_BT: tuple) -> _Arrays:
+  """f's values for every token of positive weight; arguments as `divergence`."""
   def on_device(per_token: _Arrays, weights: _Arrays) -> tuple[_Arrays, _Arrays]:
     def block_fn(total: tuple, student_tD: jax.Array, guide_tD: jax.Array | None,
                  weight_t: jax.Array, more_t: tuple) -> tuple:
@@ -166,11 +171,12 @@ def _divergence(f: Callable, block: int, student: tuple, guide: tuple | None, we
 
   per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
   values, _ = sharding.per_device(on_device, per_token, weights)
-  return _weighted_sum(values, weight_BT), values
+  return values
 
 
-def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None,
-                    weight_BT: jax.Array, more_BT: tuple) -> tuple[tuple, tuple]:
+def _gradients(f: Callable, block: int, student: tuple, guide: tuple | None, weight_BT: jax.Array,
+               more_BT: tuple) -> tuple[_Arrays, jax.Array, jax.Array]:
+  """(`_values`, and the gradients of Σ weight · loss in the student's features and unembedding)."""
   def on_device(per_token: _Arrays, weights: _Arrays) -> tuple[_Arrays, _Arrays]:
     def block_fn(dweight_VD: jax.Array, student_tD: jax.Array, guide_tD: jax.Array | None,
                  weight_t: jax.Array, more_t: tuple) -> tuple:
@@ -186,24 +192,12 @@ def _divergence_fwd(f: Callable, block: int, student: tuple, guide: tuple | None
       dweight_VD, dfeatures_tD = _add_gradients(dweight_VD, dlogits_tV, student_tD, weights[0])
       return dweight_VD, (values_t, dfeatures_tD)
 
-    return _over_blocks(block_fn, block, _zero_gradient(weights[0]), per_token, per_token[2] > 0)
+    zeros_VD = sharding.constrain(jnp.zeros(weights[0].shape, jnp.float32), "vocab", "embed")
+    return _over_blocks(block_fn, block, zeros_VD, per_token, per_token[2] > 0)
 
   per_token, weights = _split_arguments(student, guide, weight_BT, more_BT)
   (values, dfeatures_BTD), dweight_VD = sharding.per_device(on_device, per_token, weights)
-  # The finished gradients are saved, not the logits; the other arguments for their shapes alone.
-  saved = dfeatures_BTD, dweight_VD, student[1], guide, weight_BT, more_BT
-  return (_weighted_sum(values, weight_BT), values), saved
-
-
-def _divergence_bwd(f: Callable, block: int, saved: tuple, cotangents: tuple) -> tuple:
-  dfeatures_BTD, dweight_VD, weight_VD, *others = saved
-  scale = cotangents[0]  # of the sum; the values' own are ignored
-  dstudent = ((dfeatures_BTD.astype(jnp.float32) * scale).astype(dfeatures_BTD.dtype),
-              (dweight_VD * scale).astype(weight_VD.dtype))
-  return dstudent, *jax.tree.map(_no_gradient, others)
-
-
-_divergence.defvjp(_divergence_fwd, _divergence_bwd)
+  return values, dfeatures_BTD, dweight_VD
 
 
 def _split_arguments(student: tuple, guide: tuple | None, weight_BT: jax.Array,
@@ -234,10 +228,6 @@ def _no_gradient(x: jax.Array) -> jax.Array | None:
 def _compute_weight(weight_VD: jax.Array, features_BTD: jax.Array) -> jax.Array:
   """The weight as the loop reads it: whole rows on each device, in the features' type."""
   return sharding.constrain(weight_VD, "vocab", "embed").astype(features_BTD.dtype)
-
-
-def _zero_gradient(weight_VD: jax.Array) -> jax.Array:
-  return sharding.constrain(jnp.zeros(weight_VD.shape, jnp.float32), "vocab", "embed")
 
 
 def _logits(features_tD: jax.Array, weight_VD: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ give a gradient of exactly zero.
 
 import functools
 from collections.abc import Callable
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -64,21 +63,12 @@ def jsd(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, pi: float,
   Raises:
     ValueError: π is not between 0 and 1.
   """
-  check_share(pi)
-  divergence = _with_gradient(functools.partial(_jsd_terms, pi=pi))
-  return divergence(_tempered(student_logits_BTV, student_temperature),
-                    _tempered(teacher_logits_BTV, teacher_temperature))
-
-
-def check_share(pi: float) -> None:
-  """Checks the teacher's share of `jsd`'s mixture.
-
-  Raises:
-    ValueError: π is not between 0 and 1.
-  """
   if not 0 < pi < 1:
     raise ValueError(f"pi is {pi}, the teacher's share of a mixture: choose it between 0 and 1, or "
                      "take forward_kl or reverse_kl, which its ends go to.")
+  divergence = _with_gradient(functools.partial(_jsd_terms, pi=pi))
+  return divergence(_tempered(student_logits_BTV, student_temperature),
+                    _tempered(teacher_logits_BTV, teacher_temperature))
 
 
 def top_k_forward_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, k: int,
@@ -138,7 +128,7 @@ def sampled_reverse_kl(logp_BT: jax.Array, teacher_logp_BT: jax.Array,
   The value is k1's, unbiased; so is the gradient, that of KL(p ‖ q) at the visited prefix, for any
   baseline b that does not depend on a (Tinker's on-policy distillation has none; KL(p ‖ q) itself,
   the mean of the log-ratio, lowers the variance). p student, q teacher, log-probabilities
-  in nats, [B, T]. Differentiating k1 by itself would lose the teacher: `k1_as_loss`.
+  in nats, [B, T]. Differentiating k1 by itself would lose the teacher: see `K1`.
   """
   p_BT = logp_BT.astype(jnp.float32)
   # The log-ratio acts as the reward of the sampled token, so only log p(a) is differentiated.
@@ -185,18 +175,6 @@ def k3_corrected(logp_BT: jax.Array, reference_logp_BT: jax.Array,
   """
   ratio_BT = jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
   return ratio_BT * k3(logp_BT, reference_logp_BT)
-
-
-def k1_as_loss(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> NoReturn:
-  """Refused: log π(a) − log π_ref(a) estimates a KL but is not a loss.
-
-  Its gradient is ∇ log π(a): the reference drops out, and over a sampled from π it averages to 0.
-
-  Raises:
-    ValueError: always.
-  """
-  del logp_BT, reference_logp_BT
-  raise ValueError(f"{K1}: choose kl = \"k2\" or \"k3\".")
 
 
 def forward_kl_gradient_norm(student_logits_BTV: jax.Array,

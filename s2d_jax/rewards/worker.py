@@ -21,7 +21,7 @@ _ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
 
 
 class Worker:
-  """Calls `check(problem, text) -> float` in a limited process. Use it as a context manager.
+  """Calls `check(problem, text) -> float` in a limited process; `close` ends it.
 
   Attributes:
     timeouts: number of checks that ran out of seconds or CPU seconds.
@@ -45,12 +45,6 @@ class Worker:
     self.timeouts = 0
     self.failures = 0
     self._start()
-
-  def __enter__(self) -> "Worker":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
 
   def __call__(self, problem: Mapping[str, str], text: str) -> float:
     """The checker's reward; 0.0 where it fails or exceeds a limit.

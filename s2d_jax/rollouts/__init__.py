@@ -17,7 +17,14 @@ from s2d_jax.rollouts.records import (
   take,
   to_bytes,
 )
-from s2d_jax.rollouts.sources import FrozenActor, GivenSolutions, OnFinish, OnPolicy, RolloutSource
+from s2d_jax.rollouts.sources import (
+  FrozenActor,
+  GivenSolutions,
+  OnFinish,
+  OnPolicy,
+  RolloutSource,
+  Store,
+)
 from s2d_jax.rollouts.steps import (
   PassRates,
   PromptOrder,
@@ -27,7 +34,6 @@ from s2d_jax.rollouts.steps import (
   sample_step,
   score,
 )
-from s2d_jax.rollouts.stores import Store
 
 __all__ = [
   "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnFinish", "OnPolicy",

@@ -3,14 +3,15 @@
 Each class has the one method of `RolloutSource`. A new kind of source is a new class of this form.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 
-from s2d_jax import hosts
-from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats, given_solutions
-from s2d_jax.rollouts.stores import Store
+from s2d_jax import files, hosts
+from s2d_jax.rollouts import records
+from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats
 from s2d_jax.sharding import Params
 
 OnFinish = Callable[[int, Rollout], None]  # (index of a row, the rollout, in which it is complete)
@@ -55,6 +56,69 @@ class OnPolicy(NamedTuple):
     return rollout, np.ones(len(rollout.prompt_id_B), bool), stats
 
 
+class Store:
+  """A frozen actor's rollouts, keyed by (prompt id, sample index). Stored parts never change.
+
+  Stages that share an actor, its prompts' rendering, the sampling and the seed share the folder, so
+  a response is sampled once however many stages learn from it.
+  """
+
+  def __init__(self, folder: epath.Path):
+    """Opens `folder`, which need not exist yet."""
+    self._folder = folder
+    # (prompt id, sample index) -> (part, row of the part)
+    self._location: dict[tuple[int, int], tuple[str, int]] = {}
+    self._parts: dict[str, Rollout] = {}
+    if folder.exists():
+      # Sorted, so that every host and every start index the parts in one order.
+      for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
+        self._index(path.stem, records.from_bytes(path.read_bytes()))
+
+  def _index(self, name: str, part: Rollout) -> None:
+    self._parts[name] = part
+    for row, key in enumerate(_keys(part)):
+      # The part that had a row first keeps it, as in `add`.
+      self._location.setdefault(key, (name, row))
+
+  def missing(self, prompts: Iterable[Prompt], samples: Sequence[int]) -> list[Prompt]:
+    """The prompts that lack one of the sample indices."""
+    return [p for p in prompts if any((p.id, int(g)) not in self._location for g in samples)]
+
+  def add(self, name: str, part: Rollout) -> None:
+    """Keeps a rollout as the part `name`, which says who sampled it.
+
+    Rows that the store holds already are left out: each belongs to the part that had it first.
+    One process writes, and every process indexes.
+
+    Raises:
+      ValueError: the store has a part of that name, and the rollout brings further rows.
+    """
+    new = [row for row, key in enumerate(_keys(part)) if key not in self._location]
+    if not new:
+      return
+    if name in self._parts:
+      raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows would "
+                       "replace it: give them a name of their own.")
+    # A row belongs to the part that had it first, since that stage was charged for it.
+    part = records.take(part, new)
+    if hosts.leader():
+      files.write(self._folder / f"{name}.npz", records.to_bytes(part))
+    self._index(name, part)
+
+  def get(self, prompts: Iterable[Prompt],
+          samples: Sequence[int]) -> tuple[Rollout, list[str]]:
+    """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
+    locations = [self._location[p.id, int(g)] for p in prompts for g in samples]
+    rows = [records.take(self._parts[name], slice(row, row + 1)) for name, row in locations]
+    return records.concatenate(rows), [name for name, _ in locations]
+
+
+def _keys(part: Rollout) -> list[tuple[int, int]]:
+  """(prompt id, sample index) of each row."""
+  ids = np.asarray(part.prompt_id_B).tolist()
+  return list(zip(ids, np.asarray(part.sample_index_B).tolist(), strict=True))
+
+
 class FrozenActor(NamedTuple):
   """A frozen model's samples, each drawn once and kept in a store that other stages share."""
   sampler: Sample
@@ -79,7 +143,7 @@ class FrozenActor(NamedTuple):
     stats = None
     if missing:
       rollout, stats = self.sampler(self.params, missing, self.seed, first_sample=first)
-      self.store.add(part, rollout, hosts.leader())
+      self.store.add(part, rollout)
     rollout, parts = self.store.get(prompts, indices)
     # By the part's name, not by what was missing: a step that a kill interrupted after the store
     # was written is charged for the same rows when it is done again.
@@ -97,6 +161,6 @@ class GivenSolutions(NamedTuple):
              ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """As `RolloutSource.sample`, one row a prompt; no row is fresh."""
     del params, step, round, on_finish
-    rollout = given_solutions(prompts, [self.solution(prompt.id) for prompt in prompts],
-                              self.prompt_tokens, self.max_tokens)
+    solutions = [self.solution(prompt.id) for prompt in prompts]
+    rollout = records.given_solutions(prompts, solutions, self.prompt_tokens, self.max_tokens)
     return rollout, np.zeros(len(prompts), bool), None

@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from s2d_jax import hosts, rollouts, sharding
+from s2d_jax import hosts, rollouts
 from s2d_jax.models.caches import KV
 from s2d_jax.rollouts import OnFinish, Prompt, Rollout, SamplerStats
 from s2d_jax.sampler.decode import Decoded, Weights
@@ -80,7 +81,7 @@ class Schedule:
           self.programs.put(np.int32(self._stop_count())))
       # The program runs asynchronously: rewards of the rows before are computed meanwhile.
       self._report(finished, on_finish)
-      finished = self._record(sharding.fetch(decoded))
+      finished = self._record(jax.device_get(decoded))
     self._report(finished, on_finish)
     return self.stats
 

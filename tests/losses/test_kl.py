@@ -153,11 +153,6 @@ def test_back_propagating_the_log_ratio_itself_averages_to_zero():
   assert np.abs(gradient(kl.reverse_kl)).max() > 0.1
 
 
-def test_k1_as_a_loss_is_refused_by_name():
-  with pytest.raises(ValueError, match="zero in expectation.*choose kl = \"k2\" or \"k3\""):
-    kl.k1_as_loss(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
-
-
 def test_k2_and_k3_by_hand():
   # log π = −1, log π_ref = −1.5: k2 = ½·0.25 = 0.125; k3 = e^−0.5 − 1 + 0.5 = 0.106531.
   logp_BT, reference_logp_BT = jnp.array([[-1.0]]), jnp.array([[-1.5]])

@@ -39,16 +39,34 @@ class Checkout:
     return subprocess.run([sys.executable, "-c", program], cwd=self.folder, env=environment,
                           capture_output=True, text=True, check=False)
 
+  def plan(self, arm: str, before: str = "") -> subprocess.CompletedProcess:
+    """Plans an arm of the tiny config, as `s2d-jax doctor` would, and prints its stages.
 
-# Plans the arm ARM of the tiny arithmetic config, as `s2d-jax doctor` would.
+    `before` is a line that changes `config` first.
+    """
+    return self.run(PLAN.format(arm=arm, before=before))
+
+  def check_plan(self, arm: str, stages: list[str], before: str = "") -> None:
+    """Asserts that at most two places were touched, and that the arm has these stages."""
+    assert len(self.touched) <= 2
+    planned = self.plan(arm, before)
+    assert planned.stdout == f"{stages}\n", planned.stderr
+
+  def check_refusal(self, arm: str, message: str) -> None:
+    """Asserts that the arm is refused with a message."""
+    planned = self.plan(arm)
+    assert planned.returncode and message in planned.stderr
+
+
 PLAN = """
 from configs import arithmetic
 from s2d_jax import recipe, tasks
 from s2d_jax.data.arithmetic import problems
 
 config = arithmetic.get_config("tiny").unlock()
-config.arms = ARM
-splits = problems.splits(sizes={"labelled": 64, "validation": 8, "test": 8})
+config.arms = "{arm}"
+{before}
+splits = problems.splits(sizes={{"labelled": 64, "validation": 8, "test": 8}})
 plan = recipe.plan(config, tasks.get(config)._replace(source=splits.__getitem__))
 print([node.stage.name for node in plan.nodes.values()])
 """

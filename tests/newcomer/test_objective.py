@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.newcomer.checkout import PLAN, Checkout
+from tests.newcomer.checkout import Checkout
 
 # The new code itself: the loss and the record that declares its keys, at the end of objectives.py.
 CODE = '''
@@ -34,7 +34,7 @@ print(float(total / count))
 """
 STAGES = "s2d_jax/recipe.py"
 CONFIG = "configs/arithmetic.py"
-ARM = "ARM = 'raw_bridge'\n"
+ARM = "raw_bridge"
 
 
 def add(checkout, in_the_table=True, in_the_config=True, code=CODE):
@@ -49,9 +49,7 @@ def add(checkout, in_the_table=True, in_the_config=True, code=CODE):
 def test_two_places_are_touched(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout)
-  assert len(checkout.touched) <= 2
-  planned = checkout.run(ARM + PLAN)
-  assert planned.stdout == "['forward_kl', 'reverse_kl']\n", planned.stderr
+  checkout.check_plan(ARM, ["forward_kl", "reverse_kl"])
   computed = checkout.run(LOSS)
   assert float(computed.stdout) == pytest.approx(4 * (1 - 0.1**0.5 - 0.4**0.5), rel=1e-5)
 
@@ -67,5 +65,4 @@ def test_two_places_are_touched(tmp_path):
 def test_a_forgotten_place_is_an_error(tmp_path, forgotten, said):
   checkout = Checkout(tmp_path)
   add(checkout, **forgotten)
-  planned = checkout.run(ARM + PLAN)
-  assert planned.returncode and said in planned.stderr
+  checkout.check_refusal(ARM, said)

@@ -5,11 +5,11 @@ The row in `recipe.STAGES` is the new code itself.
 
 import pytest
 
-from tests.newcomer.checkout import PLAN, Checkout
+from tests.newcomer.checkout import Checkout
 
 TABLES = "s2d_jax/recipe.py"
 CONFIG = "configs/arithmetic.py"
-ARM = "ARM = 'jsd_only'\n"
+ARM = "jsd_only"
 ROW = '    Stage("on_policy_jsd", "student", "student", "teacher", objectives.JSD),\n'
 USE = '    "jsd_only": (Use("teacher_grpo", "all"), Use("on_policy_jsd", "all")),\n'
 BLOCK = '''      "on_policy_jsd": stage(2e-3, samples=4, steps=30, prompts=64)
@@ -30,9 +30,7 @@ def add(checkout, row=ROW, use=USE, block=BLOCK):
 def test_two_places_are_touched(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout)
-  assert len(checkout.touched) <= 2
-  planned = checkout.run(ARM + PLAN)
-  assert planned.stdout == "['teacher_grpo', 'on_policy_jsd']\n", planned.stderr
+  checkout.check_plan(ARM, ["teacher_grpo", "on_policy_jsd"])
 
 
 @pytest.mark.parametrize("forgotten, said", [
@@ -45,5 +43,4 @@ def test_two_places_are_touched(tmp_path):
 def test_a_forgotten_place_is_an_error(tmp_path, forgotten, said):
   checkout = Checkout(tmp_path)
   add(checkout, **forgotten)
-  planned = checkout.run(ARM + PLAN)
-  assert planned.returncode and said in planned.stderr
+  checkout.check_refusal(ARM, said)

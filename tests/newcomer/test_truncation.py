@@ -3,7 +3,7 @@
 Its own code is a field, a key and a line of `truncate`, together in sampler/sampling.py.
 """
 
-from tests.newcomer.checkout import PLAN, Checkout
+from tests.newcomer.checkout import Checkout
 
 SAMPLING = "s2d_jax/sampler/sampling.py"
 COMMON = "configs/common.py"
@@ -19,7 +19,7 @@ CODE = ("  if sampling.min_p > 0:\n",
         "              - sampling.top_sigma * jnp.std(logits_BV, axis=-1, keepdims=True))\n"
         "    logits_BV = jnp.where(logits_BV < low_B1, -jnp.inf, logits_BV)\n"
         "  if sampling.min_p > 0:\n")
-SET = 'config.stages.reverse_kl.sampling.top_sigma = 1.5\n'
+SET = 'config.stages.reverse_kl.sampling.top_sigma = 1.5'
 # Logits 4, 2, 0, 0: mean 1.5, σ = √2.75 = 1.66, so 1.5σ below the top is 1.51.
 TRUNCATED = """
 import jax.numpy as jnp
@@ -38,17 +38,10 @@ def add(checkout: Checkout, in_the_config: bool = True, key: bool = True) -> Non
     checkout.edit(COMMON, "    min_tokens=0,", "    top_sigma=0.0,\n    min_tokens=0,")
 
 
-def plan(**changes: str) -> str:
-  program = "ARM = 'raw_bridge'\n" + PLAN
-  return program.replace("splits =", changes.get("before", "") + "splits =")
-
-
 def test_one_place_is_touched(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout)
-  assert len(checkout.touched) <= 2
-  planned = checkout.run(plan(before=SET))
-  assert planned.stdout == "['forward_kl', 'reverse_kl']\n", planned.stderr
+  checkout.check_plan("raw_bridge", ["forward_kl", "reverse_kl"], SET)
   ran = checkout.run(TRUNCATED)
   # A sample that is truncated is never taken for one of the model's own distribution.
   assert ran.stdout.splitlines() == ["[[True, True, False, False]]", "False True"], ran.stderr
@@ -57,13 +50,11 @@ def test_one_place_is_touched(tmp_path):
 def test_a_forgotten_place_is_an_error(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout, in_the_config=False)
-  planned = checkout.run(plan())
-  assert planned.returncode and "sampling lacks the key 'top_sigma': add it" in planned.stderr
+  checkout.check_refusal("raw_bridge", "sampling lacks the key 'top_sigma': add it")
 
 
 def test_a_forgotten_key_is_an_error(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout, key=False)
-  planned = checkout.run(plan())
-  assert planned.returncode and "the key 'top_sigma', which nothing reads" in planned.stderr
+  checkout.check_refusal("raw_bridge", "the key 'top_sigma', which nothing reads")
   assert "KeyError: 'top_sigma'" in checkout.run(TRUNCATED).stderr

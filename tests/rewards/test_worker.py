@@ -1,5 +1,6 @@
 """A worker that hangs, spins, takes memory, raises or dies costs one text its reward, no more."""
 
+import contextlib
 import os
 import signal
 import time
@@ -37,7 +38,7 @@ def check(tmp_path, monkeypatch):
 
 
 def opened(check, seconds=30.0, cpu_seconds=30, memory_bytes=1 << 30):
-  return worker.Worker(check, seconds, cpu_seconds, memory_bytes)
+  return contextlib.closing(worker.Worker(check, seconds, cpu_seconds, memory_bytes))
 
 
 def rewards(score, answer, texts):

@@ -113,16 +113,13 @@ def test_a_rollout_stored_under_an_old_field_name_is_read():
 
 
 def test_a_store_lists_prompts_with_missing_samples(tmp_path):
-  def write(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
   prompts = [rollouts.Prompt(10, (5, 6, 7)), rollouts.Prompt(20, (8,))]
-  store = rollouts.Store(tmp_path / "r", write)
+  store = rollouts.Store(tmp_path / "r")
   assert store.missing(prompts, range(1)) == prompts
-  store.add("stage-00000000", rollouts.take(two_rows(), slice(0, 1)), leader=True)
+  store.add("stage-00000000", rollouts.take(two_rows(), slice(0, 1)))
   assert store.missing(prompts, range(1)) == prompts[1:]
-  store.add("stage-00000001", rollouts.take(two_rows(), slice(1, 2)), leader=True)
-  reopened = rollouts.Store(tmp_path / "r", write)
+  store.add("stage-00000001", rollouts.take(two_rows(), slice(1, 2)))
+  reopened = rollouts.Store(tmp_path / "r")
   assert reopened.missing(prompts, range(1)) == []
   assert reopened.missing(prompts, range(1, 2)) == prompts  # another sample index
   rows, parts = reopened.get(prompts[::-1], range(1))
@@ -133,32 +130,26 @@ def test_a_store_lists_prompts_with_missing_samples(tmp_path):
 
 def test_a_store_keeps_a_row_in_its_first_part(tmp_path):
   # Part "b" brings a prompt's sample 0; part "a", whose name sorts first, brings samples 0 and 1.
-  def write(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
   prompt = rollouts.Prompt(10, (5, 6, 7))
   both = two_rows()._replace(prompt_id_B=np.array([10, 10], np.int64),
                              sample_index_B=np.array([0, 1], np.int32))
-  store = rollouts.Store(tmp_path / "r", write)
-  store.add("b", rollouts.take(both, [0]), leader=True)
+  store = rollouts.Store(tmp_path / "r")
+  store.add("b", rollouts.take(both, [0]))
   assert store.missing([prompt], range(2)) == [prompt]
-  store.add("a", both, leader=True)
-  for opened in (store, rollouts.Store(tmp_path / "r", write)):
+  store.add("a", both)
+  for opened in (store, rollouts.Store(tmp_path / "r")):
     rows, parts = opened.get([prompt], range(2))
     assert parts == ["b", "a"]
     np.testing.assert_array_equal(rows.sample_index_B, [0, 1])
 
 
 def test_a_store_refuses_to_overwrite_a_part(tmp_path):
-  def write(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-  store = rollouts.Store(tmp_path / "r", write)
-  store.add("a", rollouts.take(two_rows(), [0]), leader=True)
+  store = rollouts.Store(tmp_path / "r")
+  store.add("a", rollouts.take(two_rows(), [0]))
   with pytest.raises(ValueError, match="r already holds a, and 1 other rows would replace it"):
-    store.add("a", two_rows(), leader=True)
-  store.add("a", rollouts.take(two_rows(), [0]), leader=True)  # brings no new row
-  for opened in (store, rollouts.Store(tmp_path / "r", write)):
+    store.add("a", two_rows())
+  store.add("a", rollouts.take(two_rows(), [0]))  # brings no new row
+  for opened in (store, rollouts.Store(tmp_path / "r")):
     rows, _ = opened.get([rollouts.Prompt(10, (5, 6, 7))], range(1))
     np.testing.assert_array_equal(rows.response(0), [1, 2])
 

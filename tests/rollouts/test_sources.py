@@ -27,10 +27,7 @@ class Sampler:
 
 
 def frozen(sampler, folder, stage):
-  def write(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-  return rollouts.FrozenActor(sampler, "frozen", rollouts.Store(folder, write), (3,), stage, 2,
+  return rollouts.FrozenActor(sampler, "frozen", rollouts.Store(folder), (3,), stage, 2,
                               lambda step: step // 4)
 
 

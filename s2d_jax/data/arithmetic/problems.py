@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 
 _MODULUS = 100
-_SHORTEST = 2  # operands
-_LONGEST = 4
+_LONGEST = 4  # operands; the shortest problem has 2
 # The published splits: another seed or size would make every recorded score incomparable.
 _SEED = 0
 _SIZES = {"labelled": 2048, "validation": 256, "test": 512}
 
 
-def _random_operands(rng: np.random.Generator, shortest: int = _SHORTEST,
-          longest: int = _LONGEST) -> tuple[int, ...]:
+def _random_operands(rng: np.random.Generator, longest: int) -> tuple[int, ...]:
   """The operands of one problem: their number is uniform, and each is uniform in 0..99."""
-  count = int(rng.integers(shortest, longest + 1))
+  count = int(rng.integers(2, longest + 1))
   return tuple(int(x) for x in rng.integers(0, _MODULUS, count))
 
 
@@ -51,17 +49,17 @@ def answer(operands: Sequence[int]) -> str:
   return f"{sum(operands) % _MODULUS:02d}"
 
 
-def splits(seed: int = _SEED, sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
+def splits(sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
   """{split: rows} of distinct problems, disjoint between splits; ids count through all splits.
 
-  A row is {"id", "problem", "answer", "solution"}. Seed and sizes determine the result.
+  A row is {"id", "problem", "answer", "solution"}. The sizes determine the result.
   """
   sizes = _SIZES if sizes is None else sizes
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(_SEED)
   # A dict keeps the order of the draws; a set does not.
   chosen: dict[tuple[int, ...], None] = {}
   while len(chosen) < sum(sizes.values()):
-    chosen.setdefault(_random_operands(rng))
+    chosen.setdefault(_random_operands(rng, _LONGEST))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
           for i, x in enumerate(chosen)]
   # Cut from one list of distinct problems, so no split holds a problem of another.
@@ -106,7 +104,7 @@ def corpus(seed: int, count: int, longest: int, worked_share: float, slip_share:
   pairs = []
   while len(pairs) < count:
     # A held-out problem still takes its draws, so that the others stay as they are.
-    operands = _random_operands(rng, longest=longest)
+    operands = _random_operands(rng, longest)
     steps = len(operands) - 1
     # From 1: a slip of 0 would be a right step.
     slips = rng.integers(1, _MODULUS, steps) * (rng.random(steps) < slip_share)

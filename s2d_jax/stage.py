@@ -109,31 +109,33 @@ def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
 
 
 def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
-                load: Callable[[str, Callable[[Config], Params]], Role],
+                load_role: Callable[[str, Callable[[Config], Params]], Role],
                 adapters: Callable[[Model], Params]) -> StageModels:
   """The models of a stage. With lora, the adapters alone train.
 
   Args:
     roles: as `planning.parents` returns them.
-    load: load(role, shapes_of) -> the model of a role, and its weights in the types that
+    load_role: load_role(role, shapes_of) -> the model of a role, and its weights in the types that
       shapes_of(config) gives them.
     adapters: new adapters of a model.
   """
   # In float32 also where adapters train and these weights stand still: merged, they are the result.
-  learner = load(roles["learner"], models.shapes)
+  learner = load_role(roles["learner"], models.shapes)
   non_trainable = None
   lora = models.lora(hp.lora)
   if lora is not None:
     non_trainable = learner.params
     model = models.build(dataclasses.replace(learner.model.config, lora=lora))
     learner = Role(model, adapters(model))
-  # A role that two names share is loaded once.
-  frozen = {role: load(role, models.frozen_shapes)
-            for role in {roles["actor"], roles["guide"]} - {None}}
+  frozen: dict[str | None, Role] = {}
+  # In this order and not in a set's, which differs between processes: all load the same in turn.
+  for role in (roles["actor"], roles["guide"]):
+    if role is not None and role not in frozen:
+      frozen[role] = load_role(role, models.frozen_shapes)
   start = None
   # Pass rates are the start's in every step, and the learner's own weights move.
   if stage.prompt_weights is not None:
-    start = load(roles["learner"], models.frozen_shapes)
+    start = load_role(roles["learner"], models.frozen_shapes)
   actor = frozen.get(roles["actor"])
   on_policy = stage.actor == stage.learner
   if on_policy:

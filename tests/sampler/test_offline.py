@@ -1,4 +1,4 @@
-"""`python -m s2d_jax.sampler`: whole lines, no row lost and none repeated, whatever kills it."""
+"""`s2d-jax sample`: whole lines, with every row once, after a kill at any moment."""
 
 import json
 import os

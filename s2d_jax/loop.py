@@ -95,10 +95,10 @@ def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | 
     # than the killed run's the checkpoint is thus read into this run's layout.
     if start:
       state = checkpoints.load(sharding.abstract(state))
+    # Logs lose what a killed run wrote after its last checkpoint.
     logs = {name: metrics.Log(stage.folder, name, start)
-            for name in ("metrics", "ledger", "timing", "samples")}
-    # Logs and TensorBoard lose what a killed run wrote after its last checkpoint.
-    metrics.cut_tensorboard(stage.folder, start)
+            for name in ("ledger", "timing", "samples")}
+    logs["metrics"] = metrics.Log(stage.folder, "metrics", start, tensorboard=True)
     programs = compile_programs(stage.models, stage.hp, stage.objective, stage.logp,
                                 stage.optimizer, stage.samplers)
     _check_cache(stage, programs, state)
@@ -130,12 +130,12 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
-        _save(stage.folder, checkpoints, logs, step, state)
+        _save(checkpoints, logs, step, state)
       # The signal is read once a step, on all hosts at the same step.
       if stop():
         # Where this step was saved just now, a second save writes nothing.
         if step != start:
-          _save(stage.folder, checkpoints, logs, step, state)
+          _save(checkpoints, logs, step, state)
         raise SystemExit(hosts.RETRY)
       before = compiled()  # on several hosts the checkpointer compiles its own barriers
       with sampler.naming(f"{stage.name}, step {step}"):
@@ -151,7 +151,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       shown = {key: f"{entry[key]:.3f}" for key in ("reward", "kl", "loss") if key in entry}
       bar.set_postfix(shown | {"tokens/s": f"{entry['tokens'] / seconds:.0f}"}, refresh=False)
       bar.update()
-  _save(stage.folder, checkpoints, logs, hp.steps, state)
+  _save(checkpoints, logs, hp.steps, state)
   return state
 
 
@@ -242,13 +242,10 @@ def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.n
                    "logp_gap_max": gap_N.max()}
 
 
-def _save(folder: epath.Path, checkpoints: checkpoint.Checkpoints, logs: _Logs, step: int,
-          state: TrainState) -> None:
+def _save(checkpoints: checkpoint.Checkpoints, logs: _Logs, step: int, state: TrainState) -> None:
   """Logs first, then the checkpoint that makes them count."""
-  for name, log in logs.items():
-    start, new = log.flush(step)
-    if name == "metrics":
-      metrics.write_tensorboard(folder, start, new)
+  for log in logs.values():
+    log.flush(step)
   checkpoints.save(step, state)
 
 

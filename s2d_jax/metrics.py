@@ -28,12 +28,21 @@ class Log:
     rows: every entry, those of earlier processes first.
   """
 
-  def __init__(self, folder: epath.PathLike, name: str, step: int) -> None:
-    """Opens the log at `step`, dropping every part that starts at it or later."""
+  def __init__(self, folder: epath.PathLike, name: str, step: int,
+               tensorboard: bool = False) -> None:
+    """Opens the log at `step`, dropping every part that starts at it or later.
+
+    Args:
+      tensorboard: whether every part is also an event file in the folder `tensorboard`.
+    """
     self._folder = epath.Path(folder) / name
+    self._events = epath.Path(folder) / "tensorboard"
+    self._has_events = tensorboard
     self._start = step
     self._new: list[dict] = []
     _cut(self._folder, step)
+    if tensorboard:
+      _cut(self._events, step)
     # No host may read before the leader has cut.
     hosts.barrier(f"{folder}/{name}")
     self.rows = read(folder, name)
@@ -43,21 +52,16 @@ class Log:
     self._new.append(files.plain(entry))
     self.rows.append(self._new[-1])
 
-  def flush(self, step: int) -> tuple[int, list[dict]]:
-    """Writes the entries since the last flush as one part; the next part starts at `step`.
-
-    Returns:
-      (the part's first step, its entries).
-    """
-    start = self._start
-    new = self._new
+  def flush(self, step: int) -> None:
+    """Writes the entries since the last flush as one part; the next part starts at `step`."""
+    # A part without entries would be a file that a resumed run does not write.
+    if self._new and hosts.leader():
+      text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self._new)
+      files.write(self._folder / f"{self._start:08d}.jsonl", text)
+      if self._has_events:
+        _write_events(self._events, self._start, self._new)
     self._start = step
     self._new = []
-    # A part without entries would be a file that a resumed run does not write.
-    if new and hosts.leader():
-      text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in new)
-      files.write(self._folder / f"{start:08d}.jsonl", text)
-    return start, new
 
 
 def read(folder: epath.PathLike, name: str) -> list[dict]:
@@ -67,10 +71,8 @@ def read(folder: epath.PathLike, name: str) -> list[dict]:
           for line in part.read_text().splitlines()]
 
 
-def write_tensorboard(folder: epath.PathLike, start: int, entries: Sequence[dict]) -> None:
+def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> None:
   """Writes one event file for one part: every number of every entry against its step."""
-  if not (entries and hosts.leader()):
-    return
   # The writer appends, which an object store cannot: it writes beside, and the whole is copied.
   with tempfile.TemporaryDirectory() as scratch:
     with SummaryWriter(scratch) as writer:
@@ -79,13 +81,7 @@ def write_tensorboard(folder: epath.PathLike, start: int, entries: Sequence[dict
           if name != "step" and isinstance(value, int | float):
             writer.add_scalar(name, value, entry["step"])
     events = next(pathlib.Path(scratch).iterdir())
-    files.write(epath.Path(folder) / "tensorboard" / f"{start:08d}.{events.name}",
-                events.read_bytes())
-
-
-def cut_tensorboard(folder: epath.PathLike, step: int) -> None:
-  """Drops the event files of `step` and later; to be called where the logs are opened."""
-  _cut(epath.Path(folder) / "tensorboard", step)
+    files.write(folder / f"{start:08d}.{events.name}", events.read_bytes())
 
 
 def _cut(folder: epath.Path, step: int) -> None:

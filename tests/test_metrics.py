@@ -36,10 +36,13 @@ def test_numbers_that_json_cannot_hold_become_strings():
 
 
 def test_tensorboard_files_are_written_and_cut(tmp_path):
-  metrics.write_tensorboard(tmp_path, 0, [{"step": 0, "loss": 1.0}])
-  metrics.write_tensorboard(tmp_path, 2, [{"step": 2, "loss": 0.5}])
+  log = metrics.Log(tmp_path, "metrics", 0, tensorboard=True)
+  log.add({"step": 0, "loss": 1.0})
+  log.flush(2)
+  log.add({"step": 2, "loss": 0.5})
+  log.flush(4)
   assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-  metrics.cut_tensorboard(tmp_path, 2)
+  metrics.Log(tmp_path, "metrics", 2, tensorboard=True)
   remaining = list((tmp_path / "tensorboard").iterdir())
   assert [p.name[:8] for p in remaining] == ["00000000"] and b"loss" in remaining[0].read_bytes()
 

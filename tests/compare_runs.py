@@ -85,11 +85,12 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, tuple[int, i
   """{kind: (number of results that both have, number that only one has)}."""
   of_first = collections.Counter(results(first))
   of_second = collections.Counter(results(second))
+  in_both = of_first & of_second
+  in_one = (of_first | of_second) - in_both
   found = {}
   for kind in sorted({kind for kind, _ in of_first | of_second}):
-    both = sum(count for (name, _), count in (of_first & of_second).items() if name == kind)
-    one = sum(count for (name, _), count in ((of_first | of_second) - (of_first & of_second)).items()
-              if name == kind)
+    both = sum(count for (name, _), count in in_both.items() if name == kind)
+    one = sum(count for (name, _), count in in_one.items() if name == kind)
     found[kind] = (both, one)
   return found
 

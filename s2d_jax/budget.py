@@ -4,9 +4,10 @@ Budgets are checked twice: from the config before anything runs, and from the le
 stages.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
 from s2d_jax import files
@@ -58,17 +59,12 @@ def _part(node: Node, updates: int, sequences: int) -> Budget:
 
 def _by_arm(plan: Plan, part: Callable[[Node], Budget]) -> dict[str, Budget]:
   """{arm: the sum of `part` over its nodes}."""
-  return {arm: add(part(plan.nodes[name]) for name in names) for arm, names in plan.arms.items()}
-
-
-def add(budgets: Iterable[Budget]) -> Budget:
-  """The sum of some Budgets."""
-  total = Budget()
-  for budget in budgets:
-    total = Budget._make(
-        Part(one.updates + other.updates, one.sequences + other.sequences)
-        for one, other in zip(total, budget, strict=True))
-  return total
+  found = {}
+  for arm, names in plan.arms.items():
+    # A Budget is a tree of numbers, which are summed one by one. An arm may have no nodes.
+    budgets = [Budget(), *(part(plan.nodes[name]) for name in names)]
+    found[arm] = jax.tree.map(lambda *numbers: sum(numbers), *budgets)
+  return found
 
 
 def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy: str) -> None:

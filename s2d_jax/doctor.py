@@ -34,6 +34,11 @@ CONFIG_KEYS: Record = {
     "sampler": sampler.SamplerConfig.KEYS, "probe": evals.PROBE_KEYS,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
+# Keys of earlier versions -> what replaced them.
+_REPLACED = {"evaluation": "an entry of config.evals with when='end'",
+             "validation": "an entry of config.evals with when='every 50'",
+             "eval_every": "the key `when` of an entry of config.evals: when='every 50'"}
+
 # The names that a row of the table of stages may use.
 ROLES = {"actor": ("teacher", "student", "given"), "learner": ("teacher", "student"),
          "guide": (None, "teacher", "student", "reference")}
@@ -63,6 +68,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
     ValueError: a key is missing, unknown or out of range, or values do not combine.
   """
   # Names and ranges come first: the checks of combinations may then read any key.
+  check_names(config)
   keys.check_block("config", config, CONFIG_KEYS)
   _named("config.sampler", sampler.check_config, sampler.SamplerConfig(**config.sampler))
   _named("config.probe", evals.check_probe, config.probe)
@@ -72,10 +78,26 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
       raise ValueError(f"config.stages.{name} is not a stage of the recipe: remove it, or "
                        f"choose from {', '.join(stages)}.")
     path = f"config.stages.{name}"
+    _refuse_replaced(path, hp)
     keys.check_block(path, hp, stage_keys(stages[name]))
     _check_stage(path, hp, stages[name])
   for path, block in _blocks_that_sample(config):
     _named(f"{path}.sampling", sampler.check_sampling, block.sampling)
+
+
+def check_names(config: ConfigDict) -> None:
+  """Raises ValueError unless a config has exactly the keys that are read, its blocks aside."""
+  # Before a missing key is named: a config of an earlier version lacks the new one too.
+  _refuse_replaced("config", config)
+  keys.check_names("config", config, CONFIG_KEYS)
+
+
+def _refuse_replaced(path: str, block: ConfigDict) -> None:
+  """Refuses a key of an earlier version, and names what replaced it."""
+  for name, new in _REPLACED.items():
+    if name in block:
+      raise ValueError(f"{path}.{name} was replaced by {new} (configs/common.py has the block "
+                       "`evaluation`): move its values there.")
 
 
 def _check_evals(config: ConfigDict) -> None:

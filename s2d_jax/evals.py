@@ -154,6 +154,15 @@ def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Promp
   return Evaluation(dict(statistics(samples)), samples, rows)
 
 
+def record(evaluation: Evaluation) -> dict[str, Any]:
+  """The scores of an evaluation and the samples behind them, without texts, for a JSON file."""
+  samples = {}
+  for way, found in evaluation.samples.items():
+    samples[way] = {field: np.asarray(values, int).tolist()
+                    for field, values in found._asdict().items() if values is not None}
+  return {"scores": evaluation.scores, "samples": samples}
+
+
 def intervals(ks: Sequence[int], seed: int, draws: int, level: float,
               kinds: Sequence[str] = tuple(stats.STATISTICS)) -> Statistics:
   """Statistics for `run`: those of the table that the samples have, bootstrapped.

@@ -3,12 +3,12 @@
 import argparse
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, command, evals, models, rollouts, sampler, sharding, stats, tasks
+from s2d_jax import chat, command, evals, files, models, rollouts, sampler, sharding, tasks
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
 from s2d_jax.rollouts import Reward
@@ -20,7 +20,7 @@ LEVEL = 0.95
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints a line per set and statistic: the estimate and its 95 % interval.
+  """Prints a line per set and statistic: the estimate and its 95 % interval; --out stores them.
 
   Raises:
     ValueError: the model, a set or a number is refused, in one sentence.
@@ -30,8 +30,11 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--task", required=True, choices=tuple(tasks.TASKS), metavar="TASK",
                       help=f"prompts and answer check: {', '.join(tasks.TASKS)}")
   parser.add_argument("--sets", required=True, help="names of sets, with commas between")
-  parser.add_argument("--data", default="data", metavar="FOLDER",
-                      help="has SET.jsonl; for arithmetic, gets its sets; by default data")
+  parser.add_argument("--data", metavar="FOLDER",
+                      help="has SET.jsonl; by default {math}, for arithmetic {arithmetic}".format(
+                          **tasks.FOLDERS))
+  parser.add_argument("--out", metavar="FILE.json",
+                      help="stores every set's scores, and which samples are right")
   parser.add_argument("--k", type=int, default=1, help="samples of each problem")
   parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
@@ -47,24 +50,29 @@ def main(argv: Sequence[str]) -> None:
     if getattr(args, name) < 1:
       raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: choose 1 or more.")
   names = args.sets.split(",")
-  data = ConfigDict({"data": tasks.DATA[args.task](args.data, names)})
-  task = tasks.TASKS[args.task](data)
+  folder = args.data or tasks.FOLDERS[args.task]
+  task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
+  sets = {name: task.source(name) for name in names}
+  results = {}
   with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
-    for name, statistic, value in scores(args, task, names):
-      print(f"{name:<16}{statistic:<16}{value.estimate:8.3f} [{value.low:.3f}, {value.high:.3f}]",
-            flush=True)
+    for name, evaluation in evaluations(args, task, sets):
+      for score, (value, low, high) in evaluation.scores.items():
+        print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
+      results[name] = evals.record(evaluation)
+      # Written after each set: an error in a later one loses none.
+      if args.out:
+        files.write_json(args.out, {"flags": vars(args), "sets": results})
 
 
-def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
-           ) -> Iterator[tuple[str, str, stats.Interval]]:
-  """Yields (set, statistic, interval) of a model's samples on each set."""
+def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequence[dict]],
+                ) -> Iterator[tuple[str, evals.Evaluation]]:
+  """Yields (name, Evaluation) of a model's samples on each set of problems."""
   _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
   sampling = sampler.Sampling(args.max_tokens, tuple(tokenizer.eos_ids), samples_per_prompt=args.k,
                               temperature=args.temperature, top_p=args.top_p)
-  for name in sets:
-    source = task.source(name)
+  for name, source in sets.items():
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
     prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
                for i, problem in problems.items()]
@@ -83,8 +91,7 @@ def scores(args: argparse.Namespace, task: Task, sets: Sequence[str],
                       # The recipe's own seed, so that equal weights have equal samples here.
                       (args.seed, zlib.crc32(b"evaluation")), statistics,
                       answer_of(task, tokenizer))
-    for statistic, value in one.scores.items():
-      yield name, statistic, value
+    yield name, one
 
 
 def reward_of(task: Task, tokenizer: chat.Chat, problems: dict[int, dict]) -> Reward:

@@ -42,8 +42,8 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
     lineage = files.read_json(saved / "lineage.json")
     return hf.save(out, model, params, saved, lineage, dtype or "source")
   record = manifest.read(folder)
-  # The third entry of "row" is the learner, whose base has the config and the tokenizer.
-  base = record["bases"][record["inputs"]["row"][2]]["folder"]
+  # The learner's base has the config and the tokenizer.
+  base = record["bases"][record["inputs"]["row"]["learner"]]["folder"]
   model = models.get(hf.read_json(base))
   params = checkpoint.load_final(
       folder, models.laid_out(model.config, sharding.make_mesh((1, 1, 1))))

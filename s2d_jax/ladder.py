@@ -14,6 +14,8 @@ from s2d_jax import files, manifest, stats
 # The config keys that a curve is drawn over.
 SWEPT = {"labels": ("label_share",),
          "division": ("stages.forward_kl.steps", "stages.reverse_kl.steps")}
+# Blocks of a config that train nothing; "eval_every" of a stage and the last two are of old runs.
+_SCORING = ("evals", "evaluation", "validation")
 DRAWS = 2000  # of a bootstrap that the report itself makes
 FEW_MIXED_GROUPS = 0.5  # below this share of groups with both right and wrong answers, warn
 FEW_WEIGHTED = 0.5  # below this share of sequences with any weight, warn
@@ -29,7 +31,7 @@ class Run(NamedTuple):
   settings: dict[str, Any]    # all that determines a score but the weights and the seed
   recipe: str                 # a hash of all that determines the weights but the seed
   shaped: bool                # whether a stage trained the teacher
-  contexts: set[frozenset]    # the flat configs that asked for it
+  contexts: set[frozenset]    # the flat configs that asked for it, evaluations left out
   probes: list[dict[str, Any]]  # of each probed stage: its name, "before" and "after"
   spent: dict[str, float]     # the stages' ledgers added up, and the student's updates
   revisions: set[str]         # of the code
@@ -132,7 +134,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
 def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run:
   """The Run of a row of an arm's file."""
   stages = [workdir / name for name in row["stages"]]
-  manifests = [files.read_json(f / "manifest.json") for f in (*stages, workdir / row["score"])]
+  manifests = [manifest.load(folder) for folder in (*stages, workdir / row["score"])]
   *inputs, scored = [m["inputs"] for m in manifests]
   names = set(row["stages"])
   # Two seeds of one recipe differ in the names of their parents, which are hashes of the seed too.
@@ -148,7 +150,7 @@ def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run
       arm=entry["arm"], label=row["label"], seed=entry["seed"], stages=stages,
       result=files.read_json(workdir / row["score"] / "result.json"),
       settings={k: v for k, v in scored.items() if k not in ("weights", "seed")},
-      shaped=any(i["row"][2] == "teacher" for i in inputs),
+      shaped=any(i["row"]["learner"] == "teacher" for i in inputs),
       recipe=manifest.digest([recipe, base]), contexts=set(), probes=probes,
       spent=spent(stages) | _updates(stages, inputs),
       revisions={m["revision"] for m in manifests})
@@ -158,20 +160,24 @@ def _updates(stages: Sequence[epath.Path], inputs: Sequence[dict[str, Any]]) -> 
   """Optimizer updates of the student: under a teacher ("dense"), and under reward ("rewarded")."""
   found = {"dense": 0, "rewarded": 0}
   for folder, stage_inputs in zip(stages, inputs, strict=True):
-    if stage_inputs["row"][2] == "student":
+    if stage_inputs["row"]["learner"] == "student":
       kind = "rewarded" if "advantages" in stage_inputs["config"] else "dense"
       found[kind] += files.read_json(folder / "ledger.json")["updates"]
   return found
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> frozenset[tuple[str, str]]:
-  """A nested config as a frozenset of (dotted key, text of its value)."""
+  """A nested config as a frozenset of (dotted key, text of its value), evaluations left out."""
   items = set()
   for key, value in config.items():
+    name = f"{prefix}{key}"
+    # `Run.settings` has all that a score depends on: a further benchmark sets no arm apart.
+    if name in _SCORING or key == "eval_every":
+      continue
     if isinstance(value, dict):
-      items |= _flat(value, f"{prefix}{key}.")
+      items |= _flat(value, f"{name}.")
     else:
-      items.add((f"{prefix}{key}", str(value)))
+      items.add((name, str(value)))
   return frozenset(items)
 
 

@@ -16,6 +16,7 @@ from s2d_jax import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
+ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
 def digest(value: Any) -> str:
@@ -26,6 +27,10 @@ def digest(value: Any) -> str:
 
 def name(stage: str, inputs: dict) -> str:
   """A folder's name: the stage's name and a hash of all that determines its result."""
+  row = inputs.get("row")
+  if isinstance(row, dict):
+    # Hashed as a list, which it was in the first manifests: their folders keep their names.
+    inputs = inputs | {"row": [row[field] for field in ROW]}
   return f"{stage}-{digest(inputs)[:12]}"
 
 
@@ -64,6 +69,17 @@ def provenance(mesh: jax.sharding.Mesh) -> dict:
       "mesh": dict(mesh.shape)}
 
 
+def load(folder: epath.PathLike) -> dict:
+  """The manifest of a finished folder, as it stands there; `read` also compares it with the name.
+  """
+  manifest = files.read_json(epath.Path(folder) / "manifest.json")
+  row = manifest["inputs"].get("row")
+  # The first manifests have the values alone.
+  if isinstance(row, list):
+    manifest["inputs"]["row"] = dict(zip(ROW, row, strict=True))
+  return manifest
+
+
 def read(folder: epath.PathLike) -> dict | None:
   """The manifest of a finished folder; None where the folder is not finished.
 
@@ -75,7 +91,7 @@ def read(folder: epath.PathLike) -> dict | None:
     return None
   # The name is a hash of the inputs, so an edited or moved manifest does not match it.
   try:
-    manifest = files.read_json(path)
+    manifest = load(folder)
     named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not a manifest this code wrote: delete the folder, or put the "

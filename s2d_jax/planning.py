@@ -279,7 +279,7 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
             plan.problems[p.id].get("solution") if stage.actor == "given" else None)
            for p in plan.prompts[split]]
   return {
-      "row": [stage.name, stage.actor, stage.learner, stage.guide],
+      "row": {field: getattr(stage, field) for field in manifest.ROW},
       "objective": [identity_of(stage.objective.loss), stage.objective.version],
       "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),
       "task": plan.task_identity() if checked else None,

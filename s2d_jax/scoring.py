@@ -149,13 +149,9 @@ def _scores(plan: Plan, config: ConfigDict, learner: Role,
   evaluate_params = evals.evaluator(config, compiled, prompts, plan.reward, plan.answer,
                                     plan.config.seed)
   one = evaluate_params(learner.params)
-  result = {"scores": one.scores, "samples": {}}
-  for way, samples in one.samples.items():
-    result["samples"][way] = {field: np.asarray(value, int).tolist()
-                              for field, value in samples._asdict().items() if value is not None}
   # Without a statistic of sampled responses only greedy ones exist.
   way = next(iter(one.samples))
-  return result, _texts(plan, config, one.samples[way], one.rollouts[way])
+  return evals.record(one), _texts(plan, config, one.samples[way], one.rollouts[way])
 
 
 def _texts(plan: Plan, config: ConfigDict, samples: stats.Samples,

@@ -56,6 +56,8 @@ def math(config: ConfigDict) -> Task:
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}
+# Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.
+FOLDERS = {"arithmetic": "~/.cache/s2d_jax/data", "math": "data"}
 # The config.data of each task for sets that lie in one folder.
 DATA: dict[str, Callable[[str, Sequence[str]], dict]] = {
     "arithmetic": lambda folder, sets: {"dir": folder},
@@ -69,7 +71,7 @@ def get(config: ConfigDict) -> Task:
   Raises:
     ValueError: an unknown name, or a key that config or config.data lacks.
   """
-  keys.check_names("config", config, doctor.CONFIG_KEYS)
+  doctor.check_names(config)
   if config.task not in TASKS:
     raise ValueError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
                      "recipe.run with a Task of your own.")

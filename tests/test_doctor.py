@@ -114,6 +114,22 @@ def test_a_missing_key_is_named(config, path, tmp_path):
       block[key] = value
 
 
+@pytest.mark.parametrize("key, said", [
+    ("evaluation", "config.evaluation was replaced by an entry of config.evals with when='end'"),
+    ("validation", "config.validation was replaced by an entry of config.evals with when='every"),
+    ("stages.sft.eval_every", "config.stages.sft.eval_every was replaced by the key `when` of an")])
+def test_a_key_of_an_earlier_version_names_the_new_one(config, tmp_path, key, said):
+  path, _, name = key.rpartition(".")
+  at(config, path)[name] = 50
+  assert said in refused(config, tmp_path)
+  # A config that has not got the new block yet gets the same answer, by the command too.
+  if not path:
+    del config.evals
+    assert said in refused(config, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(said)):
+      tasks.get(config)
+
+
 def test_keys_of_another_stage_are_unknown(config, tmp_path):
   config.stages.sft.kl_coef = 0.1  # a penalty without a reference
   assert "config.stages.sft has the key 'kl_coef'" in refused(config, tmp_path)

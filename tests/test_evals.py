@@ -158,13 +158,27 @@ def test_validation_by_hand():
       [*PROMPTS, rollouts.Prompt(10, (4,))], reward, None, 3)
   def validate(params):
     return dict(evals.estimates("validation", evaluate, params))
-  # The mean of two problems' mean lengths is rounded in another place than that of six lengths.
+  # Problems of 6 and 5 tokens. As at the end, a score is the mean over problems of each one's mean:
+  # 2 and 5/3, the second rounded. The last bit differs from 11 / 6, which is rounded once.
   assert validate("old") == {"validation/avg@3": np.float32(4 / 6),
-                             "validation/response_length": pytest.approx(11 / 6, rel=1e-15)}
+                             "validation/response_length": (2 + 5 / 3) / 2}
   assert validate("new") == validate("old")  # always the same draws
   assert [call[0] for call in fixed.calls[::2]] == ["old", "new", "old"]
   assert {call[2] for call in fixed.calls[::2]} == {(3, zlib.crc32(b"validation"))}
   assert compiled == [((hp.sampling, 2), {})]  # two prompts at a time, and no greedy sampler
+
+
+@pytest.mark.parametrize("G", [1, 2, 4, 8, 16])
+def test_a_power_of_two_samples_have_the_mean_over_all_samples(G):
+  # A division by a power of two is exact, so the mean of means is rounded once, as the mean is.
+  rng = np.random.default_rng(G)
+  for _ in range(100):
+    correct_PG = rng.integers(2, size=(61, G)).astype(np.float32)
+    length_PG = rng.integers(16_385, size=(61, G))
+    scores = dict(evals.intervals((), 0, 1, 0.95, ("avg", "response_length"))(
+        {"sampled": stats.Samples(correct_PG, length_PG)}))
+    assert scores[f"avg@{G}"].estimate == correct_PG.mean()
+    assert scores["response_length"].estimate == length_PG.mean()
 
 
 def test_an_evaluation_at_the_end_samples_greedily_as_well():

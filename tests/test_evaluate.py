@@ -1,11 +1,13 @@
 """`s2d-jax eval`: the scores of a shipped model are those that its samples give by hand."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import arithmetic
-from s2d_jax import command, evaluate
+from s2d_jax import command, evaluate, tasks
 
 
 @pytest.fixture(scope="module")
@@ -14,12 +16,13 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.medium
-def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
+def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
   # Greedily every sample of a problem is the same, so avg@2, pass@2 and maj@2 are one number: the
   # share of 256 problems, a multiple of 1/256.
   teacher = arithmetic.get_config().teacher
+  out = tmp_path / "scores.json"
   evaluate.main(["--model", teacher, "--task=arithmetic", f"--data={data}", "--sets=validation",
-                 "--k=2", "--temperature=0", "--max-tokens=32"])
+                 "--k=2", "--temperature=0", "--max-tokens=32", f"--out={out}"])
   lines = capsys.readouterr().out.splitlines()
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
   assert {row[0] for row in found} == {"validation"}
@@ -28,6 +31,23 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys):
   (value,) = {float(row[2]) for row in found}
   assert 0.5 < value <= 1 and abs(256 * value - round(256 * value)) < 0.13
   assert all(float(low) <= value <= float(high) for *_, low, high in found)
+  # The file has the same scores, and the samples from which they follow.
+  stored = json.loads(out.read_text())
+  assert stored["flags"]["model"] == teacher and stored["flags"]["k"] == 2
+  result = stored["sets"]["validation"]
+  correct_PG = np.array(result["samples"]["sampled"]["correct_PG"])
+  assert correct_PG.shape == (256, 2) and abs(correct_PG.mean() - value) < 0.0005
+  assert result["scores"]["avg@2"][0] == pytest.approx(correct_PG.mean(), abs=1e-7)
+  assert list(stored["sets"]) == ["validation"]
+
+
+def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
+  assert tasks.FOLDERS["arithmetic"] == arithmetic.get_config().data.dir
+  folders = []
+  monkeypatch.setitem(tasks.TASKS, "arithmetic", lambda config: folders.append(config.data.dir))
+  with pytest.raises(AttributeError):  # no task came back
+    evaluate.main(["--model=m", "--task=arithmetic", "--sets=validation"])
+  assert folders == [arithmetic.get_config().data.dir]
 
 
 @pytest.mark.parametrize("flags, said", [

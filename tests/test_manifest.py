@@ -9,7 +9,9 @@ import pytest
 
 from s2d_jax import files, manifest, sharding
 
-INPUTS = {"row": ["reverse_kl", "teacher"], "config": {"steps": 100, "optim": {"lr": 1e-3}},
+ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
+LIST = ["reverse_kl", "student", "student", "teacher"]  # the row as earlier versions wrote it
+INPUTS = {"row": ROW, "config": {"steps": 100, "optim": {"lr": 1e-3}},
           "seed": 0, "parents": {"guide": "teacher_grpo-1", "actor": None}}
 
 
@@ -17,8 +19,9 @@ def test_equal_inputs_give_equal_names():
   name = manifest.name("reverse_kl", INPUTS)
   row, _, digest = name.rpartition("-")
   assert row == "reverse_kl" and len(digest) == 12 and int(digest, 16) >= 0
-  backwards = {k: INPUTS[k] for k in reversed(INPUTS)} | {"row": ("reverse_kl", "teacher")}
+  backwards = {k: INPUTS[k] for k in reversed(INPUTS)} | {"row": dict(reversed(ROW.items()))}
   assert manifest.name("reverse_kl", backwards) == name
+  assert manifest.name("reverse_kl", INPUTS | {"row": tuple(LIST)}) == name
   assert manifest.name("reverse_kl", json.loads(json.dumps(INPUTS))) == name
 
 
@@ -29,7 +32,7 @@ def test_the_digest_equals_that_of_sha256sum():
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": 1}, {"row": ["reverse_kl", "student"]}, {"config": {"steps": 101}}, {"extra": None},
+    {"seed": 1}, {"row": ROW | {"actor": "teacher"}}, {"config": {"steps": 101}}, {"extra": None},
     {"config": {"steps": 100, "optim": {"lr": 1.0001e-3}}}, {"parents": {"guide": None}}])
 def test_a_changed_input_changes_the_name(change):
   assert manifest.name("x", INPUTS | change) != manifest.name("x", INPUTS)
@@ -50,6 +53,12 @@ def test_a_manifest_is_read_back_and_an_edited_one_refused(tmp_path):
   with pytest.raises(ValueError, match="disagrees with its folder's name") as error:
     manifest.read(folder)
   assert str(folder / "manifest.json") in str(error.value)
+
+
+def test_a_row_of_an_earlier_version_keeps_its_folder_and_is_read_by_field(tmp_path):
+  folder = tmp_path / "reverse_kl-ab1162e03c98"  # as that version named it
+  files.write_json(folder / "manifest.json", {"inputs": INPUTS | {"row": LIST}})
+  assert manifest.read(folder) == manifest.load(folder) == {"inputs": INPUTS}
 
 
 def test_provenance_holds_devices_and_versions_and_no_environment(monkeypatch):

@@ -15,12 +15,17 @@ COUNTS = {"updates": 0, "label_uses": 0, "tokens_sampled": 0, "tokens_reused": 0
           "device_seconds_used": 0.0, "device_seconds_lost": 0.0}
 
 
+def stage_row(name, role):
+  """The row of a stage that samples the model it trains."""
+  return {"name": name, "actor": role, "learner": role, "guide": None}
+
+
 def stage(run, name, labels=(), revision=REVISION, metrics=(), inputs=None, **counts):
   files.write_json(run / name / "ledger.json",
                         {**COUNTS, "labels": list(labels), "label_uses": len(labels), **counts})
   role = "teacher" if name.startswith("teacher") else "student"
   config = {"advantages": "group"} if "grpo" in name else {}
-  inputs = {"row": [name, role, role, None], "config": config, "seed": 0, "parents": {}} | (
+  inputs = {"row": stage_row(name, role), "config": config, "seed": 0, "parents": {}} | (
       inputs or {})
   files.write_json(run / name / "manifest.json", {"inputs": inputs, "revision": revision})
   if metrics:
@@ -132,8 +137,10 @@ def test_paired_differences_have_a_sign(tmp_path):
 def two_seeds(tmp_path, other):
   """bridge and cold_grpo in two work folders, one a seed; every stage is the seed's own."""
   for run, seed, right in ((tmp_path, 0, RIGHT), (other, 1, WRONG)):
+    # The first seed's manifest has the row as earlier versions wrote it.
+    fields = stage_row("student_grpo", "student")
     one = stage(run, f"student_grpo-{seed}", inputs={
-        "row": ["student_grpo", "student", "student", None], "seed": seed})
+        "row": fields if seed else list(fields.values()), "seed": seed})
     arm(run, "bridge", [("bridge", [one], score(run, "eval-a", right, seed=seed))], seed)
     arm(run, "cold_grpo", [("cold_grpo", [one], score(run, "eval-b", RIGHT, seed=seed))], seed)
 
@@ -242,10 +249,10 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
 def test_a_contrast_shows_both_arms_spending_on_their_shared_seeds(tmp_path):
   # A bridge of 3 + 4 updates on two seeds; cold GRPO of 5 updates on the second alone.
   for seed in (0, 1):
-    stages = [stage(tmp_path, f"{row}-{seed}", range(seed + 2) if row == "teacher_grpo" else (),
+    stages = [stage(tmp_path, f"{name}-{seed}", range(seed + 2) if name == "teacher_grpo" else (),
                     updates=updates, inputs={
-                        "seed": seed, "row": [row, role, role, None]})
-              for row, role, updates in (("teacher_grpo", "teacher", 9),
+                        "seed": seed, "row": stage_row(name, role)})
+              for name, role, updates in (("teacher_grpo", "teacher", 9),
                                          ("forward_kl", "student", 3),
                                          ("reverse_kl", "student", 4))]
     arm(tmp_path, "bridge", [("bridge", stages, score(tmp_path, f"eval-{seed}", RIGHT, seed=seed))],
@@ -279,7 +286,7 @@ def test_weights_that_leave_most_sequences_out_are_warned_of(tmp_path):
 def test_a_curves_points_have_the_seeds_that_all_of_them_have(tmp_path):
   for seed, share in ((0, 0.25), (0, 1.0), (1, 1.0)):
     one = stage(tmp_path, f"student_grpo-{seed}-{share}", inputs={
-        "row": ["student_grpo", "student", "student", None], "split": share, "seed": seed})
+        "row": stage_row("student_grpo", "student"), "split": share, "seed": seed})
     arm(tmp_path, "bridge", [("bridge", [one], score(
         tmp_path, f"eval-{seed}-{share}", (RIGHT, WRONG)[seed], seed=seed))], seed, share,
         config={"label_share": share})
@@ -317,6 +324,22 @@ def test_mixed_revisions_are_flagged(tmp_path):
   arm(tmp_path, "x", [("x", [one], score(tmp_path, "eval-0", RIGHT, revision=REVISION + "+"))])
   text = report.markdown(ladder.read([tmp_path]))
   assert "Code: 0123456789ab, 0123456789ab+. **This table mixes revisions.**" in text
+
+
+def test_a_further_benchmark_sets_no_arm_apart(tmp_path):
+  # cold_grpo was run, then a benchmark was added to the config, then bridge was run.
+  first = {"a": 1, "evals": {"test": {"split": "test"}}}
+  second = {"a": 1, "evals": first["evals"] | {"aime24": {"split": "aime24"}}}
+  one = stage(tmp_path, "student_grpo-1")
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [one], score(tmp_path, "eval-0", WRONG))], at=1,
+      config=first)
+  arm(tmp_path, "bridge", [
+      ("bridge", [one], score(tmp_path, "eval-1", RIGHT)),
+      ("bridge", [one], score(tmp_path, "eval-2", WRONG, split="aime24"))], at=2, config=second)
+  text = report.markdown(ladder.read([tmp_path]))
+  assert [r[0] for r in table(text)] == ["arm", "cold_grpo", "bridge", "difference",
+                                         "bridge − cold_grpo", "arm", "bridge"]
+  assert [word for word in re.findall(r"Split (\w+),", text)] == ["test", "aime24"]
 
 
 @pytest.mark.parametrize("unlike", [{"split": "aime24"}, {"problems": "deadbeef"},

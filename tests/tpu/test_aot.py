@@ -131,10 +131,11 @@ def test_a_gradient_added_up_at_every_block_is_found(kind):
 def test_temporaries_are_a_small_share_of_those_of_all_logits():
   # 8,192 tokens, widths 2,048 and 4,096, Qwen3's vocabulary, bfloat16, on one v5p.
   sizes = types.SimpleNamespace(**loss.FULL | {"dtype": "bfloat16"})
-  one = loss.one_of("v5p:2x2x1")
+  one = loss.one_device_mesh("v5p:2x2x1")
   def beyond(tokens, block):
     with jax.set_mesh(one):
-      return loss.needs(sizes, tokens, block, sharding.replicated(one))["beyond_gradient_bytes"]
+      account = loss.compiled_memory(sizes, tokens, block, sharding.replicated(one))
+    return account["beyond_gradient_bytes"]
   ours, direct = beyond(8192, 256), beyond(8192, 0)
   assert 0 < beyond(8192, 128) <= direct / 30  # 0.16 of 12.4 GB
   assert ours <= direct / 30  # 0.32 GB

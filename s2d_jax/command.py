@@ -74,18 +74,21 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
 
 
 @contextlib.contextmanager
-def naming_flags(flags_of: Mapping[str, str]) -> Iterator[None]:
-  """Makes a flag of the field's name with which the message of a ValueError begins.
+def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
+  """Replaces fields by their flags in the message of a ValueError that is raised within.
 
   Args:
-    flags_of: the flags of fields that are not called like their field.
+    flag_of: {field: flag}. A field that is an English word, such as page, is replaced only where
+      the message begins with it.
   """
   try:
     yield
   except ValueError as error:
-    field, _, sentence = str(error).partition(" ")
-    flag = flags_of.get(field, "--" + field.replace("_", "-"))
-    raise ValueError(f"{flag} {sentence}") from error
+    message = str(error)
+    for field, flag in flag_of.items():
+      pattern = rf"\b{field}\b" if "_" in field else rf"^{field}\b"
+      message = re.sub(pattern, flag, message)
+    raise ValueError(message) from error
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ calls all of them before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,8 +70,10 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   # Names and ranges come first: the checks of combinations may then read any key.
   check_names(config)
   keys.check_block("config", config, CONFIG_KEYS)
-  _named("config.sampler", sampler.check_config, sampler.SamplerConfig(**config.sampler))
-  _named("config.probe", evals.check_probe, config.probe)
+  with keys.prefixed("config.sampler."):
+    sampler.check_config(sampler.SamplerConfig(**config.sampler))
+  with keys.prefixed("config.probe."):
+    evals.check_probe(config.probe)
   _check_evals(config)
   for name, hp in config.stages.items():
     if name not in stages:
@@ -82,7 +84,8 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
     keys.check_block(path, hp, stage_keys(stages[name]))
     _check_stage(path, hp, stages[name])
   for path, block in _blocks_that_sample(config):
-    _named(f"{path}.sampling", sampler.check_sampling, block.sampling)
+    with keys.prefixed(f"{path}.sampling."):
+      sampler.check_sampling(block.sampling)
 
 
 def check_names(config: ConfigDict) -> None:
@@ -105,7 +108,8 @@ def _check_evals(config: ConfigDict) -> None:
   for name, hp in config.evals.items():
     path = f"config.evals.{name}"
     keys.check_block(path, hp, evals.EVALUATION_KEYS)
-    _named(path, evals.check_evaluation, hp)
+    with keys.prefixed(f"{path}."):
+      evals.check_evaluation(hp)
     stages = () if hp.stages == "all" else hp.stages.split(",")
     for stage in stages:
       if stage not in config.stages:
@@ -116,14 +120,6 @@ def _check_evals(config: ConfigDict) -> None:
                      "one.")
 
 
-def _named(path: str, check: Callable[..., None], *args: Any) -> None:
-  """Runs a check whose messages begin with a key's name, and puts the block's path before it."""
-  try:
-    check(*args)
-  except ValueError as error:
-    raise ValueError(f"{path}.{error}") from error
-
-
 def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   """Refuses a row that names an unknown role, and values in range that do not combine."""
   for field, roles in ROLES.items():
@@ -131,13 +127,16 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
     if role not in roles:
       raise ValueError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
                        f"{', '.join(map(str, roles))}.")
-  _named(path, stage.objective.check, hp)
+  with keys.prefixed(f"{path}."):
+    stage.objective.check(hp)
   if stage.guide is None and stage.objective.uses_guide(hp):
     raise ValueError(f"{path}: its objective compares with a guide and the stage has none: name "
                      "one in its row.")
-  _named(path, models.lora, hp.lora)
+  with keys.prefixed(f"{path}."):
+    models.lora(hp.lora)
   if stage.reward:
-    _named(path, objectives.check_rewards, hp)
+    with keys.prefixed(f"{path}."):
+      objectives.check_rewards(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.
   samples = hp.sampling.samples_per_prompt
   if stage.actor == "given" and samples != 1:
@@ -149,7 +148,8 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
                      "one of them.")
   # A stage of 0 steps is in no arm, and its warmup is never made.
   if hp.steps:
-    _named(f"{path}.optim", optim.check_warmup, hp.optim, loop.update_count(hp))
+    with keys.prefixed(f"{path}.optim."):
+      optim.check_warmup(hp.optim, loop.update_count(hp))
 
 
 def _blocks_that_sample(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

@@ -40,8 +40,11 @@ EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl -
 # Rows of one call of the sampler. The host's memory holds the rollout of a call, and a file may
 # have more rows than fit.
 SLICE = 16_384
-# The flags that are not called like the field that they set.
-FLAGS = {"samples_per_prompt": "--n", "stop_strings": "--stop"}
+# The flag of each field that a command line sets.
+FLAGS = {"samples_per_prompt": "--n", "stop_strings": "--stop", "temperature": "--temperature",
+         "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "max_tokens": "--max-tokens",
+         "min_tokens": "--min-tokens", "cache_gib": "--cache-gib", "page": "--page",
+         "mesh": "--mesh", "seed": "--seed"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,10 +7,8 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from s2d_jax import sharding
 from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler.programs import Programs
 
@@ -110,8 +108,9 @@ class CacheRows:
 class CachePages:
   """A cache in pages: a row owns the pages it fills and shares those of its prompt.
 
-  With no free page, the youngest row on that device is put back in the queue and later re-sampled,
-  with the same tokens. Attributes are those of `CacheRows`; the batch and the length never change.
+  With no free page, the row of that device with the fewest sampled tokens is put back in the queue
+  and later re-sampled, with the same tokens. Attributes are those of `CacheRows`; the batch and the
+  length never change.
   """
 
   def __init__(self, programs: Programs, max_tokens: int) -> None:
@@ -177,7 +176,10 @@ class CachePages:
                     if s != shard or all(page in self.users[s] for page in pages)}
 
   def sources(self, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target page of every copy; a target beyond the last page copies nothing."""
+    """Source and target page of every copy that is due, which are then forgotten.
+
+    A target beyond the last page copies nothing.
+    """
     shapes = self.programs.shapes
     # The program has one shape, so the lists are as long as the most copies there can be.
     size = len(source_B) + shapes.prompts * shapes.shards * shapes.width // self.page
@@ -197,17 +199,17 @@ class CachePages:
     """
     del waiting
     requeued: list[int] = []
-    by_age = sorted(rows, key=lambda slot: (-rows[slot].response, slot))
-    for slot in by_age:
+    longest_first = sorted(rows, key=lambda slot: (-rows[slot].response, slot))
+    for slot in longest_first:
       response = min(rows[slot].response + self.programs.config.tokens, self.max_tokens)
       need = rows[slot].prompt + response
       while slot in self.occupied and len(self.pages[slot]) * self.page < need:
         if self.free[self._shard(slot)]:
           self._take_page(slot)
         else:
-          youngest = self._last_of_device(by_age, self._shard(slot))
-          self.release(youngest)
-          requeued.append(youngest)
+          shortest = self._last_of_device(longest_first, self._shard(slot))
+          self.release(shortest)
+          requeued.append(shortest)
     self._send_tables()
     return list(range(self.batch)), requeued
 
@@ -223,14 +225,8 @@ class CachePages:
       table_Bn[slot, : len(pages)] = pages
     capacity_B = np.array([len(pages) * self.page for pages in self.pages], np.int32)
     self.slots = self.slots._replace(cache=self.slots.cache._replace(
-        table_Bn=self._placed(table_Bn, like.table_Bn),
-        capacity_B=self._placed(capacity_B, like.capacity_B)))
-
-  def _placed(self, x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """The array on the devices, laid out as `like`."""
-    if self.programs.mesh is None:
-      return jax.device_put(x)
-    return sharding.put(x, like.sharding)
+        table_Bn=self.programs.put(table_Bn, like.table_Bn.sharding),
+        capacity_B=self.programs.put(capacity_B, like.capacity_B.sharding)))
 
   def _shard(self, slot: int) -> int:
     """The device of a slot, counted over `data` and `fsdp`."""

@@ -39,11 +39,11 @@ class Programs(NamedTuple):
   shorten: dict[int, Program]      # by length: of the largest batch to the length before
   shrink: dict[Size, Program]      # to the next batch
 
-  def put(self, x: np.ndarray) -> jax.Array:
-    """A host's array on the devices, whole on each, as every program takes it."""
+  def put(self, x: np.ndarray, layout: jax.sharding.Sharding | None = None) -> jax.Array:
+    """A host's array on the devices; without a layout whole on each, as the programs take it."""
     if self.mesh is None:
       return jax.device_put(x)
-    return sharding.put(x, sharding.replicated(self.mesh))
+    return sharding.put(x, layout or sharding.replicated(self.mesh))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows
                     prompt_cache, weights, whole(shapes.prompts, shapes.width), whole()),
       admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
                       donate=0) for S in shapes.lengths},
-      decode={(B, S): lower(run, (slots[B, S], _decoded(mesh, B, settings.tokens)), weights,
+      decode={(B, S): lower(run, (slots[B, S], _decoded(whole, B, settings.tokens)), weights,
                             slots[B, S], whole(B, dtype=bool), whole(), donate=1)
               for B in shapes.batches for S in shapes.lengths},
       grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
@@ -113,9 +113,9 @@ def _whole(mesh: Mesh | None, *shape: int,
   return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and sharding.replicated(mesh))
 
 
-def _decoded(mesh: Mesh | None, batch: int, tokens: int) -> decode.Decoded:
-  """The shapes of a dispatch's results."""
-  whole = functools.partial(_whole, mesh)
+def _decoded(whole: Callable[..., jax.ShapeDtypeStruct], batch: int,
+             tokens: int) -> decode.Decoded:
+  """The shapes of a dispatch's results; `whole` is `_whole` on the mesh."""
   logp_BN = whole(batch, tokens, dtype=np.float32)
   return decode.Decoded(whole(batch, tokens), logp_BN, logp_BN, whole(batch),
                         whole(batch, dtype=bool))

@@ -98,7 +98,9 @@ class Sampler:
     check_prompts([prompt for prompt, _ in requests], self.prompt_tokens)
     rollout = _empty_rollout(requests, self.prompt_tokens, self.sampling.max_tokens, weight_version)
     stops = StopDetector(self.sampling.stop_strings, self.sampling.min_tokens, self.decode)
-    # A schedule lives for one call: nothing but the programs is kept between calls.
+    # A schedule lives for one call: nothing but the programs is kept between calls. It is built
+    # before the weights are laid out, because its constructor compares the processes, and laying
+    # out is the first program that they run together.
     schedule = Schedule(self.programs, self.sampling, stops, requests, seed, rollout)
     start = time.monotonic()
     weights = params if isinstance(params, Weights) else self.lay_out(params)

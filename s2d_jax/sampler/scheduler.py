@@ -49,7 +49,7 @@ class Schedule:
         Row(index, prompt, rollouts.row_key(seed, prompt.id, sample_index))
         for index, (prompt, sample_index) in enumerate(requests))
     self.waiting = collections.Counter(row.prompt.id for row in self.rows)
-    self.stats = SamplerStats()
+    self.counts = collections.Counter()  # of the fields of SamplerStats
     # prompt id -> (the cache it was read into, its row there), while rows still wait for it
     self.prompt_caches: dict[int, tuple[tuple[KV, ...], int]] = {}
     self.digest = hashlib.blake2b(digest_size=16)
@@ -83,17 +83,12 @@ class Schedule:
       self._report(finished, on_finish)
       finished = self._record(jax.device_get(decoded))
     self._report(finished, on_finish)
-    return self.stats
+    return SamplerStats(**self.counts)
 
   def _report(self, finished: list[int], on_finish: OnFinish | None) -> None:
     if on_finish is not None:
       for index in finished:
         on_finish(index, self.rollout)
-
-  def _count(self, **changes: int) -> None:
-    """Adds to the fields of the stats."""
-    self.stats = self.stats._replace(**{
-        name: getattr(self.stats, name) + change for name, change in changes.items()})
 
   def _fill(self) -> None:
     """Gives free slots to waiting rows; one program admits those whose prompts share a cache."""
@@ -103,20 +98,20 @@ class Schedule:
       if not self.rows:
         break
       if self.rows[0].prompt.id not in self.prompt_caches:
-        # Reading prompts frees the caches of others, so the rows of those enter first. No variable
-        # may hold such a cache on: memory is counted for one.
+        # Reading prompts frees the caches of others, so the rows of those enter first. The
+        # variables are cleared because a reference would keep the old cache in memory beside the
+        # new one, and memory is counted for one.
         self._admit(group, entered)
         group = None
         cache = None
         entered = []
         self._prefill()
       cache, source = self.prompt_caches[self.rows[0].prompt.id]
-      if group is not None and cache is not group:
+      if cache is not group:
         self._admit(group, entered)
-        group = None
+        group = cache
         entered = []
       if self.cache.reserve(slot, self.rows[0].prompt, source):
-        group = cache
         row = self.rows.popleft()
         self.owners[slot] = row
         self.waiting[row.prompt.id] -= 1
@@ -145,7 +140,7 @@ class Schedule:
                                   self.programs.put(np.int32(longest)))
     for p, prompt in enumerate(by_id.values()):
       self.prompt_caches[prompt.id] = cache, p
-    self._count(prefills=1)
+    self.counts["prefills"] += 1
 
   def _admit(self, cache: tuple[KV, ...] | None, entered: list[int]) -> None:
     """Copies the prompts of new rows from `cache` to the slots `entered`."""
@@ -183,7 +178,8 @@ class Schedule:
   def _requeue(self, row: Row) -> None:
     """Puts a row at the head of the queue, and clears its sampled tokens."""
     rollout = self.rollout
-    self._count(tokens=-int(rollout.response_length_B[row.index]), requeued=1)
+    self.counts["tokens"] -= int(rollout.response_length_B[row.index])
+    self.counts["requeued"] += 1
     for x in (rollout.response_BT, rollout.response_length_B, rollout.sampler_logp_BT,
               rollout.behaviour_logp_BT):
       x[row.index] = 0
@@ -209,7 +205,8 @@ class Schedule:
   def _record(self, decoded: Decoded) -> list[int]:
     """Writes a dispatch's tokens to the rollout; returns the indices of rows that have ended."""
     finished = []
-    self._count(dispatches=1, slot_tokens=self.cache.batch * int(decoded.count_B.max(initial=0)))
+    self.counts["dispatches"] += 1
+    self.counts["slot_tokens"] += self.cache.batch * int(decoded.count_B.max(initial=0))
     for slot, row in enumerate(self.owners):
       if row is None:
         continue
@@ -242,7 +239,7 @@ class Schedule:
     self._check_finite(index, rollout.behaviour_logp_BT[index, start: end])
     rollout.response_length_B[index] = end
     rollout.finish_reason_B[index] = stopped
-    self._count(tokens=end - start)
+    self.counts["tokens"] += end - start
     return stopped or end == self.sampling.max_tokens
 
   def _check_finite(self, index: int, logp_N: np.ndarray) -> None:

@@ -67,7 +67,7 @@ def test_given_solutions_have_no_log_probabilities_and_are_not_fresh():
   source = rollouts.GivenSolutions({10: [8, 1], 20: [9, 9, 1]}.get, prompt_tokens=2, max_tokens=4)
   rollout, fresh_B, stats = source.sample(None, PROMPTS, 0)
   assert [rollout.response(b).tolist() for b in range(2)] == [[8, 1], [9, 9, 1]]
-  assert not fresh_B.any() and rollout.sampler_logp_BT is None
+  assert not fresh_B.any() and rollout.sampler_logp_BT is None and stats is None
   batch = rollouts.batch(rollout)
   assert (batch.sampler_logp_BT, batch.behaviour_logp_BT, batch.old_logp_BT) == (None, None, None)
 

@@ -139,10 +139,13 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
     ('{"problem": "1+2"}', {"temperature": "nan"}, "--temperature is nan"),
     ('{"problem": "1+2"}', {"stop": "<|end|>"}, "'<.end.>', a special token of"),
     ('{"problem": "1+2"}', {"cache-gib": 1e-9},
-     "--cache-gib is 1e-09, and one row of .* raise it, or lower max_tokens"),
+     "--cache-gib is 1e-09, and one row of .* raise it, or lower --max-tokens"),
     ("", {}, "has no prompts"),
     ('{"problem": "1+2"}', {"n": 0}, "--n is 0: set it to a whole number of at least 1"),
     ('{"problem": "1+2"}', {"temperature": -1}, "--temperature is -1.0"),
+    ('{"problem": "1+2"}', {"min-tokens": 9, "max-tokens": 3},
+     "^--min-tokens is 9: choose at most --max-tokens, 3"),
+    ('{"problem": "1+2"}', {"stop": ""}, "^--stop is .*, none of them empty"),
     ('{"problem": "1+2", "id": 4}', {"max-tokens": 10_000}, "prompt 4 has 5 tokens and with 10000"),
 ])
 def test_a_wrong_request_is_refused_before_anything_is_written(line, flags, words, tmp_path):

@@ -169,7 +169,7 @@ def run(sizes: Namespace) -> measure.Json:
     row["share_of_peak"] = step_flops / row["seconds"] / peak["flops_per_second"]
   return {"step": found, "flops": step_flops, "compile_seconds": ours.compile_seconds,
           "memory": {name: measure.memory(program) for name, program in (
-              ("draw", ours.programs.sampler.compiled), ("update", ours.programs.update))},
+              ("draw", ours.programs.sampler.decode_program), ("update", ours.programs.update))},
           "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
 
 

@@ -95,7 +95,8 @@ class Ours:
     config = SamplerConfig(cache_gib=need / 2**30, page=page)
     self.sampler, seconds = measure.stopwatch(
         lambda: Sampler(model, sampling, size, width, config, params=params))
-    self.account = {"compile_seconds": seconds, "memory": measure.memory(self.sampler.compiled),
+    self.account = {"compile_seconds": seconds,
+                    "memory": measure.memory(self.sampler.decode_program),
                     "slots": self.sampler.programs.shapes.batches[0]}
 
   def ask(self, seed: int) -> measure.Json:

@@ -53,10 +53,12 @@ class Samplers(NamedTuple):
     role_sampling = sampler.Sampling(stop_ids=self.stop_ids, **sampling_config.to_dict())
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
-    # The doctor has checked the sampling, so what is refused here is the memory.
+    role_sampling = role_sampling._replace(**changes)
+    # The doctor has checked every field, but it does not know the model that must fit the memory.
     with keys.prefixed("config.sampler."):
-      return sampler.Sampler(role.model, role_sampling._replace(**changes), batch,
-                             self.prompt_tokens, config, self.decode, role.params)
+      sampler.check_memory(role.model, role_sampling, batch, self.prompt_tokens, config)
+    return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
+                           self.decode, role.params)
 
 
 class Programs(NamedTuple):

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, command, evals, files, models, rollouts, sampler, sharding, tasks
+from s2d_jax import chat, command, evals, files, keys, models, rollouts, sampler, sharding, tasks
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
 from s2d_jax.rollouts import Reward
 from s2d_jax.sampler.__main__ import template
 
 EXAMPLE = "s2d-jax eval --model FOLDER --task math --sets math500,aime24 --k 16"
+# The flag of each field that the command line sets.
+FLAGS = {"samples_per_prompt": "--k", "temperature": "--temperature", "top_p": "--top-p",
+         "max_tokens": "--max-tokens", "cache_gib": "--cache-gib", "seed": "--seed"}
 DRAWS = 1000  # of the bootstrap behind an interval
 LEVEL = 0.95
 
@@ -43,12 +46,15 @@ def main(argv: Sequence[str]) -> None:
                       help="an argument of the chat template, such as enable_thinking=false")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--dtype", default="float32", help="of the activations: float32, bfloat16")
+  parser.add_argument("--cache-gib", type=float, default=4.0, help="of the device, for the cache")
   parser.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
   args = parser.parse_args(argv)
   # Before the model is loaded, which takes minutes for a large one.
-  for name in ("k", "max_tokens", "batch"):
-    if getattr(args, name) < 1:
-      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: choose 1 or more.")
+  with command.naming_flags(FLAGS):
+    sampler.check_sampling(sampling_of(args))
+    sampler.check_config(sampler.SamplerConfig(args.cache_gib))
+    keys.check_value("seed", args.seed, keys.at_least(0))
+  keys.check_value("--batch", args.batch, keys.at_least(1))
   names = args.sets.split(",")
   folder = args.data or tasks.FOLDERS[args.task]
   task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
@@ -64,14 +70,19 @@ def main(argv: Sequence[str]) -> None:
         files.write_json(args.out, {"flags": vars(args), "sets": results})
 
 
+def sampling_of(args: argparse.Namespace, stop_ids: Sequence[int] = ()) -> sampler.Sampling:
+  """The Sampling that the flags ask for."""
+  return sampler.Sampling(args.max_tokens, tuple(stop_ids), samples_per_prompt=args.k,
+                          temperature=args.temperature, top_p=args.top_p)
+
+
 def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequence[dict]],
                 ) -> Iterator[tuple[str, evals.Evaluation]]:
   """Yields (name, Evaluation) of a model's samples on each set of problems."""
   _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
-  sampling = sampler.Sampling(args.max_tokens, tuple(tokenizer.eos_ids), samples_per_prompt=args.k,
-                              temperature=args.temperature, top_p=args.top_p)
+  sampling = sampling_of(args, tokenizer.eos_ids)
   for name, source in sets.items():
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
     prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
@@ -83,8 +94,9 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
                        f"ones leaves the model's {model.config.max_positions} positions: lower "
                        "--max-tokens.")
     # Compiled for each set, because its longest prompt sets the shapes.
-    compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts)), longest,
-                               decode=tokenizer.decode, params=params)
+    with command.naming_flags(FLAGS):
+      compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts)), longest,
+                                 sampler.SamplerConfig(args.cache_gib), tokenizer.decode, params)
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
     with sampler.naming(args.model):
       one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),

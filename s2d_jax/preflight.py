@@ -89,7 +89,7 @@ def costs(config: ConfigDict) -> Iterator[_Cost]:
 def _sampling(name: str, compiled_sampler: sampler.Sampler) -> dict[str, Compiled]:
   """A sampler's two large programs: decoding the largest batch at its longest, and prefill."""
   # Smaller batches and shorter caches need less, so these two bound the memory of the others.
-  return {name: compiled_sampler.compiled,
+  return {name: compiled_sampler.decode_program,
           f"{name} prefill": compiled_sampler.programs.prefill}
 
 

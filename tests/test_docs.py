@@ -34,7 +34,7 @@ def run(folder, words):
 
 @pytest.mark.slow
 def test_the_commands_of_the_run_page(checkout):
-  (block,) = blocks("docs/run.md", "sh")
+  block, _ = blocks("docs/run.md", "sh")
   commands = [line.split() for line in block.splitlines() if line]
   assert {name for name, *_ in commands} == {"s2d-jax"}
   printed = [run(checkout, PROGRAM + flags) for _, *flags in commands]
@@ -44,6 +44,21 @@ def test_the_commands_of_the_run_page(checkout):
   # The second run finds everything finished: it trains nothing and prints an equal table.
   again = run(checkout, PROGRAM + commands[0][1:])
   assert again == printed[0]
+
+
+@pytest.mark.medium
+def test_the_command_that_scores_one_model(checkout):
+  (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")
+  _, block = blocks("docs/run.md", "sh")
+  (words,) = map(str.split, block.splitlines())
+  printed = run(checkout, PROGRAM + words[1:])
+  sets = json.loads((checkout / "scores.json").read_text())["sets"]
+  assert list(sets) == ["validation", "test"]
+  for name, problems in (("validation", 256), ("test", 512)):
+    correct_PG = sets[name]["samples"]["sampled"]["correct_PG"]
+    assert len(correct_PG) == problems and {len(row) for row in correct_PG} == {4}
+    mean = sum(map(sum, correct_PG)) / (4 * problems)
+    assert re.search(rf"^{name} +avg@4 +{mean:.3f} \[", printed, re.M)
 
 
 @pytest.mark.slow

@@ -51,7 +51,15 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--k=0"], "--k is 0: choose 1 or more."),
+    (["--k=0"], "--k is 0: set it to a whole number of at least 1."),
+    (["--max-tokens=0"], "--max-tokens is 0: set it to a whole number"),
+    (["--batch=0"], "--batch is 0: set it to a whole number"),
+    (["--temperature=-1"], "--temperature is -1.0: choose 0 (greedy) or more."),
+    (["--temperature=nan"], "--temperature is nan: choose 0 (greedy) or more."),
+    (["--top-p=2"], "--top-p is 2.0: choose it above 0, up to 1 (off)."),
+    (["--seed=-1"], "--seed is -1: set it to a whole number"),
+    (["--cache-gib=0"], "--cache-gib is 0.0: choose a number above 0."),
+    (["--cache-gib=1e-9", "--max-tokens=32"], "--cache-gib is 1e-09, and one row of"),
     (["--task=math"], "data/validation.jsonl is not a file"),
     (["--max-tokens=99999"], "lower --max-tokens."),
     (["--task=chess"], "argument --task: invalid choice: 'chess'"),

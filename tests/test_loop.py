@@ -416,6 +416,13 @@ def test_a_compilation_after_the_start_is_an_error(tmp_path, mesh):
     run(make(tmp_path, mesh, reward=compiling))
 
 
+def test_a_sampler_that_does_not_fit_names_the_key_of_the_config(tmp_path, mesh):
+  small = sampler.SamplerConfig(cache_gib=1e-9)
+  stage = make(tmp_path, mesh)
+  with pytest.raises(ValueError, match=r"^config\.sampler\.cache_gib is 1e-09, and one row of 9"):
+    stage.samplers._replace(config=small).compile(stage.models.learner, stage.hp.sampling, 4)
+
+
 @pytest.mark.medium
 def test_nothing_compiles_after_the_start(tmp_path, mesh):
   with metrics.compilations() as count:

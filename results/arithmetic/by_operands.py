@@ -2,7 +2,7 @@
 
   python results/arithmetic/by_operands.py runs/ladder
 
-Percent on the evaluation split: the mean over training seeds, and the lowest and highest of them,
+Percent on the test split: the mean over training seeds, and the lowest and highest of them,
 of each arm as it was configured first.
 """
 
@@ -17,12 +17,15 @@ from s2d_jax import ladder, tasks
 def main(workdir: str) -> None:
   """Prints a Markdown table."""
   config = arithmetic.get_config()
-  source = tasks.get(config).source(config.evals.test.split)
+  split = config.evals.test.split
+  source = tasks.get(config).source(split)
   operands_P = np.array([source[i]["problem"].count("+") + 1 for i in range(len(source))])
   kinds = sorted(set(operands_P.tolist()))
   print("| arm | seeds | " + " | ".join(f"{n} operands" for n in kinds) + " |")
   print("|---" * (2 + len(kinds)) + "|")
-  for group in ladder.groups(ladder.read([workdir])):
+  # A work folder may have scores on other benchmarks, whose problems have no operands to count.
+  runs = [run for run in ladder.read([workdir]) if run.settings["evaluation"]["split"] == split]
+  for group in ladder.groups(runs):
     if group.name == group.label:
       value_SP = 100 * group.value_SP()
       value_SK = np.stack([value_SP[:, operands_P == n].mean(axis=1) for n in kinds], axis=1)

@@ -9,7 +9,6 @@ from s2d_jax.sampler.capacity import SamplerConfig, check_config
 from s2d_jax.sampler.folder import read as read_folder
 from s2d_jax.sampler.sampler import Sampler, check_memory, naming
 from s2d_jax.sampler.sampling import Sampling, check_sampling
-from s2d_jax.sampler.stop_strings import check_stop_strings
 
 __all__ = ["Sampler", "SamplerConfig", "SamplerStats", "Sampling", "check_config", "check_memory",
-           "check_sampling", "check_stop_strings", "naming", "read_folder"]
+           "check_sampling", "naming", "read_folder"]

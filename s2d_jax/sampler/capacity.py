@@ -72,8 +72,8 @@ class Shapes(NamedTuple):
   """The array sizes that a sampler's programs are compiled for."""
   batches: tuple[int, ...]  # numbers of rows, falling
   lengths: tuple[int, ...]  # tokens of a row's cache, rising
-  width: int      # tokens of a prompt's window
-  chunk: int      # tokens of a prompt that are read at a time; divides the width
+  window: int     # tokens of the longest prompt, in whole chunks
+  chunk: int      # tokens of a prompt that are read at a time; divides the window
   prompts: int    # prompts that are read at once
   shards: int     # devices that have rows of their own
   pages: int      # pages of each device, or 0
@@ -109,20 +109,21 @@ def _up(count: int, multiple: int) -> int:
   return -(-count // multiple) * multiple
 
 
-def cache_type(config: Config, settings: SamplerConfig) -> jax.typing.DTypeLike:
+def cache_type(model_config: Config, config: SamplerConfig) -> jax.typing.DTypeLike:
   """The type of the numbers in the cache of a model."""
-  return CACHE_TYPES[config.dtype if settings.cache == "auto" else settings.cache]
+  return CACHE_TYPES[model_config.dtype if config.cache == "auto" else config.cache]
 
 
-def slot_bytes(config: Config, length: int, dtype: jax.typing.DTypeLike) -> int:
+def slot_bytes(model_config: Config, length: int, dtype: jax.typing.DTypeLike) -> int:
   """Bytes of one row's cache of `length` tokens on a device, with its part of the key heads."""
-  shapes = jax.eval_shape(lambda: caches.empty_cache(config, 1, length, dtype))
+  shapes = jax.eval_shape(lambda: caches.empty_cache(model_config, 1, length, dtype))
   mesh = sharding.current_mesh()
-  shards = 1 if mesh is None else sharding.shard_count(mesh, "kv_heads", config.kv_heads)
+  shards = 1 if mesh is None else sharding.shard_count(mesh, "kv_heads", model_config.kv_heads)
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // shards
 
 
-def slots_for(config: Config, settings: SamplerConfig, rows: int, longest: int, spent: int) -> int:
+def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: int,
+              spent: int) -> int:
   """Number of slots of each device: for its `rows`, or as many as fit its memory.
 
   `spent` bytes of that memory are taken already. A row has `longest` tokens.
@@ -130,10 +131,10 @@ def slots_for(config: Config, settings: SamplerConfig, rows: int, longest: int, 
   Raises:
     ValueError: not one row fits.
   """
-  row_bytes = slot_bytes(config, longest, cache_type(config, settings))
-  fit = int(settings.cache_gib * 2**30 - spent) // row_bytes
+  row_bytes = slot_bytes(model_config, longest, cache_type(model_config, config))
+  fit = int(config.cache_gib * 2**30 - spent) // row_bytes
   if fit < 1:
-    raise ValueError(f"cache_gib is {settings.cache_gib}, and one row of {longest} tokens and the "
+    raise ValueError(f"cache_gib is {config.cache_gib}, and one row of {longest} tokens and the "
                      f"reading of a prompt need {(row_bytes + spent) / 2**30:.2g} GiB on a device: "
                      "raise it, or lower max_tokens.")
   return min(rows, fit)
@@ -144,7 +145,7 @@ def slots_for(config: Config, settings: SamplerConfig, rows: int, longest: int, 
 ADMIT_FACTOR = 2
 
 
-def pages_for(config: Config, settings: SamplerConfig, rows: int, longest: int,
+def pages_for(model_config: Config, config: SamplerConfig, rows: int, longest: int,
               spent: int) -> tuple[int, int, int]:
   """(slots of each device, its pages, pages of the longest row); arguments as `slots_for`.
 
@@ -154,57 +155,57 @@ def pages_for(config: Config, settings: SamplerConfig, rows: int, longest: int,
   """
   mesh = sharding.current_mesh()
   if mesh is not None and mesh.shape["tensor"] != sharding.shard_count(
-      mesh, "kv_heads", config.kv_heads):
-    raise ValueError(f"page is {settings.page}, and the mesh's tensor of {mesh.shape['tensor']} "
-                     f"does not divide {config.kv_heads} key heads: set it to 0.")
-  if sharding.platform() == "gpu" and settings.page not in (16, 32, 64):
-    raise ValueError(f"page is {settings.page} and the GPU's kernel reads pages of 16, 32 or 64 "
+      mesh, "kv_heads", model_config.kv_heads):
+    raise ValueError(f"page is {config.page}, and the mesh's tensor of {mesh.shape['tensor']} "
+                     f"does not divide {model_config.kv_heads} key heads: set it to 0.")
+  if sharding.platform() == "gpu" and config.page not in (16, 32, 64):
+    raise ValueError(f"page is {config.page} and the GPU's kernel reads pages of 16, 32 or 64 "
                      "tokens: choose one of those.")
-  row_pages = -(-longest // settings.page)
-  page_bytes = slot_bytes(config, settings.page, cache_type(config, settings))
-  pages = int(settings.cache_gib * 2**30 - spent) // page_bytes
+  row_pages = -(-longest // config.page)
+  page_bytes = slot_bytes(model_config, config.page, cache_type(model_config, config))
+  pages = int(config.cache_gib * 2**30 - spent) // page_bytes
   # Page 0 belongs to no row, so the longest row needs one page more than it fills.
   if pages <= row_pages:
-    raise ValueError(f"cache_gib is {settings.cache_gib}, and one row of {longest} tokens needs "
+    raise ValueError(f"cache_gib is {config.cache_gib}, and one row of {longest} tokens needs "
                      f"{row_pages + 1} pages of {page_bytes:,} bytes on a device: raise it, or "
                      "lower max_tokens.")
   slots = min(rows, ADMIT_FACTOR * ((pages - 1) // row_pages))
   return slots, min(pages, slots * row_pages + 1), row_pages
 
 
-def shapes(config: Config, sampling: Sampling, settings: SamplerConfig, rows: int,
-           width: int) -> Shapes:
+def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows: int,
+           prompt_tokens: int) -> Shapes:
   """The Shapes of a sampler on the current mesh.
 
   Args:
     rows: of one call.
-    width: tokens of the longest prompt.
+    prompt_tokens: tokens of the longest prompt.
 
   Raises:
     ValueError: as `slots_for` and `pages_for`.
   """
   mesh = sharding.current_mesh()
   shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
-  head_shards = 1 if mesh is None else sharding.shard_count(mesh, "heads", config.heads)
+  head_shards = 1 if mesh is None else sharding.shard_count(mesh, "heads", model_config.heads)
   # Chunks of equal size pad the window least.
-  chunk = _up(-(-width // -(-width // settings.chunk)), settings.page or 1)
-  window = _up(width, chunk)
-  longest = max(window, width + sampling.max_tokens)
+  chunk = _up(-(-prompt_tokens // -(-prompt_tokens // config.chunk)), config.page or 1)
+  window = _up(prompt_tokens, chunk)
+  longest = max(window, prompt_tokens + sampling.max_tokens)
   device_rows = -(-rows // shards)
   # A prompt being read needs its keys and values and the scores of a chunk in float32. All prompts
   # that are read at once may have a quarter of the memory, so that most of it is for slots.
-  prompt_bytes = (slot_bytes(config, window, cache_type(config, settings))
-                  + 4 * (config.heads // head_shards) * chunk * window)
+  prompt_bytes = (slot_bytes(model_config, window, cache_type(model_config, config))
+                  + 4 * (model_config.heads // head_shards) * chunk * window)
   prompts = max(1, min(MAX_PROMPTS, -(-device_rows // sampling.samples_per_prompt),
-                       int(settings.cache_gib * 2**30 / 4) // prompt_bytes))
+                       int(config.cache_gib * 2**30 / 4) // prompt_bytes))
   spent = prompts * prompt_bytes
-  if settings.page:
-    slots, pages, row_pages = pages_for(config, settings, device_rows, longest, spent)
+  if config.page:
+    slots, pages, row_pages = pages_for(model_config, config, device_rows, longest, spent)
     # The memory of pages does not depend on the batch or the length, so one size is enough.
     return Shapes((slots * shards,), (longest,), window, chunk, prompts * shards, shards, pages,
                   attention.table_size(row_pages))
-  slots = slots_for(config, settings, device_rows, longest, spent)
-  weights = sum(x.size for x in jax.tree.leaves(models.shapes(config)))
+  slots = slots_for(model_config, config, device_rows, longest, spent)
+  weights = sum(x.size for x in jax.tree.leaves(models.shapes(model_config)))
   lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)
   return Shapes(batch_sizes(slots * shards, shards, weights), lengths, window, chunk,
                 prompts * shards, shards, pages=0, table=0)

@@ -149,7 +149,7 @@ class CachePages:
     if len(self.free[shard]) < need + others:
       return False
     self.occupied.add(slot)
-    first = source * (self.programs.shapes.width // self.page)
+    first = source * (self.programs.shapes.window // self.page)
     if shared is None:
       for i in range(full):
         self._copy(first + i, slot)
@@ -182,7 +182,7 @@ class CachePages:
     """
     shapes = self.programs.shapes
     # The program has one shape, so the lists are as long as the most copies there can be.
-    size = len(source_B) + shapes.prompts * shapes.shards * shapes.width // self.page
+    size = len(source_B) + shapes.prompts * shapes.shards * shapes.window // self.page
     from_M = np.zeros(size, np.int32)
     to_M = np.full(size, shapes.pages * shapes.shards, np.int32)
     for m, (source, target) in enumerate(self.copies):

@@ -47,25 +47,26 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows: int, width: int,
-          mesh: Mesh | None, tree: jax.tree_util.PyTreeDef, leaves: tuple[Any, ...]) -> Programs:
-  """The Programs of a sampler for `rows` rows and prompts of at most `width` tokens.
+def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: int,
+          prompt_tokens: int, mesh: Mesh | None, tree: jax.tree_util.PyTreeDef,
+          leaves: tuple[Any, ...]) -> Programs:
+  """The Programs of a sampler for `rows` rows and prompts of at most `prompt_tokens` tokens.
 
   `tree` and `leaves` are the abstract parameters, flattened so that the cache can hash them.
   """
-  config = model.config
+  model_config = model.config
   params = jax.tree.unflatten(tree, leaves)
-  shapes = capacity.shapes(config, sampling, settings, rows, width)
-  slots = {(B, S): _abstract(functools.partial(_empty, config, settings, shapes, B, S), mesh,
-                             paged=bool(settings.page))
+  shapes = capacity.shapes(model_config, sampling, config, rows, prompt_tokens)
+  slots = {(B, S): _abstract(functools.partial(_empty, model_config, config, shapes, B, S), mesh,
+                             paged=bool(config.page))
            for B in shapes.batches for S in shapes.lengths}
   prompt_cache = _abstract(
-      lambda: caches.empty_cache(config, shapes.prompts, shapes.width,
-                                 capacity.cache_type(config, settings)), mesh, paged=False)
+      lambda: caches.empty_cache(model_config, shapes.prompts, shapes.window,
+                                 capacity.cache_type(model_config, config)), mesh, paged=False)
   prepare = functools.partial(decode.prepare, model)
   weights = jax.eval_shape(prepare, params)
   if mesh is not None:
-    weights = sharding.laid_out(weights, _layout(config, mesh, weights))
+    weights = sharding.laid_out(weights, _layout(model_config, mesh, weights))
 
   whole = functools.partial(_whole, mesh)
 
@@ -76,25 +77,25 @@ def build(model: models.Model, sampling: Sampling, settings: SamplerConfig, rows
   most = shapes.batches[0]
   admit = decode.admit
   sources = [whole(most)]
-  if settings.page:
+  if config.page:
     admit = decode.admit_paged
-    pages = most + shapes.prompts * shapes.shards * shapes.width // settings.page
+    pages = most + shapes.prompts * shapes.shards * shapes.window // config.page
     sources = [whole(pages), whole(pages)]
   new_rows = whole(most, dtype=bool), whole(most), whole(most), whole(most, 2, dtype=np.uint32)
-  run = functools.partial(decode.decode, model, sampling, settings.tokens)
+  run = functools.partial(decode.decode, model, sampling, config.tokens)
   # `admit` and `decode` donate the slots, so that the cache is updated in place. The programs that
   # change its size cannot, because no array of the result has the old size.
   return _compile(Programs(
-      mesh, shapes, settings, slots,
+      mesh, shapes, config, slots,
       prepare=lower(prepare, weights, params),
-      empty=lower(functools.partial(_empty, config, settings, shapes, most, shapes.lengths[0]),
+      empty=lower(functools.partial(_empty, model_config, config, shapes, most, shapes.lengths[0]),
                   slots[most, shapes.lengths[0]]),
       prefill=lower(functools.partial(decode.prefill, model, shapes.chunk,
-                                      capacity.cache_type(config, settings)),
-                    prompt_cache, weights, whole(shapes.prompts, shapes.width), whole()),
+                                      capacity.cache_type(model_config, config)),
+                    prompt_cache, weights, whole(shapes.prompts, shapes.window), whole()),
       admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
                       donate=0) for S in shapes.lengths},
-      decode={(B, S): lower(run, (slots[B, S], _decoded(whole, B, settings.tokens)), weights,
+      decode={(B, S): lower(run, (slots[B, S], _decoded(whole, B, config.tokens)), weights,
                             slots[B, S], whole(B, dtype=bool), whole(), donate=1)
               for B in shapes.batches for S in shapes.lengths},
       grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
@@ -121,14 +122,14 @@ def _decoded(whole: Callable[..., jax.ShapeDtypeStruct], batch: int,
                         whole(batch, dtype=bool))
 
 
-def _empty(config: Config, settings: SamplerConfig, shapes: Shapes, batch: int,
+def _empty(model_config: Config, config: SamplerConfig, shapes: Shapes, batch: int,
            length: int) -> decode.Slots:
   """Slots without rows, with a cache of `length` tokens for each."""
-  dtype = capacity.cache_type(config, settings)
-  if settings.page:
-    return decode.empty(caches.empty_pages(config, batch, shapes.pages * shapes.shards,
-                                           settings.page, shapes.table, dtype), batch)
-  return decode.empty(caches.empty_cache(config, batch, length, dtype), batch)
+  dtype = capacity.cache_type(model_config, config)
+  if config.page:
+    return decode.empty(caches.empty_pages(model_config, batch, shapes.pages * shapes.shards,
+                                           config.page, shapes.table, dtype), batch)
+  return decode.empty(caches.empty_cache(model_config, batch, length, dtype), batch)
 
 
 def _abstract(make: Callable[[], Params], mesh: Mesh | None, paged: bool) -> Params:
@@ -147,13 +148,15 @@ def _compile(programs: Programs) -> Programs:
         lambda x: x.compile() if isinstance(x, jax.stages.Lowered) else x, lowered))
 
 
-def _layout(config: Config, mesh: Mesh, weights: decode.Weights) -> decode.Weights:
+def _layout(model_config: Config, mesh: Mesh, weights: decode.Weights) -> decode.Weights:
   """The layout of the Weights: split over `tensor` as the trainer's, and whole over `fsdp`."""
   # The trainer gathers weights over `fsdp` for each use. Decoding uses them for each token, so they
   # are gathered once for all tokens.
-  axes = models.axes(config)
-  layers = tuple(jax.tree.map(lambda names: names[1:], axes["layers"],
-                              is_leaf=lambda x: isinstance(x, tuple)) for _ in range(config.layers))
+  axes = models.axes(model_config)
+  # The trainer's layers are stacked, and those of decoding are not: they lack the first axis.
+  layer = jax.tree.map(lambda names: names[1:], axes["layers"],
+                       is_leaf=lambda x: isinstance(x, tuple))
+  layers = (layer,) * model_config.layers
   def layout(names: tuple[str, ...], x: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
     return sharding.decode_sharding(mesh, names, x.shape)
   params = jax.tree.map(layout, axes | {"layers": layers}, weights.params,

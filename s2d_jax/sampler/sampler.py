@@ -13,9 +13,9 @@ from s2d_jax.rollouts import OnFinish, Prompt, Rollout, SamplerStats
 from s2d_jax.sampler import capacity, programs
 from s2d_jax.sampler.capacity import SamplerConfig
 from s2d_jax.sampler.decode import Weights
-from s2d_jax.sampler.sampling import Decode, Sampling
+from s2d_jax.sampler.sampling import Decode, Sampling, check_sampling
 from s2d_jax.sampler.scheduler import Request, Schedule
-from s2d_jax.sampler.stop_strings import StopDetector, check_stop_strings
+from s2d_jax.sampler.stop_strings import StopDetector
 from s2d_jax.sharding import Params
 
 DEFAULT = SamplerConfig()
@@ -45,18 +45,21 @@ class Sampler:
         default those of `hf.load`: float32, laid out as the trainer's.
 
     Raises:
-      ValueError: a field of the config or the stop strings are refused, or not one row fits the
+      ValueError: a field of the sampling or of the config is refused, or not one row fits the
         memory. The message begins with the field's name.
     """
+    check_sampling(sampling)
     capacity.check_config(config)
-    check_stop_strings(sampling, decode)
+    if sampling.stop_strings and decode is None:
+      raise ValueError("stop_strings are looked for in text, and this sampler has no tokenizer: "
+                       "give it `decode`, or use stop_ids.")
     mesh = sharding.current_mesh()
     if params is None:
       params = (models.shapes(model.config) if mesh is None
                 else models.laid_out(model.config, mesh))
-    self.shapes = sharding.abstract(params)
+    self.abstract_params = sharding.abstract(params)
     # Programs are cached by their arguments, so the weights' shapes are passed as hashable values.
-    leaves, tree = jax.tree.flatten(self.shapes)
+    leaves, tree = jax.tree.flatten(self.abstract_params)
     self.programs = programs.build(model, sampling, config, batch * sampling.samples_per_prompt,
                                    prompt_tokens, mesh, tree, tuple(leaves))
     self.sampling = sampling
@@ -121,18 +124,18 @@ class Sampler:
 
   def _check_weights(self, params: Params) -> None:
     """Refuses weights of other shapes or dtypes; the compiled program would name neither."""
-    if jax.tree.structure(params) != jax.tree.structure(self.shapes):
+    if jax.tree.structure(params) != jax.tree.structure(self.abstract_params):
       raise ValueError("params are not the parameters of the sampler's model: pass those of the "
                        "model that it was compiled for.")
-    for (path, x), want in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(self.shapes),
-                               strict=True):
+    for (path, x), want in zip(jax.tree.leaves_with_path(params),
+                               jax.tree.leaves(self.abstract_params), strict=True):
       if (x.shape, x.dtype) != (want.shape, want.dtype):
         raise ValueError(f"params{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} and the "
                          f"sampler was compiled for {want.dtype}{list(want.shape)}: give "
                          "Sampler(…, params=…) the weights, or shapes like theirs.")
 
   @property
-  def compiled(self) -> jax.stages.Compiled:
+  def decode_program(self) -> jax.stages.Compiled:
     """The executable that decodes the largest batch to its longest."""
     # Its memory is the largest of all programs that decode, which is what preflight shows.
     return self.programs.decode[self.programs.shapes.batches[0], self.programs.shapes.lengths[-1]]

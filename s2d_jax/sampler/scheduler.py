@@ -64,20 +64,20 @@ class Schedule:
     """Samples every row to its end; `on_finish` is called as rows end, while others still decode.
     """
     self.weights = weights
-    self.cache = (CachePages(self.programs, self.sampling.max_tokens) if self.programs.config.page
+    self.memory = (CachePages(self.programs, self.sampling.max_tokens) if self.programs.config.page
                   else CacheRows(self.programs))
-    self.owners: list[Row | None] = [None] * self.cache.batch
+    self.owners: list[Row | None] = [None] * self.memory.batch
     finished: list[int] = []
     while self.rows or any(self.owners):
       # All that this iteration sends to the devices is a function of what is compared here.
-      self._agree([row and row.index for row in self.owners], self.cache.batch, self.cache.length,
+      self._agree([row and row.index for row in self.owners], self.memory.batch, self.memory.length,
                   len(self.rows))
       self._fill()
       self._fit()
       alive_B = np.array([row is not None for row in self.owners])
-      decode = self.programs.decode[self.cache.batch, self.cache.length]
-      self.cache.slots, decoded = decode(
-          self.weights, self.cache.slots, self.programs.put(alive_B),
+      decode = self.programs.decode[self.memory.batch, self.memory.length]
+      self.memory.slots, decoded = decode(
+          self.weights, self.memory.slots, self.programs.put(alive_B),
           self.programs.put(np.int32(self._stop_count())))
       # The program runs asynchronously: rewards of the rows before are computed meanwhile.
       self._report(finished, on_finish)
@@ -111,7 +111,7 @@ class Schedule:
         self._admit(group, entered)
         group = cache
         entered = []
-      if self.cache.reserve(slot, self.rows[0].prompt, source):
+      if self.memory.reserve(slot, self.rows[0].prompt, source):
         row = self.rows.popleft()
         self.owners[slot] = row
         self.waiting[row.prompt.id] -= 1
@@ -132,7 +132,7 @@ class Schedule:
       by_id.setdefault(row.prompt.id, row.prompt)
       if len(by_id) == shapes.prompts:
         break
-    prompt_PW = np.zeros((shapes.prompts, shapes.width), np.int32)
+    prompt_PW = np.zeros((shapes.prompts, shapes.window), np.int32)
     for p, prompt in enumerate(by_id.values()):
       prompt_PW[p, : len(prompt.tokens)] = prompt.tokens
     longest = max(len(prompt.tokens) for prompt in by_id.values())
@@ -146,7 +146,7 @@ class Schedule:
     """Copies the prompts of new rows from `cache` to the slots `entered`."""
     if not entered:
       return
-    B = self.cache.batch
+    B = self.memory.batch
     source_B = np.zeros(B, np.int32)
     new_B = np.zeros(B, bool)
     token_B = np.zeros(B, np.int32)
@@ -160,16 +160,16 @@ class Schedule:
       token_B[slot] = row.prompt.tokens[-1]
       position_B[slot] = len(row.prompt.tokens) - 1
       key_B2[slot] = row.seed_key_2
-    new_rows = (*self.cache.sources(source_B), new_B, token_B, position_B, key_B2)
-    self.cache.slots = self.programs.admit[self.cache.length](
-        self.cache.slots, cache, *map(self.programs.put, new_rows))
+    new_rows = (*self.memory.sources(source_B), new_B, token_B, position_B, key_B2)
+    self.memory.slots = self.programs.admit[self.memory.length](
+        self.memory.slots, cache, *map(self.programs.put, new_rows))
 
   def _fit(self) -> None:
     """Fits the cache to the rows alive; rows that lose their memory wait again."""
     lengths = {slot: Length(len(row.prompt.tokens),
                             int(self.rollout.response_length_B[row.index]))
                for slot, row in enumerate(self.owners) if row is not None}
-    order, requeued = self.cache.fit(lengths, waiting=bool(self.rows))
+    order, requeued = self.memory.fit(lengths, waiting=bool(self.rows))
     for slot in requeued:
       self._requeue(self.owners[slot])
       self.owners[slot] = None
@@ -190,7 +190,7 @@ class Schedule:
     """Rows alive at which the device loop should return: to refill slots, or to shrink the batch.
     """
     alive = sum(row is not None for row in self.owners)
-    batch = self.cache.batch
+    batch = self.memory.batch
     if self.rows:
       # A dispatch for every row that ends would cost more than the few slots that stay empty.
       refill = min(alive, len(self.rows), max(1, batch // REFILL_FRACTION))
@@ -206,12 +206,12 @@ class Schedule:
     """Writes a dispatch's tokens to the rollout; returns the indices of rows that have ended."""
     finished = []
     self.counts["dispatches"] += 1
-    self.counts["slot_tokens"] += self.cache.batch * int(decoded.count_B.max(initial=0))
+    self.counts["slot_tokens"] += self.memory.batch * int(decoded.count_B.max(initial=0))
     for slot, row in enumerate(self.owners):
       if row is None:
         continue
       if self._record_row(row, slot, decoded):
-        self.cache.release(slot)
+        self.memory.release(slot)
         self.owners[slot] = None
         finished.append(row.index)
     # The next schedule depends on every token, so hosts compare these too.

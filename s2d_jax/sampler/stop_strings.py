@@ -2,24 +2,7 @@
 
 import numpy as np
 
-from s2d_jax.sampler.sampling import Decode, Sampling
-
-
-def check_stop_strings(sampling: Sampling, decode: Decode | None) -> None:
-  """Checks that the stop strings of a Sampling can be looked for.
-
-  Raises:
-    ValueError: they are not a tuple of texts, one is empty, or there is no `decode`.
-  """
-  strings = sampling.stop_strings
-  if not isinstance(strings, tuple) or not all(isinstance(s, str) for s in strings):
-    raise ValueError(f"stop_strings is {strings!r}: give a tuple of texts.")
-  # The empty text is in every text.
-  if "" in strings:
-    raise ValueError("stop_strings has an empty text, which would end every response: remove it.")
-  if strings and decode is None:
-    raise ValueError("stop_strings are looked for in text, and this sampler has no tokenizer: give "
-                     "it `decode`, or use stop_ids.")
+from s2d_jax.sampler.sampling import Decode
 
 
 class StopDetector:

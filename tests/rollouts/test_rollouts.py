@@ -159,3 +159,13 @@ def test_given_solutions_as_a_rollout():
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])
   np.testing.assert_array_equal(rows.response(0), [7, 8, 9])
   assert rollouts.FINISHED[rows.finish_reason_B[0]] == "stop"
+
+
+def test_statistics_of_several_calls_are_added():
+  first = rollouts.SamplerStats(dispatches=2, prefills=1, tokens=30, slot_tokens=40, requeued=1,
+                                weights_bytes=100, weights_seconds=0.5)
+  second = rollouts.SamplerStats(dispatches=3, prefills=2, tokens=5, slot_tokens=8, requeued=0,
+                                 weights_bytes=100, weights_seconds=0.25)
+  assert rollouts.add_stats([first, None, second]) == (5, 3, 35, 48, 1, 200, 0.75)
+  # A step that sampled nothing has no statistics, which are not those of zero tokens.
+  assert rollouts.add_stats([None, None]) is None

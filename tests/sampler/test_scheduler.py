@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import hosts, metrics, models, objectives, rollouts, sharding, training
-from s2d_jax.sampler import Sampler, SamplerConfig, Sampling, capacity, decode, stop_strings
+from s2d_jax.sampler import Sampler, SamplerConfig, Sampling, capacity, decode, memory, stop_strings
 from s2d_jax.sampler.sampler import check_prompts
 
 G, T, WINDOW, SIZE, SEED = 4, 8, 6, 4, (0, 11)
@@ -243,8 +243,8 @@ def test_prompts_that_cannot_be_sampled_are_refused(bad, words):
 
 
 @pytest.mark.parametrize("strings, words", [
-    (("",), "stop_strings has an empty text"), ("ab", "stop_strings is 'ab': give a"),
-    (("\n",), "this sampler has no tokenizer")])
+    (("",), r"stop_strings is \('',\): give a tuple of texts, none of them empty"),
+    ("ab", "stop_strings is 'ab': give a tuple"), (("\n",), "this sampler has no tokenizer")])
 def test_stop_strings_that_cannot_be_found_are_refused(strings, words, tiny):
   with pytest.raises(ValueError, match=words):
     Sampler(tiny("qwen3")[0], SAMPLING._replace(stop_strings=strings), SIZE, WINDOW)
@@ -286,6 +286,68 @@ def test_a_row_does_not_depend_on_the_sampler_config(config, ten_prompts, tiny):
 
 
 @pytest.mark.medium
+def test_the_statistics_of_a_call(tiny):
+  # No stop, so all is known: 10 prompts of one sample, 4 in slots, each of 8 tokens in dispatches
+  # of 3. Of the 10, 4 are read at a time.
+  model, params = tiny("qwen3")
+  free = SAMPLING._replace(samples_per_prompt=1, stop_ids=(), min_tokens=0)
+  sampler = Sampler(model, free, SIZE, WINDOW, SamplerConfig(tokens=3))
+  _, stats = sampler(params, prompts(10), SEED)
+  assert sampler.programs.shapes.batches == (4,) and sampler.programs.shapes.prompts == 4
+  assert stats.prefills == 3        # 4, 4 and 2 prompts
+  assert stats.dispatches == 9      # 3, 3 and 2 tokens for each 4 rows
+  assert stats.tokens == 10 * 8 and stats.slot_tokens == 3 * 4 * 8 and stats.requeued == 0
+  # The copy for decoding is float32 here, of as many numbers as the weights.
+  assert stats.weights_bytes == sum(x.nbytes for x in jax.tree.leaves(params))
+  assert stats.weights_seconds > 0
+
+
+@pytest.mark.medium
+def test_a_sampler_of_bfloat16_weights(tiny):
+  # What a frozen model has: its weights are those of the activations, so nothing is cast.
+  model, params = tiny("qwen3", dtype="bfloat16")
+  frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), params,
+                        models.frozen_shapes(model.config))
+  want = once(model, params, prompts(3), SAMPLING)
+  sampler = Sampler(model, SAMPLING, 3, 3, params=frozen)
+  assert_equal(sampled(sampler, frozen, prompts(3), SEED), want, atol=0)
+  with pytest.raises(ValueError, match="is float32.* compiled for bfloat16"):
+    sampler(params, prompts(3), SEED)
+
+
+class FakePrograms:
+  """The sizes of a cache of pages of two tokens, for two slots of one device; runs nothing."""
+  config = SamplerConfig(page=2, tokens=2)
+  shapes = capacity.Shapes(batches=(2,), lengths=(16,), window=6, chunk=6, prompts=2, shards=1,
+                           pages=12, table=8)
+
+  def empty(self):
+    return None
+
+
+def test_samples_of_a_prompt_share_its_full_pages():
+  # Five tokens: the last is read by decoding, so two pages are full and none is partial. Six: the
+  # fifth is in a page of its own, which each sample copies.
+  for count, partial in ((5, 0), (6, 1)):
+    pages = memory.CachePages(FakePrograms(), max_tokens=8)
+    prompt = rollouts.Prompt(7, (1,) * count)
+    assert pages.reserve(0, prompt, source=1) and pages.reserve(1, prompt, source=1)
+    first, second = pages.pages
+    assert len(first) == 2 + partial and first[:2] == second[:2]
+    assert set(first[2:]).isdisjoint(second[2:])
+    # Of the cache of prompts, row 1 begins at page 3. The shared pages are copied once.
+    sources, targets = pages.sources(np.zeros(2, np.int32))
+    copied = [(s, t) for s, t in zip(sources.tolist(), targets.tolist(), strict=True) if t < 12]
+    assert copied == [(3, first[0]), (4, first[1])] + [
+        (5, own) for own in (*first[2:], *second[2:])]
+    # A shared page is free only when both samples have ended.
+    pages.release(0)
+    assert not set(first[:2]) & set(pages.free[0]) and set(first[2:]) <= set(pages.free[0])
+    pages.release(1)
+    assert sorted(pages.free[0]) == list(range(1, 12))
+
+
+@pytest.mark.medium
 def test_the_cache_grows_with_the_longest_row(tiny):
   # No stop: every row has 150 tokens, past the 80 that the first cache holds.
   model, params = tiny("qwen3")
@@ -296,10 +358,15 @@ def test_the_cache_grows_with_the_longest_row(tiny):
   finally:
     capacity.LEAST_LENGTH = before
   assert sampler.programs.shapes.lengths == (80, 156)
-  # A group waits, so the cache is short again for it.
-  rows = sampled(sampler, params, prompts(3), SEED)
+  # 8 slots and 20 rows. The cache is short again for the second 8 rows, while the last 4 wait;
+  # for those it stays long, because then no row waits.
+  shorten, calls = sampler.programs.shorten[156], []
+  sampler.programs = sampler.programs._replace(
+      shorten={156: lambda slots: calls.append(1) or shorten(slots)})
+  rows = sampled(sampler, params, prompts(5), SEED)
+  assert len(calls) == 1
   difference, _ = trainer_gap(model, params, rows)
-  assert difference.size == 3 * G * 150 and difference.max() < 1e-5
+  assert difference.size == 5 * G * 150 and difference.max() < 1e-5
 
 
 @pytest.mark.medium
@@ -466,3 +533,13 @@ def test_an_int8_cache_is_close_to_the_trainer(ten_prompts, tiny):
 def test_a_config_out_of_range_is_refused(config, words, tiny):
   with pytest.raises(ValueError, match=words):
     Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, config)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("temperature", -1.0, "^temperature is -1.0: choose 0"),
+    ("temperature", float("nan"), "^temperature is nan: choose 0"),
+    ("top_p", 2.0, "^top_p is 2.0: choose"), ("max_tokens", 0, "^max_tokens is 0: set it"),
+    ("min_tokens", T + 1, "^min_tokens is 9: choose at most max_tokens, 8")])
+def test_a_sampling_out_of_range_is_refused(field, value, words, tiny):
+  with pytest.raises(ValueError, match=words):
+    Sampler(tiny("qwen3")[0], SAMPLING._replace(**{field: value}), SIZE, WINDOW)

@@ -156,7 +156,7 @@ def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
   with jax.set_mesh(where):
     config = sampler.SamplerConfig(page=page, chunk=140)
     compiled_sampler = sampler.Sampler(model, sampling, 1, 140, config, params=params)
-  text = compiled_sampler.compiled.as_text()
+  text = compiled_sampler.decode_program.as_text()
   assert ("tpu_custom_call" in text) == bool(page)
   longest = compiled_sampler.programs.shapes.lengths[-1]
   assert longest == 240

@@ -53,7 +53,7 @@ def test_the_command_that_scores_one_model(checkout):
   (words,) = map(str.split, block.splitlines())
   printed = run(checkout, PROGRAM + words[1:])
   sets = json.loads((checkout / "scores.json").read_text())["sets"]
-  assert list(sets) == ["validation", "test"]
+  assert set(sets) == {"validation", "test"}
   for name, problems in (("validation", 256), ("test", 512)):
     correct_PG = sets[name]["samples"]["sampled"]["correct_PG"]
     assert len(correct_PG) == problems and {len(row) for row in correct_PG} == {4}

@@ -297,14 +297,15 @@ def test_the_statistics_of_a_call(tiny):
   assert stats.prefills == 3        # 4, 4 and 2 prompts
   assert stats.dispatches == 9      # 3, 3 and 2 tokens for each 4 rows
   assert stats.tokens == 10 * 8 and stats.slot_tokens == 3 * 4 * 8 and stats.requeued == 0
-  # The copy for decoding is float32 here, of as many numbers as the weights.
-  assert stats.weights_bytes == sum(x.nbytes for x in jax.tree.leaves(params))
+  # The copy for decoding is float32 here: all weights, and the unembedding of 16 by 16 once more,
+  # transposed.
+  assert stats.weights_bytes == sum(x.nbytes for x in jax.tree.leaves(params)) + 4 * 16 * 16
   assert stats.weights_seconds > 0
 
 
 @pytest.mark.medium
 def test_a_sampler_of_bfloat16_weights(tiny):
-  # What a frozen model has: its weights are those of the activations, so nothing is cast.
+  # A frozen model's weights are stored in the activations' type, so nothing is cast.
   model, params = tiny("qwen3", dtype="bfloat16")
   frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), params,
                         models.frozen_shapes(model.config))
@@ -339,7 +340,7 @@ def test_samples_of_a_prompt_share_its_full_pages():
     sources, targets = pages.sources(np.zeros(2, np.int32))
     copied = [(s, t) for s, t in zip(sources.tolist(), targets.tolist(), strict=True) if t < 12]
     assert copied == [(3, first[0]), (4, first[1])] + [
-        (5, own) for own in (*first[2:], *second[2:])]
+        (5, page) for page in (*first[2:], *second[2:])]
     # A shared page is free only when both samples have ended.
     pages.release(0)
     assert not set(first[:2]) & set(pages.free[0]) and set(first[2:]) <= set(pages.free[0])

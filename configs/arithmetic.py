@@ -37,6 +37,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 1, 1)                   # data, fsdp, tensor
   config.sampler = common.sampler()            # memory and dispatches of every sampler
+  config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
+  config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
 
   # Rates were chosen on `validation`: results/arithmetic/choice.md.
   def answers(samples):

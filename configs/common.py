@@ -246,6 +246,8 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 16, 1)
   config.sampler = sampler(cache_gib=16.0, chunk=512)
+  config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
+  config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
 
   config.stages = _math_stages()
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}

@@ -1,15 +1,15 @@
 """A stage's models, and every program that is compiled for them before its first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import hosts, keys, sampler, sharding, training
+from s2d_jax import hosts, keys, program_cache, sampler, sharding, training
 from s2d_jax.chat import Chat
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
@@ -80,6 +80,8 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
                      optimizer: optax.GradientTransformation, samplers: Samplers) -> Programs:
   """Every program of a stage, ahead of time, for shapes that never change.
 
+  Stages of one run share the programs that are equal.
+
   Args:
     models: the weights may be abstract (`sharding.abstract`).
     logp: as `training.token_logps` takes it.
@@ -105,18 +107,35 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
   token_logps = None
   if scores_first or narrow_cache(models, samplers):
     batch = abstract_batch(samples, width, mesh)
-    token_logps = training.token_logps(models.actor.model, logp, hp).lower(
-        sharding.abstract(models.actor.params), batch).compile()
-  update = training.jit_update(
-      models.learner.model, models.guide and models.guide.model, objective, optimizer, hp,
-      training.shardings(state))
+    token_logps = _compile(
+        ("token_logps", models.actor.model, logp), hp,
+        lambda: training.token_logps(models.actor.model, logp, hp),
+        (sharding.abstract(models.actor.params), batch))
+  guide = models.guide and models.guide.model
   # A minibatch has old log-probabilities, or those of the sampler alone, or, given, none.
   batch = abstract_batch(samples // hp.minibatches, width, mesh, old_logps=scores_first,
                          sampled=models.actor is not None)
   guide_params = models.guide and sharding.abstract(models.guide.params)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
-  compiled = update.lower(state, guide_params, batch, non_trainable).compile()
-  return Programs(actor_sampler, pass_rate_sampler, token_logps, compiled, scores_first)
+  update = _compile(
+      ("update", models.learner.model, guide, objective, optimizer), hp,
+      lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
+                                  training.shardings(state)),
+      (state, guide_params, batch, non_trainable))
+  return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first)
+
+
+def _compile(name: tuple[Hashable, ...], hp: ConfigDict, jitted: Callable[[], Any],
+             arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+  """The program of `jitted()` for abstract arguments, or an equal one of the run.
+
+  Args:
+    name: the kind of program, and what it is made of beside hp and the arguments.
+  """
+  # All of hp, though a program reads a part of it: which part, only the objective can say.
+  description = (*name, FrozenConfigDict(hp.to_dict()), sharding.current_mesh(),
+                 program_cache.shapes_of(arguments))
+  return program_cache.shared(description, lambda: jitted().lower(*arguments).compile())
 
 
 def narrow_cache(models: StageModels, samplers: Samplers) -> bool:

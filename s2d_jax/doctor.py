@@ -11,7 +11,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, evals, keys, loop, models, objectives, optim, rollouts, sampler
+from s2d_jax import (
+  chat,
+  evals,
+  keys,
+  loop,
+  models,
+  objectives,
+  optim,
+  program_cache,
+  rollouts,
+  sampler,
+  timing,
+)
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
 
@@ -32,6 +44,7 @@ CONFIG_KEYS: Record = {
     "mesh": Key(lambda sizes: len(sizes) == 3 and min(sizes) >= 1,
                 "give three sizes of at least 1, for data, fsdp and tensor"),
     "sampler": sampler.SamplerConfig.KEYS, "probe": evals.PROBE_KEYS,
+    "compilation_cache": program_cache.KEY, "profile": timing.PROFILE_KEY,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
 # Keys of earlier versions -> what replaced them.
@@ -150,6 +163,13 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   if hp.steps:
     with keys.prefixed(f"{path}.optim."):
       optim.check_warmup(hp.optim, loop.update_count(hp))
+
+
+def check_profile(config: ConfigDict, stage: str, steps: int) -> None:
+  """Refuses a profile of steps that a stage does not make."""
+  if timing.steps_of(config.profile).stop > steps:
+    raise ValueError(f"config.profile is {config.profile!r} and the stage {stage} makes {steps} "
+                     "steps: choose steps that every stage makes.")
 
 
 def _blocks_that_sample(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

@@ -7,7 +7,6 @@ TrainState is a function of (seed, stage, step), so that a killed stage continue
 been interrupted.
 """
 
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -18,10 +17,22 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import checkpoint, hosts, keys, ledger, metrics, rollouts, sampler, sharding, training
+from s2d_jax import (
+  checkpoint,
+  hosts,
+  keys,
+  ledger,
+  metrics,
+  rollouts,
+  sampler,
+  sharding,
+  timing,
+  training,
+)
 from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
 from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
 from s2d_jax.sharding import Params
+from s2d_jax.timing import Clock
 from s2d_jax.training import TrainState
 
 KEYS = training.KEYS | {
@@ -59,6 +70,7 @@ class StageRun(NamedTuple):
   pass_rates: Callable[[sampler.Sampler], PassRates] | None     # of the pass-rate model's sampler
   # of each evaluation between steps, by name: (steps between runs, weights -> metrics)
   evaluations: Mapping[str, tuple[int, Callable[[Params], Iterable[tuple[str, Any]]]]]
+  profiled: range = range(0)  # steps of which a trace is written
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -66,11 +78,12 @@ def update_count(hp: ConfigDict) -> int:
   return hp.steps * hp.epochs * hp.minibatches
 
 
-def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | None,
-        stop: Callable[[], bool]) -> tuple[Params, _Values]:
+def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
+        last_heartbeat: float | None, stop: Callable[[], bool]) -> tuple[Params, _Values]:
   """Trains one stage from its newest checkpoint, or from the start, to its last step.
 
   Args:
+    clock: started before the stage's models were loaded, which is charged to the stage too.
     heartbeat, last_heartbeat: as `files.only_writer` yields them.
     stop: whether to stop soon, as `hosts.stop_signal` yields it.
 
@@ -82,8 +95,6 @@ def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | 
     RuntimeError: a program compiled after the stage's start.
     SystemExit: code `hosts.RETRY` after a termination signal, once the state is saved.
   """
-  # Loading and compiling are charged to the stage too, so the clock starts here.
-  began = time.monotonic()
   mesh = sharding.current_mesh()
   checkpoints = checkpoint.Checkpoints(stage.folder)
   try:
@@ -102,8 +113,8 @@ def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | 
     programs = compile_programs(stage.models, stage.hp, stage.objective, stage.logp,
                                 stage.optimizer, stage.samplers)
     _check_cache(stage, programs, state)
-    logs["timing"].add({"step": start, "seconds": time.monotonic() - began})
-    state = _loop(stage, programs, state, start, checkpoints, logs, heartbeat, stop)
+    logs["timing"].add(timing.start_entry(start, clock))
+    state = _loop(stage, programs, state, start, checkpoints, logs, clock, heartbeat, stop)
   finally:
     # After an error too: Orbax finishes unfinished writes when it is closed.
     checkpoints.close()
@@ -112,64 +123,80 @@ def run(stage: StageRun, heartbeat: Callable[[], None], last_heartbeat: float | 
 
 
 def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, logs: _Logs, heartbeat: Callable[[], None],
-          stop: Callable[[], bool]) -> TrainState:
+          checkpoints: checkpoint.Checkpoints, logs: _Logs, clock: Clock,
+          heartbeat: Callable[[], None], stop: Callable[[], bool]) -> TrainState:
   """The steps. Saves fall only between them."""
   hp = stage.hp
+  stage = _timed(stage, clock)
   source = stage.source(programs.sampler)
   pass_rates = stage.pass_rates and stage.pass_rates(programs.pass_rate_sampler)
-  with metrics.compilations() as compiled, metrics.bar(stage.name, start, hp.steps) as bar:
+  if pass_rates is not None:
+    pass_rates = pass_rates._replace(reward=clock.timed("reward", pass_rates.reward))
+  with (timing.trace(stage.folder, stage.profiled) as trace,
+        metrics.bar(stage.name, start, hp.steps) as bar):
     for step in range(start, hp.steps):
-      clock = time.monotonic()
+      trace(step)
       heartbeat()
       entry = {"step": step}
       for name, (every, evaluate) in stage.evaluations.items():
         if step % every == 0:
-          with sampler.naming(f"{stage.name}, {name} at step {step}"):
+          with sampler.naming(f"{stage.name}, {name} at step {step}"), clock.phase("evaluate"):
             entry |= dict(evaluate(stage.models.full(state.params)))
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
-        _save(checkpoints, logs, step, state)
+        with clock.phase("save"):
+          _save(checkpoints, logs, step, state)
       # The signal is read once a step, on all hosts at the same step.
       if stop():
         # Where this step was saved just now, a second save writes nothing.
         if step != start:
           _save(checkpoints, logs, step, state)
         raise SystemExit(hosts.RETRY)
-      before = compiled()  # on several hosts the checkpointer compiles its own barriers
+      # On several hosts the checkpointer compiles its own barriers, so it counts from here on.
+      before = clock.compiled().count
       with sampler.naming(f"{stage.name}, step {step}"):
-        state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs)
+        state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
-      _check(stage, step, checkpoints, entry, compiled() - before)
+      _check(stage, step, checkpoints, entry, clock.compiled().count - before)
       logs["metrics"].add(entry)
-      seconds = time.monotonic() - clock
+      seconds = timing.step_entry(step, clock)
+      tokens_per_second = entry["tokens"] / seconds["seconds"]
       sampled = {} if stats is None else stats._asdict()
-      logs["timing"].add({"step": step, "seconds": seconds,
-                          "tokens_per_second": entry["tokens"] / seconds,
+      logs["timing"].add({**seconds, "tokens_per_second": tokens_per_second,
                           **{f"sampler_{name}": value for name, value in sampled.items()}})
       shown = {key: f"{entry[key]:.3f}" for key in ("reward", "kl", "loss") if key in entry}
-      bar.set_postfix(shown | {"tokens/s": f"{entry['tokens'] / seconds:.0f}"}, refresh=False)
+      bar.set_postfix(shown | {"tokens/s": f"{tokens_per_second:.0f}"}, refresh=False)
       bar.update()
   _save(checkpoints, logs, hp.steps, state)
   return state
 
 
+def _timed(stage: StageRun, clock: Clock) -> StageRun:
+  """The stage with a reward whose calls count to the phase `reward`."""
+  if stage.rewards is None:
+    return stage
+  reward = clock.timed("reward", stage.rewards.reward)
+  return stage._replace(rewards=stage.rewards._replace(reward=reward))
+
+
 def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates: PassRates | None,
-          state: TrainState, step: int,
-          logs: _Logs) -> tuple[TrainState, _Values, rollouts.SamplerStats | None]:
+          state: TrainState, step: int, logs: _Logs,
+          clock: Clock) -> tuple[TrainState, _Values, rollouts.SamplerStats | None]:
   """One rollout batch and its updates: the new state, the step's metrics, the sampler's counts."""
   hp = stage.hp
   # The whole learner, adapters joined, once a step: everything that reads it gets this one.
   live = stage.models.full(state.params)
-  step_rollouts = rollouts.sample_step(source, live, stage.prompts_of, step, hp,
-                                       stage.rewards and stage.rewards.reward)
+  with clock.phase("draw"):
+    step_rollouts = rollouts.sample_step(source, live, stage.prompts_of, step, hp,
+                                         stage.rewards and stage.rewards.reward)
   values = dict(step_rollouts.metrics)
   weight_B = step_rollouts.weight_B
   advantage_B = None
   pass_rate_rollout = None
   if pass_rates is not None:
-    weight_B, pass_rate_rollout, values["pass_rate"] = pass_rates.weights(step_rollouts, step)
+    with clock.phase("draw"):
+      weight_B, pass_rate_rollout, values["pass_rate"] = pass_rates.weights(step_rollouts, step)
     values["weighted"] = (weight_B > 0).mean()
   if stage.rewards is not None:
     advantage_B = stage.rewards.advantage_B(step_rollouts, hp.prompts)
@@ -177,10 +204,12 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   # Before the first update: a ratio divides by the log-probabilities of the weights that sampled.
   if programs.scores_first:
     params = live if stage.models.on_policy else stage.models.actor.params
-    logp_BT, gap_values = _sampler_gap(programs, params, batch)
+    with clock.phase("score"):
+      logp_BT, gap_values = _sampler_gap(programs, params, batch)
     batch = batch._replace(old_logp_BT=logp_BT)
     values |= gap_values
-  state, losses = _updates(stage, programs, state, step, batch)
+  with clock.phase("update"):
+    state, losses = _updates(stage, programs, state, step, batch)
   # The mean of squares is averaged over minibatches; only then is the root taken.
   if "logp_gap_square" in losses:
     losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))

@@ -8,7 +8,6 @@
   75: stopped and saved; the same command continues.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +15,19 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from s2d_jax import command, hosts, keys, manifest, recipe, report, sharding, sweep, tasks, walk
+from s2d_jax import (
+  command,
+  hosts,
+  keys,
+  manifest,
+  program_cache,
+  recipe,
+  report,
+  sharding,
+  sweep,
+  tasks,
+  walk,
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
   if args.plan:
     print("\n".join(sweep.outline(plans, config.get("sweep", ({},)), args.workdir)))
     return
-  with jax.set_mesh(mesh):
+  # Runs of a sweep share programs too.
+  with jax.set_mesh(mesh), program_cache.opened(configs[0].compilation_cache):
     for plan in plans:
       walk.run(plan, args.workdir)
   if hosts.leader():
@@ -57,14 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _set_up_process() -> None:
-  """Sets up logging, the cache of compiled programs, and the guard against implicit transfers."""
+  """Sets up logging and the guard against implicit transfers."""
   # absl has flags of its own, of which none is parsed: it would warn of that before a message.
   flags.FLAGS.mark_as_parsed()
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  # Stages of equal shapes, and the same command again, share their compiled programs.
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/s2d_jax/xla"))
   jax.config.update("jax_transfer_guard", "disallow")
   # It is cached: a checkout may change during a long run, and the code that runs does not.
   manifest.revision()

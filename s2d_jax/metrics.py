@@ -5,13 +5,14 @@ before the checkpoint that ends it. Resuming at step s deletes the parts that st
 A killed and resumed run thus leaves the bytes of an undisturbed one. No file is appended to.
 """
 
+import collections
 import contextlib
 import json
 import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -99,23 +100,33 @@ def bar(name: str, start: int, total: int) -> tqdm:
               mininterval=1.0, disable=not hosts.leader())
 
 
+class Compilations(NamedTuple):
+  """XLA compilations: their number, and seconds, added up where threads compile side by side."""
+  count: int = 0
+  seconds: float = 0.0   # of compiling, or of reading a program from the persistent cache
+  saved: float = 0.0     # by the persistent cache: compiling took this much longer than reading
+
+
 @contextlib.contextmanager
-def compilations() -> Iterator[Callable[[], int]]:
+def compilations() -> Iterator[Callable[[], Compilations]]:
   """Counts XLA compilations while open.
 
   Yields:
-    A function that returns the number so far.
+    A function that returns the Compilations so far.
   """
-  count = 0
+  found = collections.Counter()
 
   def on_event(name: str, seconds: float, **kwargs: Any) -> None:
-    del seconds, kwargs
-    nonlocal count
-    # JAX has no public counter; it times each compilation under this name.
-    count += name == "/jax/core/compile/backend_compile_duration"
+    del kwargs
+    # JAX has no public counter; it times each compilation under these names.
+    if name == "/jax/core/compile/backend_compile_duration":
+      found["count"] += 1
+      found["seconds"] += seconds
+    elif name == "/jax/compilation_cache/compile_time_saved_sec":
+      found["saved"] += seconds
 
   jax.monitoring.register_event_duration_secs_listener(on_event)
   try:
-    yield lambda: count
+    yield lambda: Compilations(**found)
   finally:
     jax.monitoring.unregister_event_duration_listener(on_event)

@@ -258,6 +258,7 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
       hp.steps = sum(config.stages[name].steps for name in use.steps_from)
   if hp.steps == 0:
     return None
+  doctor.check_profile(config, stage.name, hp.steps)
   if hp.prompts > len(prompts):
     raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
                      f"{use.labels} has {len(prompts)} problems: lower it.")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import budget, objectives, planning, walk
+from s2d_jax import budget, objectives, planning, program_cache, walk
 from s2d_jax.planning import Arm, Plan, Stage, Task, Use
 
 STAGES = (
@@ -96,5 +96,6 @@ def run(config: ConfigDict, workdir: epath.PathLike, task: Task,
   """
   checked = plan(config, task, stages, arms, compared)
   walk.check_folders(checked, workdir)
-  walk.run(checked, workdir)
+  with program_cache.opened(config.compilation_cache):
+    walk.run(checked, workdir)
   return checked

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import command, figures, files, ladder, metrics, stats
+from s2d_jax import command, figures, files, ladder, metrics, stats, timing
 from s2d_jax.ladder import Contrast, Group, Run
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
@@ -45,7 +45,8 @@ def markdown(rows: Sequence[Run], choice: str = "", command: str = "") -> str:
     groups = ladder.groups(part)
     lines += [scored_as(settings, part), "", *table(groups), "", *differences(groups), ""]
     # Another benchmark of the same runs has the same conditions: they are shown once.
-    for section in (sweeps(groups), conditions(groups), starts(groups), warnings(groups)):
+    for section in (sweeps(groups), conditions(groups), starts(groups), seconds(groups),
+                    warnings(groups)):
       if section and section not in shown:
         shown.append(section)
         lines += [*section, ""]
@@ -251,6 +252,38 @@ def starts(groups: Sequence[Group]) -> list[str]:
           "share of the problems for which it is.", "",
           "| arm | stage | solved | mixed | above ½ | entropy, nats | tokens |",
           "|---|---|---|---|---|---|---|", *lines]
+
+
+def seconds(groups: Sequence[Group]) -> list[str]:
+  """Wall seconds of each stage by phase, with goodput and MFU, means over seeds, as lines."""
+  lines = []
+  shown = set()
+  for group in groups:
+    runs = [group.runs[seed] for seed in sorted(group.runs)]
+    for folders in zip(*(run.stages for run in runs), strict=True):
+      used = [found for folder in folders if (found := timing.usage(folder)) is not None]
+      # Arms that share a stage show it once; a stage of an earlier version has no such log.
+      if folders in shown or not used:
+        continue
+      shown.add(folders)
+      parts = [[u.start, u.compile, u.saved, *u.phases.values(), u.lost] for u in used]
+      cells = [f"{x:.1f}" for x in np.mean(parts, axis=0)]
+      mfu = "–" if used[0].mfu is None else f"{100 * np.mean([u.mfu for u in used]):.1f} %"
+      lines.append(f"| {escaped(group.name)} | {folders[0].name.rpartition('-')[0]} | "
+                   + " | ".join(cells)
+                   + f" | {100 * np.mean([u.goodput for u in used]):.0f} % | {mfu} |")
+  if not lines:
+    return []
+  head = ("arm", "stage", "start", "compile", "saved", *timing.PHASES, "lost", "goodput", "MFU")
+  return ["### Where the seconds went", "",
+          "Wall seconds of each stage, means over seeds. *Start* is loading, restoring and "
+          "compiling; *compile* is XLA's part of it, threads added up, and *saved* what the "
+          "persistent cache spared. *Draw* is sampling; *reward* is the host in the reward, while "
+          "the device may decode other rows; *score* is the pass for old log-probabilities. "
+          "*Goodput* is the share of draw, reward, score, update and host in all seconds, those "
+          "lost by kills included. *MFU* is the ledger's FLOPs over those five, as a share of the "
+          "devices' bfloat16 peak; – where the peak is not known.", "",
+          "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
 
 
 def warnings(groups: Sequence[Group]) -> list[str]:

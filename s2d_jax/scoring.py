@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from s2d_jax import (
   compiling,
@@ -22,6 +22,7 @@ from s2d_jax import (
   hosts,
   keys,
   manifest,
+  program_cache,
   rollouts,
   sampler,
   sharding,
@@ -117,7 +118,10 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
   # Compiled once and run on the text of both: which text is compared changes no shape.
   compared = None
   if "teacher" in roles:
-    compared = training.compare(roles["student"].model, roles["teacher"].model, agreement, config)
+    pair = (roles["student"].model, roles["teacher"].model)
+    compared = program_cache.shared(
+        ("compare", *pair, FrozenConfigDict(config.to_dict()), mesh),
+        lambda: training.compare(*pair, agreement, config))
   found = {}
   samplers = compiling.samplers(plan.config, plan.chat)
   for name, role in roles.items():

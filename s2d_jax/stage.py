@@ -31,9 +31,11 @@ from s2d_jax import (
   models,
   objectives,
   optim,
+  program_cache,
   rollouts,
   sampler,
   sharding,
+  timing,
   training,
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
@@ -47,9 +49,10 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
   """Runs one stage to its end and leaves its folder finished: the manifest is written last."""
   mesh = sharding.current_mesh()
   folder = workdir / node.name
-  with files.only_writer(folder) as (heartbeat, last_heartbeat):
+  # The clock starts first: loading and compiling are charged to the stage too.
+  with files.only_writer(folder) as (heartbeat, last_heartbeat), timing.clock() as clock:
     stage = _stage_run(plan, node, workdir, mesh)
-    params, totals = loop.run(stage, heartbeat, last_heartbeat, stop)
+    params, totals = loop.run(stage, clock, heartbeat, last_heartbeat, stop)
     model, params = _merged(stage.models, params)
     # The manifest marks the folder finished, so it is written after everything else.
     checkpoint.save_final(folder, params)
@@ -173,12 +176,17 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
       optimizer=optimizer(hp, learner.model.config),
       source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
-      evaluations=_evaluations(plan, samplers, whole, stage.name))
+      evaluations=_evaluations(plan, samplers, whole, stage.name),
+      profiled=timing.steps_of(plan.config.profile))
 
 
 def optimizer(hp: ConfigDict, config: Config) -> optax.GradientTransformation:
   """The optimizer of a stage whose learner has this config."""
-  return optim.make(hp.optim, loop.update_count(hp), models.trained(config))
+  updates = loop.update_count(hp)
+  # Programs are compared by their optimizer's identity, so equal stages of a run have one.
+  return program_cache.shared(
+      ("optimizer", *(hp.optim[name] for name in optim.KEYS), updates, config),
+      lambda: optim.make(hp.optim, updates, models.trained(config)))
 
 
 def _source(plan: Plan, node: Node, stage_models: StageModels, order: rollouts.PromptOrder,

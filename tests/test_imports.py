@@ -27,8 +27,9 @@ ARROWS = {
   "planning": {"doctor", "manifest", "data", "ledger"},
   "doctor": {"loop", "objectives"},
   "stage": {"planning", "loop", "objectives", "manifest"},
-  "loop": {"compiling", "evals", "rewards", "chat", "checkpoint", "metrics", "ledger", "optim"},
-  "compiling": {"training", "sampler"},
+  "loop": {"compiling", "evals", "rewards", "chat", "checkpoint", "timing", "ledger", "optim"},
+  "compiling": {"training", "program_cache"},
+  "program_cache": {"sampler"},
   "training": {"rollouts", "sharding", "keys"},
   "ledger": {"compiling"},
   "evals": {"sampler", "stats"},
@@ -40,17 +41,18 @@ ARROWS = {
   "models": {"sharding", "keys"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
+  "timing": {"metrics", "manifest", "keys"},
   "manifest": {"files"},
   "checkpoint": {"files", "sharding"},
   "files": {"hosts"},
   "sweep": {"planning", "manifest"},
-  "report": {"command", "ladder", "figures"},
+  "report": {"command", "ladder", "figures", "timing"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
 }
 # These get functions as arguments and import no loss and no model.
 NEVER = {unit: {"models", "losses", "objectives"}
-         for unit in ("loop", "compiling", "rollouts", "training")}
+         for unit in ("loop", "compiling", "program_cache", "rollouts", "training")}
 # Each of these libraries is imported in one place.
 HOMES = {
   "flax": "models",

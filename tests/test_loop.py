@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 import types
 import zlib
 
@@ -26,6 +27,7 @@ from s2d_jax import (
   rollouts,
   sampler,
   sharding,
+  timing,
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
@@ -123,8 +125,8 @@ def mesh(monkeypatch):
 
 def run(stage):
   with files.only_writer(stage.folder) as (heartbeat, last):
-    with hosts.stop_signal() as stop:
-      return loop.run(stage, heartbeat, last, stop)
+    with hosts.stop_signal() as stop, timing.clock() as clock:
+      return loop.run(stage, clock, heartbeat, last, stop)
 
 
 def equal(a, b):
@@ -167,6 +169,41 @@ def test_old_log_probabilities_are_taken_first_only_where_the_update_cannot(tmp_
   # Both sample once and update at the cost of three forward passes; one also scores at one more.
   assert spent[0]["tokens_sampled"] == spent[1]["tokens_sampled"]
   assert spent[1]["flops"] / spent[0]["flops"] == pytest.approx(5 / 4)
+
+
+@pytest.mark.medium
+def test_the_phases_of_a_step_add_up_to_its_seconds(tmp_path, mesh):
+  def slow(prompt_id, ids):
+    time.sleep(0.002)
+    return parity(prompt_id, ids)
+
+  def evaluate(params):
+    time.sleep(0.05)
+    return []
+
+  run(make(tmp_path, mesh, reward=slow, minibatches=2, evaluations={"validation": (2, evaluate)}))
+  start, *steps = metrics.read(tmp_path, "timing")
+  assert start["compile_seconds"] >= 0 and start["programs_compiled"] >= 1
+  assert [entry["step"] for entry in steps] == [0, 1, 2, 3]
+  for entry in steps:
+    phases = {phase: entry[f"{phase}_seconds"] for phase in timing.PHASES}
+    assert sum(phases.values()) == pytest.approx(entry["seconds"], rel=1e-9)
+    # Sixteen rewards a step; validation at steps 0 and 2; a checkpoint at step 2.
+    assert phases["reward"] >= 16 * 0.002 and phases["draw"] > 0 and phases["update"] > 0
+    assert phases["score"] > 0 and (phases["evaluate"] >= 0.05) == (entry["step"] in (0, 2))
+    assert (phases["save"] > 0) == (entry["step"] == 2)
+
+
+@pytest.mark.medium
+def test_a_profile_is_written_for_its_steps_and_changes_no_number(tmp_path, mesh):
+  run(make(tmp_path / "plain", mesh))
+  run(make(tmp_path / "traced", mesh)._replace(profiled=range(1, 3)))
+  (trace,) = (tmp_path / "traced" / "profile").rglob("*.xplane.pb")
+  data = trace.read_bytes()
+  assert b"draw" in data and b"update" in data and b"save" in data
+  assert not (tmp_path / "plain" / "profile").exists()
+  for name in ("metrics", "ledger", "samples"):
+    assert metrics.read(tmp_path / "plain", name) == metrics.read(tmp_path / "traced", name)
 
 
 @pytest.mark.medium
@@ -428,8 +465,8 @@ def test_nothing_compiles_after_the_start(tmp_path, mesh):
   with metrics.compilations() as count:
     counts = []
     run(make(tmp_path, mesh, evaluations={
-        "validation": (1, lambda params: (counts.append(count()), [])[1])}))
-  assert len(counts) == 4 and counts[0] == counts[-1] == count()
+        "validation": (1, lambda params: (counts.append(count().count), [])[1])}))
+  assert len(counts) == 4 and counts[0] == counts[-1] == count().count
 
 
 @pytest.mark.medium

@@ -52,8 +52,8 @@ def test_compilations_are_counted():
   with metrics.compilations() as count:
     f = jax.jit(lambda x: x * 3 + 1)
     f(x)
-    assert count() == 1
+    assert count().count == 1
     f(x)
-    assert count() == 1
+    assert count().count == 1
   jax.jit(lambda x: x * 5)(x)
-  assert count() == 1  # closed
+  assert count().count == 1  # closed

@@ -1,5 +1,6 @@
 """The ladder from run folders written by hand: its numbers, its verdicts, what it will not mix."""
 
+import json
 import os
 import re
 import struct
@@ -304,6 +305,32 @@ def test_probes_that_one_run_left_out_are_found_in_another(tmp_path):
     arm(tmp_path, "cold_grpo", [("cold_grpo", [one], name)], at=at, probes=found)
   (group,) = ladder.groups(ladder.read([tmp_path]))
   assert len(group.probes()) == 1
+
+
+def test_the_seconds_of_each_stage_by_hand(finished):
+  text = report.markdown(ladder.read([finished]))
+  assert "Where the seconds went" not in text  # stages of an earlier version
+  phases = {"draw": 3.0, "reward": 1.0, "score": 0.5, "update": 4.0, "host": 0.5, "evaluate": 2.0,
+            "save": 1.0}
+  entries = [{"step": 0, "seconds": 8.0, "programs_compiled": 2, "compile_seconds": 6.25,
+              "compile_seconds_saved": 0.5},
+             {"step": 0, "seconds": 12.0, **{f"{name}_seconds": x for name, x in phases.items()}}]
+  for name in ("teacher_grpo-1", "student_grpo-1"):
+    folder = finished / name
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    files.write(folder / "timing" / "00000000.jsonl", lines)
+    written = files.read_json(folder / "manifest.json")
+    device = "TPU v5 lite" if name.startswith("teacher") else "cpu"
+    files.write_json(folder / "manifest.json", written | {
+        "device": device, "mesh": {"data": 1, "fsdp": 2, "tensor": 1}})
+  text = report.markdown(ladder.read([finished]))
+  head, *rows = [row for row in table(text) if row[1] in ("stage", "teacher_grpo", "student_grpo")]
+  assert head == ["arm", "stage", "start", "compile", "saved", "draw", "reward", "score", "update",
+                  "host", "evaluate", "save", "lost", "goodput", "MFU"]
+  seconds = ["8.0", "6.2", "0.5", "3.0", "1.0", "0.5", "4.0", "0.5", "2.0", "1.0"]
+  # 9 of 20.3 seconds, 0.6 device-seconds lost on two devices; 2.5 TFLOPs of 2 x 197 x 9.
+  assert rows == [["bridge", "teacher_grpo", *seconds, "0.3", "44 %", "0.1 %"],
+                  ["cold_grpo", "student_grpo", *seconds, "0.0", "45 %", "–"]]
 
 
 def test_the_report_ends_with_the_choice_of_hyperparameters(tmp_path):

@@ -37,7 +37,7 @@ def ten_prompts(tiny):
   sampler = Sampler(model, SAMPLING, SIZE, WINDOW)
   with metrics.compilations() as compiled:
     rows = sampled(sampler, params, prompts(10), SEED, weight_version=5)
-    count = compiled()
+    count = compiled().count
   return sampler, params, rows, count
 
 
@@ -130,7 +130,7 @@ def test_new_weights_compile_nothing(ten_prompts, tiny):
   with metrics.compilations() as compiled:
     again = Sampler(model, SAMPLING, SIZE, WINDOW)
     got = sampled(sampler, other, prompts(10), SEED)
-    assert again.programs is sampler.programs and compiled_at_first == compiled() == 0
+    assert again.programs is sampler.programs and compiled_at_first == compiled().count == 0
   assert (got.response_BT != rows.response_BT).mean() > 0.3
   assert_equal(sampled(again, params, prompts(10), SEED), rows, atol=0)
 

@@ -6,6 +6,7 @@ config.compilation_cache.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -19,10 +20,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from s2d_jax import sharding
 from s2d_jax.keys import Key
-from s2d_jax.sampler import programs
 from s2d_jax.sharding import Params
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _AUTO = "~/.cache/s2d_jax/xla"
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
@@ -30,6 +31,13 @@ _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _SETTINGS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", _MIN_SECONDS)
 # The programs of the run that is open, by their descriptions; None where no run is open.
 _shared: dict[Hashable, Any] | None = None
+_cached: list[Any] = []  # the functions that `cached` has made
+
+
+def cached(function: _F) -> _F:
+  """`functools.cache` for scripts too; the results are dropped when a run ends."""
+  _cached.append(functools.cache(function))
+  return _cached[-1]
 
 
 def shared(description: Hashable, build: Callable[[], _T]) -> _T:
@@ -75,8 +83,8 @@ def opened(path: str) -> Iterator[None]:
     _shared = outer
     _set(before)
     if outer is None:
-      # The sampler has a cache of its own, which serves scripts without a run too.
-      programs.build.cache_clear()
+      for function in _cached:
+        function.cache_clear()
 
 
 def _set(settings: dict[str, Any]) -> None:

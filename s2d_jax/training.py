@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from s2d_jax import keys, sharding
+from s2d_jax import keys, program_cache, sharding
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -111,9 +111,14 @@ def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) ->
   The parameters become the state's, whose buffers the update donates: a reference model needs its
   own copy.
   """
-  layout = shardings(abstract(optimizer, mesh, params))
-  start = jax.jit(lambda params: (jnp.int32(0), optimizer.init(params)),
-                  out_shardings=(layout.step, layout.opt_state))
+  def jitted() -> Callable[[Params], tuple[jax.Array, optax.OptState]]:
+    layout = shardings(abstract(optimizer, mesh, params))
+    return jax.jit(lambda params: (jnp.int32(0), optimizer.init(params)),
+                   out_shardings=(layout.step, layout.opt_state))
+
+  # A new closure would be compiled again, so equal stages of a run share one.
+  start = program_cache.shared(
+      ("init", optimizer, mesh, program_cache.shapes_of(params)), jitted)
   step, opt_state = start(params)
   return TrainState(step, params, opt_state)
 

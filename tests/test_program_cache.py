@@ -17,6 +17,7 @@ from configs import common
 from s2d_jax import (
   compiling,
   keys,
+  metrics,
   models,
   objectives,
   program_cache,
@@ -25,7 +26,9 @@ from s2d_jax import (
   stage,
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.models import hf
 from s2d_jax.sampler import programs
+from tests import test_loop
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -119,6 +122,33 @@ def test_equal_stages_share_programs_and_unequal_ones_do_not():
     assert len({id(found.update) for found in (one, *others)}) == 1 + len(others)
     assert programs.build.cache_info().currsize > 0
   assert programs.build.cache_info().currsize == 0  # the sampler's, dropped with the run
+
+
+@pytest.mark.medium
+def test_the_second_of_two_equal_stages_compiles_nothing(tmp_path):
+  mesh = sharding.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh), program_cache.opened("auto"):
+    first = test_loop.make(tmp_path / "one", mesh, epochs=2)
+    second = test_loop.make(tmp_path / "two", mesh, epochs=2)
+    one, _ = test_loop.run(first)
+    two, _ = test_loop.run(second._replace(optimizer=first.optimizer))
+  test_loop.equal(one, two)
+  counts = [metrics.read(tmp_path / name, "timing")[0]["programs_compiled"]
+            for name in ("one", "two")]
+  assert counts[0] > 5 and counts[1] == 0
+
+
+@pytest.mark.medium
+def test_a_second_export_compiles_nothing(tmp_path):
+  mesh = sharding.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh):
+    # A Config of its own, which equals the first.
+    for name, count in (("first", None), ("second", 0)):
+      model = models.get(dict(CONFIG, rope_theta=2e4))
+      params = test_loop.params_of(model, 0, mesh)
+      with metrics.compilations() as compiled:
+        hf.save(tmp_path / name, model, params)
+        assert count is None or compiled().count == count
 
 
 def test_a_folder_serves_one_kind_of_cpu_and_the_settings_come_back(fresh, tmp_path, monkeypatch):

@@ -108,8 +108,10 @@ def config_json(config: Config) -> Json:
   return FAMILIES[config.architecture].config_json(config)
 
 
+# Cached, because an equal Weight that is another object would be compiled for again.
+@functools.cache
 def weights(config: Config) -> dict[str, Weight]:
-  """{"layers/attn/q": Weight(axes, name, ...), ...}: the family's table of weights."""
+  """{"layers/attn/q": Weight(axes, name, ...), ...}: the family's table of weights, to be read."""
   return FAMILIES[config.architecture].weights(config)
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from s2d_jax import models, sharding
+from s2d_jax import models, program_cache, sharding
 from s2d_jax.models import caches
 from s2d_jax.models.config import Config
 from s2d_jax.sampler import capacity, decode
@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     return sharding.put(x, layout or sharding.replicated(self.mesh))
 
 
-@functools.cache
+@program_cache.cached
 def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: int,
           prompt_tokens: int, mesh: Mesh | None, tree: jax.tree_util.PyTreeDef,
           leaves: tuple[Any, ...]) -> Programs:

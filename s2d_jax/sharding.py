@@ -205,19 +205,6 @@ def batch_sharding(mesh: Mesh, shape: _Shape, names: _Names = ("batch",)) -> Nam
   return NamedSharding(mesh, _spec(_ACTIVATION_RULES, names, shape, mesh.shape))
 
 
-def slot_sharding(mesh: Mesh, shape: _Shape, pages: bool) -> NamedSharding:
-  """The layout of an array of a sampler's slots.
-
-  The first axis is the rows. In a cache the key heads follow; in a cache with `pages` the key heads
-  are first and the pages follow.
-  """
-  # An array of one or two axes is not a cache: it has a number or a list of tokens for each row.
-  names = ("batch",)
-  if len(shape) > 2:
-    names = ("kv_heads", "pages") if pages else ("batch", "kv_heads")
-  return batch_sharding(mesh, shape, names)
-
-
 def shard_count(mesh: Mesh, name: str, size: int | None) -> int:
   """Number of shards of an activation's axis `name` of `size`; None is a size that all divide."""
   axes = _ACTIVATION_RULES[name]

@@ -2,11 +2,13 @@
 
   xla      two batched products and a softmax; every backend, every mask: the reference
   causal   xla on one piece of the queries at a time; scores are not kept for the backward pass
-  cudnn    `jax.nn.dot_product_attention` on NVIDIA GPUs, in bfloat16
+  cudnn    `jax.nn.dot_product_attention` on NVIDIA GPUs, in bfloat16; a row is one sequence, and
+           what follows it is padding, as in `rollouts.batch`
+  cudnn_packed   the same kernel with a mask [T, T], for rows of several sequences
   splash   JAX's Pallas kernel on TPUs
 
 All are for whole sequences: queries and keys are the same tokens, in the order of their positions.
-Only `xla` takes any others. Its scores are [B, N, T, S]; the other three never hold them all.
+Only `xla` takes any others. Its scores are [B, N, T, S]; the others never hold them all.
 `cached` and `paged` are for queries that follow the tokens of a cache.
 """
 
@@ -24,8 +26,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from s2d_jax import sharding
 
-IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "splash")
-_NEEDS = {"cudnn": "gpu", "splash": "tpu"}  # the only backend of an implementation
+IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "cudnn_packed", "splash")
+# The only backend of an implementation.
+_NEEDS = {"cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu"}
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _LANES = 128  # the tiles of splash are multiples of this many tokens
@@ -36,8 +39,9 @@ PIECE = 128  # queries that `causal` takes at a time; more in long sequences, fo
 class Reading(NamedTuple):
   """Which query may read which key, in the form that an implementation takes."""
   segments_BT: jax.Array | None
-  mask_BTS: jax.Array | None  # None: causal within a segment, which `splash` computes itself
+  mask_BTS: jax.Array | None  # None: causal within a segment, which the kernel computes itself
   table_Bn: jax.Array | None = None  # the pages of each row, for a cache in pages
+  length_B: jax.Array | None = None  # tokens of the one sequence of a row, for `cudnn`
 
 
 def choose(setting: str, dtype: str, head_width: int) -> str:
@@ -63,10 +67,18 @@ def choose(setting: str, dtype: str, head_width: int) -> str:
 
 def reading(implementation: str, positions_BT: jax.Array, segments_BT: jax.Array) -> Reading:
   """The Reading of whole sequences whose tokens have these positions and segments."""
-  mask_BTT = None
-  if implementation != "splash":
-    mask_BTT = visible(positions_BT, segments_BT, positions_BT, segments_BT)
-  return Reading(segments_BT, mask_BTT)
+  if implementation == "splash":
+    return Reading(segments_BT, None)
+  if implementation == "cudnn":
+    return Reading(None, None, length_B=jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32))
+  return Reading(None, visible(positions_BT, segments_BT, positions_BT, segments_BT))
+
+
+def one_sequence(segments_BT: jax.Array) -> jax.Array:
+  """bool [B]: a row is one sequence from its first token on, and then padding."""
+  length_B1 = jnp.sum(segments_BT != 0, axis=1, keepdims=True)
+  inside_BT = jnp.arange(segments_BT.shape[1])[None] < length_B1
+  return jnp.all(segments_BT == jnp.where(inside_BT, segments_BT[:, :1], 0), axis=1)
 
 
 def visible(positions_BT: jax.Array, segments_BT: jax.Array, key_positions_BS: jax.Array,
@@ -98,8 +110,8 @@ def attention(implementation: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH:
   """
   if implementation == "splash":
     return splash(q_BTNH, k_BSKH, v_BSKH, reads.segments_BT)
-  if implementation == "cudnn":
-    return cudnn(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
+  if implementation in ("cudnn", "cudnn_packed"):
+    return cudnn(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS, reads.length_B)
   if implementation == "causal":
     return causal(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
   return xla(q_BTNH, k_BSKH, v_BSKH, reads.mask_BTS)
@@ -143,24 +155,35 @@ def _apart(x_BKXH: jax.Array, N: int) -> jax.Array:
   return x_BKXH.reshape(B, K, -1, N // K, H).swapaxes(1, 2).reshape(B, -1, N, H)
 
 
-def cached(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array,
+def cached(implementation: str, q_BTNH: jax.Array, k: jax.Array, v: jax.Array,
            k_scale_BKS: jax.Array | None, v_scale_BKS: jax.Array | None,
-           mask_BTS: jax.Array) -> jax.Array:
-  """`attention` to the keys and values of a cache, laid out as the products read them.
+           axes: tuple[str, str], mask_BTS: jax.Array, length_B: jax.Array) -> jax.Array:
+  """`attention` to the keys and values of a cache.
 
-  The scales are those of an int8 cache, else None.
+  Args:
+    implementation: what `choose` returned. cuDNN reads a cache in the queries' type; all else are
+      two plain products.
+    q_BTNH: queries.
+    k, v: keys and values, whose axes have the letters `axes`.
+    k_scale_BKS, v_scale_BKS: the scales of an int8 cache, else None.
+    mask_BTS: true where query t may read slot s; its first axis may be 1.
+    length_B: number of slots that each row's last query reads.
   """
   T, N, H = q_BTNH.shape[1:]
-  K = v_BKSH.shape[1]
+  K = v.shape[axes[1].index("K")]
   dtype = q_BTNH.dtype
+  if implementation in ("cudnn", "cudnn_packed") and k.dtype == dtype:
+    # One query stops at its row's length. The queries of a prompt's chunk need a mask: the kernel's
+    # causal one would begin at slot 0.
+    return cudnn(q_BTNH, k, v, None if T == 1 else mask_BTS, length_B)
   q_BKXH = _together(q_BTNH, K)
-  k_BKHS = k_BKHS.astype(dtype)
+  k = k.astype(dtype)
   # One query as a sum instead of a product: a CPU then reads the keys in half the time.
-  if T == 1 and sharding.platform() == "cpu":
+  if T == 1 and axes[0] == "BKHS":
     score_BKXS = jnp.sum(q_BKXH[..., None].astype(jnp.float32)
-                         * k_BKHS[:, :, None].astype(jnp.float32), axis=3) * H**-0.5
+                         * k[:, :, None].astype(jnp.float32), axis=3) * H**-0.5
   else:
-    score_BKXS = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS,
+    score_BKXS = jnp.einsum(f"BKXH,{axes[0]}->BKXS", q_BKXH, k,
                             preferred_element_type=jnp.float32) * H**-0.5
   # The scales multiply scores and shares, which are fewer numbers than keys and values.
   if k_scale_BKS is not None:
@@ -169,7 +192,7 @@ def cached(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array,
   share_BKXS = jax.nn.softmax(jnp.where(mask_BKXS, score_BKXS, _MASKED), axis=-1)
   if v_scale_BKS is not None:
     share_BKXS = share_BKXS * v_scale_BKS[:, :, None]
-  return _apart(jnp.einsum("BKXS,BKSH->BKXH", share_BKXS.astype(dtype), v_BKSH.astype(dtype)), N)
+  return _apart(jnp.einsum(f"BKXS,{axes[1]}->BKXH", share_BKXS.astype(dtype), v.astype(dtype)), N)
 
 
 def table_size(pages: int) -> int:
@@ -204,7 +227,10 @@ def paged(q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, k_KNSH: jax.A
     page_B = jnp.take_along_axis(table_Bn, position_B[:, None] // S, axis=1)[:, 0]
     def put(pages: jax.Array, new_B1KH: jax.Array) -> jax.Array:
       new_KBH = new_B1KH[:, 0].swapaxes(0, 1)
-      return pages.at[:, page_B, position_B % S].set(new_KBH.astype(pages.dtype))
+      # With the heads as an index too: a TPU would copy all pages for a write across them.
+      heads_K1 = jnp.arange(len(pages))[:, None]
+      return pages.at[heads_K1, page_B[None], position_B[None] % S].set(
+          new_KBH.astype(pages.dtype))
     k_KNSH = put(k_KNSH, k_B1KH)
     v_KNSH = put(v_KNSH, v_B1KH)
     read = {"tpu": _paged_tpu, "gpu": _paged_gpu}.get(
@@ -232,7 +258,8 @@ def _paged_reference(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, tab
   k_BKSH = side_by_side(k_KNSH)
   v_BKSH = side_by_side(v_KNSH)
   mask_B1S = (jnp.arange(k_BKSH.shape[2])[None] < length_B[:, None])[:, None]
-  return cached(q_BNH[:, None], k_BKSH.swapaxes(2, 3), v_BKSH, None, None, mask_B1S)[:, 0]
+  return cached("xla", q_BNH[:, None], k_BKSH.swapaxes(2, 3), v_BKSH, None, None,
+                ("BKHS", "BKSH"), mask_B1S, length_B)[:, 0]
 
 
 def _paged_tpu(q_BNH: jax.Array, k_KNSH: jax.Array, v_KNSH: jax.Array, table_Bn: jax.Array,
@@ -326,24 +353,41 @@ def _piece_bwd(saved: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array | None, ..
 _piece.defvjp(_piece_fwd, _piece_bwd)
 
 
-def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array,
-          implementation: str = "cudnn") -> jax.Array:
-  """`attention` by `jax.nn.dot_product_attention`; `implementation` is that function's argument."""
+def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None,
+          length_B: jax.Array | None = None, implementation: str = "cudnn") -> jax.Array:
+  """`attention` by `jax.nn.dot_product_attention`, by a mask or by lengths.
+
+  Args:
+    q_BTNH, k_BSKH, v_BSKH: queries, keys and values.
+    mask_BTS: true where query t may read key s; its first axis may be 1.
+    length_B: without a mask, the number of each row's keys. One query reads them all. More queries
+      are the keys' own tokens and read those not later; the output of those beyond is 0.
+    implementation: the argument of `jax.nn.dot_product_attention`.
+  """
   T, N = q_BTNH.shape[1:3]
   R = N // k_BSKH.shape[2]
 
-  # The kernel has gradients for even lengths only.
+  # With a mask the kernel has gradients for even lengths only.
   def even(x: jax.Array, *axes: int) -> jax.Array:
     return jnp.pad(x, [(0, x.shape[axis] % 2 if axis in axes else 0) for axis in range(x.ndim)])
 
-  def local(index, q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+  def local(index, q_BTNH, k_BSKH, v_BSKH, reads):
     k_BSKH, v_BSKH = _own_key_heads(index, q_BTNH.shape[2], R, k_BSKH, v_BSKH)
+    if mask_BTS is not None:
+      return jax.nn.dot_product_attention(
+          even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(reads, 1, 2)[:, None],
+          implementation=implementation)[:, :T]
+    # A length of 0 is an error in some versions of cuDNN. A row of padding then reads one token,
+    # whose output has no weight.
+    length_B = jnp.maximum(reads, 1)
     return jax.nn.dot_product_attention(
-        even(q_BTNH, 1), even(k_BSKH, 1), even(v_BSKH, 1), mask=even(mask_BTS, 1, 2)[:, None],
-        implementation=implementation)[:, :T]
+        q_BTNH, k_BSKH, v_BSKH, is_causal=T > 1, query_seq_lengths=jnp.minimum(length_B, T),
+        key_value_seq_lengths=length_B, implementation=implementation)
 
-  return sharding.per_head_shard(local, (q_BTNH, k_BSKH, v_BSKH, mask_BTS),
-                                 (*_QKV_AXES, ("batch", "time", "cache")))
+  reads, names = mask_BTS, ("batch", "time", "cache")
+  if mask_BTS is None:
+    reads, names = length_B, ("batch",)
+  return sharding.per_head_shard(local, (q_BTNH, k_BSKH, v_BSKH, reads), (*_QKV_AXES, names))
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array,

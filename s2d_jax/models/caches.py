@@ -15,13 +15,13 @@ from s2d_jax.models.config import Config
 class KV(NamedTuple):
   """One layer's keys and values of the tokens so far; slot s of a row is its position s.
 
-  The slots are the last axis of the keys, as a query reads them. An int8 cache has a scale for each
-  slot and key head: its largest absolute number divided by 127.
+  The order of the arrays' axes depends on the backend: see `axes`. An int8 cache has a scale for
+  each slot and key head: its largest absolute number divided by 127.
   """
-  k_BKHS: jax.Array
-  v_BKSH: jax.Array
-  k_scale_BKS: jax.Array | None = None
-  v_scale_BKS: jax.Array | None = None
+  k: jax.Array
+  v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
 
 
 class Pages(NamedTuple):
@@ -41,7 +41,21 @@ class Paged(NamedTuple):
 
 
 Cache = tuple[KV, ...] | Paged
-SLOT_AXES = (3, 2, 2, 2)  # the axis of each array of a KV that is its slots
+# The axes of a KV's arrays, by the backend. On a TPU and a GPU a token's keys are written as one
+# piece by a scatter without a loop, and cuDNN reads this order without a copy. On a CPU a query
+# reads keys whose last axis is the slots in half the time.
+_AXES = {"cpu": ("BKHS", "BKSH", "BKS", "BKS"), "other": ("BSKH", "BSKH", "BKS", "BKS")}
+_NAMES = {"B": "batch", "K": "kv_heads", "S": "cache", "H": "head"}
+
+
+def axes() -> tuple[str, str, str, str]:
+  """The axes of each array of a KV on the current backend, a letter each."""
+  return _AXES.get(sharding.platform(), _AXES["other"])
+
+
+def arranged(x: jax.Array, axes: str, wanted: str) -> jax.Array:
+  """An array whose axes are called `axes`, transposed to the order `wanted`."""
+  return x.transpose([axes.index(letter) for letter in wanted])
 
 
 def empty_pages(config: Config, batch: int, count: int, size: int, width: int,
@@ -59,54 +73,81 @@ def capacity(cache: Cache) -> jax.Array:
   """Number of tokens that the cache can hold of each row, int32 [B]."""
   if isinstance(cache, Paged):
     return cache.capacity_B
-  return jnp.full(cache[0].v_BKSH.shape[0], cache[0].v_BKSH.shape[2], jnp.int32)
+  return jnp.full(cache[0].v.shape[0], slots(cache), jnp.int32)
+
+
+def slots(cache: tuple[KV, ...]) -> int:
+  """Number of slots of each row."""
+  return cache[0].v.shape[axes()[1].index("S")]
+
+
+def axis_names(cache: Cache) -> Cache:
+  """The cache with the logical names of an array's axes in place of each array."""
+  if isinstance(cache, Paged):
+    pages = ("kv_heads", "pages", "cache", "head")
+    return Paged(tuple(Pages(pages, pages) for _ in cache.layers), ("batch", "cache"), ("batch",))
+  names = [tuple(_NAMES[letter] for letter in letters) for letters in axes()]
+  return tuple(KV(*(None if x is None else n for x, n in zip(kv, names, strict=True)))
+               for kv in cache)
 
 
 def empty_cache(config: Config, batch: int, slots: int,
                 dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[KV, ...]:
   """A KV for each layer, with `slots` slots for each of `batch` rows; `dtype` is float or int8."""
-  B, K, H, S = batch, config.kv_heads, config.head_width, slots
+  sizes = {"B": batch, "K": config.kv_heads, "S": slots, "H": config.head_width}
+  scale = jnp.float32 if dtype == jnp.int8 else None
   # Slots of a row are on one device, since each new token reads all of them.
-  def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *names: str) -> jax.Array:
-    return sharding.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", *names)
-  def layer() -> KV:
-    kv = KV(zeros((B, K, H, S), dtype, "head", "cache"),
-            zeros((B, K, S, H), dtype, "cache", "head"))
-    if dtype != jnp.int8:
-      return kv
-    return kv._replace(k_scale_BKS=zeros((B, K, S), jnp.float32, "cache"),
-                       v_scale_BKS=zeros((B, K, S), jnp.float32, "cache"))
-  return tuple(layer() for _ in range(config.layers))
+  def zeros(letters: str, dtype: jax.typing.DTypeLike | None) -> jax.Array | None:
+    if dtype is None:
+      return None
+    return sharding.constrain(jnp.zeros([sizes[letter] for letter in letters], dtype),
+                              *(_NAMES[letter] for letter in letters))
+  return tuple(KV(*map(zeros, axes(), (dtype, dtype, scale, scale))) for _ in range(config.layers))
 
 
 def written(kv: KV, k_BTKH: jax.Array, v_BTKH: jax.Array, position_B: jax.Array) -> KV:
-  """The KV with T tokens written to each row, from slot position_B on."""
-  # The few new tokens are transposed here, so that no step transposes the whole cache.
-  k_BKHT = k_BTKH.transpose(0, 2, 3, 1)
-  v_BKTH = v_BTKH.swapaxes(1, 2)
-  if kv.k_scale_BKS is not None:
-    k_BKHT, k_scale_BKT = _quantized(k_BKHT, 2)
-    v_BKTH, v_scale_BKT = _quantized(v_BKTH, 3)
-    kv = kv._replace(k_scale_BKS=_put(kv.k_scale_BKS, k_scale_BKT, position_B, 1),
-                     v_scale_BKS=_put(kv.v_scale_BKS, v_scale_BKT, position_B, 1))
-  return kv._replace(k_BKHS=_put(kv.k_BKHS, k_BKHT, position_B, 2),
-                     v_BKSH=_put(kv.v_BKSH, v_BKTH, position_B, 1))
+  """The KV with T tokens written to each row, from slot position_B on.
+
+  With one position instead of B, all rows are written from that slot on.
+  """
+  new = [k_BTKH, v_BTKH]
+  if kv.k_scale is not None:
+    numbers, scales = zip(_quantized(k_BTKH), _quantized(v_BTKH), strict=True)
+    new = [*numbers, *scales]
+  return KV(*(_put(old, x, position_B, letters)
+              for old, x, letters in zip(kv, new, axes(), strict=False)))
 
 
-def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-  """(int8 numbers, float32 scales) whose product is about x; the largest number is 127."""
+def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(int8 numbers, float32 scales) whose product is about x; the largest of a head is 127."""
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
   # A slot of zeros has scale 0; the floor avoids 0 / 0 there.
-  return (jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, axis))
+  return jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), jnp.squeeze(scale, -1)
 
 
-def _put(old: jax.Array, new: jax.Array, position_B: jax.Array, axis: int) -> jax.Array:
-  """`old` with each row of `new` written from its position on; `axis` is that of a row's slots."""
-  # Rows differ in length, so each is written from a position of its own. A scatter of the slots
-  # could say as much, but this update writes one contiguous range of a row.
-  def row(old: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    starts = [0] * old.ndim
-    starts[axis] = position
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), starts)
-  return jax.vmap(row)(old, new, position_B)
+def _put(old: jax.Array, new: jax.Array, position_B: jax.Array, letters: str) -> jax.Array:
+  """`old` with each row of `new` written from its position on; `letters` are the axes of `old`.
+
+  `new` has the axes [B, T, K, H] or [B, T, K].
+  """
+  # The few new tokens are transposed here, so that no step transposes the whole cache.
+  new = arranged(new.astype(old.dtype), "BSKH"[:new.ndim], letters)
+  slot = letters.index("S")
+  def update(old: jax.Array, new: jax.Array, position: jax.Array, slot: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new, position, slot)
+  # A prompt's chunk begins at one slot in all rows.
+  if len(position_B) == 1:
+    return update(old, new, position_B[0], slot)
+  # Rows differ in length, so each is written from a position of its own: a contiguous range of it.
+  if sharding.platform() == "cpu":
+    return jax.vmap(lambda *row: update(*row, slot - 1))(old, new, position_B)
+  # A TPU would run that as a loop over rows. It writes a scatter at once if no index comes twice,
+  # all are in order and none is outside, as the slot of a row that has ended may be.
+  T = new.shape[slot]
+  shape = (*old.shape[:slot], T)
+  at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(slot + 1)]
+  start_B = jnp.clip(position_B, 0, old.shape[slot] - T)
+  at[slot] += start_B.reshape(-1, *(1,) * slot)
+  return old.at[tuple(at)].set(new, unique_indices=True, indices_are_sorted=True,
+                               mode="promise_in_bounds")

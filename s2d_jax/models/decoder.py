@@ -180,7 +180,8 @@ class Attention(nn.Module):
       kv = caches.Pages(*kv)
     else:
       kv = caches.written(kv, k_BTKH, v_BTKH, position_B)
-      out_BTNH = attention.cached(q_BTNH, *kv, reads.mask_BTS)
+      out_BTNH = attention.cached(self.implementation, q_BTNH, *kv, caches.axes()[:2],
+                                  reads.mask_BTS, position_B + x_BTD.shape[1])
     # Fixed before the heads are folded, or XLA could not see which device has which of them.
     out_BTNH = sharding.constrain(out_BTNH, "batch", "time", "heads", "head")
     out_BTM = out_BTNH.reshape(*out_BTNH.shape[:2], N * H)
@@ -264,6 +265,9 @@ class Decoder(nn.Module):
     if cache is None:
       implementation = attention.choose(c.attention, c.dtype, c.head_width)
       reads = attention.reading(implementation, positions_BT, segments_BT)
+      # A kernel without a mask would let packed sequences read each other, so that shows at once.
+      if implementation == "cudnn":
+        x_BTD = jnp.where(attention.one_sequence(segments_BT)[:, None, None], x_BTD, jnp.nan)
       # In a scan XLA cannot merge the recomputation with the forward pass, so `prevent_cse` and
       # its barriers are off. The scan itself compiles one layer, however many there are.
       block = Block
@@ -288,12 +292,13 @@ class Decoder(nn.Module):
     else:
       layers = cache
       T = positions_BT.shape[1]
-      S = cache[0].v_BKSH.shape[2]
+      S = caches.slots(cache)
       if T > S:
         raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
       reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
     # Without a parent, because its parameters are passed in and not created here.
-    block = Block(self.config, "cached", parent=None)
+    c = self.config
+    block = Block(c, attention.choose(c.attention, c.dtype, c.head_width), parent=None)
     written = []
     # One layer after the other: a scan over them would copy each one's weights and cache.
     for layer, kv in enumerate(layers):

@@ -18,6 +18,7 @@ from s2d_jax.sampler.sampling import Sampling
 CACHE_SIZES = 4  # batch and length sizes compiled, each half the previous
 LEAST_BATCH = 8
 LEAST_LENGTH = 128
+ROWS = 8  # matrix units take rows in eights, so on an accelerator a device has such a multiple
 # On a CPU, for models of FINE_WEIGHTS parameters or more, there are smaller batches too, because
 # there a row costs more than a compile.
 FINE_SIZES = 5
@@ -97,6 +98,8 @@ def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
   # A step on an accelerator is mostly the reading of weights, so halves are enough. They are for a
   # small model on any device. On a CPU a row is arithmetic: a large model has smaller batches too,
   # and three quarters of those from 16 on.
+  if sharding.platform() != "cpu" and largest % (ROWS * multiple) == 0:
+    return halves(largest, LEAST_BATCH, ROWS * multiple)
   if sharding.platform() != "cpu" or weights < FINE_WEIGHTS:
     return halves(largest, LEAST_BATCH, multiple)
   found = halves(largest, FINE_LEAST_BATCH, multiple, FINE_SIZES)
@@ -126,7 +129,8 @@ def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
               spent: int) -> int:
   """Number of slots of each device: for its `rows`, or as many as fit its memory.
 
-  `spent` bytes of that memory are taken already. A row has `longest` tokens.
+  On an accelerator more than ROWS slots are a multiple of them, where memory allows. `spent` bytes
+  of the memory are taken already. A row has `longest` tokens.
 
   Raises:
     ValueError: not one row fits.
@@ -137,7 +141,10 @@ def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
     raise ValueError(f"cache_gib is {config.cache_gib}, and one row of {longest} tokens and the "
                      f"reading of a prompt need {(row_bytes + spent) / 2**30:.2g} GiB on a device: "
                      "raise it, or lower max_tokens.")
-  return min(rows, fit)
+  if sharding.platform() == "cpu" or min(rows, fit) <= ROWS:
+    return min(rows, fit)
+  # All rows at once are better than a rounded number of them and a second batch for the others.
+  return min(_up(rows, ROWS), fit) if rows <= fit else fit - fit % ROWS
 
 
 # Twice the rows that would fit at full length are admitted. Few grow that long, and a row without a

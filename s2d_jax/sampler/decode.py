@@ -6,6 +6,7 @@ token of every slot and samples the next one, many times in one dispatch.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -66,8 +67,8 @@ def prefill(model: models.Model, chunk: int, dtype: jax.typing.DTypeLike, weight
   # Padding after a prompt is read too; decoding overwrites those slots before it reads them.
   def read(i: jax.Array, cache: tuple[caches.KV, ...]) -> tuple[caches.KV, ...]:
     tokens_PC = jax.lax.dynamic_slice_in_dim(prompt_PW, i * chunk, chunk, axis=1)
-    position_PC = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (P, chunk))
-    return model.apply(weights.params, tokens_PC, position_PC, jnp.ones_like(position_PC), cache)[1]
+    position_1C = (i * chunk + jnp.arange(chunk, dtype=jnp.int32))[None]  # in every row
+    return model.apply(weights.params, tokens_PC, position_1C, jnp.ones_like(tokens_PC), cache)[1]
   return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read,
                            caches.empty_cache(model.config, P, W, dtype))
 
@@ -109,9 +110,10 @@ def admit_paged(slots: Slots, prompts: tuple[caches.KV, ...], from_M: jax.Array,
     prompt_KNSH = prompt_PKSH.reshape(P, K, W // S, S, H).swapaxes(0, 1).reshape(K, -1, S, H)
     # M is fixed when compiled. The host fills unused entries with an index that "drop" ignores.
     return old_KNSH.at[:, to_M].set(prompt_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
-  # Slots are the last axis of a KV's keys, while pages hold a token's keys together.
-  layers = tuple(caches.Pages(pages(old.k_KNSH, prompt.k_BKHS.swapaxes(2, 3)),
-                               pages(old.v_KNSH, prompt.v_BKSH))
+  # Pages hold a token's keys together, whatever the order of a KV's axes.
+  k_axes, v_axes = caches.axes()[:2]
+  layers = tuple(caches.Pages(pages(old.k_KNSH, caches.arranged(prompt.k, k_axes, "BKSH")),
+                              pages(old.v_KNSH, caches.arranged(prompt.v, v_axes, "BKSH")))
                  for old, prompt in zip(slots.cache.layers, prompts, strict=True))
   cache = slots.cache._replace(layers=layers)
   return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
@@ -127,19 +129,23 @@ def _with_new_rows(slots: Slots, cache: caches.Cache, new_B: jax.Array, token_B:
 
 def grow(slots: Slots, length: int) -> Slots:
   """The slots with a cache of `length` tokens for each row, at least as many as now."""
-  def longer(kv: caches.KV) -> caches.KV:
-    return caches.KV(*(x if x is None else jnp.pad(
-        x, [(0, length - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
-        for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
-  return slots._replace(cache=tuple(map(longer, slots.cache)))
+  def longer(x: jax.Array, slot: int) -> jax.Array:
+    return jnp.pad(x, [(0, length - x.shape[slot] if axis == slot else 0)
+                       for axis in range(x.ndim)])
+  return _resized(slots, longer)
 
 
 def shorten(slots: Slots, length: int) -> Slots:
   """The slots with a cache of `length` tokens for each row, at most as many as now."""
-  def shorter(kv: caches.KV) -> caches.KV:
-    return caches.KV(*(x if x is None else jax.lax.slice_in_dim(x, 0, length, axis=axis)
-                       for x, axis in zip(kv, caches.SLOT_AXES, strict=True)))
-  return slots._replace(cache=tuple(map(shorter, slots.cache)))
+  return _resized(slots, lambda x, slot: jax.lax.slice_in_dim(x, 0, length, axis=slot))
+
+
+def _resized(slots: Slots, resize: Callable[[jax.Array, int], jax.Array]) -> Slots:
+  """The slots with resize(array, axis of its slots) in place of each array of the cache."""
+  def layer(kv: caches.KV) -> caches.KV:
+    return caches.KV(*(x if x is None else resize(x, letters.index("S"))
+                       for x, letters in zip(kv, caches.axes(), strict=True)))
+  return slots._replace(cache=tuple(map(layer, slots.cache)))
 
 
 def shrink(slots: Slots, slot_b: jax.Array) -> Slots:

@@ -57,23 +57,14 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   model_config = model.config
   params = jax.tree.unflatten(tree, leaves)
   shapes = capacity.shapes(model_config, sampling, config, rows, prompt_tokens)
-  slots = {(B, S): _abstract(functools.partial(_empty, model_config, config, shapes, B, S), mesh,
-                             paged=bool(config.page))
+  slots = {(B, S): abstract_slots(model_config, config, shapes, B, S, mesh)
            for B in shapes.batches for S in shapes.lengths}
-  prompt_cache = _abstract(
+  prompt_cache = _abstract_cache(jax.eval_shape(
       lambda: caches.empty_cache(model_config, shapes.prompts, shapes.window,
-                                 capacity.cache_type(model_config, config)), mesh, paged=False)
-  prepare = functools.partial(decode.prepare, model)
-  weights = jax.eval_shape(prepare, params)
-  if mesh is not None:
-    weights = sharding.laid_out(weights, _layout(model_config, mesh, weights))
-
+                                 capacity.cache_type(model_config, config))), mesh)
+  weights = abstract_weights(model, params, mesh)
   whole = functools.partial(_whole, mesh)
-
-  def lower(f: Callable, out: Params, *args: Any, donate: Any = ()) -> jax.stages.Lowered:
-    layout = mesh and jax.tree.map(lambda x: x.sharding, out)
-    return jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args)
-
+  lower = functools.partial(_lower, mesh)
   most = shapes.batches[0]
   admit = decode.admit
   sources = [whole(most)]
@@ -82,12 +73,11 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
     pages = most + shapes.prompts * shapes.shards * shapes.window // config.page
     sources = [whole(pages), whole(pages)]
   new_rows = whole(most, dtype=bool), whole(most), whole(most), whole(most, 2, dtype=np.uint32)
-  run = functools.partial(decode.decode, model, sampling, config.tokens)
   # `admit` and `decode` donate the slots, so that the cache is updated in place. The programs that
   # change its size cannot, because no array of the result has the old size.
   return _compile(Programs(
       mesh, shapes, config, slots,
-      prepare=lower(prepare, weights, params),
+      prepare=lower(functools.partial(decode.prepare, model), weights, params),
       empty=lower(functools.partial(_empty, model_config, config, shapes, most, shapes.lengths[0]),
                   slots[most, shapes.lengths[0]]),
       prefill=lower(functools.partial(decode.prefill, model, shapes.chunk,
@@ -95,9 +85,8 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
                     prompt_cache, weights, whole(shapes.prompts, shapes.window), whole()),
       admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
                       donate=0) for S in shapes.lengths},
-      decode={(B, S): lower(run, (slots[B, S], _decoded(whole, B, config.tokens)), weights,
-                            slots[B, S], whole(B, dtype=bool), whole(), donate=1)
-              for B in shapes.batches for S in shapes.lengths},
+      decode={size: lower_decode(model, sampling, config.tokens, weights, slots[size], mesh)
+              for size in slots},
       grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
                           slots[B, S])
             for B in shapes.batches for S, longer in itertools.pairwise(shapes.lengths)},
@@ -106,6 +95,42 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
                for shorter, S in itertools.pairwise(shapes.lengths)},
       shrink={(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], whole(fewer))
               for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}))
+
+
+def abstract_weights(model: models.Model, params: Params, mesh: Mesh | None) -> decode.Weights:
+  """The shapes of the Weights that `decode.prepare` makes of `params`, laid out for decoding."""
+  weights = jax.eval_shape(functools.partial(decode.prepare, model), params)
+  if mesh is None:
+    return weights
+  return sharding.laid_out(weights, _layout(model.config, mesh, weights))
+
+
+def abstract_slots(model_config: Config, config: SamplerConfig, shapes: Shapes, batch: int,
+                   length: int, mesh: Mesh | None) -> decode.Slots:
+  """The shapes of `batch` slots with a cache of `length` tokens, laid out on the mesh."""
+  slots = jax.eval_shape(
+      functools.partial(_empty, model_config, config, shapes, batch, length))
+  rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=mesh and sharding.batch_sharding(mesh, x.shape)),
+      slots._replace(cache=None))
+  return rows._replace(cache=_abstract_cache(slots.cache, mesh))
+
+
+def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: decode.Weights,
+                 slots: decode.Slots, mesh: Mesh | None) -> jax.stages.Lowered:
+  """The program that decodes up to `tokens` tokens of each slot; the slots are donated."""
+  batch = slots.token_B.shape[0]
+  whole = functools.partial(_whole, mesh)
+  run = functools.partial(decode.decode, model, sampling, tokens)
+  return _lower(mesh, run, (slots, _decoded(whole, batch, tokens)), weights, slots,
+                whole(batch, dtype=bool), whole(), donate=1)
+
+
+def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
+           donate: Any = ()) -> jax.stages.Lowered:
+  """f lowered for abstract arguments, with the layouts of `out` for its results."""
+  layout = mesh and jax.tree.map(lambda x: x.sharding, out)
+  return jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args)
 
 
 def _whole(mesh: Mesh | None, *shape: int,
@@ -132,11 +157,12 @@ def _empty(model_config: Config, config: SamplerConfig, shapes: Shapes, batch: i
   return decode.empty(caches.empty_cache(model_config, batch, length, dtype), batch)
 
 
-def _abstract(make: Callable[[], Params], mesh: Mesh | None, paged: bool) -> Params:
-  """The shapes of what `make` returns; rows and key heads are split over the devices."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=mesh and sharding.slot_sharding(mesh, x.shape, paged)),
-      jax.eval_shape(make))
+def _abstract_cache(cache: caches.Cache, mesh: Mesh | None) -> caches.Cache:
+  """The shapes of a cache with their layouts; rows and key heads are split over the devices."""
+  def laid_out(x: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    where = mesh and sharding.batch_sharding(mesh, x.shape, names)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(laid_out, cache, caches.axis_names(cache))
 
 
 def _compile(programs: Programs) -> Programs:

@@ -178,7 +178,7 @@ def test_auto_chooses_by_the_backend(platform, dtype, width, want, monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert attention.choose("auto", dtype, width) == want
   assert attention.choose("xla", dtype, width) == "xla"
-  for name, needs in (("splash", "tpu"), ("cudnn", "gpu")):
+  for name, needs in (("splash", "tpu"), ("cudnn", "gpu"), ("cudnn_packed", "gpu")):
     if platform == needs:
       assert attention.choose(name, dtype, width) == name
     else:
@@ -186,19 +186,23 @@ def test_auto_chooses_by_the_backend(platform, dtype, width, want, monkeypatch):
         attention.choose(name, dtype, width)
 
 
-@pytest.mark.parametrize("T, platform", [(4, "cpu"), (1, "cpu"), (1, "gpu")])
-def test_reading_a_cache_equals_the_reference(T, platform, monkeypatch):
-  monkeypatch.setattr(sharding, "platform", lambda: platform)  # one query: a sum or a product
+@pytest.mark.parametrize("axes", [("BKHS", "BKSH"), ("BSKH", "BSKH")])
+@pytest.mark.parametrize("T", [1, 4])
+def test_reading_a_cache_equals_the_reference(T, axes):
+  # One query of keys whose last axis is the slots is a sum, all else are products.
   q, k, v, mask = random_inputs(B=3, T=T, S=9, N=8, K=2, H=6)
-  got = attention.cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None, mask)
-  np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
+  def read(q, k_BSKH, v_BSKH, *scales):
+    arrays = [np.einsum(f"BSKH->{letters}", x)
+              for x, letters in zip((k_BSKH, v_BSKH), axes, strict=True)]
+    return attention.cached("xla", q, *arrays, *scales, axes, mask, None)
+  np.testing.assert_allclose(read(q, k, v, None, None), attention.xla(q, k, v, mask), atol=1e-6)
   # And an int8 one as the numbers it stands for.
   rng = np.random.default_rng(1)
-  k8, v8 = rng.integers(-127, 128, (2, 3, 2, 9, 6)).astype(np.int8)
-  k_scale, v_scale = rng.uniform(0.005, 0.02, (2, 3, 2, 9)).astype(np.float32)
-  got = attention.cached(q, k8.swapaxes(2, 3), v8, k_scale, v_scale, mask)
-  whole = [(x8 * scale[..., None]).swapaxes(1, 2) for x8, scale in ((k8, k_scale), (v8, v_scale))]
-  np.testing.assert_allclose(got, attention.xla(q, *whole, mask), atol=1e-5)
+  k8, v8 = rng.integers(-127, 128, (2, 3, 9, 2, 6)).astype(np.int8)
+  scales = rng.uniform(0.005, 0.02, (2, 3, 2, 9)).astype(np.float32)
+  whole = [x8 * scale.swapaxes(1, 2)[..., None]
+           for x8, scale in zip((k8, v8), scales, strict=True)]
+  np.testing.assert_allclose(read(q, k8, v8, *scales), attention.xla(q, *whole, mask), atol=1e-5)
 
 
 @pytest.mark.parametrize("T, S", [(3, 5), (4, 6), (5, 5)])
@@ -208,6 +212,64 @@ def test_cudnn_equals_the_reference(T, S):
   mask[:, :, 0] = True
   got = attention.cudnn(q, k, v, mask, implementation="xla")
   np.testing.assert_allclose(got, attention.xla(q, k, v, mask), atol=1e-6)
+
+
+def rows_of(length_B, T):
+  """A mask and weights of causal rows that are one sequence of so many tokens, then padding."""
+  segments = (np.arange(T) < np.array(length_B)[:, None]).astype(np.int32)
+  positions = np.broadcast_to(np.arange(T, dtype=np.int32), segments.shape)
+  return attention.visible(positions, segments, positions, segments), segments
+
+
+@pytest.mark.parametrize("K, T", [(1, 6), (2, 7), (4, 7)])
+def test_cudnn_by_lengths_equals_the_reference_with_gradients(K, T):
+  # Rows of 5, 1, all and no tokens. The output of padding is 0 and has no gradient, even where a
+  # loss counts it.
+  q, k, v, _ = random_inputs(B=4, T=T, S=T, K=K)
+  length_B = np.array([5, 1, T, 0], np.int32)
+  mask, segments = rows_of(length_B, T)
+  weight = np.random.default_rng(1).normal(size=q.shape)
+  real = (segments != 0)[..., None, None]
+  def grads(attend, weight):
+    return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv) * weight), (0, 1, 2))(q, k, v)
+  attend = lambda *qkv: attention.cudnn(*qkv, None, length_B, implementation="xla")
+  want = grads(lambda *qkv: attention.xla(*qkv, mask), weight * real)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+               grads(attend, weight * real), want)
+  out = np.asarray(attend(q, k, v))
+  assert not out[0, 5:].any() and not out[1, 1:].any() and not out[3, 1:].any()
+  counted = grads(attend, weight)[1]
+  assert all(np.isfinite(g).all() for g in counted)
+  assert not counted[0][0, 5:].any() and not counted[1][0, 5:].any()
+
+
+def test_one_query_by_lengths_reads_that_many_keys():
+  q, k, v, _ = random_inputs(B=3, T=1, S=9, N=8, K=2)
+  length_B = np.array([1, 4, 9], np.int32)
+  mask = (np.arange(9) < length_B[:, None])[:, None]
+  want = attention.xla(q, k, v, mask)
+  got = attention.cudnn(q, k, v, None, length_B, implementation="xla")
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@MESHES
+@pytest.mark.medium
+def test_cudnn_by_lengths_on_a_mesh_equals_the_reference(shape, N, K):
+  q, k, v, _, _ = packed(K, N=N, T=151)
+  length_B = np.array([151, 40], np.int32)
+  mask, segments = rows_of(length_B, 151)
+  want = attention.xla(q, k, v, mask)
+  with jax.set_mesh(sharding.make_mesh(shape)):
+    got = jax.jit(lambda *args: attention.cudnn(
+        *args[:3], None, args[3], implementation="xla"))(q, k, v, length_B)
+  real = segments != 0
+  np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=1e-5)
+
+
+def test_which_rows_are_one_sequence_by_hand():
+  segments = np.array([[1, 1, 1, 0], [2, 2, 2, 2], [0, 0, 0, 0],   # are
+                       [1, 1, 2, 0], [0, 1, 1, 1], [1, 0, 1, 1]])  # are not
+  np.testing.assert_array_equal(attention.one_sequence(segments), [1, 1, 1, 0, 0, 0])
 
 
 @pytest.mark.parametrize("attend", [attention.xla, attention._piece])

@@ -1,6 +1,7 @@
 """The decoder's parts against NumPy, and its paths against each other."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import models, sharding
-from s2d_jax.models import decoder
+from s2d_jax.models import attention, decoder
 from s2d_jax.models.config import RopeScaling
 
 T = 12
@@ -90,9 +91,12 @@ def test_initial_features_are_finite_and_logits_near_uniform(tiny):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # whose caches are laid out otherwise
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_prefill_and_decode_equal_one_forward_pass(family, tiny_json, randomized):
-  model = models.get(tiny_json(family))
+def test_prefill_and_decode_equal_one_forward_pass(family, platform, tiny_json, randomized,
+                                                   monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  model = models.get(tiny_json(family), attention="xla")
   params, apply, rows = randomized(model), jax.jit(model.apply), 3
   ids = tokens(rows)
   want, _ = apply(params, ids, counted(rows), ones(rows))
@@ -128,8 +132,8 @@ def test_int8_cache_is_within_a_hundredth_of_float32(tiny):
   got, cache = apply(params, tokens(2), counted(2), ones(2),
                      models.empty_cache(model.config, 2, T, jnp.int8))
   assert {x.dtype for kv in cache for x in kv[:2]} == {np.dtype(np.int8)}
-  numbers, scale_BKS = np.asarray(cache[0].v_BKSH), np.asarray(cache[0].v_scale_BKS)
-  whole = np.asarray(exact[0].v_BKSH)  # of the first layer, whose input is exact
+  numbers, scale_BKS = np.asarray(cache[0].v), np.asarray(cache[0].v_scale)
+  whole = np.asarray(exact[0].v)  # of the first layer, whose input is exact
   np.testing.assert_allclose(scale_BKS, np.abs(whole).max(axis=-1) / 127, rtol=1e-6)
   assert (np.abs(numbers * scale_BKS[..., None] - whole) <= 0.501 * scale_BKS[..., None]).all()
   assert (np.abs(numbers).max(axis=-1) == 127).all()
@@ -274,6 +278,27 @@ def test_decoding_repeats_no_key_heads_of_the_cache(tiny_json):
   shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
   held = [math.prod(shape) for shape in shapes if 13 in shape and 6 in shape]
   assert max(held) == 3 * 13 * 2 * 6  # a layer's keys or values, and nothing larger
+
+
+@pytest.mark.medium
+def test_packed_rows_are_not_numbers_by_a_kernel_without_a_mask(tiny, monkeypatch):
+  # Its XLA implementation, as if on a GPU. A row of two sequences, and one with padding.
+  model, params, _ = tiny
+  ids, segments = tokens(2), ones(2)
+  segments[0, T // 2:], segments[1, T - 3:] = 2, 0
+  want = model.apply(params, ids, counted(2), segments)[0]
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "cudnn",
+                      functools.partial(attention.cudnn, implementation="xla"))
+  def features(implementation):
+    other = models.build(dataclasses.replace(model.config, attention=implementation))
+    return np.asarray(other.apply(params, ids, counted(2), segments)[0])
+  got = features("cudnn")
+  assert np.isnan(got[0]).all()
+  np.testing.assert_allclose(got[1, :T - 3], want[1, :T - 3], atol=2e-5)
+  assert np.isfinite(got[1]).all()
+  real = segments != 0
+  np.testing.assert_allclose(features("cudnn_packed")[real], want[real], atol=2e-5)
 
 
 @pytest.mark.medium

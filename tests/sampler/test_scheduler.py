@@ -200,7 +200,7 @@ def test_the_cache_of_a_prompt_is_freed_with_its_last_waiting_row(tiny):
   def prefill(*args):
     alive.append(sum(ref() is not None for ref in caches))
     cache = compiled(*args)
-    caches.append(weakref.ref(cache[0].k_BKHS))
+    caches.append(weakref.ref(cache[0].k))
     return cache
   sampler.programs = sampler.programs._replace(prefill=prefill)
   sampled(sampler, params, prompts(16), SEED)
@@ -476,11 +476,23 @@ def test_rows_in_pages_equal_rows_in_slots(shape, tiny):
     ("cpu", 10**7, 64, 1, (64, 48, 32, 24, 16, 12, 8, 4)), ("cpu", 10**7, 10, 1, (10, 5)),
     ("cpu", 10**7, 3, 1, (3,)), ("cpu", 10**7, 64, 8, (64, 48, 32, 24, 16, 8)),
     ("cpu", 10**6, 64, 1, (64, 32, 16, 8)), ("tpu", 10**9, 64, 1, (64, 32, 16, 8)),
-    ("gpu", 10**9, 512, 4, (512, 256, 128, 64)), ("gpu", 10**9, 8, 1, (8,))])
+    ("gpu", 10**9, 512, 4, (512, 256, 128, 64)), ("gpu", 10**9, 8, 1, (8,)),
+    ("gpu", 10**9, 40, 1, (40, 24, 16, 8)), ("tpu", 10**9, 48, 2, (48, 32, 16))])
 def test_batches_that_decoding_is_compiled_for(platform, weights, largest, shards, want,
                                                monkeypatch):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert capacity.batch_sizes(largest, shards, weights) == want
+
+
+@pytest.mark.parametrize("platform, rows, fit, want", [
+    ("gpu", 256, 189, 184), ("tpu", 256, 189, 184), ("cpu", 256, 189, 189),  # too little memory
+    ("gpu", 189, 200, 192), ("gpu", 189, 190, 190), ("cpu", 189, 200, 189),  # enough
+    ("gpu", 1, 100, 1), ("gpu", 8, 100, 8), ("gpu", 256, 7, 7), ("gpu", 64, 64, 64)])
+def test_slots_of_an_accelerator_are_a_multiple_of_eight(platform, rows, fit, want, tiny,
+                                                         monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  config = SamplerConfig(cache_gib=(fit + 0.5) * ROW / 2**30)
+  assert capacity.slots_for(tiny("qwen3")[0].config, config, rows, WINDOW + T, 0) == want
 
 
 @pytest.mark.medium
@@ -510,7 +522,7 @@ def test_the_number_of_slots_follows_from_the_memory(tiny):
     sampler = Sampler(model, seven, 1, WINDOW)
     assert_equal(sampled(sampler, placed, prompts(1), SEED), once(model, placed, prompts(1), seven))
   assert sampler.programs.shapes.batches == (8,)
-  keys = sampler.programs.slots[8, WINDOW + T].cache[0].k_BKHS
+  keys = sampler.programs.slots[8, WINDOW + T].cache[0].k
   assert keys.sharding.shard_shape(keys.shape)[0] == 1
 
 

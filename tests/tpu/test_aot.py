@@ -16,7 +16,10 @@ from benchmarks import loss
 from configs import common
 from s2d_jax import compiling, models, objectives, optim, sampler, sharding, training
 from s2d_jax.losses import blockwise
+from s2d_jax.models import attention
+from s2d_jax.sampler import capacity, programs
 from tests.losses import test_blockwise as hlo
+from tests.tpu import cycles
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="make test-tpu has libtpu")]
@@ -163,3 +166,56 @@ def test_decoding_compiles_and_pages_are_read_by_the_kernel(page):
   held = [dims for dims in re.findall(r"bf16\[([\d,]+)\]", text)
           if {str(longest), "128"} <= set(dims.split(","))]
   assert bool(held) == (not page)
+
+
+def decoding(name, where, rows, length, layers, **config):
+  """The text of the program that decodes `rows` rows with caches of `length` tokens."""
+  model = models.get(name, dtype="bfloat16")
+  model = models.build(dataclasses.replace(model.config, layers=layers))
+  config = sampler.SamplerConfig(**config)
+  pages = length // config.page if config.page else 0
+  shapes = capacity.Shapes((rows,), (length,), 128, 128, prompts=1, shards=1, pages=rows * pages,
+                           table=attention.table_size(pages))
+  with jax.set_mesh(where):
+    weights = programs.abstract_weights(model, models.laid_out(model.config, where), where)
+    slots = programs.abstract_slots(model.config, config, shapes, rows, length, where)
+    return programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
+                                 where).compile().as_text()
+
+
+def test_a_decoding_step_takes_at_most_14_million_cycles():
+  # Qwen3-1.7B on one v5e: reading its weights takes 6.3 million at 819 GB/s and 1.5 GHz. A write to
+  # the cache that loops over the 64 rows took 27 million in addition.
+  program = cycles.read(decoding("qwen3-1.7b", mesh("v5e:2x2", (1, 1, 1)), 64, 192, 28))
+  assert [loop.depth for loop in program.loops] == [0]  # the loop over tokens
+  assert 6.3e6 < program.cycles <= 14e6
+
+
+@pytest.mark.parametrize("length, cache", [(2304, "auto"), (18_432, "auto"), (2304, "int8")])
+def test_a_decoding_step_has_no_loop_over_rows(length, cache):
+  # Two layers of Qwen3-8B, 61 rows for each of four devices, its heads split over four.
+  text = decoding("qwen3-8b", mesh("v5p:2x2x4", (1, 4, 4)), 244, length, 2, cache=cache)
+  assert [loop.depth for loop in cycles.read(text).loops] == [0]
+  # Each device writes its own rows: only activations are exchanged, and no part of a cache.
+  exchanged = re.findall(r"= \(?(?:bf16|f32|s8)\[([\d,]*)\]\S* all-(?:gather|reduce)", text)
+  assert exchanged and not any(str(length) in dims.split(",") for dims in exchanged)
+
+
+def test_a_write_to_pages_copies_none():
+  # Two layers of Qwen3-1.7B: 64 rows of six pages. The pool is written in place.
+  text = decoding("qwen3-1.7b", mesh("v5e:2x2", (1, 1, 1)), 64, 192, 2, page=32)
+  assert [loop.depth for loop in cycles.read(text).loops] == [0]
+  pool = r"= bf16\[8,384,32,128\]\S* "
+  assert re.search(pool + r"fusion\(", text) and not re.search(pool + r"copy(-start)?\(", text)
+
+
+def test_a_loop_over_rows_is_found():
+  # The write that a TPU runs as a loop: a range of each row from a position of its own.
+  def write(old_BSH, new_BH, position_B):
+    return jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new[None], (at, 0)))(
+        old_BSH, new_BH, position_B)
+  where = sharding.replicated(mesh("v5e:2x2", (1, 1, 1)))
+  arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in (
+      ((64, 192, 128), jnp.bfloat16), ((64, 128), jnp.bfloat16), ((64,), jnp.int32))]
+  program = cycles.read(jax.jit(write, donate_argnums=0).lower(*arrays).compile().as_text())
+  assert [loop.depth for loop in program.loops] == [0]

@@ -134,3 +134,10 @@ def test_unknown_run_settings_are_refused():
     models.get("qwen3-0.6b", remat="all")
   with pytest.raises(ValueError, match="attention 'flash' is unknown: choose it from auto, xla"):
     models.get("qwen3-0.6b", attention="flash")
+
+
+def test_a_tree_of_shapes_is_the_callers_own():
+  config = models.get("qwen3-1.7b").config
+  first = models.shapes(config)
+  first["layers"].clear()
+  assert models.shapes(config)["layers"]

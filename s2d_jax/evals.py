@@ -34,30 +34,36 @@ def statistics_of(hp: ConfigDict) -> tuple[str, ...]:
 
 
 def every(hp: ConfigDict) -> int:
-  """The steps from one run of an evaluation to the next, or 0 where it runs at the end.
+  """The steps from one run of an evaluation to the next, or 0 where it runs at the end."""
+  return _steps(hp.when)
 
-  Raises:
-    ValueError: `when` is neither "end" nor "every N" with N of at least 1.
-  """
-  if hp.when == "end":
+
+def _steps(when: str) -> int | None:
+  """50 for "every 50", 0 for "end", and None for a text that is neither."""
+  if when == "end":
     return 0
-  word, _, steps = hp.when.partition(" ")
-  if word != "every" or not steps.isdecimal() or int(steps) < 1:
-    raise ValueError(f"when is {hp.when!r}: choose 'end', or 'every 50' for any number of steps.")
-  return int(steps)
+  word, _, steps = when.partition(" ")
+  valid = word == "every" and steps.isdecimal() and int(steps) >= 1
+  return int(steps) if valid else None
 
 
 EVALUATION_KEYS = {
     "split": SPLIT, "problems": keys.at_least(0, neutral=0),
     "prompts": keys.at_least(1, hashed=False), "sampling": sampler.Sampling.KEYS,
-    "statistics": Key(lambda names: {*names.split(",")} <= {"all", *stats.STATISTICS},
-                      f"choose 'all', or several of {','.join(stats.STATISTICS)}", neutral="all"),
-    "ks": Key(lambda ks: all(k >= 1 for k in ks), "choose each k at least 1"),
+    "statistics": Key(
+        lambda names: names == "all" or {*names.split(",")} <= {*stats.STATISTICS},
+        f"choose 'all', or several of {','.join(stats.STATISTICS)} with commas between",
+        neutral="all"),
+    "ks": Key(lambda ks: all(map(keys.at_least(1).check, ks)),
+              "choose each k a whole number of at least 1"),
     "draws": keys.at_least(1),
     "level": Key(lambda level: 0 < level < 1, "choose it between 0 and 1"),
     "log_samples": keys.at_least(0, hashed=False),
-    "when": Key(lambda when: True, "", hashed=False),      # checked by `every`
-    "stages": Key(lambda stages: True, "", hashed=False)}  # checked by the doctor
+    "when": Key(lambda when: _steps(when) is not None,
+                "choose 'end', or 'every 50' for any number of steps", hashed=False),
+    # Whether the config has these stages is checked by the doctor, which sees the whole config.
+    "stages": Key(lambda stages: isinstance(stages, str),
+                  "choose 'all', or stages with commas between", hashed=False)}
 
 
 def check_evaluation(hp: ConfigDict) -> None:
@@ -65,6 +71,15 @@ def check_evaluation(hp: ConfigDict) -> None:
   if every(hp) == 0 and hp.stages != "all":
     raise ValueError(f"stages is {hp.stages!r} and when is 'end', which is after every stage: set "
                      "stages to 'all', or when to 'every 50'.")
+  names = statistics_of(hp)
+  # A report compares arms by this statistic, and would fail after all training.
+  if every(hp) == 0 and stats.HEADLINE not in names:
+    raise ValueError(f"statistics is {hp.statistics!r} and when is 'end': add {stats.HEADLINE}, by "
+                     "which a report compares arms.")
+  entries = [stats.STATISTICS[name] for name in names]
+  if not any(stats.chosen_ks(entry, hp.ks) for entry in entries):
+    raise ValueError(f"statistics is {hp.statistics!r} and ks {tuple(hp.ks)}, of which there is no "
+                     f"score: add {stats.HEADLINE}, or a larger k.")
   samples = hp.sampling.samples_per_prompt
   # pass@k and maj@k are of k different samples of one problem.
   if max(hp.ks, default=1) > samples:

@@ -9,7 +9,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from s2d_jax import ladder, metrics
+from s2d_jax import ladder, metrics, stats
 from s2d_jax.ladder import Group, Run
 
 
@@ -51,7 +51,7 @@ def _curves(kind: str, curves: Mapping[str, Sequence[tuple[float, Group]]], axis
     axis.errorbar(x_values, triples[0], yerr=reach, label=label, marker="o", capsize=3, linewidth=1)
   axis.set_xlabel({"labels": "labels spent, distinct",
                    "division": "share of the updates in the warmup"}[kind])
-  axis.set_ylabel("avg@k, %")
+  axis.set_ylabel(f"{stats.HEADLINE}@k, %")
   axis.legend(fontsize=7)
 
 
@@ -69,7 +69,7 @@ def _bars(axis: Axes, groups: Sequence[Group]) -> None:
     names.append(f"{group.name} · {word} {group.seeds}")
   axis.set_yticks(y_values, names, parse_math=False, fontsize=7)
   axis.set_xlim(0, 100)
-  axis.set_xlabel("avg@k, %")
+  axis.set_xlabel(f"{stats.HEADLINE}@k, %")
 
 
 # (title, the metrics that may give the curve: the first that a stage's log has).

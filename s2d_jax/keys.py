@@ -91,10 +91,11 @@ def check_values(values: Any, record: Mapping[str, Key]) -> None:
 
 def check_value(path: str, value: Any, key: Key) -> None:
   """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
-  # A text compared with a number raises a TypeError, which names neither the key nor the remedy.
+  # A value of another type, such as a text where a number is compared, makes the check itself
+  # fail, with an error that names neither the key nor the remedy.
   try:
     fits = key.check(value)
-  except TypeError:
+  except (TypeError, AttributeError, ValueError):
     fits = False
   if not fits:
     raise ValueError(f"{path} is {value!r}: {key.remedy}.")

@@ -58,8 +58,13 @@ class Group(NamedTuple):
     name = name or self.headline
     return np.stack([stats.value_P(name, self.runs[seed].samples()) for seed in sorted(self.runs)])
 
-  def score(self, name: str) -> stats.Interval:
-    """The Interval of a score over problems, samples and, where there are several, seeds."""
+  def score(self, name: str) -> stats.Interval | None:
+    """The Interval of a score over problems, samples and, where there are several, seeds.
+
+    None where a run was scored before the samples had what the statistic reads.
+    """
+    if not all(stats.computable(name, run.samples()) for run in self.runs.values()):
+      return None
     if len(self.runs) > 1:
       return stats.score_over_seeds(name, self.value_SP(name), self.level)
     (run,) = self.runs.values()
@@ -233,7 +238,7 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 
 class Contrast(NamedTuple):
-  """avg@k of one Group minus another's, on the same problems and seeds."""
+  """The headline score of one Group minus another's, on the same problems and seeds."""
   difference: stats.Interval
   resolvable: float  # `stats.resolvable`
   signs: str         # of each seed
@@ -246,12 +251,11 @@ def compare(a: Group, b: Group) -> Contrast | None:
   if not seeds:
     return None
   # Problem by problem and seed by seed: what both arms share cancels in the difference.
-  pairs = [[group.runs[seed].samples()["sampled"].correct_PG for group in (a, b)]
-           for seed in seeds]
-  gap_SP = np.stack([stats.gaps(*pair, stats.avg_at_k) for pair in pairs])
+  pairs = list(zip(a.of(seeds).value_SP(), b.of(seeds).value_SP(), strict=True))
+  gap_SP = np.stack([stats.gaps(*pair) for pair in pairs])
   # One seed has no spread between seeds to count, so its interval is over problems and samples.
   if len(seeds) == 1:
-    difference = stats.paired_difference(*pairs[0], stats.avg_at_k, seeds[0], DRAWS, a.level)
+    difference = stats.paired_difference(*pairs[0], seeds[0], DRAWS, a.level)
   else:
     difference = stats.gap_over_seeds(gap_SP, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))

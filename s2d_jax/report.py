@@ -104,12 +104,17 @@ def table(groups: Sequence[Group]) -> list[str]:
   for group in groups:
     counts = [f"{group.mean(name):,.0f}" for name in (
         "labels_distinct", "label_uses", "tokens_sampled", "tokens_trained", "tokens_guide")]
-    scores = [interval(group.score(name), stats.statistic(name)[0].unit) for name in names]
+    scores = [_cell(group.score(name), stats.statistic(name)[0].unit) for name in names]
     cells = [escaped(group.name), group.seeds, *scores, *counts,
              f"{group.mean('flops') / 1e12:.1f}",
              f"{group.mean('device_seconds_used'):.0f}", f"{group.mean('device_seconds_lost'):.0f}"]
     lines.append("| " + " | ".join(cells) + " |")
   return lines
+
+
+def _cell(score: stats.Interval | None, unit: str) -> str:
+  """A score's cell in the table; a dash where the samples of a run do not give it."""
+  return "–" if score is None else interval(score, unit)
 
 
 def interval(triple: Iterable[float], unit: str = "rate") -> str:

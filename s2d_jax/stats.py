@@ -88,31 +88,31 @@ def nested_bootstrap(correct_PG: np.ndarray, statistic: PerProblem, seed: int, d
   return _bootstrap(statistic(_matrix(correct_PG)), seed, draws, level, (0.0, 1.0))
 
 
-def paired_difference(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: PerProblem,
-                      seed: int, draws: int, level: float = 0.95) -> Interval:
-  """Interval of statistic(a) − statistic(b) on the same problems: `nested_bootstrap` of the gaps.
+def paired_difference(value_a_P: np.ndarray, value_b_P: np.ndarray, seed: int, draws: int,
+                      level: float = 0.95) -> Interval:
+  """Interval of a rate of model a minus that of b on the same problems, by a bootstrap of the gaps.
 
-  The numbers of samples may differ.
+  Args:
+    value_a_P, value_b_P: a statistic of each problem; the numbers of samples may differ.
+    seed, draws, level: as `nested_bootstrap`.
 
   Raises:
     ValueError: the two have different problems.
   """
   # Resampling the gaps keeps the pairs: what makes a problem hard for both models cancels.
-  return _bootstrap(gaps(correct_a_PG, correct_b_PG, statistic), seed, draws, level, (-1.0, 1.0))
+  return _bootstrap(gaps(value_a_P, value_b_P), seed, draws, level, (-1.0, 1.0))
 
 
-def gaps(correct_a_PG: np.ndarray, correct_b_PG: np.ndarray, statistic: PerProblem) -> np.ndarray:
-  """statistic(a) − statistic(b) of each problem, [P].
+def gaps(value_a_P: np.ndarray, value_b_P: np.ndarray) -> np.ndarray:
+  """A statistic of model a minus that of b for each problem, [P].
 
   Raises:
     ValueError: the two have different problems.
   """
-  a_PG = _matrix(correct_a_PG)
-  b_PG = _matrix(correct_b_PG)
-  if len(a_PG) != len(b_PG):
-    raise ValueError(f"a paired difference needs the same problems and got {len(a_PG)} and "
-                     f"{len(b_PG)}: score both on one split.")
-  return statistic(a_PG) - statistic(b_PG)
+  if len(value_a_P) != len(value_b_P):
+    raise ValueError(f"a paired difference needs the same problems and got {len(value_a_P)} and "
+                     f"{len(value_b_P)}: score both on one split.")
+  return value_a_P - value_b_P
 
 
 def over_seeds(value_SP: np.ndarray, level: float = 0.95) -> Interval:
@@ -309,7 +309,8 @@ STATISTICS = {
     "response_length": Statistic(lambda samples, k: np.mean(samples.length_PG, axis=1),
                                  reads="length_PG", unit="tokens", label="response tokens"),
 }
-HEADLINE = "avg"  # the statistic that differences, curves and bars show
+# The statistic that differences, curves and bars show: a rate, of all samples of a problem.
+HEADLINE = "avg"
 
 
 def statistic(name: str) -> tuple[Statistic, int]:
@@ -334,15 +335,30 @@ def names(samples: Mapping[str, Samples], ks: Sequence[int],
   """
   found = []
   for kind, entry in STATISTICS.items():
-    part = samples.get(entry.of)
-    if kind not in kinds or part is None or getattr(part, entry.reads) is None:
-      continue
-    if entry.k == "none":
-      found.append(kind)
-    else:
-      chosen = ks if entry.k == "each" else (part.correct_PG.shape[1],)
-      found += [f"{kind}@{k}" for k in chosen if k >= entry.least_k]
+    if kind in kinds and _computable(entry, samples):
+      all_samples = samples[entry.of].correct_PG.shape[1]
+      found += [f"{kind}@{k}" if k else kind for k in chosen_ks(entry, ks, all_samples)]
   return found
+
+
+def chosen_ks(entry: Statistic, ks: Sequence[int], samples: int = 1) -> list[int]:
+  """The k of each score of a statistic; [0] for one without a k.
+
+  Args:
+    ks: of a config; samples: of each problem.
+  """
+  if entry.k == "none":
+    return [0]
+  return [k for k in (ks if entry.k == "each" else (samples,)) if k >= entry.least_k]
+
+
+def computable(name: str, samples: Mapping[str, Samples]) -> bool:
+  """Whether the samples have what a score is computed from: an older run may lack a field."""
+  return _computable(statistic(name)[0], samples)
+
+
+def _computable(entry: Statistic, samples: Mapping[str, Samples]) -> bool:
+  return entry.of in samples and getattr(samples[entry.of], entry.reads) is not None
 
 
 def ordered(found: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from s2d_jax import evals, rollouts, stats
+from s2d_jax import evals, keys, rollouts, stats
 
 PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
 RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
@@ -201,6 +201,15 @@ def test_an_evaluation_at_the_end_samples_greedily_as_well():
       (3, zlib.crc32(b"evaluation"))}
 
 
+def test_an_evaluation_without_any_score_is_refused():
+  # maj@1 would be avg, so the least k of maj is 2.
+  for ks in ((1,), ()):
+    with pytest.raises(ValueError, match=r"statistics is 'maj' and ks .* there is no score"):
+      evals.check_evaluation(block(statistics="maj", ks=ks, when="every 5"))
+  evals.check_evaluation(block(statistics="maj,truncated", ks=(1,), when="every 5"))
+  evals.check_evaluation(block(statistics="maj", ks=(1, 2), when="every 5"))
+
+
 @pytest.mark.parametrize("when, steps", [("end", 0), ("every 1", 1), ("every 50", 50)])
 def test_the_steps_at_which_an_evaluation_runs(when, steps):
   assert evals.every(block(when=when)) == steps
@@ -209,4 +218,4 @@ def test_the_steps_at_which_an_evaluation_runs(when, steps):
 @pytest.mark.parametrize("when", ["", "every", "every 0", "every -1", "each 2", "every 2.5"])
 def test_an_invalid_time_of_an_evaluation_is_refused(when):
   with pytest.raises(ValueError, match=f"when is '{when}': choose 'end', or 'every 50'"):
-    evals.every(block(when=when))
+    keys.check_value("when", when, evals.EVALUATION_KEYS["when"])

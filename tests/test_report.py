@@ -116,6 +116,23 @@ def verdicts(run):
           if " − " in row[0]}
 
 
+def test_a_score_without_the_samples_it_needs_is_a_dash(tmp_path):
+  # As after a statistic of a new field: the older run has no score of it, and none can be computed.
+  new = score(tmp_path, "new", [[1, 0], [1, 1]])
+  old = score(tmp_path, "old", [[1, 0], [0, 0]])
+  path = tmp_path / new / "result.json"
+  result = json.loads(path.read_text())
+  result["scores"]["truncated"] = [0.25, 0.1, 0.4]
+  result["samples"]["sampled"]["truncated_PG"] = [[1, 0], [0, 0]]
+  path.write_text(json.dumps(result))
+  for name in (new, old):
+    arm(tmp_path, name, [(name, [], name)])
+  head, _, *lines = report.table(ladder.groups(ladder.read([tmp_path])))
+  column = head.split(" | ").index("truncated")
+  cells = {line.split(" | ")[0]: line.split(" | ")[column] for line in lines}
+  assert cells == {"| new": "25.0 [10.0, 40.0]", "| old": "–"}
+
+
 def test_paired_differences_have_a_sign(tmp_path):
   # Over 40 problems: bridge right on all, cold GRPO on none; raw bridge and half the bridge
   # on the same half of them, so that their difference is not resolved.

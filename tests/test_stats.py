@@ -257,7 +257,7 @@ def test_pairing_removes_the_spread_of_the_problems_difficulty():
   rng = np.random.default_rng(1)
   p_P1 = np.where(rng.random((200, 1)) < 0.5, 0.05, 0.95)
   a_PG, b_PG = (rng.random((2, 200, 8)) < p_P1).astype(int)
-  estimate, low, high = stats.paired_difference(a_PG, b_PG, stats.avg_at_k, 0, 20_000)
+  estimate, low, high = stats.paired_difference(a_PG.mean(axis=1), b_PG.mean(axis=1), 0, 20_000)
   gap_P = a_PG.mean(axis=1) - b_PG.mean(axis=1)
   np.testing.assert_allclose(estimate, gap_P.mean())
   np.testing.assert_allclose(high - low, 2 * 1.96 * np.sqrt(gap_P.var() / 200), rtol=0.03)
@@ -267,17 +267,19 @@ def test_pairing_removes_the_spread_of_the_problems_difficulty():
 
 def test_swapped_arguments_swap_the_sign_of_a_difference():
   a_PG, b_PG = samples(seed=0), samples(seed=0) * (np.random.default_rng(2).random((200, 8)) < 0.5)
-  ab = stats.paired_difference(a_PG, b_PG, stats.avg_at_k, 0, 2000)
-  ba = stats.paired_difference(b_PG, a_PG, stats.avg_at_k, 0, 2000)
+  a_P, b_P = a_PG.mean(axis=1), b_PG.mean(axis=1)
+  ab = stats.paired_difference(a_P, b_P, 0, 2000)
+  ba = stats.paired_difference(b_P, a_P, 0, 2000)
   np.testing.assert_allclose(ab.estimate, -ba.estimate)
   assert ab.low > 0 > ba.high
 
 
 def test_a_difference_takes_other_numbers_of_samples_but_not_of_problems():
-  interval = stats.paired_difference(samples(G=8), samples(G=4), stats.avg_at_k, 0, 100)
+  interval = stats.paired_difference(
+      samples(G=8).mean(axis=1), samples(G=4).mean(axis=1), 0, 100)
   np.testing.assert_allclose(interval.estimate, samples(G=8).mean() - samples(G=4).mean())
   with pytest.raises(ValueError, match="got 200 and 150"):
-    stats.paired_difference(samples(), samples(P=150), stats.avg_at_k, 0, 100)
+    stats.paired_difference(samples().mean(axis=1), samples(P=150).mean(axis=1), 0, 100)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4,)])

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple, Union
 
 from ml_collections import ConfigDict
 
-# Stands for "no such value". An object of its own equals no value that a config can hold, None
-# included.
-_REQUIRED = object()
+# Marks a Key without a neutral value, or without a default. An object of its own equals no value
+# that a config can hold, None included.
+_ABSENT = object()
 
 
 class Key(NamedTuple):
   """One key of a config: its range, and what it means for a stage's name."""
-  check: Callable[[Any], bool]  # value -> whether it is in range; a TypeError counts as False
+  check: Callable[[Any], bool]  # value -> whether it is in range; an error in it counts as False
   remedy: str                   # ends the error message: "choose it above 0"
-  neutral: Any = _REQUIRED       # the value at which the key changes nothing: it is not hashed
-  default: Any = _REQUIRED       # the value where a caller gives none; else the neutral value
+  neutral: Any = _ABSENT       # the value at which the key changes nothing: it is not hashed
+  default: Any = _ABSENT       # the value where a caller gives none; else the neutral value
   hashed: bool = True           # False where no value changes a result beyond rounding and logs
 
 
@@ -121,9 +121,9 @@ def defaults(record: Mapping[str, Key], **changes: Any) -> ConfigDict:
   """
   block = ConfigDict(changes)
   for name, key in record.items():
-    value = key.neutral if key.default is _REQUIRED else key.default
+    value = key.neutral if key.default is _ABSENT else key.default
     if name not in changes:
-      if value is _REQUIRED:
+      if value is _ABSENT:
         raise ValueError(f"{name} has no default: give a value for it.")
       block[name] = value
   check_names("the block", block, record)

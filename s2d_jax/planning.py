@@ -274,7 +274,8 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
             roles: Mapping[str, str | None]) -> dict:
   """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
-  # A label that no reward reads must not rename the stage, nor a solution that it does not learn.
+  # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
+  # them: others must not rename it.
   checked = stage.reward or stage.prompt_weights is not None
   facts = [(p.id, p.tokens, plan.problems[p.id]["answer"] if checked else None,
             plan.problems[p.id].get("solution") if stage.actor == "given" else None)

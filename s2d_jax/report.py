@@ -143,14 +143,14 @@ def differences(groups: Sequence[Group]) -> list[str]:
                        f"{verdict(found, PUBLISHED.get((above, below)))} |")
   if not lines:
     return ["No two arms of the paper's contrasts are here."]
-  return ["Paired differences of avg@k on the same problems and seeds; the paper has the first arm "
-          "above, in as many of its six comparisons (two RL'd teachers, three benchmarks) as "
-          "stands there. Each interval stands for itself: of twenty true zeros one is expected to "
-          "look resolved; that of one seed says nothing of other seeds, so it has no verdict. "
-          "*Labels* are distinct ones, the teacher's among them; *updates* are the student's, "
-          "under a teacher + under reward: where both arms have a part it is equal. *Resolves* is "
-          "the true difference that these seeds, problems and samples would find four times in "
-          "five.", "",
+  return ["Paired differences of avg@k on the same problems and seeds. The last column compares "
+          "with the paper, where the first arm is above: in brackets, in how many of the paper's "
+          "six comparisons (two RL'd teachers, three benchmarks). Each interval holds for one row: "
+          "of twenty true zeros one is expected to look resolved. The interval of one seed says "
+          "nothing of other seeds, so it has no verdict. *Labels* are distinct ones, with the "
+          "teacher's. *Updates* are the student's, under a teacher + under reward; where both arms "
+          "have a part, it is equal. *Resolves* is the true difference that these seeds, problems "
+          "and samples would find four times in five.", "",
           "| difference | labels | updates | sign of each seed | points | resolves | the paper's "
           "order |", "|---|---|---|---|---|---|---|", *lines]
 

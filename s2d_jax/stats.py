@@ -335,29 +335,22 @@ def names(samples: Mapping[str, Samples], ks: Sequence[int],
   """
   found = []
   for kind, entry in STATISTICS.items():
-    if kind in kinds and _computable(entry, samples):
+    if kind in kinds and computable(kind, samples):
       all_samples = samples[entry.of].correct_PG.shape[1]
       found += [f"{kind}@{k}" if k else kind for k in chosen_ks(entry, ks, all_samples)]
   return found
 
 
 def chosen_ks(entry: Statistic, ks: Sequence[int], samples: int = 1) -> list[int]:
-  """The k of each score of a statistic; [0] for one without a k.
-
-  Args:
-    ks: of a config; samples: of each problem.
-  """
+  """The k of each score of a statistic, from a config's ks; [0] for a statistic without a k."""
   if entry.k == "none":
     return [0]
   return [k for k in (ks if entry.k == "each" else (samples,)) if k >= entry.least_k]
 
 
 def computable(name: str, samples: Mapping[str, Samples]) -> bool:
-  """Whether the samples have what a score is computed from: an older run may lack a field."""
-  return _computable(statistic(name)[0], samples)
-
-
-def _computable(entry: Statistic, samples: Mapping[str, Samples]) -> bool:
+  """Whether the samples have what a score is computed from; those of an older run may not."""
+  entry, _ = statistic(name)
   return entry.of in samples and getattr(samples[entry.of], entry.reads) is not None
 
 

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from s2d_jax import models
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = ["-c", "from s2d_jax import cli; cli.main()"]  # the function of the entry point s2d-jax
 
@@ -95,9 +97,16 @@ def test_the_sampling_page(checkout):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme(checkout):
-  reward, loss, stage = blocks("README.md", "python")
+  reward, loss, stage, family, evaluation = blocks("README.md", "python")
+  # The table of model families is the package's, and one more.
+  assert eval(family.partition("= ")[2], {  # noqa: S307
+      name: name for name in (*models.FAMILIES, "mistral")}) == {
+          name: name for name in (*models.FAMILIES, "mistral")}
   # The last line of the page's stage and arm is a comment: the loss is tried on what it plans.
-  program = reward + loss + stage + """
+  # A config is locked once its file has returned it.
+  unlocked = "config.unlock()\n" + evaluation + "config.lock()\n"
+  program = reward + loss + stage + unlocked + """
+assert set(config.evals) == {"test", "held"}
 with jax.set_mesh(sharding.make_mesh(config.mesh)):
   with config.unlocked():
     config.arms = "half"
@@ -108,6 +117,11 @@ with jax.set_mesh(sharding.make_mesh(config.mesh)):
 """
   run(checkout, ["-c", program])
   assert list((checkout / "runs" / "mine" / "arms").iterdir())
+  # The arm has a score of each of the two benchmarks that run at the end.
+  (arm,) = (checkout / "runs" / "half" / "arms").glob("half-*.json")
+  splits = {json.loads((checkout / "runs" / "half" / row["score"] / "manifest.json").read_text())[
+      "inputs"]["evaluation"]["split"] for row in json.loads(arm.read_text())["rows"]}
+  assert splits == {"test", "validation"}
   (folder,) = (checkout / "runs" / "half").glob("half_kl-*")
   assert (folder / "hf" / "model.safetensors").exists()
 

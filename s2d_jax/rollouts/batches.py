@@ -73,7 +73,7 @@ def batch(rollout: Rollout, mean: str = "token", advantage_B: np.ndarray | None 
     tokens[b, : prompt_B[b]] = rollout.prompt_BT[b, : prompt_B[b]]
     tokens[b, prompt_B[b]: length_B[b]] = rollout.response(b)
   weight_B, count_B = token_weights(rollout.response_length_B, mean, rollout.response_BT.shape[1])
-  # In the sum and in the count: a dropped row leaves the mean that of the others.
+  # Scaled in sum and count, so that the mean is over the remaining rows.
   if row_weight_B is not None:
     weight_B = weight_B * row_weight_B
     count_B = count_B * row_weight_B

@@ -95,9 +95,9 @@ def halves(largest: int, least: int, multiple: int, sizes: int = CACHE_SIZES) ->
 
 def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
   """Numbers of rows that decoding is compiled for, falling; `weights` is the model's parameters."""
-  # A step on an accelerator is mostly the reading of weights, so halves are enough. They are for a
-  # small model on any device. On a CPU a row is arithmetic: a large model has smaller batches too,
-  # and three quarters of those from 16 on.
+  # A step on an accelerator is mostly the reading of weights, so halves are enough. They are also
+  # enough for a small model on any device. On a CPU a row is arithmetic: a large model has smaller
+  # batches too, and three quarters of those from 16 on.
   if sharding.platform() != "cpu" and largest % (ROWS * multiple) == 0:
     return halves(largest, LEAST_BATCH, ROWS * multiple)
   if sharding.platform() != "cpu" or weights < FINE_WEIGHTS:

@@ -116,7 +116,8 @@ def _top_p_threshold(logits_BV: jax.Array, top_p: float) -> jax.Array:
   # The floor is for a top_p that vanishes: an empty set would have enough mass for a target of 0.
   target_B1 = jnp.maximum(top_p * jnp.sum(p_BV, axis=-1, keepdims=True), 1e-30)
   def bit(i: jax.Array, found_B1: jax.Array) -> jax.Array:
-    # From the highest bit on: a bit stays if the logits from the number with it on have the mass.
+    # From the highest bit on: the bit is set if the logits at or above the number with it have
+    # enough mass.
     higher_B1 = found_B1 | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
     mass_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, p_BV, 0.0), axis=-1, keepdims=True)
     return jnp.where(mass_B1 >= target_B1, higher_B1, found_B1)

@@ -53,9 +53,9 @@ def axes() -> tuple[str, str, str, str]:
   return _AXES.get(sharding.platform(), _AXES["other"])
 
 
-def arranged(x: jax.Array, axes: str, wanted: str) -> jax.Array:
-  """An array whose axes are called `axes`, transposed to the order `wanted`."""
-  return x.transpose([axes.index(letter) for letter in wanted])
+def arranged(x: jax.Array, axes: str, order: str) -> jax.Array:
+  """An array whose axes are called `axes`, transposed to `order`."""
+  return x.transpose([axes.index(letter) for letter in order])
 
 
 def empty_pages(config: Config, batch: int, count: int, size: int, width: int,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
-from s2d_jax.models import attention, caches
+from s2d_jax.models import attention, caches, paged
 from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, Config, RopeScaling
 from s2d_jax.sharding import Params
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
     if kv is None:
       out_BTNH = attention.attention(self.implementation, q_BTNH, k_BTKH, v_BTKH, reads)
     elif isinstance(kv, caches.Pages):
-      out_BTNH, *kv = attention.paged(q_BTNH, k_BTKH, v_BTKH, *kv, reads.table_Bn, position_B)
+      out_BTNH, *kv = paged.paged(q_BTNH, k_BTKH, v_BTKH, *kv, reads.table_Bn, position_B)
       kv = caches.Pages(*kv)
     else:
       kv = caches.written(kv, k_BTKH, v_BTKH, position_B)

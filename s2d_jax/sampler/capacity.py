@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from s2d_jax import keys, models, sharding
 from s2d_jax.keys import Key
-from s2d_jax.models import attention, caches
+from s2d_jax.models import caches, paged
 from s2d_jax.models.config import Config
 from s2d_jax.sampler.sampling import Sampling
 
@@ -210,7 +210,7 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
     slots, pages, row_pages = pages_for(model_config, config, device_rows, longest, spent)
     # The memory of pages does not depend on the batch or the length, so one size is enough.
     return Shapes((slots * shards,), (longest,), window, chunk, prompts * shards, shards, pages,
-                  attention.table_size(row_pages))
+                  paged.table_size(row_pages))
   slots = slots_for(model_config, config, device_rows, longest, spent)
   weights = sum(x.size for x in jax.tree.leaves(models.shapes(model_config)))
   lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import sharding
-from s2d_jax.models import attention
+from s2d_jax.models import attention, paged
 
 
 def random_inputs(B=2, T=3, S=5, N=4, K=2, H=6):
@@ -215,7 +215,7 @@ def test_cudnn_equals_the_reference(T, S):
 
 
 def rows_of(length_B, T):
-  """A mask and weights of causal rows that are one sequence of so many tokens, then padding."""
+  """A mask and weights of causal rows that are one sequence, then padding."""
   segments = (np.arange(T) < np.array(length_B)[:, None]).astype(np.int32)
   positions = np.broadcast_to(np.arange(T, dtype=np.int32), segments.shape)
   return attention.visible(positions, segments, positions, segments), segments
@@ -287,11 +287,11 @@ def test_keys_and_values_are_not_repeated_for_the_query_heads(attend):
 def test_table_sizes_suit_the_kernels():
   # The GPU's wants eight parts, each in blocks of up to eight pages, and of a power of two.
   for pages in range(1, 700):
-    part, remainder = divmod(attention.table_size(pages), 8)
+    part, remainder = divmod(paged.table_size(pages), 8)
     block = min(part, 8)
     assert not remainder and not part % block and not block & (block - 1)
     assert pages <= 8 * part < pages + 64
-  assert [attention.table_size(pages) for pages in (1, 9, 17, 33, 65, 608)] == [8, 16, 32, 64, 128,
+  assert [paged.table_size(pages) for pages in (1, 9, 17, 33, 65, 608)] == [8, 16, 32, 64, 128,
                                                                               640]
 
 
@@ -303,14 +303,14 @@ def test_pages_are_read_in_the_order_of_the_table(kernel, dtype, most):
   # Rows of 6, 41 and 128 tokens in scattered pages of 16, with tables for `most` pages or more, are
   # compared with contiguous rows. The kernels are interpreted.
   rng = np.random.default_rng(0)
-  B, N, K, H, S, n = 3, 4, 2, 128, 16, attention.table_size(most)
+  B, N, K, H, S, n = 3, 4, 2, 128, 16, paged.table_size(most)
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), dtype)
   q, k, v = normal(B, 1, N, H), normal(B, 1, K, H), normal(B, 1, K, H)
   pages = normal(2, K, 6 + B * n, S, H)
   table = jnp.asarray(rng.permutation(np.arange(1, 1 + B * n)).reshape(B, n), jnp.int32)
   at = jnp.asarray([5, 40, 127], jnp.int32)
-  out, *written = attention.paged(q, k, v, *pages, table, at, kernel=kernel)
+  out, *written = paged.paged(q, k, v, *pages, table, at, kernel=kernel)
   whole = [np.asarray(x, np.float64)[:, np.asarray(table)].swapaxes(0, 1).reshape(B, K, n * S, H)
            .swapaxes(1, 2) for x in pages]
   for x, new in zip(whole, (k, v), strict=True):
@@ -346,6 +346,6 @@ def test_importing_every_module_raises_no_warning():
 def test_a_jax_without_the_gpu_kernel_is_named_where_it_is_used(monkeypatch):
   monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.paged_attention", None)
   monkeypatch.delattr("jax.experimental.pallas.ops.gpu.paged_attention", raising=False)
-  attention._gpu_kernel.cache_clear()
+  paged._gpu_kernel.cache_clear()
   with pytest.raises(ImportError, match="has no .*paged_attention.*constraints.txt"):
-    attention._gpu_kernel()
+    paged._gpu_kernel()

@@ -1,4 +1,4 @@
-"""What is written to a cache, in both orders of its axes, against a loop over rows in NumPy."""
+"""Writes to a cache, in both orders of its axes, against a loop over rows in NumPy."""
 
 import types
 

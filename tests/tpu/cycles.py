@@ -14,7 +14,7 @@ class Loop(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What a program's text says; a loop's body is counted once."""
+  """Facts from a program's text; a loop's body is counted once."""
   cycles: int  # expected outside of what runs asynchronously
   loops: list[Loop]
 

@@ -16,7 +16,7 @@ from benchmarks import loss
 from configs import common
 from s2d_jax import compiling, models, objectives, optim, sampler, sharding, training
 from s2d_jax.losses import blockwise
-from s2d_jax.models import attention
+from s2d_jax.models import paged
 from s2d_jax.sampler import capacity, programs
 from tests.losses import test_blockwise as hlo
 from tests.tpu import cycles
@@ -175,7 +175,7 @@ def decoding(name, where, rows, length, layers, **config):
   config = sampler.SamplerConfig(**config)
   pages = length // config.page if config.page else 0
   shapes = capacity.Shapes((rows,), (length,), 128, 128, prompts=1, shards=1, pages=rows * pages,
-                           table=attention.table_size(pages))
+                           table=paged.table_size(pages))
   with jax.set_mesh(where):
     weights = programs.abstract_weights(model, models.laid_out(model.config, where), where)
     slots = programs.abstract_slots(model.config, config, shapes, rows, length, where)

@@ -2,7 +2,7 @@
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
-# Also test-fast, test-slow, test-tpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
+# Also test-fast, test-slow, test-tpu, test-gpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip. On Linux the default index's torch includes CUDA; PyTorch's installation page names
 # an extra index with the small CPU build.
 
@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run ladder test test-fast test-slow test-tpu lint clean
+.PHONY: run ladder test test-fast test-slow test-tpu test-gpu lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
@@ -33,10 +33,10 @@ ladder: $(VENV)/.installed
 	$(BIN)/s2d-jax report runs/ladder
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not tpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not tpu and not gpu" -n $(WORKERS) --dist loadfile
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not medium and not tpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations 10
@@ -47,11 +47,16 @@ test-tpu: .venv-tpu/.installed
 	  JAX_ENABLE_COMPILATION_CACHE=false \
 	  .venv-tpu/bin/python -m pytest -m tpu tests/tpu -n $(WORKERS)
 
+# The plugin would look for a driver in .venv. Here it compiles for cards that are absent.
+test-gpu: .venv-gpu/.installed
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
+	  .venv-gpu/bin/python -m pytest -m gpu tests/gpu -n $(WORKERS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) .venv-312 .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
+	rm -rf $(VENV) .venv-312 .venv-tpu .venv-gpu build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: installed once, and again when the requirements change.
@@ -73,4 +78,15 @@ $(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 	  --constraint constraints.txt --editable '.[tpu]' pytest pytest-xdist
+	touch $@
+
+# Without their dependencies: neither a driver nor cuBLAS is needed to compile.
+.venv-gpu/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  --constraint constraints.txt --editable . pytest pytest-xdist
+	version=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)') && \
+	  .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
+	  nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12
 	touch $@

@@ -41,6 +41,7 @@ class Samplers(NamedTuple):
   prompt_tokens: int
   stop_ids: tuple[int, ...]
   decode: Callable[[np.ndarray], str]
+  compiler: sampler.Compiler = sampler.RUN_COMPILER  # of a stage's other programs too
 
   def compile(self, role: Role, sampling_config: ConfigDict, batch: int, narrow: bool = False,
               **changes: Any) -> sampler.Sampler:
@@ -58,7 +59,7 @@ class Samplers(NamedTuple):
     with keys.prefixed("config.sampler."):
       sampler.check_memory(role.model, role_sampling, batch, self.prompt_tokens, config)
     return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
-                           self.decode, role.params)
+                           self.decode, role.params, self.compiler)
 
 
 class Programs(NamedTuple):
@@ -70,10 +71,11 @@ class Programs(NamedTuple):
   scores_first: bool          # whether `token_logps` runs before the updates of each step
 
 
-def samplers(config: ConfigDict, chat: Chat) -> Samplers:
+def samplers(config: ConfigDict, chat: Chat,
+             compiler: sampler.Compiler = sampler.RUN_COMPILER) -> Samplers:
   """The settings of all samplers of a run, whose responses `chat` ends and decodes."""
   settings = sampler.SamplerConfig(**config.sampler)
-  return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode)
+  return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler)
 
 
 def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, logp: Callable,
@@ -110,7 +112,7 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
     token_logps = _compile(
         ("token_logps", models.actor.model, logp), hp,
         lambda: training.token_logps(models.actor.model, logp, hp),
-        (sharding.abstract(models.actor.params), batch))
+        (sharding.abstract(models.actor.params), batch), samplers.compiler)
   guide = models.guide and models.guide.model
   # A minibatch has old log-probabilities, or those of the sampler alone, or, given, none.
   batch = abstract_batch(samples // hp.minibatches, width, mesh, old_logps=scores_first,
@@ -121,12 +123,12 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, l
       ("update", models.learner.model, guide, objective, optimizer), hp,
       lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
                                   training.shardings(state)),
-      (state, guide_params, batch, non_trainable))
+      (state, guide_params, batch, non_trainable), samplers.compiler)
   return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first)
 
 
 def _compile(name: tuple[Hashable, ...], hp: ConfigDict, jitted: Callable[[], Any],
-             arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+             arguments: tuple[Any, ...], compiler: sampler.Compiler) -> jax.stages.Compiled:
   """The program of `jitted()` for abstract arguments, or an equal one of the run.
 
   Args:
@@ -134,8 +136,9 @@ def _compile(name: tuple[Hashable, ...], hp: ConfigDict, jitted: Callable[[], An
   """
   # All of hp, though a program reads a part of it: which part, only the objective can say.
   description = (*name, FrozenConfigDict(hp.to_dict()), sharding.current_mesh(),
-                 program_cache.shapes_of(arguments))
-  return program_cache.shared(description, lambda: jitted().lower(*arguments).compile())
+                 program_cache.shapes_of(arguments), compiler)
+  return program_cache.shared(description,
+                              lambda: compiler.compile(jitted().lower(*arguments)))
 
 
 def narrow_cache(models: StageModels, samplers: Samplers) -> bool:

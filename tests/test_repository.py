@@ -178,7 +178,8 @@ def pins(python):
 
 def test_setup_has_the_extras():
   extras = literals(ROOT / "setup.py")["EXTRAS"]
-  assert set(extras) == {"test", "math", "tpu", "cuda13", "gcs", "s3", "notebook"}
+  assert set(extras) == {"test", "math", "tpu", "cuda13", "gpu-compile", "gcs", "s3",
+                         "notebook"}
   assert [name for name, lines in extras.items() if "torch" in " ".join(lines)] == ["test"]
 
 

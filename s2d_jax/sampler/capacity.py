@@ -80,6 +80,10 @@ class Shapes(NamedTuple):
   pages: int      # pages of each device, or 0
   table: int      # pages that a row may hold
 
+  def largest(self) -> "Shapes":
+    """These Shapes with the largest batch at its longest alone."""
+    return self._replace(batches=self.batches[:1], lengths=self.lengths[-1:])
+
 
 def halves(largest: int, least: int, multiple: int, sizes: int = CACHE_SIZES) -> tuple[int, ...]:
   """`largest` and its halves down to `least`, falling: at most `sizes` numbers.

@@ -24,6 +24,15 @@ Program = jax.stages.Lowered | jax.stages.Compiled
 Size = tuple[int, int]  # (batch, length)
 
 
+class Compiler(NamedTuple):
+  """How a sampler's programs are compiled; `preflight` has a compiler that reports each."""
+  compile: Callable[[jax.stages.Lowered], Any] = jax.stages.Lowered.compile
+  largest_only: bool = False  # decode the largest batch to its longest, and no other sizes
+
+
+RUN_COMPILER = Compiler()
+
+
 class Programs(NamedTuple):
   """The compiled programs of a sampler, by the sizes of the slots that they take."""
   mesh: Mesh | None
@@ -49,7 +58,7 @@ class Programs(NamedTuple):
 @program_cache.cached
 def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: int,
           prompt_tokens: int, mesh: Mesh | None, tree: jax.tree_util.PyTreeDef,
-          leaves: tuple[Any, ...]) -> Programs:
+          leaves: tuple[Any, ...], compiler: Compiler = RUN_COMPILER) -> Programs:
   """The Programs of a sampler for `rows` rows and prompts of at most `prompt_tokens` tokens.
 
   `tree` and `leaves` are the abstract parameters, flattened so that the cache can hash them.
@@ -57,6 +66,7 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   model_config = model.config
   params = jax.tree.unflatten(tree, leaves)
   shapes = capacity.shapes(model_config, sampling, config, rows, prompt_tokens)
+  shapes = shapes.largest() if compiler.largest_only else shapes
   slots = {(B, S): abstract_slots(model_config, config, shapes, B, S, mesh)
            for B in shapes.batches for S in shapes.lengths}
   prompt_cache = _abstract_cache(jax.eval_shape(
@@ -94,7 +104,8 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
                         slots[most, S])
                for shorter, S in itertools.pairwise(shapes.lengths)},
       shrink={(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], whole(fewer))
-              for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}))
+              for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}),
+      compiler.compile)
 
 
 def abstract_weights(model: models.Model, params: Params, mesh: Mesh | None) -> decode.Weights:
@@ -165,13 +176,13 @@ def _abstract_cache(cache: caches.Cache, mesh: Mesh | None) -> caches.Cache:
   return jax.tree.map(laid_out, cache, caches.axis_names(cache))
 
 
-def _compile(programs: Programs) -> Programs:
+def _compile(programs: Programs, compile: Callable[[jax.stages.Lowered], Any]) -> Programs:
   """The Programs with every lowered program compiled."""
   # XLA compiles without the interpreter's lock, so threads compile several programs at a time.
   lowered, tree = jax.tree.flatten(programs, is_leaf=lambda x: isinstance(x, jax.stages.Lowered))
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     return tree.unflatten(pool.map(
-        lambda x: x.compile() if isinstance(x, jax.stages.Lowered) else x, lowered))
+        lambda x: compile(x) if isinstance(x, jax.stages.Lowered) else x, lowered))
 
 
 def _layout(model_config: Config, mesh: Mesh, weights: decode.Weights) -> decode.Weights:

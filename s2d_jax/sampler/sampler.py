@@ -13,6 +13,7 @@ from s2d_jax.rollouts import OnFinish, Prompt, Rollout, SamplerStats
 from s2d_jax.sampler import capacity, programs
 from s2d_jax.sampler.capacity import SamplerConfig
 from s2d_jax.sampler.decode import Weights
+from s2d_jax.sampler.programs import RUN_COMPILER, Compiler
 from s2d_jax.sampler.sampling import Decode, Sampling, check_sampling
 from s2d_jax.sampler.scheduler import Request, Schedule
 from s2d_jax.sampler.stop_strings import StopDetector
@@ -33,7 +34,8 @@ class Sampler:
 
   def __init__(self, model: Model, sampling: Sampling, batch: int, prompt_tokens: int,
                config: SamplerConfig = DEFAULT, decode: Decode | None = None,
-               params: Params | None = None) -> None:
+               params: Params | None = None,
+               compiler: Compiler = RUN_COMPILER) -> None:
     """Compiles on the current mesh.
 
     Args:
@@ -43,6 +45,7 @@ class Sampler:
       decode: token ids -> text, for stop strings.
       params: weights, or their abstract arrays, of the dtypes and layouts that calls will have; by
         default those of `hf.load`: float32, laid out as the trainer's.
+      compiler: how, and of which sizes, the programs are compiled.
 
     Raises:
       ValueError: a field of the sampling or of the config is refused, or not one row fits the
@@ -61,7 +64,7 @@ class Sampler:
     # Programs are cached by their arguments, so the weights' shapes are passed as hashable values.
     leaves, tree = jax.tree.flatten(self.abstract_params)
     self.programs = programs.build(model, sampling, config, batch * sampling.samples_per_prompt,
-                                   prompt_tokens, mesh, tree, tuple(leaves))
+                                   prompt_tokens, mesh, tree, tuple(leaves), compiler)
     self.sampling = sampling
     self.prompt_tokens = prompt_tokens
     self.decode = decode

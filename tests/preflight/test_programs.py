@@ -44,7 +44,7 @@ def parameters(role):
 
 def costs(config):
   with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
-    return {(cost.stage, cost.program): cost for cost in preflight.costs(config)}
+    return {(cost.stage, cost.program): cost for cost in preflight.costs_of(config)}
 
 
 def check(config, expected):
@@ -83,10 +83,11 @@ def check(config, expected):
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
-    assert min(cost.arguments, cost.temporaries, cost.output) > 0, key
-    assert floor[key] <= cost.arguments < floor[key] + SLACK, key
+    account = cost.account
+    assert min(account.arguments, account.temporaries, account.output) > 0, key
+    assert floor[key] <= account.arguments < floor[key] + SLACK, key
     if key[1] == "update":  # the new state takes the old one's place: what comes out are metrics
-      assert cost.output < SLACK, key
+      assert account.output < SLACK, key
 
 
 @pytest.mark.medium
@@ -118,7 +119,7 @@ def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_comp
                      ("forward_kl", "token_logps"): 2 * teacher,
                      ("forward_kl", "sample prefill"): 2 * teacher,
                      ("test", "student prefill"): 2 * student}.items():
-    assert floor <= found[key].arguments < floor + SLACK, key
+    assert floor <= found[key].account.arguments < floor + SLACK, key
 
 
 @pytest.mark.medium
@@ -128,7 +129,7 @@ def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compi
     config.stages = {"weighted_fkl": config.stages.weighted_fkl}
   def arguments():
     with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
-      return {cost.program: cost.arguments for cost in preflight.costs(config)
+      return {cost.program: cost.account.arguments for cost in preflight.costs_of(config)
               if cost.stage == "weighted_fkl"}
   whole = arguments()
   config.stages.weighted_fkl.lora.rank = 1

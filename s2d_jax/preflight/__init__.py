@@ -1,0 +1,11 @@
+"""`s2d-jax preflight`: compiles a config's programs ahead of time and says whether they fit.
+
+Needs the two model folders' config.json and tokenizer, no weights and no data. With `--topology` it
+compiles for a TPU or GPU that is not here. One file per subject: `programs` compiles a config,
+`topologies` has the chips, `costs` one program's memory and time, `hlo` reads a compiled program,
+`verdicts` prints, `search` compares meshes.
+"""
+
+from s2d_jax.preflight.programs import abstract_role, costs_of, main, show
+
+__all__ = ["abstract_role", "costs_of", "main", "show"]

@@ -1,0 +1,130 @@
+"""The needs of one compiled program: memory on a device, and the least time on a chip.
+
+Memory is the compiler's own account. A least time is a bound from the chip's rates: a kernel takes
+at least its FLOPs, its bytes or one launch, and messages may overlap with everything else.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from s2d_jax.preflight import hlo
+from s2d_jax.preflight.hlo import Kernel
+from s2d_jax.preflight.topologies import Chip
+from s2d_jax.sharding import Params
+
+
+class Account(NamedTuple):
+  """The memory of a program on each device, in bytes."""
+  arguments: int
+  temporaries: int
+  output: int  # beyond what reuses the arguments' memory
+  code: int
+
+  @property
+  def total(self) -> int:
+    """All of it."""
+    return sum(self)
+
+
+class Least(NamedTuple):
+  """The least time of a program, by what bounds each kernel, in seconds."""
+  products: float
+  memory: float
+  launches: float
+  network: float
+
+  @property
+  def seconds(self) -> float:
+    """The whole: messages overlap with kernels, and kernels follow each other."""
+    return max(self.network, self.products + self.memory + self.launches)
+
+  @property
+  def bound(self) -> str:
+    """The name of the largest part."""
+    return max(self._fields, key=lambda name: getattr(self, name))
+
+
+class Cost(NamedTuple):
+  """One program of a config."""
+  stage: str
+  program: str
+  account: Account | None  # None: the compiler found that it does not fit
+  resident: int            # bytes beside it that the stage holds meanwhile
+  runs: float              # in one step of the stage
+  kernels: Kernel          # their sum in one run
+  least: Least | None      # of one run; None without a chip
+  problem: str = ""        # the number that the compiler refused
+
+  @property
+  def bytes(self) -> int:
+    """The memory of a device while the program runs."""
+    return self.resident + (self.account.total if self.account else 0)
+
+
+class DoesNotFit(NamedTuple):
+  """In place of a Compiled: the compiler's sentence with the numbers."""
+  problem: str
+
+
+def compile_or_refuse(lowered: jax.stages.Lowered) -> jax.stages.Compiled | DoesNotFit:
+  """The compiled program, or the sentence of a compiler that found it larger than the memory.
+
+  Raises:
+    jax.errors.JaxRuntimeError: compilation failed for another reason.
+  """
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    # A TPU's memory is known to its compiler, which refuses what exceeds it.
+    found = re.search(r"Used \S+ of \S+ hbm\. Exceeded hbm capacity by [\w.]+", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) and found is None:
+      raise
+    return DoesNotFit(found[0] if found else str(error).splitlines()[0])
+
+
+def account(compiled: jax.stages.Compiled) -> Account:
+  """The Account of a program."""
+  memory = compiled.memory_analysis()
+  # Donated arguments hold a part of the output, which must not be counted twice.
+  return Account(memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                 memory.generated_code_size_in_bytes)
+
+
+def least(kernels: Iterable[Kernel], chip: Chip) -> Least:
+  """The Least of a program's kernels at the rates of a chip."""
+  found = {"products": 0.0, "memory": 0.0, "launches": 0.0}
+  sent = 0.0
+  for kernel in kernels:
+    bounds = {"products": kernel.flops / chip.flops, "memory": kernel.bytes / chip.bandwidth,
+              "launches": chip.launch * kernel.count}
+    bound = max(bounds, key=lambda name: bounds[name])
+    found[bound] += bounds[bound]
+    sent += kernel.collective_bytes
+  return Least(**found, network=sent / chip.network)
+
+
+def device_bytes(tree: Params) -> int:
+  """Bytes of arrays, or of abstract arrays, on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree))
+
+
+def cost(stage: str, program: str, compiled: jax.stages.Compiled | DoesNotFit, resident: int,
+         runs: float, trips: int, chip: Chip | None) -> Cost:
+  """The Cost of a compiled program.
+
+  Args:
+    resident: bytes that the stage holds beside it.
+    runs: of the program in one step of the stage.
+    trips: of loops whose trips the compiler does not know.
+  """
+  if isinstance(compiled, DoesNotFit):
+    return Cost(stage, program, None, resident, runs, hlo.total(()), None, compiled.problem)
+  kernels = hlo.kernels(compiled.as_text(), trips)
+  return Cost(stage, program, account(compiled), resident, runs, hlo.total(kernels),
+              chip and least(kernels, chip))

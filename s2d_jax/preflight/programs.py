@@ -1,0 +1,326 @@
+"""`s2d-jax preflight`: compiles every program of a config ahead of time and prints its Cost."""
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from s2d_jax import (
+  chat,
+  command,
+  compiling,
+  doctor,
+  evals,
+  keys,
+  models,
+  objectives,
+  planning,
+  recipe,
+  sampler,
+  sharding,
+  stage,
+  sweep,
+  training,
+)
+from s2d_jax.compiling import Programs, Role, Samplers, StageModels
+from s2d_jax.losses.agreement import agreement
+from s2d_jax.models import hf
+from s2d_jax.preflight import costs, search, topologies, verdicts
+from s2d_jax.preflight.costs import Cost, DoesNotFit
+from s2d_jax.preflight.topologies import Chip
+
+_EXAMPLE = ("s2d-jax preflight --config=configs/qwen3_math.py:models=/models,data=/data "
+            "--topology=v5p:2x2x4")
+
+
+class Progress:
+  """Compiles programs for `sampler.Compiler`, equal ones once, and reports each on standard error.
+
+  Attributes:
+    stage: whose programs are compiled now.
+  """
+
+  def __init__(self) -> None:
+    self.stage = ""
+    self._compiled: dict[bytes, Any] = {}
+
+  def __call__(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | DoesNotFit:
+    """The compiled program, or what the compiler said where it does not fit."""
+    # Stages share many programs. The text of one has its shapes and layouts.
+    key = hashlib.sha256(lowered.as_text().encode()).digest()
+    if key not in self._compiled:
+      start = time.monotonic()
+      self._compiled[key] = costs.compile_or_refuse(lowered)
+      name = lowered.compiler_ir().operation.attributes["sym_name"].value
+      print(f"{self.stage}: {name.removeprefix('jit_')} compiled in "
+            f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    return self._compiled[key]
+
+
+class Target(NamedTuple):
+  """For which chip and in which detail a config is compiled."""
+  chip: Chip | None = None   # None: this machine's devices, whose rates are unknown
+  fast: bool = False         # one decoding program a sampler, and the stages alone
+
+
+LOCAL = Target()
+
+def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
+                  shapes: Callable = models.frozen_shapes) -> Role:
+  """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
+  model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
+  return Role(model, models.laid_out(model.config, mesh, shapes))
+
+
+def costs_of(config: ConfigDict, target: Target = LOCAL,
+             progress: Progress | None = None) -> Iterator[Cost]:
+  """Yields the Cost of every program of every stage and score of a config, on the current mesh.
+
+  Raises:
+    ValueError: the config is wrong.
+  """
+  table = {row.name: row for row in recipe.STAGES}
+  mesh = sharding.current_mesh()
+  # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
+  doctor.check_config(config, table)
+  progress = progress or Progress()
+  samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
+                                sampler.Compiler(progress, target.fast))
+  for name, hp, stage_models, optimizer in _stages(config):
+    progress.stage = name
+    programs = compiling.compile_programs(stage_models, hp, table[name].objective, objectives.logp,
+                                          optimizer, samplers)
+    yield from _stage(name, hp, stage_models, programs, resident(stage_models, optimizer),
+                      target.chip)
+  if not target.fast:
+    yield from _scoring(config, mesh, samplers, progress, target.chip)
+
+
+def _stages(config: ConfigDict) -> Iterator[
+    tuple[str, ConfigDict, StageModels, optax.GradientTransformation]]:
+  """(name, block of the config, abstract models, optimizer) of each stage that has steps."""
+  table = {row.name: row for row in recipe.STAGES}
+  mesh = sharding.current_mesh()
+  # The base models stand for every role: a stage's weights have the shapes of its base's.
+  bases = {"teacher": "teacher", "student": "student"}
+  for name, hp in config.stages.items():
+    if hp.steps == 0:  # left out
+      continue
+    row = table[name]
+    stage_models = stage.load_models(
+        row, hp, planning.parents(row, hp, bases),
+        lambda role, shapes: abstract_role(config, role, mesh, shapes),
+        lambda model: models.split(model.config, models.laid_out(model.config, mesh))[0])
+    yield name, hp, stage_models, stage.optimizer(hp, stage_models.learner.model.config)
+
+
+def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
+  """Bytes on each device of what a stage holds from its start to its end, by name."""
+  learner = stage_models.learner
+  state = training.abstract(optimizer, sharding.current_mesh(), learner.params)
+  found = {"learner": costs.device_bytes((state.params, stage_models.non_trainable)),
+           "optimizer": costs.device_bytes(state.opt_state)}
+  # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
+  guide = stage_models.guide
+  if guide is not None:
+    found["guide"] = costs.device_bytes(guide.params)
+  actor = stage_models.actor
+  if actor is not None and not stage_models.on_policy and actor is not guide:
+    found["actor"] = costs.device_bytes(actor.params)
+  if stage_models.pass_rate_model is not None:
+    found["pass rate model"] = costs.device_bytes(stage_models.pass_rate_model.params)
+  return found
+
+
+def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
+           held: dict[str, int], chip: Chip | None) -> Iterator[Cost]:
+  """Costs of a stage's programs, in the order in which a step runs them."""
+  everything = sum(held.values())
+  for program, compiled, samples in (
+      ("pass rates", programs.pass_rate_sampler, hp.get("pass_samples", 0)),
+      ("sample", programs.sampler, hp.sampling.samples_per_prompt)):
+    if compiled is not None:
+      yield from _sampling(name, program, compiled, hp.prompts * samples, everything, chip)
+  rows = hp.prompts * hp.sampling.samples_per_prompt
+  if programs.token_logps is not None:
+    taken = costs.device_bytes(stage_models.actor.params)
+    # Without old log-probabilities it runs once a stage, to check a narrow cache.
+    yield costs.cost(name, "token_logps", programs.token_logps, everything - taken,
+                     float(programs.scores_first), _blocks(hp, rows // hp.microbatches), chip)
+  # The update takes everything but a separate actor and the model behind pass rates.
+  others = held.get("actor", 0) + held.get("pass rate model", 0)
+  yield costs.cost(name, "update", programs.update, others, hp.epochs * hp.minibatches,
+                   _blocks(hp, rows // (hp.minibatches * hp.microbatches)), chip)
+
+
+def _blocks(hp: ConfigDict, rows: int) -> int:
+  """Blocks of the loss for a microbatch of `rows` rows of the longest responses."""
+  shards = sharding.shard_count(sharding.current_mesh(), "batch", rows)
+  return max(-(-rows // shards * hp.sampling.max_tokens // hp.block), 1)
+
+
+def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int, held: int,
+              chip: Chip | None) -> Iterator[Cost]:
+  """Costs of a sampler's two large programs, of which the others need less.
+
+  Args:
+    rows: of one call.
+    held: bytes that the stage holds beside the sampler.
+  """
+  programs = compiled.programs
+  shapes = programs.shapes
+  # Samples that fit at once are one wave, and each token of the longest one is one step.
+  waves = -(-rows // shapes.batches[0])
+  slots = costs.device_bytes(programs.slots[shapes.batches[0], shapes.lengths[-1]])
+  prompts = rows / compiled.sampling.samples_per_prompt
+  read = costs.cost(stage, f"{name} prefill", programs.prefill, held + slots,
+                    prompts / shapes.prompts, shapes.window // shapes.chunk, chip)
+  # The cache of a prompt that was read stays while its samples wait for a slot.
+  waiting = read.account.output if read.account else 0
+  yield costs.cost(stage, name, compiled.decode_program, held + waiting,
+                   waves * compiled.sampling.max_tokens, 1, chip)
+  yield read
+
+
+def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers, progress: Progress,
+             chip: Chip | None) -> Iterator[Cost]:
+  """Costs of what scores either model: each evaluation, and the probe."""
+  roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
+  held = {role: costs.device_bytes(roles[role].params) for role in roles}
+
+  def sampling(block: str, hp: ConfigDict, size: int, way: str, **change: Any) -> Iterator[Cost]:
+    for role in roles:
+      found = samplers.compile(roles[role], hp.sampling, size, **change)
+      rows = size * found.sampling.samples_per_prompt
+      # A probe has both models on the device.
+      others = sum(held.values()) if block == "probe" else held[role]
+      yield from _sampling(block, f"{role}{way}", found, rows, others, chip)
+
+  for name, hp in config.evals.items():
+    progress.stage = name
+    for way, change in evals.ways(hp).items():
+      yield from sampling(name, hp, evals.batch(hp), f" {way}".replace(" sampled", ""), **change)
+  if config.probe.problems:
+    progress.stage = "probe"
+    yield from sampling("probe", config.probe, config.probe.prompts, "")
+    rows = config.probe.prompts * config.probe.sampling.samples_per_prompt
+    yield costs.cost("probe", "both", progress(_compare(config, roles, mesh, rows)), 0, 1,
+                     _blocks(config.probe, rows // config.probe.microbatches), chip)
+
+
+def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
+             rows: int) -> jax.stages.Lowered:
+  """The program that compares a probe's two models on the same tokens, lowered."""
+  student = roles["student"]
+  teacher = roles["teacher"]
+  # Both models are scored in one program, so their memory is needed at the same time.
+  width = config.prompt_tokens + config.probe.sampling.max_tokens - 1
+  batch = compiling.abstract_batch(rows, width, mesh)
+  compared = training.compare(student.model, teacher.model, agreement, config.probe)
+  return compared.lower(sharding.abstract(student.params), sharding.abstract(teacher.params), batch)
+
+
+def main(argv: Sequence[str]) -> None:
+  """`s2d-jax preflight`: prints the table of a config's programs; exits with 1 if one is too large.
+  """
+  parser = command.config_parser(
+      "preflight", "Compiles every program of a config and says whether it fits.", _EXAMPLE)
+  parser.add_argument("--topology", metavar="h100:8",
+                      help="chips to compile for that are not here: h100, h200:8, v5e:4x4, ...")
+  parser.add_argument("--fast", action="store_true",
+                      help="the stages alone, with one decoding program a sampler")
+  parser.add_argument("--search", action="store_true",
+                      help="try meshes, microbatches and remat; print the cheapest that fits")
+  parser.add_argument("--price", metavar="2.5", help="of one chip an hour")
+  config, args = command.parse_config(parser, argv)
+  price = search.check_price(args.price)
+  if args.search and not args.topology:
+    raise ValueError("--search needs --topology: name the chips that it is for.")
+  if args.search:
+    fits = search_and_show(config, args.topology, price)
+  else:
+    fits = show(config, args.topology, args.fast, price)
+  if not fits:
+    sys.exit(command.FAILED)
+
+
+def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
+         price: float | None = None) -> bool:
+  """Prints a line per program and a verdict per stage; returns False if something does not fit.
+
+  Args:
+    topology: chips to compile for; None: this machine's devices.
+    price: of one chip an hour.
+  """
+  configs = sweep.expand(config)
+  chip = topologies.chip(topology) if topology else None
+  devices = topologies.devices(topology) if topology else None
+  mesh = _mesh(configs[0].mesh, devices)
+  limit = chip.memory if chip is not None else _memory(mesh)
+  progress = Progress()
+  found: dict[Cost, None] = {}
+  with jax.set_mesh(mesh):
+    print(verdicts.HEADER, flush=True)
+    for one in configs:
+      for cost in costs_of(one, Target(chip, fast), progress):
+        if cost not in found:  # runs of a sweep share programs
+          found[cost] = None
+          # Flushed line by line, because a large program takes minutes to compile.
+          print(verdicts.line(cost), flush=True)
+  print(verdicts.summary(list(found), limit))
+  if chip is not None:
+    print(search.price_sentence(mesh.size, search.hours(configs[0], list(found)), price))
+  return verdicts.fits(found, limit)
+
+
+def search_and_show(config: ConfigDict, topology: str, price: float | None) -> bool:
+  """Prints a line per candidate and the cheapest that fits; returns False if none does."""
+  chip = topologies.chip(topology)
+  devices = topologies.devices(topology)
+  progress = Progress()
+
+  def compiled(changed: ConfigDict) -> list[Cost]:
+    with jax.set_mesh(_mesh(changed.mesh, devices)):
+      return list(costs_of(changed, Target(chip, fast=True), progress))
+
+  def held(changed: ConfigDict) -> int:
+    with jax.set_mesh(_mesh(changed.mesh, devices)):
+      return max(sum(resident(models_of_stage, optimizer).values())
+                 for _, _, models_of_stage, optimizer in _stages(changed))
+
+  heads = [models.read_config(hf.read_json(config[role])).kv_heads
+           for role in ("teacher", "student")]
+  tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
+  best = search.cheapest(config, tried, chip.memory, compiled, held,
+                         lambda line: print(line, flush=True))
+  if best is None:
+    print(f"no candidate fits {topology}")
+    return False
+  candidate, needed = best
+  print(f"the cheapest that fits: {candidate}: "
+        f"{search.price_sentence(len(devices), needed, price)}")
+  return True
+
+
+def _mesh(shape: tuple[int, ...], devices: list[jax.Device] | None) -> Mesh:
+  """The mesh of a config; of described devices it uses all."""
+  with keys.prefixed("config."):
+    mesh = sharding.make_mesh(shape, devices)
+    if devices is not None and mesh.size != len(devices):
+      raise ValueError(f"mesh is {tuple(shape)}, which leaves {len(devices) - mesh.size} of the "
+                       f"{len(devices)} devices idle: choose sizes that use all.")
+  return mesh
+
+
+def _memory(mesh: Mesh) -> int | None:
+  """Bytes of a device's memory, where it says so; a CPU does not."""
+  stats = mesh.devices.flat[0].memory_stats()
+  return stats and stats.get("bytes_limit")
+

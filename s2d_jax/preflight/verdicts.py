@@ -1,0 +1,76 @@
+"""The lines that preflight prints: programs, whether each stage fits, and its least time."""
+
+from collections.abc import Iterable, Sequence
+
+from s2d_jax.preflight.costs import Cost
+
+HEADER = "\n".join((
+    "bytes on each device; FLOPs of products, bytes moved and sent in one run, of decoding a token",
+    f"{'stage':<16}{'program':<20}{'arguments':>16}{'temporaries':>16}{'output':>15}{'code':>13}"
+    f"{'with resident':>18}{'GFLOP':>12}{'GB':>10}{'kernels':>9}{'sent GB':>10}{'least ms':>11}"
+    "  bound"))
+
+
+def line(cost: Cost) -> str:
+  """One program in a line of the table."""
+  named = f"{cost.stage:<16}{cost.program:<20}"
+  if cost.account is None:
+    return f"{named} does not fit: {cost.problem}"
+  account = cost.account
+  memory = (f"{account.arguments:>16,}{account.temporaries:>16,}{account.output:>15,}"
+            f"{account.code:>13,}{cost.bytes:>18,}")
+  kernels = cost.kernels
+  counts = (f"{kernels.flops / 1e9:>12,.1f}{kernels.bytes / 1e9:>10,.2f}{kernels.count:>9,}"
+          f"{kernels.collective_bytes / 1e9:>10,.3f}")
+  if cost.least is None:
+    return named + memory + counts
+  return f"{named}{memory}{counts}{cost.least.seconds * 1e3:>11,.2f}  {cost.least.bound}"
+
+
+def fits(found: Iterable[Cost], limit: int | None) -> bool:
+  """Whether every program fits a device of `limit` bytes; an unknown limit holds everything."""
+  return all(cost.account is not None and (limit is None or cost.bytes <= limit)
+             for cost in found)
+
+
+def summary(found: Sequence[Cost], limit: int | None) -> str:
+  """A verdict and the least time of a step for each stage, and a verdict of the whole."""
+  by_stage: dict[str, list[Cost]] = {}
+  for cost in found:
+    by_stage.setdefault(cost.stage, []).append(cost)
+  lines = [f"{stage}: {verdict(costs, limit)}{_step(costs)}"
+           for stage, costs in by_stage.items()]
+  return "\n".join(["", *lines, f"the whole: {verdict(found, limit)}"])
+
+
+def verdict(found: Sequence[Cost], limit: int | None) -> str:
+  """Says whether programs fit, with the largest or the one that does not."""
+  refused = [cost for cost in found if cost.account is None]
+  if refused:
+    return f"does not fit: {refused[0].stage} {refused[0].program}: {refused[0].problem}"
+  largest = max(found, key=lambda cost: cost.bytes)
+  name = f"{largest.stage} {largest.program}"
+  if limit is None:
+    return f"needs {gb(largest.bytes)} ({name})"
+  if largest.bytes <= limit:
+    return f"fits: {gb(largest.bytes)} of {gb(limit)} ({name})"
+  account = largest.account
+  return (f"does not fit: {name} needs {gb(largest.bytes)} of {gb(limit)}: arguments "
+          f"{gb(account.arguments)}, temporaries {gb(account.temporaries)}, output "
+          f"{gb(account.output)}, resident beside it {gb(largest.resident)}")
+
+
+def gb(size: float) -> str:
+  """Bytes as text in units of 10**9."""
+  return f"{size / 1e9:,.2f} GB"
+
+
+def _step(found: Sequence[Cost]) -> str:
+  """The least time of a stage's step by program, where the chip's rates are known."""
+  timed = [cost for cost in found if cost.least is not None]
+  if not timed:
+    return ""
+  seconds = sum(cost.runs * cost.least.seconds for cost in timed)
+  parts = [f"{cost.program} {cost.runs * cost.least.seconds:,.1f} ({cost.least.bound})"
+           for cost in timed]
+  return f"; a step takes at least {seconds:,.1f} s: {', '.join(parts)}"

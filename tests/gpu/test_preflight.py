@@ -1,0 +1,142 @@
+"""Preflight for GPUs that are not here: published shapes, compiled for the card.
+
+Run by `make test-gpu`, in an environment of its own that has CUDA's plugin; elsewhere left out.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import types
+
+import jax
+import pytest
+
+from configs import arithmetic, common
+from s2d_jax import command, compiling, models, objectives, optim, preflight, sharding, training
+from s2d_jax.preflight import costs, hlo, topologies
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+
+LAYERS = 2  # of the published models' 36 and 28: a layer's programs are those of the whole model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Both models of qwen3_math as folders with config.json and tokenizer alone, of few layers."""
+  found = tmp_path_factory.mktemp("models")
+  for name in ("Qwen3-8B", "Qwen3-1.7B"):
+    shutil.copytree(arithmetic.get_config().teacher, found / name,
+                    ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = models.PUBLISHED[name.lower()] | {"num_hidden_layers": LAYERS}
+    (found / name / "config.json").write_text(json.dumps(shape))
+  return found
+
+
+def lowered_update(name, rows, width, topology="h100", **changes):
+  """An update by negative log-likelihood and AdamW of a published model, lowered for cards."""
+  devices = topologies.devices(topology)
+  where = sharding.make_mesh((1, len(devices), 1), devices)
+  model = models.get(models.PUBLISHED[name] | changes, dtype="bfloat16", remat="block")
+  axes = models.axes(model.config)
+  params = models.laid_out(model.config, where)
+  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=1024, mean="token")
+  with jax.set_mesh(where):
+    optimizer = optim.make(hp, 10, axes)
+    state = training.abstract(optimizer, where, params)
+    step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
+                               training.shardings(state))
+    return step.lower(state, None, compiling.abstract_batch(rows, width, where))
+
+
+STAGES = ("forward_kl", "reverse_kl", "sft", "student_grpo", "teacher_grpo", "teacher_sft",
+          "weighted_fkl")
+
+
+def flags(folder, topology, mesh, *stages):
+  """The README's flags, for these stages of qwen3_math."""
+  left_out = [f"--config.stages.{name}.steps=0" for name in STAGES if name not in stages]
+  return [f"--config=configs/qwen3_math.py:models={folder},data={folder}",
+          f"--topology={topology}", f"--config.mesh={mesh}", *left_out]
+
+
+# ml_collections loads config files by importlib's old name.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_readmes_line_on_eight_cards(folder, capsys):
+  preflight.main([*flags(folder, "h100:8", "(1, 8, 1)", "reverse_kl", "teacher_sft"), "--fast",
+                  "--price=2.5"])
+  found = capsys.readouterr()
+  lines = found.out.splitlines()
+  programs = {tuple(line[:36].split(maxsplit=1)) for line in lines[2:7]}
+  assert {(stage, program.strip()) for stage, program in programs} == {
+      ("reverse_kl", "sample"), ("reverse_kl", "sample prefill"), ("reverse_kl", "update"),
+      ("teacher_sft", "update")}
+  for name in ("reverse_kl", "teacher_sft", "the whole"):
+    assert re.search(rf"^{name}: fits: [\d.]+ GB of 84.94 GB", found.out, re.M), name
+  # The guide of 8B: a layer in bfloat16 on eight cards, 192,946,432 and 1,244,663,808 numbers.
+  (update,) = [line for line in lines if line.startswith("reverse_kl      update")]
+  arguments = int(update.split()[2].replace(",", ""))
+  assert arguments > 12 * (2 * 50_337_024 + 311_164_928) / 8 + 2 * (
+      LAYERS * 192_946_432 + 1_244_663_808) / 8
+  assert "reverse_kl: update compiled in " in found.err
+  assert re.match(r"8 chips x [\d,.]+ hours at least x 2.5 = [\d,]+$", lines[-1])
+
+
+def test_the_account_of_an_update_of_qwen3_0_6b():
+  # An H200 with jax 0.11.2 had 10.66 GB of arguments, temporaries and outputs.
+  compiled = lowered_update("qwen3-0.6b", 4, 2048).compile()
+  account = costs.account(compiled)
+  assert 12 * 596_049_920 <= account.arguments < 12 * 596_049_920 + 1e6
+  assert abs(account.total / 10.66e9 - 1) < 0.02, f"jax {jax.__version__}: {account}"
+
+
+def test_eight_cards_share_an_updates_products():
+  found = {}
+  for topology in ("h100", "h100:8"):
+    text = lowered_update("qwen3-0.6b", 8, 1024, topology, num_hidden_layers=LAYERS
+                          ).compile().as_text()
+    found[topology] = hlo.total(hlo.kernels(text, unknown_trips=8 if topology == "h100" else 1))
+  one = found["h100"]
+  eight = found["h100:8"]
+  assert abs(8 * eight.flops / one.flops - 1) < 0.1
+  assert one.collective_bytes == 0 < eight.collective_bytes
+
+
+def test_layers_multiply_an_updates_products():
+  def products(layers):
+    text = lowered_update("qwen3-0.6b", 4, 512, num_hidden_layers=layers).compile().as_text()
+    return hlo.total(hlo.kernels(text, unknown_trips=2)).flops
+  two, four, eight = products(2), products(4), products(8)
+  assert eight - four == 2 * (four - two)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_program_that_does_not_fit_is_named_with_its_number(folder, capsys):
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, [*flags(folder, "a100", "(1, 1, 1)", "teacher_sft"), "--fast",
+                                  "--config.stages.teacher_sft.microbatches=1"])
+  assert error.value.code == 1
+  found = capsys.readouterr().out
+  assert re.search(r"^teacher_sft: does not fit: teacher_sft update needs [\d.]+ GB of 85.10 GB: "
+                   r"arguments [\d.]+ GB, temporaries [\d.]+ GB", found, re.M)
+  assert "the whole: does not fit" in found
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_mesh_of_other_size_is_refused_before_anything_compiles(folder, capsys):
+  for mesh, said in (("(1, 4, 1)", "leaves 4 of the 8 devices"),
+                     ("(1, 16, 1)", "needs 16 devices")):
+    with pytest.raises(SystemExit) as error:
+      command.call(preflight.main, flags(folder, "h100:8", mesh, *STAGES))
+    assert error.value.code == 2
+    found = capsys.readouterr()
+    assert f"s2d_jax: config.mesh is {mesh}" in found.err and said in found.err
+    assert "compiled" not in found.err
+
+
+def test_a_price_that_is_no_number_is_refused_before_anything_compiles(folder, capsys):
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, [*flags(folder, "h100", "(1, 1, 1)", *STAGES), "--price=cheap"])
+  assert error.value.code == 2
+  assert "--price is 'cheap'" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Counts of compiled programs against products, bytes and trips counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from s2d_jax import sharding
+from s2d_jax.preflight import hlo
+
+# A loop of a TPU's program: its trips stand in the condition alone.
+LOOP = """HloModule jit_f
+
+%body (p.1: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %dot.1 = f32[8,16]{1,0:T(8,128)} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%i, %dot.1)
+}
+
+%condition (p.2: (s32[], f32[8,16])) -> pred[] {
+  %p.2 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  %constant.5 = s32[]{:T(128)} constant(5)
+  ROOT %compare.1 = pred[]{:T(512)} compare(%i.2, %constant.5), direction=LT
+}
+
+ENTRY %main (a: f32[8,16]) -> (s32[], f32[8,16]) {
+  %a = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %t.2 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%zero, %a)
+  ROOT %while.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%t.2), body=%body,\
+    condition=%condition
+}
+"""
+
+
+def counted(f, *shapes, trips=1):
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return hlo.total(hlo.kernels(jax.jit(f).lower(*arrays).compile().as_text(), trips))
+
+
+def layers(weights_LDD, x_TD):
+  return jax.lax.scan(lambda x, w: (x @ w, None), x_TD, weights_LDD)[0]
+
+
+def test_a_product_is_two_operations_for_each_pair():
+  found = counted(jnp.matmul, (64, 128), (128, 256))
+  assert found.flops == 2 * 64 * 128 * 256
+  assert found.bytes == 4 * (64 * 128 + 128 * 256 + 64 * 256)
+
+
+def test_a_product_inside_a_scan_counts_its_trips():
+  found = counted(layers, (28, 128, 128), (32, 128))
+  assert found.flops == 28 * 2 * 32 * 128 * 128
+  assert found.flops == 7 * counted(layers, (4, 128, 128), (32, 128)).flops
+
+
+def test_each_trip_reads_its_own_layer():
+  # A slice out of the stack is read, not the stack: 28 times the layer and the activations.
+  found = counted(layers, (28, 128, 128), (32, 128))
+  assert 28 * 4 * 128 * 128 <= found.bytes < 5 * 28 * 4 * (128 * 128 + 2 * 32 * 128)
+
+
+def test_loops_in_loops_multiply():
+  def twice(weights_LDD, x_TD):
+    return jax.lax.scan(lambda x, _: (layers(weights_LDD, x), None), x_TD, None, length=3)[0]
+  assert counted(twice, (5, 128, 128), (32, 128)).flops == 15 * 2 * 32 * 128 * 128
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
+  def some(x_TD, w_DD):
+    return jax.lax.while_loop(lambda x: x[0, 0] < 9.0, lambda x: x @ w_DD, x_TD)
+  product = 2 * 32 * 128 * 128
+  assert counted(some, (32, 128), (128, 128)).flops == product
+  assert counted(some, (32, 128), (128, 128), trips=11).flops == 11 * product
+
+
+def test_the_trips_in_a_loops_condition_are_read():
+  text = LOOP.replace("%dot.1 = f32", "%w = f32[16,16]{1,0} constant({...})\n  %dot.1 = f32")
+  found = hlo.total(hlo.kernels(text))
+  assert found.flops == 5 * 2 * 8 * 16 * 16 and found.count == 5
+
+
+def test_a_second_condition_makes_the_trips_unknown():
+  text = LOOP.replace("%dot.1 = f32", "%w = f32[16,16]{1,0} constant({...})\n  %dot.1 = f32")
+  text = text.replace("ROOT %compare.1", "%compare.0").replace(
+      "direction=LT\n}", "direction=LT\n  ROOT %and.1 = pred[] and(%compare.0, %flag)\n}")
+  assert hlo.total(hlo.kernels(text, 3)).flops == 3 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize("line, flops", [
+  # A plain product as a convolution: 8 rows, 16 in, 32 out.
+  ("f32[8,32] convolution(%a, %b), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
+  # Four products of a batch: the window passes over it, and only one position of four is real.
+  ("f32[4,8,32] convolution(%c, %d), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, "
+   "dim_labels=0bf_0io->0bf", 2 * 4 * 8 * 16 * 32),
+])
+def test_a_tpus_product_is_a_convolution(line, flops):
+  text = "\n".join((
+      "ENTRY %main (a: f32[8,16]) -> f32[8,32] {", "  %a = f32[8,16] parameter(0)",
+      "  %b = f32[16,32] parameter(1)", "  %c = f32[4,8,16] parameter(2)",
+      "  %d = f32[4,16,32] parameter(3)", f"  ROOT %r = {line}", "}"))
+  assert hlo.total(hlo.kernels(text)).flops == flops
+
+
+@pytest.mark.parametrize("target, attributes, products", [
+  ("__cudnn$fmhaSoftmax", '"mask_type":"NO_MASK"', 2.0),
+  ("__cudnn$fmhaSoftmax", '"mask_type":"CAUSAL"', 1.0),
+  ("__cudnn$fmhaSoftmaxBackward", '"mask_type":"PADDING_CAUSAL"', 2.5),
+])
+def test_attention_kernels_by_formula(target, attributes, products):
+  # Queries [2, 512, 16, 64] read keys [2, 512, 8, 64]: 2·T·S·H for each product and head.
+  text = "\n".join((
+      "ENTRY %main (q: bf16[2]) -> bf16[2] {", "  %q = bf16[2,512,16,64]{3,2,1,0} parameter(0)",
+      "  %k = bf16[2,512,8,64]{3,2,1,0} parameter(1)",
+      "  ROOT %r = (bf16[2,512,16,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), "
+      f'custom_call_target="{target}", backend_config={{{attributes}}}', "}"))
+  assert hlo.total(hlo.kernels(text)).flops == products * 2 * 2 * 16 * 512 * 512 * 64
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_devices_share_products_and_add_up_in_messages(count):
+  # Rows are split: each device multiplies its own, and the gradient [128, 256] is added up.
+  mesh = sharding.make_mesh((count, 1, 1))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  whole = sharding.replicated(mesh)
+  arrays = [jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=rows),
+            jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=rows)]
+  compiled = jax.jit(lambda x, y: x.T @ y, out_shardings=whole).lower(*arrays).compile()
+  found = hlo.total(hlo.kernels(compiled.as_text()))
+  assert found.flops == 2 * 64 * 128 * 256 / count
+  np.testing.assert_allclose(found.collective_bytes, 2 * 4 * 128 * 256 * (count - 1) / count)

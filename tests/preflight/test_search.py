@@ -1,0 +1,77 @@
+"""The search of preflight on costs written by hand: order, what is left out, and the price."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from s2d_jax.preflight import costs, hlo, search
+from s2d_jax.preflight.search import Candidate
+
+
+@pytest.fixture
+def config():
+  stage = {"steps": 10, "prompts": 8, "minibatches": 1, "microbatches": 4,
+           "sampling": {"samples_per_prompt": 4}}
+  return ConfigDict({"mesh": (1, 4, 1), "remat": "block", "stages": {
+      "reverse_kl": stage, "sft": {**stage, "steps": 0, "prompts": 1}}}).lock()
+
+
+def test_every_mesh_splits_heads_and_rows_evenly():
+  # Eight devices, two key heads, eight rows: tensor is 1 or 2.
+  found = list(search.meshes(8, 2, 8))
+  assert found == [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2)]
+  assert list(search.meshes(8, 2, 4)) == [(1, 4, 2), (2, 2, 2), (4, 1, 2)]
+
+
+def test_candidates_start_with_the_configs_microbatches_and_leave_out_stages_without_steps(config):
+  # 32 rows in 4 microbatches of 8; divided by 4, one microbatch of 32.
+  found = list(search.candidates(config, 4, key_heads=1))
+  assert {candidate.divisor for candidate in found} == {1, 2, 4}
+  assert found[0] == Candidate((1, 4, 1), 1, "block") and found[-1].divisor == 4
+  changed = found[-1].apply(config)
+  assert changed.stages.reverse_kl.microbatches == 1 and config.stages.reverse_kl.microbatches == 4
+  assert changed.mesh == found[-1].mesh
+
+
+def program(seconds, size, stage="reverse_kl"):
+  return costs.Cost(stage, "update", costs.Account(size, 0, 0, 0), 0, 2.0, hlo.total(()),
+                    costs.Least(seconds, 0.0, 0.0, 0.0))
+
+
+def test_the_fastest_that_fits_is_the_cheapest(config):
+  # (data, fsdp, tensor) -> (seconds of an update, bytes): the fastest does not fit.
+  table = {(1, 4, 1): (5.0, 60), (2, 2, 1): (3.0, 90), (4, 1, 1): (1.0, 200)}
+  compiled = []
+  def costs_of(changed):
+    compiled.append((changed.mesh, changed.stages.reverse_kl.microbatches))
+    return [program(*table[changed.mesh])]
+  lines = []
+  tried = [Candidate(mesh, divisor, "block") for divisor in (1, 2) for mesh in table]
+  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
+  # Ten steps of two updates of three seconds.
+  assert best[0] == Candidate((2, 2, 1), 1, "block") and best[1] * 3600 == pytest.approx(60)
+  # The mesh that did not fit is not compiled with microbatches of twice the size.
+  assert compiled.count(((4, 1, 1), 4)) == 1 and ((4, 1, 1), 2) not in compiled
+  assert len(lines) == 5 and sum("does not fit" in line for line in lines) == 1
+
+
+def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
+  def costs_of(changed):
+    raise AssertionError("compiled")
+  lines = []
+  tried = [Candidate((1, 4, 1), divisor, "block") for divisor in (1, 2)]
+  assert search.cheapest(config, tried, 10**9, costs_of, lambda changed: 2 * 10**9,
+                         lines.append) is None
+  (line,) = lines
+  assert "weights and optimizer alone need 2.00 GB of 1.00 GB" in line
+
+
+@pytest.mark.parametrize("text", ["", "cheap", "0", "-1", "nan", "inf"])
+def test_a_price_that_is_no_number_is_refused(text):
+  with pytest.raises(ValueError, match="--price is .*: give what one chip costs an hour"):
+    search.check_price(text)
+
+
+def test_the_price_is_chips_times_hours_times_price():
+  assert search.check_price("2.5") == 2.5 and search.check_price(None) is None
+  assert search.price_sentence(8, 100.0, 2.5) == "8 chips x 100.0 hours at least x 2.5 = 2,000"
+  assert search.price_sentence(8, 100.0, None) == "8 chips x 100.0 hours at least"

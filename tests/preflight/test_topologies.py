@@ -1,0 +1,38 @@
+"""Names of topologies, and what is said where one is wrong or cannot be compiled for."""
+
+import importlib.metadata
+
+import pytest
+
+from s2d_jax.preflight import topologies
+
+
+@pytest.mark.parametrize("name, platform, memory", [
+  ("h100", "gpu", 80), ("h100:8", "gpu", 80), ("h200:8", "gpu", 141), ("a100", "gpu", 80),
+  ("v5e:4x4", "tpu", 16), ("v5p:2x2x4", "tpu", 95), ("v6e:8x8", "tpu", 32),
+])
+def test_a_chip_has_the_memory_of_its_data_sheet(name, platform, memory):
+  chip = topologies.chip(name)
+  assert chip.platform == platform
+  assert 0.98 * memory * 1e9 < chip.memory < 1.08 * memory * 1e9
+
+
+@pytest.mark.parametrize("name", ["", "h100:", "h100:0", "h100:12", "h100:2x4", "b300", "v5e",
+                                  "v5e:4x", "v7:2x2", "H100"])
+def test_an_unknown_topology_names_the_known_ones(name):
+  with pytest.raises(ValueError, match="unknown: name a card .a100, h100, h200.* v5e, v5p, v6e"):
+    topologies.devices(name)
+
+
+def test_cards_of_several_hosts_share_a_slower_network():
+  assert topologies.chip("h100:64").network < topologies.chip("h100:8").network / 5
+
+
+@pytest.mark.parametrize("name, package, extra", [
+  ("h100:8", "jax-cuda12-plugin", "gpu-compile"), ("v5e:4x4", "libtpu", "tpu")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package, extra):
+  def missing(package):
+    raise importlib.metadata.PackageNotFoundError(package)
+  monkeypatch.setattr(importlib.metadata, "version", missing)
+  with pytest.raises(ValueError, match=rf"{package}, which is not installed.*s2d_jax\[{extra}\]"):
+    topologies.devices(name)

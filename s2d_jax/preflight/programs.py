@@ -36,8 +36,7 @@ from s2d_jax.preflight import costs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost, DoesNotFit
 from s2d_jax.preflight.topologies import Chip
 
-_EXAMPLE = ("s2d-jax preflight --config=configs/qwen3_math.py:models=/models,data=/data "
-            "--topology=v5p:2x2x4")
+_EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"
 
 
 class Progress:

@@ -83,12 +83,25 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
   assert re.match(r"8 chips x [\d,.]+ hours at least x 2.5 = [\d,]+$", lines[-1])
 
 
-def test_the_account_of_an_update_of_qwen3_0_6b():
-  # An H200 with jax 0.11.2 had 10.66 GB of arguments, temporaries and outputs.
+def test_an_update_of_qwen3_0_6b_by_hand():
   compiled = lowered_update("qwen3-0.6b", 4, 2048).compile()
+  # An H200 with jax 0.11.2 had 10.66 GB of arguments, temporaries and outputs; jax 0.12.0.1 makes
+  # 10.65 of them.
   account = costs.account(compiled)
   assert 12 * 596_049_920 <= account.arguments < 12 * 596_049_920 + 1e6
   assert abs(account.total / 10.66e9 - 1) < 0.02, f"jax {jax.__version__}: {account}"
+  # 8,192 tokens in eight blocks. Each weight of a layer is multiplied forward, again where the
+  # block is recomputed (but for the last of its products), and twice backward; the unembedding
+  # once forward and twice backward.
+  kernels = hlo.kernels(compiled.as_text(), unknown_trips=8)
+  mlp = 1024 * 3072
+  layer = 8 * (3 * 1024 * 2048 + 3 * mlp) - 2 * mlp
+  products = hlo.total(kernel for kernel in kernels if "fmha" not in kernel.opcode)
+  assert products.flops == pytest.approx(8192 * (28 * layer + 6 * 1024 * 151_936), rel=1e-3)
+  # Attention: two products forward, twice, and five backward, for 16 heads of 128.
+  attention = hlo.total(kernel for kernel in kernels if "fmha" in kernel.opcode)
+  causal = 0.5 if "CAUSAL" in compiled.as_text() else 1.0
+  assert attention.flops == pytest.approx(causal * 28 * 9 * 2 * 4 * 16 * 2048**2 * 128)
 
 
 def test_eight_cards_share_an_updates_products():
@@ -101,14 +114,6 @@ def test_eight_cards_share_an_updates_products():
   eight = found["h100:8"]
   assert abs(8 * eight.flops / one.flops - 1) < 0.1
   assert one.collective_bytes == 0 < eight.collective_bytes
-
-
-def test_layers_multiply_an_updates_products():
-  def products(layers):
-    text = lowered_update("qwen3-0.6b", 4, 512, num_hidden_layers=layers).compile().as_text()
-    return hlo.total(hlo.kernels(text, unknown_trips=2)).flops
-  two, four, eight = products(2), products(4), products(8)
-  assert eight - four == 2 * (four - two)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -135,6 +140,7 @@ def test_a_mesh_of_other_size_is_refused_before_anything_compiles(folder, capsys
     assert "compiled" not in found.err
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_price_that_is_no_number_is_refused_before_anything_compiles(folder, capsys):
   with pytest.raises(SystemExit) as error:
     command.call(preflight.main, [*flags(folder, "h100", "(1, 1, 1)", *STAGES), "--price=cheap"])

@@ -68,7 +68,7 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
                   "--price=2.5"])
   found = capsys.readouterr()
   lines = found.out.splitlines()
-  programs = {tuple(line[:36].split(maxsplit=1)) for line in lines[2:7]}
+  programs = {tuple(line[:36].split(maxsplit=1)) for line in lines[2:6]}
   assert {(stage, program.strip()) for stage, program in programs} == {
       ("reverse_kl", "sample"), ("reverse_kl", "sample prefill"), ("reverse_kl", "update"),
       ("teacher_sft", "update")}

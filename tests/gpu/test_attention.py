@@ -1,0 +1,75 @@
+"""Attention in programs for a GPU that is not here: cuDNN's kernels, and what they spare."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from s2d_jax import models, sampler, sharding
+from s2d_jax.preflight import costs, hlo, topologies
+from s2d_jax.sampler import capacity, programs
+from tests.gpu.test_preflight import LAYERS, lowered_update
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+
+T = 18_432  # a prompt of 2,048 tokens and a response of 16,384
+
+
+def squares(text):
+  """The types of arrays that have two axes of T tokens."""
+  found = set(re.findall(r"\w+\[[\d,]+\]", text))
+  return {x for x in found
+          if sum(axis == str(T) for axis in re.findall(r"\d+", x.partition("[")[2])) > 1}
+
+
+def test_a_long_update_holds_no_tokens_times_tokens():
+  text = lowered_update("qwen3-1.7b", 1, T, num_hidden_layers=LAYERS).compile().as_text()
+  assert not squares(text)
+  # The forward pass, that pass again where a layer is recomputed, and the backward pass: nothing of
+  # them is about future keys, nor about a mask.
+  found = re.findall(r'custom_call_target="(__cudnn\$fmha\w*)"', text)
+  assert sorted(set(found)) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+  assert text.count('"mask_type": "PADDING_CAUSAL"') == len(found)
+  # Two layers, and 26 times what a layer adds to the embedding, the loss and the optimizer.
+  few, more = (
+      costs.least(hlo.kernels(x, unknown_trips=T // 1024), topologies.chip("h100")).seconds
+      for x in (text, lowered_update("qwen3-1.7b", 1, T, num_hidden_layers=2 * LAYERS
+                                     ).compile().as_text()))
+  assert few + (28 - LAYERS) * (more - few) / LAYERS <= 0.610
+
+
+def test_packed_rows_have_a_kernel_with_a_mask():
+  # Which is also what the test above would find.
+  where = sharding.make_mesh((1, 1, 1), topologies.devices("h100"))
+  model = models.get(models.PUBLISHED["qwen3-1.7b"] | {"num_hidden_layers": 1},
+                     dtype="bfloat16", attention="cudnn_packed")
+  ids = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=sharding.replicated(where))
+  with jax.set_mesh(where):
+    text = jax.jit(lambda *args: model.apply(*args)[0]).lower(
+        models.laid_out(model.config, where), ids, ids, ids).compile().as_text()
+  assert "__cudnn$fmhaScaleBiasSoftmax" in text and squares(text)
+
+
+def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
+  # 64 rows with caches of 192 tokens, of eight key heads of 128.
+  where = sharding.make_mesh((1, 1, 1), topologies.devices("h100"))
+  model = models.get(models.PUBLISHED["qwen3-1.7b"] | {"num_hidden_layers": LAYERS},
+                     dtype="bfloat16")
+  config = sampler.SamplerConfig()
+  shapes = capacity.Shapes((64,), (192,), 128, 128, prompts=1, shards=1, pages=0, table=0)
+  with jax.set_mesh(where):
+    weights = programs.abstract_weights(model, models.laid_out(model.config, where), where)
+    slots = programs.abstract_slots(model.config, config, shapes, 64, 192, where)
+    text = programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
+                                 where).compile().as_text()
+  assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == LAYERS
+  cache = r"bf16\[64,192,8,128\]"
+  assert re.search(cache, text)
+  # No copy, no transpose and no other order of the axes.
+  assert not re.search(rf"= {cache}\S* (copy|transpose)\(", text)
+  assert not re.search(r"bf16\[64,8,(192,128|128,192)\]", text)
+  # One loop, over tokens.
+  assert len(re.findall(r" while\(", text)) == 1

@@ -25,7 +25,7 @@ class StageModels(NamedTuple):
   """The models of a stage: what is compiled depends on these and on the config alone."""
   learner: Role               # its params are what is trained
   non_trainable: Params | None  # leaves of the learner that stand still beside adapters
-  actor: Role | None          # whose samples are learned from; None: solutions are given
+  actor: Role | None          # whose samples are learned from; None: no model samples
   on_policy: bool             # the learner is the actor: actor.params are then its shapes
   guide: Role | None          # scored on the same tokens
   pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts

@@ -52,9 +52,8 @@ _REPLACED = {"evaluation": "an entry of config.evals with when='end'",
              "validation": "an entry of config.evals with when='every 50'",
              "eval_every": "the key `when` of an entry of config.evals: when='every 50'"}
 
-# The names that a row of the table of stages may use.
-ROLES = {"actor": ("teacher", "student", "given"), "learner": ("teacher", "student"),
-         "guide": (None, "teacher", "student", "reference")}
+# The names that a stage may use, beside its actor: a name of rollouts.SOURCES.
+ROLES = {"learner": ("teacher", "student"), "guide": (None, "teacher", "student", "reference")}
 
 
 def stage_keys(stage: Stage) -> Record:
@@ -134,8 +133,8 @@ def _check_evals(config: ConfigDict) -> None:
 
 
 def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
-  """Refuses a row that names an unknown role, and values in range that do not combine."""
-  for field, roles in ROLES.items():
+  """Refuses a stage that names an unknown role, and values in range that do not combine."""
+  for field, roles in {"actor": tuple(rollouts.SOURCES), **ROLES}.items():
     role = getattr(stage, field)
     if role not in roles:
       raise ValueError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
@@ -152,9 +151,10 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
       objectives.check_rewards(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.
   samples = hp.sampling.samples_per_prompt
-  if stage.actor == "given" and samples != 1:
-    raise ValueError(f"{path}.sampling.samples_per_prompt is {samples} and a problem has one given "
-                     "solution: set it to 1.")
+  fitting = stage.source.samples_per_prompt
+  if fitting not in (None, samples):
+    raise ValueError(f"{path}.sampling.samples_per_prompt is {samples} and the source "
+                     f"{stage.actor!r} has {fitting} for each problem: set it to {fitting}.")
   if hp.prompts * samples % (hp.minibatches * hp.microbatches):
     raise ValueError(f"{path} draws {hp.prompts * samples} rows a step, which minibatches x "
                      f"microbatches = {hp.minibatches} x {hp.microbatches} does not divide: change "
@@ -283,19 +283,19 @@ def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt
                          f"its window is {config.prompt_tokens}: raise config.prompt_tokens.")
 
 
-def check_solutions(path: str, max_tokens: int, prompts: list[rollouts.Prompt],
-                    problems: dict[Any, dict], tokenizer: chat.Chat) -> None:
-  """Refuses a prompt whose problem has no solution, or one of more than `max_tokens` tokens.
+def check_texts(path: str, key: str, max_tokens: int, prompts: list[rollouts.Prompt],
+                problems: dict[Any, dict], tokenizer: chat.Chat) -> None:
+  """Refuses a prompt whose problem lacks a text, or has one of more than `max_tokens` tokens.
 
   Args:
-    path: names the stage's config; problems: by id.
+    path: names the stage's config; key: of the text in a problem; problems: by id.
   """
   for prompt in prompts:
-    solution = problems[prompt.id].get("solution")
-    if solution is None:
-      raise ValueError(f"problem {prompt.id} has no solution and {path} learns from it: add one, "
+    text = problems[prompt.id].get(key)
+    if text is None:
+      raise ValueError(f"problem {prompt.id} has no {key} and {path} learns from it: add one, "
                        "or drop the arm.")
-    tokens = len(tokenizer.encode_response(solution))
+    tokens = len(tokenizer.encode_response(text))
     if tokens > max_tokens:
-      raise ValueError(f"the solution of problem {prompt.id} takes {tokens} tokens and "
+      raise ValueError(f"the {key} of problem {prompt.id} takes {tokens} tokens and "
                        f"{path}.sampling.max_tokens is {max_tokens}: raise it.")

@@ -9,19 +9,17 @@ anew would have added to `flops`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax.compiling import Role, StageModels
-from s2d_jax.rollouts import Prompt, Rollout, StepRollouts
+from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
           "tokens_discarded", "tokens_trained", "tokens_guide", "flops", "flops_reused")
 
-# How a stage spends labels: those of every prompt in every step, those of each prompt once, none.
-LabelUse = Literal["each_step", "once", "none"]
 _Entry = dict[str, Any]
 
 

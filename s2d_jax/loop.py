@@ -65,7 +65,7 @@ class StageRun(NamedTuple):
   logp: Callable              # as `training.token_logps` takes it
   optimizer: optax.GradientTransformation
   source: Callable[[sampler.Sampler | None], RolloutSource]     # of the actor's sampler
-  label_use: ledger.LabelUse
+  label_use: rollouts.LabelUse
   rewards: Rewards | None     # None: no reward shapes an update
   pass_rates: Callable[[sampler.Sampler], PassRates] | None     # of the pass-rate model's sampler
   # of each evaluation between steps, by name: (steps between runs, weights -> metrics)

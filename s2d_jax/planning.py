@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, doctor, keys, ledger, manifest, models, sampler
+from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
@@ -22,7 +22,7 @@ from s2d_jax.rollouts import Prompt
 class Stage(NamedTuple):
   """A kind of training: the model that samples, the one that learns, its guide, its objective."""
   name: str
-  actor: str           # the model that samples, "teacher" or "student"; or "given" solutions
+  actor: str           # a name of rollouts.SOURCES: "teacher" or "student" samples, or "given"
   learner: str         # the model that is trained, "teacher" or "student"
   guide: str | None    # scored on the same tokens: "teacher", or "reference", the learner's start
   objective: Objective
@@ -30,12 +30,24 @@ class Stage(NamedTuple):
   prompt_weights: Callable[[np.ndarray], np.ndarray] | None = None  # of the start's pass rates
 
   @property
-  def label_use(self) -> ledger.LabelUse:
-    """How the stage spends labels: rewards and solutions in each step, pass rates once."""
-    # A pass rate reads a label once: later steps weight the prompt by the rate that was measured.
-    if self.reward or self.actor == "given":
+  def source(self) -> rollouts.Source:
+    """Where the stage's rollouts come from."""
+    return rollouts.SOURCES[self.actor]
+
+  @property
+  def on_policy(self) -> bool:
+    """Whether the learner is the model that samples."""
+    return self.source.model == self.learner
+
+  @property
+  def label_use(self) -> rollouts.LabelUse:
+    """How the stage spends labels: rewards in each step, pass rates once, its source as it says."""
+    if self.reward:
       return "each_step"
-    return "none" if self.prompt_weights is None else "once"
+    # A pass rate reads a label once: later steps weight the prompt by the rate that was measured.
+    if self.prompt_weights is not None and self.source.label_use == "none":
+      return "once"
+    return self.source.label_use
 
 
 class Use(NamedTuple):
@@ -61,7 +73,7 @@ class Node(NamedTuple):
   name: str            # of its folder: the stage and a hash of `inputs`
   stage: Stage
   split: str
-  actor: str | None    # role; None where the learner samples, or solutions are given
+  actor: str | None    # role; None where the learner samples, or no model does
   learner: str         # role
   guide: str | None    # role
   hp: ConfigDict       # the stage's config, its steps as the arm has them
@@ -229,16 +241,16 @@ def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
 def parents(stage: Stage, hp: ConfigDict, current: Mapping[str, str]) -> dict[str, str | None]:
   """The roles of a stage's "actor", "learner" and "guide" models.
 
-  The actor is None where the learner samples, or solutions are given. The guide is None where the
-  stage has none, or its objective does not read it, as with a KL penalty of weight 0.
+  The actor is None where the learner samples, or no model does. The guide is None where the stage
+  has none, or its objective does not read it, as with a KL penalty of weight 0.
 
   Args:
     current: the role that "teacher" and "student" stand for before the stage.
   """
   learner = current[stage.learner]
   actor = None
-  if stage.actor not in ("given", stage.learner):
-    actor = current[stage.actor]
+  if stage.source.model is not None and not stage.on_policy:
+    actor = current[stage.source.model]
   # A guide that the loss does not read must not rename the stage, and need not be loaded.
   guide = None
   if stage.guide is not None and stage.objective.uses_guide(hp):
@@ -262,9 +274,9 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
   if hp.prompts > len(prompts):
     raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
                      f"{use.labels} has {len(prompts)} problems: lower it.")
-  if stage.actor == "given":
-    doctor.check_solutions(f"config.stages.{stage.name}", hp.sampling.max_tokens, prompts,
-                           plan.problems, plan.chat)
+  for key in stage.source.texts:
+    doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
+                       plan.problems, plan.chat)
   roles = parents(stage, hp, current)
   inputs = _inputs(plan, stage, use.labels, hp, roles)
   name = manifest.name(stage.name, inputs)
@@ -277,10 +289,15 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
   # them: others must not rename it.
   checked = stage.reward or stage.prompt_weights is not None
-  facts = [(p.id, p.tokens, plan.problems[p.id]["answer"] if checked else None,
-            plan.problems[p.id].get("solution") if stage.actor == "given" else None)
-           for p in plan.prompts[split]]
+  facts = []
+  for p in plan.prompts[split]:
+    problem = plan.problems[p.id]
+    texts = [problem[key] for key in stage.source.texts] or [None]
+    facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts))
+  # A source of our own at its first version is named by the row alone.
+  source = identity_of(getattr(stage.source.make, "__self__", stage.source.make))
   return {
+      **({} if source[2] == 1 else {"source": source}),
       "row": {field: getattr(stage, field) for field in manifest.ROW},
       "objective": [identity_of(stage.objective.loss), stage.objective.version],
       "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),

@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -140,11 +140,11 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
   if stage.prompt_weights is not None:
     start = load_role(roles["learner"], models.frozen_shapes)
   actor = frozen.get(roles["actor"])
-  on_policy = stage.actor == stage.learner
-  if on_policy:
+  if stage.on_policy:
     # The learner's own weights change and are donated: only their shapes can be kept.
     actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
-  return StageModels(learner, non_trainable, actor, on_policy, frozen.get(roles["guide"]), start)
+  return StageModels(learner, non_trainable, actor, stage.on_policy, frozen.get(roles["guide"]),
+                     start)
 
 
 def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
@@ -192,20 +192,15 @@ def optimizer(hp: ConfigDict, config: Config) -> optax.GradientTransformation:
 def _source(plan: Plan, node: Node, stage_models: StageModels, order: rollouts.PromptOrder,
             workdir: epath.Path) -> Callable[[Sampler | None], rollouts.RolloutSource]:
   """The source of a stage's rollouts, as a function of its actor's compiled sampler."""
-  hp = node.hp
-  if node.stage.actor == "given":
-    def solution(prompt_id: int) -> Sequence[int]:
-      return plan.chat.encode_response(plan.problems[prompt_id]["solution"])
-    return lambda _: rollouts.GivenSolutions(solution, plan.config.prompt_tokens,
-                                             hp.sampling.max_tokens)
-  if stage_models.on_policy:
-    # The sampler is compiled when the stage starts, so a source is built from it then.
-    seed = (plan.config.seed, zlib.crc32(node.stage.name.encode()))
-    return lambda sampler: rollouts.OnPolicy(sampler, seed, hp.epochs * hp.minibatches)
-  # The store is opened when the stage starts, and its seed names no stage: stages share it.
-  return lambda sampler: rollouts.FrozenActor(
-      sampler, stage_models.actor.params, _store(plan, node.actor, hp, workdir),
-      (plan.config.seed,), node.name, hp.sampling.samples_per_prompt, order.epoch)
+  inputs = rollouts.StageInputs(
+      name=node.stage.name, folder=node.name, seed=plan.config.seed, hp=node.hp,
+      prompt_tokens=plan.config.prompt_tokens, epoch=order.epoch,
+      problem=plan.problems.__getitem__, encode=plan.chat.encode_response,
+      on_policy=stage_models.on_policy, sampler=None,
+      params=stage_models.actor and stage_models.actor.params,
+      open_store=lambda: _store(plan, node.actor, node.hp, workdir))
+  # The sampler is compiled when the stage starts, so the source is made and its store opened then.
+  return lambda sampler: node.stage.source.make(inputs._replace(sampler=sampler))
 
 
 def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,

@@ -92,7 +92,7 @@ def _exit_if_stopped(stop: Callable[[], bool]) -> None:
 
 def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None:
   """The folder of a probe of a role's weights; with the node's teacher where it distils one."""
-  if node.stage.actor == "given":
+  if not node.stage.source.probed:
     return None
   # Under reward the guide is the learner's own start, whose divergence from it is 0.
   guide = None if node.stage.reward else node.guide or node.actor

@@ -18,11 +18,15 @@ from s2d_jax.rollouts.records import (
   to_bytes,
 )
 from s2d_jax.rollouts.sources import (
+  SOURCES,
   FrozenActor,
   GivenSolutions,
+  LabelUse,
   OnFinish,
   OnPolicy,
   RolloutSource,
+  Source,
+  StageInputs,
   Store,
 )
 from s2d_jax.rollouts.steps import (
@@ -36,9 +40,9 @@ from s2d_jax.rollouts.steps import (
 )
 
 __all__ = [
-  "FINISHED", "MEANS", "Batch", "FrozenActor", "GivenSolutions", "OnFinish", "OnPolicy",
-  "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
-  "SamplerStats", "StepRollouts", "Store", "add_stats", "batch", "concatenate", "from_bytes",
-  "given_solutions", "minibatches", "pack", "row_key", "sample_step", "score", "take", "to_bytes",
-  "token_weights",
+  "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse", "OnFinish",
+  "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
+  "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
+  "concatenate", "from_bytes", "given_solutions", "minibatches", "pack", "row_key", "sample_step",
+  "score", "take", "to_bytes", "token_weights",
 ]

@@ -1,13 +1,17 @@
 """Where the rollouts of a step come from: the learner, a frozen actor, or given solutions.
 
-Each class has the one method of `RolloutSource`. A new kind of source is a new class of this form.
+Each class has the one method of `RolloutSource`, and a class method that makes it for a stage. A
+new kind of source is one such class and its entry in SOURCES, which a stage's `actor` names. The
+entry says all that planning, the doctor and the walk ask of a source.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from s2d_jax import files, hosts
 from s2d_jax.rollouts import records
@@ -16,6 +20,8 @@ from s2d_jax.sharding import Params
 
 OnFinish = Callable[[int, Rollout], None]  # (index of a row, the rollout, in which it is complete)
 Sample = Callable[..., tuple[Rollout, SamplerStats]]  # a `sampler.Sampler`, by its call
+# How a stage spends labels: those of every prompt in every step, those of each prompt once, none.
+LabelUse = Literal["each_step", "once", "none"]
 
 
 class RolloutSource(Protocol):
@@ -35,8 +41,34 @@ class RolloutSource(Protocol):
     Returns:
       (rollout, fresh_B, stats): a prompt's samples side by side, in the order of the prompts;
       fresh_B is True where a row was sampled for this step; stats are None where nothing was
-      sampled.
+      sampled. A rollout that no model sampled has no log-probabilities of a sampler.
     """
+
+
+class StageInputs(NamedTuple):
+  """All of a stage that a source may be made from."""
+  name: str                     # the stage's name in the recipe, which seeds its samples
+  folder: str                   # the name of its folder, which marks what it adds to a store
+  seed: int                     # of the run
+  hp: ConfigDict                # the stage's config
+  prompt_tokens: int
+  epoch: Callable[[int], int]   # step -> the pass over the prompts
+  problem: Callable[[int], Mapping]          # problem id -> the problem
+  encode: Callable[[str], Sequence[int]]     # a response's text -> token ids, the end included
+  on_policy: bool               # whether the learner is the model that samples
+  sampler: Sample | None        # compiled for the model that samples; None where none does
+  params: Params | None         # of the model that samples; of the learner only the shapes
+  open_store: Callable[[], "Store"]          # the store of that model's rollouts
+
+
+class Source(NamedTuple):
+  """One entry of SOURCES: a kind of source, and what a stage with it needs."""
+  make: Callable[[StageInputs], RolloutSource]
+  model: str | None                      # "teacher" or "student": it samples; None: no model does
+  label_use: LabelUse = "none"           # rewards and pass rates aside
+  samples_per_prompt: int | None = None  # the one number that fits; None: as the config says
+  texts: tuple[str, ...] = ()            # keys of a problem whose texts are learned from
+  probed: bool = True                    # whether the learner is probed before and after the stage
 
 
 class OnPolicy(NamedTuple):
@@ -54,6 +86,12 @@ class OnPolicy(NamedTuple):
                                   on_finish=on_finish)
     # Each step has other weights, so nothing is read from a store.
     return rollout, np.ones(len(rollout.prompt_id_B), bool), stats
+
+  @classmethod
+  def for_stage(cls, stage: StageInputs) -> "OnPolicy":
+    """The source of a stage whose learner samples; the stage's name is in its seed."""
+    return cls(stage.sampler, (stage.seed, zlib.crc32(stage.name.encode())),
+               stage.hp.epochs * stage.hp.minibatches)
 
 
 class Store:
@@ -149,6 +187,13 @@ class FrozenActor(NamedTuple):
     # was written is charged for the same rows when it is done again.
     return rollout, np.array([name == part for name in parts]), stats
 
+  @classmethod
+  def for_stage(cls, stage: StageInputs) -> "FrozenActor":
+    """The source of a stage that a frozen model samples for."""
+    # The seed names no stage, because stages share the store.
+    return cls(stage.sampler, stage.params, stage.open_store(), (stage.seed,), stage.folder,
+               stage.hp.sampling.samples_per_prompt, stage.epoch)
+
 
 class GivenSolutions(NamedTuple):
   """Solutions that come with the problems: nothing is sampled."""
@@ -164,3 +209,23 @@ class GivenSolutions(NamedTuple):
     solutions = [self.solution(prompt.id) for prompt in prompts]
     rollout = records.given_solutions(prompts, solutions, self.prompt_tokens, self.max_tokens)
     return rollout, np.zeros(len(prompts), bool), None
+
+  @classmethod
+  def for_stage(cls, stage: StageInputs) -> "GivenSolutions":
+    """The source of a stage that learns from the solutions of its problems."""
+    def solution(prompt_id: int) -> Sequence[int]:
+      return stage.encode(stage.problem(prompt_id)["solution"])
+    return cls(solution, stage.prompt_tokens, stage.hp.sampling.max_tokens)
+
+
+def of_model(stage: StageInputs) -> OnPolicy | FrozenActor:
+  """The samples of a model: the learner itself, or a frozen one."""
+  return OnPolicy.for_stage(stage) if stage.on_policy else FrozenActor.for_stage(stage)
+
+
+# By the name that a stage has as its `actor`.
+SOURCES: dict[str, Source] = {
+    "teacher": Source(of_model, "teacher"),
+    "student": Source(of_model, "student"),
+    "given": Source(GivenSolutions.for_stage, None, label_use="each_step", samples_per_prompt=1,
+                    texts=("solution",), probed=False)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import arithmetic
-from s2d_jax import keys, objectives, optim, planning, recipe, tasks
+from s2d_jax import keys, objectives, optim, planning, recipe, rollouts, tasks
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.planning import Plan
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -131,6 +131,21 @@ def test_a_users_function_enters_by_its_source(monkeypatch):
   assert planning.identity_of(reward)[2] == inspect.getsource(reward)
   monkeypatch.setattr(inspect, "getsource", lambda function: "def reward(problem, text): ...")
   assert plan(reward=reward).arms != found.arms
+
+
+class Reversed(rollouts.GivenSolutions):
+  """A user's source of samples."""
+
+
+def test_a_users_source_enters_by_the_source_text_of_its_class(monkeypatch):
+  source = rollouts.SOURCES["given"]
+  monkeypatch.setitem(rollouts.SOURCES, "given", source._replace(make=Reversed.for_stage))
+  found = plan()
+  # Stages that descend from it are renamed too.
+  assert renamed(found) == {"teacher_sft", "forward_kl", "reverse_kl"}
+  assert plan().arms == found.arms
+  monkeypatch.setattr(inspect, "getsource", lambda function: "class Reversed: ...")
+  assert plan().arms != found.arms
 
 
 if __name__ == "__main__":

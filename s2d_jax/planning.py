@@ -4,16 +4,15 @@ Arms that begin with equal stages share the nodes, so a stage is trained once. A
 and its problems are checked here, before anything runs or is written.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
 from s2d_jax.data import prompts as data_prompts
+from s2d_jax.identity import identity_of
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
 from s2d_jax.rollouts import Prompt
@@ -143,6 +142,10 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   """
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
+  # Scores are named by these at the end of a run, when a refusal would be late.
+  for function in (task.messages, task.reward, task.answer):
+    if function is not None:
+      identity_of(function)
   chosen = _chosen_arms(config, arms)
   tokenizer, bases = _load_pair(config)
   prompts, problems = _load_problems(config, task, tokenizer)
@@ -307,32 +310,3 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
       "tokenizer": plan.chat.fingerprint(),
       "split": {"name": split, "problems": manifest.digest(facts)},
       "parents": {name: role and plan.identity(role) for name, role in roles.items()}}
-
-
-def identity_of(function: Callable) -> list[Any]:
-  """Names a function for a hash, so that a change of its meaning renames what depends on it.
-
-  A function of this package is its module, its qualified name and its attribute `version`, 1 where
-  it has none: a new wording renames nothing, and whoever changes the meaning raises the version. A
-  user's function is its module, name and source text (its own, not that of what it calls).
-
-  A partial is its function and arguments, another callable its class. Where there is no text (typed
-  at a prompt), the compiled code stands for it.
-  """
-  # A partial has no name or text of its own.
-  if isinstance(function, functools.partial):
-    return [identity_of(function.func), repr(function.args),
-            repr(sorted(function.keywords.items()))]
-  # An object with __call__ is named by its class.
-  if not (inspect.isroutine(function) or inspect.isclass(function)):
-    function = type(function)
-  if function.__module__.split(".")[0] == __package__:
-    return [function.__module__, function.__qualname__, getattr(function, "version", 1)]
-  try:
-    text = inspect.getsource(function)
-  except (OSError, TypeError):
-    text = ""
-    if inspect.isfunction(function):
-      code = function.__code__
-      text = f"{code.co_code.hex()} {code.co_consts!r} {code.co_names!r}"
-  return [function.__module__, function.__qualname__, text]

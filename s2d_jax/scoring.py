@@ -31,8 +31,9 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.compiling import Role
+from s2d_jax.identity import identity_of
 from s2d_jax.losses.agreement import agreement
-from s2d_jax.planning import Plan, identity_of
+from s2d_jax.planning import Plan
 from s2d_jax.rollouts import Prompt, Rollout
 
 

@@ -24,7 +24,7 @@ ARROWS = {
   "scoring": {"stage", "losses"},
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},
-  "planning": {"doctor", "manifest", "data", "ledger"},
+  "planning": {"doctor", "manifest", "data", "identity"},
   "doctor": {"loop", "objectives"},
   "stage": {"planning", "loop", "objectives", "manifest"},
   "loop": {"compiling", "evals", "rewards", "chat", "checkpoint", "timing", "ledger", "optim"},

@@ -1,6 +1,7 @@
 """The names of finished stages are stored: they change with a result's meaning, and only then."""
 
 import dataclasses
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -21,12 +22,13 @@ STAGES = {stage.name: stage for stage in recipe.STAGES}
 NEW_KEY = keys.at_least(0, neutral=0)
 
 
-def plan(config=None, stages=recipe.STAGES, reward=arithmetic_reward.reward) -> Plan:
+def plan(config=None, stages=recipe.STAGES, reward=arithmetic_reward.reward,
+         answer=arithmetic_reward.answer) -> Plan:
   """The plan of the tiny shipped config, on problems that are made here."""
   config = config or shipped()
   splits = problems.splits(sizes={"labelled": 64, "validation": 8, "test": 8})
   config.data.dir = "unused"
-  task = tasks.get(config)._replace(source=splits.__getitem__, reward=reward)
+  task = tasks.get(config)._replace(source=splits.__getitem__, reward=reward, answer=answer)
   return recipe.plan(config, task, stages=stages, arms=ARMS, compared=())
 
 
@@ -131,6 +133,13 @@ def test_a_users_function_enters_by_its_source(monkeypatch):
   assert planning.identity_of(reward)[2] == inspect.getsource(reward)
   monkeypatch.setattr(inspect, "getsource", lambda function: "def reward(problem, text): ...")
   assert plan(reward=reward).arms != found.arms
+
+
+@pytest.mark.parametrize("field", ["reward", "answer"])
+def test_a_function_that_carries_an_object_is_refused_before_anything_runs(field):
+  function = functools.partial(lambda scale, *inputs: 0.0, object())
+  with pytest.raises(ValueError, match="carries a builtins.object, which has no text that is"):
+    plan(**{field: function})
 
 
 class Reversed(rollouts.GivenSolutions):

@@ -262,7 +262,7 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax
   T, N = q_BTNH.shape[1:3]
   R = N // k_BSKH.shape[2]
 
-  # With a mask the kernel has gradients for even lengths only.
+  # The kernel has gradients for even lengths only.
   def even(x: jax.Array, *axes: int) -> jax.Array:
     return jnp.pad(x, [(0, x.shape[axis] % 2 if axis in axes else 0) for axis in range(x.ndim)])
 
@@ -275,9 +275,12 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax
     # A length of 0 is an error in some versions of cuDNN. A row of padding then reads one token,
     # whose output has no weight.
     length_B = jnp.maximum(reads, 1)
+    # A single query of a cache has no gradient; more queries are the keys' own tokens.
+    if T > 1:
+      q_BTNH, k_BSKH, v_BSKH = (even(x, 1) for x in (q_BTNH, k_BSKH, v_BSKH))
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=T > 1, query_seq_lengths=jnp.minimum(length_B, T),
-        key_value_seq_lengths=length_B, implementation=implementation)
+        key_value_seq_lengths=length_B, implementation=implementation)[:, :T]
 
   reads, names = mask_BTS, ("batch", "time", "cache")
   if mask_BTS is None:

@@ -104,6 +104,13 @@ def test_an_update_of_qwen3_0_6b_by_hand():
   assert attention.flops == pytest.approx(causal * 28 * 9 * 2 * 4 * 16 * 2048**2 * 128)
 
 
+def test_an_odd_length_has_a_gradient():
+  # A batch is one token shorter than its rollout, so lengths are odd. cuDNN has gradients for even
+  # ones, and the causal kernel is used all the same.
+  text = lowered_update("qwen3-0.6b", 2, 511, num_hidden_layers=1).as_text()
+  assert "fmhaSoftmaxBackward" in text and "PADDING_CAUSAL" in text
+
+
 def test_eight_cards_share_an_updates_products():
   found = {}
   for topology in ("h100", "h100:8"):

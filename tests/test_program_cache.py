@@ -21,6 +21,7 @@ from s2d_jax import (
   models,
   objectives,
   program_cache,
+  rollouts,
   sampler,
   sharding,
   stage,
@@ -122,6 +123,33 @@ def test_equal_stages_share_programs_and_unequal_ones_do_not():
     assert len({id(found.update) for found in (one, *others)}) == 1 + len(others)
     assert programs.build.cache_info().currsize > 0
   assert programs.build.cache_info().currsize == 0  # the sampler's, dropped with the run
+
+
+@pytest.mark.medium
+def test_samplers_share_the_programs_that_they_have_in_common():
+  model = models.get(CONFIG)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), np.float32),
+                        models.shapes(model.config))
+  prompts = [rollouts.Prompt(i, (2, 3 + i)) for i in range(8)]
+
+  def make(**changes):
+    return sampler.Sampler(model, sampler.Sampling(max_tokens=6, **changes), 8, 3)
+
+  with program_cache.opened("auto"):
+    two, one, greedy = make(samples_per_prompt=2), make(), make(temperature=0.0)
+    rows, _ = one(params, prompts, seed=(0,))
+  assert two.programs.shapes.batches == (16, 8) and one.programs.shapes.batches == (8,)
+  size = 8, one.programs.shapes.lengths[0]
+  assert one.programs.decode[size] is two.programs.decode[size]
+  assert greedy.programs.decode[size] is not one.programs.decode[size]
+  for name in ("prepare", "prefill"):
+    assert getattr(one.programs, name) is getattr(greedy.programs, name)
+    assert getattr(one.programs, name) is getattr(two.programs, name)
+  # A program that was compiled for another sampler gives the numbers of the sampler's own.
+  alone = make()
+  assert alone.programs.prepare is not one.programs.prepare
+  jax.tree.map(np.testing.assert_array_equal, rows, alone(params, prompts, seed=(0,))[0])
 
 
 @pytest.mark.medium

@@ -131,6 +131,8 @@ def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: 
                  slots: decode.Slots, mesh: Mesh | None) -> jax.stages.Lowered:
   """The program that decodes up to `tokens` tokens of each slot; the slots are donated."""
   batch = slots.token_B.shape[0]
+  # The host reads these two alone, so samplers that differ in them share the program.
+  sampling = sampling._replace(samples_per_prompt=1, stop_strings=())
   whole = functools.partial(_whole, mesh)
   run = functools.partial(decode.decode, model, sampling, tokens)
   return _lower(mesh, run, (slots, _decoded(whole, batch, tokens)), weights, slots,
@@ -139,9 +141,18 @@ def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: 
 
 def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
            donate: Any = ()) -> jax.stages.Lowered:
-  """f lowered for abstract arguments, with the layouts of `out` for its results."""
+  """f lowered for abstract arguments, with the layouts of `out` for its results.
+
+  `f` is a function, or a partial of one with hashable arguments.
+  """
   layout = mesh and jax.tree.map(lambda x: x.sharding, out)
-  return jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args)
+  parts = (f,)
+  # Partials are equal only where they are identical.
+  if isinstance(f, functools.partial):
+    parts = (f.func, *f.args, *sorted(f.keywords.items()))
+  return program_cache.shared(
+      (*parts, program_cache.shapes_of((out, args)), donate, mesh),
+      lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args))
 
 
 def _whole(mesh: Mesh | None, *shape: int,
@@ -182,7 +193,9 @@ def _compile(programs: Programs, compile: Callable[[jax.stages.Lowered], Any]) -
   lowered, tree = jax.tree.flatten(programs, is_leaf=lambda x: isinstance(x, jax.stages.Lowered))
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     return tree.unflatten(pool.map(
-        lambda x: compile(x) if isinstance(x, jax.stages.Lowered) else x, lowered))
+        # A lowered program that another sampler of the run has is compiled already.
+        lambda x: (program_cache.shared((compile, x), lambda: compile(x))
+                   if isinstance(x, jax.stages.Lowered) else x), lowered))
 
 
 def _layout(model_config: Config, mesh: Mesh, weights: decode.Weights) -> decode.Weights:

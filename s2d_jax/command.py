@@ -78,17 +78,17 @@ def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
   """Replaces fields by their flags in the message of a ValueError that is raised within.
 
   Args:
-    flag_of: {field: flag}. A field that is an English word, such as page, is replaced only where
-      the message begins with it.
+    flag_of: {field: flag}. A field is a whole word, outside quotes and paths. One that is an
+      English word, such as page, is replaced only where the message begins with it.
   """
   try:
     yield
   except ValueError as error:
-    message = str(error)
-    for field, flag in flag_of.items():
-      pattern = rf"\b{field}\b" if "_" in field else rf"^{field}\b"
-      message = re.sub(pattern, flag, message)
-    raise ValueError(message) from error
+    fields = "|".join(field if "_" in field else f"^{field}" for field in flag_of)
+    # A quoted value is matched first, as a whole, and stays. An apostrophe opens no quote.
+    pattern = rf"""(?<!\w)'[^']*'|"[^"]*"|(?<![\w./\\-])({fields})(?![\w/\\-]|\.\w)"""
+    raise ValueError(re.sub(pattern, lambda match: flag_of.get(match[1], match[0]),
+                            str(error))) from error
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

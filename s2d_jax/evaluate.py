@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
     keys.check_value("seed", args.seed, keys.at_least(0))
   keys.check_value("--batch", args.batch, keys.at_least(1))
   names = args.sets.split(",")
+  if "" in names:
+    raise ValueError(f"--sets is {args.sets!r}: write names with one comma between them.")
   folder = args.data or tasks.FOLDERS[args.task]
   task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
   sets = {name: task.source(name) for name in names}

@@ -65,9 +65,11 @@ def find(workdir: Path, stage: str) -> Path:
   found = [name for name in finished if stage in (name, name.rpartition("-")[0])]
   if len(found) == 1:
     return workdir / found[0]
+  if not finished:
+    raise ValueError(f"{workdir} has no finished stage: run its recipe first.")
   number = "several finished stages" if found else "no finished stage"
   # Without a match every finished stage is a choice; with several, only these.
-  choices = ", ".join(found or finished) or "nothing: run its recipe first"
+  choices = ", ".join(found or finished)
   raise ValueError(f"{workdir} has {number} {stage!r}: choose --stage from {choices}.")
 
 

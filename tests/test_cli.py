@@ -115,7 +115,7 @@ def test_help_and_an_unknown_command_print_the_list_of_commands(monkeypatch, cap
     (["export", "--workdir=x", "--stage", "y"], "missing: --out: "),
     (["export", "--workdir=x", "--stage=y", "--out=z", "--dtype=int8"], "argument --dtype: "),
     (["export", "--workdir=x", "--stage=y", "--out=z"],
-     "x has no finished stage 'y': choose --stage from nothing: run its recipe first."),
+     "x has no finished stage: run its recipe first."),
     (["report", "nowhere"], "nowhere has no finished arm: "),
 ])
 def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch, capsys):
@@ -124,6 +124,27 @@ def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch
     cli.main()
   (line,) = capsys.readouterr().err.splitlines()
   assert error.value.code == 2 and line.startswith("s2d_jax: ") and message in line
+
+
+@pytest.mark.parametrize("message, named", [
+    ("max_tokens is 0: lower it.", "--max-tokens is 0: lower it."),
+    ("the model's cache_gib is 1: lower max_tokens.", "the model's --cache-gib is 1: lower "
+     "--max-tokens."),
+    ("page is 3, and a page of it", "--page is 3, and a page of it"),
+    # Paths and quoted values are a user's own text.
+    ("runs/max_tokens/x.json is missing", "runs/max_tokens/x.json is missing"),
+    ("max_tokens/hf is missing", "max_tokens/hf is missing"),
+    ("max_tokens.json, a-max_tokens missing", "max_tokens.json, a-max_tokens missing"),
+    ("the set 'a max_tokens b' is empty", "the set 'a max_tokens b' is empty"),
+    ('the set "max_tokens" is empty', 'the set "max_tokens" is empty'),
+    ("page/hf is missing", "page/hf is missing"),
+    ("max_tokens_each is 3", "max_tokens_each is 3"),
+])
+def test_fields_become_flags_outside_paths_and_quotes(message, named):
+  flags = {"max_tokens": "--max-tokens", "cache_gib": "--cache-gib", "page": "--page"}
+  with pytest.raises(ValueError) as error, command.naming_flags(flags):
+    raise ValueError(message)
+  assert str(error.value) == named
 
 
 # ml_collections loads config files by importlib's old name.

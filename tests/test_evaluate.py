@@ -62,6 +62,7 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
     (["--cache-gib=1e-9", "--max-tokens=32"], "--cache-gib is 1e-09, and one row of"),
     (["--task=math"], "data/validation.jsonl is not a file"),
     (["--max-tokens=99999"], "lower --max-tokens."),
+    (["--sets=math500,,a"], "--sets is 'math500,,a': write names with one comma between them."),
     (["--task=chess"], "argument --task: invalid choice: 'chess'"),
 ])
 def test_a_wrong_line_is_one_sentence(data, capsys, monkeypatch, tmp_path, flags, said):

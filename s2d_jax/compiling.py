@@ -66,8 +66,8 @@ class Programs(NamedTuple):
   """Everything that a stage runs on the devices, compiled before its first step."""
   sampler: sampler.Sampler | None
   pass_rate_sampler: sampler.Sampler | None
-  token_logps: Callable | None
-  update: Callable
+  token_logps: jax.stages.Compiled | None
+  update: jax.stages.Compiled
   scores_first: bool          # whether `token_logps` runs before the updates of each step
 
 
@@ -78,8 +78,9 @@ def samplers(config: ConfigDict, chat: Chat,
   return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler)
 
 
-def compile_programs(models: StageModels, hp: ConfigDict, objective: Callable, logp: Callable,
-                     optimizer: optax.GradientTransformation, samplers: Samplers) -> Programs:
+def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Loss,
+                     logp: training.Logp, optimizer: optax.GradientTransformation,
+                     samplers: Samplers) -> Programs:
   """Every program of a stage, ahead of time, for shapes that never change.
 
   Stages of one run share the programs that are equal.

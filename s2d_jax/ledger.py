@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax.compiling import Role, StageModels
+from s2d_jax.models import Config
 from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
@@ -23,7 +24,7 @@ COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled",
 _Entry = dict[str, Any]
 
 
-def forward_flops(config: Any, length_B: Sequence[int],
+def forward_flops(config: Config, length_B: Sequence[int],
                   headed_B: Sequence[int] | None = None) -> float:
   """FLOPs of one forward pass over sequences of `length_B` tokens.
 

@@ -61,8 +61,8 @@ class StageRun(NamedTuple):
   prompts_of: Callable[[int, int], list[Prompt]]   # (step, round) -> prompts
   models: StageModels
   samplers: Samplers
-  objective: Callable
-  logp: Callable              # as `training.token_logps` takes it
+  objective: training.Loss
+  logp: training.Logp         # as `training.token_logps` takes it
   optimizer: optax.GradientTransformation
   source: Callable[[sampler.Sampler | None], RolloutSource]     # of the actor's sampler
   label_use: rollouts.LabelUse

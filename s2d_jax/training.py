@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from s2d_jax import keys, program_cache, sharding
+from s2d_jax.keys import Key
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -23,7 +24,20 @@ KEYS = {"microbatches": keys.at_least(1, neutral=1, hashed=False)}
 
 _Head = tuple[jax.Array, jax.Array]                # (features_BTD, weight_VD)
 _Metrics = dict[str, jax.Array]                    # float32 scalars
-_Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]  # see `objectives`
+# (head, guide_head, batch, hp) -> {name: (sum, count)}, as `jit_update` describes it.
+Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]
+# (head, batch, hp) -> (logp_BT, entropy_BT)
+Logp = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Objective(Protocol):
+  """A loss that declares the keys of the config that it reads, as `objectives.Objective` does."""
+  keys: Mapping[str, Key]
+
+  def __call__(self, student_head: _Head, guide_head: _Head | None, batch: Batch,
+               hp: ConfigDict) -> dict[str, tuple[jax.Array, ...]]:
+    """{name: (sum, count)}, "loss" among them."""
+
 
 
 class Model(Protocol):
@@ -44,8 +58,9 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
 
 
-def make(model: Model, params: Params, objective: Any, optimizer: optax.GradientTransformation,
-         guide: Model | None = None, hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
+def make(model: Model, params: Params, objective: Objective,
+         optimizer: optax.GradientTransformation, guide: Model | None = None,
+         hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
          ) -> tuple[TrainState, Callable[[TrainState, Params | None, Batch],
                                          tuple[TrainState, _Metrics]]]:
   """A TrainState around `params`, and the update that moves it.
@@ -128,7 +143,7 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def jit_update(model: Model, guide_model: Model | None, objective: _Loss,
+def jit_update(model: Model, guide_model: Model | None, objective: Loss,
                optimizer: optax.GradientTransformation, hp: ConfigDict,
                layout: TrainState) -> Callable[..., tuple[TrainState, _Metrics]]:
   """The jitted update: update(state, guide_params, batch, non_trainable=None) -> (state, metrics).
@@ -222,8 +237,8 @@ def join(params: Params, non_trainable: Params | None) -> Params:
   return joined
 
 
-def token_logps(model: Model, logp: Callable[..., tuple[jax.Array, jax.Array]],
-                hp: ConfigDict) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def token_logps(model: Model, logp: Logp, hp: ConfigDict,
+               ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
   """Jitted (params, batch) -> (logp_BT, entropy_BT): a model's own numbers on a batch, in nats.
 
   Args:

@@ -1,5 +1,7 @@
 """How near two models are on the same tokens, measured and not trained on."""
 
+from typing import Protocol
+
 import jax
 from ml_collections import ConfigDict
 
@@ -7,7 +9,12 @@ from s2d_jax.losses import blockwise, kl, tokens
 from s2d_jax.losses.blockwise import Head
 
 
-def agreement(student_head: Head, guide_head: Head, batch: object,
+class Weighted(Protocol):
+  """The field of a `rollouts.Batch` that is read."""
+  weight_BT: jax.Array
+
+
+def agreement(student_head: Head, guide_head: Head, batch: Weighted,
               hp: ConfigDict) -> dict[str, jax.Array]:
   """{name: value_BT} of two models' divergence and overlap, in nats or shares of probability.
 

@@ -10,28 +10,38 @@ ROOT = Path(__file__).parents[2]
 
 
 class Checkout:
-  """A copy of s2d_jax/ and configs/ under a folder; `touched` lists the places that were edited."""
+  """A copy of s2d_jax/ and configs/ under a folder.
+
+  Attributes:
+    touched: the files of the edits outside the new code, one entry for each edit.
+    new_code: the files that the new code itself was added to or put into, one for each piece.
+    Tables of the tests, such as tests/configs/keys.json, and docs are not in the copy or counted.
+  """
 
   def __init__(self, folder: Path) -> None:
     self.folder = folder
     self.touched: list[str] = []
+    self.new_code: list[str] = []
     for name in ("s2d_jax", "configs"):
       shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
   def write(self, path: str, text: str) -> None:
     """Adds a file, the user's own code: not a touched place."""
     (self.folder / path).write_text(text)
+    self.new_code.append(path)
 
   def append(self, path: str, text: str) -> None:
     """Adds code at the end of a file: the new code itself, not a touched place."""
     (self.folder / path).write_text((self.folder / path).read_text() + text)
+    self.new_code.append(path)
 
-  def edit(self, path: str, old: str, new: str) -> None:
-    """Replaces a text that stands once in a file of ours: a touched place."""
+  def edit(self, path: str, old: str, new: str, is_new_code: bool = False) -> None:
+    """Replaces a text that stands once in a file of ours: a touched place, or a piece of new code.
+    """
     text = (self.folder / path).read_text()
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
     (self.folder / path).write_text(text.replace(old, new))
-    self.touched.append(path)
+    (self.new_code if is_new_code else self.touched).append(path)
 
   def run(self, program: str) -> subprocess.CompletedProcess:
     """Runs a Python program that imports this copy; its output is text."""

@@ -19,8 +19,7 @@ BLOCK = '''      "on_policy_jsd": stage(2e-3, samples=4, steps=30, prompts=64)
 
 def add(checkout, row=ROW, use=USE, block=BLOCK):
   """Adds the row to the table of stages, and the two places that use it."""
-  checkout.edit(TABLES, "STAGES = (\n", "STAGES = (\n" + row)
-  checkout.touched.clear()  # the row is the new code
+  checkout.edit(TABLES, "STAGES = (\n", "STAGES = (\n" + row, is_new_code=True)
   if use:
     checkout.edit(TABLES, "ARMS: dict[str, Arm] = {\n", "ARMS: dict[str, Arm] = {\n" + use)
   if block:
@@ -30,6 +29,7 @@ def add(checkout, row=ROW, use=USE, block=BLOCK):
 def test_two_places_are_touched(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout)
+  assert (checkout.touched, checkout.new_code) == ([TABLES, CONFIG], [TABLES])
   checkout.check_plan(ARM, ["teacher_grpo", "on_policy_jsd"])
 
 

@@ -32,8 +32,7 @@ print(sampling.plain(), sampling._replace(top_sigma=0.0).plain())
 
 def add(checkout: Checkout, in_the_config: bool = True, key: bool = True) -> None:
   for old, new in (FIELD, *([KEY] if key else []), CODE):
-    checkout.edit(SAMPLING, old, new)
-  checkout.touched.clear()  # the new code itself
+    checkout.edit(SAMPLING, old, new, is_new_code=True)
   if in_the_config:
     checkout.edit(COMMON, "    min_tokens=0,", "    top_sigma=0.0,\n    min_tokens=0,")
 
@@ -41,6 +40,8 @@ def add(checkout: Checkout, in_the_config: bool = True, key: bool = True) -> Non
 def test_one_place_is_touched(tmp_path):
   checkout = Checkout(tmp_path)
   add(checkout)
+  # The new code is in three pieces: the field, its key, and the line of `truncate`.
+  assert (checkout.touched, checkout.new_code) == ([COMMON], [SAMPLING] * 3)
   checkout.check_plan("raw_bridge", ["forward_kl", "reverse_kl"], SET)
   ran = checkout.run(TRUNCATED)
   # A sample that is truncated is never taken for one of the model's own distribution.

@@ -110,7 +110,7 @@ def _value_text(value: Any, owner: str) -> str | None:
   if kind is dict:
     pairs = (f"{_text(key, owner)}: {_text(item, owner)}" for key, item in value.items())
     return "{" + ", ".join(pairs) + "}"
-  if isinstance(value, tuple) and hasattr(kind, "_fields"):
+  if isinstance(value, tuple) and getattr(kind, "_fields", None) is not None:
     return _record_text(kind.__name__, kind._fields, value, owner)
   if dataclasses.is_dataclass(value) and kind.__dataclass_params__.frozen:
     names = [field.name for field in dataclasses.fields(value)]
@@ -126,7 +126,9 @@ def _record_text(name: str, fields: list[str] | tuple[str, ...], value: Any, own
 
 def _name(function: Callable[..., Any]) -> str:
   """A function's name for a message; an object's is that of its class."""
-  function = function if hasattr(function, "__qualname__") else type(function)
+  # A callable object has no name of its own, so its class stands for it.
+  named = getattr(function, "__qualname__", None) is not None
+  function = function if named else type(function)
   return f"{function.__module__}.{function.__qualname__}"
 
 

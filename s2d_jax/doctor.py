@@ -6,9 +6,10 @@ calls all of them before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import (
@@ -27,8 +28,19 @@ from s2d_jax import (
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
 
-# A planning.Stage: the name is not imported, because planning imports this file.
-Stage = Any
+
+class Stage(Protocol):
+  """The fields of a `planning.Stage` that are checked; planning imports this file."""
+  name: str
+  actor: str
+  learner: str
+  guide: str | None
+  objective: objectives.Objective
+  reward: bool
+  prompt_weights: Callable[[np.ndarray], np.ndarray] | None
+  source: rollouts.Source
+
+
 SEED = Key(lambda seed: 0 <= seed < 2**63, "choose it from 0 to 2**63 - 1")
 CONFIG_KEYS: Record = {
     "seed": SEED, "half_seed": SEED,

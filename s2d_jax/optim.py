@@ -111,7 +111,7 @@ def adamw(lr: float, axes: _Axes | None = None, **changes: Any) -> optax.Gradien
   return make(ConfigDict({**hp, "warmup": 0, "decay": "constant"}), 1, axes)
 
 
-def matrices(axes: _Axes) -> Any:
+def matrices(axes: _Axes) -> _Axes:
   """True for each parameter that is a matrix (or a stack of them), in the tree of `axes`."""
   return jax.tree.map(lambda names: sum(name != "layer" for name in names) >= 2, axes,
                       is_leaf=lambda x: isinstance(x, tuple))

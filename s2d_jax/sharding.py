@@ -125,7 +125,8 @@ def per_shard(f: Callable[..., tuple[jax.Array, ...]], args: tuple[jax.Array, ..
 
 
 def per_device(
-    f: Callable, per_row: Params, replicated: Params) -> tuple[Params, Params]:
+    f: Callable[[Params, Params], tuple[Params, Params]], per_row: Params,
+    replicated: Params) -> tuple[Params, Params]:
   """f(per_row, replicated) -> (outputs, totals) on each device's own rows.
 
   The totals are added up over devices once, after f. It is for a loop whose running total would

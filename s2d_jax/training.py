@@ -138,7 +138,7 @@ def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) ->
   return TrainState(step, params, opt_state)
 
 
-def shardings(tree: Any) -> Any:
+def shardings(tree: Params) -> Params:
   """The sharding of each leaf of a state, or of any tree of arrays or their shapes."""
   return jax.tree.map(lambda x: x.sharding, tree)
 

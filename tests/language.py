@@ -113,6 +113,25 @@ def unannotated(tree: ast.Module) -> list[str]:
   return missing
 
 
+def vague(tree: ast.Module) -> list[str]:
+  """Names of public parameters, results and fields whose annotation says nothing."""
+  found = []
+  for name, node in functions(tree):
+    if is_public(name):
+      arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+      found += [f"{name}({x.arg})" for x in arguments if _says_nothing(x.annotation)]
+      found += [f"{name} -> ?"] * _says_nothing(node.returns)
+  for node in tree.body:
+    if isinstance(node, ast.ClassDef) and is_public(node.name):
+      found += [f"{node.name}.{x.target.id}" for x in node.body
+                if isinstance(x, ast.AnnAssign) and _says_nothing(x.annotation)]
+  return found
+
+
+def _says_nothing(annotation: ast.expr | None) -> bool:
+  return annotation is not None and ast.unparse(annotation) in ("Any", "object", "Callable")
+
+
 def argument_count(tree: ast.Module) -> int:
   """Number of parameters of public functions, without self and cls."""
   count = 0

@@ -81,6 +81,25 @@ def test_every_public_name_has_a_docstring():
   assert found_by(language.undocumented, TYPED) == {}
 
 
+# Any JSON value, any value of a config, any text, or, for a Role, a model whose file this one may
+# not import.
+VAGUE = {
+    "s2d_jax/compiling.py": ["Role.model"],
+    "s2d_jax/files.py": ["plain(value)", "plain -> ?", "write_json(value)", "read_json -> ?"],
+    "s2d_jax/keys.py": ["check_values(values)", "check_value(value)", "Key.neutral", "Key.default"],
+    "s2d_jax/manifest.py": ["digest(value)"],
+    "s2d_jax/report.py": ["escaped(text)"]}
+
+
+def test_types_say_something():
+  assert found_by(language.vague, language.package_files()) == VAGUE
+
+
+def test_a_type_that_says_nothing_is_found():
+  source = "def f(x: Any, y: Callable, *, z: int) -> object: ...\nclass A:\n  x: Any\n  y: str\n"
+  assert language.vague(ast.parse(source)) == ["f(x)", "f(y)", "f -> ?", "A.x"]
+
+
 def test_names_are_the_fields_words():
   found = {name_of(path): language.banned_names(ast.parse(path.read_text(encoding="utf-8")),
                                                 name_of(path)) for path in CODE}

@@ -31,10 +31,11 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
-from s2d_jax.models import hf
+from s2d_jax.models import Config, hf
 from s2d_jax.preflight import costs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost, DoesNotFit
 from s2d_jax.preflight.topologies import Chip
+from s2d_jax.sharding import Params
 
 _EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"
 
@@ -71,8 +72,9 @@ class Target(NamedTuple):
 
 LOCAL = Target()
 
+
 def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
-                  shapes: Callable = models.frozen_shapes) -> Role:
+                  shapes: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
   model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
   return Role(model, models.laid_out(model.config, mesh, shapes))

@@ -271,14 +271,16 @@ def _moved(opcode: str, type_: str, operands: Sequence[str]) -> float:
 
 def _group_size(operation: Operation) -> int:
   """Devices that take part in a collective together."""
-  # Three spellings: {{0,1},{2,3}}; [2,2]<=[4], two groups of two; and mesh['a'=2,'b'=2] {'b'}.
+  # Three spellings: {{0,1},{2,3}}; [2,2]<=[4], two groups of two; mesh['a'=2,'b'=2] {'b'}, where
+  # the order of the devices may stand before the axes.
   listed = _attribute(operation, r"replica_groups=\{\{([0-9,]*)\}")
   if listed is not None:
     return len(_integers(listed))
   sizes = _attribute(operation, r"replica_groups=\[([0-9,]*)\]")
   if sizes is not None:
     return _integers(sizes)[-1]
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", operation.attributes)
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}",
+                    operation.attributes)
   if named is None:
     raise ValueError(f"the devices of a collective are not understood: {operation.attributes}")
   axes = dict(re.findall(r"('[^']*')=(\d+)", named[1]))

@@ -133,3 +133,22 @@ def test_devices_share_products_and_add_up_in_messages(count):
   found = hlo.total(hlo.kernels(compiled.as_text()))
   assert found.flops == 2 * 64 * 128 * 256 / count
   np.testing.assert_allclose(found.collective_bytes, 2 * 4 * 128 * 256 * (count - 1) / count)
+
+
+REDUCE = """HloModule jit_f
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %reduce.1 = f32[8,16]{1,0} all-reduce(%a), channel_id=1, replica_groups=GROUPS, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize("groups, count", [
+    ("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,4]<=[8]", 4), ("mesh['a'=2,'b'=4] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8), ("mesh['a'=2,'b'=4] {'b':(1)2}", 2),
+    ("mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", 2)])
+def test_every_spelling_of_a_collectives_devices_is_read(groups, count):
+  # A ring of n devices sends each part of the 512 bytes twice past n - 1 of them.
+  (kernel,) = hlo.kernels(REDUCE.replace("GROUPS", groups), 1)
+  assert kernel.collective_bytes == 2 * 512 * (count - 1) / count

@@ -39,7 +39,6 @@ class Objective(Protocol):
     """{name: (sum, count)}, "loss" among them."""
 
 
-
 class Model(Protocol):
   """The methods of a model that an update calls; `models.Model` has both."""
 

@@ -31,10 +31,7 @@ from s2d_jax.models import hf
 from s2d_jax.sampler import programs
 from tests import test_loop
 
-CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
-          "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-          "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-          "tie_word_embeddings": True, "max_position_embeddings": 64}
+CONFIG = test_loop.CONFIG
 NAMES = ("jax_compilation_cache_dir", "jax_enable_compilation_cache",
          "jax_persistent_cache_min_compile_time_secs")
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,11 @@ def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
   return Role(model, models.laid_out(model.config, mesh, shapes))
 
 
+def _table() -> dict[str, planning.Stage]:
+  """The recipe's stages by name."""
+  return {row.name: row for row in recipe.STAGES}
+
+
 def costs_of(config: ConfigDict, target: Target = LOCAL,
              progress: Progress | None = None) -> Iterator[Cost]:
   """Yields the Cost of every program of every stage and score of a config, on the current mesh.
@@ -87,27 +92,26 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   Raises:
     ValueError: the config is wrong.
   """
-  table = {row.name: row for row in recipe.STAGES}
+  table = _table()
   mesh = sharding.current_mesh()
   # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
   doctor.check_config(config, table)
   progress = progress or Progress()
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
                                 sampler.Compiler(progress, target.fast))
-  for name, hp, stage_models, optimizer in _stages(config):
-    progress.stage = name
-    programs = compiling.compile_programs(stage_models, hp, table[name].objective, objectives.logp,
+  for row, hp, stage_models, optimizer in _stages(config, table):
+    progress.stage = row.name
+    programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers)
-    yield from _stage(name, hp, stage_models, programs, resident(stage_models, optimizer),
+    yield from _stage(row.name, hp, stage_models, programs, resident(stage_models, optimizer),
                       target.chip)
   if not target.fast:
     yield from _scoring(config, mesh, samplers, progress, target.chip)
 
 
-def _stages(config: ConfigDict) -> Iterator[
-    tuple[str, ConfigDict, StageModels, optax.GradientTransformation]]:
-  """(name, block of the config, abstract models, optimizer) of each stage that has steps."""
-  table = {row.name: row for row in recipe.STAGES}
+def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator[
+    tuple[planning.Stage, ConfigDict, StageModels, optax.GradientTransformation]]:
+  """(stage, block of the config, abstract models, optimizer) of each stage that has steps."""
   mesh = sharding.current_mesh()
   # The base models stand for every role: a stage's weights have the shapes of its base's.
   bases = {"teacher": "teacher", "student": "student"}
@@ -119,7 +123,7 @@ def _stages(config: ConfigDict) -> Iterator[
         row, hp, planning.parents(row, hp, bases),
         lambda role, shapes: abstract_role(config, role, mesh, shapes),
         lambda model: models.split(model.config, models.laid_out(model.config, mesh))[0])
-    yield name, hp, stage_models, stage.optimizer(hp, stage_models.learner.model.config)
+    yield row, hp, stage_models, stage.optimizer(hp, stage_models.learner.model.config)
 
 
 def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
@@ -294,7 +298,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   def held(changed: ConfigDict) -> int:
     with jax.set_mesh(_mesh(changed.mesh, devices)):
       return max(sum(resident(models_of_stage, optimizer).values())
-                 for _, _, models_of_stage, optimizer in _stages(changed))
+                 for _, _, models_of_stage, optimizer in _stages(changed, _table()))
 
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
            for role in ("teacher", "student")]

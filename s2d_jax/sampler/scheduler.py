@@ -65,7 +65,7 @@ class Schedule:
     """
     self.weights = weights
     self.memory = (CachePages(self.programs, self.sampling.max_tokens) if self.programs.config.page
-                  else CacheRows(self.programs))
+                   else CacheRows(self.programs))
     self.owners: list[Row | None] = [None] * self.memory.batch
     finished: list[int] = []
     while self.rows or any(self.owners):

@@ -152,7 +152,10 @@ def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
     parts = (f.func, *f.args, *sorted(f.keywords.items()))
   return program_cache.shared(
       (*parts, program_cache.shapes_of((out, args)), donate, mesh),
-      lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate).lower(*args))
+      # Reading a prompt does not use the last block's MLP. The newest jax would leave that argument
+      # out, and the account of memory with it, though the device holds all weights meanwhile.
+      lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate,
+                      keep_unused=True).lower(*args))
 
 
 def _whole(mesh: Mesh | None, *shape: int,

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from s2d_jax.losses import blockwise, kl, tokens
 from s2d_jax.losses.blockwise import Head
 
 FULL = {"tokens": "1024,2048,4096,8192", "width": 256, "guide_width": 512, "vocab": 32_000,
-        "block": 512, "repeats": 5, "peak": 4096, "trl": "", "topology": "", "dtype": "float32",
+        "block": 512, "repeats": 5, "seconds": 3600.0, "peak": 4096, "trl": "", "topology": "",
+        "dtype": "float32",
         "memory_tokens": "4096,8192,16384", "memory_width": 2048, "memory_guide_width": 4096,
         "memory_vocab": 151_936, "memory_blocks": "64,128,256,512,1024"}
 SMOKE = FULL | {"tokens": "8,16", "width": 8, "guide_width": 16, "vocab": 32, "block": 4,
@@ -96,23 +98,23 @@ def timed(sizes: Namespace, count: int) -> tuple[dict[str, measure.Json], dict[s
       heads = {"student": student.features_BTD[0], "student_weight": student.weight_VD,
                "guide": guide.features_BTD[0], "guide_weight": guide.weight_VD}
       np.savez(path, **{name: x.astype(np.float32) for name, x in heads.items()})
-      trl = measure.Peer([sizes.trl, "benchmarks/peers/trl_losses.py", path, sizes.dtype])
+      trl = measure.Peer([sizes.trl, "benchmarks/peers/trl_losses.py", path, sizes.dtype],
+                         sizes.seconds)
     placed = jax.device_put((student, guide, targets_BT))
     try:
       for name, ways in losses(sizes.block).items():
         programs = {way: jax.jit(jax.value_and_grad(f)).lower(*placed).compile()
                     for way, f in ways.items()}
-        runs = {way: [] for way in programs}
+        sides = {way: Ours(program, placed) for way, program in programs.items()}
         # TRL's generalised JSD is the forward KL at beta 0 and the reverse KL at 1.
         beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}.get(name)
         if trl is not None and beta is not None:
-          runs |= {"trl_chunked": []} | ({"trl": []} if sizes.dtype == "float32" else {})
-        for _ in range(sizes.repeats + 1):
-          for way, answers in runs.items():
-            if way in programs:
-              answers.append(ours(programs[way], placed))
-            else:
-              answers.append(trl.ask(json.dumps({"way": way, "beta": beta})))
+          rivals = ["trl_chunked"] + ["trl"] * (sizes.dtype == "float32")
+          sides |= {way: lambda _, way=way, beta=beta: trl.ask(
+              json.dumps({"way": way, "beta": beta})) for way in rivals}
+        runs = measure.alternate(sides, sizes.repeats, sizes.seconds)
+        for way in programs:
+          runs[way][0] |= sides[way].read()
         found[name] = {way: summary(answers) for way, answers in runs.items()}
         check_equal(name, {way: answers[0] for way, answers in runs.items()}, sizes.dtype)
     finally:
@@ -121,12 +123,26 @@ def timed(sizes: Namespace, count: int) -> tuple[dict[str, measure.Json], dict[s
   return found, {} if trl is None else {"trl": trl.versions}
 
 
-def ours(program: jax.stages.Compiled, placed: tuple[Head, Head, jax.Array]) -> measure.Json:
-  """Runs a compiled loss once: seconds, the loss, and the norms of its gradients."""
-  (loss, grads), seconds = measure.stopwatch(lambda: jax.block_until_ready(program(*placed)))
-  return {"seconds": seconds, "loss": float(loss),
-          "gradients": [float(np.linalg.norm(x.astype(np.float64)))
-                        for x in jax.device_get(grads)]}
+class Ours:
+  """A compiled loss; a call runs it once."""
+
+  def __init__(self, program: jax.stages.Compiled, placed: tuple[Head, Head, jax.Array]) -> None:
+    self.program = program
+    self.placed = placed
+    self.first: tuple[jax.Array, tuple[Head, Head]] | None = None
+
+  def __call__(self, _: int) -> measure.Json:
+    """Its seconds; the first run's loss and gradients stay on the device for `read`."""
+    result, seconds = measure.stopwatch(
+        lambda: jax.block_until_ready(self.program(*self.placed)))
+    self.first = self.first or result
+    return {"seconds": seconds}
+
+  def read(self) -> measure.Json:
+    """The loss and the norms of its gradients, fetched after all repeats and not between them."""
+    loss, grads = self.first
+    return {"loss": float(loss), "gradients": [float(np.linalg.norm(x.astype(np.float64)))
+                                               for x in jax.device_get(grads)]}
 
 
 def summary(runs: Sequence[measure.Json]) -> measure.Json:
@@ -177,7 +193,8 @@ def one_device_mesh(topology: str) -> jax.sharding.Mesh:
   return sharding.make_mesh((1, 1, 1), devices[:1])
 
 
-def run(sizes: Namespace, mesh: jax.sharding.Mesh) -> measure.Json:
+def run(sizes: Namespace, mesh: jax.sharding.Mesh,
+        save: Callable[[measure.Json], Any]) -> measure.Json:
   """Memory at the large sizes, and seconds at the small ones unless a topology is compiled for."""
   where = sharding.replicated(mesh)
   counts = [int(text) for text in sizes.memory_tokens.split(",")]
@@ -193,17 +210,17 @@ def run(sizes: Namespace, mesh: jax.sharding.Mesh) -> measure.Json:
   if sizes.topology:
     return {"memory": memory}
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
-  found = {}
+  found = {"memory": memory, "time": {}, "peers": {}, "matmul_peak": peak}
   for count in sizes.tokens.split(","):
-    found[count], rivals = timed(sizes, int(count))
-  # Products: the student's logits once and two for its gradients, the guide's once.
-  for count, ways in found.items():
-    for name, row in ways.items():
+    found["time"][count], found["peers"] = timed(sizes, int(count))
+    # Products: the student's logits once and two for its gradients, the guide's once.
+    for name, row in found["time"][count].items():
       guided = 0 if name == "negative_log_likelihood" else sizes.guide_width
       flops = 2 * int(count) * sizes.vocab * (3 * sizes.width + guided)
       for way in row.values():
         way["share_of_peak"] = flops / way["seconds"] / peak["flops_per_second"]
-  return {"memory": memory, "time": found, "peers": rivals, "matmul_peak": peak}
+    save(found)
+  return found
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
@@ -211,8 +228,9 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   options = parse(argv)
   mesh = one_device_mesh(options.sizes.topology)
   with jax.set_mesh(mesh):
-    return measure.write("loss", options, run(options.sizes, mesh),
-                         kind=options.sizes.topology.partition(":")[0])
+    kind = options.sizes.topology.partition(":")[0]
+    found = run(options.sizes, mesh, lambda found: measure.save("loss", options, found, kind))
+    return measure.write("loss", options, found, kind)
 
 
 if __name__ == "__main__":

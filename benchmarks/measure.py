@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -14,8 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from s2d_jax import manifest, models
+from s2d_jax import manifest, models, sharding
 from s2d_jax.models import Model
 from s2d_jax.sharding import Params
 
@@ -72,17 +75,29 @@ class Peer:
   Its first answer, before any line, is the dictionary `versions`.
   """
 
-  def __init__(self, argv: Sequence[str]) -> None:
+  def __init__(self, argv: Sequence[str], seconds: float = math.inf) -> None:
+    """Starts the process; `seconds` are those that one answer may take, the first one included."""
     self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.seconds = seconds
     self.versions = self._answer()
 
   def ask(self, line: str | int) -> Json:
-    """Sends a line and returns the answer."""
+    """Sends a line and returns the answer.
+
+    Raises:
+      TimeoutError: the rival took too long, and its process was ended.
+      RuntimeError: its process has ended.
+    """
     self.process.stdin.write(f"{line}\n")
     self.process.stdin.flush()
     return self._answer()
 
   def _answer(self) -> Json:
+    # A rival writes one line for each of ours, so nothing waits in Python's own buffer.
+    limit = None if self.seconds == math.inf else self.seconds
+    if not select.select([self.process.stdout], [], [], limit)[0]:
+      self.process.kill()
+      raise TimeoutError(f"not finished after {self.seconds:g} s")
     line = self.process.stdout.readline()
     if not line:
       raise RuntimeError(f"{' '.join(self.process.args[:3])} has ended: its error is above.")
@@ -90,9 +105,55 @@ class Peer:
 
   def close(self) -> None:
     """Ends the process."""
-    self.process.stdin.close()
+    try:
+      self.process.stdin.close()
+    except BrokenPipeError:  # it was ended
+      pass
     self.process.wait()
     self.process.stdout.close()
+
+
+Side = Callable[[int], Json]  # takes the number of the repeat; the answer has its seconds
+
+
+def alternate(sides: Mapping[str, Side], repeats: int, seconds: float = math.inf,
+            save: Callable[[dict[str, list[Json]]], None] | None = None,
+            ) -> dict[str, list[Json]]:
+  """The answers of each side to 0, 1, ..., repeats.
+
+  On a CPU the sides answer in turn, so that a change of the machine's load affects all. An
+  accelerator that waits for another side lowers its clock. There each side's repeats run back to
+  back, and the answer after the first one warms up and is left out.
+
+  Args:
+    seconds: after which a side begins no further repeat; it has two answers at least.
+    save: called with all answers so far when a side has finished.
+
+  Returns:
+    The answers. A side that raised TimeoutError is left out, and standard error says so.
+  """
+  answers: dict[str, list[Json]] = {name: [] for name in sides}
+  blocks = [[name] for name in sides] if on_accelerator() else [list(sides)]
+  warm_ups = int(on_accelerator())
+  for block in blocks:
+    for number in range(repeats + 1 + warm_ups):
+      for name in block:
+        if name not in answers:
+          continue
+        used = sum(answer["seconds"] for answer in answers[name][1 + warm_ups:])
+        if used >= seconds:
+          continue
+        try:
+          answers[name].append(sides[name](number))
+        except TimeoutError as error:
+          print(f"{name}: {error}", file=sys.stderr, flush=True)
+          del answers[name]
+    for name in block:
+      if name in answers:
+        del answers[name][1:1 + warm_ups]
+    if save is not None:
+      save({name: found for name, found in answers.items() if found})
+  return answers
 
 
 def model(shape: str, dtype: str = "float32", remat: str = "none", attention: str = "auto",
@@ -105,17 +166,42 @@ def model(shape: str, dtype: str = "float32", remat: str = "none", attention: st
   return built, jax.jit(built.init)(jax.random.key(seed))
 
 
-def timed(run: Callable[[], Any], repeats: int) -> Json:
+def weights(model: Model, shapes_of: Callable[[models.Config], Params],
+            seed: int = 0) -> Params:
+  """Random weights in the types of `shapes_of(config)`, on the current mesh."""
+  where = models.laid_out(model.config, sharding.current_mesh(), shapes_of)
+  # Cast where they are made: the weights of a large model in float32 would not fit beside them.
+  def init(seed: jax.Array) -> Params:
+    return jax.tree.map(lambda x, shape: x.astype(shape.dtype), model.init(jax.random.key(seed)),
+                        where)
+  return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, where))(np.uint32(seed))
+
+
+def on_accelerator() -> bool:
+  """Whether programs run on a TPU or a GPU, which repeats must not leave idle."""
+  return jax.default_backend() != "cpu"
+
+
+def timed(run: Callable[[], Any], repeats: int, seconds: float = math.inf) -> Json:
   """Seconds of `run()` until its arrays are computed: the first run, and the median of the others.
 
-  `run` is called `repeats` + 1 times.
+  `run` is called `repeats` + 1 times, back to back; on an accelerator once more after the first, to
+  warm up. It must leave arrays on the device: an idle card lowers its clock.
+
+  Args:
+    seconds: after which no further repeat begins.
   """
-  seconds = []
-  for _ in range(repeats + 1):
+  def once() -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())
-    seconds.append(time.perf_counter() - start)
-  return {"seconds": statistics.median(seconds[1:]), "repeats": seconds[1:], "first": seconds[0]}
+    return time.perf_counter() - start
+  first = once()
+  if on_accelerator():
+    once()
+  taken = [once()]
+  while len(taken) < repeats and sum(taken) < seconds:
+    taken.append(once())
+  return {"seconds": statistics.median(taken), "repeats": taken, "first": first}
 
 
 def stopwatch(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -178,9 +264,16 @@ def _processor() -> str:
 
 def write(script: str, options: Options, found: Mapping[str, Any],
           kind: str = "") -> pathlib.Path:
-  """Writes <results>/<script>-<kind>-<device>.json, prints it and returns its path.
+  """`save`s a whole result and prints it."""
+  path = save(script, options, found, kind)
+  print(path.read_text(), end="")
+  return path
 
-  `kind` tells apart the results of a script that measures several things; "" is left out.
+
+def save(script: str, options: Options, found: Mapping[str, Any], kind: str = "") -> pathlib.Path:
+  """Writes <results>/<script>-<kind>-<device>.json, whole or as far as it came; returns its path.
+
+  `kind` names the results of a script that measures several things; "" is left out.
   """
   command = " ".join(["python -m", f"benchmarks.{script}", *options.arguments])
   result = {"benchmark": script, "command": command, "revision": manifest.revision(),
@@ -190,6 +283,8 @@ def write(script: str, options: Options, found: Mapping[str, Any],
   options.results.mkdir(parents=True, exist_ok=True)
   name = "-".join(part for part in (script, kind, device) if part)
   path = options.results / f"{name}.json"
-  path.write_text(json.dumps(result, indent=1) + "\n")
-  print(path.read_text(), end="")
+  # A run that is stopped while it writes leaves the last file whole.
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps(result, indent=1) + "\n")
+  os.replace(scratch, path)
   return path

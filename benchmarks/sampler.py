@@ -8,9 +8,10 @@ Workloads: *ragged* is `prompts` × `samples` rows at temperature 1, in which ea
 with probability `stops` / vocabulary. *refill* is `refill` times as many rows in the memory of
 *ragged*. In *uniform* every row has `max_tokens` tokens. `--decode=1,16` has such rows, one of each
 of 1 and of 16 prompts. It also times decoding alone: the seconds of `max_tokens` tokens minus those
-of one token. Each repeat has its own seed. All must sample our greedy tokens before anything is
-timed. `--alone` times nothing: it samples *ragged* together and through one slot, row after row,
-and counts the rows that differ.
+of one token. Each repeat has its own seed. In float32 all must sample our greedy tokens before
+anything is timed; in bfloat16, where logits round to ties, the share of equal rows is recorded.
+`--alone` times nothing: it samples *ragged* together and through one slot, row after row, and
+counts the rows that differ.
 """
 
 import json
@@ -19,7 +20,7 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ FULL = {"workloads": "ragged,refill,uniform", "decode": "", "alone": "", "shape"
         "dtype": "float32", "prompts": 8, "samples": 8, "refill": 8, "prompt_tokens": 64,
         "max_tokens": 256, "stops": 533, "page": 0,
         "rivals": "transformers,transformers_continuous", "tunix": "", "repeats": 5,
-        "refill_repeats": 3, "peak": 4096, "stream": 512}
+        "refill_repeats": 3, "seconds": 3600.0, "peak": 4096, "stream": 512}
 SMOKE = FULL | {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "refill": 3, "prompt_tokens": 4,
                 "max_tokens": 8, "stops": 8, "rivals": "", "repeats": 1, "refill_repeats": 1,
                 "peak": 16, "stream": 1}
@@ -182,11 +183,19 @@ def peers(sizes: Namespace, folder: str, path: str) -> dict[str, measure.Peer]:
   """{name: Peer} on the weights in `folder` and the workloads in the file `path`."""
   module = [sys.executable, "-m", "benchmarks.peers.transformers_sampler", folder, path,
             sizes.dtype]
-  found = {name: measure.Peer([*module, name]) for name in sizes.rivals.split(",") if name}
+  found = {name: measure.Peer([*module, name], sizes.seconds)
+           for name in sizes.rivals.split(",") if name}
   if sizes.tunix:
     found["tunix"] = measure.Peer([sizes.tunix, "benchmarks/peers/tunix_sampler.py", folder, path,
-                                   sizes.dtype])
+                                   sizes.dtype], sizes.seconds)
   return found
+
+
+def equal_rows(greedy: Mapping[str, measure.Json]) -> dict[str, float]:
+  """The share of rows in which a rival continues greedily with our first token."""
+  ours = greedy["ours"]["tokens"]
+  return {name: statistics.mean(a[0] == b[0] for a, b in zip(answer["tokens"], ours, strict=True))
+          for name, answer in greedy.items() if name != "ours"}
 
 
 def check_equal(greedy: Mapping[str, measure.Json]) -> None:
@@ -211,15 +220,18 @@ def alone(sizes: Namespace, dtype: str) -> dict[str, Any]:
   return {"rows": len(differ), "differ": statistics.mean(differ)}
 
 
-def run(sizes: Namespace) -> measure.Json:
-  """{workload: {sampler: tokens a second and the bound}}, and the machine's two rates."""
+def run(sizes: Namespace, save: Callable[[measure.Json], Any]) -> measure.Json:
+  """{workload: {sampler: tokens a second and the bound}}, and the machine's two rates.
+
+  `save` gets the result as far as it has come.
+  """
   model, params = measure.model(sizes.shape, sizes.dtype)
   params = jax.tree.map(lambda x: x.astype(sizes.dtype), params)
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
   stream = measure.bandwidth(sizes.stream, sizes.repeats)
   rates = (peak["flops_per_second"], stream["bytes_per_second"])
   todo = workloads(sizes, model.config.vocab_size)
-  found = {}
+  found = {"workloads": {}, "matmul_peak": peak, "bandwidth": stream}
   with tempfile.TemporaryDirectory() as scratch:
     folder, path = f"{scratch}/model", f"{scratch}/workloads.json"
     if sizes.rivals or sizes.tunix:
@@ -227,34 +239,45 @@ def run(sizes: Namespace) -> measure.Json:
     with open(path, "w", encoding="utf-8") as file:
       json.dump({name: workload._asdict() for name, workload in todo.items()}, file)
     others = peers(sizes, folder, path)
+    found["peers"] = {name: other.versions for name, other in others.items()}
     try:
       for name, workload in todo.items():
         ours = Ours(model, params, workload, sizes.page)
-        runs = {side: [] for side in ("ours", *others)}
-        repeats = {"greedy": 0, "refill": sizes.refill_repeats}.get(name, sizes.repeats)
-        for seed in range(repeats + 1):
-          for side, answers in runs.items():
-            if side == "ours":
-              answers.append(ours.ask(seed))
-            else:
-              answers.append(others[side].ask(json.dumps({"workload": name, "seed": seed})))
-        if name == "greedy":
-          check_equal({side: answers[0] for side, answers in runs.items()})
-          continue
         # In pages, more of our rows fit the same memory.
         slots = {side: workload.slots for side in others} | {"ours": ours.account["slots"]}
-        row = {side: summary(model.config, workload._replace(slots=slots[side]), answers, rates)
-               for side, answers in runs.items()}
-        row["ours"] |= ours.account | {"stats": runs["ours"][-1]["stats"]}
+        def add(runs: dict[str, list[measure.Json]], name: str = name,
+                workload: Workload = workload, ours: Ours = ours,
+                slots: dict[str, int] = slots) -> None:
+          row = {side: summary(model.config, workload._replace(slots=slots[side]), answers, rates)
+                 for side, answers in runs.items()}
+          row["ours"] |= ours.account | {"stats": runs["ours"][-1]["stats"]}
+          found["workloads"][name] = row
+          save(found)
+        sides = {"ours": ours.ask} | {
+            side: lambda seed, other=other, name=name: other.ask(
+                json.dumps({"workload": name, "seed": seed}))
+            for side, other in others.items()}
+        if name == "greedy":
+          _compare({side: ask(0) for side, ask in sides.items()}, sizes, found)
+          continue
+        repeats = sizes.refill_repeats if name == "refill" else sizes.repeats
+        measure.alternate(sides, repeats, sizes.seconds, add)
         if sizes.decode:
-          row["ours"]["decoding"] = decoding(model, params, workload, sizes,
-                                             row["ours"]["seconds"], rates)
-        found[name] = row
+          row = found["workloads"][name]["ours"]
+          row["decoding"] = decoding(model, params, workload, sizes, row["seconds"], rates)
     finally:
       for other in others.values():
         other.close()
-  return {"workloads": found, "peers": {name: other.versions for name, other in others.items()},
-          "matmul_peak": peak, "bandwidth": stream}
+  return found
+
+
+def _compare(greedy: Mapping[str, measure.Json], sizes: Namespace, found: measure.Json) -> None:
+  """Checks the greedy tokens, or records how many rows are equal where logits are rounded."""
+  if sizes.dtype == "float32":
+    check_equal(greedy)
+  else:
+    for side, share in equal_rows(greedy).items():
+      found["peers"][side] = found["peers"][side] | {"equal_first_tokens": share}
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
@@ -265,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     if sizes.alone:
       shares = {dtype: alone(sizes, dtype) for dtype in sizes.alone.split(",")}
       return measure.write("sampler", options, {"alone": shares}, kind="alone")
-    return measure.write("sampler", options, run(sizes), kind="decode" if sizes.decode else "")
+    kind = "decode" if sizes.decode else ""
+    found = run(sizes, lambda found: measure.save("sampler", options, found, kind))
+    return measure.write("sampler", options, found, kind)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The tokens are random and all have weight 1. With the default objective (negative log-likelihood)
 and torch installed, transformers runs the same weights on the same tokens, eager and compiled.
-Repeats alternate between us and them, so that a change of the machine's load affects all. Their
+On a CPU repeats alternate between us and them, so that a change of the machine's load affects all;
+on an accelerator each side's run back to back. Their
 loss must equal ours before the first update and after the last. `profile` has the parts of our
 update, each compiled alone. Peak memory is the compiled program's account for us, and that of the
 process or the device for them.
@@ -16,8 +17,9 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,8 @@ OBJECTIVES = {
     "jsd": objectives.JSD}
 FULL = {"shape": "qwen3-29m", "objective": "negative_log_likelihood", "rows": 8, "tokens": 512,
         "microbatches": 1, "block": 512, "dtype": "float32", "remat": "none",
-        "attention": "auto", "repeats": 7, "peak": 4096}
+        "attention": "auto", "repeats": 7, "seconds": 3600.0, "peak": 4096,
+        "tasks": "forward,train", "rivals": "pytorch_eager,pytorch_compiled"}
 SMOKE = FULL | {"shape": "qwen3-smoke", "rows": 2, "tokens": 8, "block": 8, "repeats": 1,
                 "peak": 16}
 PEERS = {"pytorch_eager": "eager", "pytorch_compiled": "compile"}
@@ -72,7 +75,7 @@ class Ours:
     mesh = sharding.current_mesh()
     model_options = (sizes.shape, sizes.dtype, sizes.remat, sizes.attention)
     self.model, params = measure.model(*model_options)
-    self.start = jax.device_get(params)
+    self.start = jax.device_get(params) if rivals(sizes) else None
     hp = SimpleNamespace(**common.grpo(), **common.reverse_kl(), pi=0.5,
                          microbatches=sizes.microbatches, block=sizes.block)
     self.optimizer = optim.adamw(1e-4, models.axes(self.model.config), weight_decay=0.1)
@@ -93,14 +96,26 @@ class Ours:
         lambda: step.lower(self.state, self.guide_params, self.placed).compile())
     self.token_logps = token_logps.lower(self.state.params, self.placed).compile()
 
-  def forward(self) -> float:
-    """Runs a forward pass and returns the mean negative log-likelihood."""
-    return -float(np.mean(jax.device_get(self.token_logps(self.state.params, self.placed)[0])))
+  def ask(self, task: str) -> measure.Json:
+    """Runs a forward pass or an update: its seconds, and `value` on the device for `read`."""
+    run = {"forward": self.forward, "train": self.train}[task]
+    (value, _), seconds = measure.stopwatch(lambda: jax.block_until_ready((run(), self.state)))
+    return {"seconds": seconds, "value": value}
 
-  def train(self) -> float:
-    """Makes an update and returns its loss."""
+  def read(self, answer: measure.Json) -> measure.Json:
+    """The answer with its loss in place of `value`: fetched after all repeats, not between them."""
+    value = jax.device_get(answer["value"])
+    loss = float(value["loss"]) if isinstance(value, dict) else -float(np.mean(value))
+    return {"seconds": answer["seconds"], "loss": loss}
+
+  def forward(self) -> jax.Array:
+    """Runs a forward pass; the log-probability of each token."""
+    return self.token_logps(self.state.params, self.placed)[0]
+
+  def train(self) -> dict[str, jax.Array]:
+    """Makes an update; its metrics."""
     self.state, metrics = self.program(self.state, self.guide_params, self.placed)
-    return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
+    return metrics
 
 
 def profile(ours: Ours, sizes: Namespace) -> dict[str, float]:
@@ -124,15 +139,22 @@ def profile(ours: Ours, sizes: Namespace) -> dict[str, float]:
   return found
 
 
-def peers(ours: Ours, sizes: Namespace, scratch: str) -> dict[str, measure.Peer]:
-  """{name: Peer} on our weights and tokens; empty without torch and for other objectives."""
+def rivals(sizes: Namespace) -> list[str]:
+  """The names of the rivals; none without torch and for other objectives."""
   if importlib.util.find_spec("torch") is None or sizes.objective != "negative_log_likelihood":
+    return []
+  return [name for name in sizes.rivals.split(",") if name]
+
+
+def peers(ours: Ours, sizes: Namespace, scratch: str) -> dict[str, measure.Peer]:
+  """{name: Peer} on our weights and tokens."""
+  if not rivals(sizes):
     return {}
   folder, tokens = str(pathlib.Path(scratch) / "model"), f"{scratch}/tokens.npz"
   hf.save(folder, ours.model, ours.start)
   np.savez(tokens, inputs=ours.batch.inputs_BT, targets=ours.batch.targets_BT)
   module = [sys.executable, "-m", "benchmarks.peers.pytorch", folder, tokens, sizes.dtype]
-  return {name: measure.Peer([*module, mode]) for name, mode in PEERS.items()}
+  return {name: measure.Peer([*module, PEERS[name]], sizes.seconds) for name in rivals(sizes)}
 
 
 def summary(runs: Sequence[measure.Json], tokens: int, flops: float,
@@ -152,40 +174,51 @@ def summary(runs: Sequence[measure.Json], tokens: int, flops: float,
   return found
 
 
-def run(sizes: Namespace) -> measure.Json:
-  """Seconds and memory of a forward pass and of an update, ours and PyTorch's."""
+def check_equal(task: str, runs: Mapping[str, Sequence[measure.Json]]) -> None:
+  """Raises ValueError if a rival's loss differs from ours at the first or the last run of both."""
+  for name, answers in runs.items():
+    # The last loss is compared after equally many updates.
+    last = min(len(answers), len(runs["ours"])) - 1
+    for number in (0, last):
+      mine = runs["ours"][number]["loss"]
+      theirs = answers[number]["loss"]
+      if abs(mine - theirs) > 1e-3 * abs(mine):
+        raise ValueError(f"{name} has the {task} loss {theirs} in run {number} and we {mine} on "
+                         "the same tokens: time only equal computations.")
+
+
+def run(sizes: Namespace, save: Callable[[measure.Json], Any]) -> measure.Json:
+  """Seconds and memory of a forward pass and of an update, ours and PyTorch's.
+
+  `save` gets the result as far as it has come.
+  """
   ours = Ours(sizes)
-  with tempfile.TemporaryDirectory() as scratch:
-    others = peers(ours, sizes, scratch)
-    runs = {task: {name: [] for name in ("ours", *others)} for task in ("forward", "train")}
-    try:
-      for task, found in runs.items():
-        for _ in range(sizes.repeats + 1):
-          loss, seconds = measure.stopwatch(getattr(ours, task))
-          found["ours"].append({"seconds": seconds, "loss": loss})
-          for name, other in others.items():
-            found[name].append(other.ask(task))
-    finally:
-      for other in others.values():
-        other.close()
   peak = measure.matmul_peak(sizes.peak, sizes.repeats, sizes.dtype)
   forward = ledger.forward_flops(ours.model.config, np.full(sizes.rows, sizes.tokens))
   flops = {"forward": forward, "train": forward * (3 + ours.guided)}  # backward is two forwards
   tokens = sizes.rows * sizes.tokens
-  table = {task: {name: summary(answers, tokens, flops[task], peak["flops_per_second"])
-                  for name, answers in found.items()} for task, found in runs.items()}
-  for name in others:
-    # The last loss is compared after equally many updates.
-    for task, key in (("forward", "first_loss"), ("train", "last_loss")):
-      mine, theirs = (table[task][side][key] for side in ("ours", name))
-      if abs(mine - theirs) > 1e-3 * abs(mine):
-        raise ValueError(f"{name} has the {task} {key} {theirs} and we {mine} on the same tokens: "
-                         "time only equal computations.")
-  return {**table, "flops": flops, "compile_seconds": ours.compile_seconds,
-          "profile": profile(ours, sizes),
-          "memory": measure.memory(ours.program),
-          "forward_memory": measure.memory(ours.token_logps),
-          "peers": {name: other.versions for name, other in others.items()}, "matmul_peak": peak}
+  found = {"flops": flops, "compile_seconds": ours.compile_seconds,
+           "memory": measure.memory(ours.program),
+           "forward_memory": measure.memory(ours.token_logps), "matmul_peak": peak}
+  with tempfile.TemporaryDirectory() as scratch:
+    others = peers(ours, sizes, scratch)
+    found["peers"] = {name: other.versions for name, other in others.items()}
+    try:
+      for task in sizes.tasks.split(","):
+        def add(runs: dict[str, list[measure.Json]], task: str = task) -> None:
+          read = runs | {"ours": [ours.read(answer) for answer in runs["ours"]]}
+          check_equal(task, read)
+          found[task] = {name: summary(answers, tokens, flops[task], peak["flops_per_second"])
+                         for name, answers in read.items()}
+          save(found)
+        sides = {"ours": lambda _, task=task: ours.ask(task)} | {
+            name: lambda _, other=other, task=task: other.ask(task)
+            for name, other in others.items()}
+        measure.alternate(sides, sizes.repeats, sizes.seconds, add)
+    finally:
+      for other in others.values():
+        other.close()
+  return found | {"profile": profile(ours, sizes)}
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
@@ -194,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   objective = options.sizes.objective
   kind = "" if objective == FULL["objective"] else objective.replace("_", "-")
   with jax.set_mesh(sharding.make_mesh()):
-    return measure.write("step", options, run(options.sizes), kind)
+    found = run(options.sizes, lambda found: measure.save("step", options, found, kind))
+    return measure.write("step", options, found, kind)
 
 
 if __name__ == "__main__":

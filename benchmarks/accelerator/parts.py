@@ -1,0 +1,383 @@
+"""Measures the parts of `plan`. A part calls `save(name, values)` for each of its results."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import grpo, loss, measure, sampler, step
+from benchmarks.accelerator import store, traces
+from benchmarks.accelerator.plan import Part
+from configs import common
+from s2d_jax import ledger, manifest, models, objectives, optim, program_cache, sharding, training
+from s2d_jax.losses.blockwise import Head
+from s2d_jax.models import Model
+from s2d_jax.preflight import costs, hlo, topologies
+from s2d_jax.preflight.topologies import Chip
+from s2d_jax.rollouts import Prompt
+from s2d_jax.sampler import Compiler, Sampler, SamplerConfig, Sampling
+from s2d_jax.sharding import Params
+
+Json = measure.Json
+Save = Callable[[str, Json], None]
+# Of the cards that were measured so far, where the part with this machine's own rates has failed.
+RATES = {"flops_per_second": 800e12, "bytes_per_second": 3e12}
+
+
+def run(part: Part, into: pathlib.Path, smoke: bool) -> None:
+  """Measures a part and stores each result as soon as it exists."""
+  sizes = Namespace(**(part.full | part.smoke if smoke else part.full))
+  sizes.rates = store.read(into)["parts"].get("rates", {}).get("results", {}).get("rates", RATES)
+  def save(name: str, values: Json) -> None:
+    store.add(into, part.name, name, values)
+  if part.function in OWN_DEVICES:
+    OWN_DEVICES[part.function](sizes, save)
+    return
+  with (jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.devices()[:1])),
+        program_cache.opened("auto")):
+    if part.function == "rates":
+      store.write(into, store.read(into) | {
+          "revision": manifest.revision(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+          "machine": measure.machine()})
+    FUNCTIONS[part.function](sizes, save)
+
+
+def since_start() -> float:
+  """Seconds since this process was started, the start of Python included."""
+  return time.monotonic() - float(os.environ["STARTED"])
+
+
+def rates(sizes: Namespace, save: Save) -> None:
+  """The product of two large matrices, and the reading of a large array."""
+  dtype = "bfloat16" if measure.on_accelerator() else "float32"
+  product = measure.matmul_peak(sizes.matrix, sizes.repeats, dtype)
+  stream = measure.bandwidth(sizes.mebibytes, sizes.repeats, dtype)
+  save("rates", {"flops_per_second": product["flops_per_second"],
+                 "bytes_per_second": stream["bytes_per_second"], "product": product,
+                 "bandwidth": stream})
+
+
+def chip(rates: Mapping[str, float]) -> Chip:
+  """This device, for the account of preflight, at the rates that were measured."""
+  kinds = [kind for name, kind in topologies.CHIPS.items()
+           if name in jax.devices()[0].device_kind.lower()]
+  # An unknown device has no launches, as a TPU.
+  kind = kinds[0] if kinds else Chip("cpu", 0, 1.0, 1.0, 1.0, 0.0)
+  return kind._replace(flops=rates["flops_per_second"], bandwidth=rates["bytes_per_second"])
+
+
+def least(program: jax.stages.Compiled, trips: int, rates: Mapping[str, float]) -> Json:
+  """The least seconds of a program's kernels at these rates; `trips` as in `hlo.kernels`."""
+  kernels = hlo.kernels(program.as_text(), trips)
+  total = hlo.total(kernels)
+  found = costs.least(kernels, chip(rates))
+  return {"least_seconds": found.seconds, "bound": found.bound, "by_bound": found._asdict(),
+          "kernels": total.count, "kernel_flops": total.flops, "kernel_bytes": total.bytes}
+
+
+def network(shape: str, **run_options: Any) -> Model:
+  """The model of a shape; bfloat16 where an accelerator computes it."""
+  dtype = "bfloat16" if measure.on_accelerator() else "float32"
+  return models.get(measure.SHAPES.get(shape, shape), dtype=dtype, **run_options)
+
+
+class Learner:
+  """A model with AdamW that learns random tokens by negative log-likelihood."""
+
+  def __init__(self, shape: str, lora: int, block: int) -> None:
+    self.model = network(shape, remat="block")
+    config = self.model.config
+    self.non_trainable = None
+    params = measure.weights(self.model, models.shapes)
+    if lora:
+      # As in a stage: the weights stand still in float32, and the adapters alone have moments.
+      self.non_trainable = params
+      self.model = models.build(dataclasses.replace(
+          config, lora=models.Lora(lora, 32.0, ("q", "k", "v", "o", "gate", "up", "down"))))
+      params = models.adapters(self.model, 0)
+    # The gradient of a weight that stands still is not computed: a backward pass is one forward.
+    self.passes = 2 if lora else 3
+    self.block = block
+    self.hp = SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=block, mean="token")
+    self.optimizer = optim.make(self.hp, 1000, models.trained(self.model.config))
+    self.mesh = sharding.current_mesh()
+    self.state = training.init(self.optimizer, self.mesh, params)
+
+  def batch(self, rows: int, tokens: int) -> Params:
+    """Random tokens on the device."""
+    return sharding.put_batch(step.random_batch(self.model.config.vocab_size, rows, tokens),
+                              self.mesh)
+
+  def lower(self, batch: Params) -> jax.stages.Lowered:
+    """The update for batches of this shape."""
+    update = training.jit_update(self.model, None, objectives.NEGATIVE_LOG_LIKELIHOOD,
+                                 self.optimizer, self.hp, training.shardings(self.state))
+    return update.lower(self.state, None, batch, self.non_trainable)
+
+  def update(self, program: jax.stages.Compiled, batch: Params) -> dict[str, jax.Array]:
+    """Makes an update; its metrics stay on the device."""
+    self.state, self.metrics = program(self.state, None, batch, self.non_trainable)
+    return self.metrics
+
+
+def compiled(lowered: Sequence[jax.stages.Lowered]) -> list[tuple[jax.stages.Compiled, float]]:
+  """(program, seconds) of each, compiled side by side."""
+  with futures.ThreadPoolExecutor(len(lowered)) as pool:
+    return list(pool.map(lambda x: measure.stopwatch(x.compile), lowered))
+
+
+def update(sizes: Namespace, save: Save) -> None:
+  """Updates of several sizes, beside the least time of their own kernels; a trace of the first."""
+  learner, seconds = measure.stopwatch(lambda: Learner(sizes.shape, sizes.lora, sizes.block))
+  save("start", {"weights_seconds": seconds, "seconds": since_start()})
+  batches = [learner.batch(*shape) for shape in sizes.batches]
+  programs = compiled([learner.lower(batch) for batch in batches])
+  flops_per_second = sizes.rates["flops_per_second"]
+  for (rows, tokens), batch, (program, seconds) in zip(sizes.batches, batches, programs,
+                                                       strict=True):
+    name = f"{rows} x {tokens:,}"
+    found = measure.timed(lambda p=program, b=batch: learner.update(p, b), sizes.repeats,
+                          sizes.__dict__.get("seconds", 60.0))
+    config = learner.model.config
+    flops = learner.passes * ledger.forward_flops(config, [tokens] * rows)
+    found |= {"compile_seconds": seconds, "tokens": rows * tokens, "flops": flops,
+              "loss": float(learner.metrics["loss"]), "finite": float(learner.metrics["finite"]),
+              "tokens_per_second": rows * tokens / found["seconds"],
+              "share_of_peak": flops / found["seconds"] / flops_per_second,
+              "memory": measure.memory(program)}
+    save(name, found)
+    save(name, found | least(program, rows * tokens // sizes.block, sizes.rates))
+  if sizes.trace:
+    program, _ = programs[0]
+    save("trace", traces.of(lambda: learner.update(program, batches[0])))
+
+
+def account(sizes: Namespace, save: Save) -> None:
+  """The compiler's account of an update beside the most memory that it has taken."""
+  learner = Learner(sizes.shape, 0, sizes.block)
+  batch = learner.batch(sizes.rows, sizes.tokens)
+  program = learner.lower(batch).compile()
+  needs = measure.memory(program)
+  total = (needs["argument_bytes"] + needs["temporary_bytes"] + needs["output_bytes"]
+           - needs["alias_bytes"])
+  def allocated() -> Json:
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"in_use_bytes": stats.get("bytes_in_use"),
+            "peak_bytes": stats.get("peak_bytes_in_use")}
+  before = allocated()
+  for _ in range(2):
+    jax.block_until_ready(learner.update(program, batch))
+  after = allocated()
+  found = {"account_bytes": total, **needs, "before": before, "after": after}
+  if after["peak_bytes"]:
+    # Anything that the process holds beside the arguments is not the program's.
+    held = before["in_use_bytes"] - needs["argument_bytes"]
+    found |= {"held_bytes": held, "peak_bytes": after["peak_bytes"] - held,
+              "off": total / (after["peak_bytes"] - held) - 1}
+  save("account", found)
+
+
+class Dispatches:
+  """A decoding program that notes when each of its dispatches begins, and traces one of them."""
+
+  def __init__(self, program: Callable[..., Any]) -> None:
+    self.program = program
+    self.starts: list[float] = []
+    self.trace: Json | None = None
+    self.traced = -1  # the dispatch that is traced
+
+  def __call__(self, *args: Any) -> Any:
+    """Runs the program."""
+    self.starts.append(time.perf_counter())
+    if len(self.starts) - 1 != self.traced:
+      return self.program(*args)
+    results = []
+    def run_once() -> Any:
+      results.append(self.program(*args))
+      return results[0]
+    self.trace = traces.of(run_once)
+    return results[0]
+
+
+class Decoder:
+  """A sampler with one program that decodes `rows` samples of one prompt."""
+
+  def __init__(self, model: Model, weights: Params, rows: int, sizes: Namespace) -> None:
+    self.rows = rows
+    self.config = model.config
+    width = sizes.prompt_tokens
+    self.prompts = [Prompt(0, tuple(range(1, width + 1)))]
+    token_bytes = sampler.cache_bytes(model.config)
+    need = ((rows + 0.5) * (width + sizes.max_tokens) * token_bytes
+            + 4 * width * (token_bytes + 4 * model.config.heads * width))
+    config = SamplerConfig(cache_gib=need / 2**30, tokens=sizes.dispatch)
+    sampling = Sampling(sizes.max_tokens, (), samples_per_prompt=rows)
+    self.sampler = Sampler(model, sampling, 1, width, config, params=weights,
+                           compiler=Compiler(largest_only=True))
+    self.program = self.sampler.decode_program
+    self.slots = self.sampler.programs.shapes.batches[0]
+
+  def dispatches(self, weights: Any, seed: int, traced: int = -1) -> tuple[Dispatches, float]:
+    """(the dispatches of a call, its seconds); `weights` as `Sampler.lay_out` makes them."""
+    noted = Dispatches(self.program)
+    noted.traced = traced
+    programs = self.sampler.programs
+    self.sampler.programs = programs._replace(
+        decode={size: noted for size in programs.decode})
+    _, seconds = measure.stopwatch(lambda: self.sampler(weights, self.prompts, (seed,)))
+    self.sampler.programs = programs
+    return noted, seconds
+
+
+def decode(sizes: Namespace, save: Save) -> None:
+  """Tokens a second of decoding by number of rows, and the share of the bandwidth."""
+  model = network(sizes.shape)
+  params = measure.weights(model, models.frozen_shapes)
+  mesh = sharding.current_mesh()
+  def build(rows: int) -> tuple[Decoder, float]:
+    with jax.set_mesh(mesh):  # of this thread
+      return measure.stopwatch(lambda: Decoder(model, params, rows, sizes))
+  with futures.ThreadPoolExecutor(len(sizes.rows)) as pool:
+    built = list(pool.map(build, sizes.rows))
+  weights = built[0][0].sampler.lay_out(params)
+  save("start", {"seconds": since_start()})
+  for decoder, compile_seconds in built:
+    save(f"{decoder.rows} rows", decoding(decoder, weights, sizes) | {
+        "compile_seconds": compile_seconds, "slots": decoder.slots,
+        "memory": measure.memory(decoder.program)}
+         | least(decoder.program, 1, sizes.rates))
+    if decoder.rows == sizes.trace:
+      # The second dispatch: the first one follows the reading of the prompt.
+      save("trace", decoder.dispatches(weights, 0, traced=1)[0].trace)
+
+
+def decoding(decoder: Decoder, weights: Any, sizes: Namespace) -> Json:
+  """Seconds of a decoding step, from one dispatch's begin to the next one's."""
+  steps = []
+  calls = []
+  for seed in range(sizes.repeats + 1):
+    noted, seconds = decoder.dispatches(weights, seed)
+    # The last dispatch has no successor in the call.
+    taken = np.diff(noted.starts) / sizes.dispatch
+    if seed:  # the first call warms up
+      steps += taken.tolist()
+      calls.append(seconds)
+    if sum(calls) > sizes.__dict__.get("seconds", 60.0):
+      break
+  workload = sampler.Workload([decoder.prompts[0].tokens], decoder.rows, sizes.max_tokens, 1.0, (),
+                              decoder.rows)
+  lengths = [len(taken) * sizes.dispatch] * decoder.rows
+  flops_S, bytes_S = sampler.step_costs(decoder.config, workload, lengths)
+  seconds = statistics.median(steps)
+  rates = sizes.rates
+  return {"seconds_per_step": seconds, "steps": steps, "calls": calls,
+          "tokens_per_second": decoder.rows / seconds,
+          "tokens_per_second_with_prefill":
+              decoder.rows * sizes.max_tokens / statistics.median(calls),
+          "bytes_per_step": float(bytes_S.mean()),
+          "share_of_bandwidth": float(bytes_S.mean()) / seconds / rates["bytes_per_second"],
+          "share_of_bound": sampler.bound(
+              flops_S, bytes_S, rates["flops_per_second"], rates["bytes_per_second"])
+              / len(bytes_S) / seconds}
+
+
+def losses(sizes: Namespace, save: Save) -> None:
+  """Reverse KL with both gradients, block by block and on all logits at once."""
+  dtype = "bfloat16" if measure.on_accelerator() else "float32"
+  def head(key: jax.Array, width: int) -> Head:
+    features_key, weight_key = jax.random.split(key)
+    return Head(jax.random.normal(features_key, (1, sizes.tokens, width), dtype),
+                jax.random.normal(weight_key, (sizes.vocab, width), dtype) * width**-0.5)
+  @jax.jit
+  def arrays(key: jax.Array) -> tuple[Head, Head, jax.Array]:
+    student, guide, targets = jax.random.split(key, 3)
+    return (head(student, sizes.width), head(guide, sizes.guide_width),
+            jax.random.randint(targets, (1, sizes.tokens), 0, sizes.vocab))
+  placed = arrays(jax.random.key(0))
+  ways = loss.losses(sizes.block)["reverse_kl"]
+  programs = dict(zip(ways, compiled([
+      jax.jit(jax.value_and_grad(f)).lower(*placed) for f in ways.values()]), strict=True))
+  # Products: the student's logits once and two for its gradients, the guide's once.
+  flops = 2 * sizes.tokens * sizes.vocab * (3 * sizes.width + sizes.guide_width)
+  for name, (program, seconds) in programs.items():
+    found = measure.timed(lambda p=program: p(*placed), sizes.repeats,
+                          sizes.__dict__.get("seconds", 60.0))
+    trips = sizes.tokens // sizes.block if name == "blockwise" else 1
+    save(name, found | {
+        "compile_seconds": seconds, "flops": flops, "memory": measure.memory(program),
+        "share_of_peak": flops / found["seconds"] / sizes.rates["flops_per_second"],
+        "loss": float(program(*placed)[0])} | least(program, trips, sizes.rates))
+
+
+def whole_step(sizes: Namespace, save: Save) -> None:
+  """Whole steps of a stage, from random weights; the first has the start's seconds."""
+  ours = grpo.Ours(sizes)
+  start = {"seconds": since_start(), "compile_seconds": ours.compile_seconds}
+  save("start", start)
+  runs = [ours.ask(0)]
+  save("start", start | {"first_step_seconds": runs[0]["seconds"]})
+  if not sizes.repeats:
+    return
+  runs += [ours.ask(seed) for seed in range(1, sizes.repeats + 1)]
+  found = grpo.summary(runs)
+  flops = grpo.flops(ours, sizes)
+  found |= {"flops": flops, "tokens_per_second": found["tokens"] / found["seconds"],
+            "share_of_peak": flops / found["seconds"] / sizes.rates["flops_per_second"],
+            "memory": {name: measure.memory(program) for name, program in (
+                ("draw", ours.programs.sampler.decode_program), ("update", ours.programs.update))}}
+  save("step", found)
+
+
+def world(sizes: Namespace, save: Save) -> None:
+  """A whole run of the arithmetic world's tiny config, in a process of its own."""
+  with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, "-c", "from s2d_jax import cli; cli.main()", "run",
+               "--config=configs/arithmetic.py:tiny", f"--workdir={folder}", *sizes.flags]
+    done, seconds = measure.stopwatch(lambda: subprocess.run(command, check=False))
+    if done.returncode:
+      raise RuntimeError(f"the run ended with exit status {done.returncode}: its error is above.")
+    stages = [path.parent.name for path in pathlib.Path(folder).glob("*/manifest.json")]
+  save("run", {"seconds": seconds, "stages": len(stages)})
+
+
+def rival_updates(sizes: Namespace, save: Save) -> None:
+  """An update here and in `transformers`, eager and compiled."""
+  _script(step, sizes, save)
+
+
+def rival_decoding(sizes: Namespace, save: Save) -> None:
+  """Decoding here and by `generate` of `transformers`."""
+  _script(sampler, sizes, save)
+
+
+def _script(script: Any, sizes: Namespace, save: Save) -> None:
+  """A benchmark of this folder, whose result is stored as far as it came."""
+  if importlib.util.find_spec("torch") is None:
+    raise RuntimeError("the rivals need torch, which is not installed.")
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      script.main([*sizes.flags, f"--results={folder}"])
+    finally:
+      for path in pathlib.Path(folder).glob("*.json"):
+        for name, values in store.read(path).items():
+          if isinstance(values, dict) and name not in ("machine", "sizes"):
+            save(name, values)
+
+
+FUNCTIONS = {"rates": rates, "update": update, "account": account, "decode": decode,
+             "loss": losses, "step": whole_step}
+# These start processes or meshes of their own.
+OWN_DEVICES = {"world": world, "rival_updates": rival_updates, "rival_decoding": rival_decoding}

@@ -24,7 +24,7 @@ from benchmarks.accelerator import plan, store, table
 from benchmarks.accelerator.plan import Part
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Module: its name for pip. All that the measured code imports; torch is needed by the rivals alone.
+# Module: its name for pip. Torch, which the rivals need, is not fetched: it is large.
 NEEDS = {
     "jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint",
     "transformers": "transformers", "ml_collections": "ml-collections", "etils": "etils[epath]",
@@ -32,6 +32,8 @@ NEEDS = {
     "tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record",
     "importlib_resources": "importlib_resources", "absl": "absl-py", "tqdm": "tqdm",
     "matplotlib": "matplotlib", "jinja2": "jinja2"}
+# One part alone needs these, and the others run without them.
+OPTIONAL = {"tensorflow_datasets", "array_record", "importlib_resources", "matplotlib"}
 TAIL = 15  # lines of a failed part's output that are kept
 
 
@@ -87,21 +89,25 @@ def _part(name: str) -> Part:
   return next(part for part in plan.PARTS if part.name == name)
 
 
-def _missing() -> list[str]:
+def _missing(optional: bool) -> list[str]:
   """The packages that are not installed, by their names for pip."""
-  return [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+  return [package for module, package in NEEDS.items()
+          if importlib.util.find_spec(module) is None and (optional or module not in OPTIONAL)]
 
 
 def _require() -> None:
   """Installs packages that are missing, or exits with a sentence that names them."""
-  missing = _missing()
+  missing = _missing(optional=True)
   if not missing:
     return
   # One try: a machine without a network would hold it for minutes.
-  subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries=0", "--timeout=5",
-                  *missing], check=False, stderr=subprocess.DEVNULL, timeout=120)
+  try:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries=0",
+                    "--timeout=5", *missing], check=False, stderr=subprocess.DEVNULL, timeout=60)
+  except subprocess.TimeoutExpired:
+    print("pip was stopped after 60 s", flush=True)
   importlib.invalidate_caches()
-  missing = _missing()
+  missing = _missing(optional=False)
   if missing:
     sys.exit("these packages are not installed and pip cannot fetch them: install "
              f"{' '.join(missing)}, or name a folder that has them in PYTHONPATH.")

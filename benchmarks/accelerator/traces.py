@@ -20,6 +20,10 @@ CLASSES = (
     ("copy", r"memcpy|memset|copy|transpose|concatenate|gather|slice"),
     ("fusion", r"fusion|triton|loop_|input_|wrapped_"),
 )
+# Lines that the profiler derives from a GPU's streams.
+SUMMARIES = {"Steps", "XLA Modules", "XLA Ops", "XLA TraceMe", "Framework Name Scope",
+             "Framework Ops", "Source code", "TensorFlow Name Scope", "TensorFlow Ops",
+             "Launch Stats"}
 LARGEST = 12  # kernels that are listed by name
 Event = tuple[str, str, float, float]  # kernel, HLO operation, start and duration in ns
 
@@ -73,8 +77,8 @@ def device_events(profile: jax.profiler.ProfileData) -> Iterator[Event]:
   for plane in profile.planes:
     on_gpu = plane.name.startswith("/device:GPU")
     for line in plane.lines:
-      # Other lines of a GPU sum up the streams, so they would count each kernel twice.
-      if on_gpu and not line.name.startswith("Stream"):
+      # Some lines of a GPU sum up its streams: with them each kernel would count twice.
+      if on_gpu and line.name in SUMMARIES:
         continue
       for event in line.events:
         operation = str(dict(event.stats).get("hlo_op", ""))

@@ -117,6 +117,9 @@ def test_missing_packages_are_named_in_one_sentence(monkeypatch):
     driver._require()
   assert [words[1:4] + words[-1:] for words in calls] == [["-m", "pip", "install",
                                                            "no-such-package"]]
+  # A package that one part alone needs stops no other part.
+  monkeypatch.setattr(driver, "OPTIONAL", {"no_such_module"})
+  driver._require()
 
 
 def test_an_unknown_part_is_refused(capsys):
@@ -167,7 +170,8 @@ def test_repeats_alternate_on_a_cpu_and_run_back_to_back_on_an_accelerator(
       called.append(f"{name}{number}")
       return {"seconds": 1.0, "number": number}
     return answer
-  found = measure.alternate({"a": side("a"), "b": side("b")}, 2, save=lambda x: saved.append(list(x)))
+  found = measure.alternate({"a": side("a"), "b": side("b")}, 2,
+                            save=lambda answers: saved.append(list(answers)))
   assert " ".join(called) == order
   # The first and two repeats; the run that warms an accelerator up is left out.
   numbers = [0, 2, 3] if accelerator else [0, 1, 2]

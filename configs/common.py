@@ -78,7 +78,7 @@ sampling = Block(             # how responses are sampled; also ended by the tok
 )
 
 sampler = Block(              # memory and dispatches; samples depend on them by rounding alone
-    cache_gib=4.0,            # of each device for keys and values; bounds the rows sampled at once
+    cache_gib=0.0,            # of each device for keys and values; 0: what it has left (a CPU: 4)
     tokens=32,                # of each row that are decoded between two looks by the host
     chunk=256,                # tokens of a prompt that are read at a time
     cache="auto",             # type of keys and values; "bfloat16" and "int8" are checked at start
@@ -245,7 +245,7 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.remat = "block"
   config.attention = "auto"                 # the backend's own kernel
   config.mesh = (1, 16, 1)
-  config.sampler = sampler(cache_gib=16.0, chunk=512)
+  config.sampler = sampler(chunk=512)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import hosts, keys, program_cache, sampler, sharding, training
+from s2d_jax import hosts, program_cache, sampler, sharding, training
 from s2d_jax.chat import Chat
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
@@ -42,6 +42,8 @@ class Samplers(NamedTuple):
   stop_ids: tuple[int, ...]
   decode: Callable[[np.ndarray], str]
   compiler: sampler.Compiler = sampler.RUN_COMPILER  # of a stage's other programs too
+  memory: int | None = None  # bytes of a device; None: unknown
+  held: int = 0  # bytes on each device that are in use while a sampler runs
 
   def compile(self, role: Role, sampling_config: ConfigDict, batch: int, narrow: bool = False,
               **changes: Any) -> sampler.Sampler:
@@ -55,11 +57,13 @@ class Samplers(NamedTuple):
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
     role_sampling = role_sampling._replace(**changes)
+    config = sampler.fitted(config, role.model, role.params, self.memory, self.held)
+    try:
+      return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
+                             self.decode, role.params, self.compiler)
     # The doctor has checked every field, but it does not know the model that must fit the memory.
-    with keys.prefixed("config.sampler."):
-      sampler.check_memory(role.model, role_sampling, batch, self.prompt_tokens, config)
-    return sampler.Sampler(role.model, role_sampling, batch, self.prompt_tokens, config,
-                           self.decode, role.params, self.compiler)
+    except sampler.Unfit as error:
+      raise ValueError(f"config.sampler.{error}") from error
 
 
 class Programs(NamedTuple):
@@ -71,11 +75,34 @@ class Programs(NamedTuple):
   scores_first: bool          # whether `token_logps` runs before the updates of each step
 
 
-def samplers(config: ConfigDict, chat: Chat,
-             compiler: sampler.Compiler = sampler.RUN_COMPILER) -> Samplers:
-  """The settings of all samplers of a run, whose responses `chat` ends and decodes."""
+def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sampler.RUN_COMPILER,
+             memory: int | None = None) -> Samplers:
+  """The settings of all samplers of a run, whose responses `chat` ends and decodes.
+
+  Args:
+    memory: bytes of a device that is not here; None: a device of this machine.
+  """
   settings = sampler.SamplerConfig(**config.sampler)
-  return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler)
+  return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler,
+                  memory or hosts.device_memory())
+
+
+def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
+  """Bytes on each device of what a stage holds from its start to its end, by name."""
+  learner = stage_models.learner
+  state = training.abstract(optimizer, sharding.current_mesh(), learner.params)
+  found = {"learner": sharding.device_bytes((state.params, stage_models.non_trainable)),
+           "optimizer": sharding.device_bytes(state.opt_state)}
+  # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
+  guide = stage_models.guide
+  if guide is not None:
+    found["guide"] = sharding.device_bytes(guide.params)
+  actor = stage_models.actor
+  if actor is not None and not stage_models.on_policy and actor is not guide:
+    found["actor"] = sharding.device_bytes(actor.params)
+  if stage_models.pass_rate_model is not None:
+    found["pass rate model"] = sharding.device_bytes(stage_models.pass_rate_model.params)
+  return found
 
 
 def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Loss,

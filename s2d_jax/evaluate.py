@@ -8,16 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, command, evals, files, keys, models, rollouts, sampler, sharding, tasks
+from s2d_jax import (
+  chat,
+  command,
+  evals,
+  files,
+  keys,
+  models,
+  program_cache,
+  rollouts,
+  sampler,
+  sharding,
+  tasks,
+)
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
 from s2d_jax.rollouts import Reward
-from s2d_jax.sampler.__main__ import template
+from s2d_jax.sampler import __main__ as sample
 
 EXAMPLE = "s2d-jax eval --model FOLDER --task math --sets math500,aime24 --k 16"
-# The flag of each field that the command line sets.
-FLAGS = {"samples_per_prompt": "--k", "temperature": "--temperature", "top_p": "--top-p",
-         "max_tokens": "--max-tokens", "cache_gib": "--cache-gib", "seed": "--seed"}
 DRAWS = 1000  # of the bootstrap behind an interval
 LEVEL = 0.95
 
@@ -39,21 +48,10 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--out", metavar="FILE.json",
                       help="stores every set's scores, and which samples are right")
   parser.add_argument("--k", type=int, default=1, help="samples of each problem")
-  parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-  parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
-  parser.add_argument("--max-tokens", type=int, default=1024, help="of a response")
-  parser.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
-                      help="an argument of the chat template, such as enable_thinking=false")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--dtype", default="float32", help="of the activations: float32, bfloat16")
-  parser.add_argument("--cache-gib", type=float, default=4.0, help="of the device, for the cache")
   parser.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
+  sample.add_flags(parser)
   args = parser.parse_args(argv)
-  # Before the model is loaded, which takes minutes for a large one.
-  with command.naming_flags(FLAGS):
-    sampler.check_sampling(sampling_of(args))
-    sampler.check_config(sampler.SamplerConfig(args.cache_gib))
-    keys.check_value("seed", args.seed, keys.at_least(0))
+  sample.check_flags(args, "--k")
   keys.check_value("--batch", args.batch, keys.at_least(1))
   names = args.sets.split(",")
   if "" in names:
@@ -62,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
   sets = {name: task.source(name) for name in names}
   results = {}
-  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+  with jax.set_mesh(sharding.make_mesh()), program_cache.opened(args.compilation_cache):
     for name, evaluation in evaluations(args, task, sets):
       for score, (value, low, high) in evaluation.scores.items():
         print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
@@ -72,19 +70,15 @@ def main(argv: Sequence[str]) -> None:
         files.write_json(args.out, {"flags": vars(args), "sets": results})
 
 
-def sampling_of(args: argparse.Namespace, stop_ids: Sequence[int] = ()) -> sampler.Sampling:
-  """The Sampling that the flags ask for."""
-  return sampler.Sampling(args.max_tokens, tuple(stop_ids), samples_per_prompt=args.k,
-                          temperature=args.temperature, top_p=args.top_p)
-
-
 def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequence[dict]],
                 ) -> Iterator[tuple[str, evals.Evaluation]]:
   """Yields (name, Evaluation) of a model's samples on each set of problems."""
-  _, tokenizer = sampler.read_folder(args.model, template(args.template), {"dtype": args.dtype})
+  _, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
+                                      {"dtype": args.dtype})
+  sampling = sample.sampling_of(args, args.k, tokenizer.eos_ids)
+  tokenizer.check_stops(sampling.stop_strings)
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
-  sampling = sampling_of(args, tokenizer.eos_ids)
   for name, source in sets.items():
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
     prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
@@ -96,9 +90,9 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
                        f"ones leaves the model's {model.config.max_positions} positions: lower "
                        "--max-tokens.")
     # Compiled for each set, because its longest prompt sets the shapes.
-    with command.naming_flags(FLAGS):
+    with command.naming_flags(sample.FLAGS):
       compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts)), longest,
-                                 sampler.SamplerConfig(args.cache_gib), tokenizer.decode, params)
+                                 sample.config_of(args), tokenizer.decode, params)
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
     with sampler.naming(args.model):
       one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),

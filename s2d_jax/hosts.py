@@ -42,6 +42,20 @@ def sum_over_hosts(own_B: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(own_B).sum(axis=0)
 
 
+def device_memory() -> int | None:
+  """Bytes of a device's memory, the least of all processes; None where it is unknown, as on a CPU.
+
+  On several processes this is a collective: all must call it.
+  """
+  stats = jax.local_devices()[0].memory_stats()
+  if not stats or "bytes_limit" not in stats:
+    return None
+  # In MiB, because JAX sums whole numbers of 32 bits.
+  own_P = np.zeros(jax.process_count(), np.int32)
+  own_P[jax.process_index()] = stats["bytes_limit"] // 2**20
+  return int(sum_over_hosts(own_P).min()) * 2**20
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
   """Yields a function that is true once a SIGTERM has come, on all processes at the same call.

@@ -124,7 +124,8 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
         ("compare", *pair, FrozenConfigDict(config.to_dict()), mesh),
         lambda: training.compare(*pair, agreement, config))
   found = {}
-  samplers = compiling.samplers(plan.config, plan.chat)
+  held = sharding.device_bytes([role.params for role in roles.values()])
+  samplers = compiling.samplers(plan.config, plan.chat)._replace(held=held)
   for name, role in roles.items():
     compiled = {"sampled": samplers.compile(role, config.sampling, config.prompts)}
     with sampler.naming(_folder(plan, names[name])):
@@ -150,7 +151,9 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
 def _scores(plan: Plan, config: ConfigDict, learner: Role,
             prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """(result, samples): every statistic with the samples behind it, and some of them as text."""
-  compiled = functools.partial(compiling.samplers(plan.config, plan.chat).compile, learner)
+  samplers = compiling.samplers(plan.config, plan.chat)._replace(
+      held=sharding.device_bytes(learner.params))
+  compiled = functools.partial(samplers.compile, learner)
   evaluate_params = evals.evaluator(config, compiled, prompts, plan.reward, plan.answer,
                                     plan.config.seed)
   one = evaluate_params(learner.params)

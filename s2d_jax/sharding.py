@@ -7,6 +7,7 @@ and `tensor` (heads, vocabulary).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -175,6 +176,12 @@ def current_mesh() -> Mesh | None:
 def abstract(tree: Params) -> Params:
   """Shapes, dtypes and layouts of arrays, for which a program can be compiled without them."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def device_bytes(tree: Params) -> int:
+  """Bytes of arrays, or of abstract arrays, on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+             * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def laid_out(shapes: Params, shardings: Params) -> Params:

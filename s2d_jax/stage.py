@@ -167,13 +167,15 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
   # of the config. Rounds draw further prompts of the same step, so each step reserves them.
   order = rollouts.PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
                                rounds=max(hp.rounds, 1) if stage.reward else 1)
-  samplers = compiling.samplers(plan.config, plan.chat)
+  stage_optimizer = optimizer(hp, learner.model.config)
+  held = compiling.resident(stage_models, stage_optimizer)
+  samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(held.values()))
   whole = Role(learner.model, stage_models.full(learner.params))
   return loop.StageRun(
       name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
       models=stage_models, samplers=samplers,
       objective=stage.objective, logp=objectives.logp,
-      optimizer=optimizer(hp, learner.model.config),
+      optimizer=stage_optimizer,
       source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
       evaluations=_evaluations(plan, samplers, whole, stage.name),

@@ -58,7 +58,10 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
     (["--temperature=nan"], "--temperature is nan: choose 0 (greedy) or more."),
     (["--top-p=2"], "--top-p is 2.0: choose it above 0, up to 1 (off)."),
     (["--seed=-1"], "--seed is -1: set it to a whole number"),
-    (["--cache-gib=0"], "--cache-gib is 0.0: choose a number above 0."),
+    (["--cache-gib=-1"], "--cache-gib is -1.0: choose a number above 0, or 0 for what the device "),
+    (["--top-k=-1"], "--top-k is -1: choose 0 (off) or more."),
+    (["--compilation-cache=/dev/null/x"], "--compilation-cache is '/dev/null/x': name a folder "
+                                       "that can be written, or choose 'auto', or '' to store no "),
     (["--cache-gib=1e-9", "--max-tokens=32"], "--cache-gib is 1e-09, and one row of"),
     (["--task=math"], "data/validation.jsonl is not a file"),
     (["--max-tokens=99999"], "lower --max-tokens."),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -15,6 +16,16 @@ def test_a_single_process_is_the_leader_and_needs_no_barrier():
   own_B = np.arange(3.0)
   assert hosts.sum_over_hosts(own_B) is own_B
   hosts.agree("sampler", "text")
+
+
+def test_the_memory_of_a_device_is_the_least_of_all_processes(monkeypatch):
+  assert hosts.device_memory() is None  # a CPU does not say
+  device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 5 * 2**30 + 7})
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert hosts.device_memory() == 5 * 2**30  # in whole MiB
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(hosts, "sum_over_hosts", lambda own_P: own_P + np.array([0, 4096]))
+  assert hosts.device_memory() == 4 * 2**30
 
 
 def test_a_stop_signal_is_reported_and_the_former_handler_restored():

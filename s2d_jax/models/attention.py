@@ -150,6 +150,13 @@ def _apart(x_BKXH: jax.Array, N: int) -> jax.Array:
   return x_BKXH.reshape(B, K, -1, N // K, H).swapaxes(1, 2).reshape(B, -1, N, H)
 
 
+def cudnn_reads(implementation: str, cache_dtype: jax.typing.DTypeLike,
+                dtype: jax.typing.DTypeLike) -> bool:
+  """Whether `cached` reads a cache of one type for queries of another by cuDNN's kernel."""
+  return (implementation in ("cudnn", "cudnn_packed")
+          and jnp.dtype(cache_dtype) == jnp.dtype(dtype))
+
+
 def cached(implementation: str, q_BTNH: jax.Array, k: jax.Array, v: jax.Array,
            k_scale_BKS: jax.Array | None, v_scale_BKS: jax.Array | None,
            axes: tuple[str, str], mask_BTS: jax.Array, length_B: jax.Array) -> jax.Array:
@@ -167,7 +174,7 @@ def cached(implementation: str, q_BTNH: jax.Array, k: jax.Array, v: jax.Array,
   T, N, H = q_BTNH.shape[1:]
   K = v.shape[axes[1].index("K")]
   dtype = q_BTNH.dtype
-  if implementation in ("cudnn", "cudnn_packed") and k.dtype == dtype:
+  if cudnn_reads(implementation, k.dtype, dtype):
     # One query stops at its row's length. The queries of a prompt's chunk need a mask: the kernel's
     # causal one would begin at slot 0.
     return cudnn(q_BTNH, k, v, None if T == 1 else mask_BTS, length_B)

@@ -4,7 +4,6 @@ Memory is the compiler's own account. A least time is a bound from the chip's ra
 at least its FLOPs, its bytes or one launch, and messages may overlap with everything else.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,7 +13,6 @@ import jax
 from s2d_jax.preflight import hlo
 from s2d_jax.preflight.hlo import Kernel
 from s2d_jax.preflight.topologies import Chip
-from s2d_jax.sharding import Params
 
 
 class Account(NamedTuple):
@@ -106,12 +104,6 @@ def least(kernels: Iterable[Kernel], chip: Chip) -> Least:
     found[bound] += bounds[bound]
     sent += kernel.collective_bytes
   return Least(**found, network=sent / chip.network)
-
-
-def device_bytes(tree: Params) -> int:
-  """Bytes of arrays, or of abstract arrays, on each device."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-             for x in jax.tree.leaves(tree))
 
 
 def cost(stage: str, program: str, compiled: jax.stages.Compiled | DoesNotFit, resident: int,

@@ -18,6 +18,7 @@ from s2d_jax import (
   compiling,
   doctor,
   evals,
+  hosts,
   keys,
   models,
   objectives,
@@ -98,13 +99,14 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   doctor.check_config(config, table)
   progress = progress or Progress()
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
-                                sampler.Compiler(progress, target.fast))
+                                sampler.Compiler(progress, target.fast),
+                                target.chip and target.chip.memory)
   for row, hp, stage_models, optimizer in _stages(config, table):
     progress.stage = row.name
+    held = compiling.resident(stage_models, optimizer)
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
-                                          optimizer, samplers)
-    yield from _stage(row.name, hp, stage_models, programs, resident(stage_models, optimizer),
-                      target.chip)
+                                          optimizer, samplers._replace(held=sum(held.values())))
+    yield from _stage(row.name, hp, stage_models, programs, held, target.chip)
   if not target.fast:
     yield from _scoring(config, mesh, samplers, progress, target.chip)
 
@@ -126,24 +128,6 @@ def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator
     yield row, hp, stage_models, stage.optimizer(hp, stage_models.learner.model.config)
 
 
-def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
-  """Bytes on each device of what a stage holds from its start to its end, by name."""
-  learner = stage_models.learner
-  state = training.abstract(optimizer, sharding.current_mesh(), learner.params)
-  found = {"learner": costs.device_bytes((state.params, stage_models.non_trainable)),
-           "optimizer": costs.device_bytes(state.opt_state)}
-  # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
-  guide = stage_models.guide
-  if guide is not None:
-    found["guide"] = costs.device_bytes(guide.params)
-  actor = stage_models.actor
-  if actor is not None and not stage_models.on_policy and actor is not guide:
-    found["actor"] = costs.device_bytes(actor.params)
-  if stage_models.pass_rate_model is not None:
-    found["pass rate model"] = costs.device_bytes(stage_models.pass_rate_model.params)
-  return found
-
-
 def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
            held: dict[str, int], chip: Chip | None) -> Iterator[Cost]:
   """Costs of a stage's programs, in the order in which a step runs them."""
@@ -155,7 +139,7 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
       yield from _sampling(name, program, compiled, hp.prompts * samples, everything, chip)
   rows = hp.prompts * hp.sampling.samples_per_prompt
   if programs.token_logps is not None:
-    taken = costs.device_bytes(stage_models.actor.params)
+    taken = sharding.device_bytes(stage_models.actor.params)
     # Without old log-probabilities it runs once a stage, to check a narrow cache.
     yield costs.cost(name, "token_logps", programs.token_logps, everything - taken,
                      float(programs.scores_first), _blocks(hp, rows // hp.microbatches), chip)
@@ -183,7 +167,7 @@ def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int, held:
   shapes = programs.shapes
   # Samples that fit at once are one wave, and each token of the longest one is one step.
   waves = -(-rows // shapes.batches[0])
-  slots = costs.device_bytes(programs.slots[shapes.batches[0], shapes.lengths[-1]])
+  slots = sharding.device_bytes(programs.slots[shapes.batches[0], shapes.lengths[-1]])
   prompts = rows / compiled.sampling.samples_per_prompt
   read = costs.cost(stage, f"{name} prefill", programs.prefill, held + slots,
                     prompts / shapes.prompts, shapes.window // shapes.chunk, chip)
@@ -198,14 +182,14 @@ def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers, progress: Progr
              chip: Chip | None) -> Iterator[Cost]:
   """Costs of what scores either model: each evaluation, and the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
-  held = {role: costs.device_bytes(roles[role].params) for role in roles}
+  held = {role: sharding.device_bytes(roles[role].params) for role in roles}
 
   def sampling(block: str, hp: ConfigDict, size: int, way: str, **change: Any) -> Iterator[Cost]:
     for role in roles:
-      found = samplers.compile(roles[role], hp.sampling, size, **change)
-      rows = size * found.sampling.samples_per_prompt
       # A probe has both models on the device.
       others = sum(held.values()) if block == "probe" else held[role]
+      found = samplers._replace(held=others).compile(roles[role], hp.sampling, size, **change)
+      rows = size * found.sampling.samples_per_prompt
       yield from _sampling(block, f"{role}{way}", found, rows, others, chip)
 
   for name, hp in config.evals.items():
@@ -268,7 +252,7 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   chip = topologies.chip(topology) if topology else None
   devices = topologies.devices(topology) if topology else None
   mesh = _mesh(configs[0].mesh, devices)
-  limit = chip.memory if chip is not None else _memory(mesh)
+  limit = chip.memory if chip is not None else hosts.device_memory()
   progress = Progress()
   found: dict[Cost, None] = {}
   with jax.set_mesh(mesh):
@@ -297,7 +281,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
 
   def held(changed: ConfigDict) -> int:
     with jax.set_mesh(_mesh(changed.mesh, devices)):
-      return max(sum(resident(models_of_stage, optimizer).values())
+      return max(sum(compiling.resident(models_of_stage, optimizer).values())
                  for _, _, models_of_stage, optimizer in _stages(changed, _table()))
 
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
@@ -322,10 +306,4 @@ def _mesh(shape: tuple[int, ...], devices: list[jax.Device] | None) -> Mesh:
       raise ValueError(f"mesh is {tuple(shape)}, which leaves {len(devices) - mesh.size} of the "
                        f"{len(devices)} devices idle: choose sizes that use all.")
   return mesh
-
-
-def _memory(mesh: Mesh) -> int | None:
-  """Bytes of a device's memory, where it says so; a CPU does not."""
-  stats = mesh.devices.flat[0].memory_stats()
-  return stats and stats.get("bytes_limit")
 

@@ -27,7 +27,7 @@ import jax
 import jinja2
 from tqdm import tqdm
 
-from s2d_jax import command, keys, models, rollouts, sampler, sharding
+from s2d_jax import command, hosts, keys, models, program_cache, rollouts, sampler, sharding
 from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
 from s2d_jax.models import hf
@@ -40,60 +40,86 @@ EXAMPLE = "s2d-jax sample --model FOLDER --prompts FILE.jsonl --out FILE.jsonl -
 # Rows of one call of the sampler. The host's memory holds the rollout of a call, and a file may
 # have more rows than fit.
 SLICE = 16_384
-# The flag of each field that a command line sets.
-FLAGS = {"samples_per_prompt": "--n", "stop_strings": "--stop", "temperature": "--temperature",
-         "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "max_tokens": "--max-tokens",
+# The flag of each field that a command line sets; that of samples_per_prompt is a command's own.
+FLAGS = {"stop_strings": "--stop", "temperature": "--temperature", "top_p": "--top-p",
+         "top_k": "--top-k", "min_p": "--min-p", "max_tokens": "--max-tokens",
          "min_tokens": "--min-tokens", "cache_gib": "--cache-gib", "page": "--page",
          "mesh": "--mesh", "seed": "--seed"}
+
+
+def add_flags(flags: argparse._ActionsContainer) -> None:
+  """Adds the flags that every command that samples has, to a parser or to a group of one."""
+  flags.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+  flags.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+  flags.add_argument("--top-k", type=int, default=0, help="0 is off")
+  flags.add_argument("--min-p", type=float, default=0.0, help="0 is off")
+  flags.add_argument("--max-tokens", type=int, default=1024, help="of a response")
+  flags.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
+                     help="an argument of the chat template, such as enable_thinking=false")
+  flags.add_argument("--seed", type=int, default=0)
+  flags.add_argument("--dtype", default="float32", help="of the activations: float32 or bfloat16")
+  flags.add_argument("--cache-gib", type=float, default=0.0,
+                     help="of each device, for the cache; 0: what it has left")
+  flags.add_argument("--compilation-cache", default="auto", metavar="FOLDER",
+                     help="of compiled programs; auto: that of runs, '': none")
+
+
+def check_flags(args: argparse.Namespace, samples: str) -> None:
+  """Checks the flags of sampling before a model is loaded, which takes minutes for a large one.
+
+  Args:
+    samples: the flag of the number of samples.
+
+  Raises:
+    ValueError: a value is out of its range; names the flag.
+  """
+  with command.naming_flags(FLAGS | {"samples_per_prompt": samples}):
+    sampler.check_sampling(sampling_of(args, getattr(args, samples.strip("-"))))
+    sampler.check_config(config_of(args))
+    keys.check_value("seed", args.seed, keys.at_least(0))
+  keys.check_value("--compilation-cache", args.compilation_cache, program_cache.KEY)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads the command line.
 
   Raises:
-    ValueError: a number is out of its range; names the flag.
+    ValueError: as `check_flags`.
   """
-  flags = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
+  parser = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
+  # A group has no heading, so that the help fits a screen of 24 lines.
+  flags = parser.add_argument_group()
   flags.add_argument("--model", required=True, help="a Hugging Face folder")
   flags.add_argument("--prompts", required=True, help="JSON lines of problem or messages")
   flags.add_argument("--out", required=True, help="JSON lines of samples; continued if there")
   flags.add_argument("--n", type=int, default=1, help="samples of each prompt")
-  flags.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-  flags.add_argument("--top-p", type=float, default=1.0, help="1 is off")
-  flags.add_argument("--top-k", type=int, default=0, help="0 is off")
-  flags.add_argument("--min-p", type=float, default=0.0, help="0 is off")
-  flags.add_argument("--max-tokens", type=int, default=1024)
   flags.add_argument("--min-tokens", type=int, default=0)
-  flags.add_argument("--stop", action="append", default=[], help="a text that ends a response")
-  flags.add_argument("--template", action="append", default=[], metavar="KEY=JSON",
-                     help="an argument of the chat template, such as enable_thinking=false")
-  flags.add_argument("--seed", type=int, default=0)
-  flags.add_argument("--dtype", default="float32", help="of the activations: float32 or bfloat16")
+  flags.add_argument("--stop", action="append", default=[], dest="stop_strings", metavar="TEXT",
+                     help="ends a response")
   flags.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor")
-  flags.add_argument("--cache-gib", type=float, default=4.0, help="of each device, for the cache")
   flags.add_argument("--page", type=int, default=0, help="tokens of a page of the cache; 0: none")
-  args = flags.parse_args(argv)
-  # Checked here as well as in the sampler, so that the message comes before the model is loaded.
-  with command.naming_flags(FLAGS):
-    sampler.check_sampling(sampling_of(args))
-    sampler.check_config(config_of(args))
-    keys.check_value("seed", args.seed, keys.at_least(0))
+  add_flags(flags)
+  args = parser.parse_args(argv)
+  check_flags(args, "--n")
   if not all(size.isdigit() for size in args.mesh.split(",")):
     raise ValueError(f"--mesh is {args.mesh}: choose sizes such as 1,4,1.")
   return args
 
 
-def sampling_of(args: argparse.Namespace, stop_ids: Sequence[int] = ()) -> Sampling:
-  """The Sampling that the flags ask for."""
-  return Sampling(
-      max_tokens=args.max_tokens, stop_ids=tuple(stop_ids), samples_per_prompt=args.n,
-      temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
-      min_tokens=args.min_tokens, stop_strings=tuple(args.stop))
+def sampling_of(args: argparse.Namespace, samples: int, stop_ids: Sequence[int] = ()) -> Sampling:
+  """The Sampling that the flags ask for, with `samples` of each prompt.
+
+  A field without a flag in the command has its default.
+  """
+  fields = {name: value for name, value in vars(args).items() if name in Sampling._fields}
+  fields["stop_strings"] = tuple(fields.get("stop_strings", ()))
+  return Sampling(stop_ids=tuple(stop_ids), samples_per_prompt=samples, **fields)
 
 
 def config_of(args: argparse.Namespace) -> SamplerConfig:
-  """The SamplerConfig that the flags ask for."""
-  return SamplerConfig(cache_gib=args.cache_gib, page=args.page)
+  """The SamplerConfig that the flags ask for; a field without a flag has its default."""
+  return SamplerConfig(**{name: value for name, value in vars(args).items()
+                          if name in SamplerConfig._fields})
 
 
 def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
@@ -206,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                           {"dtype": args.dtype})
   # Everything that can be refused without weights is refused before they are loaded.
   prompts = read(args.prompts, tokenizer)
-  sampling = sampling_of(args, tokenizer.eos_ids)
+  sampling = sampling_of(args, args.n, tokenizer.eos_ids)
   tokenizer.check_stops(sampling.stop_strings)
   model = models.build(config)
   for prompt in prompts:
@@ -223,10 +249,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   prompt_tokens = max(len(p.tokens) for p in prompts)
   with command.naming_flags(FLAGS):
     mesh = sharding.make_mesh(tuple(map(int, args.mesh.split(","))))
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), program_cache.opened(args.compilation_cache):
+    # The copy for decoding is the only one that stays.
+    shapes = models.laid_out(model.config, mesh, models.frozen_shapes)
+    sampler_config = sampler.fitted(config_of(args), model, shapes, hosts.device_memory(), held=0)
     # Before the output is created, so that a refused command leaves no file.
     with command.naming_flags(FLAGS):
-      sampler.check_memory(model, sampling, size, prompt_tokens, config_of(args))
+      sampler.check_memory(model, sampling, size, prompt_tokens, sampler_config)
     with only_writer(path, settings):
       done = existing_rows(path, prompts)
       missing = [(p, g) for p in prompts for g in range(args.n) if (p.id, g) not in done]
@@ -234,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # As the sampler reads them: no float32 copy beside those of bfloat16.
         model, params = hf.load(args.model, mesh, run={"dtype": args.dtype},
                                 shapes=models.frozen_shapes)
-        compiled = Sampler(model, sampling, size, prompt_tokens, config_of(args), tokenizer.decode,
+        compiled = Sampler(model, sampling, size, prompt_tokens, sampler_config, tokenizer.decode,
                            params)
         weights = compiled.lay_out(params)
         del params  # a second copy that nothing reads any more

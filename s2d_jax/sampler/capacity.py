@@ -4,6 +4,7 @@ Nothing here runs on a device. `programs` compiles for the sizes that `shapes` r
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from s2d_jax import keys, models, sharding
 from s2d_jax.keys import Key
-from s2d_jax.models import caches, paged
+from s2d_jax.models import attention, caches, paged
 from s2d_jax.models.config import Config
 from s2d_jax.sampler.sampling import Sampling
 
@@ -25,23 +26,40 @@ FINE_SIZES = 5
 FINE_LEAST_BATCH = 4
 FINE_WEIGHTS = 10_000_000
 MAX_PROMPTS = 16  # the largest number of prompts that a device reads at once
+CPU_BYTES = 4 * 2**30  # for the cache where no device says how much memory it has
+# Shares of a device's memory. A part stays free for what is not counted: activations of a prompt's
+# chunk, logits, programs, gaps between arrays. While the cache changes its size, one of half the
+# size or less exists beside it, so a cache may have two thirds of what is left.
+RESERVE = 1 / 16
+CACHE_SHARE = 2 / 3
 CACHE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
 class SamplerConfig(NamedTuple):
   """How a sampler uses a device; samples depend on it by rounding alone."""
-  cache_gib: float = 4.0  # of each device's memory, for the cache: the number of slots follows
+  # of each device's memory, for the cache: the number of slots follows; 0 is what a device has left
+  cache_gib: float = 0.0
   tokens: int = 32        # the largest number of tokens of each row in one dispatch
   chunk: int = 256        # tokens of a prompt that are read at a time
   cache: str = "auto"     # type of its numbers: float32, bfloat16, int8, or the activations'
   page: int = 0           # tokens of a page; 0 is a cache without pages
+  # bytes that a device has left for the cache, where cache_gib is 0; None: not computed yet
+  available: int | None = None
 
   KEYS = {
-      "cache_gib": Key(lambda gib: 0 < gib < math.inf, "choose a number above 0", default=4.0),
+      "cache_gib": Key(lambda gib: 0 <= gib < math.inf,
+                       "choose a number above 0, or 0 for what the device has left", default=0.0),
       "tokens": keys.at_least(1, default=32),
       "chunk": keys.at_least(1, default=256),
       "cache": keys.one_of(("auto", *CACHE_TYPES), neutral="auto"),
       "page": Key(lambda tokens: tokens >= 0, "choose 0 (no pages) or more", neutral=0)}
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of each device for the cache and for the prompts being read."""
+    if self.cache_gib:
+      return int(self.cache_gib * 2**30)
+    return CPU_BYTES if self.available is None else self.available
 
   def narrow(self, dtype: str) -> bool:
     """True if the cache has fewer bits than activations of `dtype`, and so loses precision."""
@@ -67,6 +85,23 @@ def check_config(config: SamplerConfig) -> None:
   if config.page and config.cache == "int8":
     raise ValueError(f"page is {config.page} and the cache int8, which pages do not hold: set one "
                      "of them to 0 or auto.")
+
+
+def available_bytes(memory: int, taken: int) -> int:
+  """Bytes of a device for the cache, of its memory of which other arrays take `taken` bytes."""
+  return max(int((memory * (1 - RESERVE) - taken) * CACHE_SHARE), 0)
+
+
+class Unfit(ValueError):
+  """Not one row fits the memory, or a mesh cannot split it; the message begins with a field."""
+
+
+def _too_small(config: SamplerConfig, need: str) -> Unfit:
+  """The error that the cache's memory is too small for what a sentence says is needed."""
+  if config.cache_gib:
+    return Unfit(f"cache_gib is {config.cache_gib}, and {need}: raise it, or lower max_tokens.")
+  return Unfit(f"cache_gib is 0 and a device has {config.cache_bytes / 2**30:.2g} GiB left, and "
+               f"{need}: choose a number, use more devices, or lower max_tokens.")
 
 
 class Shapes(NamedTuple):
@@ -111,6 +146,79 @@ def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
   return tuple(sorted(between.union(found), reverse=True))
 
 
+# Rates of an H100, by which a program for a further size is chosen on an accelerator.
+COMPILE_SECONDS = 0.25  # for each layer of a decoding program, on sixteen cores
+READ_RATE = 3e12        # bytes that a device reads in a second
+FLOP_RATE = 8e14        # of products in bfloat16
+LOGIT_BYTES = 16        # for each word: float32 logits are written and read three times
+CALLS = 100             # a program is worth its compilation if that many calls save it
+
+
+def worthwhile(sizes: Sequence[int], seconds: float, steps: Callable[[int], float],
+               step_seconds: Callable[[int], float]) -> tuple[int, ...]:
+  """The first of some sizes, falling, and the smaller ones that save more time than they cost.
+
+  Args:
+    seconds: that the programs of one more size take to compile.
+    steps: size -> decoding steps of a call in which it is enough.
+    step_seconds: size -> the time of one step.
+  """
+  found = [sizes[0]]
+  for size in sizes[1:]:
+    if CALLS * steps(size) * (step_seconds(found[-1]) - step_seconds(size)) > seconds:
+      found.append(size)
+  return tuple(found)
+
+
+def stops_at_rows(model_config: Config, dtype: jax.typing.DTypeLike) -> bool:
+  """Whether decoding reads a row's cache of this type up to the row's last token alone.
+
+  cuDNN's kernel does. Else a step reads every row to the end of its cache.
+  """
+  implementation = attention.choose(model_config.attention, model_config.dtype,
+                                    model_config.head_width)
+  return attention.cudnn_reads(implementation, dtype, CACHE_TYPES[model_config.dtype])
+
+
+def accelerator_sizes(model_config: Config, sampling: Sampling, dtype: jax.typing.DTypeLike,
+                      weights: int, shapes: Shapes) -> Shapes:
+  """The Shapes with those of the batches and lengths that a TPU or a GPU has programs for.
+
+  A program has all layers written out and takes seconds to compile: four of 28 layers took 29 on
+  sixteen cores. A step reads all weights at any size, so a smaller size saves only the reading of
+  the cache, and only in the steps in which it is enough. A length S is enough until the longest row
+  has as many tokens, in S less the window. Rows that end evenly leave a batch of b enough for b/B
+  of all steps. For 1.7 B parameters and 64 rows of 192 tokens one program is enough. On a TPU, with
+  responses of 16,384 tokens, every size pays within a few calls.
+
+  Where a step stops at each row's last token, ended rows cost no reading and another length saves
+  nothing. A batch of hundreds still pays for its products.
+
+  Args:
+    dtype: of the cache.
+    weights: parameters on each device.
+  """
+  token_bytes = slot_bytes(model_config, 1, dtype)
+  if stops_at_rows(model_config, dtype):
+    token_bytes = 0
+  def step_seconds(batch: int, length: int) -> float:
+    rows = batch // shapes.shards
+    products = 2 * weights * max(1 / READ_RATE, rows / FLOP_RATE)
+    row_bytes = token_bytes * length + LOGIT_BYTES * model_config.vocab_size
+    return products + rows * row_bytes / READ_RATE
+
+  seconds = COMPILE_SECONDS * model_config.layers
+  largest = shapes.batches[0]
+  longest = shapes.lengths[-1]
+  lengths = worthwhile(shapes.lengths[::-1], seconds, lambda S: S - shapes.window,
+                       lambda S: step_seconds(largest, S))
+  # A batch has a program for each length.
+  batches = worthwhile(shapes.batches, seconds * len(lengths),
+                       lambda B: sampling.max_tokens * B / largest,
+                       lambda B: step_seconds(B, longest))
+  return shapes._replace(batches=batches, lengths=lengths[::-1])
+
+
 def _up(count: int, multiple: int) -> int:
   """`count` rounded up to the multiple."""
   return -(-count // multiple) * multiple
@@ -137,14 +245,13 @@ def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
   of the memory are taken already. A row has `longest` tokens.
 
   Raises:
-    ValueError: not one row fits.
+    Unfit: not one row fits.
   """
   row_bytes = slot_bytes(model_config, longest, cache_type(model_config, config))
-  fit = int(config.cache_gib * 2**30 - spent) // row_bytes
+  fit = (config.cache_bytes - spent) // row_bytes
   if fit < 1:
-    raise ValueError(f"cache_gib is {config.cache_gib}, and one row of {longest} tokens and the "
-                     f"reading of a prompt need {(row_bytes + spent) / 2**30:.2g} GiB on a device: "
-                     "raise it, or lower max_tokens.")
+    raise _too_small(config, f"one row of {longest} tokens and the reading of a prompt need "
+                             f"{(row_bytes + spent) / 2**30:.2g} GiB on a device")
   if sharding.platform() == "cpu" or min(rows, fit) <= ROWS:
     return min(rows, fit)
   # All rows at once are better than a rounded number of them and a second batch for the others.
@@ -161,25 +268,24 @@ def pages_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
   """(slots of each device, its pages, pages of the longest row); arguments as `slots_for`.
 
   Raises:
-    ValueError: pages that a GPU does not read, key heads that `tensor` does not divide, or not one
+    Unfit: pages that a GPU does not read, key heads that `tensor` does not divide, or not one
       row fits.
   """
   mesh = sharding.current_mesh()
   if mesh is not None and mesh.shape["tensor"] != sharding.shard_count(
       mesh, "kv_heads", model_config.kv_heads):
-    raise ValueError(f"page is {config.page}, and the mesh's tensor of {mesh.shape['tensor']} "
-                     f"does not divide {model_config.kv_heads} key heads: set it to 0.")
+    raise Unfit(f"page is {config.page}, and the mesh's tensor of {mesh.shape['tensor']} "
+                f"does not divide {model_config.kv_heads} key heads: set it to 0.")
   if sharding.platform() == "gpu" and config.page not in (16, 32, 64):
-    raise ValueError(f"page is {config.page} and the GPU's kernel reads pages of 16, 32 or 64 "
-                     "tokens: choose one of those.")
+    raise Unfit(f"page is {config.page} and the GPU's kernel reads pages of 16, 32 or 64 tokens: "
+                "choose one of those.")
   row_pages = -(-longest // config.page)
   page_bytes = slot_bytes(model_config, config.page, cache_type(model_config, config))
-  pages = int(config.cache_gib * 2**30 - spent) // page_bytes
+  pages = (config.cache_bytes - spent) // page_bytes
   # Page 0 belongs to no row, so the longest row needs one page more than it fills.
   if pages <= row_pages:
-    raise ValueError(f"cache_gib is {config.cache_gib}, and one row of {longest} tokens needs "
-                     f"{row_pages + 1} pages of {page_bytes:,} bytes on a device: raise it, or "
-                     "lower max_tokens.")
+    raise _too_small(config, f"one row of {longest} tokens needs {row_pages + 1} pages of "
+                             f"{page_bytes:,} bytes on a device")
   slots = min(rows, ADMIT_FACTOR * ((pages - 1) // row_pages))
   return slots, min(pages, slots * row_pages + 1), row_pages
 
@@ -193,7 +299,7 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
     prompt_tokens: tokens of the longest prompt.
 
   Raises:
-    ValueError: as `slots_for` and `pages_for`.
+    Unfit: as `slots_for` and `pages_for`.
   """
   mesh = sharding.current_mesh()
   shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
@@ -208,7 +314,7 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
   prompt_bytes = (slot_bytes(model_config, window, cache_type(model_config, config))
                   + 4 * (model_config.heads // head_shards) * chunk * window)
   prompts = max(1, min(MAX_PROMPTS, -(-device_rows // sampling.samples_per_prompt),
-                       int(config.cache_gib * 2**30 / 4) // prompt_bytes))
+                       config.cache_bytes // 4 // prompt_bytes))
   spent = prompts * prompt_bytes
   if config.page:
     slots, pages, row_pages = pages_for(model_config, config, device_rows, longest, spent)
@@ -218,5 +324,10 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
   slots = slots_for(model_config, config, device_rows, longest, spent)
   weights = sum(x.size for x in jax.tree.leaves(models.shapes(model_config)))
   lengths = tuple(x for x in reversed(halves(longest, LEAST_LENGTH, 8)) if x >= window)
-  return Shapes(batch_sizes(slots * shards, shards, weights), lengths, window, chunk,
-                prompts * shards, shards, pages=0, table=0)
+  found = Shapes(batch_sizes(slots * shards, shards, weights), lengths, window, chunk,
+                 prompts * shards, shards, pages=0, table=0)
+  # On a CPU a program takes a second or two, and a row is arithmetic.
+  if sharding.platform() == "cpu":
+    return found
+  return accelerator_sizes(model_config, sampling, cache_type(model_config, config),
+                           weights // head_shards, found)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from s2d_jax import models, sharding
 from s2d_jax.models import caches, decoder
+from s2d_jax.sampler import capacity
 from s2d_jax.sampler.sampling import Sampling, sample_token
 from s2d_jax.sharding import Params
 
@@ -170,12 +171,17 @@ def decode(model: models.Model, sampling: Sampling, tokens: int, weights: Weight
     full_B = alive_B & (slots.position_B >= caches.capacity(slots.cache))
     return (i < tokens) & (jnp.sum(alive_B) > stop_count) & ~jnp.any(full_B)
 
+  # Where a step reads a row up to its position, an ended row reads one slot in place of all.
+  rewinds = not isinstance(slots.cache, caches.Paged) and capacity.stops_at_rows(
+      model.config, slots.cache[0].k.dtype)
+
   # Ended rows are computed too, since shapes are static, but their token and position stay.
   def step(carry: tuple) -> tuple:
     i, slots, alive_B, out = carry
+    position_B = jnp.where(alive_B, slots.position_B, 0) if rewinds else slots.position_B
     features_B1D, cache = model.apply(
-        weights.params, slots.token_B[:, None], slots.position_B[:, None],
-        jnp.ones((B, 1), jnp.int32), slots.cache)
+        weights.params, slots.token_B[:, None], position_B[:, None], jnp.ones((B, 1), jnp.int32),
+        slots.cache)
     token_B, *logps = sample_token(_logits(weights, features_B1D[:, 0]), slots.key_B2,
                                    slots.sampled_B, sampling)
     def put(old_BN: jax.Array, new_B: jax.Array) -> jax.Array:

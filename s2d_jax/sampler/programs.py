@@ -67,6 +67,8 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   params = jax.tree.unflatten(tree, leaves)
   shapes = capacity.shapes(model_config, sampling, config, rows, prompt_tokens)
   shapes = shapes.largest() if compiler.largest_only else shapes
+  # Samplers that differ in these share programs, because the shapes follow from them.
+  config = config._replace(cache_gib=0.0, available=None)
   slots = {(B, S): abstract_slots(model_config, config, shapes, B, S, mesh)
            for B in shapes.batches for S in shapes.lengths}
   prompt_cache = _abstract_cache(jax.eval_shape(
@@ -106,6 +108,22 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
       shrink={(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], whole(fewer))
               for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}),
       compiler.compile)
+
+
+def fitted(config: SamplerConfig, model: models.Model, params: Params, memory: int | None,
+           held: int) -> SamplerConfig:
+  """The config, with the bytes that a device has left for the cache where it asks for those.
+
+  Args:
+    params: the model's, or their abstract arrays, of which a call makes a copy for decoding.
+    memory: bytes of a device's memory; None: unknown.
+    held: bytes on each device that are in use while the sampler runs.
+  """
+  if config.cache_gib or memory is None:
+    return config
+  weights = abstract_weights(model, sharding.abstract(params), sharding.current_mesh())
+  return config._replace(
+      available=capacity.available_bytes(memory, held + sharding.device_bytes(weights)))
 
 
 def abstract_weights(model: models.Model, params: Params, mesh: Mesh | None) -> decode.Weights:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from s2d_jax import models, sharding
+from s2d_jax import hosts, models, sharding
 from s2d_jax.models import Model
 from s2d_jax.rollouts import OnFinish, Prompt, Rollout, SamplerStats
 from s2d_jax.sampler import capacity, programs
@@ -48,8 +48,8 @@ class Sampler:
       compiler: how, and of which sizes, the programs are compiled.
 
     Raises:
-      ValueError: a field of the sampling or of the config is refused, or not one row fits the
-        memory. The message begins with the field's name.
+      ValueError: a field of the sampling or of the config is refused. `capacity.Unfit`, which is
+        one: not one row fits the memory. The message begins with the field's name.
     """
     check_sampling(sampling)
     capacity.check_config(config)
@@ -61,6 +61,10 @@ class Sampler:
       params = (models.shapes(model.config) if mesh is None
                 else models.laid_out(model.config, mesh))
     self.abstract_params = sharding.abstract(params)
+    # A caller that holds other arrays beside the weights has computed what is left.
+    if config.available is None:
+      config = programs.fitted(config, model, params, hosts.device_memory(),
+                               sharding.device_bytes(self.abstract_params))
     # Programs are cached by their arguments, so the weights' shapes are passed as hashable values.
     leaves, tree = jax.tree.flatten(self.abstract_params)
     self.programs = programs.build(model, sampling, config, batch * sampling.samples_per_prompt,
@@ -174,7 +178,7 @@ def check_memory(model: Model, sampling: Sampling, batch: int, prompt_tokens: in
   Args are those of `Sampler`, which makes this check too.
 
   Raises:
-    ValueError: not one row fits, or the mesh cannot split a cache in pages.
+    capacity.Unfit: not one row fits, or the mesh cannot split a cache in pages.
   """
   # The shapes are computed for their errors alone.
   capacity.shapes(model.config, sampling, config, batch * sampling.samples_per_prompt,

@@ -11,6 +11,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import command, preflight, sharding
+from s2d_jax.preflight import programs, topologies
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
 
@@ -138,6 +139,15 @@ def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compi
       "pass rates", "pass rates prefill", "sample", "sample prefill", "token_logps", "update"}
   assert low["pass rates"] == whole["pass rates"]
   assert low["update"] < whole["update"]  # no slots for the weights themselves
+
+
+def test_the_cache_has_what_the_chip_has_left_and_not_this_machine(config):
+  with config.unlocked():
+    config.stages = {"student_grpo": config.stages.student_grpo}
+  chip = topologies.chip("h100")._replace(memory=2**20)
+  with (jax.set_mesh(sharding.make_mesh((1, 1, 1))),
+        pytest.raises(ValueError, match=r"^config\.sampler\.cache_gib is 0 and a device has 0 G")):
+    list(programs.costs_of(config, programs.Target(chip)))
 
 
 @pytest.mark.medium

@@ -134,6 +134,8 @@ def test_a_stop_string_ends_a_response(prompts, tmp_path):
     ('{"messages": [3]}', {}, "line 1 is not a JSON object"),
     ('{"messages": [{"content": "1+2"}]}', {}, "line 1 is not a JSON object"),
     ('{"problem": "1+2"}', {"cache-gib": "inf"}, "--cache-gib is inf"),
+    ('{"problem": "1+2"}', {"compilation-cache": "/dev/null/x"},
+     "^--compilation-cache is '/dev/null/x': name a folder that can be written, or choose 'auto'"),
     ('{"problem": "1+2"}', {"mesh": "a,1,1"}, "--mesh is a,1,1: choose sizes such as 1,4,1"),
     ('{"problem": "1+2"}', {"mesh": "1,1"}, "--mesh is .1, 1., which .*: choose three"),
     ('{"problem": "1+2"}', {"temperature": "nan"}, "--temperature is nan"),

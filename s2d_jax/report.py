@@ -272,7 +272,8 @@ def seconds(groups: Sequence[Group]) -> list[str]:
         continue
       shown.add(folders)
       parts = [[u.start, u.compile, u.saved, *u.phases.values(), u.lost] for u in used]
-      cells = [f"{x:.1f}" for x in np.mean(parts, axis=0)]
+      # JAX counts a program that was slower to read than to compile as saved seconds below zero.
+      cells = [f"{x:z.1f}" for x in np.mean(parts, axis=0)]
       mfu = "–" if used[0].mfu is None else f"{100 * np.mean([u.mfu for u in used]):.1f} %"
       lines.append(f"| {escaped(group.name)} | {folders[0].name.rpartition('-')[0]} | "
                    + " | ".join(cells)

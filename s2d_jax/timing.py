@@ -26,19 +26,12 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from s2d_jax import files, hosts, manifest, metrics
+from s2d_jax import chips, files, hosts, manifest, metrics
 from s2d_jax.keys import Key
 
 STEP = ("draw", "reward", "score", "update", "host")
 BETWEEN = ("evaluate", "save")
 PHASES = (*STEP, *BETWEEN)
-
-# FLOPs a second of one device in dense bfloat16 products, by JAX's name of it, as its maker states.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12}
 
 
 class Clock:
@@ -187,9 +180,9 @@ def usage(folder: epath.Path) -> Usage | None:
   devices = math.prod(recorded["mesh"].values())
   lost = totals["device_seconds_lost"] / devices
   useful = sum(phases[phase] for phase in STEP)
-  peak = PEAK_FLOPS.get(recorded["device"])
+  chip = chips.of_kind(recorded["device"])
   return Usage(
       sum(entry["seconds"] for entry in starts), sum(entry["compile_seconds"] for entry in starts),
       sum(entry["compile_seconds_saved"] for entry in starts), phases, lost,
       goodput=useful / (sum(entry["seconds"] for entry in entries) + lost),
-      mfu=peak and totals["flops"] / (useful * devices * peak))
+      mfu=chip and totals["flops"] / (useful * devices * chip.flops))

@@ -28,7 +28,7 @@ def mesh():
     yield found
 
 
-def test_what_a_stage_holds_by_hand(mesh):
+def test_the_memory_that_a_stage_holds_by_hand(mesh):
   learner = role()
   guide = role(models.frozen_shapes, dtype="bfloat16")
   optimizer = optim.make(common.ConfigDict(common.adamw(lr=1e-3)), 10,
@@ -48,7 +48,7 @@ def test_what_a_stage_holds_by_hand(mesh):
 
 
 @pytest.mark.medium
-def test_a_sampler_has_what_the_stage_leaves(mesh):
+def test_a_sampler_has_the_memory_that_the_stage_leaves(mesh):
   # A row of 3 + 8 tokens; a prompt that is read, with its scores for four heads.
   row = 2 * 2 * 2 * 8 * 4 * 11
   read = 2 * 2 * 2 * 8 * 4 * 3 + 4 * 4 * 3 * 3

@@ -41,7 +41,7 @@ ARROWS = {
   "models": {"sharding", "keys"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
-  "timing": {"metrics", "manifest", "keys"},
+  "timing": {"metrics", "manifest", "keys", "chips"},
   "manifest": {"files"},
   "checkpoint": {"files", "sharding"},
   "files": {"hosts"},

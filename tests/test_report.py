@@ -345,6 +345,11 @@ def test_the_seconds_of_each_stage_by_hand(finished):
   assert head == ["arm", "stage", "start", "compile", "saved", "draw", "reward", "score", "update",
                   "host", "evaluate", "save", "lost", "goodput", "MFU"]
   seconds = ["8.0", "6.2", "0.5", "3.0", "1.0", "0.5", "4.0", "0.5", "2.0", "1.0"]
+  # A mean of saved seconds may be just below zero, and has no sign then.
+  entries[0]["compile_seconds_saved"] = -0.04
+  lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+  files.write(finished / "student_grpo-1" / "timing" / "00000000.jsonl", lines)
+  assert table(report.markdown(ladder.read([finished])))[-1][4] == "0.0"
   # 9 of 20.3 seconds, 0.6 device-seconds lost on two devices; 2.5 TFLOPs of 2 x 197 x 9.
   assert rows == [["bridge", "teacher_grpo", *seconds, "0.3", "44 %", "0.1 %"],
                   ["cold_grpo", "student_grpo", *seconds, "0.0", "45 %", "–"]]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 
+from s2d_jax.chips import Chip
 from s2d_jax.preflight import hlo
 from s2d_jax.preflight.hlo import Kernel
-from s2d_jax.preflight.topologies import Chip
 
 
 class Account(NamedTuple):

@@ -30,12 +30,12 @@ from s2d_jax import (
   sweep,
   training,
 )
+from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, hf
 from s2d_jax.preflight import costs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost, DoesNotFit
-from s2d_jax.preflight.topologies import Chip
 from s2d_jax.sharding import Params
 
 _EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"

@@ -10,36 +10,12 @@ import importlib.metadata
 import importlib.resources
 import os
 import re
-from typing import NamedTuple
 
 import jax
 
+from s2d_jax.chips import CHIPS, Chip
+
 CARDS_PER_HOST = 8
-
-
-class Chip(NamedTuple):
-  """One chip. The rates are those of its maker's data sheet, which no program exceeds."""
-  platform: str     # "gpu" or "tpu"
-  memory: int       # bytes
-  flops: float      # products of bfloat16 a second, in floating-point operations
-  bandwidth: float  # bytes of memory that are read or written a second
-  network: float    # bytes a second that a chip sends to the others of its host or slice
-  launch: float     # seconds that one kernel takes at least
-
-
-_GIB = 2**30
-# Sources: NVIDIA's data sheets of the SXM cards (products without sparsity; NVLink in one
-# direction), Google's pages of each TPU (cloud.google.com/tpu/docs). A kernel of 2 microseconds is
-# what CUDA graphs reach. A TPU's program is one launch.
-CHIPS = {
-    "a100": Chip("gpu", 85_100_068_864, 312e12, 2.039e12, 300e9, 2e-6),
-    "h100": Chip("gpu", 84_942_979_072, 989e12, 3.35e12, 450e9, 2e-6),
-    "h200": Chip("gpu", 151_397_597_184, 989e12, 4.8e12, 450e9, 2e-6),
-    "v4": Chip("tpu", 32 * _GIB, 275e12, 1.228e12, 300e9, 0.0),
-    "v5e": Chip("tpu", 16 * _GIB, 197e12, 0.819e12, 200e9, 0.0),
-    "v5p": Chip("tpu", 95 * _GIB, 459e12, 2.765e12, 600e9, 0.0),
-    "v6e": Chip("tpu", 32 * _GIB, 918e12, 1.638e12, 400e9, 0.0),
-}
 # A network card of 400 Gbit/s for each GPU, which hosts of cards usually have.
 NETWORK_BETWEEN_HOSTS = 50e9
 

@@ -141,7 +141,7 @@ def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compi
   assert low["update"] < whole["update"]  # no slots for the weights themselves
 
 
-def test_the_cache_has_what_the_chip_has_left_and_not_this_machine(config):
+def test_the_cache_has_the_memory_of_the_chip_and_not_of_this_machine(config):
   with config.unlocked():
     config.stages = {"student_grpo": config.stages.student_grpo}
   chip = topologies.chip("h100")._replace(memory=2**20)

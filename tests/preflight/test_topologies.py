@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 
+from s2d_jax import chips
 from s2d_jax.preflight import topologies
 
 
@@ -36,3 +37,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package, e
   monkeypatch.setattr(importlib.metadata, "version", missing)
   with pytest.raises(ValueError, match=rf"{package}, which is not installed.*s2d_jax\[{extra}\]"):
     topologies.devices(name)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"), ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"), ("cpu", None)])
+def test_a_chip_is_found_by_jaxs_name_of_it(kind, name):
+  assert chips.of_kind(kind) is (None if name is None else chips.CHIPS[name])

@@ -524,7 +524,7 @@ def test_an_accelerator_has_programs_for_the_sizes_that_pay(
 
 
 @pytest.mark.medium
-def test_ended_rows_that_read_one_slot_change_no_other_row(ten_prompts, tiny, monkeypatch):
+def test_stopped_rows_may_read_one_slot_and_change_no_other_row(ten_prompts, tiny, monkeypatch):
   _, params, rows, _ = ten_prompts
   monkeypatch.setattr(capacity, "stops_at_rows", lambda *_: True)
   sampler = Sampler(tiny("qwen3")[0], SAMPLING, SIZE, WINDOW, SamplerConfig(tokens=29))
@@ -539,7 +539,7 @@ COPY = WEIGHTS + 4 * 256
 
 
 @pytest.mark.medium
-def test_the_cache_has_two_thirds_of_what_a_device_has_left(ten_prompts, tiny, monkeypatch):
+def test_the_cache_has_two_thirds_of_the_memory_that_is_left(ten_prompts, tiny, monkeypatch):
   # Of 96 GiB a sixteenth stays free, so 90 are left beside 30: the cache has 40 GiB.
   assert capacity.available_bytes(96 * 2**30, 30 * 2**30) == 40 * 2**30
   assert capacity.available_bytes(16 * 2**30, 15 * 2**30) == 0

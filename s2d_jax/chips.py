@@ -1,0 +1,35 @@
+"""Accelerators by name: memory and rates of each chip, as its maker's data sheet states them."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """One chip. No program exceeds its rates."""
+  platform: str     # "gpu" or "tpu"
+  memory: int       # bytes
+  flops: float      # products of bfloat16 a second, in floating-point operations
+  bandwidth: float  # bytes of memory that are read or written a second
+  network: float    # bytes a second that a chip sends to the others of its host or slice
+  launch: float     # seconds that one kernel takes at least
+  kinds: tuple[str, ...]  # JAX's names of it; those of smaller memory have the same rate of FLOPs
+
+
+_GIB = 2**30
+# Sources: NVIDIA's data sheets of the SXM cards (products without sparsity; NVLink in one
+# direction), Google's pages of each TPU (cloud.google.com/tpu/docs). A kernel of 2 microseconds is
+# what CUDA graphs reach. A TPU's program is one launch.
+CHIPS = {
+    "a100": Chip("gpu", 85_100_068_864, 312e12, 2.039e12, 300e9, 2e-6,
+                 ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB")),
+    "h100": Chip("gpu", 84_942_979_072, 989e12, 3.35e12, 450e9, 2e-6, ("NVIDIA H100 80GB HBM3",)),
+    "h200": Chip("gpu", 151_397_597_184, 989e12, 4.8e12, 450e9, 2e-6, ("NVIDIA H200",)),
+    "v4": Chip("tpu", 32 * _GIB, 275e12, 1.228e12, 300e9, 0.0, ("TPU v4",)),
+    "v5e": Chip("tpu", 16 * _GIB, 197e12, 0.819e12, 200e9, 0.0, ("TPU v5 lite",)),
+    "v5p": Chip("tpu", 95 * _GIB, 459e12, 2.765e12, 600e9, 0.0, ("TPU v5", "TPU v5p")),
+    "v6e": Chip("tpu", 32 * _GIB, 918e12, 1.638e12, 400e9, 0.0, ("TPU v6 lite",)),
+}
+
+
+def of_kind(kind: str) -> Chip | None:
+  """The chip that JAX calls `kind`; None where it is not in the table, as a CPU."""
+  return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

@@ -224,8 +224,9 @@ class Decoder:
     width = sizes.prompt_tokens
     self.prompts = [Prompt(0, tuple(range(1, width + 1)))]
     token_bytes = sampler.cache_bytes(model.config)
-    need = ((rows + 0.5) * (width + sizes.max_tokens) * token_bytes
-            + 4 * width * (token_bytes + 4 * model.config.heads * width))
+    # Twice the rows' own bytes: the number of slots is bounded by the rows, not by the memory.
+    need = 2 * ((rows + 1) * (width + sizes.max_tokens) * token_bytes
+                + width * (token_bytes + 4 * model.config.heads * width))
     config = SamplerConfig(cache_gib=need / 2**30, tokens=sizes.dispatch)
     sampling = Sampling(sizes.max_tokens, (), samples_per_prompt=rows)
     self.sampler = Sampler(model, sampling, 1, width, config, params=weights,

@@ -29,6 +29,7 @@ from benchmarks import measure
 from configs import common
 from s2d_jax import (
   compiling,
+  hosts,
   ledger,
   loop,
   models,
@@ -83,7 +84,10 @@ class Ours:
       guide = Role(model, measure.weights(model, models.frozen_shapes, seed=1))
     self.guide = guide
     stage_models = StageModels(learner, None, actor, on_policy=True, guide=guide)
-    samplers = Samplers(sampler.SamplerConfig(), sizes.prompt_tokens, stop_ids=(), decode=None)
+    # As a stage has it: the cache gets what the device has left.
+    held = sum(compiling.resident(stage_models, optimizer).values())
+    samplers = Samplers(sampler.SamplerConfig(), sizes.prompt_tokens, stop_ids=(), decode=None,
+                        memory=hosts.device_memory(), held=held)
     self.programs, self.compile_seconds = measure.stopwatch(
         lambda: compiling.compile_programs(
             stage_models, hp, objectives.REVERSE_KL if guide else objectives.GRPO,

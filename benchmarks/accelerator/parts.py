@@ -22,11 +22,21 @@ from benchmarks import grpo, loss, measure, sampler, step
 from benchmarks.accelerator import store, traces
 from benchmarks.accelerator.plan import Part
 from configs import common
-from s2d_jax import ledger, manifest, models, objectives, optim, program_cache, sharding, training
+from s2d_jax import (
+  chips,
+  ledger,
+  manifest,
+  models,
+  objectives,
+  optim,
+  program_cache,
+  sharding,
+  training,
+)
+from s2d_jax.chips import Chip
 from s2d_jax.losses.blockwise import Head
 from s2d_jax.models import Model
-from s2d_jax.preflight import costs, hlo, topologies
-from s2d_jax.preflight.topologies import Chip
+from s2d_jax.preflight import costs, hlo
 from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler import Compiler, Sampler, SamplerConfig, Sampling
 from s2d_jax.sharding import Params
@@ -72,10 +82,8 @@ def rates(sizes: Namespace, save: Save) -> None:
 
 def chip(rates: Mapping[str, float]) -> Chip:
   """This device, for the account of preflight, at the rates that were measured."""
-  kinds = [kind for name, kind in topologies.CHIPS.items()
-           if name in jax.devices()[0].device_kind.lower()]
-  # An unknown device has no launches, as a TPU.
-  kind = kinds[0] if kinds else Chip("cpu", 0, 1.0, 1.0, 1.0, 0.0)
+  # On an unknown device a kernel has no least time, as on a TPU, whose program is one launch.
+  kind = chips.of_kind(jax.devices()[0].device_kind) or chips.CHIPS["v5e"]
   return kind._replace(flops=rates["flops_per_second"], bandwidth=rates["bytes_per_second"])
 
 

@@ -1,5 +1,6 @@
 """One accelerator measured in eight minutes: `benchmarks/accelerator.sh`.
 
 One file per subject: `plan` lists the parts, `parts` measures them, each in a process of its own,
-`traces` reads profiles, `store` holds the results, `table` prints them, `__main__` runs everything.
+`decoder` times dispatches, `traces` reads profiles, `store` holds the results, `table` prints them,
+`__main__` runs everything.
 """

@@ -282,6 +282,24 @@ def test_distillation_of_equal_models_has_gradient_zero():
 # Scores
 
 
+def test_token_logps_are_those_of_rows_with_padding_after_them(monkeypatch):
+  hp = ConfigDict({**HP.to_dict(), "microbatches": 2})
+  def scored():
+    mesh = sharding.make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
+      arguments = put(host_params(0), mesh), sharding.put_batch(make_batch(), mesh)
+      score = training.token_logps(MODEL, objectives.logp, hp)
+      # The features of a microbatch, by which the loss is computed.
+      width = T + -T % training._time_multiple()
+      assert f"{B // 2}x{width}x{D}x" in score.lower(*arguments).as_text()
+      return jax.device_get(score(*arguments))
+  want = scored()
+  assert want[0].shape == want[1].shape == (B, T)
+  # As on a TPU, but for the number: rows of T = 5 tokens get three more.
+  monkeypatch.setattr(training, "_time_multiple", lambda: 8)
+  close(scored(), want)
+
+
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_token_logps_keep_the_order_of_rows(mesh):
   batch = make_batch()

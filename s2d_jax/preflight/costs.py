@@ -52,7 +52,7 @@ class Cost(NamedTuple):
   program: str
   account: Account | None  # None: the compiler found that it does not fit
   resident: int            # bytes beside it that the stage holds meanwhile
-  runs: float              # in one step of the stage
+  runs: float              # in one step of the stage; 0: only its memory is counted
   kernels: Kernel          # their sum in one run
   least: Least | None      # of one run; None without a chip
   problem: str = ""        # the number that the compiler refused
@@ -63,25 +63,33 @@ class Cost(NamedTuple):
     return self.resident + (self.account.total if self.account else 0)
 
 
+class Read(NamedTuple):
+  """All that is read of a compiled program."""
+  account: Account
+  text: str
+
+
 class DoesNotFit(NamedTuple):
-  """In place of a Compiled: the compiler's sentence with the numbers."""
+  """In place of a Read: the compiler's sentence with the numbers."""
   problem: str
 
 
-def compile_or_refuse(lowered: jax.stages.Lowered) -> jax.stages.Compiled | DoesNotFit:
-  """The compiled program, or the sentence of a compiler that found it larger than the memory.
+def compile_or_refuse(lowered: jax.stages.Lowered) -> Read | DoesNotFit:
+  """A program compiled and read, or the sentence of a compiler that refused it for its memory.
 
   Raises:
     jax.errors.JaxRuntimeError: compilation failed for another reason.
   """
   try:
-    return lowered.compile()
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     # A TPU's memory is known to its compiler, which refuses what exceeds it.
     found = re.search(r"Used \S+ of \S+ hbm\. Exceeded hbm capacity by [\w.]+", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) and found is None:
       raise
     return DoesNotFit(found[0] if found else str(error).splitlines()[0])
+  # The executable itself is dropped here, because dozens of them would fill the host's memory.
+  return Read(account(compiled), compiled.as_text())
 
 
 def account(compiled: jax.stages.Compiled) -> Account:
@@ -106,8 +114,8 @@ def least(kernels: Iterable[Kernel], chip: Chip) -> Least:
   return Least(**found, network=sent / chip.network)
 
 
-def cost(stage: str, program: str, compiled: jax.stages.Compiled | DoesNotFit, resident: int,
-         runs: float, trips: int, chip: Chip | None) -> Cost:
+def cost(stage: str, program: str, compiled: Read | DoesNotFit, resident: int, runs: float,
+         trips: int, chip: Chip | None) -> Cost:
   """The Cost of a compiled program.
 
   Args:
@@ -117,6 +125,6 @@ def cost(stage: str, program: str, compiled: jax.stages.Compiled | DoesNotFit, r
   """
   if isinstance(compiled, DoesNotFit):
     return Cost(stage, program, None, resident, runs, hlo.total(()), None, compiled.problem)
-  kernels = hlo.kernels(compiled.as_text(), trips)
-  return Cost(stage, program, account(compiled), resident, runs, hlo.total(kernels),
+  kernels = hlo.kernels(compiled.text, trips)
+  return Cost(stage, program, compiled.account, resident, runs, hlo.total(kernels),
               chip and least(kernels, chip))

@@ -64,6 +64,10 @@ def parse(text: str) -> tuple[Computations, str]:
     operation = _operation(line)
     if operation is not None:
       current.append(operation)
+    elif current and line not in ("", "}"):
+      # A TPU's kernel has facts with line breaks in it, and its source after them.
+      last = current[-1]
+      current[-1] = last._replace(attributes=f"{last.attributes} {line}")
   return found, entry
 
 

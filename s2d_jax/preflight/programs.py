@@ -1,13 +1,12 @@
 """`s2d-jax preflight`: compiles every program of a config ahead of time and prints its Cost."""
 
-import hashlib
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,6 +22,7 @@ from s2d_jax import (
   models,
   objectives,
   planning,
+  program_cache,
   recipe,
   sampler,
   sharding,
@@ -34,41 +34,18 @@ from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, hf
-from s2d_jax.preflight import costs, search, topologies, verdicts
-from s2d_jax.preflight.costs import Cost, DoesNotFit
+from s2d_jax.preflight import search, topologies, verdicts
+from s2d_jax.preflight.costs import Cost
+from s2d_jax.preflight.pool import Progress, Request
 from s2d_jax.sharding import Params
 
 _EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"
 
 
-class Progress:
-  """Compiles programs for `sampler.Compiler`, equal ones once, and reports each on standard error.
-
-  Attributes:
-    stage: whose programs are compiled now.
-  """
-
-  def __init__(self) -> None:
-    self.stage = ""
-    self._compiled: dict[bytes, Any] = {}
-
-  def __call__(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | DoesNotFit:
-    """The compiled program, or what the compiler said where it does not fit."""
-    # Stages share many programs. The text of one has its shapes and layouts.
-    key = hashlib.sha256(lowered.as_text().encode()).digest()
-    if key not in self._compiled:
-      start = time.monotonic()
-      self._compiled[key] = costs.compile_or_refuse(lowered)
-      name = lowered.compiler_ir().operation.attributes["sym_name"].value
-      print(f"{self.stage}: {name.removeprefix('jit_')} compiled in "
-            f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    return self._compiled[key]
-
-
 class Target(NamedTuple):
   """For which chip and in which detail a config is compiled."""
   chip: Chip | None = None   # None: this machine's devices, whose rates are unknown
-  fast: bool = False         # one decoding program a sampler, and the stages alone
+  fast: bool = False         # the stages alone, and a sampler's two largest programs
 
 
 LOCAL = Target()
@@ -88,7 +65,10 @@ def _table() -> dict[str, planning.Stage]:
 
 def costs_of(config: ConfigDict, target: Target = LOCAL,
              progress: Progress | None = None) -> Iterator[Cost]:
-  """Yields the Cost of every program of every stage and score of a config, on the current mesh.
+  """Yields the Cost of the programs of every stage and score of a config, on the current mesh.
+
+  Of a sampler's programs of one kind that with the largest arrays is compiled: the others need
+  less of everything.
 
   Raises:
     ValueError: the config is wrong.
@@ -97,18 +77,24 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   mesh = sharding.current_mesh()
   # The doctor first: it takes seconds, and a wrong config would waste minutes of compilation.
   doctor.check_config(config, table)
-  progress = progress or Progress()
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
-                                sampler.Compiler(progress, target.fast),
+                                sampler.Compiler(_uncompiled, largest_only=True),
                                 target.chip and target.chip.memory)
+  requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
-    progress.stage = row.name
     held = compiling.resident(stage_models, optimizer)
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers._replace(held=sum(held.values())))
-    yield from _stage(row.name, hp, stage_models, programs, held, target.chip)
+    requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
   if not target.fast:
-    yield from _scoring(config, mesh, samplers, progress, target.chip)
+    requests += _scoring(config, mesh, samplers)
+  progress = progress or Progress()
+  yield from progress.costs(requests, target.chip)
+
+
+def _uncompiled(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
+  """The program itself: only those that are printed are compiled, and all cores compile them."""
+  return lowered
 
 
 def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator[
@@ -129,24 +115,27 @@ def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator
 
 
 def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
-           held: dict[str, int], chip: Chip | None) -> Iterator[Cost]:
-  """Costs of a stage's programs, in the order in which a step runs them."""
+           held: dict[str, int], fast: bool) -> Iterator[Request]:
+  """The programs of a stage, in the order in which a step runs them."""
   everything = sum(held.values())
   for program, compiled, samples in (
       ("pass rates", programs.pass_rate_sampler, hp.get("pass_samples", 0)),
       ("sample", programs.sampler, hp.sampling.samples_per_prompt)):
     if compiled is not None:
-      yield from _sampling(name, program, compiled, hp.prompts * samples, everything, chip)
+      sampled = hp.prompts * samples
+      if not fast:
+        yield from _moving(name, program, compiled, sampled, everything)
+      yield from _sampling(name, program, compiled, sampled, everything)
   rows = hp.prompts * hp.sampling.samples_per_prompt
   if programs.token_logps is not None:
     taken = sharding.device_bytes(stage_models.actor.params)
     # Without old log-probabilities it runs once a stage, to check a narrow cache.
-    yield costs.cost(name, "token_logps", programs.token_logps, everything - taken,
-                     float(programs.scores_first), _blocks(hp, rows // hp.microbatches), chip)
+    yield Request(name, "token_logps", programs.token_logps, everything - taken,
+                  float(programs.scores_first), _blocks(hp, rows // hp.microbatches))
   # The update takes everything but a separate actor and the model behind pass rates.
   others = held.get("actor", 0) + held.get("pass rate model", 0)
-  yield costs.cost(name, "update", programs.update, others, hp.epochs * hp.minibatches,
-                   _blocks(hp, rows // (hp.minibatches * hp.microbatches)), chip)
+  yield Request(name, "update", programs.update, others, hp.epochs * hp.minibatches,
+                _blocks(hp, rows // (hp.minibatches * hp.microbatches)))
 
 
 def _blocks(hp: ConfigDict, rows: int) -> int:
@@ -155,9 +144,9 @@ def _blocks(hp: ConfigDict, rows: int) -> int:
   return max(-(-rows // shards * hp.sampling.max_tokens // hp.block), 1)
 
 
-def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int, held: int,
-              chip: Chip | None) -> Iterator[Cost]:
-  """Costs of a sampler's two large programs, of which the others need less.
+def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int,
+              held: int) -> Iterator[Request]:
+  """A sampler's two programs with all the work: decoding, and the reading of prompts.
 
   Args:
     rows: of one call.
@@ -169,39 +158,59 @@ def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int, held:
   waves = -(-rows // shapes.batches[0])
   slots = sharding.device_bytes(programs.slots[shapes.batches[0], shapes.lengths[-1]])
   prompts = rows / compiled.sampling.samples_per_prompt
-  read = costs.cost(stage, f"{name} prefill", programs.prefill, held + slots,
-                    prompts / shapes.prompts, shapes.window // shapes.chunk, chip)
   # The cache of a prompt that was read stays while its samples wait for a slot.
-  waiting = read.account.output if read.account else 0
-  yield costs.cost(stage, name, compiled.decode_program, held + waiting,
-                   waves * compiled.sampling.max_tokens, 1, chip)
-  yield read
+  yield Request(stage, name, compiled.decode_program, held, waves * compiled.sampling.max_tokens, 1,
+                (programs.prefill,))
+  yield Request(stage, f"{name} prefill", programs.prefill, held + slots, prompts / shapes.prompts,
+                shapes.window // shapes.chunk)
 
 
-def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers, progress: Progress,
-             chip: Chip | None) -> Iterator[Cost]:
-  """Costs of what scores either model: each evaluation, and the probe."""
+def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
+            held: int) -> Iterator[Request]:
+  """A sampler's programs that lay out weights, and copy or resize its cache; see `_sampling`."""
+  programs = compiled.programs
+  shapes = programs.shapes
+  most = shapes.batches[0]
+  longest = shapes.lengths[-1]
+  # The weights that it reads are among those that the stage holds.
+  yield Request(stage, f"{name} weights", programs.prepare,
+                held - sharding.device_bytes(compiled.abstract_params), 0, 1)
+  # Its arguments are the slots and the prompts.
+  reads = rows / compiled.sampling.samples_per_prompt / shapes.prompts
+  yield Request(stage, f"{name} admit", programs.admit[longest], held, reads, 1,
+                (programs.prepare,))
+  # A change of size holds both caches, which decoding never does.
+  meanwhile = programs.prepare, programs.prefill
+  if len(shapes.lengths) > 1:
+    yield Request(stage, f"{name} grow", programs.grow[most, shapes.lengths[-2]], held, 0, 1,
+                  meanwhile)
+  if len(shapes.batches) > 1:
+    yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1, meanwhile)
+
+
+def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request]:
+  """The programs that score either model: of each evaluation, and of the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   held = {role: sharding.device_bytes(roles[role].params) for role in roles}
 
-  def sampling(block: str, hp: ConfigDict, size: int, way: str, **change: Any) -> Iterator[Cost]:
+  def sampling(block: str, hp: ConfigDict, size: int, way: str,
+               **change: Any) -> Iterator[Request]:
     for role in roles:
       # A probe has both models on the device.
       others = sum(held.values()) if block == "probe" else held[role]
       found = samplers._replace(held=others).compile(roles[role], hp.sampling, size, **change)
       rows = size * found.sampling.samples_per_prompt
-      yield from _sampling(block, f"{role}{way}", found, rows, others, chip)
+      # A stage moves a cache of this size too, beside an optimizer.
+      yield from _sampling(block, f"{role}{way}", found, rows, others)
 
   for name, hp in config.evals.items():
-    progress.stage = name
     for way, change in evals.ways(hp).items():
       yield from sampling(name, hp, evals.batch(hp), f" {way}".replace(" sampled", ""), **change)
   if config.probe.problems:
-    progress.stage = "probe"
     yield from sampling("probe", config.probe, config.probe.prompts, "")
     rows = config.probe.prompts * config.probe.sampling.samples_per_prompt
-    yield costs.cost("probe", "both", progress(_compare(config, roles, mesh, rows)), 0, 1,
-                     _blocks(config.probe, rows // config.probe.microbatches), chip)
+    yield Request("probe", "both", _compare(config, roles, mesh, rows), 0, 1,
+                  _blocks(config.probe, rows // config.probe.microbatches))
 
 
 def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
@@ -224,7 +233,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--topology", metavar="h100:8",
                       help="chips to compile for that are not here: h100, h200:8, v5e:4x4, ...")
   parser.add_argument("--fast", action="store_true",
-                      help="the stages alone, with one decoding program a sampler")
+                      help="the stages alone, with a sampler's two largest programs")
   parser.add_argument("--search", action="store_true",
                       help="try meshes, microbatches and remat; print the cheapest that fits")
   parser.add_argument("--price", metavar="2.5", help="of one chip an hour")
@@ -255,7 +264,8 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   limit = chip.memory if chip is not None else hosts.device_memory()
   progress = Progress()
   found: dict[Cost, None] = {}
-  with jax.set_mesh(mesh):
+  # Within an open run, stages trace a program that they share once.
+  with program_cache.opened(""), jax.set_mesh(mesh):
     print(verdicts.HEADER, flush=True)
     for one in configs:
       for cost in costs_of(one, Target(chip, fast), progress):
@@ -267,6 +277,15 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   if chip is not None:
     print(search.price_sentence(mesh.size, search.hours(configs[0], list(found)), price))
   return verdicts.fits(found, limit)
+
+
+def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransformation) -> int:
+  """Bytes on each device that a stage's update has at least, whatever its microbatches."""
+  held = sum(compiling.resident(stage_models, optimizer).values())
+  # Gradients are added up in float32 over the microbatches.
+  gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
+                           sharding.abstract(stage_models.learner.params))
+  return held + sharding.device_bytes(gradients)
 
 
 def search_and_show(config: ConfigDict, topology: str, price: float | None) -> bool:
@@ -281,8 +300,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
 
   def held(changed: ConfigDict) -> int:
     with jax.set_mesh(_mesh(changed.mesh, devices)):
-      return max(sum(compiling.resident(models_of_stage, optimizer).values())
-                 for _, _, models_of_stage, optimizer in _stages(changed, _table()))
+      return max(_least_of_update(*found) for _, _, *found in _stages(changed, _table()))
 
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
            for role in ("teacher", "student")]

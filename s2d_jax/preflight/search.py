@@ -85,8 +85,8 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
 
   Args:
     limit: bytes of a device's memory.
-    costs_of: compiles a config.
-    resident_of: bytes on each device that a config's largest stage holds throughout.
+    costs_of: compiles a config; a ValueError says that not one row fits.
+    resident_of: bytes on each device that the largest update of a config has at least.
     report: gets a line for each candidate.
   """
   best = None
@@ -100,10 +100,16 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
     held = resident_of(changed)
     if held > limit:
       too_large.add(key)
-      report(f"{candidate}: does not fit: weights and optimizer alone need {verdicts.gb(held)} of "
-             f"{verdicts.gb(limit)}")
+      report(f"{candidate}: does not fit: weights, optimizer and gradients alone need "
+             f"{verdicts.gb(held)} of {verdicts.gb(limit)}")
       continue
-    found = costs_of(changed)
+    try:
+      found = costs_of(changed)
+    # The config itself was checked before, so a candidate's mesh or memory is refused.
+    except ValueError as error:
+      too_large.add(key)
+      report(f"{candidate}: does not fit: {error}")
+      continue
     if not verdicts.fits(found, limit):
       too_large.add(key)
       report(f"{candidate}: {verdicts.verdict(found, limit)}")

@@ -72,5 +72,5 @@ def _step(found: Sequence[Cost]) -> str:
     return ""
   seconds = sum(cost.runs * cost.least.seconds for cost in timed)
   parts = [f"{cost.program} {cost.runs * cost.least.seconds:,.1f} ({cost.least.bound})"
-           for cost in timed]
+           for cost in timed if cost.runs]
   return f"; a step takes at least {seconds:,.1f} s: {', '.join(parts)}"

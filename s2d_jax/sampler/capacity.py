@@ -116,8 +116,9 @@ class Shapes(NamedTuple):
   table: int      # pages that a row may hold
 
   def largest(self) -> "Shapes":
-    """These Shapes with the largest batch at its longest alone."""
-    return self._replace(batches=self.batches[:1], lengths=self.lengths[-1:])
+    """These Shapes with the two largest batches and the two longest lengths alone."""
+    # Two of each, because a change of size needs the memory of both sizes at once.
+    return self._replace(batches=self.batches[:2], lengths=self.lengths[-2:])
 
 
 def halves(largest: int, least: int, multiple: int, sizes: int = CACHE_SIZES) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ Size = tuple[int, int]  # (batch, length)
 class Compiler(NamedTuple):
   """How a sampler's programs are compiled; `preflight` has a compiler that reports each."""
   compile: Callable[[jax.stages.Lowered], Any] = jax.stages.Lowered.compile
-  largest_only: bool = False  # decode the largest batch to its longest, and no other sizes
+  largest_only: bool = False  # of each kind of program the one with the largest arrays
 
 
 RUN_COMPILER = Compiler()
@@ -78,6 +78,9 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   whole = functools.partial(_whole, mesh)
   lower = functools.partial(_lower, mesh)
   most = shapes.batches[0]
+  decoded = list(slots)
+  if compiler.largest_only:
+    decoded = [(most, shapes.lengths[-1])]
   admit = decode.admit
   sources = [whole(most)]
   if config.page:
@@ -98,7 +101,7 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
       admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
                       donate=0) for S in shapes.lengths},
       decode={size: lower_decode(model, sampling, config.tokens, weights, slots[size], mesh)
-              for size in slots},
+              for size in decoded},
       grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
                           slots[B, S])
             for B in shapes.batches for S, longer in itertools.pairwise(shapes.lengths)},

@@ -152,3 +152,18 @@ def test_every_spelling_of_a_collectives_devices_is_read(groups, count):
   # A ring of n devices sends each part of the 512 bytes twice past n - 1 of them.
   (kernel,) = hlo.kernels(REDUCE.replace("GROUPS", groups), 1)
   assert kernel.collective_bytes == 2 * 512 * (count - 1) / count
+
+
+def test_a_kernel_with_line_breaks_is_read_to_its_end():
+  # As a TPU's program has it: facts in lines of their own stand before the kernel's source.
+  text = "\n".join((
+      "ENTRY %main (q: bf16[2,256,128]) -> bf16[2,256,128] {",
+      "  %q = bf16[2,256,128]{2,1,0} parameter(0)",
+      "  ROOT %pallas.1 = bf16[2,256,128]{2,1,0} custom-call(%q, %q, %q), "
+      'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={',
+      '"xprof_metadata":"{\\"block_q\\": 128}"',
+      '}}, metadata={op_name="jit(f)/splash_mha_fwd/pallas_call"}', "}"))
+  (kernel,) = hlo.kernels(text)
+  assert kernel.source == "jit(f)/splash_mha_fwd/pallas_call"
+  # Two products of half of all pairs.
+  assert kernel.flops == 2 * 2 * 2 * 256 * 256 / 2 * 128

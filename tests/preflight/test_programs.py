@@ -53,11 +53,22 @@ def check(config, expected):
   found = costs(config)
   size = {role: 4 * parameters(role) for role in ("teacher", "student")} | {None: 0}
   floor = {}
-  def sampled(role, rows, sampling):
-    """A decode: the weights, and the float32 keys and values of every row at its longest."""
+  def cache(role, tokens):
+    """The float32 keys and values of some tokens."""
     shape = json.loads(pathlib.Path(config[role], "config.json").read_text())
     numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return size[role] + 4 * numbers * rows * (config.prompt_tokens + sampling.max_tokens)
+    return 4 * numbers * tokens
+  def slots(role, rows, sampling):
+    """The cache of every row at its longest."""
+    return cache(role, rows * (config.prompt_tokens + sampling.max_tokens))
+  def sampled(role, rows, sampling):
+    """A decode: the weights and the cache."""
+    return size[role] + slots(role, rows, sampling)
+  def moved(name, role, hp, samples):
+    """Arguments of the programs that copy weights and prompts, and that take half of the slots."""
+    longest = slots(role, hp.prompts * samples, hp.sampling)
+    return {f"{name} weights": size[role], f"{name} shrink": longest,
+            f"{name} admit": longest + cache(role, hp.prompts * config.prompt_tokens)}
   for row, (actor, learner, guide) in expected.items():
     if actor is not None:  # who learns from its own samples once scores them as it does
       floor[row, "token_logps"] = size[actor]
@@ -66,10 +77,15 @@ def check(config, expected):
     if row == "weighted_fkl":
       floor[row, "pass rates"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
       floor[row, "pass rates prefill"] = size[learner]
+      for name, bytes_ in moved("pass rates", learner, hp, hp.pass_samples).items():
+        floor[row, name] = bytes_
     if row != "teacher_sft":
       floor[row, "sample prefill"] = size[actor or learner]
       floor[row, "sample"] = sampled(
           actor or learner, hp.prompts * hp.sampling.samples_per_prompt, hp.sampling)
+      samples = hp.sampling.samples_per_prompt
+      for name, bytes_ in moved("sample", actor or learner, hp, samples).items():
+        floor[row, name] = bytes_
   # Two models are sampled for a score, with temperature and without, and for a probe, which lays
   # them side by side.
   for role in size.keys() - {None}:
@@ -85,7 +101,10 @@ def check(config, expected):
   assert set(found) == set(floor)
   for key, cost in found.items():
     account = cost.account
-    assert min(account.arguments, account.temporaries, account.output) > 0, key
+    assert min(account.arguments, account.output) > 0, key
+    # A copy needs nothing but its arguments and its result.
+    if not key[1].endswith((" weights", " admit", " shrink")):
+      assert account.temporaries > 0, key
     assert floor[key] <= account.arguments < floor[key] + SLACK, key
     if key[1] == "update":  # the new state takes the old one's place: what comes out are metrics
       assert account.output < SLACK, key
@@ -124,6 +143,31 @@ def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_comp
 
 
 @pytest.mark.medium
+def test_a_change_of_size_holds_both_caches_and_the_weights(quick_compiles, config):
+  with config.unlocked():
+    config.stages = {"forward_kl": config.stages.forward_kl}
+  found = costs(config)
+  shrink = found["forward_kl", "sample shrink"]
+  # Learner, its two slots and the guide; the copy of the actor's weights; the prompts' cache.
+  student, teacher = (4 * parameters(role) for role in ("student", "teacher"))
+  read = found["forward_kl", "sample prefill"].account.output
+  held = 3 * student + teacher + teacher + read
+  assert held <= shrink.resident < held + SLACK
+  assert abs(shrink.account.output / shrink.account.arguments - 0.5) < 0.01
+
+
+@pytest.mark.medium
+def test_fast_has_the_programs_with_all_the_work_of_the_stages(quick_compiles, config):
+  with config.unlocked():
+    config.stages = {"forward_kl": config.stages.forward_kl}
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    found = [(cost.stage, cost.program)
+             for cost in preflight.costs_of(config, programs.Target(fast=True))]
+  assert found == [("forward_kl", "sample"), ("forward_kl", "sample prefill"),
+                   ("forward_kl", "token_logps"), ("forward_kl", "update")]
+
+
+@pytest.mark.medium
 def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compiles, config):
   # A row that asks its start for pass rates: that model has no adapters, the learner has.
   with config.unlocked():
@@ -136,7 +180,8 @@ def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compi
   config.stages.weighted_fkl.lora.rank = 1
   low = arguments()
   assert low.keys() == whole.keys() == {
-      "pass rates", "pass rates prefill", "sample", "sample prefill", "token_logps", "update"}
+      *(f"{name}{kind}" for name in ("pass rates", "sample")
+        for kind in ("", " prefill", " weights", " admit", " shrink")), "token_logps", "update"}
   assert low["pass rates"] == whole["pass rates"]
   assert low["update"] < whole["update"]  # no slots for the weights themselves
 

@@ -3,6 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
+from s2d_jax import command, preflight
 from s2d_jax.preflight import costs, hlo, search
 from s2d_jax.preflight.search import Candidate
 
@@ -62,7 +63,34 @@ def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
   assert search.cheapest(config, tried, 10**9, costs_of, lambda changed: 2 * 10**9,
                          lines.append) is None
   (line,) = lines
-  assert "weights and optimizer alone need 2.00 GB of 1.00 GB" in line
+  assert "weights, optimizer and gradients alone need 2.00 GB of 1.00 GB" in line
+
+
+def test_a_candidate_without_memory_for_a_cache_does_not_fit(config):
+  def costs_of(changed):
+    if changed.mesh == (1, 4, 1):
+      raise ValueError("config.sampler.cache_gib is 0 and a device has 1 GiB left: use more.")
+    return [program(3.0, 90)]
+  lines = []
+  tried = [Candidate(mesh, divisor, "block") for divisor in (1, 2)
+           for mesh in ((1, 4, 1), (2, 2, 1))]
+  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
+  assert best[0].mesh == (2, 2, 1)
+  # Larger microbatches leave no more of the memory, so that mesh is tried once.
+  assert [line for line in lines if "(1, 4, 1)" in line] == [
+      "mesh (1, 4, 1), microbatches / 1, remat block: does not fit: config.sampler.cache_gib is 0 "
+      "and a device has 1 GiB left: use more."]
+
+
+# ml_collections loads config files by importlib's old name.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_search_without_a_topology_is_refused(capsys):
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, ["--config=configs/arithmetic.py:tiny", "--search"])
+  assert error.value.code == 2
+  found = capsys.readouterr()
+  assert "--search needs --topology: name the chips that it is for." in found.err
+  assert "compiled" not in found.err and not found.out
 
 
 @pytest.mark.parametrize("text", ["", "cheap", "0", "-1", "nan", "inf"])

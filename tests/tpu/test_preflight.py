@@ -5,10 +5,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import arithmetic, qwen3_math
 from s2d_jax import compiling, loop, models, objectives, optim, preflight, sharding, training
+from s2d_jax.models import attention
+from s2d_jax.preflight import hlo, topologies
 from tests.tpu import test_aot
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
@@ -51,3 +54,30 @@ def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):
     batch = compiling.abstract_batch(rows, config.prompt_tokens + hp.sampling.max_tokens - 1, where)
     text = step.lower(state, start.params, batch).as_text()
   assert "sharding" in text and sharding.platform() == "cpu"
+
+
+def splash(length, heads, width):
+  """The sum of the kernels of causal attention and its gradients, compiled for one TPU."""
+  device = topologies.devices("v5e:2x2")[0]
+  layout = jax.sharding.SingleDeviceSharding(device)
+  x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16, sharding=layout)
+  integers = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=layout)
+
+  def loss(q_BTNH, k_BTNH, v_BTNH, positions_BT, segments_BT):
+    reads = attention.reading("splash", positions_BT, segments_BT)
+    out_BTNH = attention.attention("splash", q_BTNH, k_BTNH, v_BTNH, reads)
+    return jnp.sum(out_BTNH.astype(jnp.float32))
+
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1), [device])):
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return hlo.kernels(gradients.lower(x, x, x, integers, integers).compile().as_text())
+
+
+def test_the_products_of_splash_attention_by_hand():
+  length, heads, width = 1024, 2, 128
+  found = [kernel for kernel in splash(length, heads, width) if kernel.opcode == "tpu_custom_call"]
+  # Pairs of a query and a key that is not in its future, but for half of the diagonal.
+  pairs = heads * length**2 / 2
+  product = 2 * pairs * width
+  # Forward q·k and p·v. Backward q·k twice, do·v twice, ds·k, p·do and ds·q, in two kernels.
+  assert sorted(kernel.flops / product for kernel in found) == [2, 3, 4]

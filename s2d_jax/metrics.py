@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from s2d_jax import files, hosts
@@ -76,6 +75,8 @@ def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> No
   """Writes one event file for one part: every number of every entry against its step."""
   # The writer appends, which an object store cannot: it writes beside, and the whole is copied.
   with tempfile.TemporaryDirectory() as scratch:
+    # Imported here: it imports torch where that is installed, seconds of every process's start.
+    from tensorboardX import SummaryWriter
     with SummaryWriter(scratch) as writer:
       for entry in entries:
         for name, value in entry.items():

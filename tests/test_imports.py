@@ -141,6 +141,12 @@ def test_a_report_needs_no_checkpoint_library():
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_run_starts_without_torch():
+  # tensorboardX and transformers import it where it is installed, which takes seconds.
+  code = "import sys\nfrom s2d_jax import main\nsys.exit('torch' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_configs_import_ml_collections_alone():
   for path in sorted((ROOT / "configs").glob("*.py")):
     libraries = {name.split(".")[0] for name in imported_by(path)} - sys.stdlib_module_names

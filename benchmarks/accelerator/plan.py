@@ -36,7 +36,7 @@ SMALL_STEP = {"shape": "qwen3-smoke", "prompts": 2, "samples": 2, "prompt_tokens
               "max_tokens": 8, "microbatches": 2, "block": 8, "dtype": "float32", "repeats": 1}
 
 PARTS = (
-    Part("rates", "rates", 60, 15, {"matrix": 8192, "mebibytes": 4096, "repeats": 200},
+    Part("rates", "rates", 60, 15, {"matrix": 8192, "mebibytes": 4096, "repeats": 30},
          {"matrix": 64, "mebibytes": 1, "repeats": 1}),
     Part("update 0.6B", "update", 75, 30,
          UPDATE | {"shape": "qwen3-0.6b", "batches": ((4, 2048), (1, 8192)), "trace": 1},

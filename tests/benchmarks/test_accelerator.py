@@ -212,5 +212,11 @@ def test_the_readme_names_every_part():
     assert re.search(rf"\| {re.escape(part.name)} \|", readme), part.name
 
 
+def test_the_readme_has_the_table_of_the_stored_results():
+  readme = (ROOT / "benchmarks" / "README.md").read_text()
+  for path in (ROOT / "benchmarks" / "results").glob("accelerator-*.json"):
+    assert table.of(store.read(path)) in readme
+
+
 def test_all_parts_fit_the_default_seconds_at_their_least():
   assert sum(part.least for part in plan.PARTS) <= 480

@@ -27,11 +27,12 @@ FINE_LEAST_BATCH = 4
 FINE_WEIGHTS = 10_000_000
 MAX_PROMPTS = 16  # the largest number of prompts that a device reads at once
 CPU_BYTES = 4 * 2**30  # for the cache where no device says how much memory it has
-# Shares of a device's memory. A part stays free for what is not counted: activations of a prompt's
-# chunk, logits, programs, gaps between arrays. While the cache changes its size, one of half the
-# size or less exists beside it, so a cache may have two thirds of what is left.
-RESERVE = 1 / 16
-CACHE_SHARE = 2 / 3
+# The part of a device's memory that stays free for what is not counted: activations of a prompt's
+# chunk, logits, programs, gaps between arrays.
+RESERVE = 0.1
+# While a cache changes its size, one of half the size or less exists beside it, so it may have this
+# share of what is left.
+RESIZED_SHARE = 2 / 3
 CACHE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
@@ -88,8 +89,8 @@ def check_config(config: SamplerConfig) -> None:
 
 
 def available_bytes(memory: int, taken: int) -> int:
-  """Bytes of a device for the cache, of its memory of which other arrays take `taken` bytes."""
-  return max(int((memory * (1 - RESERVE) - taken) * CACHE_SHARE), 0)
+  """Bytes that a device has left for the cache, where other arrays take `taken` of its memory."""
+  return max(int(memory * (1 - RESERVE)) - taken, 0)
 
 
 class Unfit(ValueError):
@@ -153,6 +154,7 @@ READ_RATE = 3e12        # bytes that a device reads in a second
 FLOP_RATE = 8e14        # of products in bfloat16
 LOGIT_BYTES = 16        # for each word: float32 logits are written and read three times
 CALLS = 100             # a program is worth its compilation if that many calls save it
+LEAST_SAVING = 0.1      # and if it saves this share of a step
 
 
 def worthwhile(sizes: Sequence[int], seconds: float, steps: Callable[[int], float],
@@ -166,7 +168,9 @@ def worthwhile(sizes: Sequence[int], seconds: float, steps: Callable[[int], floa
   """
   found = [sizes[0]]
   for size in sizes[1:]:
-    if CALLS * steps(size) * (step_seconds(found[-1]) - step_seconds(size)) > seconds:
+    larger = step_seconds(found[-1])
+    saved = larger - step_seconds(size)
+    if saved > LEAST_SAVING * larger and CALLS * steps(size) * saved > seconds:
       found.append(size)
   return tuple(found)
 
@@ -302,6 +306,17 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
   Raises:
     Unfit: as `slots_for` and `pages_for`.
   """
+  found = _shapes(model_config, sampling, config, rows, prompt_tokens)
+  resized = len(found.batches) > 1 or len(found.lengths) > 1
+  if config.cache_gib or config.available is None or not resized:
+    return found
+  config = config._replace(available=int(config.available * RESIZED_SHARE))
+  return _shapes(model_config, sampling, config, rows, prompt_tokens)
+
+
+def _shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows: int,
+            prompt_tokens: int) -> Shapes:
+  """The Shapes for a cache of all of `config.cache_bytes`; arguments as `shapes`."""
   mesh = sharding.current_mesh()
   shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
   head_shards = 1 if mesh is None else sharding.shard_count(mesh, "heads", model_config.heads)

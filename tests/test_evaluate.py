@@ -22,7 +22,10 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
   teacher = arithmetic.get_config().teacher
   out = tmp_path / "scores.json"
   evaluate.main(["--model", teacher, "--task=arithmetic", f"--data={data}", "--sets=validation",
-                 "--k=2", "--temperature=0", "--max-tokens=32", f"--out={out}"])
+                 "--k=2", "--temperature=0", "--max-tokens=32", f"--out={out}",
+                 f"--compilation-cache={tmp_path / 'programs'}"])
+  # Its programs are stored as a run's are, in the folder of this kind of CPU.
+  assert len(list(tmp_path.glob("programs/cpu-*/jit_decode*"))) > 0
   lines = capsys.readouterr().out.splitlines()
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
   assert {row[0] for row in found} == {"validation"}

@@ -85,7 +85,8 @@ def test_a_killed_run_continues(prompts, tmp_path):
 @pytest.mark.medium
 def test_pages_hold_the_same_rows(prompts, tmp_path):
   one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-  offline.main(command(prompts, one, n=2))
+  offline.main(command(prompts, one, n=2, **{"compilation-cache": tmp_path / "programs"}))
+  assert len(list(tmp_path.glob("programs/cpu-*/jit_decode*"))) > 0  # stored as a run's are
   offline.main(command(prompts, other, n=1, page=16))
   offline.main(command(prompts, other, n=2, page=16))  # a part of the rows
   got, want = rows(other), rows(one)

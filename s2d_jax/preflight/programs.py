@@ -179,12 +179,13 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   reads = rows / compiled.sampling.samples_per_prompt / shapes.prompts
   yield Request(stage, f"{name} admit", programs.admit[longest], held, reads, 1,
                 (programs.prepare,))
-  # A change of size holds both caches, which decoding never does.
+  # A change of size holds both caches, which decoding never does. To shrink takes as much as to
+  # grow: one cache has all rows at the longest, the other half the rows or half the length.
   meanwhile = programs.prepare, programs.prefill
   if len(shapes.lengths) > 1:
     yield Request(stage, f"{name} grow", programs.grow[most, shapes.lengths[-2]], held, 0, 1,
                   meanwhile)
-  if len(shapes.batches) > 1:
+  elif len(shapes.batches) > 1:
     yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1, meanwhile)
 
 

@@ -55,7 +55,8 @@ def smoke(name, folder, *flags):
 
 def test_every_benchmark_has_its_keys_here():
   scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-  assert scripts - {"__init__", "measure"} == set(KEYS)
+  # `sizes` compiles for chips that are not here, and measures nothing.
+  assert scripts - {"__init__", "measure", "sizes"} == set(KEYS)
 
 
 @pytest.mark.medium

@@ -1,0 +1,189 @@
+"""The table of docs/sizes.md: which stages fit which chips, by compiled programs.
+
+  python -m benchmarks.sizes                 every entry that this environment compiles for
+  python -m benchmarks.sizes --only=h100:8   those of one topology
+  python -m benchmarks.sizes --render        the page again, from the stored entries
+
+An entry is one stage on one topology. It is stored when it is finished, and one of this revision is
+not compiled again without --again. GPUs and TPUs need an environment each (docs/run.md).
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks import measure
+from benchmarks.measure import Json
+from configs import arithmetic, llama_math, qwen3_math
+from s2d_jax import chips, files, manifest, models, preflight, sharding
+from s2d_jax.preflight import programs, topologies, verdicts
+from s2d_jax.preflight.costs import Cost
+
+RESULT = measure.RESULTS / "sizes.json"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sizes.md"
+MARKS = ("<!-- entries of benchmarks/results/sizes.json -->\n", "<!-- end -->\n")
+PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
+# The three stages with the largest programs. The updates of the others need as much or less:
+# forward_kl's is reverse_kl's, and sft and teacher_sft have no guide.
+STAGES = ("teacher_grpo", "reverse_kl", "student_grpo")
+
+
+class Pair(NamedTuple):
+  """A student and its teacher, by names of `models.PUBLISHED`."""
+  student: str
+  teacher: str
+  topologies: tuple[str, ...]  # in the order of their worth
+
+  def config(self, folder: pathlib.Path) -> ConfigDict:
+    """The published recipe on folders with config.json and a tokenizer alone."""
+    module = llama_math if self.student.startswith("llama") else qwen3_math
+    config = module.get_config(f"models={folder},data={folder}")
+    for role, name in (("student", self.student), ("teacher", self.teacher)):
+      config[role] = str(folder / name)
+      if not (folder / name).exists():
+        shutil.copytree(arithmetic.get_config().teacher, folder / name,
+                        ignore=shutil.ignore_patterns("*.safetensors"))
+        files.write_json(str(folder / name / "config.json"), models.PUBLISHED[name])
+    config.prompt_tokens = PROMPT_TOKENS
+    return config
+
+
+_QWEN = ("h100:8", "v5p:2x2x4", "h200", "h200:8", "v6e:4x4", "v5e:4x4", "h100", "v5e:8x8")
+PAIRS = (
+    Pair("qwen3-1.7b", "qwen3-8b", _QWEN), Pair("qwen3-1.7b", "qwen3-14b", _QWEN),
+    Pair("llama-3.1-8b", "llama-3.3-70b",
+         ("h100:8", "v5p:4x4x4", "h100:64", "v5p:2x2x4", "v6e:8x8", "v6e:4x4")))
+
+
+def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Json:
+  """One entry: compiles a stage's programs, as `preflight --fast` does."""
+  start = time.monotonic()
+  config = pair.config(folder)
+  devices = topologies.devices(topology)
+  chip = topologies.chip(topology)
+  for name, hp in config.stages.items():
+    if name != stage:
+      hp.steps = 0
+    # One row of a microbatch for each device, or as many as there are.
+    rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
+    hp.microbatches = max(rows // len(devices), 1)
+  config.mesh = (1, len(devices), 1)
+  entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
+           "mesh": list(config.mesh), "microbatches": config.stages[stage].microbatches,
+           "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.memory}
+  with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
+    try:
+      found = list(preflight.costs_of(config, programs.Target(chip, fast=True)))
+    except ValueError as error:  # the cache has no memory for one row
+      return entry | {"seconds": time.monotonic() - start, "fits": False, "verdict": str(error)}
+  return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
+
+
+def facts(found: Sequence[Cost], chip: chips.Chip) -> Json:
+  """The verdict on a stage's programs, the largest, and the least seconds of each in a step."""
+  largest = max(found, key=lambda cost: cost.bytes if cost.account else math.inf)
+  return {
+      "fits": verdicts.fits(found, chip.memory), "verdict": verdicts.verdict(found, chip.memory),
+      "program": largest.program, "bytes": largest.bytes if largest.account else None,
+      "step": {cost.program: {"seconds": cost.runs * cost.least.seconds, "bound": cost.least.bound}
+               for cost in found if cost.least is not None and cost.runs}}
+
+
+def missing(stored: Sequence[Json], only: str, again: bool) -> Iterator[tuple[Pair, str, str]]:
+  """The entries that are still to be compiled, of topologies whose name contains `only`."""
+  revision = manifest.revision()
+  names = ("student", "teacher", "topology", "stage")
+  finished = {tuple(entry[name] for name in names) for entry in stored
+              if entry["revision"] == revision and not again}
+  for pair in PAIRS:
+    for topology in pair.topologies:
+      for stage in STAGES:
+        key = (pair.student, pair.teacher, topology, stage)
+        if re.fullmatch(only or ".*", topology) and key not in finished:
+          yield pair, topology, stage
+
+
+def stored_with(stored: Sequence[Json], entry: Json) -> list[Json]:
+  """The entries with a new one in the place of an older one of the same stage and topology."""
+  def order(entry: Json) -> tuple[int, ...]:
+    (pair,) = [pair for pair in PAIRS
+               if (pair.student, pair.teacher) == (entry["student"], entry["teacher"])]
+    return (PAIRS.index(pair), pair.topologies.index(entry["topology"]),
+            STAGES.index(entry["stage"]))
+
+  others = [old for old in stored if order(old) != order(entry)]
+  return sorted([*others, entry], key=order)
+
+
+def table(stored: Sequence[Json]) -> str:
+  """The entries as Markdown, a table for each pair of models."""
+  lines: list[str] = []
+  for pair in PAIRS:
+    found = [entry for entry in stored
+             if (entry["student"], entry["teacher"]) == (pair.student, pair.teacher)]
+    if not found:
+      continue
+    lines += [f"## {pair.student} from {pair.teacher}", "",
+              "| chips | mesh | stage | verdict | least seconds of a step | revision, jax |",
+              "|---|---|---|---|---|---|"]
+    for entry in found:
+      mesh = " × ".join(map(str, entry["mesh"]))
+      lines.append(f"| {entry['topology']} | {mesh} | {entry['stage']} | {entry['verdict']} | "
+                   f"{_step(entry)} | {entry['revision'][:7]}, {entry['jax']} |")
+    lines.append("")
+  return "\n".join(lines)
+
+
+def _step(entry: Json) -> str:
+  """The least seconds of a step, and of each program with its bound."""
+  parts = entry.get("step")
+  if not parts:
+    return "–"
+  total = sum(part["seconds"] for part in parts.values())
+  each = ", ".join(f"{name} {part['seconds']:,.0f} ({part['bound']})"
+                   for name, part in parts.items())
+  return f"{total:,.0f}: {each}"
+
+
+def page(text: str, stored: Sequence[Json]) -> str:
+  """The page with the table of the entries between its marks."""
+  before, old = text.split(MARKS[0])
+  _, after = old.split(MARKS[1])
+  return f"{before}{MARKS[0]}\n{table(stored)}{MARKS[1]}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Compiles the missing entries, stores each, and renders the page."""
+  flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  flags.add_argument("--only", default="", help="a topology, or a regular expression of several")
+  flags.add_argument("--again", action="store_true", help="compile stored entries too")
+  flags.add_argument("--render", action="store_true", help="compile nothing")
+  args = flags.parse_args(argv)
+  stored = json.loads(RESULT.read_text()) if RESULT.exists() else []
+  with tempfile.TemporaryDirectory() as folder:
+    for pair, topology, stage in () if args.render else missing(stored, args.only, args.again):
+      try:
+        topologies.devices(topology)
+      except ValueError as error:  # a package of the other environment
+        print(f"{topology}: {error}", file=sys.stderr)
+        continue
+      print(f"{pair.student} from {pair.teacher}, {topology}, {stage}", file=sys.stderr, flush=True)
+      entry = compiled(pair, topology, stage, pathlib.Path(folder))
+      stored = stored_with(stored, entry)
+      RESULT.write_text(json.dumps(stored, indent=1) + "\n")
+  PAGE.write_text(page(PAGE.read_text(), stored))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,67 @@
+"""The table of sizes: the page is the rendering of what is stored, and entries are resumed."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import sizes
+from s2d_jax import chips, manifest
+from s2d_jax.preflight import costs, hlo
+
+
+def entry(topology="h100:8", stage="reverse_kl", revision="0123456789", **facts):
+  return {"student": "qwen3-1.7b", "teacher": "qwen3-8b", "topology": topology, "stage": stage,
+          "mesh": [1, 8, 1], "revision": revision, "jax": "0.12.0", **facts}
+
+
+def test_the_page_is_the_rendering_of_the_stored_entries():
+  stored = json.loads(sizes.RESULT.read_text())
+  text = sizes.PAGE.read_text()
+  assert stored and text == sizes.page(text, stored)
+  for found in stored:
+    assert re.search(rf"^\| {found['topology']} \|.*\| {found['stage']} \| "
+                     rf"{re.escape(found['verdict'])} \|", text, re.M)
+    # A verdict is about the chip's memory, or says why not one row fits.
+    assert f"{found['memory'] / 1e9:,.2f} GB" in found["verdict"] or not found["fits"]
+
+
+def test_an_entry_has_the_verdict_and_the_least_seconds_of_a_step():
+  program = costs.Cost("reverse_kl", "update", costs.Account(60, 30, 0, 0), 20, 2.0, hlo.total(()),
+                       costs.Least(3.0, 0.0, 0.0, 4.0))
+  found = sizes.facts([program], chips.CHIPS["h100"]._replace(memory=100))
+  assert not found["fits"] and found["bytes"] == 110 and found["program"] == "update"
+  assert found["step"] == {"update": {"seconds": 8.0, "bound": "network"}}
+  (line,) = [line for line in sizes.table([entry(**found)]).splitlines() if "h100:8" in line]
+  assert "does not fit: reverse_kl update needs" in line
+  assert "| 8: update 8 (network) | 0123456, 0.12.0 |" in line
+
+
+def test_a_finished_entry_of_this_revision_is_not_compiled_again(monkeypatch):
+  monkeypatch.setattr(manifest, "revision", lambda: "new")
+  def stages(stored, again=False):
+    return [(pair.teacher, stage) for pair, topology, stage
+            in sizes.missing(stored, "h100:8", again)]
+  stored = [entry(revision="new"), entry(revision="old", stage="student_grpo")]
+  assert ("qwen3-8b", "reverse_kl") not in stages(stored)
+  assert ("qwen3-8b", "student_grpo") in stages(stored)
+  assert ("qwen3-14b", "reverse_kl") in stages(stored)
+  assert ("qwen3-8b", "reverse_kl") in stages(stored, again=True)
+
+
+def test_a_new_entry_replaces_the_older_one_in_the_order_of_the_table():
+  old = [entry("h200"), entry(revision="old")]
+  new = sizes.stored_with(old, entry(revision="new"))
+  assert [(found["topology"], found["revision"]) for found in new] == [
+      ("h100:8", "new"), ("h200", "0123456789")]
+
+
+@pytest.mark.parametrize("pair", sizes.PAIRS, ids=lambda pair: pair.teacher)
+def test_every_config_is_the_recipes_with_the_pages_lengths(pair, tmp_path):
+  config = pair.config(tmp_path)
+  assert config.prompt_tokens == 2048
+  for stage in sizes.STAGES:
+    assert config.stages[stage].sampling.max_tokens == 16_384
+  shape = json.loads((tmp_path / pair.teacher / "config.json").read_text())
+  assert shape["num_hidden_layers"] == {"qwen3-8b": 36, "qwen3-14b": 40, "llama-3.3-70b": 80}[
+      pair.teacher]

@@ -67,7 +67,7 @@ PAIRS = (
 
 
 def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Json:
-  """One entry: compiles a stage's programs, as `preflight --fast` does."""
+  """One entry: compiles a stage's programs, as preflight does."""
   start = time.monotonic()
   config = pair.config(folder)
   devices = topologies.devices(topology)
@@ -84,7 +84,7 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Jso
            "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.memory}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     try:
-      found = list(preflight.costs_of(config, programs.Target(chip, fast=True)))
+      found = list(preflight.costs_of(config, programs.Target(chip, scores=False)))
     except ValueError as error:  # the cache has no memory for one row
       return entry | {"seconds": time.monotonic() - start, "fits": False, "verdict": str(error)}
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}

@@ -46,6 +46,7 @@ class Target(NamedTuple):
   """For which chip and in which detail a config is compiled."""
   chip: Chip | None = None   # None: this machine's devices, whose rates are unknown
   fast: bool = False         # the stages alone, and a sampler's two largest programs
+  scores: bool = True        # evaluations and the probe too, unless fast
 
 
 LOCAL = Target()
@@ -86,7 +87,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                           optimizer, samplers._replace(held=sum(held.values())))
     requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
-  if not target.fast:
+  if target.scores and not target.fast:
     requests += _scoring(config, mesh, samplers)
   progress = progress or Progress()
   yield from progress.costs(requests, target.chip)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures this code on one accelerator in at most eight minutes and prints a table: README.md says
+# Measures this code on one accelerator for at most eight minutes and prints a table: README.md says
 # what its lines mean. PYTHON names another interpreter, SECONDS_LEFT another limit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

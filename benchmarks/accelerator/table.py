@@ -33,7 +33,7 @@ def _part(name: str, results: Json) -> Iterator[tuple[str, str, str, str]]:
     elif label == "start":
       yield _start(values)
     elif label == "run":
-      yield (f"{values['stages']} stages", f"{values['seconds']:,.1f} s", "", "")
+      yield ("whole run", f"{values['seconds']:,.1f} s", "", "")
     elif "seconds_per_step" in values:
       yield (label, f"{values['tokens_per_second']:,.0f} tokens/s, "
              f"{values['seconds_per_step'] * 1e3:,.2f} ms a step",

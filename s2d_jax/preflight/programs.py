@@ -291,7 +291,15 @@ def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransfo
 
 
 def search_and_show(config: ConfigDict, topology: str, price: float | None) -> bool:
-  """Prints a line per candidate and the cheapest that fits; returns False if none does."""
+  """Prints a line per candidate and the cheapest that fits; returns False if none does.
+
+  Raises:
+    ValueError: the config is wrong, or it is a sweep.
+  """
+  if "sweep" in config:
+    raise ValueError("--search takes one run: name a config without a sweep.")
+  # First, because a candidate's ValueError below means that its mesh or memory is too small.
+  doctor.check_config(config, _table())
   chip = topologies.chip(topology)
   devices = topologies.devices(topology)
   progress = Progress()

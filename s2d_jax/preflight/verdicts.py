@@ -6,25 +6,25 @@ from s2d_jax.preflight.costs import Cost
 
 HEADER = "\n".join((
     "bytes on each device; FLOPs of products, bytes moved and sent in one run, of decoding a token",
-    f"{'stage':<16}{'program':<20}{'arguments':>16}{'temporaries':>16}{'output':>15}{'code':>13}"
-    f"{'with resident':>18}{'GFLOP':>12}{'GB':>10}{'kernels':>9}{'sent GB':>10}{'least ms':>11}"
-    "  bound"))
+    f"{'stage':<16} {'program':<28} {'arguments':>16} {'temporaries':>16} {'output':>16}"
+    f" {'code':>13} {'with resident':>16} {'GFLOP':>14} {'GB':>11} {'kernels':>11} {'sent GB':>10}"
+    f" {'least ms':>13} bound"))
 
 
 def line(cost: Cost) -> str:
   """One program in a line of the table."""
-  named = f"{cost.stage:<16}{cost.program:<20}"
+  named = f"{cost.stage:<16} {cost.program:<28}"
   if cost.account is None:
     return f"{named} does not fit: {cost.problem}"
   account = cost.account
-  memory = (f"{account.arguments:>16,}{account.temporaries:>16,}{account.output:>15,}"
-            f"{account.code:>13,}{cost.bytes:>18,}")
+  memory = (f" {account.arguments:>16,} {account.temporaries:>16,} {account.output:>16,}"
+            f" {account.code:>13,} {cost.bytes:>16,}")
   kernels = cost.kernels
   counts = (f"{kernels.flops / 1e9:>12,.1f}{kernels.bytes / 1e9:>10,.2f}{kernels.count:>9,}"
           f"{kernels.collective_bytes / 1e9:>10,.3f}")
   if cost.least is None:
     return named + memory + counts
-  return f"{named}{memory}{counts}{cost.least.seconds * 1e3:>11,.2f}  {cost.least.bound}"
+  return f"{named}{memory}{counts} {cost.least.seconds * 1e3:>13,.2f} {cost.least.bound}"
 
 
 def fits(found: Iterable[Cost], limit: int | None) -> bool:

@@ -93,6 +93,21 @@ def test_a_search_without_a_topology_is_refused(capsys):
   assert "compiled" not in found.err and not found.out
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("flags, sentence", [
+    (["--config=configs/sweep_seeds.py"], "--search takes one run: name a config without a sweep."),
+    (["--config=configs/arithmetic.py:tiny", "--config.stages.sft.prompts=0"],
+     "config.stages.sft.prompts is 0"),
+])
+def test_a_search_checks_the_config_before_its_candidates(flags, sentence, capsys):
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, [*flags, "--search", "--topology=h100"])
+  assert error.value.code == 2
+  found = capsys.readouterr()
+  assert sentence in found.err
+  assert not found.out
+
+
 @pytest.mark.parametrize("text", ["", "cheap", "0", "-1", "nan", "inf"])
 def test_a_price_that_is_no_number_is_refused(text):
   with pytest.raises(ValueError, match="--price is .*: give what one chip costs an hour"):

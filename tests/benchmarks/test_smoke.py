@@ -48,7 +48,8 @@ def smoke(name, folder, *flags):
   assert set(result["machine"]) == MACHINE
   assert result["command"] == " ".join(["python -m", f"benchmarks.{name}", *argv])
   if "matmul_peak" in result:
-    assert set(result["matmul_peak"]) == TIMED | {"size", "dtype", "flops_per_second"}
+    assert set(result["matmul_peak"]) == TIMED | {
+        "size", "dtype", "calls", "flops_per_second"}
     assert result["matmul_peak"]["flops_per_second"] > 0
   return result
 

@@ -75,7 +75,7 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
   for name in ("reverse_kl", "teacher_sft", "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 84.94 GB", found.out, re.M), name
   # The guide of 8B: a layer in bfloat16 on eight cards, 192,946,432 and 1,244,663,808 numbers.
-  (update,) = [line for line in lines if line.startswith("reverse_kl      update")]
+  (update,) = [line for line in lines if line.split()[:2] == ["reverse_kl", "update"]]
   arguments = int(update.split()[2].replace(",", ""))
   assert arguments > 12 * (2 * 50_337_024 + 311_164_928) / 8 + 2 * (
       LAYERS * 192_946_432 + 1_244_663_808) / 8

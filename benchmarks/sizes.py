@@ -101,7 +101,7 @@ def facts(found: Sequence[Cost], chip: chips.Chip) -> Json:
 
 
 def missing(stored: Sequence[Json], only: str, again: bool) -> Iterator[tuple[Pair, str, str]]:
-  """The entries that are still to be compiled, of topologies whose name contains `only`."""
+  """The entries that are still to be compiled, of topologies whose name matches `only`."""
   revision = manifest.revision()
   names = ("student", "teacher", "topology", "stage")
   finished = {tuple(entry[name] for name in names) for entry in stored

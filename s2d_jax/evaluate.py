@@ -76,7 +76,6 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
   _, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
                                       {"dtype": args.dtype})
   sampling = sample.sampling_of(args, args.k, tokenizer.eos_ids)
-  tokenizer.check_stops(sampling.stop_strings)
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
   for name, source in sets.items():

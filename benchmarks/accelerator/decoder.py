@@ -20,11 +20,11 @@ from s2d_jax.sharding import Params
 class Dispatches:
   """A decoding program that notes when each of its dispatches begins, and traces one of them."""
 
-  def __init__(self, program: Callable[..., Any]) -> None:
+  def __init__(self, program: Callable[..., Any], traced: int) -> None:
     self.program = program
+    self.traced = traced  # the dispatch that is traced; -1: none
     self.starts: list[float] = []
     self.trace: Json | None = None
-    self.traced = -1  # the dispatch that is traced
 
   def __call__(self, *args: Any) -> Any:
     """Runs the program."""
@@ -60,8 +60,7 @@ class Decoder:
 
   def dispatches(self, weights: Any, seed: int, traced: int = -1) -> tuple[Dispatches, float]:
     """(the dispatches of a call, its seconds); `weights` as `Sampler.lay_out` makes them."""
-    noted = Dispatches(self.program)
-    noted.traced = traced
+    noted = Dispatches(self.program, traced)
     programs = self.sampler.programs
     self.sampler.programs = programs._replace(
         decode={size: noted for size in programs.decode})

@@ -2,7 +2,8 @@
 
 Needs the two model folders' config.json and tokenizer, no weights and no data. With `--topology` it
 compiles for a TPU or GPU that is not here. One file per subject: `programs` compiles a config,
-`topologies` has the chips, `costs` one program's memory and time, `hlo` reads a compiled program,
+`topologies` has the chips, `costs` one program's memory and time, `hlo` reads a compiled program
+(with `operations`, `loops`, `products`, `collectives` and `traffic`),
 `verdicts` prints, `search` compares meshes.
 """
 

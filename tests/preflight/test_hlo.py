@@ -9,15 +9,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from s2d_jax import sharding
 from s2d_jax.preflight import hlo
 
-# A loop of a TPU's program: its trips stand in the condition alone.
+# A loop of a TPU's program: its trips follow from the counter's start, step and limit.
 LOOP = """HloModule jit_f
 
 %body (p.1: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %p.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %step = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %step)
+  %w = f32[16,16]{1,0} constant({...})
   %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
   %dot.1 = f32[8,16]{1,0:T(8,128)} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  ROOT %t = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%i, %dot.1)
+  ROOT %t = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%next, %dot.1)
 }
 
 %condition (p.2: (s32[], f32[8,16])) -> pred[] {
@@ -78,17 +81,70 @@ def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
   assert counted(some, (32, 128), (128, 128), trips=11).flops == 11 * product
 
 
+def looped(text, unknown_trips=1):
+  """The product inside LOOP's loop."""
+  (product,) = [x for x in hlo.kernels(text, unknown_trips) if x.opcode == "dot"]
+  assert product.flops == product.count * 2 * 8 * 16 * 16
+  return product
+
+
 def test_the_trips_in_a_loops_condition_are_read():
-  text = LOOP.replace("%dot.1 = f32", "%w = f32[16,16]{1,0} constant({...})\n  %dot.1 = f32")
-  found = hlo.total(hlo.kernels(text))
-  assert found.flops == 5 * 2 * 8 * 16 * 16 and found.count == 5
+  assert looped(LOOP).count == 5
+
+
+@pytest.mark.parametrize("start, step, limit, direction, trips", [
+    (0, 1, 5, "LT", 5), (1, 1, 5, "LT", 4), (0, 2, 8, "LT", 4), (1, 2, 8, "LT", 4),
+    (0, 2, 5, "LT", 3), (0, 1, 5, "LE", 6), (1, 1, 5, "LE", 5), (0, 2, 8, "LE", 5),
+    (1, 2, 8, "LE", 4), (5, -1, 0, "GT", 5), (5, -2, 0, "GE", 3), (0, 2, 8, "NE", 4),
+    (9, 1, 5, "LT", 0)])
+def test_trips_are_those_from_start_to_limit_by_step(start, step, limit, direction, trips):
+  text = LOOP.replace("direction=LT", f"direction={direction}")
+  for old, new in (("%zero = s32[]{:T(128)} constant(0)", start),
+                   ("%step = s32[]{:T(128)} constant(1)", step),
+                   ("%constant.5 = s32[]{:T(128)} constant(5)", limit)):
+    text = text.replace(old, f"{old.partition(' ')[0]} = s32[] constant({new})")
+  assert looped(text, unknown_trips=100).count == trips
+
+
+def test_a_limit_that_is_compared_with_the_counter_is_the_same():
+  text = LOOP.replace("compare(%i.2, %constant.5), direction=LT",
+                      "compare(%constant.5, %i.2), direction=GT")
+  assert looped(text).count == 5
+
+
+def test_constants_are_read_through_tuples_copies_and_fusions():
+  # The step is carried by the loop and added in a fusion; the start is a copy of a constant.
+  text = LOOP.replace("(s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)})",
+                      "(s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}, s32[]{:T(128)})")
+  text = text.replace("%step = s32[]{:T(128)} constant(1)",
+                      "%step = s32[]{:T(128)} get-tuple-element(%p.1), index=2")
+  text = text.replace("%next = s32[]{:T(128)} add(%i, %step)",
+                      "%next = s32[]{:T(128)} fusion(%i, %step), kind=kLoop, calls=%add")
+  text = text.replace("tuple(%next, %dot.1)", "tuple(%next, %dot.1, %step)")
+  text = text.replace("tuple(%zero, %a)", "tuple(%zero.1, %a, %two)")
+  text = text.replace("%zero = s32[]{:T(128)} constant(0)", "\n  ".join((
+      "%two = s32[]{:T(128)} constant(2)", "%zero = s32[]{:T(128)} constant(0)",
+      "%zero.1 = s32[]{:T(128)} copy(%zero)")))
+  text = text.replace("%body (", "\n".join((
+      "%add (q.1: s32[], q.2: s32[]) -> s32[] {", "  %q.1 = s32[] parameter(0)",
+      "  %q.2 = s32[] parameter(1)", "  ROOT %sum = s32[] add(%q.1, %q.2)", "}", "", "%body (")))
+  assert looped(text, unknown_trips=100).count == 3
+
+
+@pytest.mark.parametrize("line, changed", [
+    ("%next = s32[]{:T(128)} add(%i, %step)", "%next = s32[]{:T(128)} multiply(%i, %step)"),
+    ("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} parameter(1)"),
+    ("%constant.5 = s32[]{:T(128)} constant(5)",
+     "%constant.5 = s32[]{:T(128)} get-tuple-element(%p.2), index=0")])
+def test_a_loop_whose_counter_is_not_understood_runs_as_often_as_the_caller_says(line, changed):
+  assert line in LOOP
+  assert looped(LOOP.replace(line, changed), unknown_trips=7).count == 7
 
 
 def test_a_second_condition_makes_the_trips_unknown():
-  text = LOOP.replace("%dot.1 = f32", "%w = f32[16,16]{1,0} constant({...})\n  %dot.1 = f32")
-  text = text.replace("ROOT %compare.1", "%compare.0").replace(
+  text = LOOP.replace("ROOT %compare.1", "%compare.0").replace(
       "direction=LT\n}", "direction=LT\n  ROOT %and.1 = pred[] and(%compare.0, %flag)\n}")
-  assert hlo.total(hlo.kernels(text, 3)).flops == 3 * 2 * 8 * 16 * 16
+  assert looped(text, 3).flops == 3 * 2 * 8 * 16 * 16
 
 
 @pytest.mark.parametrize("line, flops", [
@@ -167,3 +223,66 @@ def test_a_kernel_with_line_breaks_is_read_to_its_end():
   assert kernel.source == "jit(f)/splash_mha_fwd/pallas_call"
   # Two products of half of all pairs.
   assert kernel.flops == 2 * 2 * 2 * 256 * 256 / 2 * 128
+
+
+# As a TPU runs a collective beside other kernels: it begins in one fusion, stands in a second that
+# runs beside it, and ends in a third, on one channel.
+ASYNC = """HloModule jit_f
+
+%start (s.0: bf16[256,64]) -> (bf16[256,64], bf16[1024,64], u32[]) {
+  %s.0 = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[1024,64]{1,0:T(8,128)(2,1)} all-gather(%s.0), channel_id=7, GROUPS
+  ROOT %begin = (bf16[256,64]{1,0:T(8,128)(2,1)}, bf16[1024,64]{1,0:T(8,128)(2,1)},\
+    u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b.0: bf16[256,64], b.1: bf16[1024,64], b.2: f32[8,16]) -> (f32[8,16], bf16[1024,64]) {
+  %b.0 = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b.1 = bf16[1024,64]{1,0:T(8,128)(2,1)} parameter(1)
+  %b.2 = f32[8,16]{1,0:T(8,128)} parameter(2)
+  %all-gather.2 = bf16[1024,64]{1,0:T(8,128)(2,1)} all-gather(%b.0), channel_id=7, GROUPS
+  %exp.1 = f32[8,16]{1,0:T(8,128)} exponential(%b.2)
+  ROOT %t.1 = (f32[8,16]{1,0:T(8,128)}, bf16[1024,64]{1,0:T(8,128)(2,1)}) tuple(%exp.1, %b.1)
+}
+
+%done (d.0: bf16[256,64], d.1: bf16[1024,64]) -> bf16[1024,64] {
+  %d.0 = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %d.1 = bf16[1024,64]{1,0:T(8,128)(2,1)} parameter(1)
+  %all-gather.3 = bf16[1024,64]{1,0:T(8,128)(2,1)} all-gather(%d.0), channel_id=7, GROUPS
+  ROOT %end = bf16[1024,64]{1,0:T(8,128)(2,1)} custom-call(%d.0, %d.1, %all-gather.3),\
+    custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[256,64], x: f32[8,16]) -> bf16[1024,64] {
+  %a = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %f.1 = (bf16[256,64]{1,0:T(8,128)(2,1)}, bf16[1024,64]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})\
+    fusion(%a), kind=kCustom, calls=%start
+  %g.1 = bf16[1024,64]{1,0:T(8,128)(2,1)} get-tuple-element(%f.1), index=1
+  %f.2 = (f32[8,16]{1,0:T(8,128)}, bf16[1024,64]{1,0:T(8,128)(2,1)}) fusion(%a, %g.1, %x),\
+    kind=kCustom, calls=%beside
+  ROOT %f.3 = bf16[1024,64]{1,0:T(8,128)(2,1)} fusion(%a, %g.1), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_inside_fusions_is_counted_once():
+  text = ASYNC.replace("GROUPS", "replica_groups=[1,4]<=[4], dimensions={0}")
+  start, beside, done = hlo.kernels(text)
+  # A device passes 3 parts of four on; it reads its own part and writes them all.
+  assert start.collective_bytes == 3 * 2 * 256 * 64
+  assert start.bytes == 2 * (256 + 1024) * 64
+  assert beside.collective_bytes == 0 and beside.bytes == 2 * 4 * 8 * 16
+  assert done.collective_bytes == 0 and done.bytes == 0
+
+
+def test_a_collective_inside_a_fusion_counts_the_trips_of_its_loop():
+  fused = """%gathered (g.0: f32[16,16]) -> f32[64,16] {
+  %g.0 = f32[16,16]{1,0} parameter(0)
+  ROOT %all-gather.9 = f32[64,16]{1,0} all-gather(%g.0), channel_id=1, replica_groups=[1,4]<=[4]
+}
+
+%body ("""
+  text = LOOP.replace("%body (", fused).replace(
+      "  %x =", "  %all = f32[64,16]{1,0} fusion(%w), kind=kCustom, calls=%gathered\n  %x =")
+  assert hlo.total(hlo.kernels(text)).collective_bytes == 5 * 3 * 4 * 16 * 16

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +82,42 @@ def test_the_products_of_splash_attention_by_hand():
   product = 2 * pairs * width
   # Forward q·k and p·v. Backward q·k twice, do·v twice, ds·k, p·do and ds·q, in two kernels.
   assert sorted(kernel.flops / product for kernel in found) == [2, 3, 4]
+
+
+def scored(topology, rows, width):
+  """(the config, the kernels, the text) of two layers that score rows, each split by fsdp alone."""
+  devices = topologies.devices(topology)
+  where = sharding.make_mesh((1, len(devices), 1), devices)
+  model = models.get(models.PUBLISHED["qwen3-0.6b"] | {"num_hidden_layers": 2}, dtype="bfloat16",
+                     remat="block")
+  hp = types.SimpleNamespace(microbatches=1, block=256, mean="token")
+  with jax.set_mesh(where):
+    params = models.laid_out(model.config, where, models.frozen_shapes)
+    lowered = training.token_logps(model, objectives.logp, hp).lower(
+        params, compiling.abstract_batch(rows, width, where))
+    text = lowered.compile().as_text()
+  return model.config, hlo.kernels(text), text
+
+
+def weights_of_two_layers(config):
+  attention_weights = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
+  return 2 * (attention_weights + 3 * config.width * config.mlp)
+
+
+def test_products_beside_the_gathering_of_their_weights_by_hand():
+  config, kernels, text = scored("v5p:2x2x4", 16, 4096)
+  assert "windowed_dot_general" in text  # loops that multiply two parts of a weight in each trip
+  layers = [kernel for kernel in kernels if "/layers/" in kernel.source]
+  products = sum(kernel.flops for kernel in layers if kernel.opcode != "tpu_custom_call")
+  assert 16 * products == 2 * 16 * 4096 * weights_of_two_layers(config)
+  # Parts of a weight go both ways round the ring: the 15 of the others, and two in vain.
+  sent = sum(kernel.collective_bytes for kernel in layers if "permute" in kernel.opcode)
+  assert sent == 2 * weights_of_two_layers(config) * 17 / 16
+
+
+def test_weights_that_are_gathered_beside_other_kernels_by_hand():
+  config, kernels, text = scored("v5e:2x2", 4, 512)
+  assert "AsyncCollectiveStart" in text
+  sent = sum(kernel.collective_bytes for kernel in kernels
+             if kernel.opcode == "fusion" or kernel.source.endswith("layers/attn/dot_general"))
+  assert sent == 2 * weights_of_two_layers(config) * 3 / 4

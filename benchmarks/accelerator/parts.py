@@ -84,13 +84,20 @@ def chip(rates: Mapping[str, float]) -> Chip:
   return kind._replace(flops=rates["flops_per_second"], bandwidth=rates["bytes_per_second"])
 
 
-def least(program: jax.stages.Compiled, trips: int, rates: Mapping[str, float]) -> Json:
-  """The least seconds of a program's kernels at these rates; `trips` as in `hlo.kernels`."""
+def least(program: jax.stages.Compiled, trips: int, rates: Mapping[str, float],
+          steps: int = 1) -> Json:
+  """The least seconds of a step's kernels at these rates; `trips` as in `hlo.kernels`.
+
+  Args:
+    steps: that the program does in one run, which share what it does once.
+  """
   kernels = hlo.kernels(program.as_text(), trips)
   total = hlo.total(kernels)
   found = costs.least(kernels, chip(rates))
-  return {"least_seconds": found.seconds, "bound": found.bound, "by_bound": found._asdict(),
-          "kernels": total.count, "kernel_flops": total.flops, "kernel_bytes": total.bytes}
+  by_bound = {name: seconds / steps for name, seconds in found._asdict().items()}
+  return {"least_seconds": found.seconds / steps, "bound": found.bound, "by_bound": by_bound,
+          "kernels": round(total.count / steps), "kernel_flops": total.flops / steps,
+          "kernel_bytes": total.bytes / steps}
 
 
 def network(shape: str, **run_options: Any) -> Model:
@@ -220,7 +227,8 @@ def decode(sizes: Namespace, save: Save) -> None:
       # The second dispatch: the first one follows the reading of the prompt.
       save("trace", decoder.dispatches(weights, 0, traced=1)[0].trace)
   for decoder, values in found.items():
-    save(f"{decoder.rows} rows", values | least(decoder.program, 1, sizes.rates))
+    step = least(decoder.program, sizes.dispatch, sizes.rates, sizes.dispatch)
+    save(f"{decoder.rows} rows", values | step)
 
 
 def losses(sizes: Namespace, save: Save) -> None:

@@ -37,11 +37,11 @@ def kernels(text: str, unknown_trips: int = 1) -> list[Kernel]:
 
   Args:
     text: `compiled.as_text()`.
-    unknown_trips: of a loop whose trips are not known before it runs. 1 shows a single step of a
-      loop that decodes.
+    unknown_trips: of a loop whose trips are not known before it runs, as those over tokens and over
+      blocks. Inside of such a loop another one counts once.
   """
   computations, entry = parse(text)
-  return list(_Program(computations, unknown_trips).walk(entry, 1))
+  return list(_Program(computations).walk(entry, 1, unknown_trips))
 
 
 def total(found: Iterable[Kernel]) -> Kernel:
@@ -54,15 +54,14 @@ def total(found: Iterable[Kernel]) -> Kernel:
 class _Program:
   """Walks the computations of a program."""
 
-  def __init__(self, computations: Computations, unknown_trips: int) -> None:
+  def __init__(self, computations: Computations) -> None:
     self.computations = computations
-    self.unknown_trips = unknown_trips
     self.loops = Loops(computations)
     self.traffic = traffic.Traffic(computations)
     self.types = {(name, operation.name): operation.type
                   for name, operations in computations.items() for operation in operations}
 
-  def walk(self, computation: str, times: int) -> Iterator[Kernel]:
+  def walk(self, computation: str, times: int, unknown_trips: int) -> Iterator[Kernel]:
     """Yields the kernels of a computation that runs `times` times."""
     channels: set[str] = set()
     for operation in self.computations[computation]:
@@ -72,12 +71,15 @@ class _Program:
       if operation.opcode == "while":
         trips = self.loops.trips(computation, operation)
         body = attribute(operation, r"body=%?([\w.\-]+)")
-        yield from self.walk(body, times * (self.unknown_trips if trips is None else trips))
+        if trips is None:
+          yield from self.walk(body, times * unknown_trips, 1)
+        else:
+          yield from self.walk(body, times * trips, unknown_trips)
       elif operation.opcode in ("call", "async-start"):
-        yield from self.walk(targets[0], times)
+        yield from self.walk(targets[0], times, unknown_trips)
       elif operation.opcode == "conditional":
         # One branch runs; the one with most to do is counted.
-        branches = [list(self.walk(name, times)) for name in targets]
+        branches = [list(self.walk(name, times, unknown_trips)) for name in targets]
         yield from max(branches, key=lambda branch: total(branch)[3:5])
       else:
         yield self.kernel(computation, operation, times, channels)

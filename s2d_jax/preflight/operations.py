@@ -78,13 +78,16 @@ def type_bytes(type_: str) -> float:
 
 def memory_bytes(type_: str) -> float:
   """Those bytes of a type that lie in the device's memory."""
-  return sum(size for size, layout in arrays(type_) if not _elsewhere(layout))
+  return sum(size for size, layout in arrays(type_) if not elsewhere(layout))
 
 
-def _elsewhere(layout: str) -> bool:
+def elsewhere(layout: str) -> bool:
   """Whether an array lies on a TPU's chip, beside its memory, or with the host."""
-  # Space 5 is the host's. A GPU's space 1 is its memory, too; only a TPU's layouts have tiles.
-  return "S(5)" in layout or ("T(" in layout and "S(" in layout)
+  space = re.search(r"S\((\d+)\)", layout)
+  if space is None:
+    return False
+  # A GPU's space 1 is its memory, too. Only a TPU's layouts have tiles.
+  return space[1] != "1" or "T(" in layout
 
 
 def integers(text: str) -> list[int]:

@@ -159,9 +159,12 @@ def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   waves = -(-rows // shapes.batches[0])
   slots = sharding.device_bytes(programs.slots[shapes.batches[0], shapes.lengths[-1]])
   prompts = rows / compiled.sampling.samples_per_prompt
+  # A dispatch decodes some tokens of each row; what it does once it does not do for each token.
+  most_tokens = compiled.sampling.max_tokens
+  tokens = min(programs.config.tokens, most_tokens)
   # The cache of a prompt that was read stays while its samples wait for a slot.
-  yield Request(stage, name, compiled.decode_program, held, waves * compiled.sampling.max_tokens, 1,
-                (programs.prefill,))
+  yield Request(stage, name, compiled.decode_program, held, waves * -(-most_tokens // tokens),
+                tokens, (programs.prefill,))
   yield Request(stage, f"{name} prefill", programs.prefill, held + slots, prompts / shapes.prompts,
                 shapes.window // shapes.chunk)
 

@@ -14,6 +14,7 @@ from s2d_jax.preflight.operations import (
   arrays,
   attribute,
   called,
+  elsewhere,
   memory_bytes,
   type_bytes,
 )
@@ -126,11 +127,10 @@ def of(operation: Operation, operands: Sequence[str]) -> float:
   if operation.opcode == "custom-call":
     return _custom_call(operation, operands)
   if opcode in _SLICES and operands:
-    # An asynchronous start's result holds its operands too.
-    inside = sum(map(type_bytes, operands)) if operation.opcode != opcode else 0.0
-    size = type_bytes(operation.type) - inside
-    written = memory_bytes(operation.type) - min(inside, sum(map(memory_bytes, operands)))
-    return min(size, memory_bytes(operands[0])) + min(size, written)
+    # An asynchronous start's result holds its operands first.
+    before = len(operands) if operation.opcode != opcode else 0
+    size, layout = arrays(operation.type)[before]
+    return min(size, memory_bytes(operands[0])) + (0.0 if elsewhere(layout) else size)
   if opcode in _UPDATES:
     return 2 * memory_bytes(operands[_UPDATES[opcode]])
   if operation.opcode.endswith("-start"):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from s2d_jax.preflight.costs import Cost
 
 HEADER = "\n".join((
-    "bytes on each device; FLOPs of products, bytes moved and sent in one run, of decoding a token",
+    "bytes on each device; FLOPs of products, bytes moved and sent in one run or dispatch",
     f"{'stage':<16} {'program':<28} {'arguments':>16} {'temporaries':>16} {'output':>16}"
     f" {'code':>13} {'with resident':>16} {'GFLOP':>14} {'GB':>11} {'kernels':>11} {'sent GB':>10}"
     f" {'least ms':>13} bound"))

@@ -81,6 +81,14 @@ def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
   assert counted(some, (32, 128), (128, 128), trips=11).flops == 11 * product
 
 
+def test_an_unknown_loop_inside_an_unknown_loop_counts_once():
+  def inner(x_TD, w_DD):
+    return jax.lax.while_loop(lambda x: x[0, 1] < 9.0, lambda x: x @ w_DD, x_TD)
+  def outer(x_TD, w_DD):
+    return jax.lax.while_loop(lambda x: x[0, 0] < 9.0, lambda x: inner(x, w_DD), x_TD)
+  assert counted(outer, (32, 128), (128, 128), trips=11).flops == 11 * 2 * 32 * 128 * 128
+
+
 def looped(text, unknown_trips=1):
   """The product inside LOOP's loop."""
   (product,) = [x for x in hlo.kernels(text, unknown_trips) if x.opcode == "dot"]

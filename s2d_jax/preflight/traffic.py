@@ -21,8 +21,10 @@ from s2d_jax.preflight.operations import (
 
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # the operand that is written
-# A fusion computes these for the elements that are read alone.
-_ELEMENTS = {"bitcast", "convert", "copy", "reshape", "transpose"}
+# A fusion computes these only for the elements that are read.
+_ELEMENTS = {"abs", "add", "bitcast", "convert", "copy", "cosine", "divide", "exponential", "log",
+             "logistic", "maximum", "minimum", "multiply", "negate", "power", "reduce", "reshape",
+             "rsqrt", "select", "sine", "sqrt", "subtract", "tanh", "transpose"}
 # Start and end of a TPU's collective, and memory that is reserved and not written.
 _NO_TRAFFIC = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone"}
 
@@ -40,6 +42,7 @@ class Traffic:
       for operation in operations:
         for operand in set(operation.operands):
           users.setdefault(operand, []).append(operation)
+    self._shares: dict[tuple[str, str], float] = {}
 
   def fusion(self, computation: str) -> float:
     """Bytes that a fused computation reads and writes, but for those of collectives in it."""
@@ -50,6 +53,12 @@ class Traffic:
 
   def _share(self, computation: str, array: Operation) -> float:
     """The share of an array that the operations of a computation read."""
+    key = (computation, array.name)
+    if key not in self._shares:
+      self._shares[key] = self._new_share(computation, array)
+    return self._shares[key]
+
+  def _new_share(self, computation: str, array: Operation) -> float:
     if array.is_root:
       return float(array.opcode != "parameter")
     whole = type_bytes(array.type)

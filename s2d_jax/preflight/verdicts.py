@@ -20,8 +20,8 @@ def line(cost: Cost) -> str:
   memory = (f" {account.arguments:>16,} {account.temporaries:>16,} {account.output:>16,}"
             f" {account.code:>13,} {cost.bytes:>16,}")
   kernels = cost.kernels
-  counts = (f"{kernels.flops / 1e9:>12,.1f}{kernels.bytes / 1e9:>10,.2f}{kernels.count:>9,}"
-          f"{kernels.collective_bytes / 1e9:>10,.3f}")
+  counts = (f" {kernels.flops / 1e9:>14,.1f} {kernels.bytes / 1e9:>11,.2f} {kernels.count:>11,}"
+            f" {kernels.collective_bytes / 1e9:>10,.3f}")
   if cost.least is None:
     return named + memory + counts
   return f"{named}{memory}{counts} {cost.least.seconds * 1e3:>13,.2f} {cost.least.bound}"

@@ -53,6 +53,16 @@ ROW = "%p.2 = bf16[1,128]{1,0} parameter(2)"     # 256 bytes
   ([TABLE, "%p.1 = s32[512,1]{1,0} parameter(1)",
     "ROOT %r = bf16[512,128]{1,0} gather(%p.0, %p.1), slice_sizes={1,128}"],
    16_384 + 4 * 512 + 2 * 512 * 128),
+  # A third of the columns of a sum of four parts: queries out of queries, keys and values.
+  (["%p.0 = f32[4,64,96]{2,1,0} parameter(0)", "%z = f32[] constant(0)",
+    "%s = f32[64,96]{1,0} reduce(%p.0, %z), dimensions={0}, to_apply=%add",
+    "%e = f32[64,96]{1,0} multiply(%s, %s)",
+    "ROOT %r = f32[64,32]{1,0} slice(%e), slice={[0:64], [0:32]}"],
+   4 * 4 * 64 * 96 // 3 + 4 * 64 * 32),
+  # Two readers of overlapping parts, and the whole beside a part.
+  (["%p.0 = f32[64,96]{1,0} parameter(0)", "%e = f32[64,96]{1,0} exponential(%p.0)",
+    "%s = f32[64,48]{1,0} slice(%e), slice={[0:64], [0:48]}",
+    "ROOT %r = (f32[64,96]{1,0}, f32[64,48]{1,0}) tuple(%e, %s)"], 4 * 64 * (96 + 96 + 48)),
   # A row is written into a cache in place: the row alone is read and written.
   ([TABLE, INDEX, ROW,
     "ROOT %r = bf16[64,128]{1,0} dynamic-update-slice(%p.0, %p.2, %p.1, %p.1)"],

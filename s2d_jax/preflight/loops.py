@@ -43,19 +43,19 @@ class Loops:
     direction = attribute(compare, r"direction=(\w+)")
     if compare.opcode != "compare" or direction is None:
       return None
-    left, right = (self._affine(condition, name) for name in compare.operands)
-    if left is None or right is None:
+    first, second = (self._affine(condition, name) for name in compare.operands)
+    if first is None or second is None:
       return None
-    if left.slot is None:
-      left, right = right, left
+    if first.slot is None:
+      first, second = second, first
       direction = direction.translate(str.maketrans("LG", "GL"))
-    if left.slot is None or right.slot is not None:
+    if first.slot is None or second.slot is not None:
       return None
-    start = self._start(computation, loop, left.slot.index)
-    following = self._affine(body, self._root(body).operands[left.slot.index])
-    if start is None or following is None or following.slot != left.slot:
+    start = self._start(computation, loop, first.slot.index)
+    following = self._affine(body, self._root(body).operands[first.slot.index])
+    if start is None or following is None or following.slot != first.slot:
       return None
-    return _count(start, following.offset, right.offset - left.offset, direction)
+    return _count(start, following.offset, second.offset - first.offset, direction)
 
   def _root(self, computation: str) -> Operation:
     return next(o for o in self.by_name[computation].values() if o.is_root)
@@ -91,8 +91,8 @@ class Loops:
     if opcode == "get-tuple-element":
       return self._element(computation, operation)
     if opcode in ("add", "subtract") and len(operation.operands) == 2:
-      left, right = (self._affine(computation, operand) for operand in operation.operands)
-      return _sum(left, right, -1 if opcode == "subtract" else 1)
+      first, second = (self._affine(computation, operand) for operand in operation.operands)
+      return _sum(first, second, -1 if opcode == "subtract" else 1)
     return None
 
   def _element(self, computation: str, operation: Operation) -> _Affine | None:
@@ -137,11 +137,11 @@ def _parts(loop: Operation) -> tuple[str, str]:
   return (attribute(loop, r"condition=%?([\w.\-]+)"), attribute(loop, r"body=%?([\w.\-]+)"))
 
 
-def _sum(left: _Affine | None, right: _Affine | None, sign: int) -> _Affine | None:
+def _sum(first: _Affine | None, second: _Affine | None, sign: int) -> _Affine | None:
   """The sum or difference of two scalars, where at most one of them changes."""
-  if left is None or right is None or (right.slot is not None and (left.slot or sign < 0)):
+  if first is None or second is None or (second.slot is not None and (first.slot or sign < 0)):
     return None
-  return _Affine(left.slot or right.slot, left.offset + sign * right.offset)
+  return _Affine(first.slot or second.slot, first.offset + sign * second.offset)
 
 
 def _count(start: int, step: int, limit: int, direction: str) -> int | None:

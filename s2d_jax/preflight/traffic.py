@@ -1,7 +1,7 @@
 """Bytes of the device's memory that an operation reads and writes, at least.
 
-Of an array that is only sliced the slices are counted, of an update in place the update. What a
-fusion hands on untouched, a library's scratch memory and arrays beside the memory are not counted.
+Of an array that is only sliced the slices are counted, of an update in place the update. Arrays
+that a fusion passes through, a library's scratch memory and on-chip arrays are not counted.
 """
 
 import re

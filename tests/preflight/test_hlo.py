@@ -144,7 +144,7 @@ def test_constants_are_read_through_tuples_copies_and_fusions():
     ("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} parameter(1)"),
     ("%constant.5 = s32[]{:T(128)} constant(5)",
      "%constant.5 = s32[]{:T(128)} get-tuple-element(%p.2), index=0")])
-def test_a_loop_whose_counter_is_not_understood_runs_as_often_as_the_caller_says(line, changed):
+def test_an_unreadable_counter_gives_the_callers_trips(line, changed):
   assert line in LOOP
   assert looped(LOOP.replace(line, changed), unknown_trips=7).count == 7
 
@@ -276,11 +276,11 @@ ENTRY %main (a: bf16[256,64], x: f32[8,16]) -> bf16[1024,64] {
 
 def test_a_collective_inside_fusions_is_counted_once():
   text = ASYNC.replace("GROUPS", "replica_groups=[1,4]<=[4], dimensions={0}")
-  start, beside, done = hlo.kernels(text)
+  start, middle, done = hlo.kernels(text)
   # A device passes 3 parts of four on; it reads its own part and writes them all.
   assert start.collective_bytes == 3 * 2 * 256 * 64
   assert start.bytes == 2 * (256 + 1024) * 64
-  assert beside.collective_bytes == 0 and beside.bytes == 2 * 4 * 8 * 16
+  assert middle.collective_bytes == 0 and middle.bytes == 2 * 4 * 8 * 16
   assert done.collective_bytes == 0 and done.bytes == 0
 
 

@@ -17,13 +17,13 @@ def fused(*lines):
   """Bytes of a fusion of these lines, whose parameters have the fusion's operands."""
   parameters = [line for line in lines if "parameter(" in line]
   names = [f"%operand.{i}" for i in range(len(parameters))]
-  given = [f"{name} = {line.partition(' = ')[2]}"
+  operands = [f"{name} = {line.partition(' = ')[2]}"
            for name, line in zip(names, parameters, strict=True)]
   result = next(line.partition(" = ")[2] for line in lines if line.startswith("ROOT"))
   # A tuple's type holds blanks.
   type_ = result[:result.index(")") + 1] if result.startswith("(") else result.partition(" ")[0]
   computation = "\n".join(("%fused (p: s32[]) -> s32[] {", *(f"  {x}" for x in lines), "}", ""))
-  return moved(*given, f"ROOT %f = {type_} fusion({', '.join(names)}), kind=kLoop, calls=%fused",
+  return moved(*operands, f"ROOT %f = {type_} fusion({', '.join(names)}), kind=kLoop, calls=%fused",
                computations=INNER + computation)
 
 
@@ -46,7 +46,7 @@ ROW = "%p.2 = bf16[1,128]{1,0} parameter(2)"     # 256 bytes
   ([TABLE, INDEX, "%c = f32[64,128]{1,0} convert(%p.0)",
     "ROOT %r = f32[1,128]{1,0} dynamic-slice(%c, %p.1, %p.1), dynamic_slice_sizes={1,128}"],
    256 + 4 + 512),
-  # The same row in a fusion inside.
+  # That row in a fusion inside.
   ([TABLE, INDEX, "ROOT %r = bf16[1,128]{1,0} fusion(%p.0, %p.1), kind=kLoop, calls=%inner"],
    256 + 4 + 256),
   # Many rows with repetition: the table is read once at most.
@@ -67,20 +67,20 @@ ROW = "%p.2 = bf16[1,128]{1,0} parameter(2)"     # 256 bytes
   ([TABLE, INDEX, ROW,
     "ROOT %r = bf16[64,128]{1,0} dynamic-update-slice(%p.0, %p.2, %p.1, %p.1)"],
    4 + 256 + 256),
-  # The same with another row of the cache as the one that is written.
+  # Another row of the cache is the one that is written.
   ([TABLE, INDEX, "%s = bf16[1,128]{1,0} dynamic-slice(%p.0, %p.1, %p.1)",
     "ROOT %r = bf16[64,128]{1,0} dynamic-update-slice(%p.0, %s, %p.1, %p.1)"], 256 + 4 + 256),
-  # An update of zeros is no update in place: all of the result is written.
+  # An update of zeros is not in place: all of the result is written.
   (["%p.0 = s32[] parameter(0)", "%p.1 = bf16[1,128]{1,0} parameter(1)",
     "%z = bf16[] constant(0)", "%b = bf16[64,128]{1,0} broadcast(%z), dimensions={}",
     "ROOT %r = bf16[64,128]{1,0} dynamic-update-slice(%b, %p.1, %p.0, %p.0)"],
    4 + 256 + 16_384),
-  # Nor is one whose result is only summed: the cache is read.
+  # Where the result is only summed, the cache is read.
   ([TABLE, INDEX, ROW, "%u = bf16[64,128]{1,0} dynamic-update-slice(%p.0, %p.2, %p.1, %p.1)",
     "%z = bf16[] constant(0)",
     "ROOT %r = bf16[64]{0} reduce(%u, %z), dimensions={1}, to_apply=%add"],
    16_384 + 4 + 256 + 128),
-  # What is handed on is neither read nor written.
+  # An array that passes through is neither read nor written.
   ([TABLE, "%p.1 = f32[8]{0} parameter(1)", "%e = f32[8]{0} exponential(%p.1)",
     "ROOT %r = (f32[8]{0}, bf16[64,128]{1,0}) tuple(%e, %p.0)"], 64),
   # A parameter without use.
@@ -99,7 +99,7 @@ ON_CHIP = "{1,0:T(8,128)(2,1)S(1)}"
 
 
 @pytest.mark.parametrize("lines, expected", [
-  # A product's scratch memory is no result.
+  # A product's scratch memory is not counted.
   ([A, "%r = (bf16[64,64]{1,0}, s8[33554432]{0}) custom-call(%a, %b), "
        'custom_call_target="__cublas$gemm"'], 16_384 + 2 * 64 * 64),
   # It reads what it adds to.

@@ -104,7 +104,7 @@ def weights_of_two_layers(config):
   return 2 * (attention_weights + 3 * config.width * config.mlp)
 
 
-def test_products_beside_the_gathering_of_their_weights_by_hand():
+def test_products_during_the_gathering_of_weights_by_hand():
   config, kernels, text = scored("v5p:2x2x4", 16, 4096)
   assert "windowed_dot_general" in text  # loops that multiply two parts of a weight in each trip
   layers = [kernel for kernel in kernels if "/layers/" in kernel.source]
@@ -115,7 +115,7 @@ def test_products_beside_the_gathering_of_their_weights_by_hand():
   assert sent == 2 * weights_of_two_layers(config) * 17 / 16
 
 
-def test_weights_that_are_gathered_beside_other_kernels_by_hand():
+def test_weights_gathered_during_other_kernels_by_hand():
   config, kernels, text = scored("v5e:2x2", 4, 512)
   assert "AsyncCollectiveStart" in text
   sent = sum(kernel.collective_bytes for kernel in kernels

@@ -116,6 +116,8 @@ class Traffic:
   def _written_by(self, computation: str, result: Operation) -> float:
     if result.opcode == "parameter" or _without_traffic(result):
       return 0.0
+    if result.opcode == "custom-call":
+      return sum(_results(result))
     size = memory_bytes(result.type)
     if result.opcode == "bitcast":
       source = self.by_name[computation][result.operands[0]]
@@ -158,12 +160,7 @@ def _custom_call(operation: Operation, operands: Sequence[str]) -> float:
   """Bytes of a library's kernel: operands and results, without its scratch memory."""
   if _without_traffic(operation):
     return 0.0
-  results = [memory_bytes(operation.type)]
-  if operation.type.startswith("("):
-    found = arrays(operation.type)
-    # The scratch memory of cuBLAS and cuDNN is the last result, of bytes.
-    scratch = operation.type.rpartition(" ")[2].startswith(("s8[", "u8["))
-    results = [size for size, _ in (found[:-1] if scratch else found)]
+  results = _results(operation)
   names = dict(zip(operation.operands, operands, strict=False))
   # A kernel that writes into its operand need not touch all of it; a product adds to all of it.
   if "__cublas" not in operation.attributes:
@@ -171,6 +168,17 @@ def _custom_call(operation: Operation, operands: Sequence[str]) -> float:
       results[int(output or 0)] = 0.0
       names.pop(operation.operands[int(operand)], None)
   return sum(results) + sum(map(memory_bytes, names.values()))
+
+
+def _results(operation: Operation) -> list[float]:
+  """Bytes of each result of a library's kernel."""
+  if not operation.type.startswith("("):
+    return [memory_bytes(operation.type)]
+  found = [0.0 if elsewhere(layout) else size for size, layout in arrays(operation.type)]
+  # The scratch memory of cuBLAS and cuDNN is the last result, of bytes.
+  library = re.search(r'custom_call_target="__cu(blas|dnn)', operation.attributes)
+  scratch = operation.type.rpartition(" ")[2].startswith(("s8[", "u8["))
+  return found[:-1] if library and scratch else found
 
 
 def _without_traffic(operation: Operation) -> bool:

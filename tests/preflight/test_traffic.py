@@ -85,6 +85,11 @@ ROW = "%p.2 = bf16[1,128]{1,0} parameter(2)"     # 256 bytes
     "ROOT %r = (f32[8]{0}, bf16[64,128]{1,0}) tuple(%e, %p.0)"], 64),
   # A parameter without use.
   ([TABLE, "%p.1 = f32[8]{0} parameter(1)", "ROOT %r = f32[8]{0} exponential(%p.1)"], 64),
+  # A library's product of one layer's slice: its scratch memory is not counted.
+  (["%p.0 = bf16[4,64,128]{2,1,0} parameter(0)", INDEX,
+    "%s = bf16[1,64,128]{2,1,0} dynamic-slice(%p.0, %p.1, %p.1, %p.1)",
+    "ROOT %r = (bf16[64,64]{1,0}, s8[33554432]{0}) custom-call(%s, %s), "
+    'custom_call_target="__cublas$gemm"'], 16_384 + 4 + 2 * 64 * 64),
   # A TPU's arrays beside its memory.
   (["%p.0 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)",
     "ROOT %r = f32[64,128]{1,0:T(8,128)} convert(%p.0)"], 4 * 64 * 128),
@@ -102,7 +107,10 @@ ON_CHIP = "{1,0:T(8,128)(2,1)S(1)}"
   # A product's scratch memory is not counted.
   ([A, "%r = (bf16[64,64]{1,0}, s8[33554432]{0}) custom-call(%a, %b), "
        'custom_call_target="__cublas$gemm"'], 16_384 + 2 * 64 * 64),
-  # It reads what it adds to.
+  # Bytes that a kernel of our own returns are a result.
+  ([A, "%r = (bf16[64,64]{1,0}, s8[64,128]{1,0}) custom-call(%a), "
+       'custom_call_target="__gpu$xla.gpu.triton"'], 16_384 + 2 * 64 * 64 + 64 * 128),
+  # A product reads the array that it adds to.
   ([A, "%c = bf16[64,64]{1,0} parameter(1)", "%r = (bf16[64,64]{1,0}, s8[4096]{0}) "
        'custom-call(%a, %a, %c), custom_call_target="__cublas$gemm", '
        "output_to_operand_aliasing={{0}: (2, {})}"], 16_384 + 2 * 2 * 64 * 64),

@@ -326,6 +326,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   candidate, needed = best
   print(f"the cheapest that fits: {candidate}: "
         f"{search.price_sentence(len(devices), needed, price)}")
+  print(f"as flags: {candidate.flags(config)}")
   return True
 
 

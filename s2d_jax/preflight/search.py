@@ -14,12 +14,13 @@ from s2d_jax.preflight import verdicts
 from s2d_jax.preflight.costs import Cost
 
 REMAT = ("block", "dots")  # recompute whole blocks, or everything but products
+_IN_MICROBATCHES = ("token_logps", "update")  # programs that read one microbatch at a time
 
 
 class Candidate(NamedTuple):
   """One choice of a search; the choices' results differ by rounding alone."""
   mesh: tuple[int, int, int]
-  divisor: int  # a stage's microbatches are divided by it: fewer and larger ones
+  factor: float  # of every stage's microbatches; a larger one means fewer rows in each
   remat: str
 
   def apply(self, config: ConfigDict) -> ConfigDict:
@@ -29,11 +30,29 @@ class Candidate(NamedTuple):
       changed.mesh = self.mesh
       changed.remat = self.remat
       for hp in changed.stages.values():
-        hp.microbatches = max(hp.microbatches // self.divisor, 1)
+        hp.microbatches = self.microbatches(hp)
     return changed
 
+  def microbatches(self, hp: ConfigDict) -> int:
+    """The number nearest below `factor` times a stage's that splits its rows evenly, at least 1.
+
+    Each shard of the mesh has a row of each microbatch, unless an update has fewer rows.
+    """
+    rows = max(_update_rows(hp) // (self.mesh[0] * self.mesh[1]), 1)  # of a shard
+    count = min(max(int(hp.microbatches * self.factor), 1), rows)
+    while rows % count:
+      count -= 1
+    return count
+
+  def flags(self, config: ConfigDict) -> str:
+    """The flags that make a config this candidate."""
+    mesh = ", ".join(map(str, self.mesh))
+    stages = [f"--config.stages.{name}.microbatches={self.microbatches(hp)}"
+              for name, hp in config.stages.items() if hp.steps]
+    return " ".join([f'--config.mesh="({mesh})"', f"--config.remat={self.remat}", *stages])
+
   def __str__(self) -> str:
-    return f"mesh {self.mesh}, microbatches / {self.divisor}, remat {self.remat}"
+    return f"mesh {self.mesh}, microbatches x {self.factor:g}, remat {self.remat}"
 
 
 def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -41,7 +60,7 @@ def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, in
 
   Args:
     key_heads: of a model; `tensor` divides them.
-    rows: of a microbatch; data x fsdp divides them.
+    rows: of an update; data x fsdp divides them.
   """
   for tensor in range(1, count + 1):
     if count % tensor or key_heads % tensor or rows % (count // tensor):
@@ -54,20 +73,31 @@ def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, in
 
 
 def candidates(config: ConfigDict, count: int, key_heads: int) -> Iterator[Candidate]:
-  """Every Candidate of a config on `count` devices, the largest microbatches last."""
-  rows = [_update_rows(hp) for hp in config.stages.values() if hp.steps]
-  fewest = min(hp.microbatches for hp in config.stages.values() if hp.steps)
-  for divisor in (2**i for i in range(fewest.bit_length())):
-    smallest = min(size * divisor for size in rows)
-    for mesh in meshes(count, key_heads, smallest):
+  """Every Candidate of a config on `count` devices.
+
+  First the config's microbatches, then fewer and larger ones, and at last more and smaller ones,
+  down to one row of each shard.
+  """
+  stages = [hp for hp in config.stages.values() if hp.steps]
+  fewest = min(hp.microbatches for hp in stages)
+  rows = [_update_rows(hp) for hp in stages]
+  factors = [2.0**-i for i in range(fewest.bit_length())]
+  factors += [2.0**i for i in range(1, max(rows).bit_length())]
+  found = set()
+  for factor in factors:
+    for mesh in meshes(count, key_heads, math.gcd(*rows)):
       for remat in REMAT:
-        yield Candidate(mesh, divisor, remat)
+        candidate = Candidate(mesh, factor, remat)
+        # Stages that have one row a shard already stay as they are.
+        key = mesh, remat, tuple(candidate.microbatches(hp) for hp in stages)
+        if key not in found:
+          found.add(key)
+          yield candidate
 
 
 def _update_rows(hp: ConfigDict) -> int:
-  """Rows of one microbatch of a stage's update."""
-  samples = hp.prompts * hp.sampling.samples_per_prompt
-  return samples // (hp.minibatches * hp.microbatches)
+  """Rows of one update of a stage."""
+  return hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
 
 
 def hours(config: ConfigDict, found: Sequence[Cost]) -> float:
@@ -90,30 +120,35 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
     report: gets a line for each candidate.
   """
   best = None
-  # Larger microbatches need more memory, so a mesh that failed is not tried with them.
-  too_large: set[tuple[tuple[int, int, int], str]] = set()
+  # By mesh and remat. Larger microbatches need more memory, so where some failed no larger ones are
+  # tried. Smaller ones take more time, so where some fit no smaller ones are.
+  failed: dict[tuple[tuple[int, int, int], str], float] = {}
+  fitting: dict[tuple[tuple[int, int, int], str], float] = {}
   for candidate in tried:
     key = candidate.mesh, candidate.remat
-    if key in too_large:
+    if not failed.get(key, 0.0) < candidate.factor <= fitting.get(key, math.inf):
       continue
     changed = candidate.apply(config)
     held = resident_of(changed)
     if held > limit:
-      too_large.add(key)
+      failed[key] = math.inf
       report(f"{candidate}: does not fit: weights, optimizer and gradients alone need "
              f"{verdicts.gb(held)} of {verdicts.gb(limit)}")
       continue
     try:
       found = costs_of(changed)
-    # The config itself was checked before, so a candidate's mesh or memory is refused.
+    # The config itself was checked before, so a candidate's mesh or memory is refused, whatever its
+    # microbatches.
     except ValueError as error:
-      too_large.add(key)
+      failed[key] = math.inf
       report(f"{candidate}: does not fit: {error}")
       continue
     if not verdicts.fits(found, limit):
-      too_large.add(key)
+      others = [cost for cost in found if cost.program not in _IN_MICROBATCHES]
+      failed[key] = candidate.factor if verdicts.fits(others, limit) else math.inf
       report(f"{candidate}: {verdicts.verdict(found, limit)}")
       continue
+    fitting[key] = candidate.factor
     needed = hours(changed, found)
     report(f"{candidate}: {verdicts.verdict(found, limit)}, at least {needed:,.1f} hours")
     if best is None or needed < best[1]:

@@ -24,13 +24,42 @@ def test_every_mesh_splits_heads_and_rows_evenly():
 
 
 def test_candidates_start_with_the_configs_microbatches_and_leave_out_stages_without_steps(config):
-  # 32 rows in 4 microbatches of 8; divided by 4, one microbatch of 32.
+  # 32 rows in 4 microbatches of 8: one microbatch of 32, up to 8 of one row on each of 4 shards.
   found = list(search.candidates(config, 4, key_heads=1))
-  assert {candidate.divisor for candidate in found} == {1, 2, 4}
-  assert found[0] == Candidate((1, 4, 1), 1, "block") and found[-1].divisor == 4
-  changed = found[-1].apply(config)
-  assert changed.stages.reverse_kl.microbatches == 1 and config.stages.reverse_kl.microbatches == 4
-  assert changed.mesh == found[-1].mesh
+  factors = [candidate.factor for candidate in found]
+  assert list(dict.fromkeys(factors)) == [1, 0.5, 0.25, 2]
+  assert found[0] == Candidate((1, 4, 1), 1, "block")
+  for factor, microbatches in ((0.25, 1), (2, 8)):
+    (changed, *_) = [candidate.apply(config) for candidate in found if candidate.factor == factor]
+    assert changed.stages.reverse_kl.microbatches == microbatches and changed.mesh == (1, 4, 1)
+  assert config.stages.reverse_kl.microbatches == 4
+
+
+def test_a_candidate_is_printed_as_flags(config):
+  assert Candidate((1, 4, 1), 2, "dots").flags(config) == (
+      '--config.mesh="(1, 4, 1)" --config.remat=dots --config.stages.reverse_kl.microbatches=8')
+
+
+def test_one_device_tries_one_row_a_microbatch(config):
+  found = list(search.candidates(config, 1, key_heads=1))
+  last = found[-1].apply(config).stages.reverse_kl
+  assert found[-1].factor == 8 and last.microbatches == 32
+
+
+def test_microbatches_of_every_stage_split_its_rows_evenly():
+  # 24 rows of a stage in 4 microbatches, 64 of another in 16, on four shards.
+  stage = {"steps": 10, "minibatches": 1, "sampling": {"samples_per_prompt": 8}}
+  config = ConfigDict({"mesh": (1, 4, 1), "remat": "block", "stages": {
+      "sft": {**stage, "prompts": 3, "microbatches": 4},
+      "reverse_kl": {**stage, "prompts": 8, "microbatches": 16}}}).lock()
+  found = list(search.candidates(config, 4, key_heads=1))
+  assert {candidate.mesh for candidate in found} == {(1, 4, 1), (2, 2, 1), (4, 1, 1)}
+  numbers = {}
+  for candidate in found:
+    stages = candidate.apply(config).stages
+    numbers[candidate.factor] = (stages.sft.microbatches, stages.reverse_kl.microbatches)
+  # Six rows a shard do not split into 4 microbatches, but into 3 of 2.
+  assert numbers == {1: (3, 16), 0.5: (2, 8), 0.25: (1, 4), 2: (6, 16)}
 
 
 def program(seconds, size, stage="reverse_kl"):
@@ -46,7 +75,7 @@ def test_the_fastest_that_fits_is_the_cheapest(config):
     compiled.append((changed.mesh, changed.stages.reverse_kl.microbatches))
     return [program(*table[changed.mesh])]
   lines = []
-  tried = [Candidate(mesh, divisor, "block") for divisor in (1, 2) for mesh in table]
+  tried = [Candidate(mesh, factor, "block") for factor in (1, 0.5) for mesh in table]
   best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
   # Ten steps of two updates of three seconds.
   assert best[0] == Candidate((2, 2, 1), 1, "block") and best[1] * 3600 == pytest.approx(60)
@@ -55,11 +84,41 @@ def test_the_fastest_that_fits_is_the_cheapest(config):
   assert len(lines) == 5 and sum("does not fit" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("most, expected", [
+    (8, [4, 2, 1]),      # every size fits: smaller microbatches would only be slower
+    (4, [4, 2]),
+    (1, [4, 8, 16, 32]),  # the config's own do not fit: one row at a time does
+])
+def test_smaller_microbatches_are_tried_only_where_larger_ones_do_not_fit(config, most, expected):
+  compiled = []
+  def costs_of(changed):
+    count = changed.stages.reverse_kl.microbatches
+    compiled.append(count)
+    return [program(count, 32 / count * 10)]
+  tried = [candidate for candidate in search.candidates(config, 1, key_heads=1)
+           if candidate.remat == "block"]
+  limit = {8: 320, 4: 100, 1: 10}[most]
+  best = search.cheapest(config, tried, limit, costs_of, lambda changed: 1, lambda line: None)
+  assert compiled == expected
+  fitting = [count for count in expected if 320 / count <= limit]
+  assert best[0].apply(config).stages.reverse_kl.microbatches == min(fitting)
+
+
+def test_smaller_microbatches_are_not_tried_where_sampling_does_not_fit(config):
+  compiled = []
+  def costs_of(changed):
+    compiled.append(changed.stages.reverse_kl.microbatches)
+    return [program(1.0, 90), program(1.0, 110)._replace(program="sample")]
+  tried = [Candidate((1, 4, 1), factor, "block") for factor in (1, 0.5, 2)]
+  assert search.cheapest(config, tried, 100, costs_of, lambda changed: 50, print) is None
+  assert compiled == [4]
+
+
 def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
   def costs_of(changed):
     raise AssertionError("compiled")
   lines = []
-  tried = [Candidate((1, 4, 1), divisor, "block") for divisor in (1, 2)]
+  tried = [Candidate((1, 4, 1), factor, "block") for factor in (1, 0.5, 2)]
   assert search.cheapest(config, tried, 10**9, costs_of, lambda changed: 2 * 10**9,
                          lines.append) is None
   (line,) = lines
@@ -72,13 +131,13 @@ def test_a_candidate_without_memory_for_a_cache_does_not_fit(config):
       raise ValueError("config.sampler.cache_gib is 0 and a device has 1 GiB left: use more.")
     return [program(3.0, 90)]
   lines = []
-  tried = [Candidate(mesh, divisor, "block") for divisor in (1, 2)
+  tried = [Candidate(mesh, factor, "block") for factor in (1, 0.5, 2)
            for mesh in ((1, 4, 1), (2, 2, 1))]
   best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
   assert best[0].mesh == (2, 2, 1)
   # Larger microbatches leave no more of the memory, so that mesh is tried once.
   assert [line for line in lines if "(1, 4, 1)" in line] == [
-      "mesh (1, 4, 1), microbatches / 1, remat block: does not fit: config.sampler.cache_gib is 0 "
+      "mesh (1, 4, 1), microbatches x 1, remat block: does not fit: config.sampler.cache_gib is 0 "
       "and a device has 1 GiB left: use more."]
 
 

@@ -5,7 +5,7 @@ and its problems are checked here, before anything runs or is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -82,9 +82,10 @@ class Node(NamedTuple):
 class Plan(NamedTuple):
   """A checked config, with its problems, base models and the nodes of its arms."""
   config: ConfigDict
-  task: Task
+  task: Task | None                     # None in a plan without problems
   chat: chat.Chat
-  prompts: dict[str, list[Prompt]]      # by split; "all", "1h" and "2h" are the labelled ones
+  # by split; "all", "1h" and "2h" are the labelled ones; {} in a plan without problems
+  prompts: dict[str, list[Prompt]]
   problems: dict[int, dict]             # by id, over all splits
   bases: dict[str, dict[str, str]]      # "teacher", "student" -> {"folder", "identity"}
   compared: tuple[str, ...]             # arms that must train their students by equal budgets
@@ -155,6 +156,29 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
                      config.half_seed)
   empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {})
+  return _laid_out(empty, table, arms, chosen)
+
+
+def without_problems(config: ConfigDict, tokenizer: chat.Chat, stages: Sequence[Stage],
+                     arms: Mapping[str, Arm]) -> Plan:
+  """The nodes and scores of a config's arms, where problems and weights are not at hand.
+
+  Names are not those of a run's folders. Of several such plans, equal names mean equal stages.
+
+  Raises:
+    ValueError: as `plan`, from what can be checked without problems and weights.
+  """
+  table = {stage.name: stage for stage in stages}
+  doctor.check_config(config, table)
+  bases = {role: {"folder": str(config[role]), "identity": str(config[role])}
+           for role in ("teacher", "student")}
+  empty = Plan(config, None, tokenizer, {}, {}, bases, (), {}, {}, {})
+  return _laid_out(empty, table, arms, _chosen_arms(config, arms))
+
+
+def _laid_out(empty: Plan, table: Mapping[str, Stage], arms: Mapping[str, Arm],
+              chosen: Sequence[str]) -> Plan:
+  """A Plan with the nodes and scores of the chosen arms."""
   nodes: dict[str, Node] = {}
   arm_nodes: dict[str, list[str]] = {}
   scored: dict[str, dict[str, str]] = {}
@@ -264,7 +288,6 @@ def parents(stage: Stage, hp: ConfigDict, current: Mapping[str, str]) -> dict[st
 def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Node | None:
   """A stage with the weights that an arm has so far, or None for a stage of 0 steps."""
   config = plan.config
-  prompts = plan.prompts[use.labels]
   hp = config.stages[stage.name]
   # An arm without one stage of the bridge makes the steps of both, to be equal in updates.
   if use.steps_from:
@@ -274,16 +297,23 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
   if hp.steps == 0:
     return None
   doctor.check_profile(config, stage.name, hp.steps)
-  if hp.prompts > len(prompts):
-    raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
-                     f"{use.labels} has {len(prompts)} problems: lower it.")
-  for key in stage.source.texts:
-    doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
-                       plan.problems, plan.chat)
+  if plan.prompts:
+    _check_problems(plan, stage, hp, use.labels)
   roles = parents(stage, hp, current)
   inputs = _inputs(plan, stage, use.labels, hp, roles)
   name = manifest.name(stage.name, inputs)
   return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs)
+
+
+def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> None:
+  """Refuses a split of fewer problems than a step takes, or without the texts of the source."""
+  prompts = plan.prompts[split]
+  if hp.prompts > len(prompts):
+    raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
+                     f"{split} has {len(prompts)} problems: lower it.")
+  for key in stage.source.texts:
+    doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
+                       plan.problems, plan.chat)
 
 
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
@@ -292,8 +322,14 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
   # them: others must not rename it.
   checked = stage.reward or stage.prompt_weights is not None
-  facts = []
-  for p in plan.prompts[split]:
+  facts: list[Any] = []
+  if not plan.prompts:
+    # In place of the problems stands all of the config that chooses them.
+    config = plan.config
+    facts = [config.task, config.data.to_dict(), config.prompt_tokens, config.label_share]
+    if split != "all" or config.label_share < 1:
+      facts.append(config.half_seed)
+  for p in plan.prompts.get(split, ()):
     problem = plan.problems[p.id]
     texts = [problem[key] for key in stage.source.texts] or [None]
     facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts))
@@ -304,7 +340,7 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
       "row": {field: getattr(stage, field) for field in manifest.ROW},
       "objective": [identity_of(stage.objective.loss), stage.objective.version],
       "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),
-      "task": plan.task_identity() if checked else None,
+      "task": plan.task_identity() if checked and plan.task else None,
       "config": keys.hashed(hp, doctor.stage_keys(stage)),
       "seed": plan.config.seed, "dtype": plan.config.dtype, "cache": plan.config.sampler.cache,
       "tokenizer": plan.chat.fingerprint(),

@@ -94,9 +94,13 @@ def _probe(plan: Plan, node: Node, role: str, workdir: epath.Path) -> str | None
   """The folder of a probe of a role's weights; with the node's teacher where it distils one."""
   if not node.stage.source.probed:
     return None
+  return scoring.probe(plan, role, probe_guide(node), workdir)
+
+
+def probe_guide(node: Node) -> str | None:
+  """The role that a node's learner is compared with in its probes, or None."""
   # Under reward the guide is the learner's own start, whose divergence from it is 0.
-  guide = None if node.stage.reward else node.guide or node.actor
-  return scoring.probe(plan, role, guide, workdir)
+  return None if node.stage.reward else node.guide or node.actor
 
 
 def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> None:

@@ -34,7 +34,7 @@ from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, hf
-from s2d_jax.preflight import search, topologies, verdicts
+from s2d_jax.preflight import runs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost
 from s2d_jax.preflight.pool import Progress, Request
 from s2d_jax.sharding import Params
@@ -263,25 +263,35 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
     price: of one chip an hour.
   """
   configs = sweep.expand(config)
+  plans = [_plan(one) for one in configs]
   chip = topologies.chip(topology) if topology else None
   devices = topologies.devices(topology) if topology else None
   mesh = _mesh(configs[0].mesh, devices)
   limit = chip.memory if chip is not None else hosts.device_memory()
   progress = Progress()
-  found: dict[Cost, None] = {}
+  found: list[list[Cost]] = []
+  printed: dict[Cost, None] = {}
   # Within an open run, stages trace a program that they share once.
   with program_cache.opened(""), jax.set_mesh(mesh):
     print(verdicts.HEADER, flush=True)
     for one in configs:
+      found.append([])
       for cost in costs_of(one, Target(chip, fast), progress):
-        if cost not in found:  # runs of a sweep share programs
-          found[cost] = None
+        found[-1].append(cost)
+        if cost not in printed:  # runs of a sweep share programs
+          printed[cost] = None
           # Flushed line by line, because a large program takes minutes to compile.
           print(verdicts.line(cost), flush=True)
-  print(verdicts.summary(list(found), limit))
+  print(verdicts.summary(list(printed), limit))
   if chip is not None:
-    print(search.price_sentence(mesh.size, search.hours(configs[0], list(found)), price))
-  return verdicts.fits(found, limit)
+    print(search.price_sentence(mesh.size, runs.total(plans, found), price))
+  return verdicts.fits(printed, limit)
+
+
+def _plan(config: ConfigDict) -> planning.Plan:
+  """The stages and scores of a config's arms; see `planning.without_problems`."""
+  tokenizer = chat.Chat(config.student, **config.template)
+  return planning.without_problems(config, tokenizer, recipe.STAGES, recipe.ARMS)
 
 
 def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransformation) -> int:
@@ -302,7 +312,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   if "sweep" in config:
     raise ValueError("--search takes one run: name a config without a sweep.")
   # First, because a candidate's ValueError below means that its mesh or memory is too small.
-  doctor.check_config(config, _table())
+  plan = _plan(config)
   chip = topologies.chip(topology)
   devices = topologies.devices(topology)
   progress = Progress()
@@ -318,14 +328,17 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
            for role in ("teacher", "student")]
   tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
+  def total(found: Sequence[Cost]) -> runs.Total:
+    return runs.total([plan], [found])
+
   best = search.cheapest(config, tried, chip.memory, compiled, held,
-                         lambda line: print(line, flush=True))
+                         lambda found: total(found).hours, lambda line: print(line, flush=True))
   if best is None:
     print(f"no candidate fits {topology}")
     return False
-  candidate, needed = best
+  candidate, costs = best
   print(f"the cheapest that fits: {candidate}: "
-        f"{search.price_sentence(len(devices), needed, price)}")
+        f"{search.price_sentence(len(devices), total(costs), price)}")
   print(f"as flags: {candidate.flags(config)}")
   return True
 

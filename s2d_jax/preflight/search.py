@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax.preflight import verdicts
 from s2d_jax.preflight.costs import Cost
+from s2d_jax.preflight.runs import Total
 
 REMAT = ("block", "dots")  # recompute whole blocks, or everything but products
 _IN_MICROBATCHES = ("token_logps", "update")  # programs that read one microbatch at a time
@@ -100,26 +101,22 @@ def _update_rows(hp: ConfigDict) -> int:
   return hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
 
 
-def hours(config: ConfigDict, found: Sequence[Cost]) -> float:
-  """The least hours of a config's stages, every answer being of max_tokens."""
-  steps = {name: hp.steps for name, hp in config.stages.items()}
-  return sum(steps.get(cost.stage, 0) * cost.runs * cost.least.seconds
-             for cost in found if cost.least is not None) / 3600
-
-
 def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
              costs_of: Callable[[ConfigDict], Sequence[Cost]],
              resident_of: Callable[[ConfigDict], int],
-             report: Callable[[str], None]) -> tuple[Candidate, float] | None:
-  """(the Candidate of the least hours that fits, its hours), or None where none fits.
+             hours_of: Callable[[Sequence[Cost]], float],
+             report: Callable[[str], None]) -> tuple[Candidate, Sequence[Cost]] | None:
+  """(the Candidate of the least hours that fits, its costs), or None where none fits.
 
   Args:
     limit: bytes of a device's memory.
     costs_of: compiles a config; a ValueError says that not one row fits.
     resident_of: bytes on each device that the largest update of a config has at least.
+    hours_of: of the whole run, by the costs of its programs.
     report: gets a line for each candidate.
   """
   best = None
+  least = math.inf
   # By mesh and remat. Larger microbatches need more memory, so where some failed no larger ones are
   # tried. Smaller ones take more time, so where some fit no smaller ones are.
   failed: dict[tuple[tuple[int, int, int], str], float] = {}
@@ -149,19 +146,21 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
       report(f"{candidate}: {verdicts.verdict(found, limit)}")
       continue
     fitting[key] = candidate.factor
-    needed = hours(changed, found)
+    needed = hours_of(found)
     report(f"{candidate}: {verdicts.verdict(found, limit)}, at least {needed:,.1f} hours")
-    if best is None or needed < best[1]:
-      best = candidate, needed
+    if needed < least:
+      best = candidate, found
+      least = needed
   return best
 
 
-def price_sentence(count: int, needed: float, price: float | None) -> str:
-  """The chip-hours of a run, and their price where one is given per chip and hour."""
-  sentence = f"{count} chips x {needed:,.1f} hours at least"
-  if price is None:
-    return sentence
-  return f"{sentence} x {price:g} = {count * needed * price:,.0f}"
+def price_sentence(count: int, found: Total, price: float | None) -> str:
+  """The chip-hours of a config's runs, with a price per chip and hour their cost, and their parts.
+  """
+  sentence = f"{count} chips x {found.hours:,.1f} hours at least"
+  if price is not None:
+    sentence = f"{sentence} x {price:g} = {count * found.hours * price:,.0f}"
+  return f"{sentence}: {found}"
 
 
 def check_price(text: str | None) -> float | None:

@@ -199,6 +199,7 @@ def test_the_cache_has_the_memory_of_the_chip_and_not_of_this_machine(config):
 def test_programs_that_runs_of_a_sweep_share_are_printed_once(quick_compiles, config, capsys):
   with config.unlocked():
     config.stages = {"teacher_sft": config.stages.teacher_sft}
+    config.arms = "untrained"
     config.sweep = ({"seed": 1}, {"seed": 2}, {"stages.teacher_sft.prompts": 8})
   preflight.show(config)
   rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from s2d_jax import command, preflight
-from s2d_jax.preflight import costs, hlo, search
+from s2d_jax.preflight import costs, hlo, runs, search
 from s2d_jax.preflight.search import Candidate
 
 
@@ -67,6 +67,11 @@ def program(seconds, size, stage="reverse_kl"):
                     costs.Least(seconds, 0.0, 0.0, 0.0))
 
 
+def seconds(found):
+  """Hours of a run of ten steps; see `runs.total` for those of a plan."""
+  return sum(10 * cost.runs * cost.least.seconds for cost in found) / 3600
+
+
 def test_the_fastest_that_fits_is_the_cheapest(config):
   # (data, fsdp, tensor) -> (seconds of an update, bytes): the fastest does not fit.
   table = {(1, 4, 1): (5.0, 60), (2, 2, 1): (3.0, 90), (4, 1, 1): (1.0, 200)}
@@ -76,9 +81,8 @@ def test_the_fastest_that_fits_is_the_cheapest(config):
     return [program(*table[changed.mesh])]
   lines = []
   tried = [Candidate(mesh, factor, "block") for factor in (1, 0.5) for mesh in table]
-  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
-  # Ten steps of two updates of three seconds.
-  assert best[0] == Candidate((2, 2, 1), 1, "block") and best[1] * 3600 == pytest.approx(60)
+  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, seconds, lines.append)
+  assert best == (Candidate((2, 2, 1), 1, "block"), [program(3.0, 90)])
   # The mesh that did not fit is not compiled with microbatches of twice the size.
   assert compiled.count(((4, 1, 1), 4)) == 1 and ((4, 1, 1), 2) not in compiled
   assert len(lines) == 5 and sum("does not fit" in line for line in lines) == 1
@@ -98,7 +102,8 @@ def test_smaller_microbatches_are_tried_only_where_larger_ones_do_not_fit(config
   tried = [candidate for candidate in search.candidates(config, 1, key_heads=1)
            if candidate.remat == "block"]
   limit = {8: 320, 4: 100, 1: 10}[most]
-  best = search.cheapest(config, tried, limit, costs_of, lambda changed: 1, lambda line: None)
+  best = search.cheapest(config, tried, limit, costs_of, lambda changed: 1, seconds,
+                         lambda line: None)
   assert compiled == expected
   fitting = [count for count in expected if 320 / count <= limit]
   assert best[0].apply(config).stages.reverse_kl.microbatches == min(fitting)
@@ -110,7 +115,8 @@ def test_smaller_microbatches_are_not_tried_where_sampling_does_not_fit(config):
     compiled.append(changed.stages.reverse_kl.microbatches)
     return [program(1.0, 90), program(1.0, 110)._replace(program="sample")]
   tried = [Candidate((1, 4, 1), factor, "block") for factor in (1, 0.5, 2)]
-  assert search.cheapest(config, tried, 100, costs_of, lambda changed: 50, print) is None
+  assert search.cheapest(config, tried, 100, costs_of, lambda changed: 50, seconds,
+                         print) is None
   assert compiled == [4]
 
 
@@ -120,7 +126,7 @@ def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
   lines = []
   tried = [Candidate((1, 4, 1), factor, "block") for factor in (1, 0.5, 2)]
   assert search.cheapest(config, tried, 10**9, costs_of, lambda changed: 2 * 10**9,
-                         lines.append) is None
+                         seconds, lines.append) is None
   (line,) = lines
   assert "weights, optimizer and gradients alone need 2.00 GB of 1.00 GB" in line
 
@@ -133,7 +139,7 @@ def test_a_candidate_without_memory_for_a_cache_does_not_fit(config):
   lines = []
   tried = [Candidate(mesh, factor, "block") for factor in (1, 0.5, 2)
            for mesh in ((1, 4, 1), (2, 2, 1))]
-  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, lines.append)
+  best = search.cheapest(config, tried, 100, costs_of, lambda changed: 50, seconds, lines.append)
   assert best[0].mesh == (2, 2, 1)
   # Larger microbatches leave no more of the memory, so that mesh is tried once.
   assert [line for line in lines if "(1, 4, 1)" in line] == [
@@ -175,5 +181,8 @@ def test_a_price_that_is_no_number_is_refused(text):
 
 def test_the_price_is_chips_times_hours_times_price():
   assert search.check_price("2.5") == 2.5 and search.check_price(None) is None
-  assert search.price_sentence(8, 100.0, 2.5) == "8 chips x 100.0 hours at least x 2.5 = 2,000"
-  assert search.price_sentence(8, 100.0, None) == "8 chips x 100.0 hours at least"
+  found = runs.Total(100.0, {"stage": 10, "probe": 2}, ("test (not compiled)",))
+  counted = "10 stages, 2 probes, every response of max_tokens; not counted: test (not compiled)"
+  assert search.price_sentence(8, found, 2.5) == (
+      f"8 chips x 100.0 hours at least x 2.5 = 2,000: {counted}")
+  assert search.price_sentence(8, found, None) == f"8 chips x 100.0 hours at least: {counted}"

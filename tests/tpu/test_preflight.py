@@ -24,8 +24,12 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   config.mesh = (1, 2, 2)
   with config.unlocked():
     config.stages = {name: config.stages[name] for name in ("reverse_kl", "student_grpo")}
+  config.arms = "untrained,cold_grpo"
   preflight.show(config, "v5e:2x2")
-  found = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+  lines = capsys.readouterr().out.splitlines()
+  found = [line.split()[:2] for line in lines[2:]]
+  # The probe of the GRPO's start. The problems are at hand only where a run prepared them.
+  assert lines[-1].startswith("4 chips x 0.0 hours at least: 1 stages, 1 probes, every response")
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found
   assert ["test", "student"] in found and ["probe", "both"] in found

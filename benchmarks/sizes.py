@@ -81,7 +81,7 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Jso
   config.mesh = (1, len(devices), 1)
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
            "mesh": list(config.mesh), "microbatches": config.stages[stage].microbatches,
-           "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.memory}
+           "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     try:
       found = list(preflight.costs_of(config, programs.Target(chip, scores=False)))
@@ -94,7 +94,7 @@ def facts(found: Sequence[Cost], chip: chips.Chip) -> Json:
   """The verdict on a stage's programs, the largest, and the least seconds of each in a step."""
   largest = max(found, key=lambda cost: cost.bytes if cost.account else math.inf)
   return {
-      "fits": verdicts.fits(found, chip.memory), "verdict": verdicts.verdict(found, chip.memory),
+      "fits": verdicts.fits(found, chip.usable), "verdict": verdicts.verdict(found, chip.usable),
       "program": largest.program, "bytes": largest.bytes if largest.account else None,
       "step": {cost.program: {"seconds": cost.runs * cost.least.seconds, "bound": cost.least.bound}
                for cost in found if cost.least is not None and cost.runs}}

@@ -15,6 +15,8 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from s2d_jax import chips
+
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
 
@@ -91,8 +93,17 @@ def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
                             str(error))) from error
 
 
+_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX starts its devices
+
+
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-  """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed."""
+  """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed.
+
+  JAX then takes `chips.GPU_SHARE` of a GPU, unless the environment has another share.
+  """
+  # JAX refuses an environment that has both of its names.
+  if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+    os.environ.setdefault(_SHARE, str(chips.GPU_SHARE))
   try:
     main(argv)
   except ValueError as error:

@@ -1,6 +1,7 @@
 """`s2d-jax`: each command's help, the diagnosis of a sound config, and one sentence for another."""
 
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -24,6 +25,26 @@ def config(data):
   config = arithmetic.get_config()
   config.data.dir = data
   return config
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+])
+def test_a_command_lets_jax_take_a_share_of_a_gpu_unless_the_environment_says_one(
+    monkeypatch, environment, expected):
+  names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+  for name in names:
+    # Set first, so that the value of before comes back after the test.
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  found = []
+  command.call(lambda argv: found.append({name: os.environ[name] for name in names
+                                          if name in os.environ}), [])
+  assert found == [expected]
 
 
 @pytest.mark.medium

@@ -46,6 +46,7 @@ ARROWS = {
   "checkpoint": {"files", "sharding"},
   "files": {"hosts"},
   "sweep": {"planning", "manifest"},
+  "command": {"chips"},
   "report": {"command", "ladder", "figures", "timing"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},

@@ -80,7 +80,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   doctor.check_config(config, table)
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
                                 sampler.Compiler(_uncompiled, largest_only=True),
-                                target.chip and target.chip.memory)
+                                target.chip and target.chip.usable)
   requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
     held = compiling.resident(stage_models, optimizer)
@@ -267,7 +267,7 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   chip = topologies.chip(topology) if topology else None
   devices = topologies.devices(topology) if topology else None
   mesh = _mesh(configs[0].mesh, devices)
-  limit = chip.memory if chip is not None else hosts.device_memory()
+  limit = chip.usable if chip is not None else hosts.device_memory()
   progress = Progress()
   found: list[list[Cost]] = []
   printed: dict[Cost, None] = {}
@@ -284,6 +284,7 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
           print(verdicts.line(cost), flush=True)
   print(verdicts.summary(list(printed), limit))
   if chip is not None:
+    print(verdicts.memory(chip))
     print(search.price_sentence(mesh.size, runs.total(plans, found), price))
   return verdicts.fits(printed, limit)
 
@@ -327,11 +328,12 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
 
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
            for role in ("teacher", "student")]
+  print(verdicts.memory(chip), flush=True)
   tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
   def total(found: Sequence[Cost]) -> runs.Total:
     return runs.total([plan], [found])
 
-  best = search.cheapest(config, tried, chip.memory, compiled, held,
+  best = search.cheapest(config, tried, chip.usable, compiled, held,
                          lambda found: total(found).hours, lambda line: print(line, flush=True))
   if best is None:
     print(f"no candidate fits {topology}")

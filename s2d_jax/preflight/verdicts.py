@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from s2d_jax import chips
+from s2d_jax.chips import Chip
 from s2d_jax.preflight.costs import Cost
 
 HEADER = "\n".join((
@@ -41,6 +43,14 @@ def summary(found: Sequence[Cost], limit: int | None) -> str:
   lines = [f"{stage}: {verdict(costs, limit)}{_step(costs)}"
            for stage, costs in by_stage.items()]
   return "\n".join(["", *lines, f"the whole: {verdict(found, limit)}"])
+
+
+def memory(chip: Chip) -> str:
+  """Says how much memory a device has for programs."""
+  if chip.usable == chip.memory:
+    return f"a device has {gb(chip.memory)}"
+  return (f"a device has {gb(chip.memory)}, of which JAX takes {chips.GPU_SHARE:.0%}: "
+          f"{gb(chip.usable)}")
 
 
 def verdict(found: Sequence[Cost], limit: int | None) -> str:

@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 
 from s2d_jax import chips
-from s2d_jax.preflight import topologies
+from s2d_jax.preflight import topologies, verdicts
 
 
 @pytest.mark.parametrize("name, memory", [
@@ -30,6 +30,14 @@ def test_a_tpu_has_the_memory_that_its_compiler_has(name, gib):
 def test_an_unknown_topology_names_the_known_ones(name):
   with pytest.raises(ValueError, match="unknown: name a card .a100, h100, h200.* v5e, v5p, v6e"):
     topologies.devices(name)
+
+
+def test_of_a_gpu_jax_takes_a_share_and_of_a_tpu_all():
+  assert topologies.chip("h100").usable == int(0.92 * 84_942_979_072)
+  assert topologies.chip("v5e:4x4").usable == topologies.chip("v5e:4x4").memory
+  assert verdicts.memory(topologies.chip("h100")) == (
+      "a device has 84.94 GB, of which JAX takes 92%: 78.15 GB")
+  assert verdicts.memory(topologies.chip("v5e:4x4")) == "a device has 16.91 GB"
 
 
 def test_cards_of_several_hosts_share_a_slower_network():

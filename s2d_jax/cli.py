@@ -12,7 +12,7 @@ COMMANDS = {  # name -> (module, its function of the flags, description)
     "eval": ("s2d_jax.evaluate", "main", "score a model on sets of checked problems"),
     "report": ("s2d_jax.report", "main", "print the table of finished work folders"),
     "preflight": ("s2d_jax.preflight", "main",
-                  "compile every program and print the memory it needs"),
+                  "compile the largest program of each kind and print its memory"),
     "doctor": ("s2d_jax.main", "doctor", "check a config, its models, tokenizers and data"),
     "export": ("s2d_jax.export", "main", "write a finished stage as a Hugging Face folder"),
 }

@@ -87,6 +87,15 @@ def opened(path: str) -> Iterator[None]:
         function.cache_clear()
 
 
+def check(path: str) -> None:
+  """Creates the folder of config.compilation_cache, as `opened` does, and changes no setting.
+
+  Raises:
+    ValueError: the folder cannot be written.
+  """
+  _settings(path)
+
+
 def _set(settings: dict[str, Any]) -> None:
   """Gives JAX these settings."""
   changed = {name for name, value in settings.items() if getattr(jax.config, name) != value}

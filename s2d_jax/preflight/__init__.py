@@ -1,9 +1,9 @@
-"""`s2d-jax preflight`: compiles a config's programs ahead of time and says whether they fit.
+"""`s2d-jax preflight`: compiles a config's largest programs and says whether they fit.
 
 Needs the two model folders' config.json and tokenizer, no weights and no data. With `--topology` it
 compiles for a TPU or GPU that is not here. One file per subject: `programs` compiles a config,
-`topologies` has the chips, `costs` one program's memory and time, `hlo` reads a compiled program
-(with `operations`, `loops`, `products`, `collectives` and `traffic`),
+`runs` counts how often they run, `topologies` has the chips, `costs` one program's memory and time,
+`hlo` reads a compiled program (with `operations`, `loops`, `products`, `collectives` and `traffic`),
 `verdicts` prints, `search` compares meshes.
 """
 

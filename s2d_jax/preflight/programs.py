@@ -1,4 +1,5 @@
-"""`s2d-jax preflight`: compiles every program of a config ahead of time and prints its Cost."""
+"""`s2d-jax preflight`: compiles the largest program of each kind of a config, prints their Costs.
+"""
 
 import math
 import sys
@@ -231,10 +232,15 @@ def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
 
 
 def main(argv: Sequence[str]) -> None:
-  """`s2d-jax preflight`: prints the table of a config's programs; exits with 1 if one is too large.
+  """`s2d-jax preflight`: prints the table of a config's largest programs of each kind.
+
+  Exits with 1 if one does not fit.
+
+  Raises:
+    ValueError: the request is wrong; the message is one sentence.
   """
   parser = command.config_parser(
-      "preflight", "Compiles every program of a config and says whether it fits.", _EXAMPLE)
+      "preflight", "Compiles the largest program of each kind and says whether it fits.", _EXAMPLE)
   parser.add_argument("--topology", metavar="h100:8",
                       help="chips to compile for that are not here: h100, h200:8, v5e:4x4, ...")
   parser.add_argument("--fast", action="store_true",
@@ -264,6 +270,8 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   """
   configs = sweep.expand(config)
   plans = [_plan(one) for one in configs]
+  # A run opens the folder of its first config.
+  program_cache.check(configs[0].compilation_cache)
   chip = topologies.chip(topology) if topology else None
   devices = topologies.devices(topology) if topology else None
   mesh = _mesh(configs[0].mesh, devices)
@@ -314,6 +322,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
     raise ValueError("--search takes one run: name a config without a sweep.")
   # First, because a candidate's ValueError below means that its mesh or memory is too small.
   plan = _plan(config)
+  program_cache.check(config.compilation_cache)
   chip = topologies.chip(topology)
   devices = topologies.devices(topology)
   progress = Progress()

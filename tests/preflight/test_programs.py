@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import arithmetic
-from s2d_jax import command, preflight, sharding
+from s2d_jax import command, preflight, program_cache, sharding
 from s2d_jax.preflight import programs, topologies
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
@@ -204,6 +204,28 @@ def test_programs_that_runs_of_a_sweep_share_are_printed_once(quick_compiles, co
   preflight.show(config)
   rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
   assert rows.count(["teacher_sft", "update"]) == 2 and rows.count(["probe", "both"]) == 1
+
+
+# ml_collections loads config files by importlib's old name.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("flag, sentence", [
+    ("profile=10:13", "config.profile is '10:13' and the stage student_grpo makes 4 steps"),
+    ("arms=nowhere", "there is no arm 'nowhere'"),
+    ("compilation_cache=/nowhere", "config.compilation_cache is '/nowhere': name a folder")])
+def test_mistakes_that_a_run_refuses_are_refused_before_anything_compiles(
+    flag, sentence, search, capsys, monkeypatch):
+  # A folder whose permissions allow it may refuse a file all the same, as a full disk does.
+  monkeypatch.setattr(program_cache, "_create", lambda folder: OSError(folder))
+  monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[:1])
+  flags = ["--config=configs/arithmetic.py:tiny", f"--config.{flag}"]
+  if search:
+    flags += ["--search", "--topology=h100"]
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, flags)
+  assert error.value.code == 2
+  found = capsys.readouterr()
+  assert f"s2d_jax: {sentence}" in found.err and "compiled" not in found.err and not found.out
 
 
 # ml_collections loads config files by importlib's old name.

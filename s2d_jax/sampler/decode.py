@@ -93,7 +93,16 @@ def admit(slots: Slots, prompts: tuple[caches.KV, ...], source_B: jax.Array, new
     unchanged = jax.lax.slice(old, (0,) * old.ndim, prompt.shape)
     new = new_B.reshape(-1, *(1 for _ in prompt.shape[1:]))
     return jax.lax.dynamic_update_slice(old, jnp.where(new, prompt, unchanged), (0,) * old.ndim)
-  cache = jax.tree.map(start, slots.cache, prompts)
+
+  olds, tree = jax.tree.flatten(slots.cache)
+  written: list[jax.Array] = []
+  for old, prompt in zip(olds, jax.tree.leaves(prompts), strict=True):
+    # A slot's prompt may be on another device, so the prompts are gathered. Without an order all
+    # arrays' gathers come first, and together they take as much memory as half a cache.
+    if written:
+      prompt, written[-1] = jax.lax.optimization_barrier((prompt, written[-1]))
+    written.append(start(old, prompt))
+  cache = tree.unflatten(written)
   return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
 
 

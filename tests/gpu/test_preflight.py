@@ -10,11 +10,13 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import arithmetic, common
 from s2d_jax import command, compiling, models, objectives, optim, preflight, sharding, training
 from s2d_jax.preflight import costs, hlo, topologies
+from s2d_jax.sampler import capacity, decode, programs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
@@ -125,6 +127,32 @@ def test_eight_cards_share_an_updates_products():
   eight = found["h100:8"]
   assert abs(8 * eight.flops / one.flops - 1) < 0.1
   assert one.collective_bytes == 0 < eight.collective_bytes
+
+
+def test_prompts_enter_their_slots_one_array_at_a_time():
+  devices = topologies.devices("h100:8")
+  where = sharding.make_mesh((1, 8, 1), devices)
+  config = models.get(models.PUBLISHED["qwen3-8b"] | {"num_hidden_layers": 4},
+                      dtype="bfloat16").config
+  # 64 slots of 18,432 tokens on each card, and 16 prompts of 2,048.
+  shapes = capacity.Shapes((512,), (18_432,), 2048, 512, prompts=128, shards=8, pages=0, table=0)
+
+  def rows(count, *shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding.replicated(where))
+
+  with jax.set_mesh(where):
+    slots = programs.abstract_slots(config, capacity.SamplerConfig(), shapes, 512, 18_432, where)
+    prompts = programs.abstract_slots(config, capacity.SamplerConfig(), shapes, 128, 2048, where)
+    admit = jax.jit(decode.admit, donate_argnums=0,
+                    out_shardings=jax.tree.map(lambda x: x.sharding, slots))
+    compiled = admit.lower(slots, prompts.cache, rows(512), rows(512, dtype=bool), rows(512),
+                           rows(512), rows(512, 2, dtype=jnp.uint32)).compile()
+  account = costs.account(compiled)
+  # The keys of one layer of all prompts, eight heads of 128 in bfloat16. All eight arrays' together
+  # would be 4.3 GB.
+  one = 128 * 2048 * 8 * 128 * 2
+  assert one <= account.temporaries < 1.1 * one
+  assert account.output < 1000  # the cache is updated in place
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

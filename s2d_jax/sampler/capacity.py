@@ -312,8 +312,12 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
   resized = len(found.batches) > 1 or len(found.lengths) > 1
   if config.cache_gib or config.available is None or not resized:
     return found
-  config = config._replace(available=int(config.available * RESIZED_SHARE))
-  return _shapes(model_config, sampling, config, rows, prompt_tokens)
+  share = config._replace(available=int(config.available * RESIZED_SHARE))
+  try:
+    return _shapes(model_config, sampling, share, rows, prompt_tokens)
+  # Rows that fit all of the memory alone have a cache of one size, which never changes.
+  except Unfit:
+    return found._replace(batches=found.batches[:1], lengths=found.lengths[-1:])
 
 
 def _shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows: int,

@@ -580,6 +580,21 @@ def test_a_cache_that_is_resized_has_two_thirds_of_the_memory_that_is_left(tiny)
   assert (found.batches, found.prompts) == ((24, 12), 10)
 
 
+def test_a_row_that_fits_the_memory_alone_has_a_cache_of_one_size(tiny):
+  # 304 tokens more than the row of 14: 160 of them would be a second length.
+  longer = SAMPLING._replace(max_tokens=SAMPLING.max_tokens + 304)
+  row = ROW * (14 + 304) // 14
+  config = SamplerConfig(available=int(1.4 * row))  # a quarter may be for prompts
+  found = capacity.shapes(tiny("qwen3")[0].config, longer, config, 40, WINDOW)
+  assert (found.batches, found.lengths) == ((1,), (318,))
+  # Twice the memory is enough for two lengths.
+  config = SamplerConfig(available=2 * config.available)
+  found = capacity.shapes(tiny("qwen3")[0].config, longer, config, 40, WINDOW)
+  assert (found.batches, found.lengths) == ((1,), (160, 318))
+  with pytest.raises(capacity.Unfit, match="cache_gib is 0 and a device has"):
+    capacity.shapes(tiny("qwen3")[0].config, longer, SamplerConfig(available=row), 40, WINDOW)
+
+
 @pytest.mark.medium
 def test_fine_batches_give_the_same_samples(ten_prompts, tiny, monkeypatch):
   _, params, rows, _ = ten_prompts

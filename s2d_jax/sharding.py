@@ -167,6 +167,13 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+  """JAX's name of the kind of the mesh's devices, which may be described but absent."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def current_mesh() -> Mesh | None:
   """The mesh of `with jax.set_mesh(...)`, or None."""
   mesh = jax.sharding.get_mesh()

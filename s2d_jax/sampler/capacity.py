@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2d_jax import keys, models, sharding
+from s2d_jax import chips, keys, models, sharding
 from s2d_jax.keys import Key
 from s2d_jax.models import attention, caches, paged
 from s2d_jax.models.config import Config
@@ -148,10 +148,12 @@ def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
   return tuple(sorted(between.union(found), reverse=True))
 
 
-# Rates of an H100, by which a program for a further size is chosen on an accelerator.
+# By these a program for a further size is chosen on an accelerator. A device reaches about such a
+# share of its data sheet's rates.
 COMPILE_SECONDS = 0.25  # for each layer of a decoding program, on sixteen cores
-READ_RATE = 3e12        # bytes that a device reads in a second
-FLOP_RATE = 8e14        # of products in bfloat16
+READ_SHARE = 0.9        # of the bytes that it reads in a second
+FLOP_SHARE = 0.8        # of its products in bfloat16
+UNKNOWN_CHIP = "h100"   # whose rates stand for a device that is not in the table of chips
 LOGIT_BYTES = 16        # for each word: float32 logits are written and read three times
 CALLS = 100             # a program is worth its compilation if that many calls save it
 LEAST_SAVING = 0.1      # and if it saves this share of a step
@@ -194,12 +196,13 @@ def accelerator_sizes(model_config: Config, sampling: Sampling, dtype: jax.typin
   the cache and its rows' products, and only in the steps in which it is enough. A length S is
   enough until the longest row has as many tokens, in S less the window. Rows that end evenly leave
   a batch of b enough for b/B of all steps. For 1.7 B parameters and 64 rows of 192 tokens one
-  program is enough. On a TPU, with responses of 16,384 tokens, every size pays within a few calls.
+  program is enough on an H100. On a TPU, with responses of 16,384 tokens, every size pays within a
+  few calls.
 
   Where a step stops at each row's last token, ended rows cost no reading and another length saves
   nothing. Reading weights and multiplying by them add up: on an H200 (benchmarks/results) a row
-  costs 9 microseconds beside its cache with 1.7 B parameters and 17 to 22 with 8 B. These rates
-  give 5 and 21.
+  costs 9 microseconds beside its cache with 1.7 B parameters and 17 to 22 with 8 B. The rates of
+  its chip give 5 and 21.
 
   Args:
     dtype: of the cache.
@@ -208,11 +211,15 @@ def accelerator_sizes(model_config: Config, sampling: Sampling, dtype: jax.typin
   token_bytes = slot_bytes(model_config, 1, dtype)
   if stops_at_rows(model_config, dtype):
     token_bytes = 0
+  chip = chips.of_kind(sharding.device_kind()) or chips.CHIPS[UNKNOWN_CHIP]
+  read_rate = READ_SHARE * chip.bandwidth
+  flop_rate = FLOP_SHARE * chip.flops
+
   def step_seconds(batch: int, length: int) -> float:
     rows = batch // shapes.shards
-    products = 2 * weights * (1 / READ_RATE + rows / FLOP_RATE)
+    products = 2 * weights * (1 / read_rate + rows / flop_rate)
     row_bytes = token_bytes * length + LOGIT_BYTES * model_config.vocab_size
-    return products + rows * row_bytes / READ_RATE
+    return products + rows * row_bytes / read_rate
 
   seconds = COMPILE_SECONDS * model_config.layers
   largest = shapes.batches[0]

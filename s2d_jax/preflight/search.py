@@ -155,8 +155,7 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
 
 
 def price_sentence(count: int, found: Total, price: float | None) -> str:
-  """The chip-hours of a config's runs, with a price per chip and hour their cost, and their parts.
-  """
+  """The chip-hours of a config's runs, their cost at a price per chip-hour, and what is counted."""
   sentence = f"{count} chips x {found.hours:,.1f} hours at least"
   if price is not None:
     sentence = f"{sentence} x {price:g} = {count * found.hours * price:,.0f}"

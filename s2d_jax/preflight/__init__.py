@@ -3,8 +3,8 @@
 Needs the two model folders' config.json and tokenizer, no weights and no data. With `--topology` it
 compiles for a TPU or GPU that is not here. One file per subject: `programs` compiles a config,
 `runs` counts how often they run, `topologies` has the chips, `costs` one program's memory and time,
-`hlo` reads a compiled program (with `operations`, `loops`, `products`, `collectives` and `traffic`),
-`verdicts` prints, `search` compares meshes.
+`hlo` reads a compiled program with `operations`, `loops`, `products`, `collectives` and `traffic`.
+`verdicts` prints, and `search` compares meshes.
 """
 
 from s2d_jax.preflight.programs import abstract_role, costs_of, main, show

@@ -1,23 +1,18 @@
 """The command line: every mistake is one sentence and exit code 2, and nothing is written."""
 
 import json
-import pathlib
-import subprocess
-import sys
 import time
 
 import pytest
 
 from configs import arithmetic
 from s2d_jax import recipe, tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import interpreter
 
 
 def run(module, *flags):
-  done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True,
-                        text=True, check=False, timeout=120, env={"JAX_PLATFORMS": "cpu",
-                                                                  "PATH": "/usr/bin:/bin"})
+  done = interpreter.run("-m", module, *flags, seconds=120,
+                         env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
   return done.returncode, [line for line in done.stderr.splitlines() if "s2d_jax: " in line]
 
 
@@ -74,16 +69,14 @@ def test_a_second_writer_is_refused_with_one_sentence(tmp_path):
 @pytest.mark.parametrize("command", ["doctor", "preflight"])
 def test_doctor_and_preflight_refuse_an_unknown_key_as_run_does(command):
   program = f"import sys; sys.argv[1:1] = [{command!r}]; from s2d_jax import cli; cli.main()"
-  done = subprocess.run([sys.executable, "-c", program, "--config=configs/arithmetic.py:tiny",
-                         "--config.foo=1"], cwd=ROOT, capture_output=True, text=True, check=False,
-                        timeout=120)
+  done = interpreter.run("-c", program, "--config=configs/arithmetic.py:tiny", "--config.foo=1",
+                         seconds=120)
   assert done.returncode == 2 and "s2d_jax: config has no key 'foo'" in done.stderr
 
 
 @pytest.mark.medium
 def test_the_console_entry_point_lists_its_commands():
-  done = subprocess.run([sys.executable, "-c", "from s2d_jax import cli; cli.main()"], cwd=ROOT,
-                        capture_output=True, text=True, check=False, timeout=120)
+  done = interpreter.run("-c", "from s2d_jax import cli; cli.main()", seconds=120)
   assert done.returncode == 1
   for command in ("run", "report", "preflight", "doctor"):
     assert f"  {command} " in done.stderr

@@ -1,13 +1,11 @@
 """Processes that are about to run different programs say so in time, and do not wait for ever."""
 
-import pathlib
 import socket
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import interpreter
+
 SCRIPT = """
 import sys, time
 import jax
@@ -49,10 +47,8 @@ def outputs(*texts, seconds=60):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  both = [subprocess.Popen(
-      [sys.executable, "-c", SCRIPT, str(i), port, str(seconds), *text], cwd=ROOT,
-      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for i, text in enumerate(texts)]
-  return [process.communicate(timeout=120)[0].strip() for process in both]
+  both = [interpreter.start("-c", SCRIPT, i, port, seconds, *text) for i, text in enumerate(texts)]
+  return [process.wait(120).stdout.strip() for process in both]
 
 
 @pytest.mark.medium

@@ -3,8 +3,9 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import interpreter
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,9 @@ class Checkout:
     self.touched: list[str] = []
     self.new_code: list[str] = []
     for name in ("s2d_jax", "configs"):
-      shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+      # With the compiled modules, which Python takes for each file that is then left as it is. One
+      # that another worker is writing has a longer name.
+      shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc.*"))
 
   def write(self, path: str, text: str) -> None:
     """Adds a file, the user's own code: not a touched place."""
@@ -46,8 +49,7 @@ class Checkout:
   def run(self, program: str) -> subprocess.CompletedProcess:
     """Runs a Python program that imports this copy; its output is text."""
     environment = os.environ | {"PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", program], cwd=self.folder, env=environment,
-                          capture_output=True, text=True, check=False)
+    return interpreter.run("-c", program, cwd=self.folder, env=environment)
 
   def plan(self, arm: str, before: str = "") -> subprocess.CompletedProcess:
     """Plans an arm of the tiny config, as `s2d-jax doctor` would, and prints its stages.

@@ -11,6 +11,8 @@ VENV ?= .venv
 FLAGS ?=
 PIP_FLAGS ?=
 WORKERS ?= 2
+# Whole files, in the order of tests/conftest.py, which puts the longest first.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
@@ -33,13 +35,13 @@ ladder: $(VENV)/.installed
 	$(BIN)/s2d-jax report runs/ladder
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not tpu and not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not tpu and not gpu" $(SPREAD)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m slow $(SPREAD) --durations 10
 
 # libtpu in .venv would claim the machine's accelerator, so it has a separate environment.
 test-tpu: .venv-tpu/.installed

@@ -5,6 +5,7 @@ several tests, so pytest's workers and the processes that tests start share the 
 place from the environment. It keeps a program however short its compilation was.
 """
 
+import collections
 import os
 import pathlib
 
@@ -14,8 +15,32 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - it reads the environment when it is imported
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+SECONDS = {"slow": 60, "medium": 8}  # of a test with this mark, roughly; 0.3 of one without
+
+
+@pytest.hookimpl(trylast=True)  # after tests are left out by their marks
+def pytest_collection_modifyitems(items):
+  """Puts the files that take longest first, so that all workers end at about one time."""
+  seconds = collections.Counter()
+  for item in items:
+    seconds[item.path] += max((SECONDS.get(mark.name, 0.3) for mark in item.iter_markers()),
+                              default=0.3)
+  items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """XLA skips most optimizations: for files of tests that spend nearly all of their time compiling.
+
+  Only for tests of what surrounds the arithmetic: which programs run, when, on which devices.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

@@ -212,14 +212,6 @@ class FinishedRun(NamedTuple):
   unread: list   # keys of the config
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-  """Compiling takes nearly all of these runs' time: XLA skips most optimizations."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def finished(request, quick_compiles, tmp_path_factory):
   """Every row of one config, run once, its evaluation on every benchmark it names."""

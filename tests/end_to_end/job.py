@@ -138,13 +138,17 @@ def main():
   parser.add_argument("--mesh", default="1,1,1")
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_compilation_cache_dir", f"{args.bases}/xla")
+  # Compiling takes nearly all of a job's time: XLA skips most optimizations.
+  jax.config.update("jax_disable_most_optimizations", True)
   if args.process is not None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{args.port}", 2, args.process)
   jax.config.update("jax_transfer_guard", "disallow")
   run_config = config(args.bases, args.arm, f"{args.bases}/data")
   if args.kill_in:
+    # The undisturbed job has stored every program. A process that is killed while it stores one
+    # would leave half a file for all other tests.
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 2**62)
     row, n = args.kill_in.split(":")
     kill_at_event(row, int(n))
   with jax.set_mesh(sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))):

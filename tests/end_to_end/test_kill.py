@@ -1,17 +1,14 @@
 """kill -9 at any moment in every stage row, then the same command: the same bytes in the end."""
 
 import json
-import pathlib
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests import interpreter
 from tests.end_to_end import job
 
-ROOT = pathlib.Path(__file__).parents[2]
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
         "student_grpo")
 # Wall-clock, and what depends on it: kept apart from everything else for this reason.
@@ -20,8 +17,7 @@ CLOCKS = ("timing", "starts", "tensorboard", "writer.lock")
 
 def start(workdir, bases, *flags):
   """Runs the job to its end, or its death; returns the exit status and what it printed."""
-  done = subprocess.run([sys.executable, "-m", "tests.end_to_end.job", workdir, bases, *flags],
-                        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+  done = interpreter.run("-m", "tests.end_to_end.job", workdir, bases, *flags)
   return done.returncode, done.stdout + done.stderr
 
 
@@ -42,7 +38,7 @@ def facts(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-  """(bases, workdir) of a job that was not killed; the compiled programs are cached beside it."""
+  """(bases, workdir) of a job that was not killed."""
   folder = tmp_path_factory.mktemp("undisturbed")
   job.bases(folder / "bases")
   status, printed = start(folder / "work", folder / "bases")

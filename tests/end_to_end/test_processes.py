@@ -1,24 +1,19 @@
 """Two processes joined by jax.distributed run every row of `bridge` with the samples of one."""
 
-import pathlib
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from s2d_jax import metrics, rollouts
+from tests import interpreter
 from tests.end_to_end import job
 
-ROOT = pathlib.Path(__file__).parents[2]
 ROWS = ("teacher_grpo", "forward_kl", "reverse_kl")
 
 
 def launch(workdir, bases, *flags):
-  return subprocess.Popen(
-      [sys.executable, "-m", "tests.end_to_end.job", workdir, bases, "--arm", "bridge", *flags],
-      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return interpreter.start("-m", "tests.end_to_end.job", workdir, bases, "--arm", "bridge", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +24,12 @@ def runs(tmp_path_factory):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  alone = launch(folder / "one", folder / "bases")
-  printed = alone.communicate(timeout=600)[0]
-  assert alone.returncode == 0, printed
+  alone = launch(folder / "one", folder / "bases").wait(600)
+  assert alone.returncode == 0, alone.stderr
   both = [launch(folder / "two", folder / "bases", "--mesh", "1,2,1", "--process", i,
                  "--port", port) for i in "01"]
-  for process in both:
-    printed = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, printed
+  for done in [process.wait(600) for process in both]:
+    assert done.returncode == 0, done.stderr
   return folder / "one", folder / "two"
 
 

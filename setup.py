@@ -41,8 +41,9 @@ EXTRAS = {
   "math": ["math-verify"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "cuda13": ["jax[cuda13]>=0.10.2"],
-  # Compiles for GPUs that are not here: neither a driver nor a card.
-  "gpu-compile": ["jax-cuda12-plugin>=0.10.2", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12"],
+  # Compiles for GPUs that are not here: neither a driver nor a card. JAX's own extra has the plugin
+  # of its version, and no other version loads.
+  "gpu-compile": ["jax[cuda12-local]>=0.10.2", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12"],
   "gcs": ["etils[epath-gcs]"],
   "s3": ["etils[epath-s3]"],
   "notebook": ["nbclient", "nbformat", "ipykernel"],

@@ -133,22 +133,27 @@ def trace(folder: epath.Path, steps: range) -> Iterator[Callable[[int], None]]:
         return
       active = not active
       if active:
-        running.enter_context(_profiler(folder / "profile"))
+        running.enter_context(_stored_profile(folder / "profile"))
       else:
         running.close()
     yield begin
 
 
-@contextlib.contextmanager
-def _profiler(folder: epath.Path) -> Iterator[None]:
-  """JAX's profiler while open; its files are then in `folder`."""
+def profiler(folder: str) -> contextlib.AbstractContextManager[None]:
+  """JAX's profiler, which writes to a local folder when it is closed."""
   options = jax.profiler.ProfileOptions()
-  # Events of every Python call would slow the steps that are measured; phases have names already.
+  # Events of every Python call would slow what is measured; phases have names already.
   options.python_tracer_level = 0
+  return jax.profiler.trace(folder, profiler_options=options)
+
+
+@contextlib.contextmanager
+def _stored_profile(folder: epath.Path) -> Iterator[None]:
+  """JAX's profiler while open; its files are then in `folder`."""
   # The profiler writes local files only, and a work folder may be in an object store.
   with tempfile.TemporaryDirectory() as scratch:
     try:
-      with jax.profiler.trace(scratch, profiler_options=options):
+      with profiler(scratch):
         yield
     finally:
       for path in pathlib.Path(scratch).rglob("*"):

@@ -1,6 +1,7 @@
 """The repository: the README's tree, banned text, lengths of files, packaging."""
 
 import ast
+import importlib.metadata
 import re
 import tomllib
 from pathlib import Path
@@ -181,6 +182,22 @@ def test_setup_has_the_extras():
   assert set(extras) == {"test", "math", "tpu", "cuda13", "gpu-compile", "gcs", "s3",
                          "notebook"}
   assert [name for name, lines in extras.items() if "torch" in " ".join(lines)] == ["test"]
+
+
+def test_the_plugin_that_compiles_for_gpus_has_jaxs_version():
+  installed = importlib.metadata.version("jax")
+  plugins = []
+  for line in literals(ROOT / "setup.py")["EXTRAS"]["gpu-compile"]:
+    requirement = Requirement(line)
+    assert "cuda12-plugin" not in requirement.name  # whose version pip would choose by itself
+    if requirement.name == "jax":
+      plugins += [found for found in map(Requirement, importlib.metadata.requires("jax"))
+                  if found.name == "jax-cuda12-plugin" and any(
+                      found.marker.evaluate({"extra": extra}) for extra in requirement.extras)]
+  (plugin,) = plugins
+  # Neither an earlier nor a later version, and without a driver's libraries.
+  assert plugin.specifier.contains(installed) and not plugin.extras
+  assert not plugin.specifier.contains("0.10.1") and not plugin.specifier.contains("99")
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])

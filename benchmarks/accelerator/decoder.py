@@ -1,11 +1,14 @@
 """A sampler whose dispatches are timed one by one, and one of which can be traced."""
 
 import statistics
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks import measure, sampler
@@ -15,6 +18,24 @@ from s2d_jax.models import Model
 from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler import Compiler, Sampler, SamplerConfig, Sampling
 from s2d_jax.sharding import Params
+
+Compile = Callable[[jax.stages.Lowered], Any]
+
+
+class Once:
+  """Compiles each program once, however many threads ask for it at a time."""
+
+  def __init__(self, pool: futures.Executor) -> None:
+    self.pool = pool
+    self.lock = threading.Lock()
+    self.programs: dict[jax.stages.Lowered, futures.Future] = {}
+
+  def __call__(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The compiled program, when the pool has compiled it."""
+    with self.lock:
+      if lowered not in self.programs:
+        self.programs[lowered] = self.pool.submit(lowered.compile)
+    return self.programs[lowered].result()
 
 
 class Dispatches:
@@ -42,7 +63,8 @@ class Dispatches:
 class Decoder:
   """A sampler with one program that decodes `rows` samples of one prompt."""
 
-  def __init__(self, model: Model, weights: Params, rows: int, sizes: Namespace) -> None:
+  def __init__(self, model: Model, weights: Params, rows: int, sizes: Namespace,
+               compile: Compile = jax.stages.Lowered.compile) -> None:
     self.rows = rows
     self.config = model.config
     width = sizes.prompt_tokens
@@ -54,7 +76,7 @@ class Decoder:
     config = SamplerConfig(cache_gib=need / 2**30, tokens=sizes.dispatch)
     sampling = Sampling(sizes.max_tokens, (), samples_per_prompt=rows)
     self.sampler = Sampler(model, sampling, 1, width, config, params=weights,
-                           compiler=Compiler(largest_only=True))
+                           compiler=Compiler(compile, largest_only=True))
     self.program = self.sampler.decode_program
     self.slots = self.sampler.programs.shapes.batches[0]
 

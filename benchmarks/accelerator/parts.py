@@ -1,7 +1,8 @@
 """Measures the parts of `plan`. A part calls `save(name, values)` for each of its results."""
 
-import dataclasses
+import gc
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -9,33 +10,20 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from types import SimpleNamespace
-from typing import Any
+from typing import TextIO
 
 import jax
 
-from benchmarks import grpo, loss, measure, sampler, step
-from benchmarks.accelerator import store, traces
-from benchmarks.accelerator.decoder import Decoder, decoding
+from benchmarks import grpo, loss, measure
+from benchmarks.accelerator import leasts, plan, rivals, store, traces
+from benchmarks.accelerator.decoder import Decoder, Once, decoding
+from benchmarks.accelerator.learner import Learner, compiled, network
 from benchmarks.accelerator.plan import Part
-from configs import common
-from s2d_jax import (
-  chips,
-  ledger,
-  manifest,
-  models,
-  objectives,
-  optim,
-  program_cache,
-  sharding,
-  training,
-)
-from s2d_jax.chips import Chip
+from s2d_jax import ledger, manifest, models, program_cache, sharding
 from s2d_jax.losses.blockwise import Head
 from s2d_jax.models import Model
-from s2d_jax.preflight import costs, hlo
 from s2d_jax.sharding import Params
 
 Json = measure.Json
@@ -44,10 +32,39 @@ Save = Callable[[str, Json], None]
 RATES = {"flops_per_second": 684e12, "bytes_per_second": 4.5e12}
 
 
-def run(part: Part, into: pathlib.Path, smoke: bool) -> None:
-  """Measures a part and stores each result as soon as it exists."""
+def serve(smoke: bool) -> None:
+  """Measures the parts that standard input names, a line of JSON each: [name, file of results]."""
+  named = {part.name: part for part in plan.PARTS}
+  for first, (name, into) in _requests():
+    run(named[name], pathlib.Path(into), smoke, first)
+    # The next part needs the memory. A failed one frees it by the end of its process.
+    jax.clear_caches()
+    gc.collect()
+
+
+def _requests() -> Iterator[tuple[bool, list[str]]]:
+  """(whether it is the first, the request) of each line; what it led to is done at the next one."""
+  # All that libraries print belongs to the messages, and standard output has the answers alone.
+  answers: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  first = True
+  for line in sys.stdin:
+    yield first, json.loads(line)
+    first = False
+    print("finished", file=answers, flush=True)
+
+
+def run(part: Part, into: pathlib.Path, smoke: bool, first: bool = True) -> None:
+  """Measures a part and stores each result as soon as it exists.
+
+  Args:
+    first: whether this process has measured no other part before.
+  """
   sizes = Namespace(**(part.full | part.smoke if smoke else part.full))
   sizes.rates = store.read(into)["parts"].get("rates", {}).get("results", {}).get("rates", RATES)
+  sizes.part = part.name
+  sizes.first = first
+  sizes.into = into
   def save(name: str, values: Json) -> None:
     store.add(into, part.name, name, values)
   if part.function in OWN_DEVICES:
@@ -77,107 +94,29 @@ def rates(sizes: Namespace, save: Save) -> None:
                  "bandwidth": stream})
 
 
-def chip(rates: Mapping[str, float]) -> Chip:
-  """This device, for the account of preflight, at the rates that were measured."""
-  # On an unknown device a kernel has no least time, as on a TPU, whose program is one launch.
-  kind = chips.of_kind(jax.devices()[0].device_kind) or chips.CHIPS["v5e"]
-  return kind._replace(flops=rates["flops_per_second"], bandwidth=rates["bytes_per_second"])
-
-
-def least(program: jax.stages.Compiled, trips: int, rates: Mapping[str, float],
-          steps: int = 1) -> Json:
-  """The least seconds of a step's kernels at these rates; `trips` as in `hlo.kernels`.
-
-  Args:
-    steps: that the program does in one run, which share what it does once.
-  """
-  kernels = hlo.kernels(program.as_text(), trips)
-  total = hlo.total(kernels)
-  found = costs.least(kernels, chip(rates))
-  by_bound = {name: seconds / steps for name, seconds in found._asdict().items()}
-  return {"least_seconds": found.seconds / steps, "bound": found.bound, "by_bound": by_bound,
-          "kernels": round(total.count / steps), "kernel_flops": total.flops / steps,
-          "kernel_bytes": total.bytes / steps}
-
-
-def network(shape: str, **run_options: Any) -> Model:
-  """The model of a shape; bfloat16 where an accelerator computes it."""
-  dtype = "bfloat16" if measure.on_accelerator() else "float32"
-  return models.get(measure.SHAPES.get(shape, shape), dtype=dtype, **run_options)
-
-
-class Learner:
-  """A model with AdamW that learns random tokens by negative log-likelihood."""
-
-  def __init__(self, shape: str, lora: int, block: int) -> None:
-    self.model = network(shape, remat="block")
-    config = self.model.config
-    self.non_trainable = None
-    params = measure.weights(self.model, models.shapes)
-    if lora:
-      # As in a stage: the weights stand still in float32, and the adapters alone have moments.
-      self.non_trainable = params
-      self.model = models.build(dataclasses.replace(
-          config, lora=models.Lora(lora, 32.0, ("q", "k", "v", "o", "gate", "up", "down"))))
-      params = models.adapters(self.model, 0)
-    # The gradient of a weight that stands still is not computed: a backward pass is one forward.
-    self.passes = 2 if lora else 3
-    self.block = block
-    self.hp = SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=block, mean="token")
-    self.optimizer = optim.make(self.hp, 1000, models.trained(self.model.config))
-    self.mesh = sharding.current_mesh()
-    self.state = training.init(self.optimizer, self.mesh, params)
-
-  def batch(self, rows: int, tokens: int) -> Params:
-    """Random tokens on the device."""
-    return sharding.put_batch(step.random_batch(self.model.config.vocab_size, rows, tokens),
-                              self.mesh)
-
-  def lower(self, batch: Params) -> jax.stages.Lowered:
-    """The update for batches of this shape."""
-    update = training.jit_update(self.model, None, objectives.NEGATIVE_LOG_LIKELIHOOD,
-                                 self.optimizer, self.hp, training.shardings(self.state))
-    return update.lower(self.state, None, batch, self.non_trainable)
-
-  def update(self, program: jax.stages.Compiled, batch: Params) -> dict[str, jax.Array]:
-    """Makes an update; its metrics stay on the device."""
-    self.state, self.metrics = program(self.state, None, batch, self.non_trainable)
-    return self.metrics
-
-
-def compiled(lowered: Sequence[jax.stages.Lowered]) -> list[tuple[jax.stages.Compiled, float]]:
-  """(program, seconds) of each, compiled side by side."""
-  with futures.ThreadPoolExecutor(len(lowered)) as pool:
-    return list(pool.map(lambda x: measure.stopwatch(x.compile), lowered))
-
-
 def update(sizes: Namespace, save: Save) -> None:
   """Updates of several sizes, beside the least time of their own kernels; a trace of the first."""
   learner, seconds = measure.stopwatch(lambda: Learner(sizes.shape, sizes.lora, sizes.block))
-  save("start", {"weights_seconds": seconds, "seconds": since_start()})
+  save("preparation", {"weights_seconds": seconds})
   batches = [learner.batch(*shape) for shape in sizes.batches]
   programs = compiled([learner.lower(batch) for batch in batches])
   config = learner.model.config
-  found = {}
   for (rows, tokens), batch, (program, seconds) in zip(sizes.batches, batches, programs,
                                                        strict=True):
     taken = measure.timed(lambda p=program, b=batch: learner.update(p, b), sizes.repeats,
                           sizes.seconds)
     flops = learner.passes * ledger.forward_flops(config, [tokens] * rows)
-    found[program] = f"{rows} x {tokens:,}", rows * tokens // sizes.block, taken | {
+    name = f"{rows} x {tokens:,}"
+    save(name, taken | {
         "compile_seconds": seconds, "tokens": rows * tokens, "flops": flops,
         "loss": float(learner.metrics["loss"]), "finite": float(learner.metrics["finite"]),
         "tokens_per_second": rows * tokens / taken["seconds"],
         "share_of_peak": flops / taken["seconds"] / sizes.rates["flops_per_second"],
-        "memory": measure.memory(program)}
-    name, _, values = found[program]
-    save(name, values)
+        "memory": measure.memory(program)})
+    leasts.keep(program, sizes.part, name, rows * tokens // sizes.block)
   if sizes.trace:
     program, _ = programs[0]
     save("trace", traces.of(lambda: learner.update(program, batches[0])))
-  # Last, because a program's text takes seconds to read and might not be understood.
-  for program, (name, trips, values) in found.items():
-    save(name, values | least(program, trips, sizes.rates))
 
 
 def account(sizes: Namespace, save: Save) -> None:
@@ -209,26 +148,33 @@ def decode(sizes: Namespace, save: Save) -> None:
   """Tokens a second of decoding by number of rows, and the share of the bandwidth."""
   model = network(sizes.shape)
   params = measure.weights(model, models.frozen_shapes)
-  mesh = sharding.current_mesh()
-  def build(rows: int) -> tuple[Decoder, float]:
-    with jax.set_mesh(mesh):  # of this thread
-      return measure.stopwatch(lambda: Decoder(model, params, rows, sizes))
-  with futures.ThreadPoolExecutor(len(sizes.rows)) as pool:
-    built = list(pool.map(build, sizes.rows))
+  built = decoders(model, params, sizes)
   weights = built[0][0].sampler.lay_out(params)
-  save("start", {"seconds": since_start()})
-  found = {}
   for decoder, compile_seconds in built:
-    found[decoder] = decoding(decoder, weights, sizes) | {
+    name = f"{decoder.rows} rows"
+    save(name, decoding(decoder, weights, sizes) | {
         "compile_seconds": compile_seconds, "slots": decoder.slots,
-        "memory": measure.memory(decoder.program)}
-    save(f"{decoder.rows} rows", found[decoder])
+        "memory": measure.memory(decoder.program)})
+    leasts.keep(decoder.program, sizes.part, name, sizes.dispatch, sizes.dispatch)
+  for decoder, _ in built:
     if decoder.rows == sizes.trace:
       # The second dispatch: the first one follows the reading of the prompt.
       save("trace", decoder.dispatches(weights, 0, traced=1)[0].trace)
-  for decoder, values in found.items():
-    step = least(decoder.program, sizes.dispatch, sizes.rates, sizes.dispatch)
-    save(f"{decoder.rows} rows", values | step)
+
+
+def decoders(model: Model, params: Params, sizes: Namespace) -> list[tuple[Decoder, float]]:
+  """(decoder, seconds of compilation) for each number of rows, compiled side by side."""
+  mesh = sharding.current_mesh()
+  # Traced one by one, so that those that read the prompt are one object and compile once.
+  for rows in sizes.rows:
+    Decoder(model, params, rows, sizes, lambda lowered: lowered)
+  with (futures.ThreadPoolExecutor(os.cpu_count()) as compiling,
+        futures.ThreadPoolExecutor(len(sizes.rows)) as pool):
+    once = Once(compiling)
+    def build(rows: int) -> tuple[Decoder, float]:
+      with jax.set_mesh(mesh):  # of this thread
+        return measure.stopwatch(lambda: Decoder(model, params, rows, sizes, once))
+    return list(pool.map(build, sizes.rows))
 
 
 def losses(sizes: Namespace, save: Save) -> None:
@@ -249,23 +195,23 @@ def losses(sizes: Namespace, save: Save) -> None:
       jax.jit(jax.value_and_grad(f)).lower(*placed) for f in ways.values()]), strict=True))
   # Products: the student's logits once and two for its gradients, the guide's once.
   flops = 2 * sizes.tokens * sizes.vocab * (3 * sizes.width + sizes.guide_width)
-  found = {}
   for name, (program, seconds) in programs.items():
     taken = measure.timed(lambda p=program: p(*placed), sizes.repeats, sizes.seconds)
-    found[name] = taken | {
+    save(name, taken | {
         "compile_seconds": seconds, "flops": flops, "memory": measure.memory(program),
         "share_of_peak": flops / taken["seconds"] / sizes.rates["flops_per_second"],
-        "loss": float(program(*placed)[0])}
-    save(name, found[name])
-  for name, values in found.items():
+        "loss": float(program(*placed)[0])})
     trips = sizes.tokens // sizes.block if name == "blockwise" else 1
-    save(name, values | least(programs[name][0], trips, sizes.rates))
+    leasts.keep(program, sizes.part, name, trips)
 
 
 def whole_step(sizes: Namespace, save: Save) -> None:
   """Whole steps of a stage, from random weights; the first has the start's seconds."""
   ours = grpo.Ours(sizes)
-  start = {"seconds": since_start(), "compile_seconds": ours.compile_seconds}
+  start = {"compile_seconds": ours.compile_seconds}
+  # Another part before this one would be in these seconds.
+  if sizes.first:
+    start["seconds"] = since_start()
   save("start", start)
   runs = [ours.ask(0)]
   save("start", start | {"first_step_seconds": runs[0]["seconds"]})
@@ -296,31 +242,7 @@ def world(sizes: Namespace, save: Save) -> None:
   save("run", {"seconds": seconds})
 
 
-def rival_updates(sizes: Namespace, save: Save) -> None:
-  """An update here and in `transformers`, eager and compiled."""
-  _script(step, sizes, save)
-
-
-def rival_decoding(sizes: Namespace, save: Save) -> None:
-  """Decoding here and by `generate` of `transformers`."""
-  _script(sampler, sizes, save)
-
-
-def _script(script: Any, sizes: Namespace, save: Save) -> None:
-  """A benchmark of this folder, whose result is stored as far as it came."""
-  if importlib.util.find_spec("torch") is None:
-    raise RuntimeError("the rivals need torch, which is not installed.")
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      script.main([*sizes.flags, f"--results={folder}"])
-    finally:
-      for path in pathlib.Path(folder).glob("*.json"):
-        for name, values in store.read(path).items():
-          if isinstance(values, dict) and name not in ("machine", "sizes"):
-            save(name, values)
-
-
 FUNCTIONS = {"rates": rates, "update": update, "account": account, "decode": decode,
-             "loss": losses, "step": whole_step}
-# These start processes or meshes of their own.
-OWN_DEVICES = {"world": world, "rival_updates": rival_updates, "rival_decoding": rival_decoding}
+             "loss": losses, "step": whole_step, "rivals": rivals.measure_all}
+# These start processes of their own, or need no device.
+OWN_DEVICES = {"world": world, "least_times": leasts.measure_all}

@@ -35,7 +35,8 @@ def _part(name: str, results: Json) -> Iterator[tuple[str, str, str, str]]:
     elif label == "run":
       yield ("whole run", f"{values['seconds']:,.1f} s", "", "")
     elif "seconds_per_step" in values:
-      yield (label, f"{values['tokens_per_second']:,.0f} tokens/s, "
+      rows = "1 row" if label == "1 rows" else label
+      yield (rows, f"{values['tokens_per_second']:,.0f} tokens/s, "
              f"{values['seconds_per_step'] * 1e3:,.2f} ms a step",
              f"{values['share_of_bandwidth']:.0%} of bandwidth", _least(values))
     elif name.startswith("rival"):
@@ -64,10 +65,13 @@ def _least(values: Json) -> str:
 
 
 def _start(values: Json) -> tuple[str, str, str, str]:
-  """Seconds until a process is ready."""
-  result = f"{values['seconds']:,.1f} s"
+  """Seconds until a process is ready, where they were measured, and of its first step."""
+  parts = []
+  if "seconds" in values:
+    parts.append(f"{values['seconds']:,.1f} s")
   if "compile_seconds" in values:
-    result += f", {values['compile_seconds']:,.1f} of compilation"
+    parts.append(f"{values['compile_seconds']:,.1f}{'' if parts else ' s'} of compilation")
+  result = ", ".join(parts)
   if "first_step_seconds" in values:
     result += f"; first step {values['first_step_seconds']:,.1f} s"
   return ("start", result, "", "")

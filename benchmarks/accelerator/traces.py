@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from s2d_jax import timing
+
 # The first class whose pattern is in a kernel's name counts, then in that of the HLO operation.
 CLASSES = (
     ("attention", r"fmha|flash|sdpa|attention"),
@@ -58,10 +60,8 @@ def sums(events: list[Event]) -> dict[str, Any]:
 
 def of(run: Callable[[], Any]) -> dict[str, Any]:
   """The `sums` of what `run` does on the device; `lines` names the profile's lines."""
-  options = jax.profiler.ProfileOptions()
-  options.python_tracer_level = 0
   with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder, profiler_options=options):
+    with timing.profiler(folder):
       jax.block_until_ready(run())
     events = []
     lines = []

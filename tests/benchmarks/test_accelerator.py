@@ -1,21 +1,28 @@
 """`benchmarks/accelerator.sh`: every part runs in tiny sizes, and one that fails harms no other."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import measure
 from benchmarks.accelerator import __main__ as driver
-from benchmarks.accelerator import plan, store, table, traces
+from benchmarks.accelerator import decoder, install, leasts, plan, store, table, traces, worker
+from s2d_jax import chips
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "accelerator.sh"
+H200 = json.loads((ROOT / "benchmarks/results/accelerator-nvidia-h200.json").read_text())["parts"]
 
 
 def run(folder, *flags):
@@ -31,14 +38,18 @@ def run(folder, *flags):
 
 @pytest.mark.slow
 def test_every_part_has_a_section_and_a_line(tmp_path):
-  found, printed = run(tmp_path, "--seconds=900")
-  assert list(found["parts"]) == [part.name for part in plan.PARTS]
+  names = [part.name for part in plan.PARTS]
+  # Programs that tests before have compiled are in this folder.
+  found, printed = run(tmp_path, "--seconds=900", f"--parts={','.join(names)}",
+                       f"--cache={os.environ['JAX_COMPILATION_CACHE_DIR']}")
+  assert list(found["parts"]) == names
   for name, part in found["parts"].items():
     if name.startswith("rival") and "needs torch" in " ".join(part.get("output", ())):
       continue
     assert part["status"] == "finished", (name, part)
     assert part["seconds"] > 0 and part["results"]
-    assert any(line.startswith(f"| {name} | ") for line in printed)
+    # Least times stand in the lines of the programs.
+    assert name == "least times" or any(line.startswith(f"| {name} | ") for line in printed)
   results = {name: part["results"] for name, part in found["parts"].items()}
   update = results["update 0.6B"]
   # 2 rows of 8 tokens, as `test_smoke.test_step` counts them by hand.
@@ -55,14 +66,25 @@ def test_every_part_has_a_section_and_a_line(tmp_path):
   for name in ("grpo 1.7B", "opd 1.7B from 8B"):
     assert results[name]["step"]["tokens"] == 2 * 2 * 8
   assert 0 < results["grpo 1.7B cached"]["start"]["compile_seconds"]
+  # Another part has run in its process before, so the start is not its own.
+  assert "seconds" in results["grpo 1.7B"]["start"]
+  assert "seconds" not in results["opd 1.7B from 8B"]["start"]
+  # The loss in blocks and of all logits, three updates, one of adapters, and twice two decoders.
+  assert results["least times"]["programs"]["count"] == 2 + 3 + 1 + 2 * 2
   assert abs(results["loss"]["direct"]["loss"] / results["loss"]["blockwise"]["loss"] - 1) < 1e-5
+  if importlib.util.find_spec("torch"):
+    sides = results["rivals"]["train"]
+    for loss in ("first_loss", "last_loss"):
+      assert sides["pytorch_eager"][loss] == pytest.approx(sides["ours"][loss], rel=1e-5)
+    for side in ("ours", "transformers"):
+      assert results["rivals"]["decode_4"][side]["tokens"] == [4 * 12]
 
 
 @pytest.mark.slow
 def test_a_part_that_is_stopped_leaves_the_others(tmp_path, monkeypatch):
-  parts = [part._replace(limit=0.25) if part.name == "account" else part for part in plan.PARTS
-           if part.name in ("rates", "account", "loss")]
-  parts.append(plan.PARTS[-1]._replace(least=10_000))
+  named = {part.name: part for part in plan.PARTS}
+  parts = [named["rates"], named["account"]._replace(limit=0.25), named["loss"],
+           plan.PARTS[-1]._replace(least=10_000, named=False)]
   monkeypatch.setattr(plan, "PARTS", tuple(parts))
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   path = driver.main(["--smoke", f"--results={tmp_path}"])
@@ -77,27 +99,146 @@ def test_a_part_that_is_stopped_leaves_the_others(tmp_path, monkeypatch):
 
 @pytest.mark.medium
 def test_a_part_that_fails_leaves_the_end_of_its_traceback(tmp_path, monkeypatch):
-  path = tmp_path / "found.json"
   monkeypatch.setenv("JAX_PLATFORMS", "abacus")
-  driver._measure(plan.PARTS[0], path, tmp_path, deadline=1e12, smoke=True)
-  found = store.read(path)["parts"]["rates"]
+  run = driver.Run(tmp_path, driver._options(["--smoke"]), deadline=1e12)
+  run.measure(plan.PARTS[0])
+  found = store.read(run.path)["parts"]["rates"]
   assert found["status"] == "failed with exit status 1" and found["results"] == {}
-  assert "abacus" in found["output"][-1] and len(found["output"]) <= driver.TAIL
+  assert "abacus" in found["output"][-1] and len(found["output"]) <= worker.TAIL
+  # The next part begins in a new process.
+  assert run.worker is None
 
 
 def test_parts_of_an_earlier_run_stay(tmp_path):
-  options = driver._options([f"--results={tmp_path}"])
   store.write(tmp_path / "accelerator-nvidia-h100.json", {
       "date": "then", "parts": {"loss": {"results": {"a": {}}}, "rates": {"results": {}}}})
-  new = tmp_path / "scratch" / "new.json"
-  store.write(new, {"date": "now", "machine": {"device": "NVIDIA H100"}, "parts": {
+  run = driver.Run(tmp_path / "scratch", driver._options([f"--results={tmp_path}"]), deadline=0)
+  store.write(run.path, {"date": "now", "machine": {"device": "NVIDIA H100"}, "parts": {
       "rates": {"status": "finished", "results": {"rates": {}}}}})
-  path = driver._named(new, options, ["--smoke"])
-  found = json.loads(path.read_text())
-  assert path.name == "accelerator-nvidia-h100.json" and found["date"] == "now"
+  run.keep(["--smoke"])
+  found = json.loads(run.path.read_text())
+  assert run.path.name == "accelerator-nvidia-h100.json" and found["date"] == "now"
   assert found["command"] == "benchmarks/accelerator.sh --smoke"
   assert found["parts"] == {"loss": {"results": {"a": {}}},
                             "rates": {"status": "finished", "results": {"rates": {}}}}
+
+
+class Simulated:
+  """A worker that lets a clock run instead of measuring; its parts take `seconds(name, limit)`."""
+
+  def __init__(self, clock, seconds, environment):
+    self.clock = clock
+    self.seconds = seconds
+    self.environment = environment
+
+  def measure(self, name, path, limit):
+    taken = min(self.seconds(name), limit)
+    self.clock[0] += taken
+    return "finished" if taken < limit else f"not finished: stopped after {limit:.0f} s"
+
+  def tail(self):
+    return []
+
+  def stop(self):
+    pass
+
+
+@pytest.fixture
+def simulate(monkeypatch, tmp_path):
+  """Runs the command on a clock of its own; returns (seconds, sections, processes)."""
+  def run(seconds, installation):
+    clock, processes = [1000.0], []
+    def started(_, environment):
+      processes.append(environment)
+      return Simulated(clock, seconds, environment)
+    def packages(limit, **_):
+      clock[0] += min(installation, limit)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(driver, "Worker", started)
+    monkeypatch.setattr(driver.install, "packages", packages)
+    path = driver.main([f"--results={tmp_path}"])
+    return clock[0] - 1000, store.read(path)["parts"], processes
+  return run
+
+
+def test_the_expected_seconds_leave_time_for_an_installation(simulate):
+  expected = {part.name: part.expected for part in plan.PARTS}
+  default = [part for part in plan.PARTS if not part.named]
+  assert plan.SECONDS == 480
+  assert sum(part.expected for part in default) + plan.INSTALLATION + plan.END <= plan.SECONDS
+  seconds, found, _ = simulate(expected.get, installation=plan.INSTALLATION)
+  assert seconds <= plan.SECONDS
+  assert {name: part["status"] for name, part in found.items()} == {
+      part.name: "finished" for part in default}
+
+
+def test_parts_that_never_end_are_stopped_before_the_end_of_the_seconds(simulate):
+  seconds, found, _ = simulate(lambda _: float("inf"), installation=float("inf"))
+  assert seconds == plan.SECONDS - plan.END
+  # No part is left out of the table.
+  assert list(found) == [part.name for part in plan.PARTS if not part.named]
+  assert {part["status"].partition(":")[0] for part in found.values()} == {"not finished",
+                                                                          "not started"}
+
+
+def test_parts_share_a_process_where_memory_and_programs_are_the_same(simulate):
+  _, _, processes = simulate(lambda _: 1.0, installation=0.0)
+  folders = [Path(environment["JAX_COMPILATION_CACHE_DIR"]).name for environment in processes]
+  growing = ["XLA_PYTHON_CLIENT_PREALLOCATE" in environment for environment in processes]
+  # All on random weights; a stage's start, and its second one with distillation; account and
+  # rivals; least times.
+  assert folders == ["shared", "stage", "stage", "shared", "shared"]
+  assert growing == [False, False, False, True, False]
+
+
+def test_a_part_begins_only_where_its_limit_leaves_its_first_result():
+  for part in plan.PARTS:
+    assert part.least <= part.expected < part.limit, part.name
+
+
+def measured(part):
+  """The seconds on an H200 of a part's compilation and repeats, which its plan cannot undercut."""
+  results = H200[part.name]["results"]
+  timed = [values for values in results.values() if isinstance(values, dict)]
+  compilation = max(values.get("compile_seconds", 0.0) for values in timed)
+  repeats = part.full.get("repeats", 0)
+  # The first run, and in a program's repeats one more to warm up.
+  runs = sum(values["seconds"] * (repeats + 1 + (part.function != "step"))
+             for values in timed if "repeats" in values and isinstance(values["repeats"], list))
+  runs += sum(values["calls"][0] * (repeats + 1) for values in timed if "calls" in values)
+  return compilation + runs
+
+
+@pytest.mark.parametrize("name", ["update 0.6B", "decode 1.7B", "update 1.7B", "loss", "decode 8B",
+                                  "update 8B adapters", "grpo 1.7B", "grpo 1.7B cached",
+                                  "opd 1.7B from 8B", "account"])
+def test_expected_seconds_lie_between_their_parts_and_the_whole_as_measured(name):
+  (part,) = [part for part in plan.PARTS if part.name == name]
+  assert measured(part) < part.expected
+  # Updates have another length each, and three programs of 8B's in place of one.
+  longest = 1.4 if part.function == "update" else 1.1
+  assert part.expected < longest * H200[name]["seconds"]
+
+
+def test_every_size_of_the_plan_is_there():
+  full = {part.name: part.full for part in plan.PARTS}
+  for name in ("update 0.6B", "update 1.7B", "update 8B adapters"):
+    assert [tokens for _, tokens in full[name]["batches"]] == [2048, 8192, 16_384]
+  for name in ("decode 1.7B", "decode 8B"):
+    assert set(full[name]["rows"]) == {1, 16, 64, 256}
+  # A rival's side is the program that an earlier part has compiled.
+  rivals = full["rivals"]
+  assert all(rivals[key] == full["decode 1.7B"][key]
+             for key in ("prompt_tokens", "max_tokens", "dispatch"))
+  assert rivals["decode_shape"] == full["decode 1.7B"]["shape"]
+  assert rivals["decode_rows"] in full["decode 1.7B"]["rows"]
+  assert rivals["update_shape"] == full["update 0.6B"]["shape"]
+  assert (rivals["update_rows"], rivals["update_tokens"]) in full["update 0.6B"]["batches"]
+  assert rivals["block"] == full["update 0.6B"]["block"]
+
+
+def test_a_process_reserves_the_share_of_a_gpu_that_commands_reserve():
+  assert plan.RESERVED == {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}
 
 
 def test_a_result_is_on_disk_as_soon_as_it_exists(tmp_path):
@@ -111,15 +252,57 @@ def test_a_result_is_on_disk_as_soon_as_it_exists(tmp_path):
 
 def test_missing_packages_are_named_in_one_sentence(monkeypatch):
   calls = []
-  monkeypatch.setattr(driver, "NEEDS", {"json": "json", "no_such_module": "no-such-package"})
-  monkeypatch.setattr(driver.subprocess, "run", lambda words, **_: calls.append(words))
-  with pytest.raises(SystemExit, match="install no-such-package, or name a folder .* PYTHONPATH"):
-    driver._require()
+  monkeypatch.setattr(install, "NEEDS", {"json": "json", "no_such_module": "no-such-package"})
+  monkeypatch.setattr(install, "WORLD", {"no_such_world": "no-such-world"})
+  monkeypatch.setattr(install.subprocess, "run", lambda words, **_: calls.append(words))
+  with pytest.raises(SystemExit, match="install no-such-package with .* or name a folder .* "
+                                       "PYTHONPATH"):
+    install.packages(60)
   assert [words[1:4] + words[-1:] for words in calls] == [["-m", "pip", "install",
                                                            "no-such-package"]]
-  # A package that one part alone needs stops no other part.
-  monkeypatch.setattr(driver, "OPTIONAL", {"no_such_module"})
-  driver._require()
+  # The packages that one part alone needs are fetched for it, and stop no other part.
+  monkeypatch.setattr(install, "NEEDS", {"json": "json"})
+  install.packages(60)
+  assert len(calls) == 1
+  install.packages(60, world=True)
+  assert calls[-1][-1] == "no-such-world"
+
+
+def test_pip_has_the_constraints_and_leaves_installed_versions(monkeypatch):
+  versions = {"jax": "0.11.2", "numpy": "2.3.0"}
+  def version(name):
+    if name not in versions:
+      raise importlib.metadata.PackageNotFoundError(name)
+    return versions[name]
+  monkeypatch.setattr(install.importlib.metadata, "version", version)
+  text = """# A comment.
+flax==0.12.8; python_version < "3.12"
+flax==0.12.12; python_version >= "3.12"
+jax==0.10.2; python_version < "3.12"
+jax==0.12.0.1; python_version >= "3.12"
+numpy==2.4.6; python_version < "3.12"
+"""
+  assert install.constraints(text).splitlines() == [
+      'flax==0.12.8; python_version < "3.12"', 'flax==0.12.12; python_version >= "3.12"',
+      "jax==0.11.2", "numpy==2.3.0"]
+  monkeypatch.setattr(install, "NEEDS", {"json": "json", "no_such_module": "no-such-package"})
+  found = []
+  def pip(words, **_):
+    (option,) = [word for word in words if word.startswith("--constraint=")]
+    found.append(Path(option.partition("=")[2]).read_text())
+  monkeypatch.setattr(install.subprocess, "run", pip)
+  with pytest.raises(SystemExit):
+    install.packages(60)
+  stored = (ROOT / "constraints.txt").read_text()
+  assert found == [install.constraints(stored)]
+  assert "jax==0.11.2" in found[0] and "optax==0.2.8" in found[0]
+
+
+def test_every_package_that_pip_fetches_has_a_version():
+  pinned = {re.split(r"[=;]", line)[0].replace("_", "-").lower()
+            for line in (ROOT / "constraints.txt").read_text().splitlines()}
+  for package in (install.NEEDS | install.WORLD).values():
+    assert package.partition("[")[0].replace("_", "-").lower() in pinned
 
 
 def test_an_unknown_part_is_refused(capsys):
@@ -210,6 +393,8 @@ def test_the_readme_names_every_part():
   assert "benchmarks/accelerator.sh" in readme
   for part in plan.PARTS:
     assert re.search(rf"\| {re.escape(part.name)} \|", readme), part.name
+    row = rf"\| {re.escape(part.name)} \| .* \| {part.expected} s \| {part.limit} s \|\n"
+    assert re.search(row, readme), part.name
 
 
 def test_the_readme_has_the_table_of_the_stored_results():
@@ -220,3 +405,40 @@ def test_the_readme_has_the_table_of_the_stored_results():
 
 def test_all_parts_fit_the_default_seconds_at_their_least():
   assert sum(part.least for part in plan.PARTS) <= 480
+
+
+def test_programs_that_decoders_share_are_compiled_once():
+  compiled = []
+  class Lowered:
+    def compile(self):
+      compiled.append(self)
+      return "program"
+  lowered = Lowered()
+  class Refused:
+    def compile(self):
+      raise ValueError("no memory")
+  with futures.ThreadPoolExecutor(8) as pool, futures.ThreadPoolExecutor(2) as compiling:
+    once = decoder.Once(compiling)
+    assert set(pool.map(once, [lowered] * 32)) == {"program"}
+    assert compiled == [lowered]
+    with pytest.raises(ValueError, match="no memory"):
+      once(Refused())
+
+
+def test_the_least_time_of_a_program_that_was_kept(tmp_path, monkeypatch):
+  monkeypatch.setenv("TEXTS", str(tmp_path / "texts"))
+  x = jnp.ones((8, 4))
+  leasts.keep(jax.jit(lambda x: x @ x.T).lower(x).compile(), "update 8B adapters", "1 x 8", 1, 2)
+  (path,) = (tmp_path / "texts").iterdir()
+  chip = chips.CHIPS["v5e"]._replace(flops=1e3, bandwidth=1e30)
+  part, result, values = leasts.read(path, chip)
+  # 2 x 8 x 8 x 4 FLOPs of two steps, at 1,000 a second.
+  assert (part, result) == ("update 8B adapters", "1 x 8")
+  assert values["least_seconds"] == pytest.approx(2 * 8 * 8 * 4 / 2 / 1e3)
+
+
+def test_one_row_is_one_row():
+  step = {"tokens_per_second": 1.0, "seconds_per_step": 1.0, "share_of_bandwidth": 0.5}
+  printed = table.of({"parts": {"decode 1.7B": {"status": "finished", "results": {
+      "1 rows": step, "16 rows": step}}}})
+  assert "| decode 1.7B | 1 row | " in printed and "| decode 1.7B | 16 rows | " in printed

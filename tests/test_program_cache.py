@@ -140,12 +140,12 @@ def test_samplers_share_the_programs_that_they_have_in_common():
   size = 8, one.programs.shapes.lengths[0]
   assert one.programs.decode[size] is two.programs.decode[size]
   assert greedy.programs.decode[size] is not one.programs.decode[size]
-  for name in ("prepare", "prefill"):
+  for name in ("layer_weights", "other_weights", "prefill"):
     assert getattr(one.programs, name) is getattr(greedy.programs, name)
     assert getattr(one.programs, name) is getattr(two.programs, name)
   # A program that was compiled for another sampler gives the numbers of the sampler's own.
   alone = make()
-  assert alone.programs.prepare is not one.programs.prepare
+  assert alone.programs.prefill is not one.programs.prefill
   jax.tree.map(np.testing.assert_array_equal, rows, alone(params, prompts, seed=(0,))[0])
 
 

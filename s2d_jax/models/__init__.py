@@ -1,4 +1,4 @@
-"""Models: a `Model` is a frozen Config and three pure functions on a plain dict of parameters.
+"""Models: a `Model` is a frozen Config and five pure functions on a plain dict of parameters.
 
 A model family is one file that FAMILIES names. It has four public names:
 
@@ -47,11 +47,16 @@ class Model:
     own segment that are not later. With a cache the T tokens go to the slots of their positions,
     which are consecutive, and read all slots up to their own; segments are ignored.
   unembed(params) -> weight_VD: features · weightᵀ are the logits.
+  embed(params, tokens_BT) -> x_BTD: what the first layer reads.
+  layer(params, x_BTD, positions_BT, kv) -> (x_BTD, kv): one layer, of its own parameters, with a
+    cache; `apply` with a cache calls all layers.
   """
   config: Config
   init: Callable[[jax.Array], Params] = dataclasses.field(compare=False)
   apply: Callable[..., tuple[jax.Array, Any]] = dataclasses.field(compare=False)
   unembed: Callable[[Params], jax.Array] = dataclasses.field(compare=False)
+  embed: Callable[[Params, jax.Array], jax.Array] = dataclasses.field(compare=False)
+  layer: Callable[..., tuple[jax.Array, KV]] = dataclasses.field(compare=False)
 
 
 @functools.cache
@@ -72,7 +77,14 @@ def build(config: Config) -> Model:
   def unembed(params: Params) -> jax.Array:
     return params["embed"] if config.tied else params["unembed"]
 
-  return Model(config, init, apply, unembed)
+  def embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return decoder.embedded(config, params["embed"], tokens_BT)
+
+  def layer(params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
+            kv: KV) -> tuple[jax.Array, KV]:
+    return decoder.layer(config, params, x_BTD, positions_BT, kv)
+
+  return Model(config, init, apply, unembed, embed, layer)
 
 
 def get(name_or_json: str | Json, **run: Any) -> Model:

@@ -3,6 +3,7 @@
 Letters as in `decoder.py`; S are slots of a row, or of a page.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class Paged(NamedTuple):
 
 
 Cache = tuple[KV, ...] | Paged
+Layer = KV | Pages
 # The axes of a KV's arrays, by the backend. On a TPU and a GPU a token's keys are written as one
 # piece by a scatter without a loop, and cuDNN reads this order without a copy. On a CPU a query
 # reads keys whose last axis is the slots in half the time.
@@ -79,6 +81,16 @@ def capacity(cache: Cache) -> jax.Array:
 def slots(cache: tuple[KV, ...]) -> int:
   """Number of slots of each row."""
   return cache[0].v.shape[axes()[1].index("S")]
+
+
+def layers(cache: Cache) -> tuple[Layer, ...]:
+  """The part of each layer."""
+  return cache.layers if isinstance(cache, Paged) else cache
+
+
+def with_layers(cache: Cache, layers: Sequence[Layer]) -> Cache:
+  """The cache with other layers."""
+  return cache._replace(layers=tuple(layers)) if isinstance(cache, Paged) else tuple(layers)
 
 
 def axis_names(cache: Cache) -> Cache:

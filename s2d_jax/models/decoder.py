@@ -226,16 +226,50 @@ class Block(nn.Module):
     return x_BTD, kv
 
 
-def unstacked(params: Params, config: Config) -> Params:
-  """The parameters with "layers" as a tuple of one tree per layer.
+def embedded(config: Config, embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """The tokens' vectors in the activations' type, [B, T, D]."""
+  # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
+  table_VD = sharding.constrain(embed_VD, "vocab", "embed")
+  x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[config.dtype])
+  return sharding.constrain(x_BTD, "batch", "time", "embed")
 
-  With a cache the Decoder takes them in this form too, and then copies no layer's weights.
+
+def angles(config: Config, positions_BT: jax.Array) -> jax.Array:
+  """RoPE's angles in radians, float32 [B, T, H/2]."""
+  frequency = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+  # A product, not a dot: matrix units may round their operands.
+  return positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
+
+
+def layer(config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
+          kv: caches.Layer, table_Bn: jax.Array | None = None) -> tuple[jax.Array, caches.Layer]:
+  """One layer with its part of a cache: (features, that part with the T tokens in it).
+
+  Args:
+    params: of the layer.
+    positions_BT: consecutive in a row; [1, T] where they are those of every row.
+    table_Bn: the pages of each row, if the cache is in pages.
+
+  Raises:
+    ValueError: the tokens do not fit the cache.
   """
-  return params | {"layers": tuple(_layer(params["layers"], i) for i in range(config.layers))}
+  if table_Bn is None:
+    T = positions_BT.shape[1]
+    S = caches.slots((kv,))
+    if T > S:
+      raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
+    reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
+  else:
+    reads = attention.Reading(None, None, table_Bn)
+  # Without a parent, because its parameters are passed in and not created here.
+  implementation = attention.choose(config.attention, config.dtype, config.head_width)
+  block = Block(config, implementation, parent=None)
+  return block.apply({"params": params}, x_BTD, angles(config, positions_BT), reads,
+                     positions_BT[:, 0], kv)
 
 
 def _layer(layers: Params, index: int) -> Params:
-  """The parameters of one layer, from stacked layers or from a tuple."""
+  """The parameters of one layer, from stacked layers or from a tuple, of which none is copied."""
   if isinstance(layers, tuple):
     return layers[index]
   return jax.tree.map(lambda w: w[index], layers)
@@ -254,14 +288,8 @@ class Decoder(nn.Module):
     if not c.tied:
       # Not read here, but `init` must create it for `Model.unembed`.
       self.param("unembed", _normal(c.width), (c.vocab_size, c.width))
-    # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
-    table_VD = sharding.constrain(embed_VD, "vocab", "embed")
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[c.dtype])
-    x_BTD = sharding.constrain(x_BTD, "batch", "time", "embed")
-
-    frequency = rope_frequencies(c.head_width, c.rope_theta, c.rope_scaling)
-    # A product, not a dot: matrix units may round their operands.
-    angle_BTH2 = positions_BT[..., None].astype(jnp.float32) * frequency[None, None]
+    x_BTD = embedded(c, embed_VD, tokens_BT)
+    angle_BTH2 = angles(c, positions_BT)
     if cache is None:
       implementation = attention.choose(c.attention, c.dtype, c.head_width)
       reads = attention.reading(implementation, positions_BT, segments_BT)
@@ -277,33 +305,19 @@ class Decoder(nn.Module):
                        length=c.layers, in_axes=(nn.broadcast, nn.broadcast))
       x_BTD, _ = layers(c, implementation, name="layers")(x_BTD, angle_BTH2, reads)
     else:
-      x_BTD, cache = self._with_cache(x_BTD, positions_BT, angle_BTH2, cache)
+      x_BTD, cache = self._with_cache(x_BTD, positions_BT, cache)
     scale_D = self.param("norm", nn.initializers.ones, (c.width,))
     return sharding.constrain(rms_norm(x_BTD, scale_D, c.norm_eps), "batch", "time", "embed"), cache
 
   def _with_cache(
-      self, x_BTD: jax.Array, positions_BT: jax.Array, angle_BTH2: jax.Array, cache: caches.Cache
+      self, x_BTD: jax.Array, positions_BT: jax.Array, cache: caches.Cache
   ) -> tuple[jax.Array, caches.Cache]:
     """The layers with a cache: (features_BTD, the cache with the tokens in it)."""
-    paged = isinstance(cache, caches.Paged)
-    if paged:
-      reads = attention.Reading(None, None, cache.table_Bn)
-      layers = cache.layers
-    else:
-      layers = cache
-      T = positions_BT.shape[1]
-      S = caches.slots(cache)
-      if T > S:
-        raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
-      reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
-    # Without a parent, because its parameters are passed in and not created here.
-    c = self.config
-    block = Block(c, attention.choose(c.attention, c.dtype, c.head_width), parent=None)
+    table_Bn = cache.table_Bn if isinstance(cache, caches.Paged) else None
     written = []
     # One layer after the other: a scan over them would copy each one's weights and cache.
-    for layer, kv in enumerate(layers):
-      params = _layer(self.variables["params"]["layers"], layer)
-      x_BTD, kv = block.apply({"params": params}, x_BTD, angle_BTH2, reads, positions_BT[:, 0], kv)
+    for index, kv in enumerate(caches.layers(cache)):
+      params = _layer(self.variables["params"]["layers"], index)
+      x_BTD, kv = layer(self.config, params, x_BTD, positions_BT, kv, table_Bn)
       written.append(kv)
-    written = tuple(written)
-    return x_BTD, cache._replace(layers=written) if paged else written
+    return x_BTD, caches.with_layers(cache, written)

@@ -24,7 +24,6 @@ class Request(NamedTuple):
   resident: int
   runs: float
   trips: int
-  results_of: tuple[jax.stages.Lowered, ...] = ()  # programs whose results are resident meanwhile
 
 
 class Progress:
@@ -40,33 +39,26 @@ class Progress:
     # XLA compiles without the interpreter's lock, so threads use all cores.
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
-      found = [[self._submit(pool, request, lowered)
-                for lowered in (request.lowered, *request.results_of)] for request in requests]
-      for request, (program, *others) in zip(requests, found, strict=True):
-        held = request.resident + sum(_output(future.result()) for future in others)
-        yield costs.cost(request.stage, request.program, program.result(), held, request.runs,
-                         request.trips, chip)
+      found = [self._submit(pool, request) for request in requests]
+      for request, program in zip(requests, found, strict=True):
+        yield costs.cost(request.stage, request.program, program.result(), request.resident,
+                         request.runs, request.trips, chip)
     finally:
       pool.shutdown(cancel_futures=True)
 
-  def _submit(self, pool: futures.Executor, request: Request,
-              lowered: jax.stages.Lowered) -> "futures.Future[Read | DoesNotFit]":
+  def _submit(self, pool: futures.Executor,
+              request: Request) -> "futures.Future[Read | DoesNotFit]":
     # Stages share many programs. The text of one has its shapes and layouts.
-    key = hashlib.sha256(lowered.as_text().encode()).digest()
+    key = hashlib.sha256(request.lowered.as_text().encode()).digest()
     if key not in self._found:
-      self._found[key] = pool.submit(self._compile, request, lowered)
+      self._found[key] = pool.submit(self._compile, request)
     return self._found[key]
 
-  def _compile(self, request: Request, lowered: jax.stages.Lowered) -> Read | DoesNotFit:
+  def _compile(self, request: Request) -> Read | DoesNotFit:
     start = time.monotonic()
-    found = costs.compile_or_refuse(lowered)
-    name = lowered.compiler_ir().operation.attributes["sym_name"].value
+    found = costs.compile_or_refuse(request.lowered)
+    name = request.lowered.compiler_ir().operation.attributes["sym_name"].value
     with self._printing:
       print(f"{request.stage}: {name.removeprefix('jit_')} compiled in "
             f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     return found
-
-
-def _output(found: Read | DoesNotFit) -> int:
-  """Bytes of a program's results."""
-  return found.account.output if isinstance(found, Read) else 0

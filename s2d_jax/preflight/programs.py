@@ -34,10 +34,11 @@ from s2d_jax import (
 from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
-from s2d_jax.models import Config, hf
+from s2d_jax.models import Config, caches, hf
 from s2d_jax.preflight import runs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost
 from s2d_jax.preflight.pool import Progress, Request
+from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
 
 _EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"
@@ -164,10 +165,15 @@ def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   most_tokens = compiled.sampling.max_tokens
   tokens = min(programs.config.tokens, most_tokens)
   # The cache of a prompt that was read stays while its samples wait for a slot.
-  yield Request(stage, name, compiled.decode_program, held, waves * -(-most_tokens // tokens),
-                tokens, (programs.prefill,))
-  yield Request(stage, f"{name} prefill", programs.prefill, held + slots, prompts / shapes.prompts,
-                shapes.window // shapes.chunk)
+  prompts_read = sharding.device_bytes(programs.prompts)
+  yield Request(stage, name, compiled.decode_program, held + prompts_read,
+                waves * -(-most_tokens // tokens), tokens)
+  # Prompts are read one layer at a time, a chunk of each.
+  layers = len(programs.prompts)
+  others = (sharding.device_bytes(programs.weights) + prompts_read
+            - sharding.device_bytes((programs.weights.params["layers"][0], programs.prompts[0])))
+  reads = prompts / shapes.prompts * (shapes.window // shapes.chunk) * layers
+  yield Request(stage, f"{name} prefill", programs.prefill, held + slots + others, reads, 1)
 
 
 def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
@@ -177,21 +183,26 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   shapes = programs.shapes
   most = shapes.batches[0]
   longest = shapes.lengths[-1]
-  # The weights that it reads are among those that the stage holds.
-  yield Request(stage, f"{name} weights", programs.prepare,
-                held - sharding.device_bytes(compiled.abstract_params), 0, 1)
-  # Its arguments are the slots and the prompts.
+  # These programs take one layer, and the other layers are in memory too.
+  cache = caches.layers(programs.slots[most, longest].cache)
+  others = len(cache) - 1
+  cache_layer = sharding.device_bytes(cache[0])
+  prompts_layer = sharding.device_bytes(programs.prompts[0])
+  weights = sharding.device_bytes(programs.weights)
+  # The stacked layers that it reads are among the weights that the stage holds.
+  stacked = sharding.device_bytes(decode.without_layers(compiled.abstract_params)[1])
+  copied = weights - sharding.device_bytes(programs.weights.params["layers"][0])
+  yield Request(stage, f"{name} weights", programs.layer_weights, held - stacked + copied, 0, 1)
   reads = rows / compiled.sampling.samples_per_prompt / shapes.prompts
-  yield Request(stage, f"{name} admit", programs.admit[longest], held, reads, 1,
-                (programs.prepare,))
-  # A change of size holds both caches, which decoding never does. To shrink takes as much as to
-  # grow: one cache has all rows at the longest, the other half the rows or half the length.
-  meanwhile = programs.prepare, programs.prefill
+  yield Request(stage, f"{name} admit", programs.admit[longest],
+                held + weights + others * (cache_layer + prompts_layer), reads * len(cache), 1)
+  # A change of size holds a layer twice. To shrink takes as much as to grow: one copy has all rows
+  # at the longest, the other half the rows or half the length.
+  held += weights + len(cache) * prompts_layer + others * cache_layer
   if len(shapes.lengths) > 1:
-    yield Request(stage, f"{name} grow", programs.grow[most, shapes.lengths[-2]], held, 0, 1,
-                  meanwhile)
+    yield Request(stage, f"{name} grow", programs.grow[most, shapes.lengths[-2]], held, 0, 1)
   elif len(shapes.batches) > 1:
-    yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1, meanwhile)
+    yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1)
 
 
 def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request]:

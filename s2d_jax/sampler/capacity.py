@@ -30,9 +30,6 @@ CPU_BYTES = 4 * 2**30  # for the cache where no device says how much memory it h
 # The part of a device's memory that stays free for what is not counted: activations of a prompt's
 # chunk, logits, programs, gaps between arrays.
 RESERVE = 0.1
-# While a cache changes its size, one of half the size or less exists beside it, so it may have this
-# share of what is left.
-RESIZED_SHARE = 2 / 3
 CACHE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
@@ -262,6 +259,10 @@ def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
     Unfit: not one row fits.
   """
   row_bytes = slot_bytes(model_config, longest, cache_type(model_config, config))
+  # While a cache changes its size, one layer exists twice. A number leaves the rest of the device's
+  # memory for that.
+  if not config.cache_gib and config.available is not None:
+    row_bytes += row_bytes // model_config.layers
   fit = (config.cache_bytes - spent) // row_bytes
   if fit < 1:
     raise _too_small(config, f"one row of {longest} tokens and the reading of a prompt need "
@@ -315,21 +316,6 @@ def shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows
   Raises:
     Unfit: as `slots_for` and `pages_for`.
   """
-  found = _shapes(model_config, sampling, config, rows, prompt_tokens)
-  resized = len(found.batches) > 1 or len(found.lengths) > 1
-  if config.cache_gib or config.available is None or not resized:
-    return found
-  share = config._replace(available=int(config.available * RESIZED_SHARE))
-  try:
-    return _shapes(model_config, sampling, share, rows, prompt_tokens)
-  # Rows that fit all of the memory alone have a cache of one size, which never changes.
-  except Unfit:
-    return found._replace(batches=found.batches[:1], lengths=found.lengths[-1:])
-
-
-def _shapes(model_config: Config, sampling: Sampling, config: SamplerConfig, rows: int,
-            prompt_tokens: int) -> Shapes:
-  """The Shapes for a cache of all of `config.cache_bytes`; arguments as `shapes`."""
   mesh = sharding.current_mesh()
   shards = 1 if mesh is None else sharding.shard_count(mesh, "batch", None)
   head_shards = 1 if mesh is None else sharding.shard_count(mesh, "heads", model_config.heads)

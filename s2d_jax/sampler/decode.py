@@ -1,19 +1,22 @@
 """The device's part of sampling: prefill, admit, decode, grow, shrink, with the trainer's forward.
 
+Only decode takes all layers at once. All else takes one layer, so that its program does not grow
+with the model, and so that no second cache is held while one changes its size.
+
 A slot is one row of an explicit cache. A prompt is read once; its part of the cache is copied to
 the slot of each of its samples, whose next token to read is the prompt's last. Decoding reads a
 token of every slot and samples the next one, many times in one dispatch.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from s2d_jax import models, sharding
-from s2d_jax.models import caches, decoder
+from s2d_jax.models import caches
 from s2d_jax.sampler import capacity
 from s2d_jax.sampler.sampling import Sampling, sample_token
 from s2d_jax.sharding import Params
@@ -21,7 +24,7 @@ from s2d_jax.sharding import Params
 
 class Slots(NamedTuple):
   """The device's state of B rows."""
-  cache: caches.Cache
+  cache: caches.Cache | None
   token_B: jax.Array  # int32: the token to be read next
   position_B: jax.Array  # int32: its index in the row, and the number of tokens in the cache
   sampled_B: jax.Array  # int32: response tokens so far
@@ -36,21 +39,51 @@ class Decoded(NamedTuple):
   count_B: jax.Array        # int32 tokens
   stopped_B: jax.Array      # bool: the last one is a stop id
 
+
 class Weights(NamedTuple):
   """A model's weights in the form that decoding reads: matrices in the activations' type."""
-  params: Params      # layers unstacked
+  params: Params      # "layers" is a tuple: from a stack each step would first copy each layer out
   head_DV: jax.Array  # the unembedding, transposed
+
+  def with_layers(self, layers: Iterable[Params]) -> "Weights":
+    """These Weights with the layers in place of what "layers" is now."""
+    return self._replace(params=self.params | {"layers": tuple(layers)})
+
+
+def layer_weights(model: models.Model, layers: Params, index: jax.Array) -> Params:
+  """One layer of the Weights, of the trainer's stacked float32 layers."""
+  # One program serves all layers: a program for all of them grows with the model's depth, and holds
+  # the gathered stack beside its copy.
+  layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), layers)
+  shapes = models.frozen_shapes(model.config)["layers"]
+  return _cast(layer, shapes)
+
+
+def other_weights(model: models.Model, others: Params) -> Weights:
+  """The Weights of float32 parameters without their layers."""
+  shapes = models.frozen_shapes(model.config)
+  others = _cast(others, {name: shapes[name] for name in others})
+  # The unembedding is transposed once, and not for each token.
+  return Weights(others, model.unembed(others).T)
 
 
 def prepare(model: models.Model, params: Params) -> Weights:
-  """The Weights of float32 parameters, for all tokens of a call."""
+  """The Weights of float32 parameters, for all tokens of a call, in one program."""
+  others, layers = without_layers(params)
+  weights = other_weights(model, others)
+  return weights.with_layers(layer_weights(model, layers, i) for i in range(model.config.layers))
+
+
+def without_layers(params: Params) -> tuple[Params, Params]:
+  """(the parameters that are not of a layer, those of the layers)."""
+  return {name: x for name, x in params.items() if name != "layers"}, params["layers"]
+
+
+def _cast(params: Params, shapes: Params) -> Params:
+  """The parameters in the types of `shapes`."""
   # Each token reads all weights. Cast once, they are half the bytes in bfloat16. Norms' scales stay
   # float32, as in the trainer, so the numbers are its own to the last bit.
-  params = jax.tree.map(lambda w, shape: w.astype(shape.dtype), params,
-                        models.frozen_shapes(model.config))
-  # With stacked layers each step would first copy each layer's weights out of the stack. The
-  # unembedding is transposed here for the same reason: once, and not for each token.
-  return Weights(decoder.unstacked(params, model.config), model.unembed(params).T)
+  return jax.tree.map(lambda w, shape: w.astype(shape.dtype), params, shapes)
 
 
 def _logits(weights: Weights, features_BD: jax.Array) -> jax.Array:
@@ -60,18 +93,24 @@ def _logits(weights: Weights, features_BD: jax.Array) -> jax.Array:
   return sharding.constrain(logits_BV, "batch", "vocab")
 
 
-def prefill(model: models.Model, chunk: int, dtype: jax.typing.DTypeLike, weights: Weights,
-            prompt_PW: jax.Array, longest: jax.Array) -> tuple[caches.KV, ...]:
-  """The cache of P prompts, of which the longest has `longest` tokens; `chunk` divides W."""
-  P, W = prompt_PW.shape
-  # Attention scores are chunk × W for each prompt and head, and not W × W: memory bounds the chunk.
+def embed_chunk(model: models.Model, chunk: int, others: Params, prompt_PW: jax.Array,
+                start: jax.Array) -> jax.Array:
+  """What the first layer reads of the prompts' tokens from `start` on, [P, chunk, D].
+
+  Args:
+    others: the parameters of Weights that are not of a layer.
+  """
+  tokens_PC = jax.lax.dynamic_slice_in_dim(prompt_PW, start, chunk, axis=1)
+  return model.embed(others, tokens_PC)
+
+
+def prefill(model: models.Model, layer: Params, x_PCD: jax.Array, start: jax.Array,
+            kv: caches.KV) -> tuple[jax.Array, caches.KV]:
+  """One layer on a chunk of each prompt: (features, its cache with the tokens from `start` on)."""
   # Padding after a prompt is read too; decoding overwrites those slots before it reads them.
-  def read(i: jax.Array, cache: tuple[caches.KV, ...]) -> tuple[caches.KV, ...]:
-    tokens_PC = jax.lax.dynamic_slice_in_dim(prompt_PW, i * chunk, chunk, axis=1)
-    position_1C = (i * chunk + jnp.arange(chunk, dtype=jnp.int32))[None]  # in every row
-    return model.apply(weights.params, tokens_PC, position_1C, jnp.ones_like(tokens_PC), cache)[1]
-  return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, read,
-                           caches.empty_cache(model.config, P, W, dtype))
+  C = x_PCD.shape[1]
+  position_1C = (start + jnp.arange(C, dtype=jnp.int32))[None]  # in every row
+  return model.layer(layer, x_PCD, position_1C, kv)
 
 
 def empty(cache: caches.Cache, batch: int) -> Slots:
@@ -80,36 +119,22 @@ def empty(cache: caches.Cache, batch: int) -> Slots:
   return Slots(cache, zeros(batch), zeros(batch), zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
 
 
-def admit(slots: Slots, prompts: tuple[caches.KV, ...], source_B: jax.Array, new_B: jax.Array,
-          token_B: jax.Array, position_B: jax.Array, key_B2: jax.Array) -> Slots:
-  """The slots with new rows where new_B: slot b's is a sample of the prompt in row source_B[b].
-
-  token_B is the prompt's last token, at position_B.
-  """
-  # Only a prompt's window is copied. The cache from position_B on keeps old numbers, because each
-  # slot is written before it is read. A select keeps shapes static for any number of new rows.
+def admit(old: caches.KV, prompts: caches.KV, source_B: jax.Array, new_B: jax.Array) -> caches.KV:
+  """A layer's cache with new rows where new_B: slot b's is a sample of prompt source_B[b]."""
+  # Only a prompt's window is copied. The cache from a prompt's end on keeps old numbers, because
+  # each slot is written before it is read. A select keeps shapes static for any number of new rows.
   def start(old: jax.Array, prompt: jax.Array) -> jax.Array:
     prompt = jnp.take(prompt, source_B, axis=0)
     unchanged = jax.lax.slice(old, (0,) * old.ndim, prompt.shape)
     new = new_B.reshape(-1, *(1 for _ in prompt.shape[1:]))
     return jax.lax.dynamic_update_slice(old, jnp.where(new, prompt, unchanged), (0,) * old.ndim)
 
-  olds, tree = jax.tree.flatten(slots.cache)
-  written: list[jax.Array] = []
-  for old, prompt in zip(olds, jax.tree.leaves(prompts), strict=True):
-    # A slot's prompt may be on another device, so the prompts are gathered. Without an order all
-    # arrays' gathers come first, and together they take as much memory as half a cache.
-    if written:
-      prompt, written[-1] = jax.lax.optimization_barrier((prompt, written[-1]))
-    written.append(start(old, prompt))
-  cache = tree.unflatten(written)
-  return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
+  return jax.tree.map(start, old, prompts)
 
 
-def admit_paged(slots: Slots, prompts: tuple[caches.KV, ...], from_M: jax.Array, to_M: jax.Array,
-                new_B: jax.Array, token_B: jax.Array, position_B: jax.Array,
-                key_B2: jax.Array) -> Slots:
-  """`admit` for a cache in pages: copies page from_M of the prompts to page to_M of the cache.
+def admit_paged(old: caches.Pages, prompts: caches.KV, from_M: jax.Array,
+                to_M: jax.Array) -> caches.Pages:
+  """A layer's pages with page from_M of the prompts' cache copied to page to_M.
 
   The prompts' pages are numbered across all prompts. A `to_M` beyond the cache's pages copies
   nothing. The host sets the tables.
@@ -122,45 +147,43 @@ def admit_paged(slots: Slots, prompts: tuple[caches.KV, ...], from_M: jax.Array,
     return old_KNSH.at[:, to_M].set(prompt_KNSH[:, from_M].astype(old_KNSH.dtype), mode="drop")
   # Pages hold a token's keys together, whatever the order of a KV's axes.
   k_axes, v_axes = caches.axes()[:2]
-  layers = tuple(caches.Pages(pages(old.k_KNSH, caches.arranged(prompt.k, k_axes, "BKSH")),
-                              pages(old.v_KNSH, caches.arranged(prompt.v, v_axes, "BKSH")))
-                 for old, prompt in zip(slots.cache.layers, prompts, strict=True))
-  cache = slots.cache._replace(layers=layers)
-  return _with_new_rows(slots, cache, new_B, token_B, position_B, key_B2)
+  return caches.Pages(pages(old.k_KNSH, caches.arranged(prompts.k, k_axes, "BKSH")),
+                      pages(old.v_KNSH, caches.arranged(prompts.v, v_axes, "BKSH")))
 
 
-def _with_new_rows(slots: Slots, cache: caches.Cache, new_B: jax.Array, token_B: jax.Array,
-                   position_B: jax.Array, key_B2: jax.Array) -> Slots:
-  """The slots with another cache, and with the state of a row's start where new_B."""
-  return Slots(cache, jnp.where(new_B, token_B, slots.token_B),
+def start_rows(slots: Slots, new_B: jax.Array, token_B: jax.Array, position_B: jax.Array,
+               key_B2: jax.Array) -> Slots:
+  """The slots, whose cache is None, with the state of a row's start where new_B.
+
+  token_B is the prompt's last token, at position_B.
+  """
+  return Slots(None, jnp.where(new_B, token_B, slots.token_B),
                jnp.where(new_B, position_B, slots.position_B), jnp.where(new_B, 0, slots.sampled_B),
                jnp.where(new_B[:, None], key_B2, slots.key_B2))
 
 
-def grow(slots: Slots, length: int) -> Slots:
-  """The slots with a cache of `length` tokens for each row, at least as many as now."""
+def grow(kv: caches.KV, length: int) -> caches.KV:
+  """A layer's cache with `length` tokens for each row, at least as many as now."""
   def longer(x: jax.Array, slot: int) -> jax.Array:
     return jnp.pad(x, [(0, length - x.shape[slot] if axis == slot else 0)
                        for axis in range(x.ndim)])
-  return _resized(slots, longer)
+  return _resized(kv, longer)
 
 
-def shorten(slots: Slots, length: int) -> Slots:
-  """The slots with a cache of `length` tokens for each row, at most as many as now."""
-  return _resized(slots, lambda x, slot: jax.lax.slice_in_dim(x, 0, length, axis=slot))
+def shorten(kv: caches.KV, length: int) -> caches.KV:
+  """A layer's cache with `length` tokens for each row, at most as many as now."""
+  return _resized(kv, lambda x, slot: jax.lax.slice_in_dim(x, 0, length, axis=slot))
 
 
-def _resized(slots: Slots, resize: Callable[[jax.Array, int], jax.Array]) -> Slots:
-  """The slots with resize(array, axis of its slots) in place of each array of the cache."""
-  def layer(kv: caches.KV) -> caches.KV:
-    return caches.KV(*(x if x is None else resize(x, letters.index("S"))
-                       for x, letters in zip(kv, caches.axes(), strict=True)))
-  return slots._replace(cache=tuple(map(layer, slots.cache)))
+def _resized(kv: caches.KV, resize: Callable[[jax.Array, int], jax.Array]) -> caches.KV:
+  """A layer's cache with resize(array, axis of its slots) in place of each array."""
+  return caches.KV(*(x if x is None else resize(x, letters.index("S"))
+                     for x, letters in zip(kv, caches.axes(), strict=True)))
 
 
-def shrink(slots: Slots, slot_b: jax.Array) -> Slots:
-  """The slots at the indices slot_b, in their order."""
-  return jax.tree.map(lambda x: jnp.take(x, slot_b, axis=0), slots)
+def shrink(rows: caches.KV | Slots, slot_b: jax.Array) -> caches.KV | Slots:
+  """A layer's cache, or slots whose cache is None, with the rows slot_b in their order."""
+  return jax.tree.map(lambda x: jnp.take(x, slot_b, axis=0), rows)
 
 
 def decode(model: models.Model, sampling: Sampling, tokens: int, weights: Weights, slots: Slots,

@@ -4,12 +4,15 @@ A schedule has one of the two classes. Both decide from the tokens alone, so all
 """
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from s2d_jax.models import caches
 from s2d_jax.rollouts import Prompt
+from s2d_jax.sampler import decode
 from s2d_jax.sampler.programs import Programs
 
 
@@ -19,7 +22,29 @@ class Length(NamedTuple):
   response: int  # so far
 
 
-class CacheRows:
+class SlotMemory:
+  """The arrays of the slots, whose cache is changed one layer at a time."""
+  programs: Programs
+  slots: decode.Slots
+
+  def change_layers(self, change: Callable[[int, caches.Layer], caches.Layer]) -> None:
+    """Puts change(index, layer) in the place of each layer of the cache."""
+    layers = list(caches.layers(self.slots.cache))
+    cache = caches.with_layers(self.slots.cache, ())
+    # A layer is freed as soon as no name refers to it, so that no second cache is held.
+    self.slots = self.slots._replace(cache=None)
+    for i in range(len(layers)):
+      layers[i] = change(i, layers[i])
+    self.slots = self.slots._replace(cache=caches.with_layers(cache, layers))
+
+  def change_rows(self, program: Callable[..., decode.Slots], *rows: np.ndarray) -> None:
+    """Puts the result of a program for slots without a cache in their place."""
+    cache = self.slots.cache
+    changed = program(self.slots._replace(cache=None), *map(self.programs.put, rows))
+    self.slots = changed._replace(cache=cache)
+
+
+class CacheRows(SlotMemory):
   """A cache with a row for each slot, whose batch and length follow the rows that are sampled.
 
   Attributes:
@@ -45,13 +70,14 @@ class CacheRows:
   def release(self, slot: int) -> None:
     """Frees the memory of a slot whose row has ended."""
 
-  def sources(self, source_B: np.ndarray) -> tuple[np.ndarray, ...]:
+  def sources(self, source_B: np.ndarray, new_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The arguments of `admit` that say which part of the prompts' cache is copied where.
 
     Args:
       source_B: each slot's row in the cache of prompts.
+      new_B: whether the slot has a new row.
     """
-    return (source_B,)
+    return source_B, new_B
 
   def fit(self, rows: Mapping[int, Length], waiting: bool) -> tuple[list[int], list[int]]:
     """Fits the cache to the tokens of the next dispatch.
@@ -81,8 +107,9 @@ class CacheRows:
       # Free slots fill up the smaller batch, which has a fixed size.
       free = [slot for slot in range(self.batch) if slot not in alive]
       staying = (alive + free)[:size]
-      self.slots = self.programs.shrink[self.batch, self.length](
-          self.slots, self.programs.put(np.array(staying, np.int32)))
+      self._resize_layers(self.programs.shrink[self.batch, self.length],
+                          self.programs.put(np.array(staying, np.int32)))
+      self.change_rows(self.programs.shrink_rows[self.batch], np.array(staying, np.int32))
       order = [order[slot] for slot in staying]
       self.batch = size
       alive = list(range(len(alive)))
@@ -92,7 +119,7 @@ class CacheRows:
     """Grows the cache to hold `longest` tokens, or shortens it where that is enough."""
     lengths = self.programs.shapes.lengths
     while longest > self.length:
-      self.slots = self.programs.grow[self.batch, self.length](self.slots)
+      self._resize_layers(self.programs.grow[self.batch, self.length])
       self.length = lengths[lengths.index(self.length) + 1]
     # Shorter again only with a dispatch's tokens to spare, or the cache would grow at once. The
     # program exists for the largest batch alone, which is the batch while rows wait.
@@ -101,11 +128,17 @@ class CacheRows:
       shorter = lengths[lengths.index(self.length) - 1]
       if longest > shorter:
         break
-      self.slots = self.programs.shorten[self.length](self.slots)
+      self._resize_layers(self.programs.shorten[self.length])
       self.length = shorter
 
+  def _resize_layers(self, program: Callable[..., caches.KV], *rows: jax.Array) -> None:
+    """Puts program(layer, *rows) in the place of each layer of the cache."""
+    # Waits for each layer: otherwise the host would ask for the next one's memory before a device
+    # has freed the last one's.
+    self.change_layers(lambda i, layer: jax.block_until_ready(program(layer, *rows)))
 
-class CachePages:
+
+class CachePages(SlotMemory):
   """A cache in pages: a row owns the pages it fills and shares those of its prompt.
 
   With no free page, the row of that device with the fewest sampled tokens is put back in the queue
@@ -175,11 +208,12 @@ class CachePages:
     self.prompts = {(s, i): pages for (s, i), pages in self.prompts.items()
                     if s != shard or all(page in self.users[s] for page in pages)}
 
-  def sources(self, source_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def sources(self, source_B: np.ndarray, new_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Source and target page of every copy that is due, which are then forgotten.
 
     A target beyond the last page copies nothing.
     """
+    del new_B
     shapes = self.programs.shapes
     # The program has one shape, so the lists are as long as the most copies there can be.
     size = len(source_B) + shapes.prompts * shapes.shards * shapes.window // self.page

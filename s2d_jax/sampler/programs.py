@@ -34,25 +34,57 @@ RUN_COMPILER = Compiler()
 
 
 class Programs(NamedTuple):
-  """The compiled programs of a sampler, by the sizes of the slots that they take."""
+  """The compiled programs of a sampler, by the sizes of the slots that they take.
+
+  Those of `layer_weights`, `prefill`, `admit`, `grow`, `shorten` and `shrink` take one layer.
+  """
   mesh: Mesh | None
   shapes: Shapes
   config: SamplerConfig
+  weights: decode.Weights          # abstract
   slots: dict[Size, decode.Slots]  # abstract
-  prepare: Program
+  prompts: tuple[caches.KV, ...]   # abstract: the cache of the prompts that are read at once
+  layer_weights: Program
+  other_weights: Program
   empty: Program                   # at the largest batch and the shortest length
+  empty_prompts: Program
+  embed_chunk: Program
   prefill: Program
   admit: dict[int, Program]        # by length
+  start_rows: Program              # of the largest batch, in which alone rows are admitted
   decode: dict[Size, Program]
   grow: dict[Size, Program]        # to the next length
   shorten: dict[int, Program]      # by length: of the largest batch to the length before
   shrink: dict[Size, Program]      # to the next batch
+  shrink_rows: dict[int, Program]  # by batch: the slots without their cache
 
   def put(self, x: np.ndarray, layout: jax.sharding.Sharding | None = None) -> jax.Array:
     """A host's array on the devices; without a layout whole on each, as the programs take it."""
     if self.mesh is None:
       return jax.device_put(x)
     return sharding.put(x, layout or sharding.replicated(self.mesh))
+
+  def prepare(self, params: Params) -> decode.Weights:
+    """The Weights of parameters, laid out for decoding."""
+    others, layers = decode.without_layers(params)
+    count = len(self.weights.params["layers"])
+    return self.other_weights(others).with_layers(
+        self.layer_weights(layers, self.put(np.int32(i))) for i in range(count))
+
+  def read_prompts(self, weights: decode.Weights, prompt_PW: np.ndarray,
+                   longest: int) -> tuple[caches.KV, ...]:
+    """The cache of P prompts, of which the longest has `longest` tokens."""
+    others, layers = decode.without_layers(weights.params)
+    tokens_PW = self.put(prompt_PW)
+    cache = list(self.empty_prompts())
+    # Attention scores are chunk × W for each prompt and head, and not W × W: memory bounds the
+    # chunk.
+    for start in range(0, longest, self.shapes.chunk):
+      at = self.put(np.int32(start))
+      x_PCD = self.embed_chunk(others, tokens_PW, at)
+      for i, layer in enumerate(layers):
+        x_PCD, cache[i] = self.prefill(layer, x_PCD, at, cache[i])
+    return tuple(cache)
 
 
 @program_cache.cached
@@ -71,10 +103,17 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   config = config._replace(cache_gib=0.0, available=None)
   slots = {(B, S): abstract_slots(model_config, config, shapes, B, S, mesh)
            for B in shapes.batches for S in shapes.lengths}
-  prompt_cache = _abstract_cache(jax.eval_shape(
-      lambda: caches.empty_cache(model_config, shapes.prompts, shapes.window,
-                                 capacity.cache_type(model_config, config))), mesh)
+  empty_prompts = functools.partial(caches.empty_cache, model_config, shapes.prompts,
+                                    shapes.window, capacity.cache_type(model_config, config))
+  prompts = _abstract_cache(jax.eval_shape(empty_prompts), mesh)
   weights = abstract_weights(model, params, mesh)
+  others, layers = decode.without_layers(params)
+  other_weights = weights._replace(params=decode.without_layers(weights.params)[0])
+  layer_weights = weights.params["layers"][0]
+  x_PCD = _abstract_features(model_config, shapes, mesh)
+  # All layers have the same shapes, so the first stands for each.
+  layer = {size: caches.layers(found.cache)[0] for size, found in slots.items()}
+  rows = {B: slots[B, shapes.lengths[0]]._replace(cache=None) for B in shapes.batches}
   whole = functools.partial(_whole, mesh)
   lower = functools.partial(_lower, mesh)
   most = shapes.batches[0]
@@ -82,34 +121,41 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   if compiler.largest_only:
     decoded = [(most, shapes.lengths[-1])]
   admit = decode.admit
-  sources = [whole(most)]
+  sources = [whole(most), whole(most, dtype=bool)]
   if config.page:
     admit = decode.admit_paged
     pages = most + shapes.prompts * shapes.shards * shapes.window // config.page
     sources = [whole(pages), whole(pages)]
   new_rows = whole(most, dtype=bool), whole(most), whole(most), whole(most, 2, dtype=np.uint32)
-  # `admit` and `decode` donate the slots, so that the cache is updated in place. The programs that
+  # `admit` and `decode` donate the cache, which is so updated in place. The programs that
   # change its size cannot, because no array of the result has the old size.
   return _compile(Programs(
-      mesh, shapes, config, slots,
-      prepare=lower(functools.partial(decode.prepare, model), weights, params),
+      mesh, shapes, config, weights, slots, prompts,
+      layer_weights=lower(functools.partial(decode.layer_weights, model),
+                          layer_weights, layers, whole()),
+      other_weights=lower(functools.partial(decode.other_weights, model), other_weights, others),
       empty=lower(functools.partial(_empty, model_config, config, shapes, most, shapes.lengths[0]),
                   slots[most, shapes.lengths[0]]),
-      prefill=lower(functools.partial(decode.prefill, model, shapes.chunk,
-                                      capacity.cache_type(model_config, config)),
-                    prompt_cache, weights, whole(shapes.prompts, shapes.window), whole()),
-      admit={S: lower(admit, slots[most, S], slots[most, S], prompt_cache, *sources, *new_rows,
-                      donate=0) for S in shapes.lengths},
+      empty_prompts=lower(empty_prompts, prompts),
+      embed_chunk=lower(functools.partial(decode.embed_chunk, model, shapes.chunk), x_PCD,
+                        other_weights.params, whole(shapes.prompts, shapes.window), whole()),
+      prefill=lower(functools.partial(decode.prefill, model), (x_PCD, prompts[0]), layer_weights,
+                    x_PCD, whole(), prompts[0], donate=(1, 3)),
+      admit={S: lower(admit, layer[most, S], layer[most, S], prompts[0], *sources, donate=0)
+             for S in shapes.lengths},
+      start_rows=lower(decode.start_rows, rows[most], rows[most], *new_rows),
       decode={size: lower_decode(model, sampling, config.tokens, weights, slots[size], mesh)
               for size in decoded},
-      grow={(B, S): lower(functools.partial(decode.grow, length=longer), slots[B, longer],
-                          slots[B, S])
+      grow={(B, S): lower(functools.partial(decode.grow, length=longer), layer[B, longer],
+                          layer[B, S])
             for B in shapes.batches for S, longer in itertools.pairwise(shapes.lengths)},
-      shorten={S: lower(functools.partial(decode.shorten, length=shorter), slots[most, shorter],
-                        slots[most, S])
+      shorten={S: lower(functools.partial(decode.shorten, length=shorter), layer[most, shorter],
+                        layer[most, S])
                for shorter, S in itertools.pairwise(shapes.lengths)},
-      shrink={(B, S): lower(decode.shrink, slots[fewer, S], slots[B, S], whole(fewer))
-              for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths}),
+      shrink={(B, S): lower(decode.shrink, layer[fewer, S], layer[B, S], whole(fewer))
+              for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths},
+      shrink_rows={B: lower(decode.shrink, rows[fewer], rows[B], whole(fewer))
+                   for B, fewer in itertools.pairwise(shapes.batches)}),
       compiler.compile)
 
 
@@ -173,8 +219,8 @@ def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
     parts = (f.func, *f.args, *sorted(f.keywords.items()))
   return program_cache.shared(
       (*parts, program_cache.shapes_of((out, args)), donate, mesh),
-      # Reading a prompt does not use the last block's MLP. The newest jax would leave that argument
-      # out, and the account of memory with it, though the device holds all weights meanwhile.
+      # The newest jax would leave out arguments that a program does not use, and the account of
+      # memory with them, though the device holds them meanwhile.
       lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate,
                       keep_unused=True).lower(*args))
 
@@ -201,6 +247,15 @@ def _empty(model_config: Config, config: SamplerConfig, shapes: Shapes, batch: i
     return decode.empty(caches.empty_pages(model_config, batch, shapes.pages * shapes.shards,
                                            config.page, shapes.table, dtype), batch)
   return decode.empty(caches.empty_cache(model_config, batch, length, dtype), batch)
+
+
+def _abstract_features(model_config: Config, shapes: Shapes,
+                       mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+  """The shape of a layer's features of a chunk of each prompt, laid out on the mesh."""
+  shape = (shapes.prompts, shapes.chunk, model_config.width)
+  return jax.ShapeDtypeStruct(shape, model_config.dtype,
+                              sharding=mesh and sharding.batch_sharding(
+                                  mesh, shape, ("batch", "time", "embed")))
 
 
 def _abstract_cache(cache: caches.Cache, mesh: Mesh | None) -> caches.Cache:

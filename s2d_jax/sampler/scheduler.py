@@ -136,8 +136,7 @@ class Schedule:
     for p, prompt in enumerate(by_id.values()):
       prompt_PW[p, : len(prompt.tokens)] = prompt.tokens
     longest = max(len(prompt.tokens) for prompt in by_id.values())
-    cache = self.programs.prefill(self.weights, self.programs.put(prompt_PW),
-                                  self.programs.put(np.int32(longest)))
+    cache = self.programs.read_prompts(self.weights, prompt_PW, longest)
     for p, prompt in enumerate(by_id.values()):
       self.prompt_caches[prompt.id] = cache, p
     self.counts["prefills"] += 1
@@ -160,9 +159,10 @@ class Schedule:
       token_B[slot] = row.prompt.tokens[-1]
       position_B[slot] = len(row.prompt.tokens) - 1
       key_B2[slot] = row.seed_key_2
-    new_rows = (*self.memory.sources(source_B), new_B, token_B, position_B, key_B2)
-    self.memory.slots = self.programs.admit[self.memory.length](
-        self.memory.slots, cache, *map(self.programs.put, new_rows))
+    admit = self.programs.admit[self.memory.length]
+    sources = [self.programs.put(x) for x in self.memory.sources(source_B, new_B)]
+    self.memory.change_layers(lambda i, layer: admit(layer, cache[i], *sources))
+    self.memory.change_rows(self.programs.start_rows, new_B, token_B, position_B, key_B2)
 
   def _fit(self) -> None:
     """Fits the cache to the rows alive; rows that lose their memory wait again."""

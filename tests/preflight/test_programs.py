@@ -34,13 +34,13 @@ def config(tmp_path):
   return config
 
 
-def parameters(role):
-  """Numbers in a role's weight file, from its header."""
+def parameters(role, part=""):
+  """Numbers in the tensors of a role's weight file whose names have `part`, from its header."""
   path = f"{arithmetic.get_config()[role]}/model.safetensors"
   with open(path, "rb") as file:
     header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
   return sum(int(np.prod(tensor["shape"])) for name, tensor in header.items()
-             if name != "__metadata__")
+             if name != "__metadata__" and part in name)
 
 
 def costs(config):
@@ -61,14 +61,25 @@ def check(config, expected):
   def slots(role, rows, sampling):
     """The cache of every row at its longest."""
     return cache(role, rows * (config.prompt_tokens + sampling.max_tokens))
+  def read(role, prompts):
+    """One layer that reads prompts: its weights, its cache of them, and their features."""
+    shape = json.loads(pathlib.Path(config[role], "config.json").read_text())
+    tokens = prompts * config.prompt_tokens
+    return (4 * parameters(role, ".layers.0.") + cache(role, tokens) / shape["num_hidden_layers"]
+            + 4 * tokens * shape["hidden_size"])
   def sampled(role, rows, sampling):
     """A decode: the weights and the cache."""
     return size[role] + slots(role, rows, sampling)
   def moved(name, role, hp, samples):
-    """Arguments of the programs that copy weights and prompts, and that take half of the slots."""
-    longest = slots(role, hp.prompts * samples, hp.sampling)
-    return {f"{name} weights": size[role], f"{name} shrink": longest,
-            f"{name} admit": longest + cache(role, hp.prompts * config.prompt_tokens)}
+    """Arguments of the programs that copy weights and prompts, and that take half of the slots.
+
+    They take one layer; the first takes it from the stack of all.
+    """
+    layers = json.loads(pathlib.Path(config[role], "config.json").read_text())["num_hidden_layers"]
+    longest = slots(role, hp.prompts * samples, hp.sampling) / layers
+    prompts = cache(role, hp.prompts * config.prompt_tokens) / layers
+    return {f"{name} weights": 4 * parameters(role, ".layers."), f"{name} shrink": longest,
+            f"{name} admit": longest + prompts}
   for row, (actor, learner, guide) in expected.items():
     if actor is not None:  # who learns from its own samples once scores them as it does
       floor[row, "token_logps"] = size[actor]
@@ -76,11 +87,11 @@ def check(config, expected):
     hp = config.stages[row]
     if row == "weighted_fkl":
       floor[row, "pass rates"] = sampled(learner, hp.prompts * hp.pass_samples, hp.sampling)
-      floor[row, "pass rates prefill"] = size[learner]
+      floor[row, "pass rates prefill"] = read(learner, hp.prompts)
       for name, bytes_ in moved("pass rates", learner, hp, hp.pass_samples).items():
         floor[row, name] = bytes_
     if row != "teacher_sft":
-      floor[row, "sample prefill"] = size[actor or learner]
+      floor[row, "sample prefill"] = read(actor or learner, hp.prompts)
       floor[row, "sample"] = sampled(
           actor or learner, hp.prompts * hp.sampling.samples_per_prompt, hp.sampling)
       samples = hp.sampling.samples_per_prompt
@@ -93,10 +104,10 @@ def check(config, expected):
       hp = config.probe if block == "probe" else config.evals.test
       rows = hp.prompts * hp.sampling.samples_per_prompt
       floor[block, role] = sampled(role, rows, hp.sampling)
-      floor[block, f"{role} prefill"] = size[role]
+      floor[block, f"{role} prefill"] = read(role, hp.prompts)
     greedy = sampled(role, config.evals.test.prompts, config.evals.test.sampling)
     floor["test", f"{role} greedy"] = greedy
-    floor["test", f"{role} greedy prefill"] = size[role]
+    floor["test", f"{role} greedy prefill"] = read(role, config.evals.test.prompts)
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
@@ -137,8 +148,8 @@ def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_comp
   teacher, student = (parameters(role) for role in ("teacher", "student"))
   for key, floor in {("forward_kl", "update"): 3 * 4 * student + 2 * teacher,
                      ("forward_kl", "token_logps"): 2 * teacher,
-                     ("forward_kl", "sample prefill"): 2 * teacher,
-                     ("test", "student prefill"): 2 * student}.items():
+                     ("forward_kl", "sample weights"): 2 * parameters("teacher", ".layers."),
+                     ("test", "student prefill"): 2 * parameters("student", ".layers.0.")}.items():
     assert floor <= found[key].account.arguments < floor + SLACK, key
 
 
@@ -150,8 +161,12 @@ def test_a_change_of_size_holds_both_caches_and_the_weights(quick_compiles, conf
   shrink = found["forward_kl", "sample shrink"]
   # Learner, its two slots and the guide; the copy of the actor's weights; the prompts' cache.
   student, teacher = (4 * parameters(role) for role in ("student", "teacher"))
-  read = found["forward_kl", "sample prefill"].account.output
-  held = 3 * student + teacher + teacher + read
+  # Of each prompt's tokens a key and a value. Of the slots' one layer is an argument.
+  shape = json.loads(pathlib.Path(config.teacher, "config.json").read_text())
+  layers = shape["num_hidden_layers"]
+  read = 4 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"] * (
+      config.stages.forward_kl.prompts * config.prompt_tokens)
+  held = 3 * student + teacher + teacher + read + (layers - 1) * shrink.account.arguments
   assert held <= shrink.resident < held + SLACK
   assert abs(shrink.account.output / shrink.account.arguments - 0.5) < 0.01
 

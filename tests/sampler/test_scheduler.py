@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import hosts, metrics, models, objectives, rollouts, sharding, training
+from s2d_jax.models import caches
 from s2d_jax.sampler import Sampler, SamplerConfig, Sampling, capacity, decode, memory, stop_strings
 from s2d_jax.sampler.sampler import check_prompts
 
@@ -196,15 +197,17 @@ def test_the_cache_of_a_prompt_is_freed_with_its_last_waiting_row(tiny):
   sampler = Sampler(model, SAMPLING._replace(samples_per_prompt=1), 16, WINDOW,
                     SamplerConfig(cache_gib=(7.5 * ROW + 3 * READ) / 2**30))
   assert sampler.programs.shapes.batches[0] == 7 and sampler.programs.shapes.prompts == 3
-  compiled, caches, alive = sampler.programs.prefill, [], []
+  compiled, read, alive = sampler.programs, [], []
+  def empty_prompts():
+    alive.append(sum(ref() is not None for ref in read))
+    return compiled.empty_prompts()
   def prefill(*args):
-    alive.append(sum(ref() is not None for ref in caches))
-    cache = compiled(*args)
-    caches.append(weakref.ref(cache[0].k))
-    return cache
-  sampler.programs = sampler.programs._replace(prefill=prefill)
+    features, kv = compiled.prefill(*args)
+    read.append(weakref.ref(kv.k))
+    return features, kv
+  sampler.programs = compiled._replace(empty_prompts=empty_prompts, prefill=prefill)
   sampled(sampler, params, prompts(16), SEED)
-  assert len(caches) >= 6 and not any(alive)
+  assert len(alive) >= 6 and len(read) == 2 * len(alive) and not any(alive)
 
 
 @pytest.mark.medium
@@ -337,7 +340,7 @@ def test_samples_of_a_prompt_share_its_full_pages():
     assert len(first) == 2 + partial and first[:2] == second[:2]
     assert set(first[2:]).isdisjoint(second[2:])
     # Of the cache of prompts, row 1 begins at page 3. The shared pages are copied once.
-    sources, targets = pages.sources(np.zeros(2, np.int32))
+    sources, targets = pages.sources(np.zeros(2, np.int32), np.ones(2, bool))
     copied = [(s, t) for s, t in zip(sources.tolist(), targets.tolist(), strict=True) if t < 12]
     assert copied == [(3, first[0]), (4, first[1])] + [
         (5, page) for page in (*first[2:], *second[2:])]
@@ -363,9 +366,9 @@ def test_the_cache_grows_with_the_longest_row(tiny):
   # for those it stays long, because then no row waits.
   shorten, calls = sampler.programs.shorten[156], []
   sampler.programs = sampler.programs._replace(
-      shorten={156: lambda slots: calls.append(1) or shorten(slots)})
+      shorten={156: lambda layer: calls.append(1) or shorten(layer)})
   rows = sampled(sampler, params, prompts(5), SEED)
-  assert len(calls) == 1
+  assert len(calls) == 2  # once, each of two layers
   difference, _ = trainer_gap(model, params, rows)
   assert difference.size == 5 * G * 150 and difference.max() < 1e-5
 
@@ -562,14 +565,15 @@ def test_the_cache_has_the_memory_that_is_left(ten_prompts, tiny, monkeypatch):
   # Of 100 GiB a tenth stays free.
   assert capacity.available_bytes(100 * 2**30, 30 * 2**30) == 60 * 2**30
   assert capacity.available_bytes(16 * 2**30, 15 * 2**30) == 0
-  # For seven rows and three prompts being read, beside the weights and their copy for decoding.
+  # For seven rows and four prompts being read, beside the weights and their copy for decoding.
   model = tiny("qwen3")[0]
   _, params, rows, _ = ten_prompts
-  cache = 7.5 * ROW + 3 * READ
+  # A change of size holds one of two layers twice.
+  cache = 7.5 * 1.5 * ROW + 4 * READ
   memory = int((cache + WEIGHTS + COPY) / 0.9) + 16
   monkeypatch.setattr(hosts, "device_memory", lambda: memory)
   sampler = Sampler(model, SAMPLING, SIZE, WINDOW)
-  assert sampler.programs.shapes.batches[0] == 7 and sampler.programs.shapes.prompts == 3
+  assert sampler.programs.shapes.batches[0] == 7 and sampler.programs.shapes.prompts == 4
   # Started again on the same device it has the same shapes; samples do not depend on them.
   assert Sampler(model, SAMPLING, SIZE, WINDOW).programs is sampler.programs
   assert_equal(sampled(sampler, params, prompts(10), SEED), rows)
@@ -582,32 +586,44 @@ def test_the_cache_has_the_memory_that_is_left(ten_prompts, tiny, monkeypatch):
     Sampler(model, SAMPLING, SIZE, WINDOW)
 
 
-def test_a_cache_that_is_resized_has_two_thirds_of_the_memory_that_is_left(tiny):
-  # 24 of 40 rows and ten prompts fit, and would have a smaller batch too. Two thirds of that hold
-  # 15 rows and eight prompts, a quarter of the memory at most.
+def test_the_memory_that_is_left_holds_a_layer_twice(tiny):
+  # 24 of 40 rows and ten prompts fit. A change of size holds one of the two layers twice, so each
+  # row needs half as much again, and 16 fit.
   model = tiny("qwen3")[0]
   config = SamplerConfig(available=int(24.5 * ROW + 10 * READ))
   found = capacity.shapes(model.config, SAMPLING, config, 40, WINDOW)
-  assert (found.batches, found.prompts) == ((15,), 8)
-  # A number is not divided.
+  assert (found.batches, found.prompts) == ((16, 8), 10)
+  # A number is taken as it is.
   config = SamplerConfig(cache_gib=(24.5 * ROW + 10 * READ) / 2**30)
   found = capacity.shapes(model.config, SAMPLING, config, 40, WINDOW)
   assert (found.batches, found.prompts) == ((24, 12), 10)
-
-
-def test_a_row_that_fits_the_memory_alone_has_a_cache_of_one_size(tiny):
-  # 304 tokens more than the row of 14: 160 of them would be a second length.
+  # A row of which one layer cannot be held twice is refused.
   longer = SAMPLING._replace(max_tokens=SAMPLING.max_tokens + 304)
   row = ROW * (14 + 304) // 14
-  config = SamplerConfig(available=int(1.4 * row))  # a quarter may be for prompts
-  found = capacity.shapes(tiny("qwen3")[0].config, longer, config, 40, WINDOW)
-  assert (found.batches, found.lengths) == ((1,), (318,))
-  # Twice the memory is enough for two lengths.
-  config = SamplerConfig(available=2 * config.available)
-  found = capacity.shapes(tiny("qwen3")[0].config, longer, config, 40, WINDOW)
+  found = capacity.shapes(model.config, longer, SamplerConfig(available=int(1.9 * row)), 40, WINDOW)
   assert (found.batches, found.lengths) == ((1,), (160, 318))
   with pytest.raises(capacity.Unfit, match="cache_gib is 0 and a device has"):
-    capacity.shapes(tiny("qwen3")[0].config, longer, SamplerConfig(available=row), 40, WINDOW)
+    capacity.shapes(model.config, longer, SamplerConfig(available=int(1.4 * row)), 40, WINDOW)
+
+
+def test_a_change_of_layers_holds_one_twice():
+  # Arrays that are still referred to would be in memory beside their copies.
+  class Layers(memory.SlotMemory):
+    def __init__(self, slots):
+      self.slots = slots
+
+  cache = tuple(caches.KV(np.full(3, i), np.full(3, -i)) for i in range(4))
+  held = [weakref.ref(layer.k) for layer in cache]
+  slots = Layers(decode.Slots(cache, *[np.zeros(3)] * 4))
+  del cache
+  alive = []
+  def change(index, layer):
+    alive.append(sum(ref() is not None for ref in held))
+    assert layer.k[0] == index
+    return caches.KV(layer.k + 10, layer.v)
+  slots.change_layers(change)
+  assert alive == [4, 3, 2, 1]
+  assert [layer.k[0] for layer in slots.slots.cache] == [10, 11, 12, 13]
 
 
 @pytest.mark.medium

@@ -27,6 +27,7 @@ KEYS = {
     "loss": {"memory", "time", "peers", "matmul_peak"},
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
+    "depth": {"programs"},
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
@@ -243,6 +244,17 @@ def test_loading(tmp_path):
   for name in ("ours", *("transformers",) * TORCH):
     assert set(result[name]) == LOADING
     assert result[name]["parameter_bytes"] == 2 * (weights + norms)
+
+
+@pytest.mark.medium
+def test_depth(tmp_path):
+  result = smoke("depth", tmp_path)
+  one, two = (result["programs"][layers] for layers in ("1", "2"))
+  assert {"decode", "prefill", "layer_weights", "admit"} <= set(one) and set(one) == set(two)
+  assert set(one["decode"]) == {"seconds", "processor_seconds", "code_bytes", "kernels"}
+  # Decoding has all layers written out, and reading prompts has one.
+  assert two["decode"]["kernels"] > one["decode"]["kernels"]
+  assert two["prefill"]["kernels"] == one["prefill"]["kernels"] > 0
 
 
 def test_the_median_is_of_the_repeats_and_not_of_the_first_run(monkeypatch):

@@ -33,7 +33,8 @@ class Recorder:
     self.found: dict[str, Json] = {}
     self._one_at_a_time = threading.Lock()
 
-  def __call__(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program, whose seconds, size and kernels are kept in `found`."""
     name = lowered.compiler_ir().operation.attributes["sym_name"].value.removeprefix("jit_")
     with self._one_at_a_time:
       start = time.monotonic()
@@ -51,13 +52,13 @@ class Recorder:
 
 def compiled(name: str, layers: int, rows: int, prompt_tokens: int, max_tokens: int,
              device: jax.Device) -> dict[str, Json]:
-  """What each program of a sampler took, for a model with that number of layers."""
+  """Seconds, size and kernels of a sampler's programs by name, for a number of layers."""
   model = models.get(measure.SHAPES.get(name, name), dtype="bfloat16")
   model = models.build(dataclasses.replace(model.config, layers=layers))
   recorder = Recorder()
   with jax.set_mesh(sharding.make_mesh((1, 1, 1), [device])):
     Sampler(model, Sampling(max_tokens, (1,)), rows, prompt_tokens,
-            compiler=Compiler(recorder, largest_only=True))
+            compiler=Compiler(recorder.compile, largest_only=True))
   return recorder.found
 
 

@@ -95,7 +95,7 @@ def _logits(weights: Weights, features_BD: jax.Array) -> jax.Array:
 
 def embed_chunk(model: models.Model, chunk: int, others: Params, prompt_PW: jax.Array,
                 start: jax.Array) -> jax.Array:
-  """What the first layer reads of the prompts' tokens from `start` on, [P, chunk, D].
+  """The vectors of the prompts' tokens from `start` on, which the first layer reads: [P, chunk, D].
 
   Args:
     others: the parameters of Weights that are not of a layer.

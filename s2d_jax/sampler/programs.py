@@ -107,13 +107,9 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
                                     shapes.window, capacity.cache_type(model_config, config))
   prompts = _abstract_cache(jax.eval_shape(empty_prompts), mesh)
   weights = abstract_weights(model, params, mesh)
-  others, layers = decode.without_layers(params)
-  other_weights = weights._replace(params=decode.without_layers(weights.params)[0])
-  layer_weights = weights.params["layers"][0]
-  x_PCD = _abstract_features(model_config, shapes, mesh)
   # All layers have the same shapes, so the first stands for each.
   layer = {size: caches.layers(found.cache)[0] for size, found in slots.items()}
-  rows = {B: slots[B, shapes.lengths[0]]._replace(cache=None) for B in shapes.batches}
+  states = {B: slots[B, shapes.lengths[0]]._replace(cache=None) for B in shapes.batches}
   whole = functools.partial(_whole, mesh)
   lower = functools.partial(_lower, mesh)
   most = shapes.batches[0]
@@ -127,36 +123,63 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
     pages = most + shapes.prompts * shapes.shards * shapes.window // config.page
     sources = [whole(pages), whole(pages)]
   new_rows = whole(most, dtype=bool), whole(most), whole(most), whole(most, 2, dtype=np.uint32)
-  # `admit` and `decode` donate the cache, which is so updated in place. The programs that
-  # change its size cannot, because no array of the result has the old size.
   return _compile(Programs(
       mesh, shapes, config, weights, slots, prompts,
-      layer_weights=lower(functools.partial(decode.layer_weights, model),
-                          layer_weights, layers, whole()),
-      other_weights=lower(functools.partial(decode.other_weights, model), other_weights, others),
       empty=lower(functools.partial(_empty, model_config, config, shapes, most, shapes.lengths[0]),
                   slots[most, shapes.lengths[0]]),
       empty_prompts=lower(empty_prompts, prompts),
-      embed_chunk=lower(functools.partial(decode.embed_chunk, model, shapes.chunk), x_PCD,
-                        other_weights.params, whole(shapes.prompts, shapes.window), whole()),
-      prefill=lower(functools.partial(decode.prefill, model), (x_PCD, prompts[0]), layer_weights,
-                    x_PCD, whole(), prompts[0], donate=(1, 3)),
+      # `admit` and `decode` donate the cache, which is so updated in place.
       admit={S: lower(admit, layer[most, S], layer[most, S], prompts[0], *sources, donate=0)
              for S in shapes.lengths},
-      start_rows=lower(decode.start_rows, rows[most], rows[most], *new_rows),
+      start_rows=lower(decode.start_rows, states[most], states[most], *new_rows),
       decode={size: lower_decode(model, sampling, config.tokens, weights, slots[size], mesh)
               for size in decoded},
-      grow={(B, S): lower(functools.partial(decode.grow, length=longer), layer[B, longer],
-                          layer[B, S])
-            for B in shapes.batches for S, longer in itertools.pairwise(shapes.lengths)},
-      shorten={S: lower(functools.partial(decode.shorten, length=shorter), layer[most, shorter],
-                        layer[most, S])
-               for shorter, S in itertools.pairwise(shapes.lengths)},
-      shrink={(B, S): lower(decode.shrink, layer[fewer, S], layer[B, S], whole(fewer))
-              for B, fewer in itertools.pairwise(shapes.batches) for S in shapes.lengths},
-      shrink_rows={B: lower(decode.shrink, rows[fewer], rows[B], whole(fewer))
-                   for B, fewer in itertools.pairwise(shapes.batches)}),
-      compiler.compile)
+      **_reading(model, shapes, params, weights, prompts, mesh),
+      **_resizing(shapes, layer, states, mesh)), compiler.compile)
+
+
+def _reading(model: models.Model, shapes: Shapes, params: Params, weights: decode.Weights,
+             prompts: tuple[caches.KV, ...], mesh: Mesh | None) -> dict[str, Program]:
+  """The programs that lay out weights and read prompts, lowered; `prompts` is their cache."""
+  whole = functools.partial(_whole, mesh)
+  lower = functools.partial(_lower, mesh)
+  others, layers = decode.without_layers(params)
+  layer = weights.params["layers"][0]
+  other_weights = weights._replace(params=decode.without_layers(weights.params)[0])
+  x_PCD = _abstract_features(model.config, shapes, mesh)
+  return {
+      "layer_weights": lower(functools.partial(decode.layer_weights, model), layer, layers,
+                             whole()),
+      "other_weights": lower(functools.partial(decode.other_weights, model), other_weights,
+                             others),
+      "embed_chunk": lower(functools.partial(decode.embed_chunk, model, shapes.chunk), x_PCD,
+                           other_weights.params, whole(shapes.prompts, shapes.window), whole()),
+      "prefill": lower(functools.partial(decode.prefill, model), (x_PCD, prompts[0]), layer, x_PCD,
+                       whole(), prompts[0], donate=(1, 3))}
+
+
+def _resizing(shapes: Shapes, layer: dict[Size, caches.Layer], states: dict[int, decode.Slots],
+              mesh: Mesh | None) -> dict[str, dict[Any, Program]]:
+  """The programs that change the cache's size, lowered.
+
+  Args:
+    layer: of the cache, by its size.
+    states: the slots without their cache, by batch.
+  """
+  whole = functools.partial(_whole, mesh)
+  # They donate nothing, because no array of the result has the old size.
+  lower = functools.partial(_lower, mesh)
+  most = shapes.batches[0]
+  longer = list(itertools.pairwise(shapes.lengths))
+  fewer = list(itertools.pairwise(shapes.batches))
+  return {
+      "grow": {(B, S): lower(functools.partial(decode.grow, length=to), layer[B, to], layer[B, S])
+               for B in shapes.batches for S, to in longer},
+      "shorten": {S: lower(functools.partial(decode.shorten, length=to), layer[most, to],
+                           layer[most, S]) for to, S in longer},
+      "shrink": {(B, S): lower(decode.shrink, layer[to, S], layer[B, S], whole(to))
+                 for B, to in fewer for S in shapes.lengths},
+      "shrink_rows": {B: lower(decode.shrink, states[to], states[B], whole(to)) for B, to in fewer}}
 
 
 def fitted(config: SamplerConfig, model: models.Model, params: Params, memory: int | None,

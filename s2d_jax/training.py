@@ -1,8 +1,7 @@
 """TrainState and the one jitted optimizer update: objective, reduce once, gradients, optax.
 
 The update is handed a model, an objective and an optimizer and imports none of them. A head is the
-pair (features_BTD, weight_VD). A batch is any pytree with rows on the leading axis of every leaf
-and inputs_BT, positions_BT and segments_BT among its fields.
+pair (features_BTD, weight_VD). A batch is a `rollouts.Batch`.
 """
 
 import functools
@@ -193,6 +192,7 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
   # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
   def update(state, guide_params, batch, non_trainable=None):
+    batch = _padded(batch, _time_multiple())
     total, sums = accumulated(state.params, non_trainable, guide_params, batch)
     metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
     # The one division: sums over all microbatches by the count over all of them.
@@ -294,11 +294,19 @@ def _time_multiple() -> int:
 
 
 def _padded(batch: Batch, multiple: int) -> Batch:
-  """The batch with zeros, which are padding, after its tokens; rows become multiples of it."""
-  width = jax.tree.leaves(batch)[0].shape[1]
+  """The batch with padding after its tokens, so that rows become multiples of `multiple`.
+
+  Padding is of segment 0, weight 0, count 0 and no sequence: it changes no sum and no gradient.
+  """
+  width = batch.inputs_BT.shape[1]
   if width % multiple == 0:
     return batch
-  return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -width % multiple))), batch)
+
+  def pad(x: jax.Array, value: int = 0) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -width % multiple)), constant_values=value)
+
+  # A token of a sequence would be scored, so here 0 would be work in vain.
+  return jax.tree.map(pad, batch)._replace(sequence_BT=pad(batch.sequence_BT, -1))
 
 
 def _head(model: Model, params: Params, batch: Batch) -> _Head:

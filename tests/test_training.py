@@ -279,6 +279,39 @@ def test_distillation_of_equal_models_has_gradient_zero():
     close(params, host_params(1), rtol=0, atol=0)
 
 
+# Padding to whole tiles, as on a TPU
+
+
+@pytest.mark.parametrize("objective, changes, mesh", [
+    (objectives.REVERSE_KL, {}, (1, 1, 1)),
+    (objectives.REVERSE_KL, {"form": "sampled"}, (2, 2, 2)),
+    (objectives.NEGATIVE_LOG_LIKELIHOOD, {}, (1, 1, 1)),
+    (objectives.GRPO, {"kl": "exact"}, (1, 1, 1)),
+    (objectives.GRPO, {"surrogate": "gspo", "mismatch": "truncate", "mismatch_level": "sequence"},
+     (2, 2, 2))])
+def test_padding_after_the_tokens_changes_no_update(objective, changes, mesh, monkeypatch):
+  batch = make_batch()
+
+  def updated(width):
+    def counted(head, guide_head, batch, hp):
+      assert head[0].shape == (B // 2, width, D)  # a microbatch, when this is traced
+      one = jnp.float32(1)
+      return objective(head, guide_head, batch, hp) | {
+          "trained": (jnp.sum(batch.weight_BT > 0), one),
+          "scored": (jnp.sum(batch.sequence_BT >= 0), one)}
+    return gradient(batch, objective=counted, mesh=mesh, microbatches=2, **changes)
+
+  want, expected = updated(T)
+  # As on a TPU, but for the number: rows of T = 5 tokens get three more.
+  monkeypatch.setattr(training, "_time_multiple", lambda: 8)
+  got, metrics = updated(8)
+  close(got, want)
+  close(metrics, expected)
+  # Means over two microbatches, and exact: padding is not counted.
+  assert 2 * metrics["trained"] == (batch.weight_BT > 0).sum()
+  assert 2 * metrics["scored"] == (batch.sequence_BT >= 0).sum()
+
+
 # Scores
 
 

@@ -96,6 +96,23 @@ def test_an_8b_training_step_of_a_slice_fits():
   assert state_bytes < total < 32 * 2**30
 
 
+def test_an_update_pads_rows_to_whole_tiles():
+  # A batch is one token shorter than its rollout. Four such rows on a device were folded to one
+  # axis by moving every tile, in programs that took minutes to compile.
+  where = mesh("v5e:2x2", (1, 4, 1))
+  model = models.get("qwen3-0.6b", dtype="bfloat16", remat="block")
+  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=2, block=256)
+  with jax.set_mesh(where):
+    optimizer = optim.make(hp, 10, models.axes(model.config))
+    state = training.abstract(optimizer, where, models.laid_out(model.config, where))
+    step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
+                               training.shardings(state))
+    text = step.lower(state, None, compiling.abstract_batch(32, 1023, where)).as_text()
+  assert "tensor<16x1024x1024xbf16>" in text  # the features of a microbatch
+  # The batch comes with rows of 1,023, and no microbatch has them.
+  assert set(re.findall(r"tensor<([\dx]*1023[\dx]*)x", text)) == {"32x1023"}
+
+
 @pytest.mark.parametrize("topology, shape", [("v5e:4x4", (2, 4, 2)), ("v6e:4x4", (1, 16, 1))])
 def test_the_gradient_of_the_unembedding_is_added_up_after_the_loop(topology, shape):
   where, (rows, T, D, V, block) = mesh(topology, shape), (16, 512, 320, 4096, 128)

@@ -66,7 +66,7 @@ def step(shape, objective, guided):
 @pytest.mark.parametrize("objective, guided", [
     (objectives.GRPO, True), (objectives.FORWARD_KL, True),
     (objectives.REVERSE_KL, True), (objectives.NEGATIVE_LOG_LIKELIHOOD, False)])
-def test_one_step_on_every_mesh(objective, guided):
+def test_one_step_on_every_mesh(objective, guided, quick_compiles):
   metrics, params = step(MESHES[0], objective, guided)
   assert metrics["grad_norm"] > 1e-3 and metrics["finite"] == 1
   for shape in MESHES[1:]:

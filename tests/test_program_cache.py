@@ -31,6 +31,7 @@ from s2d_jax.models import hf
 from s2d_jax.sampler import programs
 from tests import test_loop
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 CONFIG = test_loop.CONFIG
 NAMES = ("jax_compilation_cache_dir", "jax_enable_compilation_cache",
          "jax_persistent_cache_min_compile_time_secs")

@@ -1,5 +1,6 @@
 """Processes that are about to run different programs say so in time, and do not wait for ever."""
 
+import os
 import socket
 
 import pytest
@@ -47,7 +48,9 @@ def outputs(*texts, seconds=60):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  both = [interpreter.start("-c", SCRIPT, i, port, seconds, *text) for i, text in enumerate(texts)]
+  environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  both = [interpreter.start("-c", SCRIPT, i, port, seconds, *text, env=environment)
+          for i, text in enumerate(texts)]
   return [process.wait(120).stdout.strip() for process in both]
 
 

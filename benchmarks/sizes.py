@@ -29,6 +29,7 @@ from configs import arithmetic, llama_math, qwen3_math
 from s2d_jax import chips, files, manifest, models, preflight, sharding
 from s2d_jax.preflight import programs, topologies, verdicts
 from s2d_jax.preflight.costs import Cost
+from s2d_jax.preflight.pool import Progress
 
 RESULT = measure.RESULTS / "sizes.json"
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sizes.md"
@@ -66,8 +67,9 @@ PAIRS = (
          ("h100:8", "v5p:4x4x4", "h100:64", "v5p:2x2x4", "v6e:8x8", "v6e:4x4")))
 
 
-def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Json:
-  """One entry: compiles a stage's programs, as preflight does."""
+def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
+             progress: Progress) -> Json:
+  """One entry: compiles a stage's programs, as preflight does; `progress` has earlier entries'."""
   start = time.monotonic()
   config = pair.config(folder)
   devices = topologies.devices(topology)
@@ -84,7 +86,7 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path) -> Jso
            "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     try:
-      found = list(preflight.costs_of(config, programs.Target(chip, scores=False)))
+      found = list(preflight.costs_of(config, programs.Target(chip, scores=False), progress))
     except ValueError as error:  # the cache has no memory for one row
       return entry | {"seconds": time.monotonic() - start, "fits": False, "verdict": str(error)}
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
@@ -171,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags.add_argument("--render", action="store_true", help="compile nothing")
   args = flags.parse_args(argv)
   stored = json.loads(RESULT.read_text()) if RESULT.exists() else []
+  progress = Progress()  # entries share programs, such as the student's samplers
   with tempfile.TemporaryDirectory() as folder:
     for pair, topology, stage in () if args.render else missing(stored, args.only, args.again):
       try:
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{topology}: {error}", file=sys.stderr)
         continue
       print(f"{pair.student} from {pair.teacher}, {topology}, {stage}", file=sys.stderr, flush=True)
-      entry = compiled(pair, topology, stage, pathlib.Path(folder))
+      entry = compiled(pair, topology, stage, pathlib.Path(folder), progress)
       stored = stored_with(stored, entry)
       RESULT.write_text(json.dumps(stored, indent=1) + "\n")
   PAGE.write_text(page(PAGE.read_text(), stored))

@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     from benchmarks.accelerator import parts  # jax, which the other process must not start
     return parts.serve(options.smoke)
   chosen = plan.chosen(options.parts)
-  install.packages(min(plan.INSTALLATION, options.seconds),
-                   world=any(part.function == "world" for part in chosen))
+  install.packages(min(plan.PIP, options.seconds))
   signal.signal(signal.SIGTERM, _stop)
   with tempfile.TemporaryDirectory() as scratch:
     run = Run(pathlib.Path(scratch), options, start + options.seconds - plan.END)
@@ -118,7 +117,8 @@ class Run:
       return self.worker
     self.stop()
     programs = (self.options.cache or self.scratch / "cache") / part.cache
-    if part.cold:
+    # A smoke measures no start.
+    if part.cold and not self.options.smoke:
       shutil.rmtree(programs, ignore_errors=True)
     programs.mkdir(parents=True, exist_ok=True)
     environment = part.environment | {

@@ -17,9 +17,10 @@ NEEDS = {
     "transformers": "transformers", "ml_collections": "ml-collections", "etils": "etils[epath]",
     "safetensors": "safetensors", "tensorboardX": "tensorboardX", "scipy": "scipy",
     "absl": "absl-py", "tqdm": "tqdm", "jinja2": "jinja2"}
-# The arithmetic world's data and report.
-WORLD = {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record",
-         "importlib_resources": "importlib_resources", "matplotlib": "matplotlib"}
+# For least times, which preflight's package reads, and for the arithmetic world. All other parts
+# run without them.
+OPTIONAL = {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record",
+            "importlib_resources": "importlib_resources", "matplotlib": "matplotlib"}
 
 
 def missing(needs: dict[str, str]) -> list[str]:
@@ -44,16 +45,12 @@ def constraints(text: str) -> str:
   return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def packages(seconds: float, world: bool = False) -> None:
-  """Installs what is missing.
-
-  Args:
-    seconds: after which pip is stopped.
-    world: whether the arithmetic world's packages are needed.
+def packages(seconds: float) -> None:
+  """Installs what is missing; pip is stopped after `seconds`.
 
   Exits with a sentence that names the packages where pip cannot fetch one of NEEDS.
   """
-  absent = missing(NEEDS | WORLD if world else NEEDS)
+  absent = missing(NEEDS | OPTIONAL)
   if not absent:
     return
   start = time.monotonic()
@@ -63,13 +60,12 @@ def packages(seconds: float, world: bool = False) -> None:
     # One try: a machine without a network would hold it for minutes.
     try:
       subprocess.run(
-          [sys.executable, "-m", "pip", "install", "--quiet", "--retries=0", "--timeout=5",
-           f"--constraint={pinned.name}", *absent], check=False, timeout=seconds)
+          [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--retries=0",
+           "--timeout=5", f"--constraint={pinned.name}", *absent], check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
       print(f"pip was stopped after {seconds:.0f} s", flush=True)
   print(f"installation: {time.monotonic() - start:.0f} s", flush=True)
   importlib.invalidate_caches()
-  # One part alone needs the world's packages, and the others run without them.
   refused = missing(NEEDS)
   if refused:
     sys.exit("these packages are not installed and pip cannot fetch them: install "

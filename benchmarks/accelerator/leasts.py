@@ -1,6 +1,7 @@
 """The least times of the programs that the parts have run, read from their texts afterwards.
 
 A program's text takes a second or more to read and needs no device, so the parts only keep it.
+Preflight is imported where it reads: it brings TFDS, which no part's start should wait for.
 """
 
 import json
@@ -8,7 +9,7 @@ import multiprocessing
 import os
 import pathlib
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import jax
@@ -17,7 +18,6 @@ from benchmarks.accelerator import store
 from benchmarks.accelerator.store import Json
 from s2d_jax import chips
 from s2d_jax.chips import Chip
-from s2d_jax.preflight import costs, hlo
 
 
 def keep(program: jax.stages.Compiled, part: str, result: str, trips: int, steps: int = 1) -> None:
@@ -35,6 +35,7 @@ def least(text: str, trips: int, steps: int, chip: Chip) -> Json:
   Args:
     steps: that the program does in one run, which share what it does once.
   """
+  from s2d_jax.preflight import costs, hlo
   kernels = hlo.kernels(text, trips)
   total = hlo.total(kernels)
   found = costs.least(kernels, chip)
@@ -59,9 +60,18 @@ def measure_all(sizes: Namespace, save: Callable[[str, Json], None]) -> None:
   chip = kind._replace(flops=sizes.rates["flops_per_second"],
                        bandwidth=sizes.rates["bytes_per_second"])
   paths = sorted(pathlib.Path(os.environ["TEXTS"]).glob("*.json"))
-  # Reading is Python's own work, so threads would not share it.
-  with futures.ProcessPoolExecutor(sizes.processes, multiprocessing.get_context("spawn")) as pool:
-    for part, result, values in pool.map(read, paths, [chip] * len(paths)):
-      before = store.read(sizes.into)["parts"][part]["results"][result]
-      store.add(sizes.into, part, result, before | values)
+  for part, result, values in read_all(paths, chip, sizes.processes):
+    before = store.read(sizes.into)["parts"][part]["results"][result]
+    store.add(sizes.into, part, result, before | values)
   save("programs", {"count": len(paths)})
+
+
+def read_all(paths: Sequence[pathlib.Path], chip: Chip,
+             processes: int) -> Iterator[tuple[str, str, Json]]:
+  """Yields the result of `read` for each path, of this process or of `processes` further ones."""
+  if not processes:
+    yield from map(read, paths, [chip] * len(paths))
+    return
+  # Reading is Python's own work, so threads would not share it.
+  with futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    yield from pool.map(read, paths, [chip] * len(paths))

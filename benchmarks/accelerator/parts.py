@@ -228,15 +228,17 @@ def whole_step(sizes: Namespace, save: Save) -> None:
 
 
 def world(sizes: Namespace, save: Save) -> None:
-  """A whole run of the arithmetic world's tiny config, in a process of its own."""
+  """A whole run of the arithmetic world's tiny config, in a new process without programs."""
   with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, "-c", "from s2d_jax import cli; cli.main()", "run",
-               "--config=configs/arithmetic.py:tiny", f"--workdir={folder}", *sizes.flags]
+               "--config=configs/arithmetic.py:tiny", f"--workdir={folder}/run", *sizes.flags]
     missing = [name for name in ("tensorflow_datasets", "array_record")
                if importlib.util.find_spec(name) is None]
     if missing:
       raise RuntimeError(f"the arithmetic world's data need {' and '.join(missing)}: install them.")
-    done, seconds = measure.stopwatch(lambda: subprocess.run(command, check=False))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/programs"}
+    done, seconds = measure.stopwatch(
+        lambda: subprocess.run(command, env=environment, check=False))
     if done.returncode:
       raise RuntimeError(f"the run ended with exit status {done.returncode}: its error is above.")
   save("run", {"seconds": seconds})

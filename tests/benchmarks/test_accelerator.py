@@ -146,17 +146,17 @@ class Simulated:
 @pytest.fixture
 def simulate(monkeypatch, tmp_path):
   """Runs the command on a clock of its own; returns (seconds, sections, processes)."""
-  def run(seconds, installation):
+  def run(seconds, installation, *flags):
     clock, processes = [1000.0], []
     def started(_, environment):
       processes.append(environment)
       return Simulated(clock, seconds, environment)
-    def packages(limit, **_):
+    def packages(limit):
       clock[0] += min(installation, limit)
     monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(driver, "Worker", started)
     monkeypatch.setattr(driver.install, "packages", packages)
-    path = driver.main([f"--results={tmp_path}"])
+    path = driver.main([f"--results={tmp_path}", *flags])
     return clock[0] - 1000, store.read(path)["parts"], processes
   return run
 
@@ -185,10 +185,19 @@ def test_parts_share_a_process_where_memory_and_programs_are_the_same(simulate):
   _, _, processes = simulate(lambda _: 1.0, installation=0.0)
   folders = [Path(environment["JAX_COMPILATION_CACHE_DIR"]).name for environment in processes]
   growing = ["XLA_PYTHON_CLIENT_PREALLOCATE" in environment for environment in processes]
-  # All on random weights; a stage's start, and its second one with distillation; account and
-  # rivals; least times.
-  assert folders == ["shared", "stage", "stage", "shared", "shared"]
-  assert growing == [False, False, False, True, False]
+  # Updates, decoding and losses; a stage's start; its second start, and distillation; all others.
+  assert folders == ["shared", "stage", "stage", "shared"]
+  assert growing == [False, False, False, True]
+
+
+def test_a_cold_part_finds_no_programs_of_an_earlier_run(simulate, tmp_path):
+  cache = tmp_path / "cache"
+  for folder in ("stage", "shared"):
+    (cache / folder).mkdir(parents=True)
+    (cache / folder / "program").touch()
+  simulate(lambda _: 1.0, 0.0, f"--cache={cache}")
+  assert [path.name for path in cache.glob("*/program")] == ["program"]
+  assert (cache / "shared" / "program").exists()
 
 
 def test_a_part_begins_only_where_its_limit_leaves_its_first_result():
@@ -253,19 +262,18 @@ def test_a_result_is_on_disk_as_soon_as_it_exists(tmp_path):
 def test_missing_packages_are_named_in_one_sentence(monkeypatch):
   calls = []
   monkeypatch.setattr(install, "NEEDS", {"json": "json", "no_such_module": "no-such-package"})
-  monkeypatch.setattr(install, "WORLD", {"no_such_world": "no-such-world"})
+  monkeypatch.setattr(install, "OPTIONAL", {})
   monkeypatch.setattr(install.subprocess, "run", lambda words, **_: calls.append(words))
   with pytest.raises(SystemExit, match="install no-such-package with .* or name a folder .* "
                                        "PYTHONPATH"):
     install.packages(60)
   assert [words[1:4] + words[-1:] for words in calls] == [["-m", "pip", "install",
                                                            "no-such-package"]]
-  # The packages that one part alone needs are fetched for it, and stop no other part.
+  # A package that one part alone needs stops no other part.
   monkeypatch.setattr(install, "NEEDS", {"json": "json"})
+  monkeypatch.setattr(install, "OPTIONAL", {"no_such_module": "no-such-package"})
   install.packages(60)
-  assert len(calls) == 1
-  install.packages(60, world=True)
-  assert calls[-1][-1] == "no-such-world"
+  assert len(calls) == 2
 
 
 def test_pip_has_the_constraints_and_leaves_installed_versions(monkeypatch):
@@ -301,7 +309,7 @@ numpy==2.4.6; python_version < "3.12"
 def test_every_package_that_pip_fetches_has_a_version():
   pinned = {re.split(r"[=;]", line)[0].replace("_", "-").lower()
             for line in (ROOT / "constraints.txt").read_text().splitlines()}
-  for package in (install.NEEDS | install.WORLD).values():
+  for package in (install.NEEDS | install.OPTIONAL).values():
     assert package.partition("[")[0].replace("_", "-").lower() in pinned
 
 
@@ -425,16 +433,19 @@ def test_programs_that_decoders_share_are_compiled_once():
       once(Refused())
 
 
+@pytest.mark.medium
 def test_the_least_time_of_a_program_that_was_kept(tmp_path, monkeypatch):
   monkeypatch.setenv("TEXTS", str(tmp_path / "texts"))
   x = jnp.ones((8, 4))
   leasts.keep(jax.jit(lambda x: x @ x.T).lower(x).compile(), "update 8B adapters", "1 x 8", 1, 2)
   (path,) = (tmp_path / "texts").iterdir()
   chip = chips.CHIPS["v5e"]._replace(flops=1e3, bandwidth=1e30)
-  part, result, values = leasts.read(path, chip)
+  ((part, result, values),) = leasts.read_all([path], chip, processes=0)
   # 2 x 8 x 8 x 4 FLOPs of two steps, at 1,000 a second.
   assert (part, result) == ("update 8B adapters", "1 x 8")
   assert values["least_seconds"] == pytest.approx(2 * 8 * 8 * 4 / 2 / 1e3)
+  # And read by other processes.
+  assert list(leasts.read_all([path, path], chip, processes=1)) == [(part, result, values)] * 2
 
 
 def test_one_row_is_one_row():

@@ -167,11 +167,13 @@ def tiny(name, folder):
   """The config as `:tiny` makes it, smaller still by flat overrides, on folders made for it."""
   module = importlib.import_module(f"configs.{name}")
   benchmark = BENCHMARK[name]
+  # Two prompts and at most five tokens everywhere, so that samplers share their programs.
   smaller = {"arms": "every_row", "prompt_tokens": 112, f"evals.{benchmark}.prompts": 2,
-             f"evals.{benchmark}.draws": 5, f"evals.{benchmark}.sampling.max_tokens": 4,
-             "evals.validation.problems": 2, "evals.validation.sampling.max_tokens": 4,
-             "evals.validation.when": "every 2", "probe.problems": 2,
-             "probe.prompts": 2, "probe.sampling.max_tokens": 4, "probe.block": 64}
+             f"evals.{benchmark}.draws": 5, f"evals.{benchmark}.sampling.max_tokens": 5,
+             "evals.validation.problems": 2, "evals.validation.prompts": 2,
+             "evals.validation.sampling.max_tokens": 5, "evals.validation.when": "every 2",
+             "probe.problems": 2, "probe.prompts": 2, "probe.sampling.max_tokens": 5,
+             "probe.block": 64}
   for row in ROWS:
     samples = 1 if row == "teacher_sft" else 2
     smaller |= {f"stages.{row}.{key}": value for key, value in {
@@ -184,7 +186,7 @@ def tiny(name, folder):
     config = module.get_config("tiny")
     with config.unlocked():
       config.evals.validation = common.evaluation(
-          split="validation", sampling=common.sampling(samples_per_prompt=4, max_tokens=4),
+          split="validation", sampling=common.sampling(samples_per_prompt=2, max_tokens=5),
           statistics="avg,response_length")
     smaller |= {"teacher": str(folder / "teacher"), "student": str(folder / "student"),
                 "data.dir": str(folder / "data"), "prompt_tokens": 16,

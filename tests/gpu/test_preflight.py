@@ -4,19 +4,18 @@ Run by `make test-gpu`, in an environment of its own that has CUDA's plugin; els
 """
 
 import importlib.util
-import json
 import re
-import shutil
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import arithmetic, common
+from configs import common
 from s2d_jax import command, compiling, models, objectives, optim, preflight, sharding, training
 from s2d_jax.preflight import costs, hlo, topologies
 from s2d_jax.sampler import capacity, decode, programs
+from tests.preflight import folders
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
@@ -27,13 +26,8 @@ LAYERS = 2  # of the published models' 36 and 28: a layer's programs are those o
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Both models of qwen3_math as folders with config.json and tokenizer alone, of few layers."""
-  found = tmp_path_factory.mktemp("models")
-  for name in ("Qwen3-8B", "Qwen3-1.7B"):
-    shutil.copytree(arithmetic.get_config().teacher, found / name,
-                    ignore=shutil.ignore_patterns("*.safetensors"))
-    shape = models.PUBLISHED[name.lower()] | {"num_hidden_layers": LAYERS}
-    (found / name / "config.json").write_text(json.dumps(shape))
-  return found
+  return folders.published(tmp_path_factory.mktemp("models"), ("Qwen3-8B", "Qwen3-1.7B"),
+                           num_hidden_layers=LAYERS)
 
 
 def lowered_update(name, rows, width, topology="h100", **changes):
@@ -56,10 +50,10 @@ STAGES = ("forward_kl", "reverse_kl", "sft", "student_grpo", "teacher_grpo", "te
           "weighted_fkl")
 
 
-def flags(folder, topology, mesh, *stages):
-  """The README's flags, for these stages of qwen3_math."""
+def flags(folder, topology, mesh, *stages, config="qwen3_math"):
+  """The README's flags, for these stages of a config."""
   left_out = [f"--config.stages.{name}.steps=0" for name in STAGES if name not in stages]
-  return [f"--config=configs/qwen3_math.py:models={folder},data={folder}",
+  return [f"--config=configs/{config}.py:models={folder},data={folder}",
           f"--topology={topology}", f"--config.mesh={mesh}", *left_out]
 
 

@@ -9,6 +9,7 @@ not compiled again without --again. GPUs and TPUs need an environment each (docs
 """
 
 import argparse
+import collections
 import json
 import math
 import pathlib
@@ -173,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags.add_argument("--render", action="store_true", help="compile nothing")
   args = flags.parse_args(argv)
   stored = json.loads(RESULT.read_text()) if RESULT.exists() else []
-  progress = Progress()  # entries share programs, such as the student's samplers
+  # Entries of a topology share programs, such as the student's samplers. The text of a program does
+  # not name the chip.
+  progress = collections.defaultdict(Progress)
   with tempfile.TemporaryDirectory() as folder:
     for pair, topology, stage in () if args.render else missing(stored, args.only, args.again):
       try:
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{topology}: {error}", file=sys.stderr)
         continue
       print(f"{pair.student} from {pair.teacher}, {topology}, {stage}", file=sys.stderr, flush=True)
-      entry = compiled(pair, topology, stage, pathlib.Path(folder), progress)
+      entry = compiled(pair, topology, stage, pathlib.Path(folder), progress[topology])
       stored = stored_with(stored, entry)
       RESULT.write_text(json.dumps(stored, indent=1) + "\n")
   PAGE.write_text(page(PAGE.read_text(), stored))

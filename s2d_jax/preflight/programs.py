@@ -190,18 +190,17 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   prompts_layer = sharding.device_bytes(programs.prompts[0])
   weights = sharding.device_bytes(programs.weights)
   # The stacked layers that it reads are among the weights that the stage holds.
-  stacked = sharding.device_bytes(decode.without_layers(compiled.abstract_params)[1])
+  stacked = sharding.device_bytes(decode.split_layers(compiled.abstract_params)[1])
   copied = weights - sharding.device_bytes(programs.weights.params["layers"][0])
   yield Request(stage, f"{name} weights", programs.layer_weights, held - stacked + copied, 0, 1)
   reads = rows / compiled.sampling.samples_per_prompt / shapes.prompts
   yield Request(stage, f"{name} admit", programs.admit[longest],
                 held + weights + others * (cache_layer + prompts_layer), reads * len(cache), 1)
-  # A change of size holds a layer twice. To shrink takes as much as to grow: one copy has all rows
-  # at the longest, the other half the rows or half the length.
+  # A change of size holds a layer twice.
   held += weights + len(cache) * prompts_layer + others * cache_layer
   if len(shapes.lengths) > 1:
     yield Request(stage, f"{name} grow", programs.grow[most, shapes.lengths[-2]], held, 0, 1)
-  elif len(shapes.batches) > 1:
+  if len(shapes.batches) > 1:
     yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1)
 
 

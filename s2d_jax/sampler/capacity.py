@@ -115,7 +115,7 @@ class Shapes(NamedTuple):
 
   def largest(self) -> "Shapes":
     """These Shapes with the two largest batches and the two longest lengths alone."""
-    # Two of each, because a change of size needs the memory of both sizes at once.
+    # Two of each, because a change of size needs the memory of both sizes of a layer at once.
     return self._replace(batches=self.batches[:2], lengths=self.lengths[-2:])
 
 
@@ -145,8 +145,7 @@ def batch_sizes(largest: int, multiple: int, weights: int) -> tuple[int, ...]:
   return tuple(sorted(between.union(found), reverse=True))
 
 
-# By these a program for a further size is chosen on an accelerator. A device reaches about such a
-# share of its data sheet's rates.
+# `worthwhile` reads these. A program reaches about this share of the rates of the data sheet.
 COMPILE_SECONDS = 0.25  # for each layer of a decoding program, on sixteen cores
 READ_SHARE = 0.9        # of the bytes that it reads in a second
 FLOP_SHARE = 0.8        # of its products in bfloat16
@@ -259,8 +258,8 @@ def slots_for(model_config: Config, config: SamplerConfig, rows: int, longest: i
     Unfit: not one row fits.
   """
   row_bytes = slot_bytes(model_config, longest, cache_type(model_config, config))
-  # While a cache changes its size, one layer exists twice. A number leaves the rest of the device's
-  # memory for that.
+  # While a cache changes its size, one layer exists twice. With cache_gib set, memory beyond it
+  # serves for that.
   if not config.cache_gib and config.available is not None:
     row_bytes += row_bytes // model_config.layers
   fit = (config.cache_bytes - spent) // row_bytes

@@ -1,7 +1,8 @@
 """The device's part of sampling: prefill, admit, decode, grow, shrink, with the trainer's forward.
 
-Only decode takes all layers at once. All else takes one layer, so that its program does not grow
-with the model, and so that no second cache is held while one changes its size.
+`decode` is one program over all layers. What copies weights, reads prompts or moves a cache handles
+one layer and is called once for each. Its size therefore does not depend on the depth, and a cache
+that changes its size needs memory for one layer more.
 
 A slot is one row of an explicit cache. A prompt is read once; its part of the cache is copied to
 the slot of each of its samples, whose next token to read is the prompt's last. Decoding reads a
@@ -9,6 +10,7 @@ token of every slot and samples the next one, many times in one dispatch.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -51,7 +53,7 @@ class Weights(NamedTuple):
 
 
 def layer_weights(model: models.Model, layers: Params, index: jax.Array) -> Params:
-  """One layer of the Weights, of the trainer's stacked float32 layers."""
+  """One layer's weights for decoding, cut from the trainer's stack of float32 layers."""
   # One program serves all layers: a program for all of them grows with the model's depth, and holds
   # the gathered stack beside its copy.
   layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), layers)
@@ -69,12 +71,12 @@ def other_weights(model: models.Model, others: Params) -> Weights:
 
 def prepare(model: models.Model, params: Params) -> Weights:
   """The Weights of float32 parameters, for all tokens of a call, in one program."""
-  others, layers = without_layers(params)
+  others, layers = split_layers(params)
   weights = other_weights(model, others)
   return weights.with_layers(layer_weights(model, layers, i) for i in range(model.config.layers))
 
 
-def without_layers(params: Params) -> tuple[Params, Params]:
+def split_layers(params: Params) -> tuple[Params, Params]:
   """(the parameters that are not of a layer, those of the layers)."""
   return {name: x for name, x in params.items() if name != "layers"}, params["layers"]
 
@@ -119,17 +121,45 @@ def empty(cache: caches.Cache, batch: int) -> Slots:
   return Slots(cache, zeros(batch), zeros(batch), zeros(batch), jnp.zeros((batch, 2), jnp.uint32))
 
 
-def admit(old: caches.KV, prompts: caches.KV, source_B: jax.Array, new_B: jax.Array) -> caches.KV:
-  """A layer's cache with new rows where new_B: slot b's is a sample of prompt source_B[b]."""
+def admit(pieces: int, old: caches.KV, prompts: caches.KV, source_B: jax.Array,
+          new_B: jax.Array) -> caches.KV:
+  """A layer's cache with new rows where new_B: slot b's is a sample of prompt source_B[b].
+
+  Args:
+    pieces: as `_by_pieces`.
+  """
   # Only a prompt's window is copied. The cache from a prompt's end on keeps old numbers, because
   # each slot is written before it is read. A select keeps shapes static for any number of new rows.
-  def start(old: jax.Array, prompt: jax.Array) -> jax.Array:
-    prompt = jnp.take(prompt, source_B, axis=0)
-    unchanged = jax.lax.slice(old, (0,) * old.ndim, prompt.shape)
-    new = new_B.reshape(-1, *(1 for _ in prompt.shape[1:]))
-    return jax.lax.dynamic_update_slice(old, jnp.where(new, prompt, unchanged), (0,) * old.ndim)
+  def start(old: jax.Array, prompt: jax.Array, slot: int) -> jax.Array:
+    def copy(at: jax.Array, size: int, old: jax.Array) -> jax.Array:
+      window = jax.lax.dynamic_slice_in_dim(prompt, at, size, slot)
+      taken = jnp.take(window, source_B, axis=0)
+      unchanged = jax.lax.dynamic_slice_in_dim(old, at, size, slot)
+      new = new_B.reshape(-1, *(1 for _ in taken.shape[1:]))
+      return jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.where(new, taken, unchanged), at, slot)
+    return _by_pieces(pieces, prompt.shape[slot], copy, old)
 
-  return jax.tree.map(start, old, prompts)
+  return _each(start, old, prompts)
+
+
+def _by_pieces(pieces: int, size: int, change: Callable[[jax.Array, int, jax.Array], jax.Array],
+               array: jax.Array) -> jax.Array:
+  """The array after change(start, length, array) for each of at most `pieces` parts of `size`.
+
+  Rows that move to another device come to all devices on the way. With as many pieces as devices,
+  one of all rows takes as much memory as a device's own rows.
+  """
+  pieces = math.gcd(pieces, size)
+  length = size // pieces
+  return jax.lax.fori_loop(0, pieces, lambda i, x: change(i * length, length, x), array)
+
+
+def _each(change: Callable[..., jax.Array], *layers: caches.KV) -> caches.KV:
+  """A layer's cache of change(arrays of the layers…, the axis of their slots)."""
+  slots = [letters.index("S") for letters in caches.axes()]
+  return caches.KV(*(arrays[0] if arrays[0] is None else change(*arrays, slot)
+                     for *arrays, slot in zip(*layers, slots, strict=True)))
 
 
 def admit_paged(old: caches.Pages, prompts: caches.KV, from_M: jax.Array,
@@ -167,23 +197,29 @@ def grow(kv: caches.KV, length: int) -> caches.KV:
   def longer(x: jax.Array, slot: int) -> jax.Array:
     return jnp.pad(x, [(0, length - x.shape[slot] if axis == slot else 0)
                        for axis in range(x.ndim)])
-  return _resized(kv, longer)
+  return _each(longer, kv)
 
 
 def shorten(kv: caches.KV, length: int) -> caches.KV:
   """A layer's cache with `length` tokens for each row, at most as many as now."""
-  return _resized(kv, lambda x, slot: jax.lax.slice_in_dim(x, 0, length, axis=slot))
+  return _each(lambda x, slot: jax.lax.slice_in_dim(x, 0, length, axis=slot), kv)
 
 
-def _resized(kv: caches.KV, resize: Callable[[jax.Array, int], jax.Array]) -> caches.KV:
-  """A layer's cache with resize(array, axis of its slots) in place of each array."""
-  return caches.KV(*(x if x is None else resize(x, letters.index("S"))
-                     for x, letters in zip(kv, caches.axes(), strict=True)))
+def shrink(pieces: int, kv: caches.KV, slot_b: jax.Array) -> caches.KV:
+  """A layer's cache of the rows slot_b, in their order; `pieces` as `_by_pieces`."""
+  names = caches.axis_names((kv,))[0]
+  def fewer(x: jax.Array, names: tuple[str, ...], slot: int) -> jax.Array:
+    def copy(at: jax.Array, size: int, new: jax.Array) -> jax.Array:
+      rows = jnp.take(jax.lax.dynamic_slice_in_dim(x, at, size, slot), slot_b, axis=0)
+      return jax.lax.dynamic_update_slice_in_dim(new, rows, at, slot)
+    empty = sharding.constrain(jnp.zeros((len(slot_b), *x.shape[1:]), x.dtype), *names)
+    return _by_pieces(pieces, x.shape[slot], copy, empty)
+  return _each(fewer, kv, names)
 
 
-def shrink(rows: caches.KV | Slots, slot_b: jax.Array) -> caches.KV | Slots:
-  """A layer's cache, or slots whose cache is None, with the rows slot_b in their order."""
-  return jax.tree.map(lambda x: jnp.take(x, slot_b, axis=0), rows)
+def shrink_rows(slots: Slots, slot_b: jax.Array) -> Slots:
+  """The slots slot_b in their order; their cache is None."""
+  return jax.tree.map(lambda x: jnp.take(x, slot_b, axis=0), slots)
 
 
 def decode(model: models.Model, sampling: Sampling, tokens: int, weights: Weights, slots: Slots,

@@ -38,7 +38,7 @@ class SlotMemory:
     self.slots = self.slots._replace(cache=caches.with_layers(cache, layers))
 
   def change_rows(self, program: Callable[..., decode.Slots], *rows: np.ndarray) -> None:
-    """Puts the result of a program for slots without a cache in their place."""
+    """Replaces the rows' token, position, count and key by a program's result; the cache stays."""
     cache = self.slots.cache
     changed = program(self.slots._replace(cache=None), *map(self.programs.put, rows))
     self.slots = changed._replace(cache=cache)

@@ -66,7 +66,7 @@ class Programs(NamedTuple):
 
   def prepare(self, params: Params) -> decode.Weights:
     """The Weights of parameters, laid out for decoding."""
-    others, layers = decode.without_layers(params)
+    others, layers = decode.split_layers(params)
     count = len(self.weights.params["layers"])
     return self.other_weights(others).with_layers(
         self.layer_weights(layers, self.put(np.int32(i))) for i in range(count))
@@ -74,7 +74,7 @@ class Programs(NamedTuple):
   def read_prompts(self, weights: decode.Weights, prompt_PW: np.ndarray,
                    longest: int) -> tuple[caches.KV, ...]:
     """The cache of P prompts, of which the longest has `longest` tokens."""
-    others, layers = decode.without_layers(weights.params)
+    others, layers = decode.split_layers(weights.params)
     tokens_PW = self.put(prompt_PW)
     cache = list(self.empty_prompts())
     # Attention scores are chunk × W for each prompt and head, and not W × W: memory bounds the
@@ -116,7 +116,7 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   decoded = list(slots)
   if compiler.largest_only:
     decoded = [(most, shapes.lengths[-1])]
-  admit = decode.admit
+  admit = functools.partial(decode.admit, shapes.shards)
   sources = [whole(most), whole(most, dtype=bool)]
   if config.page:
     admit = decode.admit_paged
@@ -143,9 +143,9 @@ def _reading(model: models.Model, shapes: Shapes, params: Params, weights: decod
   """The programs that lay out weights and read prompts, lowered; `prompts` is their cache."""
   whole = functools.partial(_whole, mesh)
   lower = functools.partial(_lower, mesh)
-  others, layers = decode.without_layers(params)
+  others, layers = decode.split_layers(params)
   layer = weights.params["layers"][0]
-  other_weights = weights._replace(params=decode.without_layers(weights.params)[0])
+  other_weights = weights._replace(params=decode.split_layers(weights.params)[0])
   x_PCD = _abstract_features(model.config, shapes, mesh)
   return {
       "layer_weights": lower(functools.partial(decode.layer_weights, model), layer, layers,
@@ -177,9 +177,11 @@ def _resizing(shapes: Shapes, layer: dict[Size, caches.Layer], states: dict[int,
                for B in shapes.batches for S, to in longer},
       "shorten": {S: lower(functools.partial(decode.shorten, length=to), layer[most, to],
                            layer[most, S]) for to, S in longer},
-      "shrink": {(B, S): lower(decode.shrink, layer[to, S], layer[B, S], whole(to))
+      "shrink": {(B, S): lower(functools.partial(decode.shrink, shapes.shards), layer[to, S],
+                               layer[B, S], whole(to))
                  for B, to in fewer for S in shapes.lengths},
-      "shrink_rows": {B: lower(decode.shrink, states[to], states[B], whole(to)) for B, to in fewer}}
+      "shrink_rows": {B: lower(decode.shrink_rows, states[to], states[B], whole(to))
+                      for B, to in fewer}}
 
 
 def fitted(config: SamplerConfig, model: models.Model, params: Params, memory: int | None,

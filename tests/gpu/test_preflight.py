@@ -3,6 +3,7 @@
 Run by `make test-gpu`, in an environment of its own that has CUDA's plugin; elsewhere left out.
 """
 
+import functools
 import importlib.util
 import re
 import types
@@ -123,7 +124,7 @@ def test_eight_cards_share_an_updates_products():
   assert one.collective_bytes == 0 < eight.collective_bytes
 
 
-def test_prompts_enter_a_layers_slots_in_place():
+def test_rows_move_between_eight_cards_without_all_of_them_on_each():
   devices = topologies.devices("h100:8")
   where = sharding.make_mesh((1, 8, 1), devices)
   config = models.get(models.PUBLISHED["qwen3-8b"], dtype="bfloat16").config
@@ -134,19 +135,28 @@ def test_prompts_enter_a_layers_slots_in_place():
     slots = programs.abstract_slots(config, capacity.SamplerConfig(), shapes, count, tokens, where)
     return slots.cache[0]
 
-  def rows(dtype):
-    return jax.ShapeDtypeStruct((512,), dtype, sharding=sharding.replicated(where))
+  def rows(count, dtype):
+    return jax.ShapeDtypeStruct((count,), dtype, sharding=sharding.replicated(where))
+
+  def account(move, result, *args, donate=()):
+    """The memory of a move in eight pieces, whose result has the layout of `result`."""
+    layouts = jax.tree.map(lambda x: x.sharding, result)
+    move = jax.jit(functools.partial(move, 8), donate_argnums=donate, out_shardings=layouts)
+    return costs.account(move.lower(*args).compile())
 
   with jax.set_mesh(where):
     slots = layer(512, 18_432)
-    admit = jax.jit(decode.admit, donate_argnums=0,
-                    out_shardings=jax.tree.map(lambda x: x.sharding, slots))
-    compiled = admit.lower(slots, layer(128, 2048), rows(jnp.int32), rows(bool)).compile()
-  account = costs.account(compiled)
-  # The keys and the values of all prompts, eight heads of 128 in bfloat16, come to each card.
-  one = 128 * 2048 * 8 * 128 * 2
-  assert one <= account.temporaries < 2.1 * one
-  assert account.output < 1000  # the cache is updated in place
+    admitted = account(decode.admit, slots, slots, layer(128, 2048), rows(512, jnp.int32),
+                       rows(512, bool), donate=0)
+    shrunk = account(decode.shrink, layer(256, 18_432), slots, rows(256, jnp.int32))
+  # Eight heads of 128 in bfloat16 for each token. A card's own part of the prompts' keys, which
+  # are taken in eight pieces of all cards, and what a slot's row takes of a piece.
+  token = 8 * 128 * 2
+  assert admitted.temporaries < 1.1 * (16 + 2 * 64 // 8) * 2048 * token
+  assert admitted.output < 1000  # the cache is updated in place
+  # The keys of a card's own 64 slots.
+  assert shrunk.temporaries < 1.1 * 64 * 18_432 * token
+  assert shrunk.output == 2 * 32 * 18_432 * token
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

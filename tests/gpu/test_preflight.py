@@ -156,7 +156,7 @@ def test_rows_move_between_eight_cards_without_all_of_them_on_each():
   assert admitted.output < 1000  # the cache is updated in place
   # The keys of a card's own 64 slots.
   assert shrunk.temporaries < 1.1 * 64 * 18_432 * token
-  assert shrunk.output == 2 * 32 * 18_432 * token
+  assert 0 <= shrunk.output - 2 * 32 * 18_432 * token < 1000
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

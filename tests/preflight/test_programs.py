@@ -154,7 +154,7 @@ def test_in_bfloat16_frozen_weights_take_half_and_trained_ones_do_not(quick_comp
 
 
 @pytest.mark.medium
-def test_a_change_of_size_holds_both_caches_and_the_weights(quick_compiles, config):
+def test_a_change_of_size_holds_a_layer_twice_and_the_weights(quick_compiles, config):
   with config.unlocked():
     config.stages = {"forward_kl": config.stages.forward_kl}
   found = costs(config)

@@ -38,6 +38,12 @@ def every(hp: ConfigDict) -> int:
   return _steps(hp.when)
 
 
+def between_steps(blocks: ConfigDict, stage: str) -> dict[str, ConfigDict]:
+  """Those blocks of config.evals that run between the steps of a stage, by name."""
+  return {name: hp for name, hp in blocks.items()
+          if every(hp) and (hp.stages == "all" or stage in hp.stages.split(","))}
+
+
 def _steps(when: str) -> int | None:
   """50 for "every 50", 0 for "end", and None for a text that is neither."""
   if when == "end":

@@ -159,7 +159,7 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
   return _laid_out(empty, table, arms, chosen)
 
 
-def without_problems(config: ConfigDict, tokenizer: chat.Chat, stages: Sequence[Stage],
+def without_problems(config: ConfigDict, stages: Sequence[Stage],
                      arms: Mapping[str, Arm]) -> Plan:
   """The nodes and scores of a config's arms, where problems and weights are not at hand.
 
@@ -170,10 +170,12 @@ def without_problems(config: ConfigDict, tokenizer: chat.Chat, stages: Sequence[
   """
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
+  chosen = _chosen_arms(config, arms)
+  tokenizer = _checked_pair(config, sampler.read_description)
   bases = {role: {"folder": str(config[role]), "identity": str(config[role])}
            for role in ("teacher", "student")}
   empty = Plan(config, None, tokenizer, {}, {}, bases, (), {}, {}, {})
-  return _laid_out(empty, table, arms, _chosen_arms(config, arms))
+  return _laid_out(empty, table, arms, chosen)
 
 
 def _laid_out(empty: Plan, table: Mapping[str, Stage], arms: Mapping[str, Arm],
@@ -207,11 +209,17 @@ def _load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
+  return _checked_pair(config, sampler.read_folder), bases
+
+
+def _checked_pair(config: ConfigDict,
+                  read: Callable[..., tuple[models.Config, chat.Chat]]) -> chat.Chat:
+  """The tokenizer that teacher and student share, checked; `read` reads a model's folder."""
   run = {key: config[key] for key in models.RUN}
-  teacher, student = (sampler.read_folder(config[role], dict(config.template), run)
+  teacher, student = (read(config[role], dict(config.template), run)
                       for role in ("teacher", "student"))
   doctor.check_pair(config, teacher, student)
-  return teacher[1], bases
+  return teacher[1]
 
 
 def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,

@@ -76,10 +76,26 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
     ValueError: the config is wrong; the message names the key and the remedy.
   """
   laid_out = planning.plan(config, task, stages, arms, compared)
+  _check_budgets(laid_out, compared)
+  return laid_out
+
+
+def plan_without_problems(config: ConfigDict) -> Plan:
+  """The plan of a config whose problems and weights are not at hand.
+
+  Raises:
+    ValueError: as `plan`, from config, `config.json` and tokenizers alone.
+  """
+  laid_out = planning.without_problems(config, STAGES, ARMS)
+  _check_budgets(laid_out, COMPARED)
+  return laid_out
+
+
+def _check_budgets(laid_out: Plan, compared: tuple[str, ...]) -> None:
+  """Refuses a plan whose compared arms have unequal budgets."""
   budget.check_equal(budget.configured(laid_out), compared,
                      "by their config: give them equal steps, prompts and samples, or leave one "
                      "out of recipe.COMPARED")
-  return laid_out
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, task: Task,

@@ -73,13 +73,11 @@ def _evaluations(plan: Plan, samplers: Samplers, role: Role, stage: str,
                  ) -> dict[str, tuple[int, Callable[[Params], Iterable[tuple[str, Any]]]]]:
   """The evaluations between the steps of a stage, as `loop.StageRun` takes them."""
   found = {}
-  for name, hp in plan.config.evals.items():
-    steps = evals.every(hp)
-    if steps and (hp.stages == "all" or stage in hp.stages.split(",")):
-      evaluate = evals.evaluator(hp, functools.partial(samplers.compile, role),
-                                 plan.prompts[hp.split], plan.reward, plan.answer,
-                                 plan.config.seed)
-      found[name] = (steps, functools.partial(evals.estimates, name, evaluate))
+  for name, hp in evals.between_steps(plan.config.evals, stage).items():
+    evaluate = evals.evaluator(hp, functools.partial(samplers.compile, role),
+                               plan.prompts[hp.split], plan.reward, plan.answer,
+                               plan.config.seed)
+    found[name] = (evals.every(hp), functools.partial(evals.estimates, name, evaluate))
   return found
 
 

@@ -5,15 +5,15 @@ from typing import NamedTuple
 from s2d_jax.preflight.operations import Computations, Operation, attribute, called
 
 
-class _Slot(NamedTuple):
+class _Carried(NamedTuple):
   """One value that a loop carries."""
   body: str
   index: int
 
 
 class _Affine(NamedTuple):
-  """A scalar: a value at the start of a trip, or 0, plus a constant."""
-  slot: _Slot | None
+  """A scalar of the form `carried value + offset`, or a constant (no slot)."""
+  slot: _Carried | None
   offset: int
 
 
@@ -51,8 +51,11 @@ class Loops:
       direction = direction.translate(str.maketrans("LG", "GL"))
     if first.slot is None or second.slot is not None:
       return None
+    root = self._root(body)
+    if root.opcode != "tuple":
+      return None
     start = self._start(computation, loop, first.slot.index)
-    following = self._affine(body, self._root(body).operands[first.slot.index])
+    following = self._affine(body, root.operands[first.slot.index])
     if start is None or following is None or following.slot != first.slot:
       return None
     return _count(start, following.offset, second.offset - first.offset, direction)
@@ -112,7 +115,7 @@ class Loops:
       return None
     body = _parts(loop)[1]
     if not self._unchanged(body, index):
-      return _Affine(_Slot(body, index), 0)
+      return _Affine(_Carried(body, index), 0)
     carried = self.by_name[caller].get(loop.operands[0])
     if carried is None or carried.opcode != "tuple":
       return None

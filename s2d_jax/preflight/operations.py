@@ -78,10 +78,10 @@ def type_bytes(type_: str) -> float:
 
 def memory_bytes(type_: str) -> float:
   """Those bytes of a type that lie in the device's memory."""
-  return sum(size for size, layout in arrays(type_) if not elsewhere(layout))
+  return sum(size for size, layout in arrays(type_) if not outside_memory(layout))
 
 
-def elsewhere(layout: str) -> bool:
+def outside_memory(layout: str) -> bool:
   """Whether an array lies on a TPU's chip, beside its memory, or with the host."""
   space = re.search(r"S\((\d+)\)", layout)
   if space is None:

@@ -50,6 +50,11 @@ class Target(NamedTuple):
   fast: bool = False         # the stages alone, and a sampler's two largest programs
   scores: bool = True        # evaluations and the probe too, unless fast
 
+  @property
+  def scored(self) -> bool:
+    """Whether evaluations and the probe are compiled."""
+    return self.scores and not self.fast
+
 
 LOCAL = Target()
 
@@ -86,10 +91,13 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
     held = compiling.resident(stage_models, optimizer)
+    of_stage = samplers._replace(held=sum(held.values()))
     programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
-                                          optimizer, samplers._replace(held=sum(held.values())))
+                                          optimizer, of_stage)
     requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
-  if target.scores and not target.fast:
+    if target.scored:
+      requests += _between_steps(config, row, stage_models, of_stage)
+  if target.scored:
     requests += _scoring(config, mesh, samplers)
   progress = progress or Progress()
   yield from progress.costs(requests, target.chip)
@@ -204,26 +212,45 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
     yield Request(stage, f"{name} shrink", programs.shrink[most, longest], held, 0, 1)
 
 
+def _between_steps(config: ConfigDict, row: planning.Stage, stage_models: StageModels,
+                   samplers: Samplers) -> Iterator[Request]:
+  """The evaluations between the steps of a stage: of its learner, beside all that it holds."""
+  learner = stage_models.learner
+  whole = Role(learner.model, stage_models.full(learner.params))
+  for name, hp in evals.between_steps(config.evals, row.name).items():
+    yield from _evaluation(f"{row.name} {name}", hp, row.learner, whole, samplers)
+
+
+def _evaluation(block: str, hp: ConfigDict, name: str, role: Role,
+                samplers: Samplers) -> Iterator[Request]:
+  """The programs of an evaluation of one model; `name`: the model's."""
+  for way, change in evals.ways(hp).items():
+    program = name if way == "sampled" else f"{name} {way}"
+    yield from _score(block, program, hp, evals.batch(hp), role, samplers, change)
+
+
+def _score(block: str, program: str, hp: ConfigDict, prompts: int, role: Role, samplers: Samplers,
+           change: Mapping[str, Any]) -> Iterator[Request]:
+  """The programs of a sampler that scores `prompts` prompts a call."""
+  compiled = samplers.compile(role, hp.sampling, prompts, **change)
+  rows = prompts * compiled.sampling.samples_per_prompt
+  yield from _moving(block, program, compiled, rows, samplers.held)
+  yield from _sampling(block, program, compiled, rows, samplers.held)
+
+
 def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request]:
-  """The programs that score either model: of each evaluation, and of the probe."""
+  """The programs that score either model outside of stages: at the end, and of the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   held = {role: sharding.device_bytes(roles[role].params) for role in roles}
-
-  def sampling(block: str, hp: ConfigDict, size: int, way: str,
-               **change: Any) -> Iterator[Request]:
-    for role in roles:
-      # A probe has both models on the device.
-      others = sum(held.values()) if block == "probe" else held[role]
-      found = samplers._replace(held=others).compile(roles[role], hp.sampling, size, **change)
-      rows = size * found.sampling.samples_per_prompt
-      # A stage moves a cache of this size too, beside an optimizer.
-      yield from _sampling(block, f"{role}{way}", found, rows, others)
-
   for name, hp in config.evals.items():
-    for way, change in evals.ways(hp).items():
-      yield from sampling(name, hp, evals.batch(hp), f" {way}".replace(" sampled", ""), **change)
+    for role in roles:
+      if not evals.every(hp):
+        yield from _evaluation(name, hp, role, roles[role], samplers._replace(held=held[role]))
   if config.probe.problems:
-    yield from sampling("probe", config.probe, config.probe.prompts, "")
+    # A probe has both models on the device.
+    both = samplers._replace(held=sum(held.values()))
+    for role in roles:
+      yield from _score("probe", role, config.probe, config.probe.prompts, roles[role], both, {})
     rows = config.probe.prompts * config.probe.sampling.samples_per_prompt
     yield Request("probe", "both", _compare(config, roles, mesh, rows), 0, 1,
                   _blocks(config.probe, rows // config.probe.microbatches))
@@ -279,7 +306,7 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
     price: of one chip an hour.
   """
   configs = sweep.expand(config)
-  plans = [_plan(one) for one in configs]
+  plans = [recipe.plan_without_problems(one) for one in configs]
   # A run opens the folder of its first config.
   program_cache.check(configs[0].compilation_cache)
   chip = topologies.chip(topology) if topology else None
@@ -307,12 +334,6 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   return verdicts.fits(printed, limit)
 
 
-def _plan(config: ConfigDict) -> planning.Plan:
-  """The stages and scores of a config's arms; see `planning.without_problems`."""
-  tokenizer = chat.Chat(config.student, **config.template)
-  return planning.without_problems(config, tokenizer, recipe.STAGES, recipe.ARMS)
-
-
 def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransformation) -> int:
   """Bytes on each device that a stage's update has at least, whatever its microbatches."""
   held = sum(compiling.resident(stage_models, optimizer).values())
@@ -331,7 +352,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   if "sweep" in config:
     raise ValueError("--search takes one run: name a config without a sweep.")
   # First, because a candidate's ValueError below means that its mesh or memory is too small.
-  plan = _plan(config)
+  plan = recipe.plan_without_problems(config)
   program_cache.check(config.compilation_cache)
   chip = topologies.chip(topology)
   devices = topologies.devices(topology)

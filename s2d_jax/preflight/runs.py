@@ -21,7 +21,7 @@ class Part(NamedTuple):
   name: str   # equal where a run does the part once
   kind: str   # "stage", "evaluation" or "probe"
   block: str  # the `stage` of its costs
-  # by the first word of a program: how often it does what Cost.runs counts; "": every program
+  # steps or calls, by model; key "" applies to all programs
   times: Mapping[str, float]
 
 
@@ -32,7 +32,8 @@ class Total(NamedTuple):
   left_out: tuple[str, ...]  # blocks that are not counted, each with the reason
 
   def __str__(self) -> str:
-    counted = ", ".join(f"{count} {kind}s" for kind, count in self.counts.items())
+    counted = ", ".join(f"{count} {kind if count == 1 else f'{kind}s'}"
+                        for kind, count in self.counts.items())
     without = f"; not counted: {', '.join(self.left_out)}" if self.left_out else ""
     return f"{counted or 'nothing'}, every response of max_tokens{without}"
 
@@ -104,13 +105,11 @@ def _problem_count(config: ConfigDict, split: str) -> int | None:
 
 def _between_steps(plan: Plan, node: Node) -> Iterator[Part]:
   """The evaluations between the steps of a node."""
-  for block, hp in plan.config.evals.items():
-    every = evals.every(hp)
-    if every and (hp.stages == "all" or node.stage.name in hp.stages.split(",")):
-      # The first is before step 0.
-      repeats = -(-node.hp.steps // every)
-      part = _evaluation(plan, block, node.name, node.stage.learner, repeats)
-      yield part._replace(name=f"{node.name} {block}")
+  for block, hp in evals.between_steps(plan.config.evals, node.stage.name).items():
+    # The first is before step 0.
+    repeats = -(-node.hp.steps // evals.every(hp))
+    part = _evaluation(plan, block, node.name, node.stage.learner, repeats)
+    yield part._replace(name=f"{node.name} {block}", block=f"{node.stage.name} {block}")
 
 
 def _probes(plan: Plan, node: Node) -> Iterator[Part]:

@@ -14,8 +14,8 @@ from s2d_jax.preflight.operations import (
   arrays,
   attribute,
   called,
-  elsewhere,
   memory_bytes,
+  outside_memory,
   type_bytes,
 )
 
@@ -141,7 +141,7 @@ def of(operation: Operation, operands: Sequence[str]) -> float:
     # An asynchronous start's result holds its operands first.
     before = len(operands) if operation.opcode != opcode else 0
     size, layout = arrays(operation.type)[before]
-    return min(size, memory_bytes(operands[0])) + (0.0 if elsewhere(layout) else size)
+    return min(size, memory_bytes(operands[0])) + (0.0 if outside_memory(layout) else size)
   if opcode in _UPDATES:
     return 2 * memory_bytes(operands[_UPDATES[opcode]])
   if operation.opcode.endswith("-start"):
@@ -174,7 +174,7 @@ def _results(operation: Operation) -> list[float]:
   """Bytes of each result of a library's kernel."""
   if not operation.type.startswith("("):
     return [memory_bytes(operation.type)]
-  found = [0.0 if elsewhere(layout) else size for size, layout in arrays(operation.type)]
+  found = [0.0 if outside_memory(layout) else size for size, layout in arrays(operation.type)]
   # The scratch memory of cuBLAS and cuDNN is the last result, of bytes.
   library = re.search(r'custom_call_target="__cu(blas|dnn)', operation.attributes)
   scratch = operation.type.rpartition(" ")[2].startswith(("s8[", "u8["))

@@ -15,7 +15,8 @@ HEADER = "\n".join((
 
 def line(cost: Cost) -> str:
   """One program in a line of the table."""
-  named = f"{cost.stage:<16} {cost.program:<28}"
+  # The program's column has blanks to spare for a longer first one: "reverse_kl validation".
+  named = f"{f'{cost.stage:<16} {cost.program}':<45}"
   if cost.account is None:
     return f"{named} does not fit: {cost.problem}"
   account = cost.account

@@ -20,6 +20,16 @@ def read(folder: str | pathlib.Path, template: dict[str, Any],
   """
   # Headers first: a missing or damaged file is found in seconds, before weights are loaded.
   hf.check(folder)
+  return read_description(folder, template, run)
+
+
+def read_description(folder: str | pathlib.Path, template: dict[str, Any],
+                     run: dict[str, Any]) -> tuple[Config, chat.Chat]:
+  """As `read`, of a folder that need not have weights: from config.json and tokenizer alone.
+
+  Raises:
+    ValueError: `chat.Chat` would refuse the folder, or a token has no embedding.
+  """
   config = models.read_config(hf.read_json(folder), **run)
   tokenizer = chat.Chat(folder, **template)
   # On a device an index beyond an array's end raises no error: it reads NaN.

@@ -80,8 +80,8 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
   assert "reverse_kl: update compiled in " in found.err
   # Of the arms' stages only reverse_kl has steps: of all labels in two arms, and of 1h in one.
   assert re.match(r"8 chips x [\d,.]+ hours at least x 2.5 = [\d,]+: 2 stages, every response of "
-                  r"max_tokens; not counted: validation \(not compiled\), probe \(not compiled\), "
-                  r"math500 \(not compiled\)$", lines[-1])
+                  r"max_tokens; not counted: reverse_kl validation \(not compiled\), "
+                  r"probe \(not compiled\), math500 \(not compiled\)$", lines[-1])
 
 
 def test_an_update_of_qwen3_0_6b_by_hand():

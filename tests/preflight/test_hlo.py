@@ -143,7 +143,10 @@ def test_constants_are_read_through_tuples_copies_and_fusions():
     ("%next = s32[]{:T(128)} add(%i, %step)", "%next = s32[]{:T(128)} multiply(%i, %step)"),
     ("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} parameter(1)"),
     ("%constant.5 = s32[]{:T(128)} constant(5)",
-     "%constant.5 = s32[]{:T(128)} get-tuple-element(%p.2), index=0")])
+     "%constant.5 = s32[]{:T(128)} get-tuple-element(%p.2), index=0"),
+    # A body whose result is not formed by a tuple: its operands are not the carried values.
+    ("tuple(%next, %dot.1)", 'custom-call(%next, %dot.1), custom_call_target="f"'),
+    ("tuple(%next, %dot.1)", 'custom-call(), custom_call_target="f"')])
 def test_an_unreadable_counter_gives_the_callers_trips(line, changed):
   assert line in LOOP
   assert looped(LOOP.replace(line, changed), unknown_trips=7).count == 7

@@ -100,14 +100,14 @@ def check(config, expected):
   # Two models are sampled for a score, with temperature and without, and for a probe, which lays
   # them side by side.
   for role in size.keys() - {None}:
-    for block in ("test", "probe"):
-      hp = config.probe if block == "probe" else config.evals.test
-      rows = hp.prompts * hp.sampling.samples_per_prompt
-      floor[block, role] = sampled(role, rows, hp.sampling)
-      floor[block, f"{role} prefill"] = read(role, hp.prompts)
-    greedy = sampled(role, config.evals.test.prompts, config.evals.test.sampling)
-    floor["test", f"{role} greedy"] = greedy
-    floor["test", f"{role} greedy prefill"] = read(role, config.evals.test.prompts)
+    for block, name, hp, samples in (
+        ("test", role, config.evals.test, config.evals.test.sampling.samples_per_prompt),
+        ("test", f"{role} greedy", config.evals.test, 1),
+        ("probe", role, config.probe, config.probe.sampling.samples_per_prompt)):
+      floor[block, name] = sampled(role, hp.prompts * samples, hp.sampling)
+      floor[block, f"{name} prefill"] = read(role, hp.prompts)
+      for program, bytes_ in moved(name, role, hp, samples).items():
+        floor[block, program] = bytes_
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():
@@ -171,6 +171,40 @@ def test_a_change_of_size_holds_a_layer_twice_and_the_weights(quick_compiles, co
   assert abs(shrink.account.output / shrink.account.arguments - 0.5) < 0.01
 
 
+class Uncompiled:
+  """Stands for `pool.Progress`, and gives the requests themselves."""
+
+  def costs(self, requests, chip):
+    return requests
+
+
+@pytest.mark.medium
+def test_an_evaluation_between_steps_has_the_stages_models_in_memory(config):
+  with config.unlocked():
+    config.stages = {name: config.stages[name] for name in ("forward_kl", "teacher_sft", "sft")}
+    config.evals.during = config.evals.test.copy_and_resolve_references()
+  config.evals.during.update({"when": "every 2", "stages": "forward_kl,teacher_sft"})
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    found = {(request.stage, request.program): request.resident
+             for request in preflight.costs_of(config, progress=Uncompiled())
+             if "during" in request.stage and not request.program.endswith((
+                 "prefill", "weights", "admit", "shrink", "grow"))}
+  student, teacher = (4 * parameters(role) for role in ("student", "teacher"))
+  def prompts(role):
+    """Of each prompt's tokens a key and a value, in every layer."""
+    shape = json.loads(pathlib.Path(config[role], "config.json").read_text())
+    return (4 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+            * config.evals.during.prompts * config.prompt_tokens)
+  # The learner and its two slots, and the guide, which is the actor too. The copy of the learner's
+  # weights is an argument.
+  expected = {("forward_kl during", "student"): 3 * student + teacher + prompts("student"),
+              ("teacher_sft during", "teacher"): 3 * teacher + prompts("teacher")}
+  expected |= {(stage, f"{role} greedy"): held for (stage, role), held in expected.items()}
+  assert found.keys() == expected.keys()
+  for key, held in expected.items():
+    assert held <= found[key] < held + SLACK, key
+
+
 @pytest.mark.medium
 def test_fast_has_the_programs_with_all_the_work_of_the_stages(quick_compiles, config):
   with config.unlocked():
@@ -227,13 +261,19 @@ def test_programs_that_runs_of_a_sweep_share_are_printed_once(quick_compiles, co
 @pytest.mark.parametrize("flag, sentence", [
     ("profile=10:13", "config.profile is '10:13' and the stage student_grpo makes 4 steps"),
     ("arms=nowhere", "there is no arm 'nowhere'"),
+    ("arms=raw_bridge,fkl_only stages.reverse_kl.prompts=8",
+     "raw_bridge and fkl_only are compared and have unequal dense budgets"),
+    ("probe.top_k=25", "config.probe.top_k is 25 and the vocabulary has 24 tokens"),
+    ("stages.sft.sampling.max_tokens=60", "config.prompt_tokens + config.stages.sft.sampling"),
+    ("stages.sft.sampling.stop_strings=('<|end|>',)", "config.stages.sft.sampling: "),
+    ("mesh=(1,1,4) sampler.page=16", "config.sampler.page is 16, and config.mesh's tensor of 4"),
     ("compilation_cache=/nowhere", "config.compilation_cache is '/nowhere': name a folder")])
 def test_mistakes_that_a_run_refuses_are_refused_before_anything_compiles(
     flag, sentence, search, capsys, monkeypatch):
   # A folder whose permissions allow it may refuse a file all the same, as a full disk does.
   monkeypatch.setattr(program_cache, "_create", lambda folder: OSError(folder))
   monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[:1])
-  flags = ["--config=configs/arithmetic.py:tiny", f"--config.{flag}"]
+  flags = ["--config=configs/arithmetic.py:tiny", *(f"--config.{one}" for one in flag.split())]
   if search:
     flags += ["--search", "--topology=h100"]
   with pytest.raises(SystemExit) as error:

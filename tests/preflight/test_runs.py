@@ -3,7 +3,7 @@
 import pytest
 
 from configs import arithmetic
-from s2d_jax import chat, planning, recipe, sweep
+from s2d_jax import planning, recipe, sweep
 from s2d_jax.preflight import costs, hlo, runs
 
 ONE = 3600.0  # seconds of one run of each program, so that hours are its runs
@@ -21,8 +21,7 @@ def config():
 
 
 def plans(config):
-  tokenizer = chat.Chat(config.student, **config.template)
-  return [planning.without_problems(one, tokenizer, recipe.STAGES, recipe.ARMS)
+  return [planning.without_problems(one, recipe.STAGES, recipe.ARMS)
           for one in sweep.expand(config)]
 
 
@@ -107,8 +106,10 @@ def test_evaluations_between_steps_count_from_step_0(config):
   with config.unlocked():
     config.evals.during = config.evals.test.copy_and_resolve_references()
   config.evals.during.update({"when": "every 50", "problems": 16, "prompts": 16})
-  found = runs.total(plans(config), [[program("during", "student"), program("during", "teacher")]])
-  # At steps 0, 50 and 100, of the student alone.
+  found = runs.total(plans(config), [[program("student_grpo during", "student"),
+                                      program("student_grpo during", "teacher"),
+                                      program("sft during", "student")]])
+  # At steps 0, 50 and 100, of the student of this stage alone.
   assert found.hours == pytest.approx(2 * 3) and found.counts == {"evaluation": 1}
 
 
@@ -125,3 +126,8 @@ def test_probes_around_a_stage_count_once_for_equal_weights(config):
   # Two calls for each model; both models score the text of either.
   assert found.hours == pytest.approx(2 * 2 * (alone + pairs * (2 + 2)))
   assert "teacher_grpo (not compiled)" in found.left_out
+
+
+def test_one_part_is_named_in_the_singular():
+  found = runs.Total(1.0, {"stage": 1, "evaluation": 2, "probe": 1}, ())
+  assert str(found) == "1 stage, 2 evaluations, 1 probe, every response of max_tokens"

@@ -29,7 +29,7 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   lines = capsys.readouterr().out.splitlines()
   found = [line.split()[:2] for line in lines[2:]]
   # The probe of the GRPO's start. The problems are at hand only where a run prepared them.
-  assert lines[-1].startswith("4 chips x 0.0 hours at least: 1 stages, 1 probes, every response")
+  assert lines[-1].startswith("4 chips x 0.0 hours at least: 1 stage, 1 probe, every response")
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found
   assert ["test", "student"] in found and ["probe", "both"] in found

@@ -107,7 +107,9 @@ def check(config, expected):
       floor[block, name] = sampled(role, hp.prompts * samples, hp.sampling)
       floor[block, f"{name} prefill"] = read(role, hp.prompts)
       for program, bytes_ in moved(name, role, hp, samples).items():
-        floor[block, program] = bytes_
+        # The probe's few rows have a cache of one size.
+        if (block, program) != ("probe", f"{name} shrink"):
+          floor[block, program] = bytes_
   floor["probe", "both"] = size["teacher"] + size["student"]
   assert set(found) == set(floor)
   for key, cost in found.items():

@@ -88,8 +88,11 @@ class Peer:
       TimeoutError: the rival took too long, and its process was ended.
       RuntimeError: its process has ended.
     """
-    self.process.stdin.write(f"{line}\n")
-    self.process.stdin.flush()
+    try:
+      self.process.stdin.write(f"{line}\n")
+      self.process.stdin.flush()
+    except BrokenPipeError:  # it has ended, as the missing answer says
+      pass
     return self._answer()
 
   def _answer(self) -> Json:
@@ -100,7 +103,9 @@ class Peer:
       raise TimeoutError(f"not finished after {self.seconds:g} s")
     line = self.process.stdout.readline()
     if not line:
-      raise RuntimeError(f"{' '.join(self.process.args[:3])} has ended: its error is above.")
+      # Results keep this sentence, so it names no folder of the host.
+      module = " ".join(self.process.args[1:3])
+      raise RuntimeError(f"python {module} has ended: its error is above.")
     return json.loads(line)
 
   def close(self) -> None:

@@ -33,7 +33,6 @@ from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
 from s2d_jax.rollouts import Prompt
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,

@@ -21,7 +21,7 @@ from types import FrameType
 
 from benchmarks.accelerator import install, plan, store, table
 from benchmarks.accelerator.plan import Part
-from benchmarks.accelerator.worker import ROOT, Worker
+from benchmarks.accelerator.worker import Worker
 
 SMOKE_PATIENCE = 4  # limits are for an accelerator's host, and tests run on a laptop's busy cores
 
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="benchmarks/accelerator.sh",
                                    description=__doc__.splitlines()[0])
-  parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results",
-                      help="where the JSON goes")
+  parser.add_argument("--results", type=pathlib.Path, help="where the JSON goes",
+                      default=install.ROOT / "benchmarks" / "results")
   parser.add_argument("--parts", default="", help="only these, with commas between")
   parser.add_argument("--seconds", type=float,
                       default=float(os.environ.get("SECONDS_LEFT", plan.SECONDS)),
@@ -100,8 +100,11 @@ class Run:
     worker = self._worker_for(part, start)
     status = worker.measure(part.name, self.path, limit)
     fields = {}
-    if status != table.FINISHED:
+    # The error of a rival that has ended is in the output of a part that goes on without it.
+    left_out = store.read(self.path)["parts"][part.name]["results"].get(table.LEFT_OUT)
+    if status != table.FINISHED or left_out:
       fields["output"] = worker.tail()
+    if status != table.FINISHED:
       self.stop()
     wall = time.monotonic() - start
     store.update(self.path, part.name, status=status, seconds=wall, expected=part.expected,

@@ -22,11 +22,9 @@ from s2d_jax.chips import Chip
 
 def keep(program: jax.stages.Compiled, part: str, result: str, trips: int, steps: int = 1) -> None:
   """Keeps a program's text for `measure_all`; `trips` and `steps` as in `least`."""
-  folder = pathlib.Path(os.environ["TEXTS"])
-  folder.mkdir(exist_ok=True)
-  (folder / f"{part}, {result}.json").write_text(json.dumps({
-      "part": part, "result": result, "trips": trips, "steps": steps, "text": program.as_text()}),
-      encoding="utf-8")
+  # Whole or not at all: half a file of a part that is stopped would fail all least times.
+  store.write(pathlib.Path(os.environ["TEXTS"]) / f"{part}, {result}.json", {
+      "part": part, "result": result, "trips": trips, "steps": steps, "text": program.as_text()})
 
 
 def least(text: str, trips: int, steps: int, chip: Chip) -> Json:

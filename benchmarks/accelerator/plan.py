@@ -15,6 +15,8 @@ compilation and of its repeats. Four rules scale those:
   instead of 36, took 4.1.
 """
 
+import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from s2d_jax import chips
@@ -26,9 +28,19 @@ INSTALLATION = 40  # that pip is expected to take (20 of processor time); none w
 PIP = 90           # after which it is stopped, which leaves less for the last parts
 END = 5            # kept for the table and the end of the last process
 
+
+def reserved(environment: Mapping[str, str]) -> dict[str, str]:
+  """The variable of the share of a GPU that JAX takes: `chips.GPU_SHARE`, or the user's own."""
+  name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  # JAX refuses an environment that has both of its names.
+  if "XLA_CLIENT_MEM_FRACTION" in environment:
+    return {}
+  return {name: environment.get(name, str(chips.GPU_SHARE))}
+
+
 # The rivals' processes and the allocator's own statistics need memory that JAX has not reserved.
 GROWING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-RESERVED = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}
+RESERVED = reserved(os.environ)
 
 
 class Part(NamedTuple):

@@ -16,16 +16,20 @@ import numpy as np
 from benchmarks import measure, sampler, step
 from benchmarks.accelerator.decoder import Decoder
 from benchmarks.accelerator.learner import Learner, network
+from benchmarks.accelerator.table import LEFT_OUT
 from s2d_jax import ledger, models
 from s2d_jax.models import hf
 
 Json = measure.Json
 Save = Callable[[str, Json], None]
+LeaveOut = Callable[[str, Exception], None]  # takes the name of a rival
 DECODING = "transformers"  # the rival of decoding, by its name for benchmarks.peers
 
 
 def measure_all(sizes: Namespace, save: Save) -> None:
   """Times ours and each rival in turn, and stores a side's result as soon as it exists.
+
+  A rival that is not ready in time, ends, or answers late is left out, and the result says why.
 
   Raises:
     RuntimeError: torch is not installed.
@@ -37,7 +41,11 @@ def measure_all(sizes: Namespace, save: Save) -> None:
     scratch = pathlib.Path(folder)
     update = Update(sizes, scratch)
     decode = Decode(sizes, scratch)
-    peers = started(update.commands(sizes) | decode.commands(), sizes.seconds)
+    left_out: dict[str, str] = {}
+    def leave_out(name: str, error: Exception) -> None:
+      left_out[name] = str(error)
+      save(LEFT_OUT, left_out)
+    peers = started(update.commands(sizes) | decode.commands(), sizes.seconds, leave_out)
     for peer in peers.values():
       closing.callback(peer.close)
     update.time("ours", update.ask, save)
@@ -46,23 +54,38 @@ def measure_all(sizes: Namespace, save: Save) -> None:
       if name not in peers:
         continue
       task = decode if name == DECODING else update
-      task.time(name, lambda seed, task=task, peer=peers[name]: peer.ask(task.line(seed)), save)
+      task.time(name, asking(name, peers[name], task.line, leave_out), save)
       # Its memory is free before the next one takes its own.
       peers[name].close()
     update.check()
 
 
-def started(commands: Mapping[str, list[str]], seconds: float) -> dict[str, measure.Peer]:
-  """{name: Peer}, all started side by side; one that is not ready in time is left out."""
-  def start(command: list[str]) -> measure.Peer | None:
-    try:
-      return measure.Peer(command, seconds)
-    except TimeoutError as error:
-      print(f"{command[-1]}: {error}", file=sys.stderr, flush=True)
-      return None
+def started(commands: Mapping[str, list[str]], seconds: float,
+            leave_out: LeaveOut) -> dict[str, measure.Peer]:
+  """{name: Peer} of the rivals that are ready in time; all are started side by side."""
   with futures.ThreadPoolExecutor(len(commands)) as pool:
-    peers = dict(zip(commands, pool.map(start, commands.values()), strict=True))
-  return {name: peer for name, peer in peers.items() if peer is not None}
+    starting = {name: pool.submit(measure.Peer, command, seconds)
+                for name, command in commands.items()}
+  peers = {}
+  for name, peer in starting.items():
+    try:
+      peers[name] = peer.result()
+    except (OSError, RuntimeError) as error:  # TimeoutError is an OSError
+      leave_out(name, error)
+  return peers
+
+
+def asking(name: str, peer: measure.Peer, line: Callable[[int], str],
+           leave_out: LeaveOut) -> measure.Side:
+  """The side of a rival, which is left out where it does not answer."""
+  def ask(seed: int) -> Json:
+    try:
+      return peer.ask(line(seed))
+    except (OSError, RuntimeError) as error:
+      leave_out(name, error)
+      # `alternate` goes on without a side that raises this.
+      raise TimeoutError(str(error)) from error
+  return ask
 
 
 class Update:

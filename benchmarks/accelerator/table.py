@@ -6,6 +6,7 @@ from benchmarks.accelerator.store import Json
 
 HEADER = "| part | what | result | share | least |\n|---|---|---|---|---|"
 FINISHED = "finished"
+LEFT_OUT = "left out"  # the result with the reason of each rival that is missing
 
 
 def of(found: Json) -> str:
@@ -32,6 +33,9 @@ def _part(name: str, results: Json) -> Iterator[tuple[str, str, str, str]]:
       yield _account(values)
     elif label == "start":
       yield _start(values)
+    elif label == LEFT_OUT:
+      for side, reason in values.items():
+        yield (side, f"**left out: {reason}**", "", "")
     elif label == "run":
       yield ("whole run", f"{values['seconds']:,.1f} s", "", "")
     elif "seconds_per_step" in values:

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
+from benchmarks.accelerator.install import ROOT
 from benchmarks.accelerator.table import FINISHED
 
-ROOT = pathlib.Path(__file__).parents[2]
 TAIL = 15  # lines of a failed part's output that are kept
 
 

@@ -17,7 +17,17 @@ import pytest
 
 from benchmarks import measure
 from benchmarks.accelerator import __main__ as driver
-from benchmarks.accelerator import decoder, install, leasts, plan, store, table, traces, worker
+from benchmarks.accelerator import (
+  decoder,
+  install,
+  leasts,
+  plan,
+  rivals,
+  store,
+  table,
+  traces,
+  worker,
+)
 from s2d_jax import chips
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +210,7 @@ def test_a_cold_part_finds_no_programs_of_an_earlier_run(simulate, tmp_path):
   assert (cache / "shared" / "program").exists()
 
 
-def test_a_part_begins_only_where_its_limit_leaves_its_first_result():
+def test_a_part_starts_only_if_enough_time_is_left_for_its_first_result():
   for part in plan.PARTS:
     assert part.least <= part.expected < part.limit, part.name
 
@@ -246,8 +256,14 @@ def test_every_size_of_the_plan_is_there():
   assert rivals["block"] == full["update 0.6B"]["block"]
 
 
-def test_a_process_reserves_the_share_of_a_gpu_that_commands_reserve():
-  assert plan.RESERVED == {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}
+@pytest.mark.parametrize("environment, found", [
+    ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(chips.GPU_SHARE)}),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+    # JAX refuses both names together.
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {})])
+def test_a_process_reserves_the_share_of_a_gpu_that_commands_reserve(environment, found):
+  assert plan.reserved(environment) == found
+  assert plan.PARTS[0].environment == plan.reserved(os.environ)
 
 
 def test_a_result_is_on_disk_as_soon_as_it_exists(tmp_path):
@@ -390,6 +406,98 @@ def test_a_rival_that_takes_too_long_is_killed():
   peer.close()
 
 
+def test_a_rival_without_an_answer_is_named_without_a_folder_of_the_host():
+  peer = measure.Peer([sys.executable, "-c", "print('{}', flush=True)"])
+  peer.process.wait()
+  with pytest.raises(RuntimeError, match="^python -c print.* has ended: its error is above"):
+    peer.ask("go")
+  peer.close()
+
+
+class Update(rivals.Update):
+  """An update without a model: one second a run, and one loss."""
+
+  def __init__(self, sizes, scratch):
+    del scratch
+    self.sizes = sizes
+    self.runs = {}
+    self.flops = 1.0
+    self.learner = self.batch = self.program = None
+
+  def commands(self, sizes):
+    return {name: [name] for name in sizes.updates}
+
+  def ask(self, _):
+    return {"seconds": 1.0, "loss": 2.0}
+
+
+class Decode(Update):
+  """The other task."""
+
+  def commands(self):
+    return {rivals.DECODING: [rivals.DECODING]}
+
+  def time(self, name, ask, save):
+    super().time(name, ask, lambda _, values: save("decode_4", values))
+
+
+class Peer:
+  """A rival whose name says how it fails."""
+
+  def __init__(self, command, seconds):
+    (self.name,) = command
+    if self.name == "dead":
+      raise RuntimeError("dead at its start")
+    if self.name == "unready":
+      raise TimeoutError(f"not finished after {seconds:g} s")
+
+  def ask(self, _):
+    if self.name == "ending":
+      raise RuntimeError("ended by its first request")
+    if self.name == rivals.DECODING:
+      raise TimeoutError("not finished after 9 s")
+    return {"seconds": 0.5, "loss": 2.0}
+
+  def close(self):
+    pass
+
+
+def test_a_rival_that_is_missing_is_named_with_its_reason_and_the_others_are_measured(monkeypatch):
+  monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(rivals, "Update", Update)
+  monkeypatch.setattr(rivals, "Decode", Decode)
+  monkeypatch.setattr(measure, "Peer", Peer)
+  sizes = SimpleNamespace(updates=("dead", "unready", "ending", "good"), seconds=9.0, repeats=1,
+                          update_rows=2, update_tokens=8, rates={"flops_per_second": 1.0})
+  results = {}
+  rivals.measure_all(sizes, lambda name, values: results.update({name: dict(values)}))
+  assert results["left out"] == {
+      "dead": "dead at its start", "unready": "not finished after 9 s",
+      "ending": "ended by its first request", "transformers": "not finished after 9 s"}
+  assert list(results["train"]) == ["ours", "good"] and list(results["decode_4"]) == ["ours"]
+  printed = table.of({"parts": {"rivals": {"status": "finished", "results": results}}})
+  for name, reason in results["left out"].items():
+    assert f"| rivals | {name} | **left out: {reason}** |  |  |" in printed
+  assert "| rivals | train, good | 32 tokens/s, 0.500 s |" in printed
+
+
+def test_the_output_of_a_part_that_left_a_rival_out_is_kept(tmp_path):
+  class Worker(Simulated):
+    def measure(self, name, path, limit):
+      store.add(path, name, "left out", {"transformers": "why"})
+      return "finished"
+    def tail(self):
+      return ["ImportError"]
+  run = driver.Run(tmp_path, driver._options(["--smoke"]), deadline=1e12)
+  run.worker = Worker(None, None, None)
+  part = run.last = plan.PARTS[1]
+  run.measure(part)
+  found = store.read(run.path)["parts"][part.name]
+  assert (found["status"], found["output"]) == ("finished", ["ImportError"])
+  # The process measures the next part too.
+  assert run.worker is not None
+
+
 def test_an_accelerator_is_warmed_up_once_more_and_seconds_bound_the_repeats(monkeypatch):
   monkeypatch.setattr(measure, "on_accelerator", lambda: True)
   clock = iter([0.0, 100.0, 0.0, 50.0, 0.0, 3.0, 0.0, 4.0])
@@ -433,6 +541,24 @@ def test_programs_that_decoders_share_are_compiled_once():
     assert compiled == [lowered]
     with pytest.raises(ValueError, match="no memory"):
       once(Refused())
+
+
+def test_a_part_that_is_stopped_while_it_keeps_a_program_leaves_no_half_file(tmp_path, monkeypatch):
+  monkeypatch.setenv("TEXTS", str(tmp_path / "texts"))
+  write = Path.write_text
+  def killed(path, text, **options):
+    write(path, text[:len(text) // 2], **options)
+    raise KeyboardInterrupt
+  monkeypatch.setattr(Path, "write_text", killed)
+  program = SimpleNamespace(as_text=lambda: "HloModule")
+  with pytest.raises(KeyboardInterrupt):
+    leasts.keep(program, "loss", "direct", 1)
+  assert not list((tmp_path / "texts").glob("*.json"))
+  monkeypatch.undo()
+  monkeypatch.setenv("TEXTS", str(tmp_path / "texts"))
+  leasts.keep(program, "loss", "direct", 1)
+  (path,) = (tmp_path / "texts").glob("*.json")
+  assert json.loads(path.read_text())["text"] == "HloModule"
 
 
 @pytest.mark.medium

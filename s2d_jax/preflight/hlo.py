@@ -95,7 +95,7 @@ class _Program:
     operands = self.operand_types(computation, operation)
     flops = 0.0
     sent = 0.0
-    if opcode == "fusion":
+    if opcode in ("fusion", "fusion-start"):  # a GPU may run one beside other kernels
       (target, *_) = called(operation)
       flops = self.products(target)
       moved = self.traffic.fusion(target)

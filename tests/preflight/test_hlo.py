@@ -297,3 +297,20 @@ def test_a_collective_inside_a_fusion_counts_the_trips_of_its_loop():
   text = LOOP.replace("%body (", fused).replace(
       "  %x =", "  %all = f32[64,16]{1,0} fusion(%w), kind=kCustom, calls=%gathered\n  %x =")
   assert hlo.total(hlo.kernels(text)).collective_bytes == 5 * 3 * 4 * 16 * 16
+
+
+def test_an_asynchronous_fusion_counts_the_updated_part():
+  # A GPU writes one layer's gradient into the stack of all: 4 * 16 * 8 bytes are read and written.
+  stack = "f32[28,16,8]{2,1,0}"
+  layer = "f32[1,16,8]{2,1,0}"
+  text = "\n".join((
+      f"%update (p.0: {stack}, p.1: {layer}, p.2: s32[]) -> {stack} {{",
+      f"  %p.0 = {stack} parameter(0)", f"  %p.1 = {layer} parameter(1)",
+      "  %p.2 = s32[] parameter(2)",
+      f"  ROOT %u = {stack} dynamic-update-slice(%p.0, %p.1, %p.2, %p.2, %p.2)", "}", "",
+      "ENTRY %main (a: s32[]) -> s32[] {",
+      f"  %a = {stack} parameter(0)", f"  %b = {layer} parameter(1)", "  %c = s32[] parameter(2)",
+      f"  %f = (({stack}, {layer}, s32[]), {stack}, u32[]) fusion-start(%a, %b, %c), kind=kLoop, "
+      "calls=%update", f"  ROOT %d = {stack} fusion-done(%f)", "}"))
+  (kernel,) = hlo.kernels(text)
+  assert kernel.bytes == 2 * 4 * 16 * 8 + 4

@@ -1,8 +1,8 @@
 """The device's part of sampling: prefill, admit, decode, grow, shrink, with the trainer's forward.
 
 `decode` is one program over all layers. A program that copies weights, reads prompts or moves a
-cache handles one layer and is called once for each. Its size therefore does not depend on the depth,
-and a cache that changes its size needs memory for one layer more.
+cache handles one layer and is called once for each. Its size therefore does not depend on the
+depth, and a cache that changes its size needs memory for one layer more.
 
 A slot is one row of an explicit cache. A prompt is read once; its part of the cache is copied to
 the slot of each of its samples, whose next token to read is the prompt's last. Decoding reads a

@@ -89,7 +89,10 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
     try:
       found = list(preflight.costs_of(config, programs.Target(chip, scores=False), progress))
     except ValueError as error:  # the cache has no memory for one row
-      return entry | {"seconds": time.monotonic() - start, "fits": False, "verdict": str(error)}
+      least = programs.least_bytes(config)
+      verdict = (f"does not fit: weights, optimizer and gradients take {least / 1e9:.2f} GB of "
+                 f"{chip.usable / 1e9:.2f} GB before the cache: {error}")
+      return entry | {"seconds": time.monotonic() - start, "fits": False, "verdict": verdict}
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
 
 

@@ -334,8 +334,18 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   return verdicts.fits(printed, limit)
 
 
+def least_bytes(config: ConfigDict) -> int:
+  """Bytes on each device of the current mesh that the updates have at least.
+
+  Weights, frozen models, optimizer slots and gradients, of the stage that has most of them, whatever
+  its microbatches.
+  """
+  return max(_least_of_update(stage_models, optimizer)
+             for _, _, stage_models, optimizer in _stages(config, _table()))
+
+
 def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransformation) -> int:
-  """Bytes on each device that a stage's update has at least, whatever its microbatches."""
+  """Bytes on each device that a stage's update has at least."""
   held = sum(compiling.resident(stage_models, optimizer).values())
   # Gradients are added up in float32 over the microbatches.
   gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
@@ -364,7 +374,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
 
   def held(changed: ConfigDict) -> int:
     with jax.set_mesh(_mesh(changed.mesh, devices)):
-      return max(_least_of_update(*found) for _, _, *found in _stages(changed, _table()))
+      return least_bytes(changed)
 
   heads = [models.read_config(hf.read_json(config[role])).kv_heads
            for role in ("teacher", "student")]

@@ -46,6 +46,9 @@ class Pair(NamedTuple):
   student: str
   teacher: str
   topologies: tuple[str, ...]  # in the order of their worth
+  # Devices that the heads are split over where the teacher is sampled: the copy for decoding is
+  # whole on each device of `fsdp`, and 70 B parameters do not fit one.
+  tensor: int = 1
 
   def config(self, folder: pathlib.Path) -> ConfigDict:
     """The published recipe on folders with config.json and a tokenizer alone."""
@@ -65,7 +68,7 @@ _QWEN = ("h100:8", "v5p:2x2x4", "h200", "h200:8", "v6e:4x4", "v5e:4x4", "h100", 
 PAIRS = (
     Pair("qwen3-1.7b", "qwen3-8b", _QWEN), Pair("qwen3-1.7b", "qwen3-14b", _QWEN),
     Pair("llama-3.1-8b", "llama-3.3-70b",
-         ("h100:8", "v5p:4x4x4", "h100:64", "v5p:2x2x4", "v6e:8x8", "v6e:4x4")))
+         ("h100:8", "v5p:4x4x4", "h100:64", "v5p:2x2x4", "v6e:8x8", "v6e:4x4"), tensor=8))
 
 
 def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
@@ -81,7 +84,8 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
     # One row of a microbatch for each device, or as many as there are.
     rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.microbatches = max(rows // len(devices), 1)
-  config.mesh = (1, len(devices), 1)
+  tensor = pair.tensor if stage == "teacher_grpo" else 1
+  config.mesh = (1, len(devices) // tensor, tensor)
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
            "mesh": list(config.mesh), "microbatches": config.stages[stage].microbatches,
            "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}

@@ -337,8 +337,8 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
 def least_bytes(config: ConfigDict) -> int:
   """Bytes on each device of the current mesh that the updates have at least.
 
-  Weights, frozen models, optimizer slots and gradients, of the stage that has most of them, whatever
-  its microbatches.
+  Weights, frozen models, optimizer slots and gradients of the stage that has most of them,
+  whatever its microbatches.
   """
   return max(_least_of_update(stage_models, optimizer)
              for _, _, stage_models, optimizer in _stages(config, _table()))

@@ -49,7 +49,7 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
   if len(shape) != len(_AXES) or min(shape) < 1 or need > len(devices):
     raise ValueError(
         f"mesh is {tuple(shape)}, which needs {need} devices on the axes {_AXES}, and "
-        f"{len(devices)} are here: choose three sizes whose product is at most that.")
+        f"there are {len(devices)}: choose three sizes whose product is at most that.")
   # A process without devices in the mesh could not take part in its programs.
   if jax.process_count() > 1 and need != len(devices):
     raise ValueError(

@@ -335,22 +335,16 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
 
 
 def least_bytes(config: ConfigDict) -> int:
-  """Bytes on each device of the current mesh that the updates have at least.
-
-  Weights, frozen models, optimizer slots and gradients of the stage that has most of them,
-  whatever its microbatches.
-  """
-  return max(_least_of_update(stage_models, optimizer)
-             for _, _, stage_models, optimizer in _stages(config, _table()))
-
-
-def _least_of_update(stage_models: StageModels, optimizer: optax.GradientTransformation) -> int:
-  """Bytes on each device that a stage's update has at least."""
-  held = sum(compiling.resident(stage_models, optimizer).values())
-  # Gradients are added up in float32 over the microbatches.
-  gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
-                           sharding.abstract(stage_models.learner.params))
-  return held + sharding.device_bytes(gradients)
+  """Bytes on each device that the largest update has at least, whatever its microbatches."""
+  found = []
+  for _, _, stage_models, optimizer in _stages(config, _table()):
+    # Gradients are added up in float32 over the microbatches.
+    gradients = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
+        sharding.abstract(stage_models.learner.params))
+    held = sum(compiling.resident(stage_models, optimizer).values())
+    found.append(held + sharding.device_bytes(gradients))
+  return max(found)
 
 
 def search_and_show(config: ConfigDict, topology: str, price: float | None) -> bool:

@@ -156,10 +156,16 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
 
 def price_sentence(count: int, found: Total, price: float | None) -> str:
   """The chip-hours of a config's runs, their cost at a price per chip-hour, and what is counted."""
-  sentence = f"{count} chips x {found.hours:,.1f} hours at least"
+  chips = "1 chip" if count == 1 else f"{count} chips"
+  sentence = f"{chips} x {_rounded(found.hours, 1)} hours at least"
   if price is not None:
-    sentence = f"{sentence} x {price:g} = {count * found.hours * price:,.0f}"
+    sentence = f"{sentence} x {price:g} = {_rounded(count * found.hours * price, 0)}"
   return f"{sentence}: {found}"
+
+
+def _rounded(number: float, decimals: int) -> str:
+  """A number with some decimals, or with two digits where those would be too few."""
+  return f"{number:,.{decimals}f}" if number >= 10 else f"{number:.2g}"
 
 
 def check_price(text: str | None) -> float | None:

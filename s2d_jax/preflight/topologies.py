@@ -95,8 +95,13 @@ def _tpus(topology: str) -> list[jax.Device]:
   # Without these libtpu asks the cloud which machine this is, and refuses a second process.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # libtpu takes hosts of 2 x 2 chips, which do not divide a smaller slice.
+  sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+  host = [min(size, 2) for size in sizes[:2]]
+  bounds = host + [1] * (3 - len(host))
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology,
+                                        chips_per_host_bounds=bounds).devices
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"libtpu has no slice {topology} ({str(error).splitlines()[0]}): choose the "
                      "sizes of a slice that exists, such as v5e:4x4 or v5p:2x2x4.") from error

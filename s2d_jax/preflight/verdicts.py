@@ -7,7 +7,8 @@ from s2d_jax.chips import Chip
 from s2d_jax.preflight.costs import Cost
 
 HEADER = "\n".join((
-    "bytes on each device; FLOPs of products, bytes moved and sent in one run or dispatch",
+    "arguments to with resident: bytes on each device. GFLOP of products, GB moved in memory, "
+    "kernels, GB sent, least ms: of one run of the program, or one dispatch of decoding",
     f"{'stage':<16} {'program':<28} {'arguments':>16} {'temporaries':>16} {'output':>16}"
     f" {'code':>13} {'with resident':>16} {'GFLOP':>14} {'GB':>11} {'kernels':>11} {'sent GB':>10}"
     f" {'least ms':>13} bound"))

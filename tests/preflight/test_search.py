@@ -186,3 +186,7 @@ def test_the_price_is_chips_times_hours_times_price():
   assert search.price_sentence(8, found, 2.5) == (
       f"8 chips x 100.0 hours at least x 2.5 = 2,000: {counted}")
   assert search.price_sentence(8, found, None) == f"8 chips x 100.0 hours at least: {counted}"
+  # A small run costs little, and not nothing.
+  small = runs.Total(0.00123, {"stage": 1}, ())
+  sentence = search.price_sentence(1, small, 2.5)
+  assert sentence.startswith("1 chip x 0.0012 hours at least x 2.5 = 0.0031:")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import types
 
@@ -29,10 +30,17 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   lines = capsys.readouterr().out.splitlines()
   found = [line.split()[:2] for line in lines[2:]]
   # The probe of the GRPO's start. The problems are at hand only where a run prepared them.
-  assert lines[-1].startswith("4 chips x 0.0 hours at least: 1 stage, 1 probe, every response")
+  assert re.match(r"4 chips x [\d.e-]+ hours at least: 1 stage, 1 probe, every response", lines[-1])
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found
   assert ["test", "student"] in found and ["probe", "both"] in found
+
+
+@pytest.mark.parametrize("topology, count", [
+    ("v5e:1x1", 1), ("v5e:2x1", 2), ("v6e:1x1", 1), ("v5p:1x1x1", 1), ("v5e:2x2", 4),
+    ("v5p:2x2x4", 16)])
+def test_slices_smaller_than_a_host_exist(topology, count):
+  assert len(topologies.devices(topology)) == count
 
 
 def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from s2d_jax import files
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Node, Plan
 
 
@@ -76,7 +77,7 @@ def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy
     remedy: ends the error message.
 
   Raises:
-    ValueError: two arms have a part that is not equal.
+    InputError: two arms have a part that is not equal.
   """
   for part in Budget._fields:
     # An arm without a part is compared in the other one alone.
@@ -86,7 +87,7 @@ def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy
     first = next(iter(found), None)
     for arm, part_budget in found.items():
       if part_budget != found[first]:
-        raise ValueError(f"{first} and {arm} are compared and have unequal {part} budgets "
+        raise InputError(f"{first} and {arm} are compared and have unequal {part} budgets "
                          f"({found[first]} and {part_budget}) {remedy}.")
 
 
@@ -96,7 +97,7 @@ def check_labels(plan: Plan, arm: str, workdir: epath.Path) -> None:
   A label of the split 2h must also not be used by any stage before one that learns from 2h.
 
   Raises:
-    ValueError: a ledger breaks the arm's split.
+    InputError: a ledger breaks the arm's split.
   """
   held_out = {p.id for p in plan.prompts["2h"]}
   for name in plan.arms[arm]:
@@ -104,12 +105,12 @@ def check_labels(plan: Plan, arm: str, workdir: epath.Path) -> None:
     ledger = files.read_json(workdir / name / "ledger.json")
     stray = set(ledger["labels"]) - {p.id for p in plan.prompts[node.split]}
     if stray:
-      raise ValueError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
+      raise InputError(f"{name} of {arm} spent the label {min(stray)}, which is not in its split "
                        f"{node.split}: delete the stage's folder and run it again.")
     # Each ancestor may keep to its own split and still have used labels that 2h holds out, where
     # that split is "all".
     for parent in plan.ancestors(name)[:-1] if node.split == "2h" else ():
       leaked = held_out & set(files.read_json(workdir / parent / "ledger.json")["labels"])
       if leaked:
-        raise ValueError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "
+        raise InputError(f"{parent} spent the held-out label {min(leaked)} before {name}: in "
                          f"config.arms {arm} is not a half_* arm, so give it another split.")

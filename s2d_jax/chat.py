@@ -15,6 +15,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import transformers
 
+from s2d_jax.errors import InputError
+
 
 class Chat:
   """The tokenizer of a local folder, its chat template, and the ids that end a response.
@@ -26,7 +28,7 @@ class Chat:
     **template: arguments of the chat template, such as `enable_thinking=False` for Qwen3.
 
   Raises:
-    ValueError: the folder has no tokenizer, chat template or end token, or needs code of its own.
+    InputError: the folder has no tokenizer, chat template or end token, or needs code of its own.
   """
 
   def __init__(self, folder: str | Path, **template: Any) -> None:
@@ -62,13 +64,13 @@ class Chat:
     """Refuses stop strings that no response can end with.
 
     Raises:
-      ValueError: one contains a special token, which the text of a response does not.
+      InputError: one contains a special token, which the text of a response does not.
     """
     special = sorted(t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special)
     for string in strings:
       for token in special:
         if token in string:
-          raise ValueError(
+          raise InputError(
             f"the stop string {string!r} holds {token!r}, a special token of {self.folder}, and a "
             "response is decoded without those: choose another."
           )
@@ -84,7 +86,7 @@ def same_tokenizer(teacher: Chat, student: Chat) -> None:
   """Checks that two `Chat`s turn every text into equal ids.
 
   Raises:
-    ValueError: they do not; the message names the first difference.
+    InputError: they do not; the message names the first difference.
   """
   a = teacher.vocabulary
   b = student.vocabulary
@@ -92,37 +94,37 @@ def same_tokenizer(teacher: Chat, student: Chat) -> None:
   remedy = "take a teacher and a student that share one tokenizer"
   if a != b:
     token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
-    raise ValueError(
+    raise InputError(
       f"the vocabularies of {folders} differ (the token {token!r} is {a.get(token, 'absent')} and "
       f"{b.get(token, 'absent')}): {remedy}."
     )
   if teacher.eos_ids != student.eos_ids:
-    raise ValueError(
+    raise InputError(
       f"the end tokens of {folders} differ ({teacher.eos_ids} and {student.eos_ids}): {remedy}."
     )
   if teacher.chat_template != student.chat_template:
-    raise ValueError(f"the chat templates of {folders} differ: {remedy}, or copy one over.")
+    raise InputError(f"the chat templates of {folders} differ: {remedy}, or copy one over.")
 
 
 def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
   path = folder / "tokenizer_config.json"
   if not path.is_file():
-    raise ValueError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
+    raise InputError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
   # Read here first, so that the error names the file; the library's would not name the remedy.
   for file in (path, folder / "tokenizer.json", folder / "generation_config.json"):
     try:
       config = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
-      raise ValueError(f"{file} is not JSON ({error}): download it again.") from error
+      raise InputError(f"{file} is not JSON ({error}): download it again.") from error
     if "auto_map" in config:
-      raise ValueError(
+      raise InputError(
         f"{file} asks for code of its own (auto_map), which is never run: remove it."
       )
   tokenizer = transformers.AutoTokenizer.from_pretrained(
     folder, local_files_only=True, trust_remote_code=False
   )
   if tokenizer.chat_template is None:
-    raise ValueError(f"{folder} has no chat template: add a chat_template.jinja to it.")
+    raise InputError(f"{folder} has no chat template: add a chat_template.jinja to it.")
   return tokenizer
 
 
@@ -136,5 +138,5 @@ def _eos_ids(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> t
     named = named if isinstance(named, list) else [named]
     ids += [i for i in named if i is not None and i not in ids]
   if not ids:
-    raise ValueError(f"{folder} names no end token: add eos_token to its tokenizer_config.json.")
+    raise InputError(f"{folder} names no end token: add eos_token to its tokenizer_config.json.")
   return tuple(ids)

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from s2d_jax import chips
+from s2d_jax.errors import InputError
 
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
@@ -77,7 +78,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
 
 @contextlib.contextmanager
 def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
-  """Replaces fields by their flags in the message of a ValueError that is raised within.
+  """Replaces fields by their flags in the message of an InputError that is raised within.
 
   Args:
     flag_of: {field: flag}. A field is a whole word, outside quotes and paths. One that is an
@@ -85,11 +86,11 @@ def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
   """
   try:
     yield
-  except ValueError as error:
+  except InputError as error:
     fields = "|".join(field if "_" in field else f"^{field}" for field in flag_of)
     # A quoted value is matched first, as a whole, and stays. An apostrophe opens no quote.
     pattern = rf"""(?<!\w)'[^']*'|"[^"]*"|(?<![\w./\\-])({fields})(?![\w/\\-]|\.\w)"""
-    raise ValueError(re.sub(pattern, lambda match: flag_of.get(match[1], match[0]),
+    raise InputError(re.sub(pattern, lambda match: flag_of.get(match[1], match[0]),
                             str(error))) from error
 
 
@@ -106,7 +107,7 @@ def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     os.environ.setdefault(_SHARE, str(chips.GPU_SHARE))
   try:
     main(argv)
-  except ValueError as error:
+  except InputError as error:
     fail(str(error))
   except FloatingPointError as error:
     fail(str(error), FAILED)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from s2d_jax import hosts, program_cache, sampler, sharding, training
 from s2d_jax.chat import Chat
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -63,7 +64,7 @@ class Samplers(NamedTuple):
                              self.decode, role.params, self.compiler)
     # The doctor has checked every field, but it does not know the model that must fit the memory.
     except sampler.Unfit as error:
-      raise ValueError(f"config.sampler.{error}") from error
+      raise InputError(f"config.sampler.{error}") from error
 
 
 class Programs(NamedTuple):

@@ -1,6 +1,6 @@
 """Checks a config, its models and its problems before anything runs.
 
-Every check raises a ValueError of one sentence that names the thing and the remedy. The recipe
+Every check raises an InputError of one sentence that names the thing and the remedy. The recipe
 calls all of them before it writes anything.
 
   s2d-jax doctor --config=configs/qwen3_math.py
@@ -25,6 +25,7 @@ from s2d_jax import (
   sampler,
   timing,
 )
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
 
@@ -71,7 +72,7 @@ ROLES = {"learner": ("teacher", "student"), "guide": (None, "teacher", "student"
 def stage_keys(stage: Stage) -> Record:
   """The record of a stage's block of config: all keys that the stage reads."""
   if not isinstance(stage.objective, objectives.Objective):
-    raise ValueError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
+    raise InputError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
   record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS, **stage.objective.keys}
@@ -89,7 +90,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
     config: the whole config; stages: the table of stages by name.
 
   Raises:
-    ValueError: a key is missing, unknown or out of range, or values do not combine.
+    InputError: a key is missing, unknown or out of range, or values do not combine.
   """
   # Names and ranges come first: the checks of combinations may then read any key.
   check_names(config)
@@ -101,7 +102,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   _check_evals(config)
   for name, hp in config.stages.items():
     if name not in stages:
-      raise ValueError(f"config.stages.{name} is not a stage of the recipe: remove it, or "
+      raise InputError(f"config.stages.{name} is not a stage of the recipe: remove it, or "
                        f"choose from {', '.join(stages)}.")
     path = f"config.stages.{name}"
     _refuse_replaced(path, hp)
@@ -113,7 +114,7 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
 
 
 def check_names(config: ConfigDict) -> None:
-  """Raises ValueError unless a config has exactly the keys that are read, its blocks aside."""
+  """Raises InputError unless a config has exactly the keys that are read, its blocks aside."""
   # Before a missing key is named: a config of an earlier version lacks the new one too.
   _refuse_replaced("config", config)
   keys.check_names("config", config, CONFIG_KEYS)
@@ -123,7 +124,7 @@ def _refuse_replaced(path: str, block: ConfigDict) -> None:
   """Refuses a key of an earlier version, and names what replaced it."""
   for name, new in _REPLACED.items():
     if name in block:
-      raise ValueError(f"{path}.{name} was replaced by {new} (configs/common.py has the block "
+      raise InputError(f"{path}.{name} was replaced by {new} (configs/common.py has the block "
                        "`evaluation`): move its values there.")
 
 
@@ -137,10 +138,10 @@ def _check_evals(config: ConfigDict) -> None:
     stages = () if hp.stages == "all" else hp.stages.split(",")
     for stage in stages:
       if stage not in config.stages:
-        raise ValueError(f"{path}.stages names {stage!r}: choose 'all', or several of "
+        raise InputError(f"{path}.stages names {stage!r}: choose 'all', or several of "
                          f"{', '.join(config.stages)}.")
   if all(evals.every(hp) for hp in config.evals.values()):
-    raise ValueError("config.evals has no evaluation with when='end', so no arm gets a score: add "
+    raise InputError("config.evals has no evaluation with when='end', so no arm gets a score: add "
                      "one.")
 
 
@@ -149,12 +150,12 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   for field, roles in {"actor": tuple(rollouts.SOURCES), **ROLES}.items():
     role = getattr(stage, field)
     if role not in roles:
-      raise ValueError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
+      raise InputError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
                        f"{', '.join(map(str, roles))}.")
   with keys.prefixed(f"{path}."):
     stage.objective.check(hp)
   if stage.guide is None and stage.objective.uses_guide(hp):
-    raise ValueError(f"{path}: its objective compares with a guide and the stage has none: name "
+    raise InputError(f"{path}: its objective compares with a guide and the stage has none: name "
                      "one in its row.")
   with keys.prefixed(f"{path}."):
     models.lora(hp.lora)
@@ -165,10 +166,10 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   samples = hp.sampling.samples_per_prompt
   fitting = stage.source.samples_per_prompt
   if fitting not in (None, samples):
-    raise ValueError(f"{path}.sampling.samples_per_prompt is {samples} and the source "
+    raise InputError(f"{path}.sampling.samples_per_prompt is {samples} and the source "
                      f"{stage.actor!r} has {fitting} for each problem: set it to {fitting}.")
   if hp.prompts * samples % (hp.minibatches * hp.microbatches):
-    raise ValueError(f"{path} draws {hp.prompts * samples} rows a step, which minibatches x "
+    raise InputError(f"{path} draws {hp.prompts * samples} rows a step, which minibatches x "
                      f"microbatches = {hp.minibatches} x {hp.microbatches} does not divide: change "
                      "one of them.")
   # A stage of 0 steps is in no arm, and its warmup is never made.
@@ -180,7 +181,7 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
 def check_profile(config: ConfigDict, stage: str, steps: int) -> None:
   """Refuses a profile of steps that a stage does not make."""
   if timing.steps_of(config.profile).stop > steps:
-    raise ValueError(f"config.profile is {config.profile!r} and the stage {stage} makes {steps} "
+    raise InputError(f"config.profile is {config.profile!r} and the stage {stage} makes {steps} "
                      "steps: choose steps that every stage makes.")
 
 
@@ -206,7 +207,7 @@ def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
     teacher, student: as `sampler.read_folder` returns them.
 
   Raises:
-    ValueError: two tokenizers or vocabularies, a prompt and response beyond a model's positions, a
+    InputError: two tokenizers or vocabularies, a prompt and response beyond a model's positions, a
       top k beyond the vocabulary, a stop string that no token makes.
   """
   tokenizer = teacher[1]
@@ -214,7 +215,7 @@ def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
   chat.same_tokenizer(tokenizer, student[1])
   sizes = [model_config.vocab_size for model_config, _ in (teacher, student)]
   if sizes[0] != sizes[1]:
-    raise ValueError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
+    raise InputError(f"teacher and student embed {sizes[0]} and {sizes[1]} tokens: pad the smaller "
                      "model's vocabulary to the larger's.")
   _check_windows(config)
   _check_top_k(config, sizes[0])
@@ -222,8 +223,8 @@ def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
   for path, block in _blocks_that_sample(config):
     try:
       tokenizer.check_stops(block.sampling.stop_strings)
-    except ValueError as error:
-      raise ValueError(f"{path}.sampling: {error}") from error
+    except InputError as error:
+      raise InputError(f"{path}.sampling: {error}") from error
 
 
 def _check_pages(config: ConfigDict) -> None:
@@ -233,7 +234,7 @@ def _check_pages(config: ConfigDict) -> None:
   for role in ("teacher", "student"):
     heads = models.read_config(hf.read_json(config[role])).kv_heads
     if config.sampler.page and heads % tensor:
-      raise ValueError(f"config.sampler.page is {config.sampler.page}, and config.mesh's tensor of "
+      raise InputError(f"config.sampler.page is {config.sampler.page}, and config.mesh's tensor of "
                        f"{tensor} does not divide the {heads} key heads of the {role}: set page "
                        "to 0.")
 
@@ -245,7 +246,7 @@ def _check_top_k(config: ConfigDict, size: int) -> None:
             if hp.get("form") in objectives.TOP_K_FORMS}
   for path, block in {**blocks, "config.probe": config.probe}.items():
     if block.top_k > size:
-      raise ValueError(f"{path}.top_k is {block.top_k} and the vocabulary has {size} tokens: lower "
+      raise InputError(f"{path}.top_k is {block.top_k} and the vocabulary has {size} tokens: lower "
                        "it.")
 
 
@@ -256,7 +257,7 @@ def _check_windows(config: ConfigDict) -> None:
     for path, block in _blocks_that_sample(config):
       tokens = config.prompt_tokens + block.sampling.max_tokens
       if positions is not None and tokens > positions:
-        raise ValueError(f"config.prompt_tokens + {path}.sampling.max_tokens is {tokens} and the "
+        raise InputError(f"config.prompt_tokens + {path}.sampling.max_tokens is {tokens} and the "
                          f"{role} has {positions} positions (max_position_embeddings): lower one.")
 
 
@@ -269,20 +270,20 @@ def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
   found: dict[Any, str] = {}  # the split of each problem's text and of each id
   for split, problems in splits.items():
     if not problems:
-      raise ValueError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
+      raise InputError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
     for problem in problems:
       # Readers make an absent id from the text, so both are compared: a shared problem would let a
       # model train on what it is scored on.
       for key in (problem["problem"], problem["id"]):
         if key in found:
           shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
-          raise ValueError(f"{shown} stands in {found[key]} and again in {split}: every split "
+          raise InputError(f"{shown} stands in {found[key]} and again in {split}: every split "
                            "needs ids and problems of its own.")
         found[key] = split
   for path, hp in _blocks_that_score(config):
     size = len(splits[hp.split])
     if hp.problems > size:
-      raise ValueError(f"{path}.problems is {hp.problems} and the split {hp.split} has {size}: "
+      raise InputError(f"{path}.problems is {hp.problems} and the split {hp.split} has {size}: "
                        "lower it.")
 
 
@@ -291,7 +292,7 @@ def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt
   for split, of_split in prompts.items():
     for prompt in of_split:
       if len(prompt.tokens) > config.prompt_tokens:
-        raise ValueError(f"problem {prompt.id} of {split} takes {len(prompt.tokens)} tokens and "
+        raise InputError(f"problem {prompt.id} of {split} takes {len(prompt.tokens)} tokens and "
                          f"its window is {config.prompt_tokens}: raise config.prompt_tokens.")
 
 
@@ -305,9 +306,9 @@ def check_texts(path: str, key: str, max_tokens: int, prompts: list[rollouts.Pro
   for prompt in prompts:
     text = problems[prompt.id].get(key)
     if text is None:
-      raise ValueError(f"problem {prompt.id} has no {key} and {path} learns from it: add one, "
+      raise InputError(f"problem {prompt.id} has no {key} and {path} learns from it: add one, "
                        "or drop the arm.")
     tokens = len(tokenizer.encode_response(text))
     if tokens > max_tokens:
-      raise ValueError(f"the {key} of problem {prompt.id} takes {tokens} tokens and "
+      raise InputError(f"the {key} of problem {prompt.id} takes {tokens} tokens and "
                        f"{path}.sampling.max_tokens is {max_tokens}: raise it.")

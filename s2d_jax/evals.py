@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import keys, rollouts, sampler, stats
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.rollouts import Prompt, Reward, Rollout
 from s2d_jax.sampler import Sampler
@@ -73,37 +74,37 @@ EVALUATION_KEYS = {
 
 
 def check_evaluation(hp: ConfigDict) -> None:
-  """Raises ValueError, starting with a key's name, where values do not combine."""
+  """Raises InputError, starting with a key's name, where values do not combine."""
   if every(hp) == 0 and hp.stages != "all":
-    raise ValueError(f"stages is {hp.stages!r} and when is 'end', which is after every stage: set "
+    raise InputError(f"stages is {hp.stages!r} and when is 'end', which is after every stage: set "
                      "stages to 'all', or when to 'every 50'.")
   names = statistics_of(hp)
   # A report compares arms by this statistic, and would fail after all training.
   if every(hp) == 0 and stats.HEADLINE not in names:
-    raise ValueError(f"statistics is {hp.statistics!r} and when is 'end': add {stats.HEADLINE}, by "
+    raise InputError(f"statistics is {hp.statistics!r} and when is 'end': add {stats.HEADLINE}, by "
                      "which a report compares arms.")
   entries = [stats.STATISTICS[name] for name in names]
   if not any(stats.chosen_ks(entry, hp.ks) for entry in entries):
-    raise ValueError(f"statistics is {hp.statistics!r} and ks {tuple(hp.ks)}, of which there is no "
+    raise InputError(f"statistics is {hp.statistics!r} and ks {tuple(hp.ks)}, of which there is no "
                      f"score: add {stats.HEADLINE}, or a larger k.")
   samples = hp.sampling.samples_per_prompt
   # pass@k and maj@k are of k different samples of one problem.
   if max(hp.ks, default=1) > samples:
-    raise ValueError(f"ks is {tuple(hp.ks)} and {samples} samples are drawn: choose each k at most "
+    raise InputError(f"ks is {tuple(hp.ks)} and {samples} samples are drawn: choose each k at most "
                      "sampling.samples_per_prompt.")
 
 
 def check_probe(hp: ConfigDict) -> None:
-  """Raises ValueError, starting with a key's name, unless samples fill groups and batches split."""
+  """Raises InputError, starting with a key's name, unless samples fill groups and batches split."""
   samples = hp.sampling.samples_per_prompt
   if hp.group > samples:
-    raise ValueError(f"group is {hp.group} and {samples} samples are drawn: raise "
+    raise InputError(f"group is {hp.group} and {samples} samples are drawn: raise "
                      "sampling.samples_per_prompt, or lower the group.")
   if hp.problems % hp.prompts:
-    raise ValueError(f"problems is {hp.problems}: make it a multiple of prompts = {hp.prompts}, or "
+    raise InputError(f"problems is {hp.problems}: make it a multiple of prompts = {hp.prompts}, or "
                      "0 to measure nothing.")
   if hp.prompts * samples % hp.microbatches:
-    raise ValueError(f"microbatches is {hp.microbatches} and does not divide the "
+    raise InputError(f"microbatches is {hp.microbatches} and does not divide the "
                      f"{hp.prompts * samples} rows that are scored at once: change one of them.")
 
 

@@ -21,6 +21,7 @@ from s2d_jax import (
   sharding,
   tasks,
 )
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
 from s2d_jax.rollouts import Reward
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints a line per set and statistic: the estimate and its 95 % interval; --out stores them.
 
   Raises:
-    ValueError: the model, a set or a number is refused, in one sentence.
+    InputError: the model, a set or a number is refused, in one sentence.
   """
   parser = command.Parser("eval", "Scores a model on sets of checked problems.", EXAMPLE)
   parser.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
   keys.check_value("--batch", args.batch, keys.at_least(1))
   names = args.sets.split(",")
   if "" in names:
-    raise ValueError(f"--sets is {args.sets!r}: write names with one comma between them.")
+    raise InputError(f"--sets is {args.sets!r}: write names with one comma between them.")
   folder = args.data or tasks.FOLDERS[args.task]
   task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
   sets = {name: task.source(name) for name in names}
@@ -85,7 +86,7 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
     # Refused before the set is sampled: positions beyond the trained ones give no sensible text.
     longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + args.max_tokens > model.config.max_positions:
-      raise ValueError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
+      raise InputError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
                        f"ones leaves the model's {model.config.max_positions} positions: lower "
                        "--max-tokens.")
     # Compiled for each set, because its longest prompt sets the shapes.

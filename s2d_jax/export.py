@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from s2d_jax import checkpoint, command, files, manifest, models, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 
 EXAMPLE = "s2d-jax export --workdir=runs/tiny --stage=student_grpo --out=models/student"
@@ -32,7 +33,7 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   The weights are those of the stage's `hf/` or, where that was deleted, of `checkpoints/final`.
 
   Raises:
-    ValueError: no finished stage has this name, or several have; `hf.load` or `hf.save` refuses.
+    InputError: no finished stage has this name, or several have; `hf.load` or `hf.save` refuses.
   """
   folder = find(Path(workdir), stage)
   saved = folder / "hf"
@@ -56,7 +57,7 @@ def find(workdir: Path, stage: str) -> Path:
   """The finished stage folder of that name, or the only one of that name before its hash.
 
   Raises:
-    ValueError: no folder fits, or several do.
+    InputError: no folder fits, or several do.
   """
   # A stage is finished once its manifest is written; scores have manifests and no checkpoints.
   folders = workdir.iterdir() if workdir.is_dir() else ()
@@ -66,11 +67,11 @@ def find(workdir: Path, stage: str) -> Path:
   if len(found) == 1:
     return workdir / found[0]
   if not finished:
-    raise ValueError(f"{workdir} has no finished stage: run its recipe first.")
+    raise InputError(f"{workdir} has no finished stage: run its recipe first.")
   number = "several finished stages" if found else "no finished stage"
   # Without a match every finished stage is a choice; with several, only these.
   choices = ", ".join(found or finished)
-  raise ValueError(f"{workdir} has {number} {stage!r}: choose --stage from {choices}.")
+  raise InputError(f"{workdir} has {number} {stage!r}: choose --stage from {choices}.")
 
 
 if __name__ == "__main__":

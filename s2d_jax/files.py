@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from s2d_jax import hosts
+from s2d_jax.errors import InputError
 
 _SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
 
@@ -63,7 +64,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   """Writes canonical JSON: sorted keys, a newline at the end.
 
   Raises:
-    ValueError: the value holds a NaN or an infinity, which JSON cannot represent.
+    InputError: the value holds a NaN or an infinity, which JSON cannot represent.
   """
   write(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
@@ -85,7 +86,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     previous writer's last heartbeat in Unix seconds, or None where the folder was not locked.
 
   Raises:
-    ValueError: another process that may be alive writes here.
+    InputError: another process that may be alive writes here.
   """
   # Only the leader writes, so only it needs the lock.
   path = epath.Path(folder) / "writer.lock"
@@ -121,7 +122,7 @@ def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
   try:
     lock = read_json(path)
   except ValueError as error:
-    raise ValueError(f"{path} is not a lock this code wrote: delete it if no process "
+    raise InputError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
   age = int(time.time() - lock["beat"])
   here = lock["host"] == process["host"]
@@ -130,7 +131,7 @@ def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
     print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
           f"{age} s; taking over.", flush=True)
   elif not here or lock["pid"] != process["pid"]:
-    raise ValueError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
+    raise InputError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
                      f"(last sign of life {age} s ago): wait for it, or delete {path} if that "
                      "process is gone.")
   return lock["beat"]

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from s2d_jax.errors import InputError
+
 
 def identity_of(function: Callable[..., Any]) -> list[Any]:
   """Names a function for a hash, so that a change of its meaning renames what depends on it.
@@ -29,7 +31,7 @@ def identity_of(function: Callable[..., Any]) -> list[Any]:
   stands for it.
 
   Raises:
-    ValueError: an argument or an instance has no text that is equal in every process.
+    InputError: an argument or an instance has no text that is equal in every process.
   """
   # A partial has no name or text of its own.
   if isinstance(function, functools.partial):
@@ -132,10 +134,10 @@ def _name(function: Callable[..., Any]) -> str:
   return f"{function.__module__}.{function.__qualname__}"
 
 
-def _refusal(value: Any, owner: str) -> ValueError:
+def _refusal(value: Any, owner: str) -> InputError:
   """The error that a value of a function has no text that is equal in every process."""
   kind = type(value)
-  return ValueError(
+  return InputError(
       f"{owner} carries a {kind.__module__}.{kind.__qualname__}, which has no text that is equal "
       "in every process, so a killed run would begin anew: make it a number, text, array or "
       "function, or a tuple, list, dict, NamedTuple or frozen dataclass of these.")

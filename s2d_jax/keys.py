@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Union
 
 from ml_collections import ConfigDict
 
+from s2d_jax.errors import InputError
+
 # Marks a Key without a neutral value, or without a default. An object of its own equals no value
 # that a config can hold, None included.
 _ABSENT = object()
@@ -53,7 +55,7 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
     path: names the block in messages, such as "config.stages.sft".
 
   Raises:
-    ValueError: a key is missing, unknown or out of range.
+    InputError: a key is missing, unknown or out of range.
   """
   # A loop over the record's names would neither see an unknown key nor explain a missing one.
   check_names(path, block, record)
@@ -65,14 +67,14 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
 
 
 def check_names(path: str, names: Iterable[str], expected: Iterable[str]) -> None:
-  """Raises ValueError unless a block at `path` has exactly the expected names."""
+  """Raises InputError unless a block at `path` has exactly the expected names."""
   missing = sorted(set(expected) - set(names))
   unknown = sorted(set(names) - set(expected))
   if missing:
-    raise ValueError(f"{path} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
+    raise InputError(f"{path} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
                      "them all).")
   if unknown:
-    raise ValueError(f"{path} has the key {unknown[0]!r}, which nothing reads: remove it, or "
+    raise InputError(f"{path} has the key {unknown[0]!r}, which nothing reads: remove it, or "
                      "correct its spelling.")
 
 
@@ -83,14 +85,14 @@ def check_values(values: Any, record: Mapping[str, Key]) -> None:
     values: has an attribute for each key: a ConfigDict, a NamedTuple or a namespace.
 
   Raises:
-    ValueError: a value is out of range.
+    InputError: a value is out of range.
   """
   for name, key in record.items():
     check_value(name, getattr(values, name), key)
 
 
 def check_value(path: str, value: Any, key: Key) -> None:
-  """Raises ValueError, naming `path` and the remedy, unless the value is in the key's range."""
+  """Raises InputError, naming `path` and the remedy, unless the value is in the key's range."""
   # A value of another type, such as a text where a number is compared, makes the check itself
   # fail, with an error that names neither the key nor the remedy.
   try:
@@ -98,33 +100,33 @@ def check_value(path: str, value: Any, key: Key) -> None:
   except (TypeError, AttributeError, ValueError):
     fits = False
   if not fits:
-    raise ValueError(f"{path} is {value!r}: {key.remedy}.")
+    raise InputError(f"{path} is {value!r}: {key.remedy}.")
 
 
 @contextlib.contextmanager
 def prefixed(path: str) -> Iterator[None]:
-  """Puts `path` before the message of a ValueError that is raised within.
+  """Puts `path` before the message of an InputError that is raised within.
 
   A layer's messages begin with the name of its own field; the caller knows where the field stands.
   """
   try:
     yield
-  except ValueError as error:
-    raise ValueError(f"{path}{error}") from error
+  except InputError as error:
+    raise InputError(f"{path}{error}") from error
 
 
 def defaults(record: Mapping[str, Key], **changes: Any) -> ConfigDict:
   """A locked block of a flat record: the named values, and every other key at its default.
 
   Raises:
-    ValueError: an unknown name, a value out of range, or a key that has no default and no value.
+    InputError: an unknown name, a value out of range, or a key that has no default and no value.
   """
   block = ConfigDict(changes)
   for name, key in record.items():
     value = key.neutral if key.default is _ABSENT else key.default
     if name not in changes:
       if value is _ABSENT:
-        raise ValueError(f"{name} has no default: give a value for it.")
+        raise InputError(f"{name} has no default: give a value for it.")
       block[name] = value
   check_names("the block", block, record)
   check_values(block, record)

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from s2d_jax import files, manifest, stats
+from s2d_jax.errors import InputError
 
 # The config keys that a curve is drawn over.
 SWEPT = {"labels": ("label_share",),
@@ -114,7 +115,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   """Every Run of every arm under the folders, in the order in which they finished.
 
   Raises:
-    ValueError: a folder without any finished arm.
+    InputError: a folder without any finished arm.
   """
   rows: dict[tuple, Run] = {}
   for workdir in map(epath.Path, workdirs):
@@ -122,7 +123,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
     # A kill can leave the beginning of a file behind, under another suffix.
     found = sorted((p for p in arms if p.suffix == ".json"), key=lambda p: (p.stat().mtime, p.name))
     if not found:
-      raise ValueError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
+      raise InputError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
     # In the order of finishing: the first run of an arm names it, later ones by their differences.
     for path in found:
       entry = files.read_json(path)

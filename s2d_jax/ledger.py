@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax.compiling import Role, StageModels
+from s2d_jax.errors import InputError
 from s2d_jax.models import Config
 from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 
@@ -56,7 +57,7 @@ def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts:
     **counts: the other names of COUNTS: sequences, updates, tokens and FLOPs.
 
   Raises:
-    ValueError: a count is missing.
+    InputError: a count is missing.
   """
   # JSON has no word for NumPy's integers.
   prompts = [int(i) for i in prompt_ids]
@@ -66,7 +67,7 @@ def entry(step: int, prompt_ids: Iterable[int], labels: Iterable[int], **counts:
   # A count that is forgotten would be added up as if it were 0.
   missing = set(COUNTS) - set(found)
   if missing:
-    raise ValueError(f"a ledger entry lacks {sorted(missing)}: pass every count.")
+    raise InputError(f"a ledger entry lacks {sorted(missing)}: pass every count.")
   return found
 
 

@@ -30,6 +30,7 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
 from s2d_jax.sharding import Params
 from s2d_jax.timing import Clock
@@ -308,6 +309,6 @@ def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None
   _, gap_values = _sampler_gap(programs, params, rollouts.batch(rollout))
   rms = gap_values["logp_gap_rms"]
   if not rms <= MAX_LOGP_GAP_NATS:  # also true for NaN
-    raise ValueError(f"config.sampler.cache is {stage.samplers.config.cache} and the sampler's "
+    raise InputError(f"config.sampler.cache is {stage.samplers.config.cache} and the sampler's "
                      f"log-probabilities are {rms:.3f} nats (root mean square) from the trainer's "
                      f"in {stage.name}, where {MAX_LOGP_GAP_NATS} is allowed: set it to auto.")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs every arm of the config, or of every config of a sweep, and prints the report.
 
   Raises:
-    ValueError: the request is wrong; the message is one sentence.
+    InputError: the request is wrong; the message is one sentence.
     FloatingPointError: a stage failed.
   """
   parser = command.config_parser(
@@ -83,7 +83,7 @@ def doctor(argv: Sequence[str]) -> None:
   """Prints the diagnosis of a config.
 
   Raises:
-    ValueError: the config is wrong; the message names the first mistake.
+    InputError: the config is wrong; the message names the first mistake.
   """
   parser = command.config_parser(
       "doctor", "Checks a config, its models, tokenizers and data; writes nothing.",
@@ -96,7 +96,7 @@ def diagnosis(config: ConfigDict) -> str:
   """A config's models, problems and arms, in lines; of a sweep, those of its first run.
 
   Raises:
-    ValueError: a run is wrong; the message names the first mistake.
+    InputError: a run is wrong; the message names the first mistake.
   """
   # Planning a run checks it, so every run of a sweep is planned and the first one printed.
   plan = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)][0]

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from s2d_jax import files
+from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
@@ -84,7 +85,7 @@ def read(folder: epath.PathLike) -> dict | None:
   """The manifest of a finished folder; None where the folder is not finished.
 
   Raises:
-    ValueError: the manifest cannot be read, or does not hash to the folder's name.
+    InputError: the manifest cannot be read, or does not hash to the folder's name.
   """
   path = epath.Path(folder) / "manifest.json"
   if not path.exists():
@@ -94,9 +95,9 @@ def read(folder: epath.PathLike) -> dict | None:
     manifest = load(folder)
     named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
+    raise InputError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
                      "right manifest back.") from error
   if named != path.parent.name:
-    raise ValueError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
+    raise InputError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
                      "the folder, or put the right manifest back.")
   return manifest

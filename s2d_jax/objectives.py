@@ -24,6 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import keys
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.losses import blockwise, grpo, kl, tokens
 from s2d_jax.losses.blockwise import Head
@@ -51,13 +52,13 @@ class Objective:
     """The loss, its config checked.
 
     Raises:
-      ValueError: a value or a combination is not allowed, or a guide is needed and absent.
+      InputError: a value or a combination is not allowed, or a guide is needed and absent.
     """
     keys.check_values(hp, self.keys)
     self.check(hp)
     # Only a KL penalty of positive weight needs a guide, so this depends on the config.
     if guide_head is None and self.uses_guide(hp):
-      raise ValueError(f"{self.loss.__name__} compares with a guide and has none: name one in the "
+      raise InputError(f"{self.loss.__name__} compares with a guide and has none: name one in the "
                        "stage's row.")
     return self.loss(student_head, guide_head, batch, hp)
 
@@ -210,7 +211,7 @@ def _uses_penalty(hp: ConfigDict) -> bool:
 
 def _check_mismatch(hp: ConfigDict) -> None:
   if hp.mismatch_least >= hp.mismatch_most:
-    raise ValueError(f"mismatch_least is {hp.mismatch_least}: choose it below mismatch_most, "
+    raise InputError(f"mismatch_least is {hp.mismatch_least}: choose it below mismatch_most, "
                      f"{hp.mismatch_most}.")
 
 
@@ -264,9 +265,9 @@ REWARD_KEYS = {
 
 
 def check_rewards(hp: ConfigDict) -> None:
-  """Raises ValueError where the penalty for long responses begins before their first token."""
+  """Raises InputError where the penalty for long responses begins before their first token."""
   if hp.overlong_cache > hp.sampling.max_tokens:
-    raise ValueError(f"overlong_cache is {hp.overlong_cache}: choose at most sampling.max_tokens, "
+    raise InputError(f"overlong_cache is {hp.overlong_cache}: choose at most sampling.max_tokens, "
                      f"{hp.sampling.max_tokens}.")
 
 
@@ -322,10 +323,10 @@ def _check_form(hp: ConfigDict) -> None:
   """Refuses a key that the form does not read, unless it has the value that the form implies."""
   for name in _TEMPERATURE_KEYS:
     if hp.form != "full" and getattr(hp, name) != 1:
-      raise ValueError(f"{name} is {getattr(hp, name)} and the form \"{hp.form}\" takes logits as "
+      raise InputError(f"{name} is {getattr(hp, name)} and the form \"{hp.form}\" takes logits as "
                        "they are: set it to 1, or form to \"full\".")
   if hp.form == "intersection" and hp.support != "intersection":
-    raise ValueError(f"support is {hp.support!r} and the form \"intersection\" takes what both "
+    raise InputError(f"support is {hp.support!r} and the form \"intersection\" takes what both "
                      "have in their top: set it to \"intersection\", or form to \"top_k\".")
 
 

@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from s2d_jax import keys
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 
 _Axes = Any  # the pytree of `models.axes`: a tuple of axis names for each parameter
@@ -35,9 +36,9 @@ KEYS = {
 
 
 def check_warmup(hp: ConfigDict, updates: int) -> None:
-  """Raises ValueError unless the warmup leaves updates to decay over."""
+  """Raises InputError unless the warmup leaves updates to decay over."""
   if hp.warmup >= updates:
-    raise ValueError(f"warmup is {hp.warmup} and the stage makes {updates} optimizer updates: "
+    raise InputError(f"warmup is {hp.warmup} and the stage makes {updates} optimizer updates: "
                      "shorten the warmup or train longer.")
 
 
@@ -49,7 +50,7 @@ def schedule(hp: ConfigDict, updates: int) -> optax.Schedule:
   The first update already moves; "constant" never decays; progress is held to [0, 1].
 
   Raises:
-    ValueError: the warmup leaves no updates.
+    InputError: the warmup leaves no updates.
   """
   check_warmup(hp, updates)
   # Without a warmup the first update is at the full rate, and nothing is divided by 0.
@@ -79,7 +80,7 @@ def make(hp: ConfigDict, updates: int, axes: _Axes | None) -> optax.GradientTran
       acts on every parameter.
 
   Raises:
-    ValueError: a value out of its range.
+    InputError: a value out of its range.
   """
   keys.check_values(hp, KEYS)
   adamw = optax.chain(
@@ -103,7 +104,7 @@ def adamw(lr: float, axes: _Axes | None = None, **changes: Any) -> optax.Gradien
     axes: as in `make`.
 
   Raises:
-    ValueError: an unknown name, or a value out of its range.
+    InputError: an unknown name, or a value out of its range.
   """
   # A decay needs the number of updates, which a script without a config need not know.
   constant = {name: key for name, key in KEYS.items() if name not in ("warmup", "decay")}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
 from s2d_jax.data import prompts as data_prompts
+from s2d_jax.errors import InputError
 from s2d_jax.identity import identity_of
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
@@ -139,7 +140,7 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
     compared: arms that must train their students by equal budgets.
 
   Raises:
-    ValueError: the config is wrong; the message names the key and the remedy.
+    InputError: the config is wrong; the message names the key and the remedy.
   """
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
@@ -166,7 +167,7 @@ def without_problems(config: ConfigDict, stages: Sequence[Stage],
   Names are not those of a run's folders. Of several such plans, equal names mean equal stages.
 
   Raises:
-    ValueError: as `plan`, from what can be checked without problems and weights.
+    InputError: as `plan`, from what can be checked without problems and weights.
   """
   table = {stage.name: stage for stage in stages}
   doctor.check_config(config, table)
@@ -249,16 +250,16 @@ def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
   chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
   for arm in chosen:
     if arm not in arms:
-      raise ValueError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
+      raise InputError(f"there is no arm {arm!r}: choose config.arms from {', '.join(arms)}.")
     for use in arms[arm]:
       if use.labels not in ("all", "1h", "2h"):
-        raise ValueError(f"the arm {arm} gives {use.stage} the labels {use.labels!r}: choose all, "
+        raise InputError(f"the arm {arm} gives {use.stage} the labels {use.labels!r}: choose all, "
                          "1h or 2h.")
       for needed in (use.stage, *use.steps_from):
         if needed not in config.stages:
-          raise ValueError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
+          raise InputError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
   if not chosen:
-    raise ValueError(f"config.arms is empty: choose from {', '.join(arms)}.")
+    raise InputError(f"config.arms is empty: choose from {', '.join(arms)}.")
   return chosen
 
 
@@ -269,7 +270,7 @@ def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
            "2h": [p for p, f in zip(labelled, first, strict=True) if not f]}
   for name, prompts in split.items():
     if not prompts:
-      raise ValueError(f"the split {name} has no problems: label more of them.")
+      raise InputError(f"the split {name} has no problems: label more of them.")
   return split
 
 
@@ -317,7 +318,7 @@ def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> Non
   """Refuses a split of fewer problems than a step takes, or without the texts of the source."""
   prompts = plan.prompts[split]
   if hp.prompts > len(prompts):
-    raise ValueError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
+    raise InputError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
                      f"{split} has {len(prompts)} problems: lower it.")
   for key in stage.source.texts:
     doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,

@@ -19,6 +19,7 @@ from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
 from s2d_jax import sharding
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.sharding import Params
 
@@ -70,7 +71,7 @@ def opened(path: str) -> Iterator[None]:
     path: the value of config.compilation_cache, as `KEY` describes it.
 
   Raises:
-    ValueError: the folder cannot be written.
+    InputError: the folder cannot be written.
   """
   global _shared
   outer = _shared
@@ -91,7 +92,7 @@ def check(path: str) -> None:
   """Creates the folder of config.compilation_cache, as `opened` does, and changes no setting.
 
   Raises:
-    ValueError: the folder cannot be written.
+    InputError: the folder cannot be written.
   """
   _settings(path)
 
@@ -122,7 +123,7 @@ def _settings(path: str) -> dict[str, Any]:
   if problem is None:
     return found | {"jax_compilation_cache_dir": folder}
   if path != "auto":
-    raise ValueError(f"config.compilation_cache is {path!r}: {KEY.remedy}.")
+    raise InputError(f"config.compilation_cache is {path!r}: {KEY.remedy}.")
   # A machine without a home to write to, such as a container, can run all the same.
   logging.warning("compiled programs are not stored, because %s cannot be written: set "
                   "config.compilation_cache to another folder.", folder)

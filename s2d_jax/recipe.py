@@ -73,7 +73,7 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
     compared: names of the arms that must have equal budgets.
 
   Raises:
-    ValueError: the config is wrong; the message names the key and the remedy.
+    InputError: the config is wrong; the message names the key and the remedy.
   """
   laid_out = planning.plan(config, task, stages, arms, compared)
   _check_budgets(laid_out, compared)
@@ -84,7 +84,7 @@ def plan_without_problems(config: ConfigDict) -> Plan:
   """The plan of a config whose problems and weights are not at hand.
 
   Raises:
-    ValueError: as `plan`, from config, `config.json` and tokenizers alone.
+    InputError: as `plan`, from config, `config.json` and tokenizers alone.
   """
   laid_out = planning.without_problems(config, STAGES, ARMS)
   _check_budgets(laid_out, COMPARED)
@@ -107,7 +107,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, task: Task,
   `jax.set_mesh`. Arguments are those of `plan`.
 
   Raises:
-    ValueError: as `plan` and `walk.check_folders`, before anything is written.
+    InputError: as `plan` and `walk.check_folders`, before anything is written.
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   checked = plan(config, task, stages, arms, compared)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from s2d_jax.errors import InputError
+
 Params = Any  # a pytree of arrays: a model's weights, their shapes or their layouts
 
 _Names = tuple[str, ...]  # a logical name for each axis of an array
@@ -41,18 +43,18 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
   """A (data, fsdp, tensor) mesh of Auto axes over `devices`, by default the first that suffice.
 
   Raises:
-    ValueError: `shape` is not three sizes of 1 or more, or asks for more devices than there are.
+    InputError: `shape` is not three sizes of 1 or more, or asks for more devices than there are.
   """
   # Devices may be described and absent, as those of a TPU topology that is compiled for.
   devices = jax.devices() if devices is None else devices
   need = int(np.prod(shape))
   if len(shape) != len(_AXES) or min(shape) < 1 or need > len(devices):
-    raise ValueError(
+    raise InputError(
         f"mesh is {tuple(shape)}, which needs {need} devices on the axes {_AXES}, and "
         f"there are {len(devices)}: choose three sizes whose product is at most that.")
   # A process without devices in the mesh could not take part in its programs.
   if jax.process_count() > 1 and need != len(devices):
-    raise ValueError(
+    raise InputError(
         f"mesh is {tuple(shape)}, which leaves {len(devices) - need} of {len(devices)} devices "
         "idle, and every process needs its own in it: choose sizes that use all.")
   # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from s2d_jax.errors import InputError
+
 CHUNK = 1 << 24  # resampled values held at once: 128 MB
 
 PerProblem = Callable[[np.ndarray], np.ndarray]  # correct_PG -> value_P
@@ -38,14 +40,14 @@ def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
     k: the number of samples of which one must be right.
 
   Raises:
-    ValueError: k is not in 1..n or c not in 0..n.
+    InputError: k is not in 1..n or c not in 0..n.
   """
   n = np.asarray(n)
   c = np.asarray(c)
   if k < 1 or np.any(k > n):
-    raise ValueError(f"pass@{k} needs 1 <= k <= n and n goes down to {n.min()}: draw more samples.")
+    raise InputError(f"pass@{k} needs 1 <= k <= n and n goes down to {n.min()}: draw more samples.")
   if np.any(c < 0) or np.any(c > n):
-    raise ValueError("pass@k was given more right samples than samples: count them again.")
+    raise InputError("pass@k was given more right samples than samples: count them again.")
   # A product of k ratios: binomial coefficients overflow at a thousand samples. Where fewer than k
   # samples are wrong one factor is 0, as C(n − c, k) is.
   miss = np.ones(np.broadcast_shapes(n.shape, c.shape))
@@ -97,7 +99,7 @@ def paired_difference(value_a_P: np.ndarray, value_b_P: np.ndarray, seed: int, d
     seed, draws, level: as `nested_bootstrap`.
 
   Raises:
-    ValueError: the two have different problems.
+    InputError: the two have different problems.
   """
   # Resampling the gaps keeps the pairs: what makes a problem hard for both models cancels.
   return _bootstrap(gaps(value_a_P, value_b_P), seed, draws, level, (-1.0, 1.0))
@@ -107,10 +109,10 @@ def gaps(value_a_P: np.ndarray, value_b_P: np.ndarray) -> np.ndarray:
   """A statistic of model a minus that of b for each problem, [P].
 
   Raises:
-    ValueError: the two have different problems.
+    InputError: the two have different problems.
   """
   if len(value_a_P) != len(value_b_P):
-    raise ValueError(f"a paired difference needs the same problems and got {len(value_a_P)} and "
+    raise InputError(f"a paired difference needs the same problems and got {len(value_a_P)} and "
                      f"{len(value_b_P)}: score both on one split.")
   return value_a_P - value_b_P
 
@@ -221,7 +223,7 @@ def _seeds(value_SP: np.ndarray) -> np.ndarray:
   """Values in float64, refused unless a spread can be estimated over both axes."""
   value_SP = np.asarray(value_SP, np.float64)
   if value_SP.ndim != 2 or min(value_SP.shape) < 2:
-    raise ValueError(f"value_SP has shape {value_SP.shape}: give at least two training seeds and "
+    raise InputError(f"value_SP has shape {value_SP.shape}: give at least two training seeds and "
                      "two problems.")
   return value_SP
 
@@ -230,7 +232,7 @@ def _matrix(correct_PG: np.ndarray) -> np.ndarray:
   """The matrix of right samples, refused unless it has two axes and an entry."""
   correct_PG = np.asarray(correct_PG)
   if correct_PG.ndim != 2 or correct_PG.size == 0:
-    raise ValueError(f"correct_PG has shape {correct_PG.shape}: give problems × samples, "
+    raise InputError(f"correct_PG has shape {correct_PG.shape}: give problems × samples, "
                      "at least one of each.")
   return correct_PG
 
@@ -317,11 +319,11 @@ def statistic(name: str) -> tuple[Statistic, int]:
   """The Statistic of a score's name, and its k, 0 where it has none: "pass@4" -> (pass, 4).
 
   Raises:
-    ValueError: the table has no such statistic.
+    InputError: the table has no such statistic.
   """
   kind, _, k = name.partition("@")
   if kind not in STATISTICS:
-    raise ValueError(f"there is no statistic {name!r}: choose from {', '.join(STATISTICS)}.")
+    raise InputError(f"there is no statistic {name!r}: choose from {', '.join(STATISTICS)}.")
   return STATISTICS[kind], int(k or 0)
 
 

@@ -7,6 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from s2d_jax import manifest
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Plan
 
 
@@ -17,7 +18,7 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
   of them gives a config of its own. Runs in one work folder share the stages they have in common.
 
   Raises:
-    ValueError: an override names no key, or has a value of another type.
+    InputError: an override names no key, or has a value of another type.
   """
   if "sweep" not in config:
     return [config]
@@ -31,15 +32,15 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
     try:
       one.update_from_flattened_dict(changes)
     except (KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f"config.sweep has {dict(changes)}, which does not fit the config "
+      raise InputError(f"config.sweep has {dict(changes)}, which does not fit the config "
                        f"({str(error).splitlines()[0]}): name its keys, with values of their "
                        "types.") from error
     configs.append(one)
   # The mesh is set up once, around all runs of the process.
   if len({one.mesh for one in configs}) > 1:
-    raise ValueError("config.sweep has several meshes and a process has one: run a sweep of each.")
+    raise InputError("config.sweep has several meshes and a process has one: run a sweep of each.")
   if not configs:
-    raise ValueError("config.sweep is empty: list some overrides, or leave the key out.")
+    raise InputError("config.sweep is empty: list some overrides, or leave the key out.")
   return configs
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import doctor, keys
 from s2d_jax.data import jsonl, sources
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
 from s2d_jax.rewards import math as math_reward
@@ -32,21 +33,21 @@ def math(config: ConfigDict) -> Task:
   "math_verify", which runs in a process with limits.
 
   Raises:
-    ValueError: an unknown grader, or one that is not installed.
+    InputError: an unknown grader, or one that is not installed.
   """
   graders = {"string_match": math_reward.reward, "math_verify": math_reward.verified}
   grader = config.data.get("grader", "string_match")
   if grader not in graders:
-    raise ValueError(f"config.data.grader is {grader!r}: choose {' or '.join(graders)}.")
+    raise InputError(f"config.data.grader is {grader!r}: choose {' or '.join(graders)}.")
   # An optional package: without this check the first reward of a long run would fail.
   if grader == "math_verify" and importlib.util.find_spec("math_verify") is None:
-    raise ValueError("config.data.grader is 'math_verify', which is not installed: pip install "
+    raise InputError("config.data.grader is 'math_verify', which is not installed: pip install "
                      "math-verify.")
   # The sentence that Qwen3's model card recommends for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
     if split not in config.data:
-      raise ValueError(f"config.data names no split {split!r}: add its file, or choose from "
+      raise InputError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(config.data)}.")
     problems = sources.read(config.data[split], split)
     # Solutions that a stage learns from may be in a file of their own.
@@ -69,10 +70,10 @@ def get(config: ConfigDict) -> Task:
   """The Task that config.task names.
 
   Raises:
-    ValueError: an unknown name, or a key that config or config.data lacks.
+    InputError: an unknown name, or a key that config or config.data lacks.
   """
   doctor.check_names(config)
   if config.task not in TASKS:
-    raise ValueError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
+    raise InputError(f"config.task is {config.task!r}: choose {' or '.join(TASKS)}, or call "
                      "recipe.run with a Task of your own.")
   return TASKS[config.task](config)

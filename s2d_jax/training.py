@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from s2d_jax import keys, program_cache, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
@@ -327,7 +328,7 @@ def _split(batch: Batch, k: int) -> Batch:
   """
   rows = jax.tree.leaves(batch)[0].shape[0]
   if rows % k:
-    raise ValueError(f"a batch of {rows} rows does not split into microbatches = {k}: "
+    raise InputError(f"a batch of {rows} rows does not split into microbatches = {k}: "
                      "choose a divisor of the rows.")
   return jax.tree.map(
       lambda x: jnp.swapaxes(x.reshape(rows // k, k, *x.shape[1:]), 0, 1), batch)

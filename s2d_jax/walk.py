@@ -20,7 +20,7 @@ def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
   """Compares every folder of the plan that exists, and every score, with its manifest.
 
   Raises:
-    ValueError: a manifest cannot be read, or does not match its folder's name.
+    InputError: a manifest cannot be read, or does not match its folder's name.
   """
   workdir = epath.Path(workdir)
   # The plan has no nodes for scores and probes, so all that exist are checked.
@@ -33,7 +33,7 @@ def run(plan: Plan, workdir: epath.PathLike) -> None:
   """Trains unfinished nodes, checks budgets and labels, scores every line of every arm's table.
 
   Raises:
-    ValueError: ledgers of finished stages break a budget or a label split.
+    InputError: ledgers of finished stages break a budget or a label split.
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   workdir = epath.Path(workdir)

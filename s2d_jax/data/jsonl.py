@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2d_jax.errors import InputError
+
 
 def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """The JSON objects of a file, one a line; blank lines are skipped.
@@ -21,10 +23,10 @@ def objects(path: str | os.PathLike, content: str) -> Iterator[tuple[str, dict[s
     ("file line 3", the object): the first names the line in error messages.
 
   Raises:
-    ValueError: there is no such file, or a line is not a JSON object; names file and line.
+    InputError: there is no such file, or a line is not a JSON object; names file and line.
   """
   if not Path(path).is_file():
-    raise ValueError(f"{path} is not a file: give JSON lines of {content} there.")
+    raise InputError(f"{path} is not a file: give JSON lines of {content} there.")
   # By the file's lines: str.splitlines also splits at characters that JSON allows in a text.
   with open(path, encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
@@ -42,12 +44,12 @@ def line_id(line_name: str, row: dict[str, Any], text: str) -> int:
   """The "id" of a JSON line; an absent one is a hash of `text`, the same in every file.
 
   Raises:
-    ValueError: the id is not an integer from 0 to 2**63 - 1; names file and line.
+    InputError: the id is not an integer from 0 to 2**63 - 1; names file and line.
   """
   number = row["id"] if "id" in row else _text_id(text)
   # To Python a bool is an int.
   if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
-    raise ValueError(f"{line_name} has id {number!r}: ids are integers from 0 to 2**63 - 1, or "
+    raise InputError(f"{line_name} has id {number!r}: ids are integers from 0 to 2**63 - 1, or "
                      "left out.")
   return number
 
@@ -58,7 +60,7 @@ def rows(path: str | os.PathLike) -> list[dict[str, Any]]:
   An absent id is a hash of the problem's text, which does not depend on its line or file.
 
   Raises:
-    ValueError: the file is absent or empty; a line is not such an object, or repeats an id or a
+    InputError: the file is absent or empty; a line is not such an object, or repeats an id or a
       problem. Names file and line.
   """
   found = {}
@@ -67,12 +69,12 @@ def rows(path: str | os.PathLike) -> list[dict[str, Any]]:
   for line_name, row in objects(path, "problem and answer"):
     row = _row(line_name, row)
     if row["id"] in found:
-      raise ValueError(f"{line_name} uses id {row['id']} again, first used in {first[row['id']]}: "
+      raise InputError(f"{line_name} uses id {row['id']} again, first used in {first[row['id']]}: "
                        "make every id distinct, and without ids every problem.")
     found[row["id"]] = row
     first[row["id"]] = line_name.removeprefix(f"{path} ")
   if not found:
-    raise ValueError(f"{path} has no rows: give it one JSON object per line.")
+    raise InputError(f"{path} has no rows: give it one JSON object per line.")
   return list(found.values())
 
 
@@ -87,7 +89,7 @@ def solved(problems: Sequence[dict[str, Any]],
     path: None changes nothing.
 
   Raises:
-    ValueError: a line is not such an object, or repeats an id and sample; names file and line.
+    InputError: a line is not such an object, or repeats an id and sample; names file and line.
   """
   if path is None:
     return problems
@@ -97,10 +99,10 @@ def solved(problems: Sequence[dict[str, Any]],
     number = row.get("id")
     text = row.get("response")
     if not isinstance(number, int) or not isinstance(text, str):
-      raise ValueError(f"{line_name} lacks an integer id or a response's text: give both.")
+      raise InputError(f"{line_name} lacks an integer id or a response's text: give both.")
     samples = responses.setdefault(number, {})
     if row.get("sample") in samples:
-      raise ValueError(f"{line_name} answers problem {number} again: keep one response a problem, "
+      raise InputError(f"{line_name} answers problem {number} again: keep one response a problem, "
                        'or number them under "sample".')
     # A response that was cut, or is empty, is not a solution.
     finished = row.get("finish", "stop") == "stop"
@@ -120,10 +122,10 @@ def _object(line_name: str, line: str) -> dict[str, Any]:
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f"{line_name} is not JSON ({error.msg}): write one object per line."
+    raise InputError(f"{line_name} is not JSON ({error.msg}): write one object per line."
                      ) from error
   if not isinstance(row, dict):
-    raise ValueError(f"{line_name} is not a JSON object: write one object per line.")
+    raise InputError(f"{line_name} is not a JSON object: write one object per line.")
   return row
 
 
@@ -131,9 +133,9 @@ def _row(line_name: str, row: dict[str, Any]) -> dict[str, Any]:
   """A problem's row with its id, without keys that nothing reads."""
   for key in ("problem", "answer"):
     if not isinstance(row.get(key), str) or not row[key]:
-      raise ValueError(f'{line_name} has no text under "{key}": give every row problem and answer.')
+      raise InputError(f'{line_name} has no text under "{key}": give every row problem and answer.')
   number = line_id(line_name, row, row["problem"])
   solution = {"solution": row["solution"]} if "solution" in row else {}
   if not all(isinstance(text, str) for text in solution.values()):
-    raise ValueError(f"{line_name} has a solution that is not text: write it as a string.")
+    raise InputError(f"{line_name} has a solution that is not text: write it as a string.")
   return {"id": number, "problem": row["problem"], "answer": row["answer"]} | solution

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from s2d_jax.errors import InputError
+
 
 def at(count: int, seed: int, stage: str, step: int, size: int, round: int = 0,
        rounds: int = 1) -> np.ndarray:
@@ -15,14 +17,14 @@ def at(count: int, seed: int, stage: str, step: int, size: int, round: int = 0,
   depends on the arguments alone, so a resumed run draws what the killed one would have drawn.
 
   Raises:
-    ValueError: `size` times `rounds` exceeds `count`, or the round is outside the rounds.
+    InputError: `size` times `rounds` exceeds `count`, or the round is outside the rounds.
   """
   if size < 1 or not 0 < size * rounds <= count:
     request = f"{size} problems" if rounds == 1 else f"{rounds} rounds of {size} problems"
-    raise ValueError(f"{request} per step were asked of {count} in {stage}: lower the number of "
+    raise InputError(f"{request} per step were asked of {count} in {stage}: lower the number of "
                      "prompts per step or of rounds, or add problems.")
   if not 0 <= round < rounds:
-    raise ValueError(f"round {round} of {stage} is outside its {rounds} rounds: raise the rounds.")
+    raise InputError(f"round {round} of {stage} is outside its {rounds} rounds: raise the rounds.")
   # crc32 and not hash(): Python salts the hash of a text anew in every process.
   key = (seed, zlib.crc32(stage.encode()), epoch(count, step, size, rounds))
   order = np.random.default_rng(key).permutation(count)

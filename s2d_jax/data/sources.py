@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from s2d_jax.data import jsonl
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
+from s2d_jax.errors import InputError
 
 # A "solution" is optional.
 _REQUIRED = ("id", "problem", "answer")
@@ -45,7 +46,7 @@ def arithmetic(split: str, data_dir: str | os.PathLike) -> _Decoded:
   """A split of the arithmetic world, prepared under `data_dir` the first time.
 
   Raises:
-    ValueError: there is no such split.
+    InputError: there is no such split.
   """
   builder = arithmetic_dataset_builder.Builder(data_dir=str(data_dir), file_format="array_record")
   return prepared(_prepare(builder), split)
@@ -55,20 +56,20 @@ def prepared(folder: str | os.PathLike, split: str) -> _Decoded:
   """A split of a TFDS data set that stands prepared in a folder.
 
   Raises:
-    ValueError: the folder holds no data set, the split is absent or empty, or the features lack id,
+    InputError: the folder holds no data set, the split is absent or empty, or the features lack id,
       problem or answer.
   """
   if not (Path(folder) / "dataset_info.json").is_file():
-    raise ValueError(f"{folder} is not a prepared TFDS folder (it has no dataset_info.json): give "
+    raise InputError(f"{folder} is not a prepared TFDS folder (it has no dataset_info.json): give "
                      "one, or a file of JSON lines.")
   builder = tfds.builder_from_directory(str(folder))
   # TFDS lists a split of no rows like any other, and fails only when it is read.
   filled = [key for key, info in builder.info.splits.items() if info.num_examples]
   if split not in filled:
-    raise ValueError(f"{folder} has no rows in split {split}: choose one of {filled}.")
+    raise InputError(f"{folder} has no rows in split {split}: choose one of {filled}.")
   missing = [key for key in _REQUIRED if key not in builder.info.features]
   if missing:
-    raise ValueError(f"{folder} lacks the features {missing}: rebuild it with them.")
+    raise InputError(f"{folder} lacks the features {missing}: rebuild it with them.")
   return _Decoded(builder.as_data_source(split))
 
 
@@ -94,6 +95,6 @@ def read(path: str | os.PathLike, split: str) -> Sequence[dict[str, Any]]:
   """The rows at a path: a file of JSON lines, or the split of a folder that TFDS prepared.
 
   Raises:
-    ValueError: as `jsonl.rows` and `prepared`.
+    InputError: as `jsonl.rows` and `prepared`.
   """
   return prepared(path, split) if Path(path).is_dir() else jsonl.rows(path)

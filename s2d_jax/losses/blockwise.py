@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from s2d_jax import sharding
+from s2d_jax.errors import InputError
 from s2d_jax.losses import tokens
 
 _Arrays = Any  # a tree of arrays, or None
@@ -45,7 +46,7 @@ def logp(head: Head, targets_BT: jax.Array, block: int,
     mask_BT: bool; where it is false nothing is computed and both results are 0. None selects all.
 
   Raises:
-    ValueError: `block` is less than 1.
+    InputError: `block` is less than 1.
   """
   if mask_BT is None:
     mask_BT = jnp.ones(targets_BT.shape, bool)
@@ -122,7 +123,7 @@ def divergence(f: Callable[..., _Arrays], student_head: Head, guide_head: Head |
     Σ weight · loss, a float32 scalar, and f's values for every token, [B, T].
 
   Raises:
-    ValueError: `block` is less than 1.
+    InputError: `block` is less than 1.
   """
   guide = None
   if guide_head is not None:
@@ -283,7 +284,7 @@ def _over_blocks(block_fn: Callable[..., tuple[_Arrays, _Arrays]], block: int, c
   each other in every block.
   """
   if block < 1:
-    raise ValueError(f"block is {block}: give the tokens per block of the loss, at least 1.")
+    raise InputError(f"block is {block}: give the tokens per block of the loss, at least 1.")
   B, T = mask_BT.shape
   N = B * T
   size = min(block, N)

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.errors import InputError
+
 
 def group_advantages_centred(reward_PG: np.ndarray) -> np.ndarray:
   """Reward above the group's mean; a group of equal rewards gives exactly 0.
@@ -173,13 +175,13 @@ def mismatch_ratio(old_logp_BT: jax.Array, behaviour_logp_BT: jax.Array, mask_BT
   and truncation included.
 
   Raises:
-    ValueError: an unknown level.
+    InputError: an unknown level.
   """
   log_BT = jnp.where(mask_BT, old_logp_BT - behaviour_logp_BT, 0.0)
   if level == "sequence":
     log_BT = _over_sequence(log_BT, segments_BT)
   elif level != "token":
-    raise ValueError(f"level is {level!r}: choose \"token\" or \"sequence\".")
+    raise InputError(f"level is {level!r}: choose \"token\" or \"sequence\".")
   # The correction weights a loss, as an importance weight does: it is data, not a function of π.
   return jax.lax.stop_gradient(jnp.where(mask_BT, jnp.exp(log_BT), 1.0))
 

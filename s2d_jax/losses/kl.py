@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.errors import InputError
 from s2d_jax.losses import tokens
 
 K1 = ("k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
@@ -61,10 +62,10 @@ def jsd(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, pi: float,
   g = (1 − π) · (log q − log m).
 
   Raises:
-    ValueError: π is not between 0 and 1.
+    InputError: π is not between 0 and 1.
   """
   if not 0 < pi < 1:
-    raise ValueError(f"pi is {pi}, the teacher's share of a mixture: choose it between 0 and 1, or "
+    raise InputError(f"pi is {pi}, the teacher's share of a mixture: choose it between 0 and 1, or "
                      "take forward_kl or reverse_kl, which its ends go to.")
   divergence = _with_gradient(functools.partial(_jsd_terms, pi=pi))
   return divergence(_tempered(student_logits_BTV, student_temperature),
@@ -92,7 +93,7 @@ def top_k_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Arra
     The divergence, [B, T], and the masses that the support holds: {"student_mass", "teacher_mass"}.
 
   Raises:
-    ValueError: an unknown support.
+    InputError: an unknown support.
   """
   return _top_k(student_logits_BTV, teacher_logits_BTV, k, support, forward=False)
 
@@ -227,7 +228,7 @@ def _top_k(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: str,
 def _support(student_BTV: jax.Array, teacher_BTV: jax.Array, k: int, support: str) -> jax.Array:
   """bool [B, T, V]: the tokens of a support, one of SUPPORTS."""
   if support not in SUPPORTS:
-    raise ValueError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
+    raise InputError(f"support is {support!r}: choose it from {', '.join(SUPPORTS)}.")
   if support == "teacher":
     return _top(teacher_BTV, k)
   if support == "student":

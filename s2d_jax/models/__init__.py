@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import keys, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.models import decoder, layout, llama, qwen3
 from s2d_jax.models.caches import KV, empty_cache
 from s2d_jax.models.config import ADAPTED, Config, Lora
@@ -95,14 +96,14 @@ def get(name_or_json: str | Json, **run: Any) -> Model:
     **run: values of the fields that RUN names.
 
   Raises:
-    ValueError: the name is unknown, the family or a setting is not implemented, or a key of
+    InputError: the name is unknown, the family or a setting is not implemented, or a key of
       config.json is missing.
   """
   if not isinstance(name_or_json, str):
     return build(read_config(name_or_json, **run))
   # Our names are lower case, and the published ones are written as in Qwen3-8B.
   if name_or_json.lower() not in PUBLISHED:
-    raise ValueError(f"no model is called {name_or_json!r}: choose from {', '.join(PUBLISHED)}, "
+    raise InputError(f"no model is called {name_or_json!r}: choose from {', '.join(PUBLISHED)}, "
                      "or give the dict of a config.json.")
   return build(read_config(PUBLISHED[name_or_json.lower()], **run))
 
@@ -110,7 +111,7 @@ def get(name_or_json: str | Json, **run: Any) -> Model:
 def read_config(json: Json, **run: Any) -> Config:
   """The Config of a config.json dict; arguments and errors as `get`."""
   if json.get("model_type") not in FAMILIES:
-    raise ValueError(f"config.json asks for model_type={json.get('model_type')!r}, which is not "
+    raise InputError(f"config.json asks for model_type={json.get('model_type')!r}, which is not "
                      f"implemented: use one of {', '.join(FAMILIES)}.")
   return FAMILIES[json["model_type"]].config(json, **run)
 

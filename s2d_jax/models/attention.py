@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from s2d_jax import sharding
+from s2d_jax.errors import InputError
 
 IMPLEMENTATIONS = ("auto", "xla", "causal", "cudnn", "cudnn_packed", "splash")
 # The only backend of an implementation.
@@ -46,11 +47,11 @@ def choose(setting: str, dtype: str, head_width: int) -> str:
   take the activations' dtype or the head's width.
 
   Raises:
-    ValueError: the implementation needs another backend.
+    InputError: the implementation needs another backend.
   """
   platform = sharding.platform()
   if _NEEDS.get(setting, platform) != platform:
-    raise ValueError(f"attention {setting!r} needs a {_NEEDS[setting]} and this is a {platform}: "
+    raise InputError(f"attention {setting!r} needs a {_NEEDS[setting]} and this is a {platform}: "
                      "set it to auto.")
   if setting != "auto":
     return setting

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.errors import InputError
 from s2d_jax.models import attention
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,7 +42,7 @@ class Lora:
   def __post_init__(self) -> None:
     unknown = sorted(set(self.targets) - set(ADAPTED))
     if self.rank < 1 or self.alpha <= 0 or unknown or not self.targets:
-      raise ValueError(f"lora has rank {self.rank}, alpha {self.alpha} and targets {self.targets}: "
+      raise InputError(f"lora has rank {self.rank}, alpha {self.alpha} and targets {self.targets}: "
                        "choose a rank of 1 or more, alpha above 0 and targets from "
                        f"{', '.join(ADAPTED)}.")
 
@@ -72,14 +73,14 @@ class Config:
   def __post_init__(self) -> None:
     # Each key head serves a group of query heads, and all groups have one size.
     if self.heads % self.kv_heads:
-      raise ValueError(f"{self.heads} query heads do not share {self.kv_heads} key heads evenly: "
+      raise InputError(f"{self.heads} query heads do not share {self.kv_heads} key heads evenly: "
                        "num_attention_heads must be a multiple of num_key_value_heads.")
     if self.head_width % 2:
-      raise ValueError(f"head_dim {self.head_width} is odd and RoPE rotates pairs: use an even "
+      raise InputError(f"head_dim {self.head_width} is odd and RoPE rotates pairs: use an even "
                        "one.")
     # Checked here, because a misspelt choice would otherwise appear only when the model is traced.
     for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
                          ("attention", attention.IMPLEMENTATIONS)):
       if getattr(self, key) not in choices:
-        raise ValueError(f"{key} {getattr(self, key)!r} is unknown: choose it from "
+        raise InputError(f"{key} {getattr(self, key)!r} is unknown: choose it from "
                          f"{', '.join(choices)}.")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
+from s2d_jax.errors import InputError
 from s2d_jax.models import attention, caches, paged
 from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, Config, RopeScaling
 from s2d_jax.sharding import Params
@@ -251,13 +252,13 @@ def layer(config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Ar
     table_Bn: the pages of each row, if the cache is in pages.
 
   Raises:
-    ValueError: the tokens do not fit the cache.
+    InputError: the tokens do not fit the cache.
   """
   if table_Bn is None:
     T = positions_BT.shape[1]
     S = caches.slots((kv,))
     if T > S:
-      raise ValueError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
+      raise InputError(f"{T} tokens do not fit a cache of {S} slots: make it longer.")
     reads = attention.Reading(None, jnp.arange(S)[None, None] <= positions_BT[..., None])
   else:
     reads = attention.Reading(None, None, table_Bn)

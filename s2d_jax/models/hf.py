@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from s2d_jax import models, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.models import Config, Model, Weight, layout, shards
 from s2d_jax.models.layout import Json
 from s2d_jax.models.shards import Stored
@@ -59,7 +60,7 @@ def load(folder: _Path, mesh: jax.sharding.Mesh | None = None,
       `models.frozen_shapes` is what a model that is not trained needs.
 
   Raises:
-    ValueError: the folder, its weights or its config are missing; the weights are pickled; the
+    InputError: the folder, its weights or its config are missing; the weights are pickled; the
       folder needs code of its own (`auto_map`); the model is not implemented; a weight is missing,
       left over, stored twice or of a wrong shape; a shard is outside the folder or cut short.
   """
@@ -79,7 +80,7 @@ def check(folder: _Path) -> None:
   """Checks config.json and the headers of the weights, and reads no weight.
 
   Raises:
-    ValueError: as `load`.
+    InputError: as `load`.
   """
   folder = pathlib.Path(folder)
   config = models.read_config(read_json(folder))
@@ -106,7 +107,7 @@ def save(folder: _Path, model: Model, params: Params, source: _Path | None = Non
     shard_bytes: the most that one file holds, where there are several.
 
   Raises:
-    ValueError: `params` do not fit the model; it has adapters; `source` is another model; `folder`
+    InputError: `params` do not fit the model; it has adapters; `source` is another model; `folder`
       holds something other than a saved model.
   """
   folder = pathlib.Path(folder)
@@ -148,14 +149,14 @@ def save(folder: _Path, model: Model, params: Params, source: _Path | None = Non
 
 
 def _check_target(folder: pathlib.Path, model: Model) -> None:
-  """Raises ValueError, as `save`, where the model or the folder cannot be written."""
+  """Raises InputError, as `save`, where the model or the folder cannot be written."""
   if model.config.lora is not None:
-    raise ValueError("a model with adapters has no Hugging Face folder: save models.merge(config, "
+    raise InputError("a model with adapters has no Hugging Face folder: save models.merge(config, "
                      "params) with the model without them.")
   # A saved model is replaced; any other folder may hold what its owner still needs.
   if folder.exists() and any(folder.iterdir()) and not any(
       (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
-    raise ValueError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
+    raise InputError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
 
 
 def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list[str]],
@@ -216,7 +217,7 @@ def identity(folder: _Path) -> str:
   covers name, size, header and the checksum that a Hugging Face download recorded.
 
   Raises:
-    ValueError: the folder or its weights are missing, or a header is too long to be one.
+    InputError: the folder or its weights are missing, or a header is too long to be one.
   """
   folder = pathlib.Path(folder)
   read_json(folder)
@@ -231,7 +232,7 @@ def identity(folder: _Path) -> str:
     with open(file, "rb") as f:
       length = int.from_bytes(f.read(8), "little")
       if length > shards.HEADER_BYTES:
-        raise ValueError(f"{file} declares a header of {length} bytes: download it again.")
+        raise InputError(f"{file} declares a header of {length} bytes: download it again.")
       header = f.read(length)
     for item in (file.name, str(file.stat().st_size), header, _download_checksum(file)):
       digest.update(item if isinstance(item, bytes) else item.encode())
@@ -243,18 +244,18 @@ def read_json(folder: _Path) -> Json:
   """The object of a folder's config.json.
 
   Raises:
-    ValueError: there is no such folder or file, or the model needs code of its own.
+    InputError: there is no such folder or file, or the model needs code of its own.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise ValueError(f"{folder} is not a folder: give the path of a downloaded model, or run "
+    raise InputError(f"{folder} is not a folder: give the path of a downloaded model, or run "
                      f"hf download OWNER/NAME --local-dir {folder}.")
   if not (folder / "config.json").exists():
-    raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
+    raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
   config = shards.json_object(folder / "config.json")
   # The folder's own Python would define the model, so config.json alone does not describe it.
   if "auto_map" in config:
-    raise ValueError(f"{folder}/config.json has auto_map, code of its own, which is never run: "
+    raise InputError(f"{folder}/config.json has auto_map, code of its own, which is never run: "
                      "use a model that transformers knows by itself.")
   return config
 
@@ -267,7 +268,7 @@ def _checked(folder: pathlib.Path, config: Config, shapes: dict[str, jax.ShapeDt
   embedding = stored.get(_EMBEDDING)
   if config.tied and head and embedding:  # some tied checkpoints store the head too
     if not equal(head, embedding):
-      raise ValueError(f"{_HEAD} differs from {_EMBEDDING} although config.json ties them: "
+      raise InputError(f"{_HEAD} differs from {_EMBEDDING} although config.json ties them: "
                        "set tie_word_embeddings to false.")
     # Otherwise the copy would be refused as a weight that the model does not have.
     del stored[_HEAD]
@@ -292,19 +293,19 @@ def _check(folder: pathlib.Path, stored: dict[str, Stored], config: Config,
   missing = sorted(names.keys() - stored.keys())
   extra = sorted(stored.keys() - names.keys())
   if missing:
-    raise ValueError(f"{folder} lacks the weight {missing[0]} ({len(missing)} in all): "
+    raise InputError(f"{folder} lacks the weight {missing[0]} ({len(missing)} in all): "
                      "config.json and weights must come from one model.")
   if extra:
-    raise ValueError(f"{folder} has the weight {extra[0]} ({len(extra)} in all) that a "
+    raise InputError(f"{folder} has the weight {extra[0]} ({len(extra)} in all) that a "
                      f"{config.architecture} of its config.json does not: they must match.")
   for name, (path, weight, _) in names.items():
     found = stored[name]
     want = weight.their_shape(_layer_shape(shapes[path].shape, weight))
     if found.shape != want:
-      raise ValueError(f"{found.file}: {name} has shape {found.shape} and config.json asks for "
+      raise InputError(f"{found.file}: {name} has shape {found.shape} and config.json asks for "
                        f"{want}: they must come from one model.")
     if found.dtype not in _STORED:
-      raise ValueError(f"{found.file}: {name} is stored as {found.dtype}: convert the model to "
+      raise InputError(f"{found.file}: {name} is stored as {found.dtype}: convert the model to "
                        f"one of {', '.join(sorted(_STORED))}.")
 
 
@@ -354,7 +355,7 @@ def _fitting(config: Config, params: Params) -> dict[str, jax.Array]:
   want = {path: tuple(x.shape) for path, x in layout.flat(models.shapes(config)).items()}
   if got != want:
     path = min(path for path, _ in got.items() ^ want.items())
-    raise ValueError(f"the parameter {path} has shape {got.get(path, 'none')} and the model asks "
+    raise InputError(f"the parameter {path} has shape {got.get(path, 'none')} and the model asks "
                      f"for {want.get(path, 'none')}: save the tree that model.init makes.")
   return params
 
@@ -364,12 +365,12 @@ def _types(params: dict[str, jax.Array], names: _Names, source: _Path | None,
   """{their name: NumPy dtype to write}; `dtype` as `save` takes it."""
   if dtype == "source":
     if source is None:
-      raise ValueError('dtype="source" asks for the types of a source and none is given: name it.')
+      raise InputError('dtype="source" asks for the types of a source and none is given: name it.')
     stored = shards.headers(pathlib.Path(source))
     return {name: _STORED[stored[name].dtype] for name in names}
   dtypes = {x.dtype for x in params.values()}
   if dtype is None and len(dtypes) > 1:
-    raise ValueError(f"parameters of several types, {sorted(map(str, dtypes))}: give save a dtype.")
+    raise InputError(f"parameters of several types, {sorted(map(str, dtypes))}: give save a dtype.")
   return dict.fromkeys(names, jnp.dtype(dtype or dtypes.pop()))
 
 
@@ -379,7 +380,7 @@ def _descend(source: pathlib.Path, config: Config) -> Json:
   # How a model runs is not in config.json, so it cannot make two models differ.
   run = {key: getattr(config, key) for key in models.RUN}
   if models.read_config(config_json, **run) != config:
-    raise ValueError(f"{source} is another model than the one to save: give the folder that it "
+    raise InputError(f"{source} is another model than the one to save: give the folder that it "
                      "was loaded from, or leave source out.")
   return config_json
 

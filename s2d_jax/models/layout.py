@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from s2d_jax.errors import InputError
 from s2d_jax.models.config import Config, RopeScaling
 from s2d_jax.sharding import Params
 
@@ -111,10 +112,10 @@ def _need(json: Json, key: str) -> Any:
   """The value of a key of config.json that has no default.
 
   Raises:
-    ValueError: config.json lacks the key.
+    InputError: config.json lacks the key.
   """
   if key not in json:
-    raise ValueError(f"config.json has no {key!r}: take the file that came with the weights.")
+    raise InputError(f"config.json has no {key!r}: take the file that came with the weights.")
   return json[key]
 
 
@@ -122,11 +123,11 @@ def refuse(json: Json, key: str, *allowed: Any) -> None:
   """Refuses a setting that is not implemented.
 
   Raises:
-    ValueError: config.json has the key, and its value is neither None nor one of `allowed`.
+    InputError: config.json has the key, and its value is neither None nor one of `allowed`.
   """
   value = json.get(key)
   if value is not None and value not in allowed:
-    raise ValueError(f"config.json asks for {key}={value!r}, which is not implemented: "
+    raise InputError(f"config.json asks for {key}={value!r}, which is not implemented: "
                      f"use a model with {key} {' or '.join(map(repr, allowed)) or 'absent'}.")
 
 
@@ -136,12 +137,12 @@ def _rope(json: Json) -> tuple[float, RopeScaling | None]:
   The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
 
   Raises:
-    ValueError: the two spellings differ, a key is missing, or the kind is not implemented.
+    InputError: the two spellings differ, a key is missing, or the kind is not implemented.
   """
   settings = dict(json.get("rope_parameters") or {})
   old = dict(json.get("rope_scaling") or {})
   if settings and any(settings.get(key, value) != value for key, value in old.items()):
-    raise ValueError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
+    raise InputError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
                      "differ: keep the one that the weights were trained with.")
   # A file may have both spellings for the sake of older readers; equal ones do no harm.
   settings = settings or old
@@ -173,7 +174,7 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     **run: the fields of the Config that say how it runs, `models.RUN`.
 
   Raises:
-    ValueError: a key is missing, or asks for something that is not implemented.
+    InputError: a key is missing, or asks for something that is not implemented.
   """
   # Each of these changes what the model computes, so none may be passed over in silence.
   refuse(json, "hidden_act", "silu")

@@ -11,7 +11,7 @@ def config(json: Json, **run: Any) -> Config:
   """The Config of a Llama config.json; `run` as in `layout.read`.
 
   Raises:
-    ValueError: a key is missing, or asks for something that is not implemented; it is named.
+    InputError: a key is missing, or asks for something that is not implemented; it is named.
   """
   layout.refuse(json, "pretraining_tp", 1)
   layout.refuse(json, "sliding_window")

@@ -11,7 +11,7 @@ def config(json: Json, **run: Any) -> Config:
   """The Config of a Qwen3 config.json; `run` as in `layout.read`.
 
   Raises:
-    ValueError: a key is missing, or asks for something that is not implemented; it is named.
+    InputError: a key is missing, or asks for something that is not implemented; it is named.
   """
   return layout.read(json, architecture="qwen3", qk_norm=True, head_width=128, **run)
 

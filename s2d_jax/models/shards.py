@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from s2d_jax.errors import InputError
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Looked for in order to refuse them by name; unpickling runs code.
@@ -27,14 +29,14 @@ def json_object(path: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file of a model's folder.
 
   Raises:
-    ValueError: the file is not JSON, or holds something other than an object.
+    InputError: the file is not JSON, or holds something other than an object.
   """
   try:
     found = json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}): download it again.") from error
+    raise InputError(f"{path} is not JSON ({error}): download it again.") from error
   if not isinstance(found, dict):
-    raise ValueError(f"{path} is not a JSON object: download it again.")
+    raise InputError(f"{path} is not a JSON object: download it again.")
   return found
 
 
@@ -42,24 +44,24 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a folder; those of its index if it has one.
 
   Raises:
-    ValueError: there are none, a shard is missing, or the index names a file outside the folder.
+    InputError: there are none, a shard is missing, or the index names a file outside the folder.
   """
   if (folder / INDEX).exists():
     names = sorted(set(_index(folder).values()))
   elif (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif pickle := next((path for kind in _PICKLES for path in sorted(folder.glob(kind))), None):
-    raise ValueError(f"{folder} has pickled weights only ({pickle.name}), and unpickling runs "
+    raise InputError(f"{folder} has pickled weights only ({pickle.name}), and unpickling runs "
                      "code: convert them to safetensors.")
   else:
-    raise ValueError(f"{folder} has no weights: it needs {WEIGHTS} or {INDEX} and its shards.")
+    raise InputError(f"{folder} has no weights: it needs {WEIGHTS} or {INDEX} and its shards.")
   for name in names:
     # An index comes from elsewhere: "../x" or an absolute path would read any file of the machine.
     if pathlib.PurePath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-      raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is not a safetensors "
+      raise InputError(f"{folder / INDEX} names the shard {name!r}, which is not a safetensors "
                        "file of this folder: download the model again.")
     if not (folder / name).exists():
-      raise ValueError(f"{folder} lacks the shard {name}: finish its download.")
+      raise InputError(f"{folder} lacks the shard {name}: finish its download.")
   return [folder / name for name in names]
 
 
@@ -67,7 +69,7 @@ def _index(folder: pathlib.Path) -> dict[str, str]:
   """{tensor: file} of a folder's index."""
   names = json_object(folder / INDEX).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-    raise ValueError(f"{folder / INDEX} has no weight_map of tensors to files: download it again.")
+    raise InputError(f"{folder / INDEX} has no weight_map of tensors to files: download it again.")
   return names
 
 
@@ -75,14 +77,14 @@ def headers(folder: pathlib.Path) -> dict[str, Stored]:
   """{name: Stored} of every tensor of a folder; only headers are read.
 
   Raises:
-    ValueError: as `files`; a file is cut short; a tensor is stored twice; the index is wrong.
+    InputError: as `files`; a file is cut short; a tensor is stored twice; the index is wrong.
   """
   found = {}
   for path in files(folder):
     with _open(path) as file:
       for name in file.keys():
         if name in found:
-          raise ValueError(f"{path} has the weight {name}, and {found[name].file.name} has it too: "
+          raise InputError(f"{path} has the weight {name}, and {found[name].file.name} has it too: "
                            "download the model again.")
         # A slice has the shape and the dtype, and reads none of the tensor's bytes.
         part = file.get_slice(name)
@@ -93,7 +95,7 @@ def headers(folder: pathlib.Path) -> dict[str, Stored]:
     for name in sorted(index.keys() | found.keys()):
       here = found[name].file.name if name in found else "no shard"
       if index.get(name, "no shard") != here:
-        raise ValueError(f"{folder / INDEX} says that {name} is in {index.get(name, 'no shard')} "
+        raise InputError(f"{folder / INDEX} says that {name} is in {index.get(name, 'no shard')} "
                          f"and it is in {here}: download the model again.")
   return found
 
@@ -119,7 +121,7 @@ def _open(path: pathlib.Path) -> Any:
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is not whole ({error}){_beyond(path)}: download it again.") from error
+    raise InputError(f"{path} is not whole ({error}){_beyond(path)}: download it again.") from error
 
 
 def _beyond(path: pathlib.Path) -> str:

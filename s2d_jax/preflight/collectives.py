@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from s2d_jax.errors import InputError
 from s2d_jax.preflight.operations import Operation, attribute, integers, type_bytes
 
 OPCODES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
@@ -23,7 +24,7 @@ def _group_size(operation: Operation) -> int:
   named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}",
                     operation.attributes)
   if named is None:
-    raise ValueError(f"the devices of a collective are not understood: {operation.attributes}")
+    raise InputError(f"the devices of a collective are not understood: {operation.attributes}")
   axes = dict(re.findall(r"('[^']*')=(\d+)", named[1]))
   # A part of an axis is written 'a':(1)2: two devices of it.
   return math.prod(int(part or axes[axis])

@@ -33,6 +33,7 @@ from s2d_jax import (
 )
 from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
+from s2d_jax.errors import InputError
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
 from s2d_jax.preflight import runs, search, topologies, verdicts
@@ -79,7 +80,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   less of everything.
 
   Raises:
-    ValueError: the config is wrong.
+    InputError: the config is wrong.
   """
   table = _table()
   mesh = sharding.current_mesh()
@@ -274,7 +275,7 @@ def main(argv: Sequence[str]) -> None:
   Exits with 1 if one does not fit.
 
   Raises:
-    ValueError: the request is wrong; the message is one sentence.
+    InputError: the request is wrong; the message is one sentence.
   """
   parser = command.config_parser(
       "preflight", "Compiles the largest program of each kind and says whether it fits.", _EXAMPLE)
@@ -288,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
   config, args = command.parse_config(parser, argv)
   price = search.check_price(args.price)
   if args.search and not args.topology:
-    raise ValueError("--search needs --topology: name the chips that it is for.")
+    raise InputError("--search needs --topology: name the chips that it is for.")
   if args.search:
     fits = search_and_show(config, args.topology, price)
   else:
@@ -351,11 +352,11 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   """Prints a line per candidate and the cheapest that fits; returns False if none does.
 
   Raises:
-    ValueError: the config is wrong, or it is a sweep.
+    InputError: the config is wrong, or it is a sweep.
   """
   if "sweep" in config:
-    raise ValueError("--search takes one run: name a config without a sweep.")
-  # First, because a candidate's ValueError below means that its mesh or memory is too small.
+    raise InputError("--search takes one run: name a config without a sweep.")
+  # First, because a candidate's InputError below means that its mesh or memory is too small.
   plan = recipe.plan_without_problems(config)
   program_cache.check(config.compilation_cache)
   chip = topologies.chip(topology)
@@ -394,7 +395,7 @@ def _mesh(shape: tuple[int, ...], devices: list[jax.Device] | None) -> Mesh:
   with keys.prefixed("config."):
     mesh = sharding.make_mesh(shape, devices)
     if devices is not None and mesh.size != len(devices):
-      raise ValueError(f"mesh is {tuple(shape)}, which leaves {len(devices) - mesh.size} of the "
+      raise InputError(f"mesh is {tuple(shape)}, which leaves {len(devices) - mesh.size} of the "
                        f"{len(devices)} devices idle: choose sizes that use all.")
   return mesh
 

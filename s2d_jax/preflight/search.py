@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from s2d_jax.errors import InputError
 from s2d_jax.preflight import verdicts
 from s2d_jax.preflight.costs import Cost
 from s2d_jax.preflight.runs import Total
@@ -110,7 +111,7 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
 
   Args:
     limit: bytes of a device's memory.
-    costs_of: compiles a config; a ValueError says that not one row fits.
+    costs_of: compiles a config; an InputError says that not one row fits.
     resident_of: bytes on each device that the largest update of a config has at least.
     hours_of: of the whole run, by the costs of its programs.
     report: gets a line for each candidate.
@@ -136,7 +137,7 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
       found = costs_of(changed)
     # The config itself was checked before, so a candidate's mesh or memory is refused, whatever its
     # microbatches.
-    except ValueError as error:
+    except InputError as error:
       failed[key] = math.inf
       report(f"{candidate}: does not fit: {error}")
       continue
@@ -172,7 +173,7 @@ def check_price(text: str | None) -> float | None:
   """The price per chip and hour of a flag's text.
 
   Raises:
-    ValueError: it is not a number above 0.
+    InputError: it is not a number above 0.
   """
   if text is None:
     return None
@@ -181,5 +182,5 @@ def check_price(text: str | None) -> float | None:
   except ValueError:
     price = math.nan
   if not 0 < price < math.inf:
-    raise ValueError(f"--price is {text!r}: give what one chip costs an hour, such as 2.5.")
+    raise InputError(f"--price is {text!r}: give what one chip costs an hour, such as 2.5.")
   return price

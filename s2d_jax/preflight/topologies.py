@@ -14,6 +14,7 @@ import re
 import jax
 
 from s2d_jax.chips import CHIPS, Chip
+from s2d_jax.errors import InputError
 
 CARDS_PER_HOST = 8
 # A network card of 400 Gbit/s for each GPU, which hosts of cards usually have.
@@ -28,7 +29,7 @@ def chip(topology: str) -> Chip:
   """The chip of a topology's name.
 
   Raises:
-    ValueError: the name is unknown.
+    InputError: the name is unknown.
   """
   name, shape = _parse(topology)
   found = CHIPS[name]
@@ -44,7 +45,7 @@ def devices(topology: str) -> list[jax.Device]:
   Call it before anything uses a device: this process then has CPU devices alone.
 
   Raises:
-    ValueError: the name is unknown, or a package that compiles for it is not installed.
+    InputError: the name is unknown, or a package that compiles for it is not installed.
   """
   name, count = _parse(topology)
   is_gpu = CHIPS[name].platform == "gpu"
@@ -73,19 +74,19 @@ def _parse(topology: str) -> tuple[str, int]:
       count *= int(size)
     return name, count
   tpus = [chip for chip in CHIPS if chip not in gpus]
-  raise ValueError(
+  raise InputError(
       f"the topology {topology!r} is unknown: name a card ({', '.join(gpus)}), several of them as "
       f"h100:8 (up to {CARDS_PER_HOST}, or a multiple of that), or a slice of {', '.join(tpus)} as "
       "v5e:4x4 or v5p:2x2x4.")
 
 
 def _require(topology: str, packages: tuple[str, ...], extra: str) -> None:
-  """Raises ValueError unless the packages are installed, which `extra` brings."""
+  """Raises InputError unless the packages are installed, which `extra` brings."""
   for package in packages:
     try:
       importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      raise ValueError(
+      raise InputError(
           f"the topology {topology} needs the package {package}, which is not installed: in an "
           f"environment of its own, pip install 's2d_jax[{extra}]'.") from None
 
@@ -103,7 +104,7 @@ def _tpus(topology: str) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology,
                                         chips_per_host_bounds=bounds).devices
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f"libtpu has no slice {topology} ({str(error).splitlines()[0]}): choose the "
+    raise InputError(f"libtpu has no slice {topology} ({str(error).splitlines()[0]}): choose the "
                      "sizes of a slice that exists, such as v5e:4x4 or v5p:2x2x4.") from error
 
 

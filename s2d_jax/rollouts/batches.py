@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts.records import Rollout
 
 MEANS = ("token", "sequence", "constant")  # the kinds of `token_weights`
@@ -38,10 +39,10 @@ def token_weights(length_B: np.ndarray, mean: str, longest: int) -> tuple[np.nda
   https://arxiv.org/abs/2503.20783).
 
   Raises:
-    ValueError: `mean` is not one of `MEANS`.
+    InputError: `mean` is not one of `MEANS`.
   """
   if mean not in MEANS:
-    raise ValueError(f"mean is {mean!r}: set it to one of {sorted(MEANS)}.")
+    raise InputError(f"mean is {mean!r}: set it to one of {sorted(MEANS)}.")
   one_B = np.ones(len(length_B))
   # An empty response has no token with a weight, so any finite number will do.
   inverse_B = 1 / np.maximum(length_B, 1)
@@ -117,11 +118,11 @@ def pack(batch: Batch, width: int) -> Batch:
   Each sequence is a segment of its own, and attention does not cross from one to the next.
 
   Raises:
-    ValueError: a sequence is longer than `width`.
+    InputError: a sequence is longer than `width`.
   """
   length_B = (batch.segments_BT > 0).sum(axis=1)
   if length_B.max(initial=0) > width:
-    raise ValueError(f"a sequence of {length_B.max()} tokens does not fit a packed row of {width}: "
+    raise InputError(f"a sequence of {length_B.max()} tokens does not fit a packed row of {width}: "
                      "widen the row.")
   B = len(length_B)
   used_B = np.zeros(B, np.int64)
@@ -146,11 +147,11 @@ def minibatches(batch: Batch, count: int, seed: Sequence[int]) -> Iterator[Batch
   """Yields `count` equal slices of shuffled rows; the shuffle is a function of `seed`.
 
   Raises:
-    ValueError: `count` does not divide the rows.
+    InputError: `count` does not divide the rows.
   """
   B = len(batch.inputs_BT)
   if B % count:
-    raise ValueError(f"{B} rows do not split into {count} minibatches: "
+    raise InputError(f"{B} rows do not split into {count} minibatches: "
                      "choose prompts x samples_per_prompt as a multiple of minibatches.")
   # A single minibatch needs no shuffle: its sums do not depend on the rows' order.
   order_B = np.random.default_rng(seed).permutation(B) if count > 1 else np.arange(B)

@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from s2d_jax import files, hosts
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts import records
 from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats
 from s2d_jax.sharding import Params
@@ -129,13 +130,13 @@ class Store:
     One process writes, and every process indexes.
 
     Raises:
-      ValueError: the store has a part of that name, and the rollout brings further rows.
+      InputError: the store has a part of that name, and the rollout brings further rows.
     """
     new = [row for row, key in enumerate(_keys(part)) if key not in self._location]
     if not new:
       return
     if name in self._parts:
-      raise ValueError(f"{self._folder} already holds {name}, and {len(new)} other rows would "
+      raise InputError(f"{self._folder} already holds {name}, and {len(new)} other rows would "
                        "replace it: give them a name of their own.")
     # A row belongs to the part that had it first, since that stage was charged for it.
     part = records.take(part, new)

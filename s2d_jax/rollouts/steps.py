@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import hosts
 from s2d_jax.data import prompts as data_prompts
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts.records import (
   FINISHED,
   Prompt,
@@ -196,7 +197,7 @@ def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = 
     early: rewards that are known already, by row.
 
   Raises:
-    ValueError: a reward is not finite; the message names the prompt and the sample.
+    InputError: a reward is not finite; the message names the prompt and the sample.
   """
   early = early or {}
   B = len(rollout.prompt_id_B)
@@ -207,7 +208,7 @@ def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = 
   reward_B = hosts.sum_over_hosts(own_B)
   # After the sum, so that every host raises and none waits for one that has stopped.
   for b in np.flatnonzero(~np.isfinite(reward_B)):
-    raise ValueError(f"prompt {rollout.prompt_id_B[b]}, sample {rollout.sample_index_B[b]} has the "
+    raise InputError(f"prompt {rollout.prompt_id_B[b]}, sample {rollout.sample_index_B[b]} has the "
                      f"reward {reward_B[b]}: a reward must be a finite number; look at what the "
                      "task's reward makes of that answer.")
   return reward_B

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from s2d_jax import command, hosts, keys, models, program_cache, rollouts, sampler, sharding
 from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt, Rollout
 from s2d_jax.sampler import Sampler, SamplerConfig, Sampling
@@ -71,7 +72,7 @@ def check_flags(args: argparse.Namespace, samples: str) -> None:
     samples: the flag of the number of samples.
 
   Raises:
-    ValueError: a value is out of its range; names the flag.
+    InputError: a value is out of its range; names the flag.
   """
   with command.naming_flags(FLAGS | {"samples_per_prompt": samples}):
     sampler.check_sampling(sampling_of(args, getattr(args, samples.strip("-"))))
@@ -84,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Reads the command line.
 
   Raises:
-    ValueError: as `check_flags`.
+    InputError: as `check_flags`.
   """
   parser = command.Parser("sample", __doc__.partition("\n")[0], EXAMPLE)
   # A group has no heading, so that the help fits a screen of 24 lines.
@@ -102,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   check_flags(args, "--n")
   if not all(size.isdigit() for size in args.mesh.split(",")):
-    raise ValueError(f"--mesh is {args.mesh}: choose sizes such as 1,4,1.")
+    raise InputError(f"--mesh is {args.mesh}: choose sizes such as 1,4,1.")
   return args
 
 
@@ -126,7 +127,7 @@ def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
   """The prompts of a file, in order.
 
   Raises:
-    ValueError: the file is absent or empty, or a line holds no prompt or repeats an id; names it.
+    InputError: the file is absent or empty, or a line holds no prompt or repeats an id; names it.
   """
   found = {}
   for line_name, row in jsonl.objects(path, "problem or messages"):
@@ -138,19 +139,19 @@ def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
       if not all(isinstance(x, str) for x in (text, *words)):
         raise TypeError("not a text")
     except (AttributeError, KeyError, TypeError) as error:
-      raise ValueError(f'{line_name} is not a JSON object with "problem", a text, or "messages", a '
+      raise InputError(f'{line_name} is not a JSON object with "problem", a text, or "messages", a '
                        "chat: give it one.") from error
     # Without an id a line is named by its text, so that lines can be added or moved between runs.
     number = jsonl.line_id(line_name, row, text)
     if number in found:
-      raise ValueError(f"{line_name} has id {number} again: use each once.")
+      raise InputError(f"{line_name} has id {number} again: use each once.")
     try:
       found[number] = Prompt(number, tuple(tokenizer.render(messages)))
     except jinja2.TemplateError as error:
-      raise ValueError(f"{line_name} is not a chat that the model's template takes ({error}): "
+      raise InputError(f"{line_name} is not a chat that the model's template takes ({error}): "
                        "correct its messages.") from error
   if not found:
-    raise ValueError(f"{path} has no prompts: give it one JSON object per line.")
+    raise InputError(f"{path} has no prompts: give it one JSON object per line.")
   return list(found.values())
 
 
@@ -159,7 +160,7 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
   """Locks the output while it is written, and keeps its settings in a file beside it.
 
   Raises:
-    ValueError: another process writes the output, or it was sampled with other settings.
+    InputError: another process writes the output, or it was sampled with other settings.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   settings_path = path.with_name(path.name + ".settings.json")
@@ -168,7 +169,7 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-      raise ValueError(f"{path} is being written by another process: wait for it, or choose "
+      raise InputError(f"{path} is being written by another process: wait for it, or choose "
                        "another --out.") from error
     file.seek(0)
     text = file.read()
@@ -176,7 +177,7 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
     # Rows of two models or two temperatures in one file could not be distinguished later.
     differ = sorted(k for k in settings if before.get(k) != settings[k])
     if path.exists() and differ:
-      raise ValueError(f"{path} was sampled with another {' and '.join(differ)}, or without "
+      raise InputError(f"{path} was sampled with another {' and '.join(differ)}, or without "
                        f"{settings_path.name} beside it: choose another --out, or remove both.")
     if differ:
       file.truncate(0)
@@ -189,7 +190,7 @@ def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[in
   """{(id, sample)} of the complete lines of the output; removes a last line that was cut off.
 
   Raises:
-    ValueError: a line holds no sample, or belongs to a prompt that has other tokens now.
+    InputError: a line holds no sample, or belongs to a prompt that has other tokens now.
   """
   if not path.exists():
     return set()
@@ -206,11 +207,11 @@ def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[in
       sample = row["sample"]
       hash((prompt_id, sample))  # a list has no hash, and could not be looked up
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path} line {number} is not a sample: take the line out, which will be "
+      raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
                        "sampled again, or choose another --out.") from error
     # Ids that the prompts do not have are of an earlier, longer file of prompts, and stay.
     if names.get(prompt_id, prompt) != prompt:
-      raise ValueError(f"{path} has samples of another prompt with the id {prompt_id}: choose "
+      raise InputError(f"{path} has samples of another prompt with the id {prompt_id}: choose "
                        "another --out, or another id.")
     found.add((prompt_id, sample))
   if len(whole) < len(data):
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   model = models.build(config)
   for prompt in prompts:
     if len(prompt.tokens) + args.max_tokens > model.config.max_positions:
-      raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
+      raise InputError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with "
                        f"{args.max_tokens} new ones leaves the model's "
                        f"{model.config.max_positions} positions: lower --max-tokens or drop it.")
   # The number of samples is not among the settings: a later run may add some to each prompt.
@@ -276,7 +277,7 @@ def template(words: Sequence[str]) -> dict[str, Any]:
   """The arguments of a chat template from a list of KEY=JSON.
 
   Raises:
-    ValueError: one has no "=" or no JSON behind it.
+    InputError: one has no "=" or no JSON behind it.
   """
   found = {}
   for word in words:
@@ -284,7 +285,7 @@ def template(words: Sequence[str]) -> dict[str, Any]:
     try:
       found[key] = json.loads(value if equals else "")
     except json.JSONDecodeError as error:
-      raise ValueError(f"--template {word} is not KEY=JSON: write enable_thinking=false."
+      raise InputError(f"--template {word} is not KEY=JSON: write enable_thinking=false."
                        ) from error
   return found
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax import chips, keys, models, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.models import attention, caches, paged
 from s2d_jax.models.config import Config
@@ -75,13 +76,13 @@ def check_config(config: SamplerConfig) -> None:
   """Checks a SamplerConfig.
 
   Raises:
-    ValueError: a number is out of its range, or the cache is unknown or in pages of int8. The
+    InputError: a number is out of its range, or the cache is unknown or in pages of int8. The
       message begins with the field's name.
   """
   keys.check_values(config, SamplerConfig.KEYS)
   # Pages have no array for int8's scales.
   if config.page and config.cache == "int8":
-    raise ValueError(f"page is {config.page} and the cache int8, which pages do not hold: set one "
+    raise InputError(f"page is {config.page} and the cache int8, which pages do not hold: set one "
                      "of them to 0 or auto.")
 
 
@@ -90,7 +91,7 @@ def available_bytes(memory: int, taken: int) -> int:
   return max(int(memory * (1 - RESERVE)) - taken, 0)
 
 
-class Unfit(ValueError):
+class Unfit(InputError):
   """Not one row fits the memory, or a mesh cannot split it; the message begins with a field."""
 
 

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from s2d_jax import chat, models
+from s2d_jax.errors import InputError
 from s2d_jax.models import Config, hf
 
 
@@ -16,7 +17,7 @@ def read(folder: str | pathlib.Path, template: dict[str, Any],
     run: settings of `models.RUN`, such as the dtype.
 
   Raises:
-    ValueError: `hf.load` or `chat.Chat` would refuse the folder, or a token has no embedding.
+    InputError: `hf.load` or `chat.Chat` would refuse the folder, or a token has no embedding.
   """
   # Headers first: a missing or damaged file is found in seconds, before weights are loaded.
   hf.check(folder)
@@ -28,13 +29,13 @@ def read_description(folder: str | pathlib.Path, template: dict[str, Any],
   """As `read`, of a folder that need not have weights: from config.json and tokenizer alone.
 
   Raises:
-    ValueError: `chat.Chat` would refuse the folder, or a token has no embedding.
+    InputError: `chat.Chat` would refuse the folder, or a token has no embedding.
   """
   config = models.read_config(hf.read_json(folder), **run)
   tokenizer = chat.Chat(folder, **template)
   # On a device an index beyond an array's end raises no error: it reads NaN.
   last = max(tokenizer.vocabulary.values())
   if last >= config.vocab_size:
-    raise ValueError(f"the tokenizer of {folder} has the token id {last} and its model embeds "
+    raise InputError(f"the tokenizer of {folder} has the token id {last} and its model embeds "
                      f"{config.vocab_size} tokens: take the tokenizer that came with the weights.")
   return config, tokenizer

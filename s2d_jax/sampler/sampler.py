@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from s2d_jax import hosts, models, sharding
+from s2d_jax.errors import InputError
 from s2d_jax.models import Model
 from s2d_jax.rollouts import OnFinish, Prompt, Rollout, SamplerStats
 from s2d_jax.sampler import capacity, programs
@@ -48,13 +49,13 @@ class Sampler:
       compiler: how, and of which sizes, the programs are compiled.
 
     Raises:
-      ValueError: a field of the sampling or of the config is refused. `capacity.Unfit`, which is
+      InputError: a field of the sampling or of the config is refused. `capacity.Unfit`, which is
         one: not one row fits the memory. The message begins with the field's name.
     """
     check_sampling(sampling)
     capacity.check_config(config)
     if sampling.stop_strings and decode is None:
-      raise ValueError("stop_strings are looked for in text, and this sampler has no tokenizer: "
+      raise InputError("stop_strings are looked for in text, and this sampler has no tokenizer: "
                        "give it `decode`, or use stop_ids.")
     mesh = sharding.current_mesh()
     if params is None:
@@ -91,7 +92,7 @@ class Sampler:
       call did.
 
     Raises:
-      ValueError: `check_prompts` refuses the prompts, or the weights have other shapes.
+      InputError: `check_prompts` refuses the prompts, or the weights have other shapes.
       FloatingPointError: a log-probability is not finite.
     """
     samples = range(first_sample, first_sample + self.sampling.samples_per_prompt)
@@ -123,7 +124,7 @@ class Sampler:
     """The weights copied for decoding, which a call takes in place of `params`.
 
     Raises:
-      ValueError: they are not of the shapes and dtypes that the sampler was compiled for.
+      InputError: they are not of the shapes and dtypes that the sampler was compiled for.
     """
     self._check_weights(params)
     # Waits for the copy, so that its time is the copy's and the caller can free `params`.
@@ -132,12 +133,12 @@ class Sampler:
   def _check_weights(self, params: Params) -> None:
     """Refuses weights of other shapes or dtypes; the compiled program would name neither."""
     if jax.tree.structure(params) != jax.tree.structure(self.abstract_params):
-      raise ValueError("params are not the parameters of the sampler's model: pass those of the "
+      raise InputError("params are not the parameters of the sampler's model: pass those of the "
                        "model that it was compiled for.")
     for (path, x), want in zip(jax.tree.leaves_with_path(params),
                                jax.tree.leaves(self.abstract_params), strict=True):
       if (x.shape, x.dtype) != (want.shape, want.dtype):
-        raise ValueError(f"params{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} and the "
+        raise InputError(f"params{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} and the "
                          f"sampler was compiled for {want.dtype}{list(want.shape)}: give "
                          "Sampler(…, params=…) the weights, or shapes like theirs.")
 
@@ -152,22 +153,22 @@ def check_prompts(prompts: Sequence[Prompt], prompt_tokens: int) -> None:
   """Checks the prompts of a call.
 
   Raises:
-    ValueError: there are none; or one has no tokens, more than `prompt_tokens`, or the id of
+    InputError: there are none; or one has no tokens, more than `prompt_tokens`, or the id of
       another one.
   """
   if not prompts:
-    raise ValueError("there are no prompts to sample from: check the split's name and its size.")
+    raise InputError("there are no prompts to sample from: check the split's name and its size.")
   # One prompt may come several times, for several samples; its samples are named by its id.
   tokens: dict[int, tuple[int, ...]] = {}
   for prompt in prompts:
     if tokens.setdefault(prompt.id, prompt.tokens) != prompt.tokens:
-      raise ValueError(f"two prompts have the id {prompt.id} and not the same tokens: give each an "
+      raise InputError(f"two prompts have the id {prompt.id} and not the same tokens: give each an "
                        "id of its own.")
     if not len(prompt.tokens):
-      raise ValueError(f"prompt {prompt.id} has no tokens, so nothing to continue: give its "
+      raise InputError(f"prompt {prompt.id} has no tokens, so nothing to continue: give its "
                        "problem a text.")
     if len(prompt.tokens) > prompt_tokens:
-      raise ValueError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and prompt_tokens is "
+      raise InputError(f"prompt {prompt.id} has {len(prompt.tokens)} tokens and prompt_tokens is "
                        f"{prompt_tokens}: raise it, or drop the problem.")
 
 

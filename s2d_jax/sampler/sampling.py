@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax import keys
+from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 
 Decode = Callable[[np.ndarray], str]  # token ids -> text
@@ -65,12 +66,12 @@ def check_sampling(sampling: Sampling) -> None:
   """Checks a Sampling, or a config's block of one.
 
   Raises:
-    ValueError: a field is out of its range; the message begins with its name.
+    InputError: a field is out of its range; the message begins with its name.
   """
   keys.check_values(sampling, Sampling.KEYS)
   # Each key's range is a table's; a relation between two keys is not in it.
   if sampling.min_tokens > sampling.max_tokens:
-    raise ValueError(f"min_tokens is {sampling.min_tokens}: choose at most max_tokens, "
+    raise InputError(f"min_tokens is {sampling.min_tokens}: choose at most max_tokens, "
                      f"{sampling.max_tokens}.")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from s2d_jax.errors import InputError
+
 _MODULUS = 100
 _LONGEST = 4  # operands; the shortest problem has 2
 # The published splits: another seed or size would make every recorded score incomparable.
@@ -76,7 +78,7 @@ def assert_disjoint(rows_by_split: Mapping[str, Sequence[Mapping[str, Any]]]) ->
   """Checks that no problem occurs twice, in one split or in two.
 
   Raises:
-    ValueError: names the first problem that does.
+    InputError: names the first problem that does.
   """
   split_of = {}
   for split, rows in rows_by_split.items():
@@ -84,7 +86,7 @@ def assert_disjoint(rows_by_split: Mapping[str, Sequence[Mapping[str, Any]]]) ->
       # By text, not by id: ids are distinct even where a problem stands twice.
       first = split_of.get(row["problem"])
       if first is not None:
-        raise ValueError(f"problem {row['problem']} stands in {first} and again in {split}: every "
+        raise InputError(f"problem {row['problem']} stands in {first} and again in {split}: every "
                          "problem must belong to one split, once.")
       split_of[row["problem"]] = split
 

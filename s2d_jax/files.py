@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import hosts
+from s2d_jax import hosts, json_objects
 from s2d_jax.errors import InputError
 
 _SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
@@ -70,8 +70,13 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.PathLike) -> Any:
-  """The value in a JSON file."""
-  return json.loads(epath.Path(path).read_text())
+  """The value in a JSON file.
+
+  Raises:
+    InputError: the file is damaged; names it.
+  """
+  return json_objects.value(os.fspath(path), epath.Path(path).read_bytes(),
+                            "restore it, or delete the folder that it belongs to")
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ def test_every_public_name_has_a_docstring():
 VAGUE = {
     "s2d_jax/compiling.py": ["Role.model"],
     "s2d_jax/files.py": ["plain(value)", "plain -> ?", "write_json(value)", "read_json -> ?"],
+    "s2d_jax/json_objects.py": ["value -> ?", "shown(found)"],
     "s2d_jax/keys.py": ["check_values(values)", "check_value(value)", "Key.neutral", "Key.default"],
     "s2d_jax/manifest.py": ["digest(value)"],
     "s2d_jax/report.py": ["escaped(text)"]}

@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from s2d_jax import keys, sharding
 from s2d_jax.errors import InputError
+from s2d_jax.json_objects import Json
 from s2d_jax.models import decoder, layout, llama, qwen3
 from s2d_jax.models.caches import KV, empty_cache
 from s2d_jax.models.config import ADAPTED, Config, Lora
-from s2d_jax.models.layout import Json, Weight
+from s2d_jax.models.layout import Weight
 from s2d_jax.sharding import Params
 
 __all__ = [

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from s2d_jax import models, sharding
+from s2d_jax import json_objects, models, sharding
 from s2d_jax.errors import InputError
+from s2d_jax.json_objects import Json
 from s2d_jax.models import Config, Model, Weight, layout, shards
-from s2d_jax.models.layout import Json
 from s2d_jax.models.shards import Stored
 from s2d_jax.sharding import Params
 
@@ -252,7 +252,7 @@ def read_json(folder: _Path) -> Json:
                      f"hf download OWNER/NAME --local-dir {folder}.")
   if not (folder / "config.json").exists():
     raise InputError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
-  config = shards.json_object(folder / "config.json")
+  config = json_objects.read(folder / "config.json")
   # The folder's own Python would define the model, so config.json alone does not describe it.
   if "auto_map" in config:
     raise InputError(f"{folder}/config.json has auto_map, code of its own, which is never run: "

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 
 from s2d_jax.errors import InputError
+from s2d_jax.json_objects import Json
 from s2d_jax.models.config import Config, RopeScaling
 from s2d_jax.sharding import Params
-
-Json = dict[str, Any]  # the object of a config.json
 
 
 @dataclasses.dataclass(frozen=True)

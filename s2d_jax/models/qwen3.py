@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from s2d_jax.json_objects import Json
 from s2d_jax.models import layout
 from s2d_jax.models.config import Config
-from s2d_jax.models.layout import Json, Weight
+from s2d_jax.models.layout import Weight
 
 
 def config(json: Json, **run: Any) -> Config:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from s2d_jax import json_objects
 from s2d_jax.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -23,21 +24,6 @@ class Stored(NamedTuple):
   name: str
   shape: tuple[int, ...]
   dtype: str  # in the spelling of safetensors
-
-
-def json_object(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file of a model's folder.
-
-  Raises:
-    InputError: the file is not JSON, or holds something other than an object.
-  """
-  try:
-    found = json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON ({error}): download it again.") from error
-  if not isinstance(found, dict):
-    raise InputError(f"{path} is not a JSON object: download it again.")
-  return found
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -67,7 +53,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _index(folder: pathlib.Path) -> dict[str, str]:
   """{tensor: file} of a folder's index."""
-  names = json_object(folder / INDEX).get("weight_map")
+  names = json_objects.read(folder / INDEX).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
     raise InputError(f"{folder / INDEX} has no weight_map of tensors to files: download it again.")
   return names

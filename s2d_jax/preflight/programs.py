@@ -1,5 +1,4 @@
-"""`s2d-jax preflight`: compiles the largest program of each kind of a config, prints their Costs.
-"""
+"""`s2d-jax preflight`: compiles a config's largest program of each kind and prints its Cost."""
 
 import math
 import sys

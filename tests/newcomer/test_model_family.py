@@ -9,9 +9,10 @@ CODE = '''"""Mistral 7B v0.3 (https://arxiv.org/abs/2310.06825)."""
 
 from typing import Any
 
+from s2d_jax.json_objects import Json
 from s2d_jax.models import layout
 from s2d_jax.models.config import Config
-from s2d_jax.models.layout import Json, Weight
+from s2d_jax.models.layout import Weight
 
 
 def config(json: Json, **run: Any) -> Config:

@@ -232,7 +232,7 @@ def _check_pages(config: ConfigDict) -> None:
   # A device holds whole pages of whole heads.
   tensor = config.mesh[2]
   for role in ("teacher", "student"):
-    heads = models.read_config(hf.read_json(config[role])).kv_heads
+    heads = hf.read_config(config[role]).kv_heads
     if config.sampler.page and heads % tensor:
       raise InputError(f"config.sampler.page is {config.sampler.page}, and config.mesh's tensor of "
                        f"{tensor} does not divide the {heads} key heads of the {role}: set page "
@@ -253,10 +253,10 @@ def _check_top_k(config: ConfigDict, size: int) -> None:
 def _check_windows(config: ConfigDict) -> None:
   """Refuses prompts and responses longer than the positions of either model."""
   for role in ("teacher", "student"):
-    positions = hf.read_json(config[role]).get("max_position_embeddings")
+    positions = hf.read_config(config[role]).max_positions
     for path, block in _blocks_that_sample(config):
       tokens = config.prompt_tokens + block.sampling.max_tokens
-      if positions is not None and tokens > positions:
+      if tokens > positions:
         raise InputError(f"config.prompt_tokens + {path}.sampling.max_tokens is {tokens} and the "
                          f"{role} has {positions} positions (max_position_embeddings): lower one.")
 

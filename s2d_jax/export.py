@@ -45,7 +45,7 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   record = manifest.read(folder)
   # The learner's base has the config and the tokenizer.
   base = record["bases"][record["inputs"]["row"]["learner"]]["folder"]
-  model = models.get(hf.read_json(base))
+  model = models.build(hf.read_config(base))
   params = checkpoint.load_final(
       folder, models.laid_out(model.config, sharding.make_mesh((1, 1, 1))))
   lineage = {"stage": folder.name, "revision": record["revision"],

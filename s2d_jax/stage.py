@@ -93,8 +93,8 @@ def _export(folder: epath.Path, *saved: Any) -> None:
     # Every process takes part, since weights are gathered; only the first one writes.
     written = hf.save(pathlib.Path(scratch) / "hf", *saved)
     if hosts.leader():
-      for path in written.iterdir():
-        files.write(folder / path.name, path.read_bytes())
+      for path in filter(pathlib.Path.is_file, written.rglob("*")):
+        files.write(folder / path.relative_to(written), path.read_bytes())
 
 
 def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
@@ -231,7 +231,7 @@ def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
   # architecture is that of its base.
   if role in plan.bases:
     return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
-  model = models.get(hf.read_json(folder), **run)
+  model = models.build(hf.read_config(folder, **run))
   abstract = models.laid_out(model.config, mesh, shapes_of)
   return Role(model, checkpoint.load_final(workdir / role, abstract))
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import keys, sharding
 from s2d_jax.errors import InputError
-from s2d_jax.json_objects import Json
+from s2d_jax.json_objects import Json, shown
 from s2d_jax.models import decoder, layout, llama, qwen3
 from s2d_jax.models.caches import KV, empty_cache
 from s2d_jax.models.config import ADAPTED, Config, Lora
@@ -111,10 +111,12 @@ def get(name_or_json: str | Json, **run: Any) -> Model:
 
 def read_config(json: Json, **run: Any) -> Config:
   """The Config of a config.json dict; arguments and errors as `get`."""
-  if json.get("model_type") not in FAMILIES:
-    raise InputError(f"config.json asks for model_type={json.get('model_type')!r}, which is not "
-                     f"implemented: use one of {', '.join(FAMILIES)}.")
-  return FAMILIES[json["model_type"]].config(json, **run)
+  family = json.get("model_type")
+  # A list has no hash and could not be looked up.
+  if not isinstance(family, str) or family not in FAMILIES:
+    raise InputError(f"config.json asks for model_type={shown(family)}, which is not implemented: "
+                     f"use one of {', '.join(FAMILIES)}.")
+  return FAMILIES[family].config(json, **run)
 
 
 def config_json(config: Config) -> Json:

@@ -75,9 +75,10 @@ class Config:
     if self.heads % self.kv_heads:
       raise InputError(f"{self.heads} query heads do not share {self.kv_heads} key heads evenly: "
                        "num_attention_heads must be a multiple of num_key_value_heads.")
-    if self.head_width % 2:
-      raise InputError(f"head_dim {self.head_width} is odd and RoPE rotates pairs: use an even "
-                       "one.")
+    # 0 where a file without head_dim has more heads than the width.
+    if self.head_width % 2 or self.head_width < 2:
+      raise InputError(f"head_dim {self.head_width} is {'odd' if self.head_width else 'zero'} and "
+                       "RoPE rotates pairs: use an even one.")
     # Checked here, because a misspelt choice would otherwise appear only when the model is traced.
     for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
                          ("attention", attention.IMPLEMENTATIONS)):

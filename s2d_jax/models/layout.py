@@ -12,9 +12,13 @@ from typing import Any
 import jax
 
 from s2d_jax.errors import InputError
-from s2d_jax.json_objects import Json
+from s2d_jax.json_objects import Fields, Json, shown
 from s2d_jax.models.config import Config, RopeScaling
 from s2d_jax.sharding import Params
+
+# The range of a config.json's numbers; activations in float32 hold all of it, and not 0.
+_LEAST = 1e-30
+_MOST = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +111,6 @@ def nest(leaves: dict[str, Any]) -> Params:
   return tree
 
 
-def _need(json: Json, key: str) -> Any:
-  """The value of a key of config.json that has no default.
-
-  Raises:
-    InputError: config.json lacks the key.
-  """
-  if key not in json:
-    raise InputError(f"config.json has no {key!r}: take the file that came with the weights.")
-  return json[key]
-
-
 def refuse(json: Json, key: str, *allowed: Any) -> None:
   """Refuses a setting that is not implemented.
 
@@ -126,39 +119,46 @@ def refuse(json: Json, key: str, *allowed: Any) -> None:
   """
   value = json.get(key)
   if value is not None and value not in allowed:
-    raise InputError(f"config.json asks for {key}={value!r}, which is not implemented: "
+    raise InputError(f"config.json asks for {key}={shown(value)}, which is not implemented: "
                      f"use a model with {key} {' or '.join(map(repr, allowed)) or 'absent'}.")
 
 
-def _rope(json: Json) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
   """(theta, scaling) of RoPE from config.json, in the new spelling or the old one.
 
   The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
 
   Raises:
-    InputError: the two spellings differ, a key is missing, or the kind is not implemented.
+    InputError: the two spellings differ, a key is missing or wrong, or the kind is not implemented.
   """
-  settings = dict(json.get("rope_parameters") or {})
-  old = dict(json.get("rope_scaling") or {})
-  if settings and any(settings.get(key, value) != value for key, value in old.items()):
-    raise InputError(f"config.json has rope_parameters={settings} and rope_scaling={old}, which "
+  new = fields.object("rope_parameters", {})
+  old = fields.object("rope_scaling", {})
+  if new and any(new.get(key, value) != value for key, value in old.items()):
+    raise InputError(f"config.json has rope_parameters={new} and rope_scaling={old}, which "
                      "differ: keep the one that the weights were trained with.")
   # A file may have both spellings for the sake of older readers; equal ones do no harm.
-  settings = settings or old
+  settings = Fields(f"config.json's {'rope_parameters' if new else 'rope_scaling'}", new or old)
+  theta = settings.number("rope_theta", _LEAST, _MOST, None)
+  if theta is None:
+    theta = fields.number("rope_theta", _LEAST, _MOST)
   # Older files say "type" where newer ones say "rope_type"; some have both.
-  theta = settings.pop("rope_theta", None) or _need(json, "rope_theta")
-  kind = settings.pop("rope_type", None) or settings.pop("type", "default")
-  settings.pop("type", None)
+  kind = settings.text("rope_type", None) or settings.text("type", "default")
   refuse({"rope_type": kind}, "rope_type", "default", "llama3")
   # The factor may be among RoPE's settings or among the model's own keys.
-  refuse(settings | json, "partial_rotary_factor", 1.0)
+  refuse(settings.json | fields.json, "partial_rotary_factor", 1.0)
   if kind == "default":
-    return float(theta), None
-  return float(theta), RopeScaling(
-      factor=float(_need(settings, "factor")),
-      low_freq_factor=float(_need(settings, "low_freq_factor")),
-      high_freq_factor=float(_need(settings, "high_freq_factor")),
-      original_max_positions=int(_need(settings, "original_max_position_embeddings")))
+    return theta, None
+  scaling = RopeScaling(
+      factor=settings.number("factor", _LEAST, _MOST),
+      low_freq_factor=settings.number("low_freq_factor", _LEAST, _MOST),
+      high_freq_factor=settings.number("high_freq_factor", _LEAST, _MOST),
+      original_max_positions=settings.integer("original_max_position_embeddings"))
+  # Frequencies between the two are interpolated, which divides by their difference.
+  if scaling.low_freq_factor >= scaling.high_freq_factor:
+    raise InputError(f"{settings.name} has low_freq_factor {scaling.low_freq_factor:g} and "
+                     f"high_freq_factor {scaling.high_freq_factor:g}: the first is the smaller "
+                     "one, so take the file that came with the weights.")
+  return theta, scaling
 
 
 def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None,
@@ -173,7 +173,8 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     **run: the fields of the Config that say how it runs, `models.RUN`.
 
   Raises:
-    InputError: a key is missing, or asks for something that is not implemented.
+    InputError: a key is missing, has a value of another type or beyond its range, or asks for
+      something that is not implemented.
   """
   # Each of these changes what the model computes, so none may be passed over in silence.
   refuse(json, "hidden_act", "silu")
@@ -181,28 +182,31 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
     refuse(json, key, False)
   for key in ("num_experts", "num_local_experts", "quantization_config"):
     refuse(json, key)
-  for kind in json.get("layer_types") or ():
+  fields = Fields("config.json", json)
+  for kind in fields.list("layer_types", []):
     refuse({"layer_types": kind}, "layer_types", "full_attention")
+  theta, scaling = _rope(fields)
+  # The upper bounds are far above any model. They keep products of sizes within 64 bits, so that a
+  # wrong size is refused with the weights and does not overflow before.
+  width = fields.integer("hidden_size", high=10**6)
+  heads = fields.integer("num_attention_heads", high=10**4)
   # The width of a head is read where it is given: in Qwen3 it is not width / heads. A file without
   # num_key_value_heads is of a model in which every query head has its own key head.
-  theta, scaling = _rope(json)
-  width = int(_need(json, "hidden_size"))
-  heads = int(_need(json, "num_attention_heads"))
   return Config(
       architecture=architecture,
-      vocab_size=int(_need(json, "vocab_size")),
+      vocab_size=fields.integer("vocab_size", high=10**8),
       width=width,
-      layers=int(_need(json, "num_hidden_layers")),
+      layers=fields.integer("num_hidden_layers", high=10**4),
       heads=heads,
-      kv_heads=int(json.get("num_key_value_heads") or heads),
-      head_width=int(json.get("head_dim") or head_width or width // heads),
-      mlp=int(_need(json, "intermediate_size")),
-      norm_eps=float(_need(json, "rms_norm_eps")),
+      kv_heads=fields.integer("num_key_value_heads", high=10**4, default=heads),
+      head_width=fields.integer("head_dim", high=10**4, default=head_width or width // heads),
+      mlp=fields.integer("intermediate_size", high=10**7),
+      norm_eps=fields.number("rms_norm_eps", _LEAST, 1.0),
       rope_theta=theta,
       rope_scaling=scaling,
       qk_norm=qk_norm,
-      tied=bool(json.get("tie_word_embeddings", False)),
-      max_positions=int(_need(json, "max_position_embeddings")),
+      tied=fields.boolean("tie_word_embeddings", False),
+      max_positions=fields.integer("max_position_embeddings"),
       **run)
 
 

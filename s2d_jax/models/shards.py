@@ -1,6 +1,5 @@
 """The safetensors files of a Hugging Face folder: their names, headers and tensors."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -48,6 +47,8 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
                        "file of this folder: download the model again.")
     if not (folder / name).exists():
       raise InputError(f"{folder} lacks the shard {name}: finish its download.")
+    if not (folder / name).is_file():
+      raise InputError(f"{folder / name} is a folder, not a safetensors file: download it again.")
   return [folder / name for name in names]
 
 
@@ -102,26 +103,54 @@ def equal(a: Stored, b: Stored) -> bool:
   return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 
+def spans(path: pathlib.Path) -> dict[str, tuple[int, int]]:
+  """{name: (its first byte in the file, the byte after its last)} of every tensor of a file.
+
+  Raises:
+    InputError: the header is damaged.
+  """
+  length, header = header_of(path)
+  fields = json_objects.parse(f"{path}'s header", header)
+  fields.pop("__metadata__", None)
+  try:
+    offsets = {name: tuple(about["data_offsets"]) for name, about in fields.items()}
+    return {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
+  except (TypeError, KeyError, ValueError) as error:
+    raise InputError(f"{path} has a header without data_offsets: download it again.") from error
+
+
+def header_of(path: pathlib.Path) -> tuple[int, bytes]:
+  """(declared length, bytes) of a safetensors file's header.
+
+  Raises:
+    InputError: the file cannot be read, or the header is too long to be one.
+  """
+  try:
+    with open(path, "rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      if length > HEADER_BYTES:
+        raise InputError(f"{path} declares a header of {length} bytes: download it again.")
+      return length, file.read(length)
+  except OSError as error:
+    raise InputError(f"{path} cannot be read ({error.strerror}): download it again.") from error
+
+
 def _open(path: pathlib.Path) -> Any:
   """The open safetensors file, a context manager."""
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
     raise InputError(f"{path} is not whole ({error}){_beyond(path)}: download it again.") from error
+  except OSError as error:
+    raise InputError(f"{path} cannot be read ({error}): download it again.") from error
 
 
 def _beyond(path: pathlib.Path) -> str:
   """Names the first tensor that is missing from a file cut short; "" if it cannot be known."""
-  with open(path, "rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    if length > HEADER_BYTES:
-      return ""
-    # The header may be damaged too. Then the message is shorter, and the error is the same.
-    try:
-      header = json.loads(file.read(length))
-      ends = {name: 8 + length + about["data_offsets"][1] for name, about in header.items()
-              if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-      return ""
+  # The header may be damaged too. Then the message is shorter, and the error is the same.
+  try:
+    ends = {name: end for name, (_, end) in spans(path).items()}
+  except InputError:
+    return ""
   lost = [(end, name) for name, end in ends.items() if end > path.stat().st_size]
   return f", {min(lost)[1]} is cut short" if lost else ""

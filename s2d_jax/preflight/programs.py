@@ -62,7 +62,7 @@ LOCAL = Target()
 def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
                   shapes: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
-  model = models.get(hf.read_json(config[role]), **{key: config[key] for key in models.RUN})
+  model = models.build(hf.read_config(config[role], **{key: config[key] for key in models.RUN}))
   return Role(model, models.laid_out(model.config, mesh, shapes))
 
 
@@ -370,8 +370,7 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
     with jax.set_mesh(_mesh(changed.mesh, devices)):
       return least_bytes(changed)
 
-  heads = [models.read_config(hf.read_json(config[role])).kv_heads
-           for role in ("teacher", "student")]
+  heads = [hf.read_config(config[role]).kv_heads for role in ("teacher", "student")]
   print(verdicts.memory(chip), flush=True)
   tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
   def total(found: Sequence[Cost]) -> runs.Total:

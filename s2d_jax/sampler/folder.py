@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from s2d_jax import chat, models
+from s2d_jax import chat
 from s2d_jax.errors import InputError
 from s2d_jax.models import Config, hf
 
@@ -31,7 +31,7 @@ def read_description(folder: str | pathlib.Path, template: dict[str, Any],
   Raises:
     InputError: `chat.Chat` would refuse the folder, or a token has no embedding.
   """
-  config = models.read_config(hf.read_json(folder), **run)
+  config = hf.read_config(folder, **run)
   tokenizer = chat.Chat(folder, **template)
   # On a device an index beyond an array's end raises no error: it reads NaN.
   last = max(tokenizer.vocabulary.values())

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from s2d_jax import models, sharding
-from s2d_jax.models import hf, shards
+from s2d_jax.errors import InputError
+from s2d_jax.models import digests, hf, shards
 
 
 @pytest.fixture
@@ -220,6 +222,109 @@ def test_identity_changes_with_the_blob_of_a_download(saved, tmp_path):
   assert hf.identity(folder) != before
 
 
+@pytest.fixture(params=["small", "large"])
+def file_size(request, monkeypatch):
+  """Files are hashed whole, or as if they were too large for that."""
+  if request.param == "large":
+    monkeypatch.setattr(digests, "_WHOLE", 0)
+
+
+def test_two_fine_tunes_without_checksums_have_two_identities(saved, tmp_path, file_size):
+  folder, model, params = saved
+  for path, changes in {"layers": 1, "embed": 2, "norm": 3}.items():
+    other = hf.save(tmp_path / f"other{changes}", model, params | {
+        path: jax.tree.map(lambda x: x * 1.001, params[path])})
+    for copy in (folder, other):
+      (copy / "SHA256SUMS").unlink(missing_ok=True)
+    sizes = [(copy / "model.safetensors").stat().st_size for copy in (folder, other)]
+    assert sizes[0] == sizes[1]
+    assert hf.identity(folder) != hf.identity(other)
+
+
+def test_every_tensor_is_in_the_identity(saved, file_size):
+  folder, _, _ = saved
+  names = safetensors_header(folder / "model.safetensors")
+  identities = {hf.identity(folder)}
+  for name in names:
+    def change(tensors, name=name):
+      tensors[name] = tensors[name] + 1
+    edit_weights(folder, change)  # SHA256SUMS is stale from here on
+    identities.add(hf.identity(folder))
+  assert len(identities) == 1 + len(names)
+
+
+def test_one_number_of_a_small_file_is_in_the_identity(saved):
+  folder, _, _ = saved
+  before = hf.identity(folder)
+  path = folder / "model.safetensors"
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 64
+  path.write_bytes(data)
+  assert hf.identity(folder) != before
+
+
+def test_a_swapped_pair_of_tensors_has_another_identity(saved, file_size):
+  folder, _, _ = saved
+  (folder / "SHA256SUMS").unlink()
+  before = hf.identity(folder)
+  def swap(tensors):
+    a, b = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+  edit_weights(folder, swap)
+  assert hf.identity(folder) != before
+
+
+def test_the_identity_repeats_and_is_that_of_a_copy(saved, tmp_path, file_size):
+  folder, _, _ = saved
+  shutil.copytree(folder, tmp_path / "copy")
+  assert hf.identity(folder) == hf.identity(folder) == hf.identity(tmp_path / "copy")
+
+
+def test_a_large_tensor_is_read_in_pieces_from_its_first_byte_to_its_last(tmp_path, monkeypatch):
+  monkeypatch.setattr(digests, "_WHOLE", 0)
+  path = tmp_path / "model.safetensors"
+  safetensors.numpy.save_file({"a": np.zeros(100_000, np.float32), "b": np.zeros(3, np.float16)},
+                              path)
+  hashes = {digests._values_hash(path)}
+  # The ends of both tensors, and of the first 32 KiB of 400 KB spread over it: one byte in twelve.
+  spans = shards.spans(path)
+  for name in "ab":
+    for byte in (spans[name][0], spans[name][1] - 1):
+      data = bytearray(path.read_bytes())
+      data[byte] ^= 1
+      path.write_bytes(data)
+      hashes.add(digests._values_hash(path))
+  assert len(hashes) == 5
+  start, end = spans["a"]
+  found = 0
+  before = digests._values_hash(path)
+  for byte in range(start, end, 4001):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+    found += digests._values_hash(path) != before
+    before = digests._values_hash(path)
+  assert 6 <= found <= 10  # of 100 single bytes; a fine-tune changes thousands
+
+
+@pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"not sums", b"x" * 64 + b"  other.file\n"])
+def test_checksums_of_another_form_are_no_error(sums, saved):
+  folder, _, _ = saved
+  before = hf.identity(folder)
+  (folder / "SHA256SUMS").write_bytes(sums)
+  assert hf.identity(folder) != before
+
+
+@pytest.mark.parametrize("record", ["", "commit", "commit\n"])
+def test_a_damaged_record_of_a_download_is_no_error(record, saved):
+  folder, _, _ = saved
+  before = hf.identity(folder)
+  path = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+  path.parent.mkdir(parents=True)
+  path.write_text(record)
+  assert hf.identity(folder) == before  # no checksum is recorded
+
+
 def test_a_missing_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match="nowhere is not a folder"):
     hf.load(tmp_path / "nowhere")
@@ -228,6 +333,45 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_folder_without_config_is_refused(tmp_path):
   with pytest.raises(ValueError, match="has no config.json"):
     hf.load(tmp_path)
+
+
+# Texts of a config.json that describe no model: (text, sentence behind the file's name).
+@pytest.mark.parametrize("function", [hf.load, hf.check, hf.identity])
+@pytest.mark.parametrize("text, sentence", [
+    ("null", "is not a JSON object"), ("[]", "is not a JSON object"), ("", "is empty"),
+    ('{"model_type": "llama"', "is not JSON"), ('{"a": ' * 5000, "is nested too deeply"),
+    ('{"vocab_size": 1, "vocab_size": 2}', "has the key 'vocab_size' twice"),
+    ('{"rms_norm_eps": NaN}', "has NaN, which JSON lacks"),
+    ('{"vocab_size": %s}' % ("9" * 5000), "has an integer of 5000 digits"),
+    ('{"name": "\\ud800"}', "has half a surrogate pair")])
+def test_a_config_that_is_no_object_is_refused(function, text, sentence, saved):
+  folder, _, _ = saved
+  (folder / "config.json").write_text(text)
+  with pytest.raises(InputError, match=f"^{folder}/config.json {sentence}"):
+    function(folder)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"vocab_size": None}, "has null under 'vocab_size'"),
+    ({"vocab_size": 272.9}, "has 272.9 under 'vocab_size': make it an integer from 1 to"),
+    ({"max_position_embeddings": 0}, "has 0 under 'max_position_embeddings'"),
+    ({"rms_norm_eps": -1}, "has -1 under 'rms_norm_eps': make it a number"),
+    ({"model_type": "mamba"}, "asks for model_type='mamba'"),
+    ({"num_experts": 8}, "asks for num_experts=8")])
+def test_a_wrong_key_is_named_with_its_folder(changes, sentence, saved):
+  folder, _, _ = saved
+  edit_config(folder, **changes)
+  for function in (hf.load, hf.check, hf.read_config):
+    with pytest.raises(InputError, match=f"^{folder}/config.json {sentence}"):
+      function(folder)
+
+
+def test_a_config_that_is_a_folder_is_refused(saved):
+  folder, _, _ = saved
+  (folder / "config.json").unlink()
+  (folder / "config.json").mkdir()
+  with pytest.raises(InputError, match="config.json cannot be read .Is a directory.: download it"):
+    hf.load(folder)
 
 
 @pytest.mark.parametrize("function", [hf.load, hf.identity])
@@ -520,3 +664,242 @@ def test_the_returned_model_has_the_fields_of_the_argument(saved):
     is_scale = len(table[path].axes) - table[path].stacked == 1
     assert x.dtype == ("float32" if is_scale else "bfloat16")
   assert_equal(weights, jax.tree.map(lambda x, y: x.astype(y.dtype), params, weights))
+
+
+def test_weights_in_a_folder_of_their_files_name_are_refused(saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors").mkdir()
+  for function in (hf.load, hf.check, hf.identity):
+    with pytest.raises(InputError, match="model.safetensors is a folder, not a safetensors file"):
+      function(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"\1\0", b"\xff" * 8, b"\2\0\0\0\0\0\0\0[]",
+                                  b"\4\0\0\0\0\0\0\0null", b"<html>not found</html>",
+                                  b"PK\3\4" * 9])
+def test_weights_that_are_no_safetensors_are_refused(data, saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors").write_bytes(data)
+  for function in (hf.load, hf.check):
+    with pytest.raises(InputError, match="model.safetensors is not whole .*download it again"):
+      function(folder)
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("null", "is not a JSON object"), ("{}", "has no weight_map"),
+    ('{"weight_map": 3}', "has no weight_map"),
+    ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "has the key 'a' twice"),
+    ("[" * 5000, "is nested too deeply"), ("", "is empty")])
+def test_an_index_that_is_no_index_is_refused(text, sentence, saved):
+  folder, _, _ = saved
+  (folder / "model.safetensors.index.json").write_text(text)
+  for function in (hf.load, hf.identity):
+    with pytest.raises(InputError, match=f"model.safetensors.index.json {sentence}"):
+      function(folder)
+
+
+def renamed(tensors, names):
+  """Renames tensors in place: {old: new}."""
+  for old, new in names.items():
+    tensors[new] = tensors.pop(old)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_tied_model_with_its_head_alone_is_loaded(family, tiny_json, randomized, tmp_path):
+  model = models.get(tiny_json(family, tie_word_embeddings=True))
+  params = randomized(model)
+  folder = hf.save(tmp_path / "tied", model, params)
+  edit_weights(folder, lambda tensors: renamed(
+      tensors, {"model.embed_tokens.weight": "lm_head.weight"}))
+  hf.check(folder)
+  assert_equal(hf.load(folder)[1], params)
+  # A model saved from it has the usual name, and the type of the source.
+  child = hf.save(tmp_path / "child", model, params, source=folder, dtype="source")
+  assert "model.embed_tokens.weight" in safetensors_header(child / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.inv_freq",
+    "model.layers.0.self_attn.rotary_emb.cos_cached",
+    "model.layers.0.self_attn.rotary_emb.sin_cached"])
+def test_frequencies_of_old_checkpoints_are_passed_over(name, saved):
+  folder, _, params = saved
+  edit_weights(folder, lambda tensors: tensors.update({name: np.ones(8, np.float32)}))
+  hf.check(folder)
+  assert_equal(hf.load(folder)[1], params)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_without_the_prefix_are_loaded(family, tied, tiny_json, randomized, tmp_path):
+  model = models.get(tiny_json(family, tie_word_embeddings=tied))
+  params = randomized(model)
+  folder = hf.save(tmp_path / "bare", model, params)
+  edit_weights(folder, lambda tensors: renamed(
+      tensors, {n: n.removeprefix("model.") for n in tensors if n.startswith("model.")}))
+  hf.check(folder)
+  assert_equal(hf.load(folder)[1], params)
+  assert_equal(jax.device_get(hf.load(folder, sharding.make_mesh((1, 2, 4)))[1]), params)
+
+
+def test_names_without_the_prefix_may_be_in_shards(saved):
+  folder, _, params = saved
+  edit_weights(folder, lambda tensors: renamed(
+      tensors, {n: n.removeprefix("model.") for n in tensors if n.startswith("model.")}))
+  shard(folder)
+  assert_equal(hf.load(folder)[1], params)
+
+
+def test_a_weight_under_both_names_is_refused(saved):
+  folder, _, _ = saved
+  edit_weights(folder, lambda tensors: tensors.update(
+      {"norm.weight": tensors["model.norm.weight"].copy()}))
+  with pytest.raises(InputError, match="the weight model.norm.weight twice, as .*norm.weight and"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("name", ["norm.bias", "model.norm.bias", "transformer.norm.weight",
+                                  "inv_freq", "layers.2.mlp.up_proj.weight"])
+def test_a_name_that_no_model_has_is_refused(name, saved):
+  folder, _, _ = saved
+  edit_weights(folder, lambda tensors: tensors.update({name: np.ones(32, np.float32)}))
+  with pytest.raises(InputError, match=f"has the weight {name} .1 in all. that a llama"):
+    hf.load(folder)
+
+
+def test_an_untied_model_needs_its_head(saved):
+  folder, _, _ = saved
+  edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+  with pytest.raises(InputError, match="lacks the weight lm_head.weight"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("value, dtype, sentence", [
+    (1e6, "float16", "has numbers beyond float16: save it as bfloat16 or float32"),
+    (-70000, "float16", "has numbers beyond float16"),
+    (3.4e38, "bfloat16", "has numbers beyond bfloat16"),
+    (np.nan, None, "has NaN or infinite numbers"), (np.inf, None, "has NaN or infinite numbers"),
+    (-np.inf, "bfloat16", "has NaN or infinite numbers"),
+    (np.nan, "float16", "has NaN or infinite numbers")])
+@pytest.mark.parametrize("path", ["norm", "embed"])
+def test_a_number_that_is_not_finite_on_disk_is_refused(path, value, dtype, sentence, saved):
+  folder, model, params = saved
+  bad = params | {path: params[path].at[-1].set(value)}
+  with pytest.raises(InputError, match=rf"the weight model\.\w+\.?\w* {sentence}"):
+    hf.save(folder, model, bad, dtype=dtype)
+  # The folder that was there is as before, and nothing is beside it.
+  assert_equal(hf.load(folder)[1], params)
+  assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_largest_number_of_a_type_is_saved(saved, tmp_path):
+  _, model, params = saved
+  most = params | {"norm": params["norm"].at[0].set(65504)}
+  got = hf.load(hf.save(tmp_path / "most", model, most, dtype="float16"))[1]
+  assert got["norm"][0] == 65504
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "bool", "half precision",
+                                   "complex64", "int32"])
+def test_a_type_that_cannot_be_loaded_is_not_saved(dtype, saved, tmp_path):
+  _, model, params = saved
+  with pytest.raises(InputError, match=f"not saved as {dtype}, which hf.load does not read: give"):
+    hf.save(tmp_path / "x", model, params, dtype=dtype)
+  assert not list(tmp_path.glob("*x*"))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.bool_, np.complex64])
+def test_parameters_that_are_no_floats_are_not_saved(dtype, saved, tmp_path):
+  _, model, params = saved
+  cast = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+  for written in (None, "float32"):
+    with pytest.raises(InputError, match="parameters of type .*: save floating-point ones"):
+      hf.save(tmp_path / "x", model, cast, dtype=written)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, "float8_e5m2"])
+def test_parameters_of_a_type_that_cannot_be_loaded_are_not_saved(dtype, saved, tmp_path):
+  _, model, params = saved
+  cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
+  with pytest.raises(InputError, match="not saved as .*: give save a dtype of float32, float16, b"):
+    hf.save(tmp_path / "x", model, cast)
+  folder = hf.save(tmp_path / "x", model, cast, dtype="float32")
+  assert_equal(hf.load(folder)[1], jax.tree.map(lambda x: x.astype(np.float32), cast))
+
+
+def test_the_types_of_a_source_that_cannot_be_loaded_are_refused(saved, tmp_path):
+  folder, model, params = saved
+  edit_weights(folder, lambda tensors: tensors.update(
+      {"model.norm.weight": tensors["model.norm.weight"].astype(np.float64)}))
+  with pytest.raises(InputError, match="model.norm.weight is stored as F64"):
+    hf.save(tmp_path / "x", model, params, source=folder, dtype="source")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_stays_and_its_target_is_replaced(relative, saved):
+  folder, model, params = saved
+  link = folder.with_name("latest")
+  link.symlink_to(folder.name if relative else folder)
+  for add in (1, 2):
+    other = jax.tree.map(lambda x, add=add: x + add, params)
+    assert hf.save(link, model, other) == link
+    assert link.is_symlink() and not folder.is_symlink()
+    assert_equal(hf.load(link)[1], other)
+    assert_equal(hf.load(folder)[1], other)
+  assert sorted(p.name for p in folder.parent.iterdir()) == ["latest", "model"]
+
+
+def test_a_link_may_point_to_a_new_folder(saved, tmp_path):
+  _, model, params = saved
+  (tmp_path / "latest").symlink_to(tmp_path / "disk" / "model")
+  hf.save(tmp_path / "latest", model, params)
+  assert (tmp_path / "latest").is_symlink()
+  assert_equal(hf.load(tmp_path / "disk" / "model")[1], params)
+
+
+def test_a_link_to_something_else_is_refused(saved, tmp_path):
+  _, model, params = saved
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "chapter.tex").write_text("")
+  (tmp_path / "link").symlink_to(tmp_path / "thesis")
+  with pytest.raises(InputError, match="thesis exists and holds no model.safetensors"):
+    hf.save(tmp_path / "link", model, params)
+  (tmp_path / "file").write_text("")
+  (tmp_path / "other").symlink_to(tmp_path / "file")
+  for name in ("file", "other"):
+    with pytest.raises(InputError, match="file is a file: save to a new folder"):
+      hf.save(tmp_path / name, model, params)
+
+
+@pytest.mark.parametrize("lineage", [
+    {"a": float("nan")}, {"a": [float("inf")]}, {"a": {1, 2}}, {"a": object()}, {"a": b"x"},
+    {("a",): 1}, {"a": 1, 2: 3}, {"a": "\ud800"}, {"a": 10**400}, ["a"], "text", 3,
+    {"a": np.float32(1)}, {1: 2, "1": 3}])
+def test_a_lineage_that_is_no_json_is_refused_before_anything_is_written(lineage, saved, tmp_path):
+  _, model, params = saved
+  with pytest.raises(InputError, match="lineage is not a JSON object"):
+    hf.save(tmp_path / "x", model, params, lineage=lineage)
+  assert not list(tmp_path.glob("*x*"))
+
+
+def test_a_lineage_within_itself_is_refused(saved, tmp_path):
+  _, model, params = saved
+  lineage = {}
+  lineage["a"] = lineage
+  with pytest.raises(InputError, match="lineage is not a JSON object"):
+    hf.save(tmp_path / "x", model, params, lineage=lineage)
+
+
+def test_named_templates_and_folders_of_licences_are_copied(saved, tmp_path):
+  folder, model, params = saved
+  for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja",
+               "LICENSES/Apache-2.0.txt"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(name)
+  child = hf.save(tmp_path / "child", model, params, source=folder)
+  name = "additional_chat_templates/tool_use.jinja"
+  assert (child / name).read_text() == name
+  assert (child / "additional_chat_templates" / "rag.jinja").exists()
+  assert (child / "LICENSES" / "Apache-2.0.txt").exists()

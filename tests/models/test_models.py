@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from s2d_jax import models
+from s2d_jax.errors import InputError
 from s2d_jax.models import layout
 from s2d_jax.models.config import RopeScaling
 
@@ -110,6 +111,68 @@ def test_a_missing_key_is_named(tiny_json):
   del json["intermediate_size"]
   with pytest.raises(ValueError, match="no 'intermediate_size'"):
     models.get(json)
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+         "num_key_value_heads", "intermediate_size", "max_position_embeddings")
+NUMBERS = ("rms_norm_eps", "rope_theta")
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [0, -1, 2.5, 64.0, True, "64", [64], {}, 10**12, 10**40])
+def test_a_size_that_is_no_positive_integer_is_refused(key, value, tiny_json):
+  with pytest.raises(InputError, match=rf"^config.json has .* under '{key}': make it an integer"):
+    models.get(tiny_json("llama", **{key: value}))
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [0, -1, -1e-6, "NaN", "10000", True, [1.0], 1e-40, 1e39, 10**40,
+                                   float("nan"), float("inf")])
+def test_a_number_that_no_model_has_is_refused(key, value, tiny_json):
+  with pytest.raises(InputError, match=rf"^config.json has .* under '{key}': make it a number"):
+    models.get(tiny_json("qwen3", **{key: value}))
+
+
+# A key with a default may be null; each of these must have a value.
+@pytest.mark.parametrize("key", sorted({*SIZES, *NUMBERS} - {"head_dim", "num_key_value_heads"}))
+def test_a_key_that_is_null_is_refused(key, tiny_json):
+  with pytest.raises(InputError, match=f"^config.json has null under '{key}'"):
+    models.get(tiny_json("llama", **{key: None}))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_null_is_the_default_of_a_key_that_has_one(family, tiny_json):
+  nulls = dict.fromkeys(("rope_scaling", "rope_parameters", "layer_types", "num_key_value_heads",
+                         "tie_word_embeddings", "sliding_window", "attention_bias", "num_experts"))
+  config = models.get(tiny_json(family, **nulls)).config
+  assert (config.rope_scaling, config.kv_heads, config.tied) == (None, 4, False)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"tie_word_embeddings": "false"}, "'false' under 'tie_word_embeddings': make it true or fal"),
+    ({"tie_word_embeddings": 1}, "1 under 'tie_word_embeddings'"),
+    ({"layer_types": "full_attention"}, "under 'layer_types': make it a list"),
+    ({"layer_types": [None, 3]}, "asks for layer_types=3, which is not implemented"),
+    ({"rope_scaling": "llama3"}, "under 'rope_scaling': make it an object"),
+    ({"rope_parameters": [1e4]}, "under 'rope_parameters': make it an object"),
+    ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling has .* 'rope_type': make it a te"),
+    ({"rope_scaling": {"type": 3}}, "rope_scaling has 3 under 'type': make it a text"),
+    ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters has '1e4' under 'rope_theta'"),
+    ({"rope_parameters": {"rope_theta": -1.0}}, "rope_parameters has -1.0 under 'rope_theta'"),
+    ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling has 0 under 'factor'"),
+    ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_scaling has null under 'factor'"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": "1"}}, "'1' under 'low_freq_factor'"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "low_freq_factor 4 and high_freq_factor 4"),
+    ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0.5}}, "make it an integer"),
+    ({"hidden_act": ["silu"]}, "asks for hidden_act=.'silu'., which is not implemented"),
+    ({"attention_bias": "no"}, "asks for attention_bias='no', which is not implemented"),
+    ({"quantization_config": {}}, "asks for quantization_config={}, which is not implemented"),
+    ({"model_type": ["llama"]}, "asks for model_type=.'llama'., which is not implemented"),
+    ({"model_type": None}, "asks for model_type=None, which is not implemented"),
+    ({"head_dim": None, "num_attention_heads": 64}, "head_dim 0 is zero and RoPE rotates pairs")])
+def test_a_wrong_value_is_a_sentence(changes, sentence, tiny_json):
+  with pytest.raises(InputError, match=sentence):
+    models.get(tiny_json("llama", **changes))
 
 
 def test_unknown_names_and_families_list_the_known_ones():

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from s2d_jax import models
-from s2d_jax.models import hf, layout
+from s2d_jax.models import folders, hf, layout
 
 CLASSES = {"qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
@@ -162,7 +162,7 @@ def test_the_gradient_of_every_weight_equals_theirs(pair):
     return jnp.sum(jax.nn.log_softmax(logits(model, params, ids)) * weight)
   grads = layout.flat(jax.jit(jax.grad(loss))(params))
   want = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-  ours = hf._names(model.config)
+  ours = folders.names(model.config)
   assert ours.keys() == want.keys()
   for name, (path, table, layer) in ours.items():
     got = table.to_theirs(np.asarray(grads[path] if layer is None else grads[path][layer]))

@@ -308,7 +308,7 @@ def check_texts(path: str, key: str, max_tokens: int, prompts: list[rollouts.Pro
     if text is None:
       raise InputError(f"problem {prompt.id} has no {key} and {path} learns from it: add one, "
                        "or drop the arm.")
-    tokens = len(tokenizer.encode_response(text))
+    tokens = len(tokenizer.encode_response(text, f"the {key} of problem {prompt.id}"))
     if tokens > max_tokens:
       raise InputError(f"the {key} of problem {prompt.id} takes {tokens} tokens and "
                        f"{path}.sampling.max_tokens is {max_tokens}: raise it.")

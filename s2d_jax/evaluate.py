@@ -81,7 +81,8 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
                           shapes=models.frozen_shapes)
   for name, source in sets.items():
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
-    prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem))))
+    prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem),
+                                                         f"problem {i} of {name}")))
                for i, problem in problems.items()]
     # Refused before the set is sampled: positions beyond the trained ones give no sensible text.
     longest = max(len(prompt.tokens) for prompt in prompts)

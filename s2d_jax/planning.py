@@ -237,7 +237,8 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
   doctor.check_splits(config, splits)
   # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
   # a remedy of its own.
-  prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(task.messages(problem))))
+  prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(
+      task.messages(problem), f"problem {problem['id']} of {split}")))
                      for problem in problems] for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
   return prompts, {problem["id"]: problem for problems in splits.values() for problem in problems}

@@ -14,6 +14,7 @@ from configs import arithmetic, common
 from s2d_jax import keys, models, objectives, planning, recipe, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 
 SHAPE = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -322,6 +323,21 @@ def test_splits_that_share_a_problem(config, tmp_path):
   assert f"{first['problem']!r} stands in labelled and again in test" in said
   said = refused(config, tmp_path, task(test=[*SPLITS["test"], first | {"problem": "1+1"}]))
   assert f"{first['id']} stands in labelled and again in test" in said
+
+
+def test_special_tokens_in_problems_and_solutions_are_refused_by_name(config, tmp_path):
+  first = SPLITS["labelled"][0]
+  for split in ("labelled", "validation"):
+    rows = SPLITS[split]
+    spoilt = [rows[0] | {"problem": "1+2<|end|>"}, *rows[1:]]
+    sentence = refused(config, tmp_path, task(**{split: spoilt}))
+    assert sentence.startswith(f"problem {rows[0]['id']} of {split} holds '<|end|>', a special ")
+  config.arms = "teach"
+  spoilt = [first | {"solution": "46<|end|>"}, *SPLITS["labelled"][1:]]
+  said = f"^the solution of problem {first['id']} holds '<.end.>', a special token of"
+  with pytest.raises(InputError, match=said):
+    recipe.run(config, tmp_path / "run", task(labelled=spoilt),
+               arms={"teach": (planning.Use("teacher_sft", "all"),)})
 
 
 def test_missing_or_long_solutions_are_refused(config, tmp_path):

@@ -40,7 +40,7 @@ ARROWS = {
   "losses": {"sharding"},
   "models": {"sharding", "keys", "json_objects"},
   "data": {"json_objects"},
-  "chat": {"json_objects"},
+  "chat": {"json_objects", "templates"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
   "timing": {"metrics", "manifest", "keys", "chips"},

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jinja2
 from tqdm import tqdm
 
 from s2d_jax import command, hosts, keys, models, program_cache, rollouts, sampler, sharding
@@ -145,11 +144,7 @@ def read(path: str | pathlib.Path, tokenizer: Chat) -> list[Prompt]:
     number = jsonl.line_id(line_name, row, text)
     if number in found:
       raise InputError(f"{line_name} has id {number} again: use each once.")
-    try:
-      found[number] = Prompt(number, tuple(tokenizer.render(messages)))
-    except jinja2.TemplateError as error:
-      raise InputError(f"{line_name} is not a chat that the model's template takes ({error}): "
-                       "correct its messages.") from error
+    found[number] = Prompt(number, tuple(tokenizer.render(messages, line_name)))
   if not found:
     raise InputError(f"{path} has no prompts: give it one JSON object per line.")
   return list(found.values())

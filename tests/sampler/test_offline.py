@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jinja2
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,6 +16,7 @@ import safetensors.numpy
 from configs import arithmetic
 from s2d_jax import chat, evaluate, recipe, tasks
 from s2d_jax import command as command_line
+from s2d_jax.assets import tokenizer
 from s2d_jax.data import jsonl
 from s2d_jax.sampler import __main__ as offline
 
@@ -97,11 +97,13 @@ def test_pages_hold_the_same_rows(prompts, tmp_path):
 def test_a_chat_that_the_template_refuses_is_named(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text(json.dumps({"messages": [{"role": "user", "content": "1+2"}]}) + "\n")
-  class RefusingChat:
-    def render(self, messages):
-      raise jinja2.TemplateError("roles must alternate")
+  folder = tmp_path / "model"
+  tokenizer.write(folder, max_length=64)
+  with open(folder / "chat_template.jinja", "a") as template:
+    template.write("{% if messages[0].content == '1+2' %}"
+                   "{{ raise_exception('roles must alternate') }}{% endif %}")
   with pytest.raises(ValueError, match="line 1 is not a chat that .* takes .roles must altern"):
-    offline.read(path, RefusingChat())
+    offline.read(path, chat.Chat(folder))
 
 
 @pytest.mark.medium
@@ -264,7 +266,7 @@ def test_lines_end_with_newlines_alone(tmp_path):
   path.write_text(json.dumps({"problem": "1+2"}) + "\n"
                   + '{"messages": [{"role": "user", "content": "3\u2028+4"}], "id": 3}\n')
   class RefusingChat:
-    def render(self, messages):
+    def render(self, messages, name):
       return [len(messages[0]["content"])]
   assert [(p.id, p.tokens) for p in offline.read(path, RefusingChat())][1] == (3, (4,))
 

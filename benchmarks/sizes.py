@@ -60,6 +60,9 @@ class Pair(NamedTuple):
         shutil.copytree(arithmetic.get_config().teacher, folder / name,
                         ignore=shutil.ignore_patterns("*.safetensors"))
         files.write_json(str(folder / name / "config.json"), models.PUBLISHED[name])
+        # An argument that a template does not read is refused, and this one's is Qwen3's.
+        with open(folder / name / "chat_template.jinja", "a", encoding="utf-8") as template:
+          template.write("{%- if enable_thinking is defined %}{% endif -%}")
     config.prompt_tokens = PROMPT_TOKENS
     return config
 

@@ -113,8 +113,8 @@ class Chat:
     try:
       text.encode()
     except UnicodeEncodeError as error:
-      raise InputError(f"{name} holds half of a surrogate pair ({text[error.start]!a}), which is "
-                       "no character: remove it.") from error
+      raise InputError(f"{name} holds half of a surrogate pair ({text[error.start]!a}), half "
+                       "of a character: remove it.") from error
     ids = self._encode(text)
     for i in ids:
       token = self._special.get(i)
@@ -146,12 +146,12 @@ class Chat:
                        "its messages.") from error
 
   def _check_arguments(self) -> None:
-    """Refuses arguments that are no template's, or that this one does not read."""
+    """Refuses arguments that belong to the renderer, or that the template does not read."""
     signature = inspect.signature(self._tokenizer.apply_chat_template)
     # These two reach the template by way of parameters of the same name.
-    own = set(signature.parameters) - {"tools", "documents", "kwargs"}
+    parameters = set(signature.parameters) - {"tools", "documents", "kwargs"}
     for name in self._template:
-      if name in own:
+      if name in parameters:
         raise InputError(f"{name!r} is not an argument of a chat template: remove it.")
     self._syntax.check(self._template)
     for text in _texts(self._template):

@@ -40,7 +40,7 @@ class Template:
     source: names the template in error messages.
 
   Raises:
-    InputError: the text is empty, is no template, or has an element of chance.
+    InputError: the text is empty, is not a template, or has an element of chance.
   """
 
   def __init__(self, text: str, source: str) -> None:
@@ -83,7 +83,7 @@ class Template:
                          "boolean: write true or false, without quotes.")
 
   def _local_names(self) -> set[str]:
-    """The names that the template sets itself, in one of its branches, without reading an argument first."""
+    """The names that the template sets itself without asking whether they are there."""
     assigned = {assign.target.name for assign in self._tree.find_all(nodes.Assign)
                 if isinstance(assign.target, nodes.Name)}
     # An argument that has a default is set as well, where the template finds it absent.
@@ -100,7 +100,7 @@ class Template:
       sides = [compare.expr, *(operand.expr for operand in compare.ops)]
       if any(isinstance(side, nodes.Const) and isinstance(side.value, bool) for side in sides):
         tests += sides
-    # A name alone is no parent of a name; a default in a filter has one beneath it.
+    # find_all leaves the node itself out; a name with a default is beneath a filter.
     names = [name for test in tests for name in test.find_all(nodes.Name)]
     return {node.name for node in (*tests, *names) if isinstance(node, nodes.Name)}
 

@@ -263,7 +263,7 @@ def test_arguments_that_a_template_reads(folder):
                          ({"show": True}, [7]), ({"show": False}, []), ({"show": 0}, []),
                          ({"show": "1"}, [7]), ({"effort": "none"}, [8]), ({"effort": "low"}, [])):
     assert chat.Chat(folder, **arguments).render(USER) == ids + plain
-  # The order of writing is no part of the fingerprint; the values are.
+  # The values are part of the fingerprint, and the order of writing is not.
   one = chat.Chat(folder, show=True, effort="low").fingerprint()
   assert chat.Chat(folder, effort="low", show=True).fingerprint() == one
   assert chat.Chat(folder, effort="low", show=False).fingerprint() != one

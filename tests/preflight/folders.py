@@ -20,4 +20,7 @@ def published(where, names, **changes):
                     ignore=shutil.ignore_patterns("*.safetensors"))
     shape = models.PUBLISHED[name.lower().removesuffix("-instruct")] | changes
     (folder / "config.json").write_text(json.dumps(shape))
+    # As Qwen3's does, the template reads the argument that the config gives it.
+    with open(folder / "chat_template.jinja", "a") as template:
+      template.write("{%- if enable_thinking is defined %}{% endif -%}")
   return where

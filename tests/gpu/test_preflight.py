@@ -84,6 +84,16 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
                   r"probe \(not compiled\), math500 \(not compiled\)$", lines[-1])
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_sweep_counts_the_stages_of_all_its_runs(capsys):
+  preflight.main(["--config=configs/sweep_bridge_split.py:tiny", "--topology=h100", "--fast"])
+  found = capsys.readouterr().out
+  for name in ("teacher_grpo", "forward_kl", "reverse_kl", "the whole"):
+    assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
+  # Five shares of the warmup: one teacher for all, and four runs have steps of each other stage.
+  assert re.search(r"^1 chip x [\d.e-]+ hours at least: 9 stages, ", found, re.M)
+
+
 def test_an_update_of_qwen3_0_6b_by_hand():
   compiled = lowered_update("qwen3-0.6b", 4, 2048).compile()
   # An H200 with jax 0.11.2 had 10.66 GB of arguments, temporaries and outputs; jax 0.12.0.1 makes

@@ -152,8 +152,10 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
     if role not in roles:
       raise InputError(f"the {field} of the stage {stage.name} is {role!r}: choose it from "
                        f"{', '.join(map(str, roles))}.")
-  with keys.prefixed(f"{path}."):
+  try:
     stage.objective.check(hp)
+  except ValueError as error:  # a user's check may raise a plain one
+    raise InputError(f"{path}.{error}") from error
   if stage.guide is None and stage.objective.uses_guide(hp):
     raise InputError(f"{path}: its objective compares with a guide and the stage has none: name "
                      "one in its row.")

@@ -11,6 +11,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import cli, command, main
+from s2d_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -164,7 +165,7 @@ def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch
 def test_fields_become_flags_outside_paths_and_quotes(message, named):
   flags = {"max_tokens": "--max-tokens", "cache_gib": "--cache-gib", "page": "--page"}
   with pytest.raises(ValueError) as error, command.naming_flags(flags):
-    raise ValueError(message)
+    raise InputError(message)
   assert str(error.value) == named
 
 

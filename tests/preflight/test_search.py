@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from s2d_jax import command, preflight
+from s2d_jax.errors import InputError
 from s2d_jax.preflight import costs, hlo, runs, search
 from s2d_jax.preflight.search import Candidate
 
@@ -134,7 +135,7 @@ def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
 def test_a_candidate_without_memory_for_a_cache_does_not_fit(config):
   def costs_of(changed):
     if changed.mesh == (1, 4, 1):
-      raise ValueError("config.sampler.cache_gib is 0 and a device has 1 GiB left: use more.")
+      raise InputError("config.sampler.cache_gib is 0 and a device has 1 GiB left: use more.")
     return [program(3.0, 90)]
   lines = []
   tried = [Candidate(mesh, factor, "block") for factor in (1, 0.5, 2)

@@ -12,6 +12,7 @@ REQUIRES = [
   "transformers>=5",  # tokenizers and chat templates only
   "tensorflow-datasets>=4.9.9",
   "array_record",  # the files tensorflow-datasets writes and reads without TensorFlow
+  "pyarrow",  # parquet; tensorflow-datasets needs it too
   "importlib_resources",  # tensorflow-datasets needs it and does not declare it
   "ml-collections>=1",
   "safetensors",

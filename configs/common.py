@@ -231,10 +231,11 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
   config.task = "math"
-  config.data = {"labelled": f"{arg.data}/dapo_math_17k.jsonl",
-                 "validation": f"{arg.data}/validation.jsonl",
-                 "math500": f"{arg.data}/math500.jsonl", "aime24": f"{arg.data}/aime24.jsonl",
-                 "aime25": f"{arg.data}/aime25.jsonl"}
+  # Names of published sets (docs/data.md): files in `dir`, downloaded to there where they are not.
+  config.data = {"dir": arg.data, "labelled": "dapo_math_17k", "validation": "math_train",
+                 "math500": "math500", "aime24": "aime24", "aime25": "aime25",
+                 # scored splits that may hold labelled problems, with commas between
+                 "overlap": ""}
   # Optional: config.data.solutions, a file of responses (docs/sampling.md), and config.data.grader,
   # "math_verify" instead of the string match.
   config.label_share = 1.0

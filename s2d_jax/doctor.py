@@ -6,7 +6,7 @@ calls all of them before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from s2d_jax import (
   sampler,
   timing,
 )
+from s2d_jax.data import overlap
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
@@ -266,27 +267,68 @@ def _check_windows(config: ConfigDict) -> None:
 def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
   """Refuses an empty split, a problem or an id that two splits share, and too small a probe split.
 
+  A scored split that `config.data.overlap` names may share problems with others.
+
   Args:
     splits: the problems of every split that the config names.
   """
-  found: dict[Any, str] = {}  # the split of each problem's text and of each id
+  allowed = _allowed_overlap(config, splits)
+  # The split and row of each problem's text and of each id.
+  first_of: dict[Any, tuple[str, dict]] = {}
   for split, problems in splits.items():
     if not problems:
       raise InputError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
     for problem in problems:
       # Readers make an absent id from the text, so both are compared: a shared problem would let a
       # model train on what it is scored on.
+      entry = (split, problem)
       for key in (problem["problem"], problem["id"]):
-        if key in found:
-          shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
-          raise InputError(f"{shown} stands in {found[key]} and again in {split}: every split "
-                           "needs ids and problems of its own.")
-        found[key] = split
+        found = first_of.setdefault(key, entry)
+        first, row = found
+        if found is not entry and not (first != split and allowed & {first, split}
+                                       and _one_problem(row, problem)):
+          raise InputError(_shared(key, first, split, shared_problems(splits).get(split, [])))
+  for split, problems in shared_problems(splits).items():
+    if problems and split not in allowed:
+      raise InputError(_shared(problems[0]["problem"], "labelled", split, problems))
   for path, hp in _blocks_that_score(config):
     size = len(splits[hp.split])
     if hp.problems > size:
       raise InputError(f"{path}.problems is {hp.problems} and the split {hp.split} has {size}: "
                        "lower it.")
+
+
+def _allowed_overlap(config: ConfigDict, splits: Mapping[str, list[dict]]) -> set[str]:
+  """The scored splits that may share problems with others, by config.data.overlap."""
+  names = set(filter(None, config.data.get("overlap", "").split(",")))
+  for name in sorted(names):
+    # Entries of config.data that this run does not score may be named too.
+    if name not in {*splits, *config.data} - {"labelled"}:
+      raise InputError(f"config.data.overlap names {name!r}: choose scored splits, such as "
+                       f"{', '.join(s for s in splits if s != 'labelled')}.")
+  return names
+
+
+def _one_problem(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+  """Whether two rows may stand in one run: a problem is found by its id, so an id has one answer.
+  """
+  return (first["id"] != second["id"] or first["problem"] == second["problem"]
+          and first["answer"] == second["answer"])
+
+
+def _shared(key: Any, first: str, split: str, problems: Sequence[Mapping[str, Any]]) -> str:
+  """The sentence that refuses a problem or an id of two splits."""
+  shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
+  count = f" ({len(problems)} of its problems are labelled ones)" if problems else ""
+  return (f"{shown} stands in {first} and again in {split}{count}: every split needs ids and "
+          "problems of its own, or equal rows and its name in config.data.overlap.")
+
+
+def shared_problems(splits: Mapping[str, Sequence[Mapping[str, Any]]],
+                    ) -> dict[str, list[Mapping[str, Any]]]:
+  """The problems of each other split that are among the labelled ones, by normalised text."""
+  return {split: overlap.shared(splits["labelled"], problems)
+          for split, problems in splits.items() if split != "labelled"}
 
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:

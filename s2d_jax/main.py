@@ -9,7 +9,8 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -106,9 +107,26 @@ def diagnosis(config: ConfigDict) -> str:
     longest = max(len(p.tokens) for p in prompts)
     lines.append(f"{split}: {len(prompts)} problems, prompts of at most {longest} tokens; the "
                  f"window is {config.prompt_tokens}")
+  lines += [_set_line(split, facts) for split, facts in plan.sets.items()]
   for arm, names in plan.arms.items():
     lines.append(f"{arm}: {' -> '.join(names) or 'nothing to train'}")
   return "\n".join(lines)
+
+
+def _set_line(split: str, facts: Mapping[str, Any]) -> str:
+  """A split's content hash, its file, and its overlap with the labelled problems."""
+  words = [f"content {facts['sha256'][:12]}"]
+  origin = facts["origin"]
+  if origin is not None:
+    words.append(f"from {origin['file']} (SHA-256 {origin['sha256'][:12]})")
+    if origin.get("is_published"):
+      words.append(f"the published file of {origin['set']} at {origin['revision'][:7]}")
+    elif "set" in origin:
+      words.append(f"not the published file of {origin['set']}, which has "
+                   f"{origin['published_rows']:,} rows")
+  if split != "labelled":
+    words.append(f"{facts['among_labelled']} of {facts['problems']} problems are labelled ones")
+  return f"{split}: {', '.join(words)}"
 
 
 if __name__ == "__main__":

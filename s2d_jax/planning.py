@@ -5,6 +5,7 @@ and its problems are checked here, before anything runs or is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,8 @@ class Plan(NamedTuple):
   nodes: dict[str, Node]                # by name, parents first
   arms: dict[str, list[str]]            # arm -> names of its nodes
   scored: dict[str, dict[str, str]]     # arm -> {label in the table: role whose weights it scores}
+  # by split of the config: "problems", their "sha256", "labelled" ones among them, and the origin
+  sets: Mapping[str, dict[str, Any]] = MappingProxyType({})
 
   def reward(self, prompt_id: int, ids: Sequence[int]) -> float:
     """The task's reward of a response, from a problem's id and the response's tokens."""
@@ -150,13 +153,13 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
       identity_of(function)
   chosen = _chosen_arms(config, arms)
   tokenizer, bases = _load_pair(config)
-  prompts, problems = _load_problems(config, task, tokenizer)
+  prompts, problems, sets = _load_problems(config, task, tokenizer)
   # A share is chosen by a hash of the id, so a smaller share of labels is part of a larger one.
   ids = np.array([p.id for p in prompts["labelled"]])
   labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
   prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
                      config.half_seed)
-  empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {})
+  empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {}, sets)
   return _laid_out(empty, table, arms, chosen)
 
 
@@ -224,11 +227,11 @@ def _checked_pair(config: ConfigDict,
 
 
 def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
-                   ) -> tuple[dict[str, list[Prompt]], dict[int, dict]]:
+                   ) -> tuple[dict[str, list[Prompt]], dict[int, dict], dict[str, dict[str, Any]]]:
   """Reads, checks and renders the labelled split and every split that is scored.
 
   Returns:
-    (prompts by split, problems by id).
+    (prompts by split, problems by id, `Plan.sets`).
   """
   names = ("labelled", config.probe.split, *(hp.split for hp in config.evals.values()))
   # Two blocks may name one split, which is read once.
@@ -241,7 +244,23 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
       task.messages(problem), f"problem {problem['id']} of {split}")))
                      for problem in problems] for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
-  return prompts, {problem["id"]: problem for problems in splits.values() for problem in problems}
+  by_id = {problem["id"]: problem for problems in splits.values() for problem in problems}
+  return prompts, by_id, _sets(sources, splits)
+
+
+def _sets(sources: Mapping[str, Sequence[dict]],
+          splits: Mapping[str, list[dict]]) -> dict[str, dict[str, Any]]:
+  """`Plan.sets` of the sources and their problems."""
+  shared = doctor.shared_problems(splits)
+  def digest(problems: list[dict]) -> str:
+    return manifest.digest([[int(problem["id"]), problem["problem"], problem["answer"],
+                             problem.get("solution")] for problem in problems])
+
+  return {split: {"problems": len(problems), "sha256": digest(problems),
+                  "among_labelled": len(shared.get(split, ())),
+                  # A task of your own may have a plain list.
+                  "origin": getattr(sources[split], "origin", None)}
+          for split, problems in splits.items()}
 
 
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:

@@ -7,6 +7,7 @@ import functools
 import operator
 import zlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def evaluate(plan: Plan, role: str, name: str, workdir: epath.Path) -> str:
     learner = stage.load(plan, role, workdir, sharding.current_mesh())
     with sampler.naming(_folder(plan, role)):
       result, samples = _scores(plan, config, learner, prompts)
-    _write(folder, inputs, {"result.json": result, "samples.json": samples})
+    _write(folder, inputs, {"result.json": result, "samples.json": samples},
+           {"set": plan.sets.get(config.split)})
   return folder.name
 
 
@@ -92,14 +94,20 @@ def _common_inputs(plan: Plan, prompts: Sequence[Prompt]) -> dict[str, Any]:
                                        for p in prompts])}
 
 
-def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, Any]) -> None:
-  """Writes the files of a folder, the manifest last: it marks the folder finished."""
+def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, Any],
+           recorded: Mapping[str, Any] = MappingProxyType({})) -> None:
+  """Writes the files of a folder, the manifest last: it marks the folder finished.
+
+  Args:
+    recorded: further entries of the manifest, which do not name the folder.
+  """
   # One process writes; the others wait, because they read the folder next.
   if hosts.leader():
     for name, content in contents.items():
       files.write_json(folder / name, content)
     files.write_json(folder / "manifest.json",
-                     {"inputs": inputs, **manifest.provenance(sharding.current_mesh())})
+                     {"inputs": inputs, **recorded,
+                      **manifest.provenance(sharding.current_mesh())})
   hosts.barrier(folder.name)
 
 

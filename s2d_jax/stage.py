@@ -64,6 +64,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
       files.write_json(folder / "ledger.json", totals)
       files.write_json(folder / "manifest.json", files.plain({
           "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
+          "sets": dict(plan.sets),
           **manifest.provenance(mesh)}))
     hosts.barrier(node.name)
     checkpoint.drop_steps(folder)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from s2d_jax import doctor, keys
-from s2d_jax.data import jsonl, sources
+from s2d_jax.data import jsonl, published, sources
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -27,7 +27,7 @@ def arithmetic(config: ConfigDict) -> Task:
 
 
 def math(config: ConfigDict) -> Task:
-  """Problems of config.data[split], a file of JSON lines or a TFDS folder, answered in \\boxed{}.
+  """Problems of config.data[split], as `sources.read` finds them, answered in \\boxed{}.
 
   The answer in the last box is checked by config.data.grader: "string_match", the default, or
   "math_verify", which runs in a process with limits.
@@ -46,23 +46,30 @@ def math(config: ConfigDict) -> Task:
   # The sentence that Qwen3's model card recommends for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
-    if split not in config.data:
+    names = [name for name in config.data if name not in NOT_SPLITS]
+    if split not in names:
       raise InputError(f"config.data names no split {split!r}: add its file, or choose from "
-                       f"{', '.join(config.data)}.")
-    problems = sources.read(config.data[split], split)
+                       f"{', '.join(names)}.")
+    problems = sources.read(config.data[split], split, config.data.get("dir", ""))
     # Solutions that a stage learns from may be in a file of their own.
-    return jsonl.solved(problems, config.data.get("solutions"))
+    if "solutions" not in config.data:
+      return problems
+    return sources.Problems(jsonl.solved(problems, config.data.solutions),
+                            getattr(problems, "origin", None))
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
               graders[grader], math_reward.answer)
 
 
+# Keys of config.data, of the task `math`, beside its splits.
+NOT_SPLITS = ("dir", "overlap", "solutions", "grader")
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}
 # Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.
 FOLDERS = {"arithmetic": "~/.cache/s2d_jax/data", "math": "data"}
 # The config.data of each task for sets that lie in one folder.
 DATA: dict[str, Callable[[str, Sequence[str]], dict]] = {
     "arithmetic": lambda folder, sets: {"dir": folder},
-    "math": lambda folder, sets: {name: f"{folder}/{name}.jsonl" for name in sets},
+    "math": lambda folder, sets: {"dir": folder} | {
+        name: name if name in published.SOURCES else f"{folder}/{name}.jsonl" for name in sets},
 }
 
 

@@ -59,6 +59,7 @@ def test_diagnosis_lists_models_problems_and_chains(config):
   found = {name: int(count) for name, count in re.findall(split, text, re.M)}
   assert found["1h"] + found["2h"] == 2048 and abs(found.pop("1h") - found.pop("2h")) < 200
   assert found == {"labelled": 2048, "all": 2048, "validation": 256, "test": 512}
+  assert re.search(r"^test: content [0-9a-f]{12}, 0 of 512 problems are labelled ones$", text, re.M)
   assert re.sub("-[0-9a-f]{12}", "", text).splitlines()[-5:] == [
       "untrained: nothing to train",
       "cold_grpo: student_grpo",

@@ -8,9 +8,13 @@ import re
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from configs import qwen3_math
 from s2d_jax import models
+from tests.configs import test_every_row as every
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = ["-c", "from s2d_jax import cli; cli.main()"]  # the function of the entry point s2d-jax
@@ -74,6 +78,32 @@ def test_the_command_of_the_losses_page(checkout):
   for path in manifests:
     rows = json.loads(path.read_text())["config"]["stages"]
     assert rows["teacher_grpo"]["surrogate"] == "gspo"
+
+
+@pytest.mark.medium
+def test_the_command_of_the_data_page(checkout, monkeypatch):
+  monkeypatch.setitem(every.SHAPE, "max_position_embeddings", 40_960)
+  config = qwen3_math.get_config(f"models={checkout / 'models'},data={checkout / 'data'}")
+  every.write_pair(config, "qwen3_math")
+  (checkout / "data").mkdir()
+  wrapped = [{"prompt": [{"role": "user", "content": f"Sum {i} and 1?"}],
+              "reward_model": {"ground_truth": str(i + 1)}} for i in range(300)]
+  # The raw upload repeats its rows.
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(wrapped * 2),
+                              checkout / "data" / "dapo_math_17k.parquet")
+  for name, count in {"math_train": 64, "math500": 1}.items():
+    rows = [{"problem": f"{name} {i}?", "answer": "2", "solution": "$\\boxed{2}$"}
+            for i in range(count)]
+    path = checkout / "data" / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (block,) = blocks("docs/data.md", "sh")
+  (words,) = map(str.split, block.splitlines())
+  printed = run(checkout, PROGRAM + words[1:])
+  assert re.search(r"^labelled: 300 problems, prompts of at most \d+ tokens", printed, re.M)
+  assert re.search(r"^labelled: content \w{12}, from data/dapo_math_17k\.parquet \(SHA-256 \w{12}\)"
+                   r", not the published file of dapo_math_17k, which has 17,398 rows$", printed,
+                   re.M)
+  assert re.search(r"^math500: content .*, 0 of 1 problems are labelled ones$", printed, re.M)
 
 
 @pytest.mark.medium

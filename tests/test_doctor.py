@@ -340,6 +340,48 @@ def test_special_tokens_in_problems_and_solutions_are_refused_by_name(config, tm
                arms={"teach": (planning.Use("teacher_sft", "all"),)})
 
 
+def test_an_overlap_with_labelled_problems_is_counted_and_refused(config, tmp_path):
+  first, second = SPLITS["labelled"][:2]
+  # Another file's spelling of one problem, and another id.
+  other = first | {"id": 10**6, "problem": f" ${first['problem']}$ ?"}
+  said = refused(config, tmp_path, task(test=[*SPLITS["test"], other, second]))
+  shown = f"{second['problem']!r} stands in labelled and again in test"
+  assert f"{shown} (2 of its problems are labelled ones)" in said
+  assert "its name in config.data.overlap" in said
+  one = task(test=[*SPLITS["test"], other])
+  assert "stands in labelled and again in test (1 of its problems are labelled" in refused(
+      config, tmp_path, one)
+  config.data.overlap = "test"
+  config.prompt_tokens = 32
+  plan = recipe.plan(config, task(test=[*SPLITS["test"], other, second]))
+  assert {split: facts["among_labelled"] for split, facts in plan.sets.items()} == {
+      "labelled": 0, "validation": 0, "test": 2}
+  # A problem is found by its id, which can have one answer only.
+  changed = task(test=[*SPLITS["test"], second | {"answer": "other"}])
+  assert shown in refused(config, tmp_path, changed)
+  config.data.overlap = "validation"
+  assert "stands in labelled and again in test" in refused(config, tmp_path, one)
+
+
+@pytest.mark.parametrize("names", ["tset", "labelled", "test,tset"])
+def test_an_overlap_of_an_unknown_split_is_refused(config, tmp_path, names):
+  config.data.overlap = names
+  assert f"config.data.overlap names {names.split(',')[-1]!r}: choose scored" in refused(
+      config, tmp_path)
+
+
+def test_the_contents_of_a_plans_sets_are_hashed(config):
+  first = recipe.plan(config, task()).sets
+  rows = SPLITS["test"]
+  assert {split: facts["problems"] for split, facts in first.items()} == {
+      "labelled": 64, "validation": 8, "test": 8}
+  assert recipe.plan(config, task(test=[dict(row) for row in rows])).sets == first
+  for changed in ([*rows[:-1], rows[-1] | {"answer": "0"}], rows[:-1], rows[::-1]):
+    other = recipe.plan(config, task(test=changed)).sets
+    assert other["test"]["sha256"] != first["test"]["sha256"]
+    assert other["validation"] == first["validation"]
+
+
 def test_missing_or_long_solutions_are_refused(config, tmp_path):
   arms = {"teach": (planning.Use("teacher_sft", "all"),)}
   config.arms = "teach"

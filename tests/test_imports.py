@@ -39,7 +39,7 @@ ARROWS = {
   "optim": {"keys"},
   "losses": {"sharding"},
   "models": {"sharding", "keys", "json_objects"},
-  "data": {"json_objects"},
+  "data": {"rewards", "json_objects"},
   "chat": {"json_objects", "templates"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
@@ -62,6 +62,7 @@ HOMES = {
   "orbax": "checkpoint",
   "transformers": "chat",
   "tensorflow_datasets": "data",
+  "pyarrow": "data",
   "safetensors": "models",
   "tensorboardX": "metrics",
   "math_verify": "rewards",

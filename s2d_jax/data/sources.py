@@ -1,4 +1,4 @@
-"""Random-access sources of problems: prepared TFDS data sets, or files of JSON lines.
+"""Sources of problems: published sets, files of JSON lines or parquet, prepared TFDS data sets.
 
 A source is a sequence of rows {"id": int, "problem": str, "answer": str} with, where the data has
 one, "solution": str. Reading needs no TensorFlow.
@@ -6,17 +6,19 @@ one, "solution": str. Reading needs no TensorFlow.
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from s2d_jax.data import jsonl
+from s2d_jax.data import jsonl, published, tables
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
+from s2d_jax.data.math_problems import math_problems_dataset_builder
 from s2d_jax.errors import InputError
 
 # A "solution" is optional.
@@ -91,10 +93,73 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
   return folder
 
 
-def read(path: str | os.PathLike, split: str) -> Sequence[dict[str, Any]]:
-  """The rows at a path: a file of JSON lines, or the split of a folder that TFDS prepared.
+class Problems(list[dict[str, Any]]):
+  """Rows of problems, and in `origin` the file that they are from, where that is known."""
+
+  def __init__(self, rows: Iterable[dict[str, Any]], origin: Mapping[str, Any] | None) -> None:
+    """The rows with their origin: "file", its "sha256", and of a published set "set" and more."""
+    super().__init__(rows)
+    self.origin = origin
+
+
+def read(path: str | os.PathLike, split: str, folder: str | os.PathLike = "") -> Sequence[dict]:
+  """The problems that an entry of `config.data` names.
+
+  Args:
+    path: a name of `published.SOURCES`, whose file is in `folder` or is downloaded to there; such
+      a name, a colon and the set's file elsewhere; a file of JSON lines or parquet with "problem"
+      and "answer"; or a folder that TFDS prepared.
+    split: of a folder that TFDS prepared.
 
   Raises:
-    InputError: as `jsonl.rows` and `prepared`.
+    InputError: as `published`, `jsonl` and `prepared` say.
   """
-  return prepared(path, split) if Path(path).is_dir() else jsonl.rows(path)
+  name, colon, file = str(path).partition(":")
+  if name in published.SOURCES:
+    return _published(name, Path(file).expanduser() if colon else published.locate(name, folder))
+  path = Path(path).expanduser()
+  if path.is_dir():
+    return prepared(path, split)
+  if not path.exists():
+    raise InputError(f"{path} is not a file: give JSON lines or parquet of problem and answer "
+                     f"there, or name one of {', '.join(published.SOURCES)}.")
+  rows = jsonl.distinct(tables.objects(path, ("id", "problem", "answer", "solution")), path)
+  return Problems(rows, {"file": str(path), "sha256": sha256(path)})
+
+
+def count(path: str, split: str, folder: str | os.PathLike = "") -> int | None:
+  """The number of problems that `read` would find, without a download; None where it is unknown."""
+  name, colon, file = path.partition(":")
+  if name in published.SOURCES and not (colon or published.placed(name, folder)):
+    return published.SOURCES[name].rows
+  if not Path(file or path).expanduser().exists() and name not in published.SOURCES:
+    return None
+  return len(read(path, split, folder))
+
+
+def sha256(path: Path) -> str:
+  """SHA-256, in hex, of a file's bytes."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _published(name: str, file: Path) -> Problems:
+  """The problems of a published set from its file; prepared beside it where that can be written."""
+  if not file.is_file():
+    raise InputError(f"{file} is not a file: place the file of {name} there, from "
+                     f"{published.SOURCES[name].url}.")
+  digest = sha256(file)
+  source = published.SOURCES[name]
+  origin = {"set": name, "file": str(file), "sha256": digest, "published_rows": source.rows,
+            "repository": source.repository, "revision": source.revision,
+            # Of other bytes it is unknown whether they hold the published set.
+            "is_published": digest == source.sha256}
+  if not os.access(file.parent, os.W_OK):
+    return Problems(published.rows(name, file), origin)
+  # A folder for each content of the file, so that what was prepared is never stale.
+  builder = math_problems_dataset_builder.Builder(
+      name=name, file=file, data_dir=str(file.parent / "tfds" / digest[:12]))
+  rows = prepared(_prepare(builder), "problems")
+  # TFDS has no optional feature: an empty solution stands for an absent one.
+  return Problems(({key: value for key, value in row.items() if value != ""} for row in rows),
+                  origin)

@@ -4,7 +4,6 @@ The stages are those of `planning.without_problems`. One that several arms or ru
 counts once, as it is trained once. So does a score of equal weights.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,11 +95,9 @@ def _evaluation(plan: Plan, block: str, role: str, model: str, repeats: int) -> 
 
 
 def _problem_count(config: ConfigDict, split: str) -> int | None:
-  """Problems of a split that is a file or a TFDS folder of config.data; None where it is not."""
+  """Problems of a split that config.data names; None where it is not at hand."""
   path = config.data.get(split)
-  if path is None or not os.path.exists(path):
-    return None
-  return len(sources.read(path, split))
+  return path and sources.count(path, split, config.data.get("dir", ""))
 
 
 def _between_steps(plan: Plan, node: Node) -> Iterator[Part]:

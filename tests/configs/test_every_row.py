@@ -155,12 +155,14 @@ def write_pair(config, name):
 
 def write_data(data):
   """JSON lines of problem and answer, without ids: what a user has; solutions where rows learn."""
-  for first, (split, path) in enumerate(sorted(data.items())):
+  sets = {split: name for split, name in data.items() if split not in tasks.NOT_SPLITS}
+  for first, (split, name) in enumerate(sorted(sets.items())):
     count = 12 if split == "labelled" else 2
     rows = [{"problem": f"{first}{i}+1=?", "answer": f"{first}{i + 1}"} for i in range(count)]
     if split == "labelled":
       rows = [row | {"solution": "=" + row["answer"]} for row in rows]
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = Path(data.dir, f"{name}.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tiny(name, folder):

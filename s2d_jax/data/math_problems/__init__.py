@@ -1,0 +1,1 @@
+"""The TFDS builder that stores published sets of mathematics problems."""

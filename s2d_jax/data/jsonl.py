@@ -161,7 +161,7 @@ def row(line_name: str, line: dict[str, Any]) -> dict[str, Any]:
   return {"id": number, **texts} | solution
 
 
-def answer_text(answer: object) -> str | None:
+def answer_text(answer: str | float | list | dict | None) -> str | None:
   """An answer that a file holds as text or as an integer, as text; None for another value."""
   if isinstance(answer, str):
     return answer

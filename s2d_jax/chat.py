@@ -17,8 +17,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import jinja2
 import transformers
 
-from s2d_jax import json_objects
+from s2d_jax import end_ids, json_objects
 from s2d_jax.errors import InputError
+from s2d_jax.json_objects import Json
 from s2d_jax.templates import CLOCK, Template
 
 # Read back where a folder is opened: spaces, digits, TeX, punctuation and new lines.
@@ -50,9 +51,10 @@ class Chat:
   def __init__(self, folder: str | Path, **template: Any) -> None:
     self.folder = Path(folder)
     self._template = _json_values(template)
-    self._tokenizer = _load(self.folder)
-    self.eos_ids = _eos_ids(self.folder, self._tokenizer)
+    self._tokenizer, objects = _load(self.folder)
     self.vocabulary = self._tokenizer.get_vocab()  # {token: id}, added tokens included
+    self.size = max(self.vocabulary.values()) + 1  # ids that have tokens; a model may embed more
+    self.eos_ids = end_ids.read(self.folder, objects, self._tokenizer.eos_token, self.vocabulary)
     self.chat_template = _chat_template(self.folder, self._tokenizer, template.get("tools"))
     self._special = {i: token.content for i, token in self._tokenizer.added_tokens_decoder.items()
                      if token.special}
@@ -256,21 +258,24 @@ def _json_values(template: Mapping[str, Any]) -> dict[str, Any]:
                      "numbers, booleans, lists and objects.") from error
 
 
-def _load(folder: Path) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer of a folder, after its JSON files were read for code of their own."""
+def _load(folder: Path) -> tuple[transformers.PreTrainedTokenizerBase, dict[str, Json]]:
+  """(the tokenizer of a folder, {name: object} of its JSON files), none of them with code."""
   path = folder / "tokenizer_config.json"
   if not path.is_file():
     raise InputError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
   # Read here first, so that the error names the file; the library's would not name the remedy.
-  for file in (path, folder / "tokenizer.json", folder / "generation_config.json"):
-    if file.is_file() and "auto_map" in json_objects.read(file):
-      raise InputError(
-        f"{file} asks for code of its own (auto_map), which is never run: remove it."
-      )
+  objects = {}
+  for name in (path.name, "tokenizer.json", "generation_config.json", "config.json"):
+    if (folder / name).is_file():
+      objects[name] = json_objects.read(folder / name)
+      if "auto_map" in objects[name]:
+        raise InputError(f"{folder / name} asks for code of its own (auto_map), which is never "
+                         "run: remove it.")
+  end_ids.named(folder, objects)
   try:
     return transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True, trust_remote_code=False
-    )
+    ), objects
   # The tokenizers library raises Exception itself where a file is not a tokenizer's.
   except Exception as error:
     if not (folder / "tokenizer.json").is_file():
@@ -292,17 +297,3 @@ def _chat_template(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase
   except ValueError as error:
     raise InputError(f"{folder} has several chat templates and none is the default: name one "
                      "'default'.") from error
-
-
-def _eos_ids(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
-  """Ids that end a response, the tokenizer's own first, then those of generation_config.json."""
-  ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-  # Some models end a response with a token that only this file names.
-  path = folder / "generation_config.json"
-  if path.is_file():
-    named = json_objects.read(path).get("eos_token_id")
-    named = named if isinstance(named, list) else [named]
-    ids += [i for i in named if i is not None and i not in ids]
-  if not ids:
-    raise InputError(f"{folder} names no end token: add eos_token to its tokenizer_config.json.")
-  return tuple(ids)

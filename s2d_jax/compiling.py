@@ -45,6 +45,7 @@ class Samplers(NamedTuple):
   compiler: sampler.Compiler = sampler.RUN_COMPILER  # of a stage's other programs too
   memory: int | None = None  # bytes of a device; None: unknown
   held: int = 0  # bytes on each device that are in use while a sampler runs
+  vocabulary: int = 0  # ids that have a token, as Sampling takes it
 
   def compile(self, role: Role, sampling_config: ConfigDict, batch: int, narrow: bool = False,
               **changes: Any) -> sampler.Sampler:
@@ -54,7 +55,8 @@ class Samplers(NamedTuple):
       narrow: may use a cache of fewer bits than the activations, where the config asks for one.
       changes: fields of the Sampling that differ from the config's.
     """
-    role_sampling = sampler.Sampling(stop_ids=self.stop_ids, **sampling_config.to_dict())
+    role_sampling = sampler.Sampling(stop_ids=self.stop_ids, vocabulary=self.vocabulary,
+                                     **sampling_config.to_dict())
     # Only a stage compares its sampler with the trainer first, so only it may lose bits.
     config = self.config if narrow else self.config.exact()
     role_sampling = role_sampling._replace(**changes)
@@ -85,7 +87,7 @@ def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sample
   """
   settings = sampler.SamplerConfig(**config.sampler)
   return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler,
-                  memory or hosts.device_memory())
+                  memory or hosts.device_memory(), vocabulary=chat.size)
 
 
 def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:

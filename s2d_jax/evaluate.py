@@ -76,7 +76,7 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequenc
   """Yields (name, Evaluation) of a model's samples on each set of problems."""
   _, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
                                       {"dtype": args.dtype})
-  sampling = sample.sampling_of(args, args.k, tokenizer.eos_ids)
+  sampling = sample.sampling_of(args, args.k, tokenizer)
   model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
                           shapes=models.frozen_shapes)
   for name, source in sets.items():

@@ -40,7 +40,8 @@ ARROWS = {
   "losses": {"sharding"},
   "models": {"sharding", "keys", "json_objects"},
   "data": {"rewards", "json_objects"},
-  "chat": {"json_objects", "templates"},
+  "chat": {"end_ids", "templates"},
+  "end_ids": {"json_objects"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
   "timing": {"metrics", "manifest", "keys", "chips"},

@@ -106,14 +106,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def sampling_of(args: argparse.Namespace, samples: int, stop_ids: Sequence[int] = ()) -> Sampling:
+def sampling_of(args: argparse.Namespace, samples: int,
+                tokenizer: Chat | None = None) -> Sampling:
   """The Sampling that the flags ask for, with `samples` of each prompt.
 
-  A field without a flag in the command has its default.
+  A field without a flag in the command has its default. The tokenizer ends responses, and only its
+  own ids are drawn; None: the flags alone are of interest.
   """
   fields = {name: value for name, value in vars(args).items() if name in Sampling._fields}
   fields["stop_strings"] = tuple(fields.get("stop_strings", ()))
-  return Sampling(stop_ids=tuple(stop_ids), samples_per_prompt=samples, **fields)
+  if tokenizer is not None:
+    fields |= {"stop_ids": tokenizer.eos_ids, "vocabulary": tokenizer.size}
+  return Sampling(samples_per_prompt=samples, **fields)
 
 
 def config_of(args: argparse.Namespace) -> SamplerConfig:
@@ -228,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                           {"dtype": args.dtype})
   # Everything that can be refused without weights is refused before they are loaded.
   prompts = read(args.prompts, tokenizer)
-  sampling = sampling_of(args, args.n, tokenizer.eos_ids)
+  sampling = sampling_of(args, args.n, tokenizer)
   tokenizer.check_stops(sampling.stop_strings)
   model = models.build(config)
   for prompt in prompts:
@@ -237,9 +241,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                        f"{args.max_tokens} new ones leaves the model's "
                        f"{model.config.max_positions} positions: lower --max-tokens or drop it.")
   # The number of samples is not among the settings: a later run may add some to each prompt.
+  chosen = sampling._replace(samples_per_prompt=1)._asdict()
+  chosen.pop("vocabulary")  # the tokenizer's, whose fingerprint is a setting
   settings = {"model": hf.identity(args.model), "tokenizer": tokenizer.fingerprint(),
-              "sampling": sampling._replace(samples_per_prompt=1)._asdict(), "seed": args.seed,
-              "dtype": args.dtype}
+              "sampling": chosen, "seed": args.seed, "dtype": args.dtype}
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
   size = min(len(prompts), SLICE)
   prompt_tokens = max(len(p.tokens) for p in prompts)

@@ -34,8 +34,8 @@ def read_description(folder: str | pathlib.Path, template: dict[str, Any],
   config = hf.read_config(folder, **run)
   tokenizer = chat.Chat(folder, **template)
   # On a device an index beyond an array's end raises no error: it reads NaN.
-  last = max(tokenizer.vocabulary.values())
-  if last >= config.vocab_size:
-    raise InputError(f"the tokenizer of {folder} has the token id {last} and its model embeds "
-                     f"{config.vocab_size} tokens: take the tokenizer that came with the weights.")
+  if tokenizer.size > config.vocab_size:
+    raise InputError(f"the tokenizer of {folder} has the token id {tokenizer.size - 1} and its "
+                     f"model embeds {config.vocab_size} tokens: take the tokenizer that came with "
+                     "the weights.")
   return config, tokenizer

@@ -19,7 +19,9 @@ from s2d_jax.keys import Key
 Decode = Callable[[np.ndarray], str]  # token ids -> text
 
 # The fields of a Sampling that choose no token: how many there are, and where a response ends.
-LENGTHS = ("samples_per_prompt", "max_tokens", "min_tokens", "stop_ids", "stop_strings")
+# Whether the vocabulary excludes a token depends on the model, so `plain` looks at it by itself.
+LENGTHS = ("samples_per_prompt", "max_tokens", "min_tokens", "stop_ids", "stop_strings",
+           "vocabulary")
 
 
 class Sampling(NamedTuple):
@@ -28,7 +30,9 @@ class Sampling(NamedTuple):
   The defaults sample from the model's own distribution. temperature 0 is greedy. top_p 1, top_k 0
   and min_p 0 switch a truncation off; they apply to the tempered distribution in the order top-k,
   top-p, min-p, as in transformers. Lengths are tokens. A stop id ends a response and belongs to
-  it, and so does the token that completes a stop string.
+  it, and so does the token that completes a stop string. Ids from `vocabulary` on are never drawn;
+  0: all may be. Many models embed more ids than their tokenizer has tokens, and such an id would be
+  learned from without being seen in any text.
   """
   max_tokens: int
   stop_ids: tuple[int, ...] = ()
@@ -39,8 +43,9 @@ class Sampling(NamedTuple):
   min_p: float = 0.0
   min_tokens: int = 0
   stop_strings: tuple[str, ...] = ()
+  vocabulary: int = 0
 
-  KEYS = {  # the block of a config that becomes a Sampling; the tokenizer gives the stop ids
+  KEYS = {  # the block of a config that becomes a Sampling; the tokenizer gives the other two
       "samples_per_prompt": keys.at_least(1),
       "temperature": Key(lambda x: 0 <= x < math.inf, "choose 0 (greedy) or more", neutral=1.0),
       "top_p": Key(lambda p: 0 < p <= 1, "choose it above 0, up to 1 (off)", neutral=1.0),
@@ -52,14 +57,22 @@ class Sampling(NamedTuple):
           isinstance(text, str) and text for text in texts),
           "give a tuple of texts, none of them empty", neutral=())}
 
-  def plain(self) -> bool:
-    """True if tokens are drawn from the model's own distribution, unchanged."""
+  def padded(self, ids: int) -> bool:
+    """True if some of a model's ids have no token."""
+    return 0 < self.vocabulary < ids
+
+  def plain(self, ids: int = 0) -> bool:
+    """True if tokens are drawn from the own distribution of a model of `ids` ids, unchanged.
+
+    0: of a model whose ids all have tokens.
+    """
     # Then one log-probability serves as both of `sample_token`, and a pass over the vocabulary is
     # saved. Every field counts that does not say how many tokens there are or where they end, so a
     # new truncation cannot be forgotten here: without a neutral value its samples are never plain.
     changes = [name for name in self._fields
                if name not in LENGTHS and getattr(self, name) != self.KEYS[name].neutral]
-    return not changes and not (self.min_tokens and self.stop_ids)
+    bans_stops = self.min_tokens and self.stop_ids
+    return not (changes or bans_stops or self.padded(ids))
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -207,7 +220,8 @@ def sample_token(logits_BV: jax.Array, key_B2: jax.Array, index_B: jax.Array,
 
   Log-probabilities are nats, float32. The model's is untempered and untruncated, because the
   trainer computes that one. The other is under the distribution after temperature, truncations and
-  the ban on stop ids before `min_tokens`; it is 0 where sampling is greedy.
+  the bans on stop ids before `min_tokens` and on ids without a token; it is 0 where sampling is
+  greedy.
 
   Args:
     logits_BV: float32.
@@ -221,12 +235,14 @@ def sample_token(logits_BV: jax.Array, key_B2: jax.Array, index_B: jax.Array,
     stop_V = jnp.isin(jnp.arange(V), jnp.array(sampling.stop_ids, jnp.int32))
     early_B1 = (index_B < sampling.min_tokens)[:, None]
     allowed_BV = jnp.where(stop_V[None] & early_B1, -jnp.inf, logits_BV)
+  if sampling.padded(V):
+    allowed_BV = jnp.where(jnp.arange(V) < sampling.vocabulary, allowed_BV, -jnp.inf)
   if sampling.temperature > 0:
     token_B, behaviour_logp_B = _pick(truncate(allowed_BV, sampling), _uniform(key_B2, index_B))
   else:
     token_B = _argmax(allowed_BV)
     behaviour_logp_B = jnp.zeros(token_B.shape, jnp.float32)
-  if sampling.plain():
+  if sampling.plain(V):
     return token_B, behaviour_logp_B, behaviour_logp_B
   logp_B = _at(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
   return token_B, logp_B, behaviour_logp_B

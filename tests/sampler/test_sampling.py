@@ -158,3 +158,37 @@ def test_a_cache_has_the_type_of_the_activations(dtype, tiny):
   sampler = Sampler(model, PLAIN, 2, 4)
   cache = jax.tree.leaves(sampler.programs.slots[2, 5].cache)
   assert {x.dtype for x in cache} == {jnp.dtype(dtype)}
+
+
+PADDED = PLAIN._replace(vocabulary=5)  # of LOGITS the ids 5, 6 and 7 have no token
+
+
+@pytest.mark.parametrize("case", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8},
+                                  {"min_p": 0.3}], ids=lambda case: next(ids([case])))
+def test_ids_without_a_token_are_not_drawn(case, truncated):
+  token, logp, behaviour_logp = sampled(PADDED._replace(**case))
+  want = truncated(LOGITS[:5], **case)
+  count = np.bincount(token, minlength=8)
+  assert count[5:].sum() == 0
+  assert scipy.stats.chisquare(count[:5][want > 0], ROWS * want[want > 0]).pvalue > 0.001
+  # The model's own log-probability has the mass of all ids, as the trainer's.
+  np.testing.assert_allclose(logp, LOGITS[token], atol=1e-6)
+  np.testing.assert_allclose(behaviour_logp, np.log(want[token]), atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [PADDED, PADDED._replace(min_tokens=1, stop_ids=(0,))])
+def test_a_greedy_token_has_text(fields):
+  logits = np.array([0, 1, 2, 3, 2.5, 9, 7, 8], np.float32)
+  token, logp, _ = sampled(fields._replace(temperature=0.0), logits=logits)
+  assert set(token) == {3}
+  np.testing.assert_allclose(logp, 3 - np.log(np.exp(logits).sum()), atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [0, 8, 9])
+def test_a_vocabulary_that_is_not_padded_changes_no_program(vocabulary):
+  def text(fields):
+    shapes = (jax.ShapeDtypeStruct((2, 8), jnp.float32), jax.ShapeDtypeStruct((2, 2), jnp.uint32),
+              jax.ShapeDtypeStruct((2,), jnp.int32))
+    return sample_token.lower(*shapes, fields).as_text()
+  assert text(PLAIN._replace(vocabulary=vocabulary)) == text(PLAIN)
+  assert text(PADDED) != text(PLAIN)

@@ -252,7 +252,7 @@ def _json_values(template: Mapping[str, Any]) -> dict[str, Any]:
   # Sorted, so that the fingerprint does not depend on the order of writing. A template would see a
   # nested ConfigDict as a placeholder, so it becomes a dict.
   try:
-    return json.loads(json.dumps(template, sort_keys=True, default=dict))
+    return json.loads(json.dumps(template, sort_keys=True, default=dict, allow_nan=False))
   except (TypeError, ValueError) as error:
     raise InputError(f"the arguments of the chat template are not JSON ({error}): give texts, "
                      "numbers, booleans, lists and objects.") from error

@@ -268,10 +268,16 @@ def agreement(value_BT: Mapping[str, np.ndarray],
 
   A gradient becomes its concentration: the share of the summed lengths that the worst 1 % of the
   tokens have.
+
+  Raises:
+    FloatingPointError: a value of a response token is not finite.
   """
   inside_BT = np.asarray(weight_BT) > 0
   for name, values in value_BT.items():
     value_N = np.asarray(values, np.float64)[inside_BT]
+    if not np.isfinite(value_N).all():
+      raise FloatingPointError(f"{name} of a token is not finite: look for NaN or infinite numbers "
+                               "in the weights of both models.")
     if name.endswith("_gradient"):
       worst = np.sort(value_N)[::-1][: max(1, round(len(value_N) / 100))]
       # The floor keeps a model that equals its teacher, whose gradients are all 0, from 0 / 0.

@@ -18,6 +18,7 @@ from etils import epath
 from s2d_jax import hosts, json_objects
 from s2d_jax.errors import InputError
 
+REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 _SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
 
 
@@ -76,7 +77,7 @@ def read_json(path: epath.PathLike) -> Any:
     InputError: the file is damaged; names it.
   """
   return json_objects.value(os.fspath(path), epath.Path(path).read_bytes(),
-                            "restore it, or delete the folder that it belongs to")
+                            REMEDY)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from s2d_jax import files, hosts
+from s2d_jax import files, hosts, json_objects
 
 
 class Log:
@@ -56,7 +56,8 @@ class Log:
     """Writes the entries since the last flush as one part; the next part starts at `step`."""
     # A part without entries would be a file that a resumed run does not write.
     if self._new and hosts.leader():
-      text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self._new)
+      text = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n"
+                     for entry in self._new)
       files.write(self._folder / f"{self._start:08d}.jsonl", text)
       if self._has_events:
         _write_events(self._events, self._start, self._new)
@@ -65,10 +66,15 @@ class Log:
 
 
 def read(folder: epath.PathLike, name: str) -> list[dict]:
-  """Every entry of a log, in order; an absent log is empty."""
+  """Every entry of a log, in order; an absent log is empty.
+
+  Raises:
+    InputError: a line is damaged; names file and line.
+  """
   # Parts sort by their first step, which is written with leading zeros.
-  return [json.loads(line) for part in files.finished_files(epath.Path(folder) / name)
-          for line in part.read_text().splitlines()]
+  return [json_objects.parse(f"{part} line {number}", line, files.REMEDY)
+          for part in files.finished_files(epath.Path(folder) / name)
+          for number, line in enumerate(part.read_bytes().splitlines(), 1)]
 
 
 def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> None:

@@ -129,6 +129,18 @@ def test_a_models_own_text_by_hand():
                                  "response_length": 11 / 6, "entropy": 1.0})
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["kl", "kl_gradient"])
+def test_an_agreement_that_is_not_finite_stops(bad, name):
+  values = {"kl": np.ones((1, 3)), "kl_gradient": np.ones((1, 3))}
+  weight_BT = np.array([[0.0, 1, 1]])
+  values[name][0, 0] = bad  # of the prompt
+  assert dict(evals.agreement(values, weight_BT))["kl"] == 1
+  values[name][0, 2] = bad
+  with pytest.raises(FloatingPointError, match=f"^{name} of a token is not finite: look for NaN"):
+    dict(evals.agreement(values, weight_BT))
+
+
 def test_agreement_by_hand():
   # Two hundred tokens count and the worst two have 90 of 288 of the gradients' length.
   gradient_BT = np.concatenate([np.ones((1, 198)), [[40, 50, 1e6]]], axis=1)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from s2d_jax import files
+from s2d_jax.errors import InputError
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -20,6 +21,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     files.write_json(path, {"a": float("nan")})
   assert files.read_json(path) == {"a": [2], "b": 1}
   assert [p.name for p in path.parent.iterdir()] == ["x.json"]  # no temporary is left
+
+
+@pytest.mark.parametrize("data", [b"", b'{"a": 1', b'{"a": Infinity}', b"\x1f\x8b\x08", b"\xe9",
+                                  b'{"a": 1, "a": 1}', b"[" * 3000])
+def test_a_damaged_file_is_named(data, tmp_path):
+  (tmp_path / "result.json").write_bytes(data)
+  with pytest.raises(InputError, match=f"^{tmp_path}/result.json (is|has) "):
+    files.read_json(tmp_path / "result.json")
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):

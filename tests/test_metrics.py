@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from s2d_jax import files, metrics
+from s2d_jax.errors import InputError
 
 
 def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
@@ -33,6 +35,20 @@ def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
 def test_numbers_that_json_cannot_hold_become_strings():
   assert files.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
       "a": ["inf", 1.0], "b": [0, 1]}
+
+
+@pytest.mark.parametrize("line, sentence", [
+    (b'{"step": 1', "is not JSON .*: restore it, or delete"), (b'{"step": NaN}', "has NaN"),
+    (b"[1]", "is not a JSON object: restore it"), (b"\xff{}", "is not UTF-8"),
+    (b'{"step": 1, "step": 2}', "has the key 'step' twice")])
+def test_a_damaged_line_of_a_log_is_named(line, sentence, tmp_path):
+  log = metrics.Log(tmp_path, "metrics", 0)
+  log.add({"step": 0})
+  log.flush(1)
+  part = tmp_path / "metrics" / "00000000.jsonl"
+  part.write_bytes(part.read_bytes() + line + b"\n")
+  with pytest.raises(InputError, match=f"^{part} line 2 {sentence}"):
+    metrics.read(tmp_path, "metrics")
 
 
 def test_tensorboard_files_are_written_and_cut(tmp_path):

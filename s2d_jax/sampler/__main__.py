@@ -26,7 +26,17 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from s2d_jax import command, hosts, keys, models, program_cache, rollouts, sampler, sharding
+from s2d_jax import (
+  command,
+  hosts,
+  json_objects,
+  keys,
+  models,
+  program_cache,
+  rollouts,
+  sampler,
+  sharding,
+)
 from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
 from s2d_jax.errors import InputError
@@ -172,7 +182,9 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
                        "another --out.") from error
     file.seek(0)
     text = file.read()
-    before = json.loads(text) if text else {}
+    before = {}
+    if text:
+      before = json_objects.parse(str(settings_path), text, "choose another --out, or remove it")
     # Rows of two models or two temperatures in one file could not be distinguished later.
     differ = sorted(k for k in settings if before.get(k) != settings[k])
     if path.exists() and differ:
@@ -180,7 +192,7 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
                        f"{settings_path.name} beside it: choose another --out, or remove both.")
     if differ:
       file.truncate(0)
-      file.write(json.dumps(settings, indent=1) + "\n")
+      file.write(json.dumps(settings, indent=1, allow_nan=False) + "\n")
       file.flush()
     yield
 
@@ -200,12 +212,12 @@ def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[in
   names = {prompt.id: prompt_hash(prompt) for prompt in prompts}
   for number, line in enumerate(whole.split(b"\n")[:-1], 1):
     try:
-      row = json.loads(line)
-      prompt_id = row["id"]
-      prompt = row["prompt"]
-      sample = row["sample"]
-      hash((prompt_id, sample))  # a list has no hash, and could not be looked up
-    except (ValueError, KeyError, TypeError) as error:
+      name = f"{path} line {number}"
+      row = json_objects.Fields(name, json_objects.parse(name, line))
+      prompt_id = row.integer("id", 0, 2**63 - 1)
+      prompt = row.text("prompt")
+      sample = row.integer("sample", 0)
+    except InputError as error:
       raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
                        "sampled again, or choose another --out.") from error
     # Ids that the prompts do not have are of an earlier, longer file of prompts, and stay.
@@ -283,8 +295,8 @@ def template(words: Sequence[str]) -> dict[str, Any]:
   for word in words:
     key, equals, value = word.partition("=")
     try:
-      found[key] = json.loads(value if equals else "")
-    except json.JSONDecodeError as error:
+      found[key] = json_objects.value(word, value if equals else "")
+    except InputError as error:
       raise InputError(f"--template {word} is not KEY=JSON: write enable_thinking=false."
                        ) from error
   return found

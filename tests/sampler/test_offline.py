@@ -18,6 +18,7 @@ from s2d_jax import chat, evaluate, recipe, tasks
 from s2d_jax import command as command_line
 from s2d_jax.assets import tokenizer
 from s2d_jax.data import jsonl
+from s2d_jax.errors import InputError
 from s2d_jax.sampler import __main__ as offline
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -237,6 +238,9 @@ def test_other_settings_and_another_writer_are_refused(prompts, tmp_path):
   with offline.only_writer(out, {"seed": 1, "dtype": "float32"}):
     with pytest.raises(ValueError, match="is being written by another process"):
       write()
+  out.with_name("out.jsonl.settings.json").write_text('{"seed": 1')
+  with pytest.raises(InputError, match="out.jsonl.settings.json is not JSON .*: choose another"):
+    write()
   out.with_name("out.jsonl.settings.json").unlink()
   with pytest.raises(ValueError, match="another dtype and seed, or without out.jsonl.settings"):
     write()
@@ -244,7 +248,11 @@ def test_other_settings_and_another_writer_are_refused(prompts, tmp_path):
 
 def test_a_damaged_line_is_named(prompts, tmp_path):
   out = tmp_path / "out.jsonl"
-  for damaged in ("{", '{"id": 1}', "3"):
+  for damaged in ("{", '{"id": 1}', "3", '{"id": 1, "prompt": "00", "sample": "0"}',
+                  '{"id": 1, "prompt": "00", "sample": 0, "logp": [NaN]}',
+                  '{"id": [1], "prompt": "00", "sample": 0}', '{"id": 1, "sample": 0}',
+                  '{"id": 1, "prompt": "00", "sample": 0, "sample": 1}',
+                  '{"id": true, "prompt": "00", "sample": 0}', "[" * 3000):
     out.write_text('{"id": 0, "prompt": "00", "sample": 0}\n' + damaged + "\n{\"cut")
     before = out.read_bytes()
     with pytest.raises(ValueError, match="out.jsonl line 2 is not a sample: take the line out"):
@@ -277,3 +285,6 @@ def test_arguments_of_the_template(word, found):
   assert offline.template([word]) == found
   with pytest.raises(ValueError, match="is not KEY=JSON"):
     offline.template([word.replace("=", "")])
+  for value in ("", "NaN", "1e999", '{"a": 1, "a": 2}', "[" * 3000, "\udce9"):
+    with pytest.raises(InputError, match="is not KEY=JSON"):
+      offline.template([f"x={value}"])

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from s2d_jax import keys, rollouts, sampler, stats
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
-from s2d_jax.rollouts import Prompt, Reward, Rollout
+from s2d_jax.rollouts import OnFinish, Prompt, Reward, Rollout
 from s2d_jax.sampler import Sampler
 from s2d_jax.sharding import Params
 
@@ -108,24 +108,35 @@ def check_probe(hp: ConfigDict) -> None:
                      f"{hp.prompts * samples} rows that are scored at once: change one of them.")
 
 
+class Stored(NamedTuple):
+  """Rows that an evaluation sampled before it was stopped, and what stores each further one."""
+  rows: Rollout | None   # in any order; None where there are none yet
+  on_finish: OnFinish
+
+
 def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Reward,
-          seed: tuple[int, ...], answer: Answer | None = None) -> tuple[stats.Samples, Rollout]:
+          seed: tuple[int, ...], answer: Answer | None = None,
+          stored: Stored | None = None) -> tuple[stats.Samples, Rollout]:
   """Samples every prompt and checks every response as it ends, while others are decoded.
 
   Args:
     prompts: of P problems.
     answer: the canonical answer of a response; None: the samples have no answers.
+    stored: rows that are read and not sampled again; None: every row is sampled.
 
   Returns:
     (samples, rollout): a sample is right where its reward is 1 or more; and the rows behind them.
   """
   # Filled while other rows are decoded, so that a slow grader costs no time of the device.
-  correct = {}
+  correct: dict[int, bool] = {}
 
   def check(index: int, rollout: Rollout) -> None:
     correct[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index)) >= 1
 
-  rollout, _ = sample(params, prompts, seed, on_finish=check)
+  if stored is None:
+    rollout, _ = sample(params, prompts, seed, on_finish=check)
+  else:
+    rollout = _resumed(sample, params, prompts, seed, stored, reward, correct)
   P = len(prompts)
   rows = range(len(rollout.prompt_id_B))
   # float32, because the scores of finished runs were computed in it.
@@ -138,6 +149,42 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
   return stats.Samples(
       correct_PG, rollout.response_length_B.reshape(P, -1),
       truncated_B.astype(np.float32).reshape(P, -1), answer_PG), rollout
+
+
+def _resumed(sample: Sampler, params: Params, prompts: Sequence[Prompt], seed: tuple[int, ...],
+             stored: Stored, reward: Reward, correct: dict[int, bool]) -> Rollout:
+  """The rollout of all samples of the prompts, of which the stored rows are not sampled again.
+
+  Args:
+    correct: receives whether each row, by its index in the result, is right.
+  """
+  requests = [(prompt, g) for prompt in prompts for g in range(sample.sampling.samples_per_prompt)]
+  index_of = {(prompt.id, g): index for index, (prompt, g) in enumerate(requests)}
+
+  def check(row: int, rollout: Rollout) -> None:
+    key = (int(rollout.prompt_id_B[row]), int(rollout.sample_index_B[row]))
+    correct[index_of[key]] = reward(key[0], rollout.response(row)) >= 1
+
+  def finish(row: int, rollout: Rollout) -> None:
+    stored.on_finish(row, rollout)
+    check(row, rollout)
+
+  parts = []
+  absent = {}
+  if stored.rows is not None:
+    # A file may hold rows of other problems, or further samples of each.
+    of_prompts = [row for row, key in enumerate(rollouts.keys_of(stored.rows)) if key in index_of]
+    parts.append(rollouts.take(stored.rows, of_prompts))
+    for row in range(len(of_prompts)):
+      check(row, parts[0])
+    absent = {field: None for field, x in stored.rows._asdict().items() if x is None}
+  missing = [request for index, request in enumerate(requests) if index not in correct]
+  if missing:
+    sampled, _ = sample.sample_rows(params, missing, seed, on_finish=finish)
+    parts.append(sampled._replace(**absent))
+  rollout = rollouts.concatenate(parts)
+  order = np.argsort([index_of[key] for key in rollouts.keys_of(rollout)])
+  return rollouts.take(rollout, order)
 
 
 def _numbered(answers_PG: np.ndarray) -> np.ndarray:
@@ -160,19 +207,21 @@ class Evaluation(NamedTuple):
 
 
 def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Prompt], reward: Reward,
-        seed: tuple[int, ...], statistics: Statistics, answer: Answer | None = None) -> Evaluation:
+        seed: tuple[int, ...], statistics: Statistics, answer: Answer | None = None,
+        stored: Mapping[str, Stored] | None = None) -> Evaluation:
   """Samples the prompts in every way, and computes the statistics of all samples.
 
   Args:
     samplers: by way of sampling, "sampled" or "greedy" (`stats.Statistic.of`).
     statistics: the samples by way of sampling -> their scores; see `intervals`.
-    answer: as `solve` takes it.
+    answer: as `solve` takes it; stored: likewise, by way of sampling.
   """
   # One seed for every way of sampling: a greedy row and a sampled one share no random number.
   samples = {}
   rows = {}
   for way, sample in samplers.items():
-    samples[way], rows[way] = solve(sample, params, prompts, reward, seed, answer)
+    samples[way], rows[way] = solve(sample, params, prompts, reward, seed, answer,
+                                    stored and stored[way])
   return Evaluation(dict(statistics(samples)), samples, rows)
 
 
@@ -183,6 +232,16 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
     samples[way] = {field: np.asarray(values, int).tolist()
                     for field, values in found._asdict().items() if values is not None}
   return {"scores": evaluation.scores, "samples": samples}
+
+
+def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+  """The settings by which two scores differ, by name; they may be of different sets of problems.
+
+  Scores that differ in the model's prompt, its sampling or the check of answers are no measure of
+  one thing, so they may not stand in one row.
+  """
+  names = sorted((first.keys() | other.keys()) - {"set"})
+  return [name for name in names if first.get(name) != other.get(name)]
 
 
 def intervals(ks: Sequence[int], seed: int, draws: int, level: float,

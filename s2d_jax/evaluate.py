@@ -1,11 +1,20 @@
-"""`s2d-jax eval`: scores one model on sets of checked problems, without a recipe."""
+"""`s2d-jax eval`: scores one model on sets of checked problems, without a recipe.
+
+With --out every sample is a line of a file beside the scores, in the format of `s2d-jax sample`.
+The command started again reads those lines and samples the missing ones.
+"""
 
 import argparse
+import contextlib
+import json
+import pathlib
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import (
@@ -13,7 +22,9 @@ from s2d_jax import (
   command,
   evals,
   files,
+  json_objects,
   keys,
+  manifest,
   models,
   program_cache,
   rollouts,
@@ -24,12 +35,21 @@ from s2d_jax import (
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
-from s2d_jax.rollouts import Reward
+from s2d_jax.rollouts import Prompt, Reward, Rollout
+from s2d_jax.sampler import Sampling
 from s2d_jax.sampler import __main__ as sample
 
-EXAMPLE = "s2d-jax eval --model FOLDER --task math --sets math500,aime24 --k 16"
+EXAMPLE = "s2d-jax eval --model FOLDER --sets math500,aime24,aime25 --k 16 --out scores.json"
 DRAWS = 1000  # of the bootstrap behind an interval
 LEVEL = 0.95
+# The recipe's own salt, so that equal weights have equal samples in a run and here.
+SALT = zlib.crc32(b"evaluation")
+
+
+class ProblemSet(NamedTuple):
+  """The problems of a set by id, and the file that they are from, where that is known."""
+  problems: dict[int, dict]
+  origin: Mapping[str, Any] | None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,67 +60,195 @@ def main(argv: Sequence[str]) -> None:
   """
   parser = command.Parser("eval", "Scores a model on sets of checked problems.", EXAMPLE)
   parser.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
-  parser.add_argument("--task", required=True, choices=tuple(tasks.TASKS), metavar="TASK",
+  parser.add_argument("--task", default="math", choices=tuple(tasks.TASKS), metavar="TASK",
                       help=f"prompts and answer check: {', '.join(tasks.TASKS)}")
-  parser.add_argument("--sets", required=True, help="names of sets, with commas between")
+  parser.add_argument("--sets", required=True,
+                      help="names of sets, or of task math NAME=PATH, with commas between")
   parser.add_argument("--data", metavar="FOLDER",
                       help="has SET.jsonl; by default {math}, for arithmetic {arithmetic}".format(
                           **tasks.FOLDERS))
   parser.add_argument("--out", metavar="FILE.json",
-                      help="stores every set's scores, and which samples are right")
+                      help="stores scores, with samples beside it; continued if there")
   parser.add_argument("--k", type=int, default=1, help="samples of each problem")
   parser.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
   sample.add_flags(parser)
   args = parser.parse_args(argv)
   sample.check_flags(args, "--k")
   keys.check_value("--batch", args.batch, keys.at_least(1))
-  names = args.sets.split(",")
-  if "" in names:
-    raise InputError(f"--sets is {args.sets!r}: write names with one comma between them.")
-  folder = args.data or tasks.FOLDERS[args.task]
-  task = tasks.TASKS[args.task](ConfigDict({"data": tasks.DATA[args.task](folder, names)}))
-  sets = {name: task.source(name) for name in names}
+  task, sets = read_sets(args)
   results = {}
+  if args.out and pathlib.Path(args.out).exists():
+    results = files.read_json(args.out)["sets"]
   with jax.set_mesh(sharding.make_mesh()), program_cache.opened(args.compilation_cache):
-    for name, evaluation in evaluations(args, task, sets):
-      for score, (value, low, high) in evaluation.scores.items():
+    for name, result in evaluations(args, task, sets, results):
+      for score, (value, low, high) in result["scores"].items():
         print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
-      results[name] = evals.record(evaluation)
+      results = results | {name: result}
       # Written after each set: an error in a later one loses none.
       if args.out:
         files.write_json(args.out, {"flags": vars(args), "sets": results})
 
 
-def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Sequence[dict]],
-                ) -> Iterator[tuple[str, evals.Evaluation]]:
-  """Yields (name, Evaluation) of a model's samples on each set of problems."""
-  _, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
-                                      {"dtype": args.dtype})
-  sampling = sample.sampling_of(args, args.k, tokenizer)
-  model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
-                          shapes=models.frozen_shapes)
-  for name, source in sets.items():
+def read_sets(args: argparse.Namespace) -> tuple[Task, dict[str, ProblemSet]]:
+  """The task, and each set of --sets by its name.
+
+  Raises:
+    InputError: a name is empty or is written twice, or the task refuses a set.
+  """
+  paths = dict(word.partition("=")[::2] for word in args.sets.split(","))
+  names = list(paths)
+  if "" in names or len(names) <= args.sets.count(","):
+    raise InputError(f"--sets is {args.sets!r}: write names with one comma between them, each "
+                     "once.")
+  # The name is part of the name of the file of samples.
+  if any("/" in name for name in names):
+    raise InputError(f"--sets is {args.sets!r}: write a name before the path, as mine=a/b.jsonl.")
+  paths = {name: path for name, path in paths.items() if path}
+  if paths and args.task != "math":
+    raise InputError(f"--sets is {args.sets!r}: leave the paths out, which the task {args.task} "
+                     "does not read.")
+  data = tasks.DATA[args.task](args.data or tasks.FOLDERS[args.task], names)
+  task = tasks.TASKS[args.task](ConfigDict({"data": data | paths}))
+  sets = {}
+  for name in names:
+    source = task.source(name)
     problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
-    prompts = [rollouts.Prompt(i, tuple(tokenizer.render(task.messages(problem),
-                                                         f"problem {i} of {name}")))
-               for i, problem in problems.items()]
-    # Refused before the set is sampled: positions beyond the trained ones give no sensible text.
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    if longest + args.max_tokens > model.config.max_positions:
-      raise InputError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new "
-                       f"ones leaves the model's {model.config.max_positions} positions: lower "
-                       "--max-tokens.")
+    sets[name] = ProblemSet(problems, getattr(source, "origin", None))
+  return task, sets
+
+
+def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, ProblemSet],
+                results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (name, result) of each set: its scores, the samples behind them, their settings.
+
+  Args:
+    results: of earlier calls, by set. A set that has its result there is not sampled again.
+
+  Raises:
+    InputError: a set cannot be scored, or its scores would be unlike those of `results`.
+  """
+  config, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
+                                          {"dtype": args.dtype})
+  sampling = sample.sampling_of(args, args.k, tokenizer)
+  prompts = {name: rendered(task, name, one, tokenizer) for name, one in sets.items()}
+  settings = {name: settings_of(args, task, sets[name], prompts[name], tokenizer, sampling)
+              for name in sets}
+  # Everything that can be refused without weights is refused before they are loaded.
+  for name in sets:
+    _check_positions(args, name, prompts[name], config.max_positions)
+    for other in results.keys() - sets.keys():
+      differ = evals.unlike(settings[name], results[other].get("settings", {}))
+      if differ:
+        raise InputError(f"{args.out} has scores of {other} with another {' and '.join(differ)}, "
+                         f"to which those of {name} cannot be compared: choose another --out.")
+  model = None
+  for name, one in sets.items():
+    if results.get(name, {}).get("settings") == settings[name]:
+      yield name, results[name]
+      continue
+    if model is None:
+      model, params = hf.load(args.model, sharding.current_mesh(), run={"dtype": args.dtype},
+                              shapes=models.frozen_shapes)
     # Compiled for each set, because its longest prompt sets the shapes.
+    longest = max(len(prompt.tokens) for prompt in prompts[name])
     with command.naming_flags(sample.FLAGS):
-      compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts)), longest,
+      compiled = sampler.Sampler(model, sampling, min(args.batch, len(prompts[name])), longest,
                                  sample.config_of(args), tokenizer.decode, params)
     statistics = evals.intervals((args.k,), args.seed, DRAWS, LEVEL)
-    with sampler.naming(args.model):
-      one = evals.run({"sampled": compiled}, params, prompts, reward_of(task, tokenizer, problems),
-                      # The recipe's own seed, so that equal weights have equal samples here.
-                      (args.seed, zlib.crc32(b"evaluation")), statistics,
-                      answer_of(task, tokenizer))
-    yield name, one
+    with sampler.naming(args.model), stored(args, name, settings[name], prompts[name],
+                                            tokenizer, compiled) as of_set:
+      found = evals.run({"sampled": compiled}, params, prompts[name],
+                        reward_of(task, tokenizer, one.problems), (args.seed, SALT), statistics,
+                        answer_of(task, tokenizer), of_set)
+    yield name, evals.record(found) | {"settings": settings[name]}
+
+
+def _check_positions(args: argparse.Namespace, name: str, prompts: Sequence[Prompt],
+                     positions: int) -> None:
+  """Refuses a set whose longest prompt and response leave the model's positions."""
+  # Positions beyond the trained ones give no sensible text.
+  longest = max(len(prompt.tokens) for prompt in prompts)
+  if longest + args.max_tokens > positions:
+    raise InputError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new ones "
+                     f"leaves the model's {positions} positions: lower --max-tokens.")
+
+
+def rendered(task: Task, name: str, one: ProblemSet, tokenizer: chat.Chat) -> list[Prompt]:
+  """The prompts of a set."""
+  return [Prompt(i, tuple(tokenizer.render(task.messages(problem), f"problem {i} of {name}")))
+          for i, problem in one.problems.items()]
+
+
+def settings_of(args: argparse.Namespace, task: Task, one: ProblemSet, prompts: Sequence[Prompt],
+                tokenizer: chat.Chat, sampling: Sampling) -> dict[str, Any]:
+  """All that a score depends on: it stands beside the score, and unlike scores share no row."""
+  facts = [(p.id, p.tokens, one.problems[p.id]["answer"]) for p in prompts]
+  settings = {
+      "model": hf.identity(args.model), "tokenizer": tokenizer.fingerprint(),
+      "sampling": sampling._asdict(), "seed": args.seed, "dtype": args.dtype, "task": args.task,
+      "checker": task.checker(), "interval": {"draws": DRAWS, "level": LEVEL},
+      "set": {"count": len(prompts), "origin": one.origin, "problems": manifest.digest(facts)}}
+  return json.loads(json.dumps(settings))  # as it will be read: tuples are lists
+
+
+@contextlib.contextmanager
+def stored(args: argparse.Namespace, name: str, settings: Mapping[str, Any],
+           prompts: Sequence[Prompt], tokenizer: chat.Chat,
+           compiled: sampler.Sampler) -> Iterator[dict[str, evals.Stored] | None]:
+  """The samples of a set that stand beside --out, and the file that further ones are added to.
+
+  Yields:
+    `stored` of `evals.run`; None without --out.
+
+  Raises:
+    InputError: the file was sampled with other settings, is being written, or has a wrong line.
+  """
+  if not args.out:
+    yield None
+    return
+  out = pathlib.Path(args.out)
+  path = out.with_name(f"{out.stem}-{name}.jsonl")
+  # The check of answers and the number of samples do not change what a row is.
+  of_rows = {key: settings[key] for key in ("model", "tokenizer", "seed", "dtype")}
+  of_rows["sampling"] = settings["sampling"] | {"samples_per_prompt": 1}
+  with sample.only_writer(path, of_rows | {"command": "eval"}):
+    rows = None
+    # Refuses samples of other prompts, and takes out a line that a kill cut off.
+    if sample.existing_rows(path, prompts):
+      rows = read_rows(path, prompts, compiled)
+    with open(path, "a", encoding="utf-8") as file:
+      def on_finish(row: int, rollout: Rollout) -> None:
+        file.write(sample.line(rollout, row, tokenizer))
+        # Each line reaches the file at once, so that a kill loses only the rows being decoded.
+        file.flush()
+      yield {"sampled": evals.Stored(rows, on_finish)}
+
+
+def read_rows(path: pathlib.Path, prompts: Sequence[Prompt],
+              compiled: sampler.Sampler) -> Rollout | None:
+  """The rows of a file of samples, as a Rollout without log-probabilities; None without any.
+
+  Args:
+    compiled: the sampler, whose widths the Rollout has.
+  """
+  of_prompt = {prompt.id: prompt for prompt in prompts}
+  rows = []
+  for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    row = json_objects.parse(f"{path} line {number}", text)
+    if row["id"] in of_prompt:
+      whole = isinstance(row.get("tokens"), list) and row.get("finish") in rollouts.FINISHED
+      if not whole or not all(isinstance(token, int) for token in row["tokens"]):
+        raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
+                         "sampled again, or choose another --out.")
+      rows.append(row)
+  if not rows:
+    return None
+  found = rollouts.given_solutions(
+      [of_prompt[row["id"]] for row in rows], [row["tokens"] for row in rows],
+      compiled.prompt_tokens, compiled.sampling.max_tokens)
+  return found._replace(
+      sample_index_B=np.array([row["sample"] for row in rows], np.int32),
+      finish_reason_B=np.array([rollouts.FINISHED.index(row["finish"]) for row in rows], np.int32))
 
 
 def reward_of(task: Task, tokenizer: chat.Chat, problems: dict[int, dict]) -> Reward:

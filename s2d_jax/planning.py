@@ -4,6 +4,7 @@ Arms that begin with equal stages share the nodes, so a stage is trained once. A
 and its problems are checked here, before anything runs or is written.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -67,6 +68,16 @@ class Task(NamedTuple):
   messages: Callable[[dict], list[dict]]   # problem -> chat messages
   reward: Callable[[dict, str], float]     # (problem, text); an evaluation counts 1 or more right
   answer: Callable[[str], str | None] | None = None  # text -> one spelling of its answer, for maj@k
+
+  def checker(self) -> dict[str, Any]:
+    """Names what checks and reads answers, with versions: scores of two checkers are unlike.
+
+    A reward that runs other packages names them in its attribute `packages`.
+    """
+    packages = getattr(self.reward, "packages", ())
+    return {"reward": identity_of(self.reward),
+            "answer": identity_of(self.answer) if self.answer is not None else None,
+            "packages": {name: importlib.metadata.version(name) for name in packages}}
 
 
 class Node(NamedTuple):

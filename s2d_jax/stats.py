@@ -308,6 +308,9 @@ STATISTICS = {
                      k="each", least_k=2, reads="answer_PG"),
     "truncated": Statistic(lambda samples, k: np.mean(samples.truncated_PG, axis=1),
                            reads="truncated_PG"),
+    # The share of samples from which an answer could be read, right or wrong.
+    "format": Statistic(lambda samples, k: np.mean(samples.answer_PG >= 0, axis=1),
+                        reads="answer_PG"),
     "response_length": Statistic(lambda samples, k: np.mean(samples.length_PG, axis=1),
                                  reads="length_PG", unit="tokens", label="response tokens"),
 }

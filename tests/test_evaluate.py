@@ -1,13 +1,19 @@
 """`s2d-jax eval`: the scores of a shipped model are those that its samples give by hand."""
 
+import argparse
+import contextlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from configs import arithmetic
-from s2d_jax import command, evaluate, tasks
+from s2d_jax import chat, command, evals, evaluate, sampler, tasks
+from s2d_jax.errors import InputError
+from s2d_jax.models import hf
+from s2d_jax.sampler import __main__ as sample
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +35,9 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
   lines = capsys.readouterr().out.splitlines()
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
   assert {row[0] for row in found} == {"validation"}
-  assert [row[1] for row in found] == ["avg@2", "pass@2", "maj@2", "truncated", "response_length"]
-  *found, _, _ = found
+  assert [row[1] for row in found] == ["avg@2", "pass@2", "maj@2", "truncated", "format",
+                                     "response_length"]
+  *found, _, _, _ = found
   (value,) = {float(row[2]) for row in found}
   assert 0.5 < value <= 1 and abs(256 * value - round(256 * value)) < 0.13
   assert all(float(low) <= value <= float(high) for *_, low, high in found)
@@ -68,7 +75,7 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
     (["--cache-gib=1e-9", "--max-tokens=32"], "--cache-gib is 1e-09, and one row of"),
     (["--task=math"], "data/validation.jsonl is not a file"),
     (["--max-tokens=99999"], "lower --max-tokens."),
-    (["--sets=math500,,a"], "--sets is 'math500,,a': write names with one comma between them."),
+    (["--sets=math500,,a"], "--sets is 'math500,,a': write names with one comma between them, "),
     (["--task=chess"], "argument --task: invalid choice: 'chess'"),
 ])
 def test_a_wrong_line_is_one_sentence(data, capsys, monkeypatch, tmp_path, flags, said):
@@ -79,3 +86,199 @@ def test_a_wrong_line_is_one_sentence(data, capsys, monkeypatch, tmp_path, flags
     command.call(evaluate.main, [*line, *data_flag, *flags])
   (sentence,) = capsys.readouterr().err.splitlines()
   assert error.value.code == 2 and sentence.startswith("s2d_jax: ") and said in sentence
+
+
+# Chained additions, as the shipped models learned them.
+ROWS = [{"id": i, "problem": text, "answer": f"{answer:02}"} for i, (text, answer) in enumerate(
+    [("12+34", 46), ("50+7+8", 65), ("99+1", 0), ("3+4+5", 12), ("20+20", 40), ("8+9", 17)])]
+
+
+@pytest.fixture
+def small(monkeypatch):
+  make_small(monkeypatch)
+
+
+def make_small(monkeypatch):
+  """The task arithmetic has six problems in each of the sets a and b; of b the answers are wrong."""
+  spoilt = [row | {"answer": "x"} for row in ROWS]
+  def task(config):
+    shipped = tasks.arithmetic(config)
+    return shipped._replace(source={"a": ROWS, "b": spoilt}.__getitem__)
+  monkeypatch.setitem(tasks.TASKS, "arithmetic", task)
+
+
+def scored(tmp_path, *flags, out="scores.json", sets="a"):
+  """The stored result of a call on the shipped teacher: three samples of each problem."""
+  evaluate.main(["--model", arithmetic.get_config().teacher, "--task=arithmetic", f"--sets={sets}",
+                 "--k=3", "--max-tokens=24", "--batch=2",
+                 # Shared by the tests of a session.
+                 f"--compilation-cache={tmp_path.parent / 'programs'}", f"--out={tmp_path / out}", *flags])
+  return json.loads((tmp_path / out).read_text())["sets"]
+
+
+def lines(path):
+  return {(row["id"], row["sample"]): row for row in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """The folder of one call on both sets, and its result."""
+  folder = tmp_path_factory.mktemp("undisturbed")
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    make_small(monkeypatch)
+    return folder, scored(folder, sets="a,b")
+
+
+@pytest.mark.medium
+def test_every_sample_is_a_line_and_gives_the_scores(undisturbed):
+  folder, result = undisturbed
+  for name in ("a", "b"):
+    rows = lines(folder / f"scores-{name}.jsonl")
+    assert rows.keys() == {(i, g) for i in range(6) for g in range(3)}
+    answers = [row["answer"] if name == "a" else "x" for row in ROWS]
+    # By hand: the text behind the last "=" is the answer.
+    right = [[int(rows[i, g]["response"].rpartition("=")[2] == answers[i]) for g in range(3)]
+             for i in range(6)]
+    samples = result[name]["samples"]["sampled"]
+    assert samples["correct_PG"] == right
+    assert samples["length_PG"] == [[len(rows[i, g]["tokens"]) for g in range(3)] for i in range(6)]
+    cut = [[int(rows[i, g]["finish"] == "length") for g in range(3)] for i in range(6)]
+    assert samples["truncated_PG"] == cut
+    scores = result[name]["scores"]
+    assert scores["avg@3"][0] == pytest.approx(np.mean(right))
+    assert scores["pass@3"][0] == pytest.approx(np.mean(np.max(right, axis=1)))
+    assert scores["truncated"][0] == pytest.approx(np.mean(cut))
+    assert scores["format"][0] == pytest.approx(np.mean(np.array(samples["answer_PG"]) >= 0))
+  assert result["a"]["scores"]["avg@3"][0] > 0 == result["b"]["scores"]["avg@3"][0]
+
+
+def test_what_determines_a_score_stands_beside_it(undisturbed):
+  _, result = undisturbed
+  a, b = result["a"]["settings"], result["b"]["settings"]
+  teacher = arithmetic.get_config().teacher
+  assert a["tokenizer"] == chat.Chat(teacher).fingerprint() and a["model"] == hf.identity(teacher)
+  assert a["sampling"]["temperature"] == 1 and a["sampling"]["max_tokens"] == 24
+  assert a["checker"]["reward"] == ["s2d_jax.rewards.arithmetic", "reward", 1]
+  assert a["set"]["count"] == 6 and a["set"]["problems"] != b["set"]["problems"]
+  assert evals.unlike(a, b) == []
+
+
+class Stopped(Exception):
+  """Raised where a kill would stop the process."""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("rows, cut", [(0, False), (1, True), (7, False), (17, True), (18, False)])
+def test_a_stopped_evaluation_continues(small, undisturbed, monkeypatch, tmp_path, rows, cut):
+  written = []
+  whole = sample.line
+  def line(*args):
+    if len(written) == rows:
+      raise Stopped
+    written.append(whole(*args))
+    return written[-1]
+  path = tmp_path / "scores-a.jsonl"
+  with monkeypatch.context() as patch, contextlib.suppress(Stopped):
+    patch.setattr(sample, "line", line)
+    scored(tmp_path)
+  before = path.read_bytes()
+  assert before.count(b"\n") == rows
+  if cut:  # the last line was not written whole
+    path.write_bytes(before[:-9])
+  sampled = []
+  def counted(self, params, requests, *args, **kwargs):
+    sampled.extend(requests)
+    return sample_rows(self, params, requests, *args, **kwargs)
+  sample_rows = sampler.Sampler.sample_rows
+  monkeypatch.setattr(sampler.Sampler, "sample_rows", counted)
+  (tmp_path / "scores.json").unlink(missing_ok=True)  # of 18 rows the scores were written too
+  result = scored(tmp_path)
+  assert len(sampled) == 18 - (rows - cut)
+  assert path.read_bytes().startswith(before[: before[:-9].rfind(b"\n") + 1 if cut else None])
+  folder, whole_result = undisturbed
+  assert result == {"a": whole_result["a"]}
+  assert {key: row["tokens"] for key, row in lines(path).items()} == {
+      key: row["tokens"] for key, row in lines(folder / "scores-a.jsonl").items()}
+
+
+@pytest.mark.medium
+def test_a_finished_set_is_not_scored_again(small, undisturbed, monkeypatch, tmp_path, capsys):
+  folder, result = undisturbed
+  shutil.copy(folder / "scores.json", tmp_path)
+  monkeypatch.setattr(hf, "load", None)
+  assert scored(tmp_path, sets="a,b") == result
+  assert "avg@3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--temperature=0.5"], "sampling"), (["--top-p=0.9"], "sampling"), (["--top-k=3"], "sampling"),
+    (["--min-p=0.1"], "sampling"), (["--k=2"], "sampling"), (["--max-tokens=20"], "sampling"),
+    (["--seed=1"], "seed"), (["--dtype=bfloat16"], "dtype"),
+    (["--model", arithmetic.get_config().student], "model"),
+    (["--model", arithmetic.get_config().student, "--seed=1"], "model and seed"),
+])
+def test_unlike_scores_do_not_share_a_file(small, undisturbed, tmp_path, flags, named):
+  folder, result = undisturbed
+  (tmp_path / "scores.json").write_text(json.dumps({"sets": {"a": result["a"]}}))
+  with pytest.raises(InputError, match=f"has scores of a with another {named}, to which"):
+    scored(tmp_path, *flags, sets="b")
+
+
+def test_scores_of_another_checker_are_unlike(undisturbed):
+  settings = undisturbed[1]["a"]["settings"]
+  for change in ({"checker": settings["checker"] | {"packages": {"math-verify": "0.8"}}},
+                 {"checker": settings["checker"] | {"reward": ["x", "reward", 2]}},
+                 {"tokenizer": "another template"}):
+    assert evals.unlike(settings, settings | change) == list(change)
+  assert evals.unlike(settings, {}) == sorted(settings.keys() - {"set"})
+
+
+@pytest.mark.medium
+def test_another_check_reads_the_samples_again(small, undisturbed, monkeypatch, tmp_path):
+  folder, result = undisturbed
+  for file in folder.glob("scores-a.jsonl*"):
+    shutil.copy(file, tmp_path)
+  task = tasks.TASKS["arithmetic"]
+  monkeypatch.setitem(tasks.TASKS, "arithmetic",
+                      lambda config: task(config)._replace(reward=lambda problem, text: 1.0))
+  monkeypatch.setattr(sampler.Sampler, "sample_rows", None)
+  found = scored(tmp_path)
+  assert found["a"]["scores"]["avg@3"] == [1, 1, 1]
+  assert evals.unlike(found["a"]["settings"], result["a"]["settings"]) == ["checker"]
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"id": 0, "prompt": "%s", "sample": 5}', "is not a sample"),
+    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": "7", "finish": "stop"}', "is not a sample"),
+    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": [7], "finish": "none"}', "is not a sample"),
+    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": [0.5], "finish": "stop"}', "is not a sample"),
+    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": null, "finish": "stop"}', "is not a sample"),
+    ('{"id": 0, "prompt": "00000000", "sample": 5}', "has samples of another prompt with the id 0"),
+    ("{}", "is not a sample"), ("[", "is not"),
+])
+def test_a_wrong_line_of_a_file_of_samples_is_named(small, undisturbed, tmp_path, line, reason):
+  folder, _ = undisturbed
+  for file in folder.glob("scores-a.jsonl*"):
+    shutil.copy(file, tmp_path)
+  path = tmp_path / "scores-a.jsonl"
+  first = next(iter(lines(path).values()))
+  with open(path, "a") as file:
+    file.write((line % first["prompt"] if "%s" in line else line) + "\n")
+  with pytest.raises(InputError, match=reason):
+    scored(tmp_path)
+
+
+def test_a_set_may_be_a_file(tmp_path):
+  path = tmp_path / "mine.jsonl"
+  path.write_text(json.dumps({"problem": "1+1", "answer": "2", "id": 4}) + "\n")
+  (tmp_path / "other.jsonl").write_text(path.read_text())
+  args = argparse.Namespace(task="math", sets=f"new={path},other", data=str(tmp_path))
+  _, sets = evaluate.read_sets(args)
+  assert {name: list(one.problems) for name, one in sets.items()} == {"new": [4], "other": [4]}
+  assert sets["new"].problems[4]["answer"] == "2"
+
+
+@pytest.mark.parametrize("sets", ["", ",", "a,", "a,a", "a/b", "=x.jsonl", "a,b,a=x.jsonl"])
+def test_wrong_names_of_sets_are_refused(sets):
+  with pytest.raises(InputError, match="--sets is "):
+    evaluate.read_sets(argparse.Namespace(task="math", sets=sets, data="data"))

@@ -310,7 +310,8 @@ def test_scores_are_named_and_ordered_by_the_table():
   one = stats.Samples(np.ones((3, 4)), np.full((3, 4), 7), np.zeros((3, 4)),
                       np.zeros((3, 4), int))
   names = stats.names({"sampled": one, "greedy": stats.Samples(np.ones((3, 1)))}, (1, 4))
-  assert names == ["greedy", "avg@4", "pass@1", "pass@4", "maj@4", "truncated", "response_length"]
+  assert names == ["greedy", "avg@4", "pass@1", "pass@4", "maj@4", "truncated", "format",
+                   "response_length"]
   assert stats.ordered(["response_length", "pass@16", "maj@4", "pass@4", "avg@4", "greedy"]) == [
       "greedy", "avg@4", "pass@4", "pass@16", "maj@4", "response_length"]
   assert stats.headline(names) == "avg@4"
@@ -323,9 +324,12 @@ def test_each_statistic_is_its_own():
   samples = {"sampled": stats.Samples(np.array([[0, 1, 1]]), np.array([[4, 5, 9]]),
                                       np.array([[0, 0, 1]]), np.array([[0, 1, 1]]))}
   values = {name: float(stats.value_P(name, samples)[0])
-            for name in ("avg@3", "pass@2", "maj@2", "truncated", "response_length")}
-  assert values == pytest.approx(
-      {"avg@3": 2 / 3, "pass@2": 1, "maj@2": 1 / 2, "truncated": 1 / 3, "response_length": 6})
+            for name in ("avg@3", "pass@2", "maj@2", "truncated", "format", "response_length")}
+  assert values == pytest.approx({"avg@3": 2 / 3, "pass@2": 1, "maj@2": 1 / 2, "truncated": 1 / 3,
+                                  "format": 1, "response_length": 6})
+  # Of four samples two have an answer, and a wrong one counts.
+  some = stats.Samples(np.zeros((2, 2)), answer_PG=np.array([[0, -1], [-1, 1]]))
+  assert stats.value_P("format", {"sampled": some}).tolist() == [0.5, 0.5]
   with pytest.raises(ValueError, match="there is no statistic 'best@2': choose from greedy, avg,"):
     stats.value_P("best@2", samples)
 

@@ -70,6 +70,12 @@ def row_key(seed: Sequence[int], prompt_id: int, sample_index: int) -> np.ndarra
   return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 
+def keys_of(rollout: Rollout) -> list[tuple[int, int]]:
+  """(prompt id, sample index) of each row."""
+  ids = np.asarray(rollout.prompt_id_B).tolist()
+  return list(zip(ids, np.asarray(rollout.sample_index_B).tolist(), strict=True))
+
+
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
   """Rollouts of equal widths, one after the other; the weight version is that of the first."""
   # The last field, the weight version, is one number and no array of rows.

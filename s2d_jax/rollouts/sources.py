@@ -115,7 +115,7 @@ class Store:
 
   def _index(self, name: str, part: Rollout) -> None:
     self._parts[name] = part
-    for row, key in enumerate(_keys(part)):
+    for row, key in enumerate(records.keys_of(part)):
       # The part that had a row first keeps it, as in `add`.
       self._location.setdefault(key, (name, row))
 
@@ -132,7 +132,7 @@ class Store:
     Raises:
       InputError: the store has a part of that name, and the rollout brings further rows.
     """
-    new = [row for row, key in enumerate(_keys(part)) if key not in self._location]
+    new = [row for row, key in enumerate(records.keys_of(part)) if key not in self._location]
     if not new:
       return
     if name in self._parts:
@@ -150,12 +150,6 @@ class Store:
     locations = [self._location[p.id, int(g)] for p in prompts for g in samples]
     rows = [records.take(self._parts[name], slice(row, row + 1)) for name, row in locations]
     return records.concatenate(rows), [name for name, _ in locations]
-
-
-def _keys(part: Rollout) -> list[tuple[int, int]]:
-  """(prompt id, sample index) of each row."""
-  ids = np.asarray(part.prompt_id_B).tolist()
-  return list(zip(ids, np.asarray(part.sample_index_B).tolist(), strict=True))
 
 
 class FrozenActor(NamedTuple):

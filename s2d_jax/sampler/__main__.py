@@ -302,6 +302,19 @@ def template(words: Sequence[str]) -> dict[str, Any]:
   return found
 
 
+def line(rollout: Rollout, row: int, tokenizer: Chat) -> str:
+  """The line of a file of samples for one row of a rollout."""
+  ids = rollout.response(row)
+  prompt = Prompt(int(rollout.prompt_id_B[row]),
+                  tuple(rollout.prompt_BT[row, : rollout.prompt_length_B[row]].tolist()))
+  return json.dumps({
+      "id": prompt.id, "prompt": prompt_hash(prompt), "sample": int(rollout.sample_index_B[row]),
+      "response": tokenizer.decode(ids),
+      "finish": rollouts.FINISHED[rollout.finish_reason_B[row]], "tokens": ids.tolist(),
+      "logp": [round(float(x), 6) for x in rollout.sampler_logp_BT[row, : len(ids)]]},
+      allow_nan=False) + "\n"
+
+
 def write(path: pathlib.Path, compiled: Sampler, weights: Weights, requests: Sequence[Request],
           seed: int, tokenizer: Chat, before: int) -> None:
   """Samples rows and appends each to the output as soon as it has ended.
@@ -313,14 +326,7 @@ def write(path: pathlib.Path, compiled: Sampler, weights: Weights, requests: Seq
   with open(path, "a", encoding="utf-8") as out, tqdm(
       total=before + len(requests), initial=before, unit="row", file=sys.stderr) as bar:
     def on_finish(index: int, rollout: Rollout) -> None:
-      prompt, sample = part[index]
-      ids = rollout.response(index)
-      out.write(json.dumps({
-          "id": prompt.id, "prompt": prompt_hash(prompt), "sample": sample,
-          "response": tokenizer.decode(ids),
-          "finish": rollouts.FINISHED[rollout.finish_reason_B[index]], "tokens": ids.tolist(),
-          "logp": [round(float(x), 6) for x in rollout.sampler_logp_BT[index, : len(ids)]]},
-          allow_nan=False) + "\n")
+      out.write(line(rollout, index, tokenizer))
       # Each line reaches the file at once, so that a kill loses only the rows being decoded.
       out.flush()
       bar.update()

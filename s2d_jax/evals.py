@@ -237,8 +237,8 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
 def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
   """The settings by which two scores differ, by name; they may be of different sets of problems.
 
-  Scores that differ in the model's prompt, its sampling or the check of answers are no measure of
-  one thing, so they may not stand in one row.
+  Scores that differ in the model's prompt, its sampling or the check of answers measure different
+  things, so they may not stand in one row.
   """
   names = sorted((first.keys() | other.keys()) - {"set"})
   return [name for name in names if first.get(name) != other.get(name)]

@@ -99,7 +99,7 @@ def small(monkeypatch):
 
 
 def make_small(monkeypatch):
-  """The task arithmetic has six problems in each of the sets a and b; of b the answers are wrong."""
+  """The task arithmetic has six problems in each of the sets a and b; b's answers are wrong."""
   spoilt = [row | {"answer": "x"} for row in ROWS]
   def task(config):
     shipped = tasks.arithmetic(config)
@@ -112,7 +112,8 @@ def scored(tmp_path, *flags, out="scores.json", sets="a"):
   evaluate.main(["--model", arithmetic.get_config().teacher, "--task=arithmetic", f"--sets={sets}",
                  "--k=3", "--max-tokens=24", "--batch=2",
                  # Shared by the tests of a session.
-                 f"--compilation-cache={tmp_path.parent / 'programs'}", f"--out={tmp_path / out}", *flags])
+                 f"--compilation-cache={tmp_path.parent / 'programs'}",
+                 f"--out={tmp_path / out}", *flags])
   return json.loads((tmp_path / out).read_text())["sets"]
 
 
@@ -152,7 +153,7 @@ def test_every_sample_is_a_line_and_gives_the_scores(undisturbed):
   assert result["a"]["scores"]["avg@3"][0] > 0 == result["b"]["scores"]["avg@3"][0]
 
 
-def test_what_determines_a_score_stands_beside_it(undisturbed):
+def test_all_that_determines_a_score_is_stored_with_it(undisturbed):
   _, result = undisturbed
   a, b = result["a"]["settings"], result["b"]["settings"]
   teacher = arithmetic.get_config().teacher
@@ -251,7 +252,7 @@ def test_another_check_reads_the_samples_again(small, undisturbed, monkeypatch, 
     ('{"id": 0, "prompt": "%s", "sample": 5}', "is not a sample"),
     ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": "7", "finish": "stop"}', "is not a sample"),
     ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": [7], "finish": "none"}', "is not a sample"),
-    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": [0.5], "finish": "stop"}', "is not a sample"),
+    ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": [.5], "finish": "stop"}', "is not"),
     ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": null, "finish": "stop"}', "is not a sample"),
     ('{"id": 0, "prompt": "00000000", "sample": 5}', "has samples of another prompt with the id 0"),
     ("{}", "is not a sample"), ("[", "is not"),

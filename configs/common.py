@@ -1,5 +1,6 @@
 """Shared pieces of configs: the argument string, and each block's keys with default and remark."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -185,84 +186,141 @@ def shrink(config: ConfigDict) -> None:
   config.mesh = (1, 1, 1)
 
 
+# In the blocks below each value says where it is from:
+#   printed  in the paper's tables 8 and 9 (arXiv 2605.12483 v4), or its text
+#   gap      the paper does not print it; chosen after the authors' public code where that has one
+#   ours     what no result depends on but by rounding: memory, logs, how often something is saved
+
+
 def _answers(samples: int, **decoding: Any) -> dict[str, Any]:
-  """The sampling of `math`: responses of at most 16,384 tokens."""
-  return sampling(samples_per_prompt=samples, max_tokens=16_384, **decoding)
+  """The sampling of `math`: at temperature 1 and top-p 1 unless `decoding` has others."""
+  return sampling(samples_per_prompt=samples,
+                  max_tokens=16_384,   # printed: tokens of a response
+                  **decoding)
+
+
+def _math_rl(epoch: int) -> dict[str, Any]:
+  """GRPO, of the teacher or of the student; `epoch` is one pass over the problems, in steps."""
+  return stage(
+      steps=10 * epoch,           # printed: 10 epochs. gap: they are passes over the problems
+      prompts=64,                 # gap: problems a step
+      sampling=_answers(8),       # gap: rollouts and temperature, as printed for transfer
+      optim=adamw(
+          lr=1e-6,                # printed, with AdamW and a gradient clip of 1.0
+          decay="constant",       # gap: as in the authors' code, without warmup
+          weight_decay=0.1),      # gap: as in the authors' code
+      epochs=1,                   # gap: passes over a step's rollouts, verl's default
+      minibatches=8,              # printed: mini-batches of 8 problems
+      microbatches=4,             # printed: one row a device, of 16
+      mean="token",               # gap: verl's default
+      block=1024,                 # ours
+      save_every=10,              # ours
+  ) | grpo(
+      advantages="group",         # gap: divided by the group's deviation, verl's default
+      surrogate="clipped",        # gap: verl also bounds the loss of negative advantages
+      clip_low=0.2,               # printed: clip ratio 0.2
+      clip_high=0.2,              # printed
+      kl="k3",                    # gap: in the loss, verl's default
+      kl_coef=5e-4,               # printed
+      mismatch="none",            # gap: verl's default
+      overlong="none")            # gap
+
+
+def _math_transfer(epoch: int, samples: int, microbatches: int, block: int) -> dict[str, Any]:
+  """Learning from a teacher's or the student's own rollouts, or from given solutions."""
+  return stage(
+      steps=epoch,                # printed: 1 epoch. gap: each stage of the bridge makes one
+      prompts=64,                 # printed: mini-batches of 64
+      sampling=_answers(samples),  # printed: 8 rollouts, temperature 1.0, top-p 1.0, top-k -1
+      optim=adamw(
+          lr=1e-6,                # printed. gap: the table is read as that of forward_kl too
+          decay="constant",       # gap: as in the authors' code, without warmup
+          weight_decay=0.1),      # gap: as in the authors' code
+      minibatches=1,              # printed: one update of all rollouts of a step
+      microbatches=microbatches,  # ours: printed are 4 rows a device
+      mean="token",               # gap: the authors' code averages microbatches' means
+      block=block,                # ours
+      save_every=10)              # ours
 
 
 def _math_stages() -> dict[str, dict[str, Any]]:
   """The stages of `math`."""
-  epoch = 271          # steps of 64 in DAPO-Math-17K's 17,398 problems
-  optim = adamw(lr=1e-6, weight_decay=0.1)
-
-  def rl():
-    return stage(steps=10 * epoch, prompts=64, sampling=_answers(8), optim=optim, minibatches=8,
-                 microbatches=4, block=1024, save_every=10) | grpo(kl="k3", kl_coef=5e-4)
-
-  def transfer(samples, **memory):
-    return stage(steps=epoch, prompts=64, sampling=_answers(samples), optim=optim, save_every=10,
-                 **memory)
-
-  bridge = {"microbatches": 32, "block": 256}  # two models' logits at once
+  epoch = 271                     # steps of 64 in DAPO-Math-17K's 17,398 problems
+  bridge = {"microbatches": 32, "block": 256}  # ours: two models' logits at once
+  soft = forward_kl(form="full")  # gap: the teacher's whole distribution, unfiltered rollouts
   return {
-      "teacher_grpo": rl(),
-      "teacher_sft": transfer(1, microbatches=4, block=1024),
-      "forward_kl": transfer(8, **bridge) | forward_kl(),
-      "sft": transfer(8, **bridge),
-      "weighted_fkl": transfer(8, **bridge) | forward_kl() | {"pass_samples": 8},
-      "reverse_kl": transfer(8, **bridge) | reverse_kl(),
-      "student_grpo": rl()}
+      "teacher_grpo": _math_rl(epoch),
+      # gap: the paper's SFT'd teachers learn from responses of gpt-oss-120B, by unprinted settings
+      "teacher_sft": _math_transfer(epoch, 1, microbatches=4, block=1024),
+      "forward_kl": _math_transfer(epoch, 8, **bridge) | soft,  # gap: 8 rollouts, as in OPD
+      "sft": _math_transfer(epoch, 8, **bridge),  # gap: budget equal to the bridge's
+      # An ablation of ours.
+      "weighted_fkl": _math_transfer(epoch, 8, **bridge) | soft | {"pass_samples": 8},
+      "reverse_kl": _math_transfer(epoch, 8, **bridge) | reverse_kl(
+          form="full"),           # gap: the authors' code has the full divergence
+      "student_grpo": _math_rl(epoch)}
+
+
+def _math_evals() -> dict[str, dict[str, Any]]:
+  """The evaluations of `math`: the paper's three benchmarks, and a curve between steps."""
+  # gap: the evaluation script of the authors' code has these
+  decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+  benchmarks = {name: evaluation(split=name, prompts=32,
+                                 sampling=_answers(16, **decoding),  # printed: avg@16
+                                 ks=(1, 4, 16), draws=2000)          # ours
+                for name in ("math500", "aime24", "aime25")}         # printed
+  return benchmarks | {
+      "validation": evaluation(split="validation", problems=32, sampling=_answers(1, **decoding),
+                               statistics="avg,response_length", when="every 50")}
 
 
 def math(arg: ConfigDict) -> ConfigDict:
-  """The settings the two mathematics configs share, after the paper's tables 8 and 9 (v4).
+  """The settings that the mathematics configs share, after the paper; `arg` has seed, data, tiny.
 
-  `arg` has seed, data (a folder) and tiny. Printed in the paper: AdamW at 1e-6, clip 0.2, KL
-  coefficient 5e-4, gradient clip 1, mini-batches of 8 (GRPO) and 64 (transfer) prompts, one row a
-  device in GRPO, 10 epochs (GRPO) and 1 (transfer), read as passes over the prompts, prompts of at
-  most 3,072 tokens (GRPO; 2,048 in transfer, where we keep the one window), answers of at most
-  16,384, 8 rollouts a prompt at temperature 1 (transfer), bfloat16, 16 devices, avg@16. Not
-  printed, so chosen, with the authors' public code as the guide: 8 rollouts a prompt and 64 prompts
-  a step in GRPO, k3 as the KL, advantages divided by the group's std, means over tokens, weight
-  decay 0.1, no warmup, evaluation at temperature 0.7, top-p 0.8, top-k 20. A half arm makes as many
-  updates as a full one, and so twice the passes over its half.
+  A half arm makes as many updates as a full one, and so twice the passes over its half.
   """
   config = ConfigDict()
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
   config.task = "math"
   # Names of published sets (docs/data.md): files in `dir`, downloaded to there where they are not.
-  config.data = {"dir": arg.data, "labelled": "dapo_math_17k", "validation": "math_train",
-                 "math500": "math500", "aime24": "aime24", "aime25": "aime25",
+  config.data = {"dir": arg.data,
+                 "labelled": "dapo_math_17k",  # printed. gap: which of its deduplications
+                 "validation": "math_train",   # ours: for curves and probes
+                 "math500": "math500", "aime24": "aime24", "aime25": "aime25",  # printed
                  # scored splits that may hold labelled problems, with commas between
                  "overlap": ""}
   # Optional: config.data.solutions, a file of responses (docs/sampling.md), and config.data.grader,
   # "math_verify" instead of the string match.
   config.label_share = 1.0
-  config.half_seed = 0
+  config.half_seed = 0                      # gap: the halves are fixed and random
   config.template = {}
-  config.prompt_tokens = 3072
-  config.dtype = "bfloat16"
-  config.remat = "block"
-  config.attention = "auto"                 # the backend's own kernel
-  config.mesh = (1, 16, 1)
+  config.prompt_tokens = 3072               # printed for GRPO; for transfer 2,048
+  config.dtype = "bfloat16"                 # printed
+  config.remat = "block"                    # ours
+  config.attention = "auto"                 # ours: the backend's own kernel
+  config.mesh = (1, 16, 1)                  # printed: 16 devices
   config.sampler = sampler(chunk=512)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
 
   config.stages = _math_stages()
-  decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
                   "microbatches": 128, "block": 256, "sampling": _answers(16)}
-  # A further benchmark is a further entry, such as aime24; finished stages are kept.
-  config.evals = {
-      "math500": evaluation(split="math500", prompts=32, sampling=_answers(16, **decoding),
-                            ks=(1, 4, 16), draws=2000),
-      "validation": evaluation(split="validation", problems=32, sampling=_answers(1, **decoding),
-                               statistics="avg,response_length", when="every 50")}
+  config.evals = _math_evals()
   if arg.tiny:
     config.prompt_tokens = 256
     config.dtype = "float32"
     shrink(config)
     config.stages.teacher_sft.sampling.samples_per_prompt = 1
   return config
+
+
+def fit_one_device(config: ConfigDict, adapters: Sequence[str]) -> None:
+  """Makes a config of `math` fit one device: one row at a time, and adapters in these stages."""
+  config.mesh = (1, 1, 1)
+  for name, hp in config.stages.items():
+    hp.microbatches = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
+    hp.lora.rank = 32 if name in adapters else 0
+  samples = config.probe.prompts * config.probe.sampling.samples_per_prompt
+  config.probe.microbatches = samples

@@ -1,23 +1,85 @@
-"""Qwen3-8B teaches Qwen3-1.7B mathematics: the paper's Qwen block (arXiv 2605.12483).
+"""Qwen3 teaches Qwen3-1.7B mathematics: the paper's Qwen block (arXiv 2605.12483).
 
-  s2d-jax run --config=configs/qwen3_math.py:models=/models,data=/data --workdir=...
+  s2d-jax run --config=configs/qwen3_math.py:teacher=8b,models=/models,data=/data --workdir=...
 
-Needs the folders Qwen3-8B and Qwen3-1.7B under `models`, and JSON lines of problem and answer under
-`data` (`common.math` names them). Not yet run at this size; `s2d-jax preflight` says what it needs.
-`:tiny` keeps the two folders and the data and shrinks everything else.
+Needs the folders Qwen3-1.7B and the teacher's under `models`, and the sets of docs/data.md, which
+are downloaded to `data`. Not yet run at this size; `s2d-jax preflight` says what it needs.
+
+  teacher=8b    or 14b; 1.7b is the same-size teacher, with the paper's three arms of it
+  sft_teacher   the arms of a teacher that learned from given solutions: the file solutions.jsonl
+                under `data` (docs/sampling.md; the paper's are responses of gpt-oss-120B)
+  one_gpu       1.7B from 8B on one card of 80 GB: adapters for the teacher, no KL of its GRPO
+  colab         0.6B from 1.7B on one card of 16 GB: adapters, short answers, GSM8K's problems
+  tiny          the folders and the data as they are, and everything else small
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+_TEACHERS = {"8b": "Qwen3-8B", "14b": "Qwen3-14B", "1.7b": "Qwen3-1.7B"}
+_SFT_ARMS = ("untrained,cold_grpo,sft_teacher_bridge,half_sft_teacher_bridge,"
+             "half_sft_teacher_bridge_grpo_2h,half_sft_teacher_bridge_replay_1h")
+
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The config, locked."""
-  arg = common.parse_arg(arg, seed=0, models="models", data="data", tiny=False)
+  """The config, locked.
+
+  Raises:
+    ValueError: the argument is unknown, or two of its parts exclude each other.
+  """
+  arg = common.parse_arg(arg, seed=0, models="models", data="data", teacher="8b",
+                         sft_teacher=False, one_gpu=False, colab=False, tiny=False)
+  if arg.teacher not in _TEACHERS:
+    raise ValueError(f"the config's argument teacher is {arg.teacher!r}: use "
+                     f"{', '.join(_TEACHERS)}.")
+  if (arg.one_gpu or arg.colab) and (arg.teacher != "8b" or arg.one_gpu == arg.colab):
+    raise ValueError("the config's arguments one_gpu and colab name a pair of models of their own: "
+                     "leave teacher and the other of the two out.")
   config = common.math(arg)
-  config.teacher = f"{arg.models}/Qwen3-8B"
+  config.teacher = f"{arg.models}/{_TEACHERS[arg.teacher]}"
   config.student = f"{arg.models}/Qwen3-1.7B"
   # The paper's scores can only be non-thinking ones; its code hard-wires this.
-  config.template = {"enable_thinking": False}
+  config.template = {"enable_thinking": False}  # gap: the paper does not say
+  if arg.teacher == "1.7b":
+    config.arms = "untrained,cold_grpo,bridge,opd_only,sft_only"
+  if arg.sft_teacher:
+    config.arms = _SFT_ARMS
+    config.data.solutions = f"{arg.data}/solutions.jsonl"
+  if arg.one_gpu:
+    common.fit_one_device(config, ("teacher_grpo", "teacher_sft"))
+    # The start that a KL compares with is 16 GB more.
+    config.stages.teacher_grpo.update({"kl": "none", "kl_coef": 0.0})
+    for name in ("teacher_grpo", "teacher_sft"):
+      config.stages[name].optim.lr = 1e-5  # ours: adapters take larger steps than weights
+  if arg.colab:
+    _colab(config, arg)
   return config.lock()
+
+
+def _colab(config: ConfigDict, arg: ConfigDict) -> None:
+  """Makes the config fit a card of 16 GB: nothing of it is the paper's but the recipe."""
+  config.teacher = f"{arg.models}/Qwen3-1.7B"
+  config.student = f"{arg.models}/Qwen3-0.6B"
+  config.arms = "untrained,cold_grpo,bridge"
+  # Short problems and short answers; the held-out set is scored, and no choice depends on it.
+  config.data.update({"labelled": "gsm8k_train", "validation": "gsm8k"})
+  config.prompt_tokens = min(512, config.prompt_tokens)
+  # A few rows, so that caches do not take all that a larger card has.
+  config.sampler.cache_gib = 1.0
+  config.evals = {"gsm8k": config.evals.math500, "validation": config.evals.validation}
+  samples = min(4, config.evals.gsm8k.sampling.samples_per_prompt)
+  config.evals.gsm8k.update({"split": "validation", "problems": 200, "ks": (1, samples)})
+  for name, hp in config.stages.items():
+    hp.prompts = min(16, hp.prompts)
+    hp.steps = min(100, hp.steps)
+    hp.minibatches = min(2, hp.minibatches)
+    hp.optim.lr = 1e-5 if name in ("forward_kl", "reverse_kl", "sft") else 5e-6
+  for hp in (*config.stages.values(), config.probe, *config.evals.values()):
+    hp.sampling.max_tokens = min(1024, hp.sampling.max_tokens)
+  for block in (config.probe, config.evals.gsm8k):
+    block.sampling.samples_per_prompt = samples
+  config.probe.group = min(samples, config.probe.group)
+  common.fit_one_device(config, tuple(config.stages))
+  for name in ("teacher_grpo", "student_grpo"):
+    config.stages[name].update({"kl": "none", "kl_coef": 0.0})

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import command, figures, files, ladder, metrics, stats, timing
+from s2d_jax import command, figures, files, ladder, metrics, paper, stats, timing
 from s2d_jax.ladder import Contrast, Group, Run
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
@@ -51,6 +51,7 @@ def markdown(rows: Sequence[Run], choice: str = "", command: str = "") -> str:
         shown.append(section)
         lines += [*section, ""]
     lines += [revisions(part), "", f"![scores and curves]({picture(index)})", ""]
+  lines += paper.section(rows)
   if choice:
     lines += ["## How the hyperparameters were chosen", "", choice.strip(), ""]
   return "\n".join(lines)

@@ -50,7 +50,8 @@ ARROWS = {
   "files": {"hosts", "json_objects"},
   "sweep": {"planning", "manifest"},
   "command": {"chips"},
-  "report": {"command", "ladder", "figures", "timing"},
+  "report": {"command", "ladder", "figures", "timing", "paper"},
+  "paper": {"ladder"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
 }

@@ -1,5 +1,6 @@
 """Every config builds, is locked and sound; its keys are reviewed; the numbers are the paper's."""
 
+import ast
 import importlib
 import json
 from pathlib import Path
@@ -135,7 +136,9 @@ def test_the_papers_numbers(name):
     assert hp.sampling.max_tokens == 16_384
     # Printed: top-k −1, which is our 0.
     assert (hp.sampling.temperature, hp.sampling.top_p, hp.sampling.top_k) == (1.0, 1.0, 0)
-  assert config.evals.math500.sampling.samples_per_prompt == 16  # avg@16
+  for benchmark in ("math500", "aime24", "aime25"):
+    assert config.evals[benchmark].sampling.samples_per_prompt == 16  # avg@16
+    assert config.evals[benchmark].split == benchmark
   assert {"math500", "aime24", "aime25"} <= set(config.data)
 
 
@@ -152,6 +155,69 @@ def test_the_papers_models_and_arms(name, pair, template):
       published.SOURCES)
   assert {"untrained", "cold_grpo", "raw_bridge", "bridge", "half_bridge_grpo_2h"} == set(
       config.arms.split(","))
+
+
+@pytest.mark.parametrize("arg, pair, arms", [
+    ("teacher=14b", ("Qwen3-14B", "Qwen3-1.7B"), set(build("qwen3_math").arms.split(","))),
+    ("teacher=1.7b", ("Qwen3-1.7B", "Qwen3-1.7B"),
+     {"untrained", "cold_grpo", "bridge", "opd_only", "sft_only"}),
+    ("teacher=8b,sft_teacher", ("Qwen3-8B", "Qwen3-1.7B"),
+     {"untrained", "cold_grpo", "sft_teacher_bridge", "half_sft_teacher_bridge",
+      "half_sft_teacher_bridge_grpo_2h", "half_sft_teacher_bridge_replay_1h"}),
+    ("one_gpu", ("Qwen3-8B", "Qwen3-1.7B"), set(build("qwen3_math").arms.split(","))),
+    ("colab", ("Qwen3-1.7B", "Qwen3-0.6B"), {"untrained", "cold_grpo", "bridge"}),
+])
+def test_the_papers_teachers_and_the_small_cards(arg, pair, arms):
+  for text in (arg, f"{arg},tiny"):
+    config = build("qwen3_math", f"{text},models=/elsewhere,data=/rows")
+    assert (config.teacher, config.student) == tuple(f"/elsewhere/{folder}" for folder in pair)
+    assert set(config.arms.split(",")) == arms <= set(recipe.ARMS)
+    assert config.template.to_dict() == {"enable_thinking": False}
+    doctor.check_config(config, {row.name: row for row in recipe.STAGES})
+    assert config.data.get("solutions") == (
+        "/rows/solutions.jsonl" if "sft_teacher" in arg else None)
+
+
+def test_one_card_trains_one_row_at_a_time_and_adapters_where_weights_do_not_fit():
+  for arg, adapted in (("one_gpu", {"teacher_grpo", "teacher_sft"}),
+                       ("colab", {row.name for row in recipe.STAGES})):
+    config = build("qwen3_math", arg)
+    assert config.mesh == (1, 1, 1)
+    assert {name for name, hp in config.stages.items() if hp.lora.rank} == adapted
+    for hp in config.stages.values():
+      assert hp.prompts * hp.sampling.samples_per_prompt == hp.minibatches * hp.microbatches
+  # The student of one card trains as the paper's.
+  student, papers = (build("qwen3_math", arg).stages for arg in ("one_gpu", ""))
+  for name in ("forward_kl", "reverse_kl", "sft", "student_grpo"):
+    assert student[name].to_dict() == papers[name].to_dict() | {
+        "microbatches": student[name].microbatches}
+
+
+@pytest.mark.parametrize("arg, said", [
+    ("teacher=4b", "the config's argument teacher is '4b': use 8b, 14b, 1.7b."),
+    ("one_gpu,colab", "one_gpu and colab name a pair of models of their own"),
+    ("colab,teacher=14b", "one_gpu and colab name a pair of models of their own"),
+])
+def test_a_teacher_that_does_not_fit_is_refused(arg, said):
+  with pytest.raises(ValueError, match=said):
+    build("qwen3_math", arg)
+
+
+def test_every_number_of_the_mathematics_stages_says_where_it_is_from():
+  tree = ast.parse((ROOT / "configs" / "common.py").read_text())
+  lines = (ROOT / "configs" / "common.py").read_text().splitlines()
+  (rl, transfer) = [node for node in tree.body if isinstance(node, ast.FunctionDef)
+                    and node.name in ("_math_rl", "_math_transfer")]
+  remarks = {}
+  for node in (rl, transfer):
+    for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
+      for word in call.keywords:
+        if word.arg != "optim":
+          remarks[node.name, word.arg] = lines[word.lineno - 1].partition("# ")[2]
+  assert {word for (name, word) in remarks if name == "_math_rl"} >= {
+      "steps", "prompts", "sampling", "lr", "weight_decay", "minibatches", "clip_low", "kl_coef"}
+  for key, remark in remarks.items():
+    assert remark.startswith(("printed", "gap", "ours")), key
 
 
 if __name__ == "__main__":

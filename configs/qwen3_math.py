@@ -6,6 +6,7 @@ Needs the folders Qwen3-1.7B and the teacher's under `models`, and the sets of d
 are downloaded to `data`. Not yet run at this size; `s2d-jax preflight` says what it needs.
 
   teacher=8b    or 14b; 1.7b is the same-size teacher, with the paper's three arms of it
+  all_arms      every arm of the paper's tables, beyond the five that show its claim
   sft_teacher   the arms of a teacher that learned from given solutions: the file solutions.jsonl
                 under `data` (docs/sampling.md; the paper's are responses of gpt-oss-120B)
   one_gpu       1.7B from 8B on one card of 80 GB: adapters for the teacher, no KL of its GRPO
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from configs import common
 
 _TEACHERS = {"8b": "Qwen3-8B", "14b": "Qwen3-14B", "1.7b": "Qwen3-1.7B"}
+_ALL_ARMS = ("untrained,cold_grpo,raw_bridge,bridge,opd_only,sft_only,half_bridge,"
+             "half_bridge_grpo_2h,half_bridge_replay_1h,half_opd_grpo_2h,half_sft_grpo_2h")
 _SFT_ARMS = ("untrained,cold_grpo,sft_teacher_bridge,half_sft_teacher_bridge,"
              "half_sft_teacher_bridge_grpo_2h,half_sft_teacher_bridge_replay_1h")
 
@@ -29,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ValueError: the argument is unknown, or two of its parts exclude each other.
   """
   arg = common.parse_arg(arg, seed=0, models="models", data="data", teacher="8b",
-                         sft_teacher=False, one_gpu=False, colab=False, tiny=False)
+                         all_arms=False, sft_teacher=False, one_gpu=False, colab=False, tiny=False)
   if arg.teacher not in _TEACHERS:
     raise ValueError(f"the config's argument teacher is {arg.teacher!r}: use "
                      f"{', '.join(_TEACHERS)}.")
@@ -41,6 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.student = f"{arg.models}/Qwen3-1.7B"
   # The paper's scores can only be non-thinking ones; its code hard-wires this.
   config.template = {"enable_thinking": False}  # gap: the paper does not say
+  if arg.all_arms:
+    config.arms = _ALL_ARMS
   if arg.teacher == "1.7b":
     config.arms = "untrained,cold_grpo,bridge,opd_only,sft_only"
   if arg.sft_teacher:

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from configs import common
-from s2d_jax import doctor, recipe, sweep, tasks
+from s2d_jax import doctor, paper, recipe, sweep, tasks
 from s2d_jax.data import published
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +164,10 @@ def test_the_papers_models_and_arms(name, pair, template):
     ("teacher=8b,sft_teacher", ("Qwen3-8B", "Qwen3-1.7B"),
      {"untrained", "cold_grpo", "sft_teacher_bridge", "half_sft_teacher_bridge",
       "half_sft_teacher_bridge_grpo_2h", "half_sft_teacher_bridge_replay_1h"}),
+    ("teacher=14b,all_arms", ("Qwen3-14B", "Qwen3-1.7B"),
+     {row["arm"] for table in paper.published()["tables"] for row in table["rows"]
+      if row["teacher"] == "qwen3-14b" and "teacher" not in row["arm"]} | {
+          "untrained", "cold_grpo"}),
     ("one_gpu", ("Qwen3-8B", "Qwen3-1.7B"), set(build("qwen3_math").arms.split(","))),
     ("colab", ("Qwen3-1.7B", "Qwen3-0.6B"), {"untrained", "cold_grpo", "bridge"}),
 ])

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from s2d_jax import hosts, program_cache, sampler, sharding, training
 from s2d_jax.chat import Chat
-from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -54,6 +53,9 @@ class Samplers(NamedTuple):
     Args:
       narrow: may use a cache of fewer bits than the activations, where the config asks for one.
       changes: fields of the Sampling that differ from the config's.
+
+    Raises:
+      sampler.Unfit: the memory holds not one row of the cache, or the mesh cannot split it.
     """
     role_sampling = sampler.Sampling(stop_ids=self.stop_ids, vocabulary=self.vocabulary,
                                      **sampling_config.to_dict())
@@ -66,7 +68,7 @@ class Samplers(NamedTuple):
                              self.decode, role.params, self.compiler)
     # The doctor has checked every field, but it does not know the model that must fit the memory.
     except sampler.Unfit as error:
-      raise InputError(f"config.sampler.{error}") from error
+      raise sampler.Unfit(f"config.sampler.{error}") from error
 
 
 class Programs(NamedTuple):

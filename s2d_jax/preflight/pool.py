@@ -26,6 +26,13 @@ class Request(NamedTuple):
   trips: int
 
 
+class Refused(NamedTuple):
+  """A program that is not compiled, because its arrays already exceed the memory."""
+  stage: str
+  program: str
+  problem: str  # the sentence with the numbers
+
+
 class Progress:
   """Programs that are compiled already, by their text."""
 
@@ -33,14 +40,19 @@ class Progress:
     self._found: dict[bytes, futures.Future[Read | DoesNotFit]] = {}
     self._printing = threading.Lock()
 
-  def costs(self, requests: Sequence[Request], chip: Chip | None) -> Iterator[Cost]:
+  def costs(self, requests: Sequence[Request | Refused], chip: Chip | None) -> Iterator[Cost]:
     """Yields the Cost of each request in order, each as soon as it and those before are compiled.
     """
     # XLA compiles without the interpreter's lock, so threads use all cores.
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
-      found = [self._submit(pool, request) for request in requests]
+      found = [None if isinstance(request, Refused) else self._submit(pool, request)
+               for request in requests]
       for request, program in zip(requests, found, strict=True):
+        if program is None:
+          yield costs.cost(request.stage, request.program, DoesNotFit(request.problem), 0, 0.0, 1,
+                           chip)
+          continue
         yield costs.cost(request.stage, request.program, program.result(), request.resident,
                          request.runs, request.trips, chip)
     finally:
@@ -57,8 +69,7 @@ class Progress:
   def _compile(self, request: Request) -> Read | DoesNotFit:
     start = time.monotonic()
     found = costs.compile_or_refuse(request.lowered)
-    name = request.lowered.compiler_ir().operation.attributes["sym_name"].value
     with self._printing:
-      print(f"{request.stage}: {name.removeprefix('jit_')} compiled in "
-            f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+      print(f"{request.stage}: {request.program} compiled in {time.monotonic() - start:.1f} s",
+            file=sys.stderr, flush=True)
     return found

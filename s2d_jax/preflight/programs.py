@@ -1,8 +1,6 @@
-"""`s2d-jax preflight`: compiles a config's largest program of each kind and prints its Cost."""
+"""Compiles a config's largest program of each kind, and says what each costs."""
 
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,35 +11,26 @@ from ml_collections import ConfigDict
 
 from s2d_jax import (
   chat,
-  command,
   compiling,
   doctor,
   evals,
-  hosts,
-  keys,
   models,
   objectives,
   planning,
-  program_cache,
   recipe,
   sampler,
   sharding,
   stage,
-  sweep,
   training,
 )
 from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
-from s2d_jax.errors import InputError
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
-from s2d_jax.preflight import runs, search, topologies, verdicts
 from s2d_jax.preflight.costs import Cost
-from s2d_jax.preflight.pool import Progress, Request
+from s2d_jax.preflight.pool import Progress, Refused, Request
 from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
-
-_EXAMPLE = "s2d-jax preflight --config=configs/arithmetic.py:tiny --topology=v5e:1x1"
 
 
 class Target(NamedTuple):
@@ -88,12 +77,17 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
                                 sampler.Compiler(_uncompiled, largest_only=True),
                                 target.chip and target.chip.usable)
-  requests: list[Request] = []
+  requests: list[Request | Refused] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
     held = compiling.resident(stage_models, optimizer)
     of_stage = samplers._replace(held=sum(held.values()))
-    programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
-                                          optimizer, of_stage)
+    try:
+      programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
+                                            optimizer, of_stage)
+    except sampler.Unfit as error:
+      # The other stages may fit, so this one is a line like theirs.
+      requests.append(Refused(row.name, "sample", str(error)))
+      continue
     requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
     if target.scored:
       requests += _between_steps(config, row, stage_models, of_stage)
@@ -213,7 +207,7 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
 
 
 def _between_steps(config: ConfigDict, row: planning.Stage, stage_models: StageModels,
-                   samplers: Samplers) -> Iterator[Request]:
+                   samplers: Samplers) -> Iterator[Request | Refused]:
   """The evaluations between the steps of a stage: of its learner, beside all that it holds."""
   learner = stage_models.learner
   whole = Role(learner.model, stage_models.full(learner.params))
@@ -222,7 +216,7 @@ def _between_steps(config: ConfigDict, row: planning.Stage, stage_models: StageM
 
 
 def _evaluation(block: str, hp: ConfigDict, name: str, role: Role,
-                samplers: Samplers) -> Iterator[Request]:
+                samplers: Samplers) -> Iterator[Request | Refused]:
   """The programs of an evaluation of one model; `name`: the model's."""
   for way, change in evals.ways(hp).items():
     program = name if way == "sampled" else f"{name} {way}"
@@ -230,15 +224,19 @@ def _evaluation(block: str, hp: ConfigDict, name: str, role: Role,
 
 
 def _score(block: str, program: str, hp: ConfigDict, prompts: int, role: Role, samplers: Samplers,
-           change: Mapping[str, Any]) -> Iterator[Request]:
+           change: Mapping[str, Any]) -> Iterator[Request | Refused]:
   """The programs of a sampler that scores `prompts` prompts a call."""
-  compiled = samplers.compile(role, hp.sampling, prompts, **change)
+  try:
+    compiled = samplers.compile(role, hp.sampling, prompts, **change)
+  except sampler.Unfit as error:
+    yield Refused(block, program, str(error))
+    return
   rows = prompts * compiled.sampling.samples_per_prompt
   yield from _moving(block, program, compiled, rows, samplers.held)
   yield from _sampling(block, program, compiled, rows, samplers.held)
 
 
-def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request]:
+def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request | Refused]:
   """The programs that score either model outside of stages: at the end, and of the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   held = {role: sharding.device_bytes(roles[role].params) for role in roles}
@@ -268,72 +266,6 @@ def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
   return compared.lower(sharding.abstract(student.params), sharding.abstract(teacher.params), batch)
 
 
-def main(argv: Sequence[str]) -> None:
-  """`s2d-jax preflight`: prints the table of a config's largest programs of each kind.
-
-  Exits with 1 if one does not fit.
-
-  Raises:
-    InputError: the request is wrong; the message is one sentence.
-  """
-  parser = command.config_parser(
-      "preflight", "Compiles the largest program of each kind and says whether it fits.", _EXAMPLE)
-  parser.add_argument("--topology", metavar="h100:8",
-                      help="chips to compile for that are not here: h100, h200:8, v5e:4x4, ...")
-  parser.add_argument("--fast", action="store_true",
-                      help="the stages alone, with a sampler's two largest programs")
-  parser.add_argument("--search", action="store_true",
-                      help="try meshes, microbatches and remat; print the cheapest that fits")
-  parser.add_argument("--price", metavar="2.5", help="of one chip an hour")
-  config, args = command.parse_config(parser, argv)
-  price = search.check_price(args.price)
-  if args.search and not args.topology:
-    raise InputError("--search needs --topology: name the chips that it is for.")
-  if args.search:
-    fits = search_and_show(config, args.topology, price)
-  else:
-    fits = show(config, args.topology, args.fast, price)
-  if not fits:
-    sys.exit(command.FAILED)
-
-
-def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
-         price: float | None = None) -> bool:
-  """Prints a line per program and a verdict per stage; returns False if something does not fit.
-
-  Args:
-    topology: chips to compile for; None: this machine's devices.
-    price: of one chip an hour.
-  """
-  configs = sweep.expand(config)
-  plans = [recipe.plan_without_problems(one) for one in configs]
-  # A run opens the folder of its first config.
-  program_cache.check(configs[0].compilation_cache)
-  chip = topologies.chip(topology) if topology else None
-  devices = topologies.devices(topology) if topology else None
-  mesh = _mesh(configs[0].mesh, devices)
-  limit = chip.usable if chip is not None else hosts.device_memory()
-  progress = Progress()
-  found: list[list[Cost]] = []
-  printed: dict[Cost, None] = {}
-  # Within an open run, stages trace a program that they share once.
-  with program_cache.opened(""), jax.set_mesh(mesh):
-    print(verdicts.HEADER, flush=True)
-    for one in configs:
-      found.append([])
-      for cost in costs_of(one, Target(chip, fast), progress):
-        found[-1].append(cost)
-        if cost not in printed:  # runs of a sweep share programs
-          printed[cost] = None
-          # Flushed line by line, because a large program takes minutes to compile.
-          print(verdicts.line(cost), flush=True)
-  print(verdicts.summary(list(printed), limit))
-  if chip is not None:
-    print(verdicts.memory(chip))
-    print(search.price_sentence(mesh.size, runs.total(plans, found), price))
-  return verdicts.fits(printed, limit)
-
-
 def least_bytes(config: ConfigDict) -> int:
   """Bytes on each device that the largest update has at least, whatever its microbatches."""
   found = []
@@ -345,55 +277,3 @@ def least_bytes(config: ConfigDict) -> int:
     held = sum(compiling.resident(stage_models, optimizer).values())
     found.append(held + sharding.device_bytes(gradients))
   return max(found)
-
-
-def search_and_show(config: ConfigDict, topology: str, price: float | None) -> bool:
-  """Prints a line per candidate and the cheapest that fits; returns False if none does.
-
-  Raises:
-    InputError: the config is wrong, or it is a sweep.
-  """
-  if "sweep" in config:
-    raise InputError("--search takes one run: name a config without a sweep.")
-  # First, because a candidate's InputError below means that its mesh or memory is too small.
-  plan = recipe.plan_without_problems(config)
-  program_cache.check(config.compilation_cache)
-  chip = topologies.chip(topology)
-  devices = topologies.devices(topology)
-  progress = Progress()
-
-  def compiled(changed: ConfigDict) -> list[Cost]:
-    with jax.set_mesh(_mesh(changed.mesh, devices)):
-      return list(costs_of(changed, Target(chip, fast=True), progress))
-
-  def held(changed: ConfigDict) -> int:
-    with jax.set_mesh(_mesh(changed.mesh, devices)):
-      return least_bytes(changed)
-
-  heads = [hf.read_config(config[role]).kv_heads for role in ("teacher", "student")]
-  print(verdicts.memory(chip), flush=True)
-  tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
-  def total(found: Sequence[Cost]) -> runs.Total:
-    return runs.total([plan], [found])
-
-  best = search.cheapest(config, tried, chip.usable, compiled, held,
-                         lambda found: total(found).hours, lambda line: print(line, flush=True))
-  if best is None:
-    print(f"no candidate fits {topology}")
-    return False
-  candidate, costs = best
-  print(f"the cheapest that fits: {candidate}: "
-        f"{search.price_sentence(len(devices), total(costs), price)}")
-  print(f"as flags: {candidate.flags(config)}")
-  return True
-
-
-def _mesh(shape: tuple[int, ...], devices: list[jax.Device] | None) -> Mesh:
-  """The mesh of a config; of described devices it uses all."""
-  with keys.prefixed("config."):
-    mesh = sharding.make_mesh(shape, devices)
-    if devices is not None and mesh.size != len(devices):
-      raise InputError(f"mesh is {tuple(shape)}, which leaves {len(devices) - mesh.size} of the "
-                       f"{len(devices)} devices idle: choose sizes that use all.")
-  return mesh
-

@@ -57,6 +57,9 @@ def total(plans: Sequence[Plan], found: Sequence[Sequence[Cost]]) -> Total:
         reason = "its problems are not here" if programs else "not compiled"
         left_out[f"{part.block} ({reason})"] = None
         continue
+      if any(cost.account is None for cost in programs):
+        left_out[f"{part.block} (does not fit)"] = None
+        continue
       counts[part.kind] = counts.get(part.kind, 0) + 1
       for cost in programs:
         times = part.times.get("", part.times.get(cost.program.split()[0], 0.0))

@@ -13,6 +13,9 @@ HEADER = "\n".join((
     f" {'code':>13} {'with resident':>16} {'GFLOP':>14} {'GB':>11} {'kernels':>11} {'sent GB':>10}"
     f" {'least ms':>13} bound"))
 
+FAST = ("--fast compiled no evaluation, no probe, and of each sampler only decoding and the reading"
+        " of prompts: others may need more memory.")
+
 
 def line(cost: Cost) -> str:
   """One program in a line of the table."""

@@ -44,6 +44,8 @@ class SamplerConfig(NamedTuple):
   page: int = 0           # tokens of a page; 0 is a cache without pages
   # bytes that a device has left for the cache, where cache_gib is 0; None: not computed yet
   available: int | None = None
+  # bytes of a device that are in use meanwhile, and those of the weights' copy for decoding
+  taken: tuple[int, int] | None = None
 
   KEYS = {
       "cache_gib": Key(lambda gib: 0 <= gib < math.inf,
@@ -99,8 +101,13 @@ def _too_small(config: SamplerConfig, need: str) -> Unfit:
   """The error that the cache's memory is too small for what a sentence says is needed."""
   if config.cache_gib:
     return Unfit(f"cache_gib is {config.cache_gib}, and {need}: raise it, or lower max_tokens.")
-  return Unfit(f"cache_gib is 0 and a device has {config.cache_bytes / 2**30:.2g} GiB left, and "
-               f"{need}: choose a number, use more devices, or lower max_tokens.")
+  beside = ""
+  if config.taken is not None:
+    held, copied = (size / 2**30 for size in config.taken)
+    beside = f" beside {held:.3g} GiB of models and {copied:.3g} GiB of weights copied for decoding"
+  left = f"{config.cache_bytes / 2**30:.2g} GiB left{beside}"
+  return Unfit(f"cache_gib is 0 and a device has {left}, and {need}: choose a number, use more "
+               "devices, or lower max_tokens.")
 
 
 class Shapes(NamedTuple):

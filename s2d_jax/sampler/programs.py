@@ -100,7 +100,7 @@ def build(model: models.Model, sampling: Sampling, config: SamplerConfig, rows: 
   shapes = capacity.shapes(model_config, sampling, config, rows, prompt_tokens)
   shapes = shapes.largest() if compiler.largest_only else shapes
   # Samplers that differ in these share programs, because the shapes follow from them.
-  config = config._replace(cache_gib=0.0, available=None)
+  config = config._replace(cache_gib=0.0, available=None, taken=None)
   slots = {(B, S): abstract_slots(model_config, config, shapes, B, S, mesh)
            for B in shapes.batches for S in shapes.lengths}
   empty_prompts = functools.partial(caches.empty_cache, model_config, shapes.prompts,
@@ -196,8 +196,9 @@ def fitted(config: SamplerConfig, model: models.Model, params: Params, memory: i
   if config.cache_gib or memory is None:
     return config
   weights = abstract_weights(model, sharding.abstract(params), sharding.current_mesh())
-  return config._replace(
-      available=capacity.available_bytes(memory, held + sharding.device_bytes(weights)))
+  copied = sharding.device_bytes(weights)
+  return config._replace(available=capacity.available_bytes(memory, held + copied),
+                         taken=(held, copied))
 
 
 def abstract_weights(model: models.Model, params: Params, mesh: Mesh | None) -> decode.Weights:

@@ -1,11 +1,11 @@
-"""The README's preflight line for cards: published models with all of their layers."""
+"""The README's preflight line for cards, and Llama's: published models with all their layers."""
 
 import importlib.util
 import re
 
 import pytest
 
-from s2d_jax import preflight
+from s2d_jax import preflight, recipe
 from tests.gpu.test_preflight import flags
 from tests.preflight import folders
 
@@ -19,24 +19,34 @@ pytestmark = [
 TOKENS = 64 * 8 * (3072 + 16_384 - 1)  # of a step of on-policy distillation
 
 
-@pytest.mark.parametrize("config, names, cards, microbatches, student, teacher", [
-    ("qwen3_math", ("Qwen3-1.7B", "Qwen3-8B"), 8, 64, 1_720_574_976, 8_190_735_360),
-    ("llama_math", ("Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct"), 64, 8, 8_030_261_248,
-     70_553_706_496)])
-def test_distillation_of_published_models_fits(config, names, cards, microbatches, student, teacher,
-                                               tmp_path, capsys):
-  models = folders.published(tmp_path, names)
-  preflight.main([*flags(models, f"h100:{cards}", f"(1, {cards}, 1)", "reverse_kl", config=config),
-                  "--fast", f"--config.stages.reverse_kl.microbatches={microbatches}"])
-  found = capsys.readouterr().out
+def check(found, stage, student, teacher, cards):
+  """The bytes and FLOPs of a stage's update, by the parameters of its two models."""
   programs = dict(
-      re.findall(r"^reverse_kl +(sample prefill|sample|update) +([\d,]+) ", found, re.M))
+      re.findall(rf"^{stage} +(sample prefill|sample|update) +([\d,]+) ", found, re.M))
   assert set(programs) == {"sample", "sample prefill", "update"}
   # The weights and two moments in float32, and a frozen teacher in bfloat16.
   held = (12 * student + 2 * teacher) / cards
   assert held < int(programs["update"].replace(",", "")) < 1.01 * held
   # Forward and backward, and the teacher forward.
-  (flops,) = re.findall(r"^reverse_kl +update(?: +[\d,]+){5} +([\d,.]+)", found, re.M)
+  (flops,) = re.findall(rf"^{stage} +update(?: +[\d,]+){{5}} +([\d,.]+)", found, re.M)
   assert 1e9 * float(flops.replace(",", "")) > (6 * student + 2 * teacher) * TOKENS / cards
+
+
+def test_the_readmes_line_fits(tmp_path, capsys):
+  models = folders.published(tmp_path, ("Qwen3-1.7B", "Qwen3-8B"))
+  preflight.main([f"--config=configs/qwen3_math.py:models={models},data={models}",
+                  "--topology=h100:8", "--config.mesh=(1,8,1)", "--fast"])
+  found = capsys.readouterr().out
+  check(found, "reverse_kl", 1_720_574_976, 8_190_735_360, cards=8)
+  for name in (*(stage.name for stage in recipe.STAGES), "the whole"):
+    assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
+
+
+def test_distillation_of_llama_fits_64_cards(tmp_path, capsys):
+  models = folders.published(tmp_path, ("Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct"))
+  preflight.main([*flags(models, "h100:64", "(1, 64, 1)", "reverse_kl", config="llama_math"),
+                  "--fast", "--config.stages.reverse_kl.microbatches=8"])
+  found = capsys.readouterr().out
+  check(found, "reverse_kl", 8_030_261_248, 70_553_706_496, cards=64)
   for name in ("reverse_kl", "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name

@@ -95,6 +95,7 @@ def test_a_sweep_counts_the_stages_of_all_its_runs(capsys):
   assert re.search(r"^1 chip x [\d.e-]+ hours at least: 9 stages, ", found, re.M)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the card's bytes are those of jax 0.11")
 def test_an_update_of_qwen3_0_6b_by_hand():
   compiled = lowered_update("qwen3-0.6b", 4, 2048).compile()
   # An H200 with jax 0.11.2 had 10.66 GB of arguments, temporaries and outputs; jax 0.12.0.1 makes
@@ -114,6 +115,19 @@ def test_an_update_of_qwen3_0_6b_by_hand():
   attention = hlo.total(kernel for kernel in kernels if "fmha" in kernel.opcode)
   causal = 0.5 if "CAUSAL" in compiled.as_text() else 1.0
   assert attention.flops == pytest.approx(causal * 28 * 9 * 2 * 4 * 16 * 2048**2 * 128)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_search_prints_the_cheapest_candidate_and_the_verdict_on_all_its_programs(folder, capsys):
+  preflight.main([*flags(folder, "h100", "(1, 1, 1)", "teacher_sft"), "--search", "--price=2.5",
+                  "--config.stages.teacher_sft.prompts=4",
+                  "--config.stages.teacher_sft.microbatches=4", "--config.probe.problems=0"])
+  lines = capsys.readouterr().out.splitlines()
+  # Four rows in four, two or one microbatches, with remat and without.
+  assert any(re.search(r"microbatches x 0.5.* at least [\d.]+ hours", line) for line in lines)
+  assert re.match(r"the cheapest that fits: .*1 chip x [\d.]+ hours at least x 2.5 = ", lines[-3])
+  assert lines[-2].startswith("as flags: --config.mesh=")
+  assert re.match(r"with all of its programs: fits: [\d.]+ GB of 78.15 GB", lines[-1])
 
 
 def test_an_odd_length_has_a_gradient():

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import struct
 
@@ -11,7 +12,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import command, preflight, program_cache, sharding
-from s2d_jax.preflight import programs, topologies
+from s2d_jax.preflight import programs, topologies, verdicts
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
 
@@ -241,9 +242,31 @@ def test_the_cache_has_the_memory_of_the_chip_and_not_of_this_machine(config):
   with config.unlocked():
     config.stages = {"student_grpo": config.stages.student_grpo}
   chip = topologies.chip("h100")._replace(memory=2**20)
-  with (jax.set_mesh(sharding.make_mesh((1, 1, 1))),
-        pytest.raises(ValueError, match=r"^config\.sampler\.cache_gib is 0 and a device has 0 G")):
-    list(programs.costs_of(config, programs.Target(chip)))
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    costs = list(programs.costs_of(config, programs.Target(chip, fast=True)))
+  ((stage, program, account, problem),) = [
+      (cost.stage, cost.program, cost.account, cost.problem) for cost in costs]
+  assert (stage, program, account) == ("student_grpo", "sample", None)
+  # The student, its two moments and its start in float32: 0.2 M parameters take more than 2**20.
+  gib = r"[\d.e-]+ GiB"
+  assert re.match(rf"config\.sampler\.cache_gib is 0 and a device has 0 GiB left beside {gib} of "
+                  rf"models and {gib} of weights copied for decoding, and one row", problem)
+
+
+def test_a_stage_without_memory_for_its_cache_does_not_hide_the_others(quick_compiles, config):
+  with config.unlocked():
+    config.stages = {name: config.stages[name] for name in ("student_grpo", "teacher_sft")}
+  chip = topologies.chip("h100")._replace(memory=2**20)
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    costs = list(programs.costs_of(config, programs.Target(chip)))
+  refused = {(cost.stage, cost.program) for cost in costs if cost.account is None}
+  compiled = {(cost.stage, cost.program) for cost in costs if cost.account is not None}
+  assert ("student_grpo", "sample") in refused and ("teacher_sft", "update") in compiled
+  # The scores too: each model of the evaluation at the end, and of the probe.
+  assert {("test", "teacher"), ("test", "student"), ("probe", "student")} <= refused
+  found = verdicts.summary(costs, chip.usable)
+  assert "student_grpo: does not fit: student_grpo sample: config.sampler.cache_gib" in found
+  assert "\nthe whole: does not fit" in found
 
 
 @pytest.mark.medium

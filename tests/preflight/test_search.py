@@ -174,6 +174,14 @@ def test_a_search_checks_the_config_before_its_candidates(flags, sentence, capsy
   assert not found.out
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_price_needs_chips_to_pay_for(capsys):
+  with pytest.raises(SystemExit) as error:
+    command.call(preflight.main, ["--config=configs/arithmetic.py:tiny", "--price=2.5"])
+  assert error.value.code == 2
+  assert "--price needs --topology: name the chips that it is for." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "cheap", "0", "-1", "nan", "inf"])
 def test_a_price_that_is_no_number_is_refused(text):
   with pytest.raises(ValueError, match="--price is .*: give what one chip costs an hour"):

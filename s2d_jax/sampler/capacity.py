@@ -101,12 +101,11 @@ def _too_small(config: SamplerConfig, need: str) -> Unfit:
   """The error that the cache's memory is too small for what a sentence says is needed."""
   if config.cache_gib:
     return Unfit(f"cache_gib is {config.cache_gib}, and {need}: raise it, or lower max_tokens.")
-  beside = ""
+  free = f"{config.cache_bytes / 2**30:.2g} GiB left"
   if config.taken is not None:
     held, copied = (size / 2**30 for size in config.taken)
-    beside = f" beside {held:.3g} GiB of models and {copied:.3g} GiB of weights copied for decoding"
-  left = f"{config.cache_bytes / 2**30:.2g} GiB left{beside}"
-  return Unfit(f"cache_gib is 0 and a device has {left}, and {need}: choose a number, use more "
+    free += f" beside {held:.3g} GiB of models and {copied:.3g} GiB of weights copied for decoding"
+  return Unfit(f"cache_gib is 0 and a device has {free}, and {need}: choose a number, use more "
                "devices, or lower max_tokens.")
 
 

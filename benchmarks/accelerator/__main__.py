@@ -5,7 +5,7 @@
 Parts that need the same memory and programs share a process. A part that fails, or is stopped at
 its limit, leaves what it has found, and the next one begins in a new process. Parts that cannot
 start before the end of the seconds are named as not started. The results of parts that an earlier
-run has measured on such a device stay.
+run has measured on such a device stay, each with the revision, jax and date of its own run.
 """
 
 import argparse
@@ -90,18 +90,21 @@ class Run:
     """Measures a part and stores how that ended."""
     seconds = self.deadline - time.monotonic()
     if seconds < part.least:
-      store.update(self.path, part.name, status=f"not started: {max(seconds, 0):.0f} s were left",
-                   results={})
       print(f"{part.name}: not started", flush=True)
+      # What an earlier run has measured stays.
+      if not store.read(self.path)["parts"].get(part.name, {}).get("results"):
+        store.update(self.path, part.name, status=f"not started: {max(seconds, 0):.0f} s were left",
+                     results={})
       return
     limit = min(part.limit * (SMOKE_PATIENCE if self.options.smoke else 1), seconds)
     start = time.monotonic()
     store.update(self.path, part.name, status="not finished: the whole run was stopped", results={})
     worker = self._worker_for(part, start)
     status = worker.measure(part.name, self.path, limit)
-    fields = {}
+    found = store.read(self.path)
+    fields = store.origin(found)
     # The error of a rival that has ended is in the output of a part that goes on without it.
-    left_out = store.read(self.path)["parts"][part.name]["results"].get(table.LEFT_OUT)
+    left_out = found["parts"][part.name]["results"].get(table.LEFT_OUT)
     if status != table.FINISHED or left_out:
       fields["output"] = worker.tail()
     if status != table.FINISHED:
@@ -152,9 +155,13 @@ class Run:
     stored = self.options.results / f"accelerator-{device}.json"
     before = store.read(stored)
     # Parts of an earlier run stay unless they are measured again.
+    parts = {name: store.origin(before) | part for name, part in before["parts"].items()
+             if name in {part.name for part in plan.PARTS}}
+    for name, part in found["parts"].items():
+      if part["results"] or name not in parts:
+        parts[name] = part
     store.write(stored, before | found | {
-        "command": " ".join(["benchmarks/accelerator.sh", *arguments]),
-        "parts": before["parts"] | found["parts"]})
+        "command": " ".join(["benchmarks/accelerator.sh", *arguments]), "parts": parts})
     self.path = stored
 
 

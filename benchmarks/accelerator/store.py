@@ -15,6 +15,14 @@ def read(path: pathlib.Path) -> Json:
   return json.loads(path.read_text(encoding="utf-8"))
 
 
+def origin(found: Json) -> Json:
+  """The revision, date and jax of a file's run, as fields of each of its parts."""
+  fields = {name: found[name] for name in ("revision", "date") if name in found}
+  if "machine" in found:
+    fields["jax"] = found["machine"].get("jax", "unknown")
+  return fields
+
+
 def write(path: pathlib.Path, found: Json) -> None:
   """Replaces the file at once, so that a killed process leaves the old one or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)

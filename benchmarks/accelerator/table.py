@@ -15,6 +15,9 @@ def of(found: Json) -> str:
   lines = [f"{device}, jax {found.get('machine', {}).get('jax', '?')}, "
            f"revision {found.get('revision', '?')}", "", HEADER]
   for name, part in found["parts"].items():
+    revision = part.get("revision", found.get("revision"))
+    if revision != found.get("revision"):  # of an earlier run
+      name = f"{name} ({revision[:7]}, jax {part.get('jax', '?')})"
     lines += ["| " + " | ".join((name, *cells)) + " |" for cells in _part(name, part["results"])]
     if part.get("status") != FINISHED:
       lines.append(f"| {name} | **{part.get('status', 'not finished')}** | | | |")

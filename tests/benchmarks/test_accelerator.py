@@ -120,17 +120,29 @@ def test_a_part_that_fails_leaves_the_end_of_its_traceback(tmp_path, monkeypatch
 
 
 def test_parts_of_an_earlier_run_stay(tmp_path):
+  machine = {"device": "NVIDIA H100", "jax": "0.11"}
   store.write(tmp_path / "accelerator-nvidia-h100.json", {
-      "date": "then", "parts": {"loss": {"results": {"a": {}}}, "rates": {"results": {}}}})
+      "date": "then", "revision": "0123456789", "machine": machine, "parts": {
+          "loss": {"results": {"run": {"seconds": 2}}}, "rates": {"results": {}},
+          "account": {"results": {"run": {"seconds": 3}}}, "no longer a part": {"results": {}}}})
   run = driver.Run(tmp_path / "scratch", driver._options([f"--results={tmp_path}"]), deadline=0)
-  store.write(run.path, {"date": "now", "machine": {"device": "NVIDIA H100"}, "parts": {
-      "rates": {"status": "finished", "results": {"rates": {}}}}})
+  store.write(run.path, {"date": "now", "revision": "abc", "machine": machine | {"jax": "0.12"},
+                         "parts": {"rates": {"status": "finished", "results": {"rates": {}}},
+                                   "account": {"status": "not started", "results": {}}}})
   run.keep(["--smoke"])
   found = json.loads(run.path.read_text())
   assert run.path.name == "accelerator-nvidia-h100.json" and found["date"] == "now"
   assert found["command"] == "benchmarks/accelerator.sh --smoke"
-  assert found["parts"] == {"loss": {"results": {"a": {}}},
+  then = {"date": "then", "revision": "0123456789", "jax": "0.11"}
+  assert found["parts"] == {"loss": then | {"results": {"run": {"seconds": 2}}},
+                            "account": then | {"results": {"run": {"seconds": 3}}},
                             "rates": {"status": "finished", "results": {"rates": {}}}}
+  del found["parts"]["rates"]
+  assert "| loss (0123456, jax 0.11) | whole run | 2.0 s |  |  |" in table.of(found).splitlines()
+  # Nor does a part that cannot start lose what was measured.
+  (loss,) = [part for part in plan.PARTS if part.name == "loss"]
+  run.measure(loss)
+  assert json.loads(run.path.read_text())["parts"]["loss"] == found["parts"]["loss"]
 
 
 class Simulated:

@@ -272,20 +272,22 @@ def ways(hp: ConfigDict) -> dict[str, dict[str, Any]]:
 
 
 def evaluator(hp: ConfigDict, compiled: Callable[..., Sampler], prompts: Sequence[Prompt],
-              reward: Reward, answer: Answer | None,
-              seed: int) -> Callable[[Params], Evaluation]:
+              reward: Reward, answer: Answer | None, seed: int,
+              stored: Mapping[str, Stored] | None = None) -> Callable[[Params], Evaluation]:
   """An evaluation of config.evals as a function of the weights; its samplers are compiled now.
 
   Args:
     compiled: (config of a Sampling, prompts a call, **changes) -> Sampler.
     prompts: of the evaluation's split.
     seed: of the run. An evaluation between steps has other samples than one at the end.
+    stored: as `run` takes it.
   """
   samplers = {way: compiled(hp.sampling, batch(hp), **change) for way, change in ways(hp).items()}
   salt = zlib.crc32(b"validation" if every(hp) else b"evaluation")
   statistics = intervals(hp.ks, seed, hp.draws, hp.level, statistics_of(hp))
   chosen = prompts[: hp.problems] if hp.problems else prompts
-  return lambda params: run(samplers, params, chosen, reward, (seed, salt), statistics, answer)
+  return lambda params: run(samplers, params, chosen, reward, (seed, salt), statistics, answer,
+                            stored)
 
 
 def mixed(correct_PG: np.ndarray, group: int) -> np.ndarray:

@@ -37,6 +37,8 @@ from s2d_jax.losses.agreement import agreement
 from s2d_jax.planning import Plan
 from s2d_jax.rollouts import Prompt, Rollout
 
+_ROWS = 64  # samples that a stopped evaluation loses at most, beside those being decoded
+
 
 def evaluate(plan: Plan, role: str, name: str, workdir: epath.Path) -> str:
   """Scores a role's weights by config.evals[name], once; returns the folder's name."""
@@ -53,7 +55,7 @@ def evaluate(plan: Plan, role: str, name: str, workdir: epath.Path) -> str:
   if manifest.read(folder) is None:
     learner = stage.load(plan, role, workdir, sharding.current_mesh())
     with sampler.naming(_folder(plan, role)):
-      result, samples = _scores(plan, config, learner, prompts)
+      result, samples = _scores(plan, config, learner, prompts, folder)
     _write(folder, inputs, {"result.json": result, "samples.json": samples},
            {"set": plan.sets.get(config.split)})
   return folder.name
@@ -158,18 +160,43 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
   return found
 
 
-def _scores(plan: Plan, config: ConfigDict, learner: Role,
-            prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """(result, samples): every statistic with the samples behind it, and some of them as text."""
+def _scores(plan: Plan, config: ConfigDict, learner: Role, prompts: Sequence[Prompt],
+            folder: epath.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """(result, samples): every statistic with the samples behind it, and some of them as text.
+
+  Args:
+    folder: of the score, which keeps every sample as soon as some have ended.
+  """
   samplers = compiling.samplers(plan.config, plan.chat)._replace(
       held=sharding.device_bytes(learner.params))
   compiled = functools.partial(samplers.compile, learner)
+  # A store's rows have the width of the prompts, which names no score.
+  stores = {way: rollouts.Store(folder / f"{way}-{plan.config.prompt_tokens}")
+            for way in evals.ways(config)}
   evaluate_params = evals.evaluator(config, compiled, prompts, plan.reward, plan.answer,
-                                    plan.config.seed)
+                                    plan.config.seed, {way: _stored(store)
+                                                       for way, store in stores.items()})
   one = evaluate_params(learner.params)
+  for way, store in stores.items():
+    store.add(f"after-{len(store)}", one.rollouts[way])
   # Without a statistic of sampled responses only greedy ones exist.
   way = next(iter(one.samples))
   return evals.record(one), _texts(plan, config, one.samples[way], one.rollouts[way])
+
+
+def _stored(store: rollouts.Store) -> evals.Stored:
+  """The rows of a store, to which rows are added as they end, `_ROWS` at a time."""
+  ended: list[int] = []
+
+  def on_finish(row: int, rollout: Rollout) -> None:
+    ended.append(row)
+    if len(ended) == _ROWS:
+      part = rollouts.take(rollout, ended)
+      # A row is sampled once, so its name is that of no other part.
+      store.add(f"{part.prompt_id_B[0]}-{part.sample_index_B[0]}", part)
+      ended.clear()
+
+  return evals.Stored(store.rows(), on_finish)
 
 
 def _texts(plan: Plan, config: ConfigDict, samples: stats.Samples,

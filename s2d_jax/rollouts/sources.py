@@ -119,6 +119,14 @@ class Store:
       # The part that had a row first keeps it, as in `add`.
       self._location.setdefault(key, (name, row))
 
+  def __len__(self) -> int:
+    """The number of rows."""
+    return len(self._location)
+
+  def rows(self) -> Rollout | None:
+    """Every row, in the order of the parts; None where the store is empty."""
+    return records.concatenate(list(self._parts.values())) if self._parts else None
+
   def missing(self, prompts: Iterable[Prompt], samples: Sequence[int]) -> list[Prompt]:
     """The prompts that lack one of the sample indices."""
     return [p for p in prompts if any((p.id, int(g)) not in self._location for g in samples)]

@@ -186,15 +186,15 @@ def _scores(plan: Plan, config: ConfigDict, learner: Role, prompts: Sequence[Pro
 
 def _stored(store: rollouts.Store) -> evals.Stored:
   """The rows of a store, to which rows are added as they end, `_ROWS` at a time."""
-  ended: list[int] = []
+  finished: list[int] = []
 
   def on_finish(row: int, rollout: Rollout) -> None:
-    ended.append(row)
-    if len(ended) == _ROWS:
-      part = rollouts.take(rollout, ended)
+    finished.append(row)
+    if len(finished) == _ROWS:
+      part = rollouts.take(rollout, finished)
       # A row is sampled once, so its name is that of no other part.
       store.add(f"{part.prompt_id_B[0]}-{part.sample_index_B[0]}", part)
-      ended.clear()
+      finished.clear()
 
   return evals.Stored(store.rows(), on_finish)
 

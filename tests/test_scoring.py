@@ -54,12 +54,12 @@ def test_every_sample_is_on_disk(plan, undisturbed):
 @pytest.mark.parametrize("stop", [2, 5, 11, 12, 14])
 def test_a_stopped_score_continues(plan, undisturbed, monkeypatch, tmp_path, stop):
   monkeypatch.setattr(scoring, "_ROWS", 2)
-  ended = []
+  finished = []
   sample_rows = sampler.Sampler.sample_rows
   def counted(self, params, requests, seed, weight_version=0, on_finish=None):
     def finish(row, rollout):
-      ended.append(requests[row])
-      if len(ended) == stop:
+      finished.append(requests[row])
+      if len(finished) == stop:
         raise Stopped
       on_finish(row, rollout)
     return sample_rows(self, params, requests, seed, weight_version, finish)
@@ -71,10 +71,10 @@ def test_a_stopped_score_continues(plan, undisturbed, monkeypatch, tmp_path, sto
   stored = [sum(len(part.prompt_id_B) for part in parts(folder, way))
             for way in ("sampled", "greedy")]
   assert stored == [min(stop - 1, 12) // 2 * 2, max(stop - 13, 0) // 2 * 2]
-  ended.clear()
+  finished.clear()
   stop = None
   assert scored(plan, tmp_path) == folder
-  assert len(ended) == 16 - sum(stored)
+  assert len(finished) == 16 - sum(stored)
   for name in ("result.json", "samples.json"):
     assert json.loads((folder / name).read_text()) == json.loads((undisturbed / name).read_text())
   for way in ("sampled", "greedy"):

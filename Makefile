@@ -2,7 +2,7 @@
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
-# Also test-fast, test-slow, test-tpu, test-gpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
+# Also test-fast, test-slow, math-smoke, test-tpu, test-gpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip. On Linux the default index's torch includes CUDA; PyTorch's installation page names
 # an extra index with the small CPU build.
 
@@ -21,7 +21,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run ladder test test-fast test-slow test-tpu test-gpu lint clean
+.PHONY: run ladder test test-fast test-slow math-smoke test-tpu test-gpu lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
@@ -42,6 +42,11 @@ test-fast: lint
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(SPREAD) --durations 10
+
+# The mathematics configs, tiny, from folders to tables; `make test-slow` has it too. The published
+# tokenizers are used where S2D_REAL_TOKENIZERS names their folder.
+math-smoke: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s tests/end_to_end/test_math_smoke.py
 
 # libtpu in .venv would claim the machine's accelerator, so it has a separate environment.
 test-tpu: .venv-tpu/.installed

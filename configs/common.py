@@ -294,6 +294,8 @@ def math(arg: ConfigDict) -> ConfigDict:
   # "math_verify" instead of the string match.
   config.label_share = 1.0
   config.half_seed = 0                      # gap: the halves are fixed and random
+  config.hub = ""                           # owner on huggingface.co of a folder that is absent
+  config.student_layers = 0                 # make the student of this many layers of the teacher
   config.template = {}
   config.prompt_tokens = 3072               # printed for GRPO; for transfer 2,048
   config.dtype = "bfloat16"                 # printed

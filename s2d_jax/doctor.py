@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import (
+  bases,
   chat,
   evals,
   keys,
@@ -59,6 +60,7 @@ CONFIG_KEYS: Record = {
                 "give three sizes of at least 1, for data, fsdp and tensor"),
     "sampler": sampler.SamplerConfig.KEYS, "probe": evals.PROBE_KEYS,
     "compilation_cache": program_cache.KEY, "profile": timing.PROFILE_KEY,
+    **bases.KEYS,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
 # Keys of earlier versions -> what replaced them.

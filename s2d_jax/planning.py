@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2d_jax import bases as base_folders
 from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.errors import InputError
@@ -222,6 +223,7 @@ def _laid_out(empty: Plan, table: Mapping[str, Stage], arms: Mapping[str, Arm],
 
 def _load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
+  base_folders.prepare(config)
   bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
            for role in ("teacher", "student")}
   return _checked_pair(config, sampler.read_folder), bases

@@ -16,6 +16,16 @@ from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
 from s2d_jax.rewards import math as math_reward
 
+# Answered problems before the one to be solved: a small model follows them better than words.
+EXAMPLES = (
+    {"role": "system", "content": "Write the calculation, its result in \\boxed{}."},
+    {"role": "user", "content": "Compute 3 + 4."},
+    {"role": "assistant", "content": "3 + 4 = \\boxed{7}"},
+    {"role": "user", "content": "Tom has 9 cups and breaks 3 of them. How many cups are left?"},
+    {"role": "assistant", "content": "9 - 3 = \\boxed{6}"},
+    {"role": "user", "content": "There are 2 bags with 4 nuts each. How many nuts are in all?"},
+    {"role": "assistant", "content": "2 * 4 = \\boxed{8}"})
+
 
 def arithmetic(config: ConfigDict) -> Task:
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
@@ -60,14 +70,30 @@ def math(config: ConfigDict) -> Task:
               graders[grader], math_reward.answer)
 
 
+def word_problems(config: ConfigDict) -> Task:
+  """Sums and word problems, answered in \\boxed{}; prepared under config.data.dir the first time.
+
+  Raises:
+    InputError: as `math`, whose answer check this is.
+  """
+  keys.check_names("config.data", config.data, ("dir",))
+  folder = os.path.expanduser(config.data.dir)
+  return math(config)._replace(
+      source=lambda split: sources.word_problems(split, folder),
+      messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}])
+
+
 # Keys of config.data, of the task `math`, beside its splits.
 NOT_SPLITS = ("dir", "overlap", "solutions", "grader")
-TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math}
+TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math,
+                                                  "word_problems": word_problems}
 # Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.
-FOLDERS = {"arithmetic": "~/.cache/s2d_jax/data", "math": "data"}
+FOLDERS = {"arithmetic": "~/.cache/s2d_jax/data", "math": "data",
+           "word_problems": "~/.cache/s2d_jax/data"}
 # The config.data of each task for sets that lie in one folder.
 DATA: dict[str, Callable[[str, Sequence[str]], dict]] = {
     "arithmetic": lambda folder, sets: {"dir": folder},
+    "word_problems": lambda folder, sets: {"dir": folder},
     "math": lambda folder, sets: {"dir": folder} | {
         name: name if name in published.SOURCES else f"{folder}/{name}.jsonl" for name in sets},
 }

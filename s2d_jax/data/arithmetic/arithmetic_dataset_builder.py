@@ -15,6 +15,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   # A change of the rows needs a new version: prepared files of the old one are used again.
   VERSION = tfds.core.Version("1.1.0")
   RELEASE_NOTES = {"1.1.0": "labelled 2048, validation 256, test 512; two-digit operands."}
+  splits = staticmethod(problems.splits)
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -25,7 +26,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, list[tuple[int, dict]]]:
     """The keyed rows of each split, which TFDS takes as they are; nothing is downloaded."""
-    return {split: [(row["id"], row) for row in rows] for split, rows in problems.splits().items()}
+    return {split: [(row["id"], row) for row in rows] for split, rows in self.splits().items()}
 
   def _generate_examples(self, rows: list[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
     """TFDS demands this method, also where `_split_generators` returns the rows."""

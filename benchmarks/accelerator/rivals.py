@@ -32,11 +32,11 @@ def measure_all(sizes: Namespace, save: Save) -> None:
   A rival that is not ready in time, ends, or answers late is left out, and the result says why.
 
   Raises:
-    RuntimeError: torch is not installed.
     ValueError: a rival has another loss on the same tokens. All is stored before.
   """
   if importlib.util.find_spec("torch") is None:
-    raise RuntimeError("the rivals need torch, which is not installed.")
+    save(LEFT_OUT, {"all rivals": "torch is not installed"})
+    return
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
     scratch = pathlib.Path(folder)
     update = Update(sizes, scratch)

@@ -493,6 +493,13 @@ def test_a_rival_that_is_missing_is_named_with_its_reason_and_the_others_are_mea
   assert "| rivals | train, good | 32 tokens/s, 0.500 s |" in printed
 
 
+def test_without_torch_the_rivals_are_left_out_with_the_reason(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  saved = {}
+  rivals.measure_all(None, lambda name, values: saved.update({name: values}))
+  assert saved == {"left out": {"all rivals": "torch is not installed"}}
+
+
 def test_the_output_of_a_part_that_left_a_rival_out_is_kept(tmp_path):
   class Worker(Simulated):
     def measure(self, name, path, limit):

@@ -91,7 +91,7 @@ class Run:
     seconds = self.deadline - time.monotonic()
     if seconds < part.least:
       print(f"{part.name}: not started", flush=True)
-      # What an earlier run has measured stays.
+      # Results of an earlier run stay.
       if not store.read(self.path)["parts"].get(part.name, {}).get("results"):
         store.update(self.path, part.name, status=f"not started: {max(seconds, 0):.0f} s were left",
                      results={})

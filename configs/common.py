@@ -290,8 +290,9 @@ def math(arg: ConfigDict) -> ConfigDict:
                  "math500": "math500", "aime24": "aime24", "aime25": "aime25",  # printed
                  # scored splits that may hold labelled problems, with commas between
                  "overlap": ""}
-  # Optional: config.data.solutions, a file of responses (docs/sampling.md), and config.data.grader,
-  # "math_verify" instead of the string match.
+  # Optional: config.data.solutions, a file of responses (docs/sampling.md).
+  config.checker = "verify"                 # of answers: "string", or also math-verify
+  config.list_order = "any"                 # "fixed": the order of a list without brackets counts
   config.label_share = 1.0
   config.half_seed = 0                      # gap: the halves are fixed and random
   config.hub = ""                           # owner on huggingface.co of a folder that is absent

@@ -63,6 +63,8 @@ CONFIG_KEYS: Record = {
     **bases.KEYS,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
+# Keys that some tasks read, each task its own; the task itself checks their values.
+TASK_KEYS = ("checker", "list_order")
 # Keys of earlier versions -> what replaced them.
 _REPLACED = {"evaluation": "an entry of config.evals with when='end'",
              "validation": "an entry of config.evals with when='every 50'",
@@ -97,7 +99,8 @@ def check_config(config: ConfigDict, stages: Mapping[str, Stage]) -> None:
   """
   # Names and ranges come first: the checks of combinations may then read any key.
   check_names(config)
-  keys.check_block("config", config, CONFIG_KEYS)
+  keys.check_block("config", {name: config[name] for name in config if name not in TASK_KEYS},
+                   CONFIG_KEYS)
   with keys.prefixed("config.sampler."):
     sampler.check_config(sampler.SamplerConfig(**config.sampler))
   with keys.prefixed("config.probe."):
@@ -120,7 +123,7 @@ def check_names(config: ConfigDict) -> None:
   """Raises InputError unless a config has exactly the keys that are read, its blocks aside."""
   # Before a missing key is named: a config of an earlier version lacks the new one too.
   _refuse_replaced("config", config)
-  keys.check_names("config", config, CONFIG_KEYS)
+  keys.check_names("config", [name for name in config if name not in TASK_KEYS], CONFIG_KEYS)
 
 
 def _refuse_replaced(path: str, block: ConfigDict) -> None:
@@ -331,6 +334,23 @@ def shared_problems(splits: Mapping[str, Sequence[Mapping[str, Any]]],
   """The problems of each other split that are among the labelled ones, by normalised text."""
   return {split: overlap.shared(splits["labelled"], problems)
           for split, problems in splits.items() if split != "labelled"}
+
+
+def check_answers(reward: Callable[[dict, str], float], respond: Callable[[str], str],
+                  splits: Mapping[str, list[dict]]) -> None:
+  """Refuses answers that no response can match, or that an empty response matches.
+
+  Args:
+    reward: (problem, response) -> 1 where the response is right.
+    respond: answer -> the response that gives it.
+  """
+  for split, problems in splits.items():
+    wrong = [problem["id"] for problem in problems
+             if reward(problem, respond(problem["answer"])) != 1 or reward(problem, respond(""))]
+    if wrong:
+      shown = ", ".join(map(str, wrong[:8])) + (" and more" if len(wrong) > 8 else "")
+      raise InputError(f"{len(wrong)} answers of {split} are matched by no response, of the "
+                       f"problems with the ids {shown}: correct them, or remove these problems.")
 
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:

@@ -6,6 +6,7 @@ on finished weights.
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,19 +129,20 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
     (samples, rollout): a sample is right where its reward is 1 or more; and the rows behind them.
   """
   # Filled while other rows are decoded, so that a slow grader costs no time of the device.
-  correct: dict[int, bool] = {}
+  begun: dict[int, float | Future[float]] = {}  # rewards, some of which other processes compute
 
   def check(index: int, rollout: Rollout) -> None:
-    correct[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index)) >= 1
+    begun[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index))
 
   if stored is None:
     rollout, _ = sample(params, prompts, seed, on_finish=check)
   else:
-    rollout = _resumed(sample, params, prompts, seed, stored, reward, correct)
+    rollout = _resumed(sample, params, prompts, seed, stored, reward, begun)
   P = len(prompts)
   rows = range(len(rollout.prompt_id_B))
   # float32, because the scores of finished runs were computed in it.
-  correct_PG = np.array([correct[index] for index in rows], np.float32).reshape(P, -1)
+  correct_PG = np.array([rollouts.resolved(begun[index]) >= 1 for index in rows],
+                        np.float32).reshape(P, -1)
   answer_PG = None
   if answer is not None:
     answers = [answer(rollout.response(index)) for index in rows]
@@ -152,18 +154,18 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
 
 
 def _resumed(sample: Sampler, params: Params, prompts: Sequence[Prompt], seed: tuple[int, ...],
-             stored: Stored, reward: Reward, correct: dict[int, bool]) -> Rollout:
+             stored: Stored, reward: Reward, rewards: dict[int, float | Future[float]]) -> Rollout:
   """The rollout of all samples of the prompts, of which the stored rows are not sampled again.
 
   Args:
-    correct: receives whether each row, by its index in the result, is right.
+    rewards: receives the reward of each row, or a future of it, by its index in the result.
   """
   requests = [(prompt, g) for prompt in prompts for g in range(sample.sampling.samples_per_prompt)]
   index_of = {(prompt.id, g): index for index, (prompt, g) in enumerate(requests)}
 
   def check(row: int, rollout: Rollout) -> None:
     key = (int(rollout.prompt_id_B[row]), int(rollout.sample_index_B[row]))
-    correct[index_of[key]] = reward(key[0], rollout.response(row)) >= 1
+    rewards[index_of[key]] = reward(key[0], rollout.response(row))
 
   def finish(row: int, rollout: Rollout) -> None:
     stored.on_finish(row, rollout)
@@ -178,7 +180,7 @@ def _resumed(sample: Sampler, params: Params, prompts: Sequence[Prompt], seed: t
     for row in range(len(of_prompts)):
       check(row, parts[0])
     absent = {field: None for field, x in stored.rows._asdict().items() if x is None}
-  missing = [request for index, request in enumerate(requests) if index not in correct]
+  missing = [request for index, request in enumerate(requests) if index not in rewards]
   if missing:
     sampled, _ = sample.sample_rows(params, missing, seed, on_finish=finish)
     parts.append(sampled._replace(**absent))

@@ -253,7 +253,8 @@ def read_rows(path: pathlib.Path, prompts: Sequence[Prompt],
 
 def reward_of(task: Task, tokenizer: chat.Chat, problems: dict[int, dict]) -> Reward:
   """The task's reward of (prompt id, response ids)."""
-  return lambda prompt_id, ids: task.reward(problems[prompt_id], tokenizer.decode(ids))
+  submit = getattr(task.reward, "submit", task.reward)
+  return lambda prompt_id, ids: submit(problems[prompt_id], tokenizer.decode(ids))
 
 
 def answer_of(task: Task, tokenizer: chat.Chat) -> evals.Answer | None:

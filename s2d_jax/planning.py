@@ -6,6 +6,7 @@ and its problems are checked here, before anything runs or is written.
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -64,11 +65,17 @@ Arm = tuple[Use, ...]
 
 
 class Task(NamedTuple):
-  """The problems, their chat messages and the reward of an answer."""
+  """The problems, their chat messages and the reward of an answer.
+
+  A reward whose check takes long may have an attribute `submit`: with its arguments it returns a
+  future of the reward, or the reward itself. Training calls that, while other rows are decoded.
+  """
   source: Callable[[str], Sequence[dict]]  # split -> {"id", "problem", "answer"[, "solution"]}
   messages: Callable[[dict], list[dict]]   # problem -> chat messages
   reward: Callable[[dict, str], float]     # (problem, text); an evaluation counts 1 or more right
   answer: Callable[[str], str | None] | None = None  # text -> one spelling of its answer, for maj@k
+  # answer -> a response of reward 1, by which the answers of all problems are checked; None: not
+  respond: Callable[[str], str] | None = None
 
   def checker(self) -> dict[str, Any]:
     """Names what checks and reads answers, with versions: scores of two checkers are unlike.
@@ -109,9 +116,11 @@ class Plan(NamedTuple):
   # by split of the config: "problems", their "sha256", "labelled" ones among them, and the origin
   sets: Mapping[str, dict[str, Any]] = MappingProxyType({})
 
-  def reward(self, prompt_id: int, ids: Sequence[int]) -> float:
-    """The task's reward of a response, from a problem's id and the response's tokens."""
-    return float(self.task.reward(self.problems[prompt_id], self.chat.decode(ids)))
+  def reward(self, prompt_id: int, ids: Sequence[int]) -> float | Future[float]:
+    """The task's reward of a response or a future of it, from a problem's id and the tokens."""
+    submit = getattr(self.task.reward, "submit", self.task.reward)
+    found = submit(self.problems[prompt_id], self.chat.decode(ids))
+    return found if isinstance(found, Future) else float(found)
 
   @property
   def answer(self) -> Callable[[Sequence[int]], str | None] | None:
@@ -251,6 +260,8 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
   sources = {split: task.source(split) for split in dict.fromkeys(names)}
   splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
   doctor.check_splits(config, splits)
+  if task.respond is not None:
+    doctor.check_answers(task.reward, task.respond, splits)
   # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
   # a remedy of its own.
   prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(

@@ -3,7 +3,6 @@
 A task of your own is a `planning.Task` that you pass to `recipe.run`.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -30,6 +29,10 @@ EXAMPLES = (
 def arithmetic(config: ConfigDict) -> Task:
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
   keys.check_names("config.data", config.data, ("dir",))
+  for name in doctor.TASK_KEYS:
+    if name in config:
+      raise InputError(f"config.{name} is not read by the task arithmetic, which compares digits: "
+                       "remove it.")
   folder = os.path.expanduser(config.data.dir)
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
@@ -39,20 +42,24 @@ def arithmetic(config: ConfigDict) -> Task:
 def math(config: ConfigDict) -> Task:
   """Problems of config.data[split], as `sources.read` finds them, answered in \\boxed{}.
 
-  The answer in the last box is checked by config.data.grader: "string_match", the default, or
-  "math_verify", which runs in a process with limits.
+  The answer in the last box is checked by config.checker: "string" compares spellings, and
+  "verify", the default, asks math-verify about answers that differ. config.list_order says whether
+  the order of a list counts: "any", the default, or "fixed".
 
   Raises:
-    InputError: an unknown grader, or one that is not installed.
+    InputError: an unknown checker or order, or a checker that is not installed.
   """
-  graders = {"string_match": math_reward.reward, "math_verify": math_reward.verified}
-  grader = config.data.get("grader", "string_match")
-  if grader not in graders:
-    raise InputError(f"config.data.grader is {grader!r}: choose {' or '.join(graders)}.")
+  if "grader" in config.data:
+    raise InputError("config.data.grader was replaced by config.checker: remove it, and set "
+                     "config.checker to 'string' or 'verify'.")
+  checker = config.get("checker", "verify")
+  order = config.get("list_order", "any")
+  keys.check_value("config.checker", checker, keys.one_of(("string", "verify")))
+  keys.check_value("config.list_order", order, keys.one_of(("any", "fixed")))
   # An optional package: without this check the first reward of a long run would fail.
-  if grader == "math_verify" and importlib.util.find_spec("math_verify") is None:
-    raise InputError("config.data.grader is 'math_verify', which is not installed: pip install "
-                     "math-verify.")
+  if checker == "verify" and not math_reward.INSTALLED:
+    raise InputError("config.checker is 'verify' and math-verify is not installed: pip install "
+                     "'s2d_jax[math]', or set config.checker to 'string'.")
   # The sentence that Qwen3's model card recommends for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
@@ -66,8 +73,18 @@ def math(config: ConfigDict) -> Task:
       return problems
     return sources.Problems(jsonl.solved(problems, config.data.solutions),
                             getattr(problems, "origin", None))
+  reward, answer = _CHECKERS[checker, order]
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
-              graders[grader], math_reward.answer)
+              reward, answer, lambda text: f"\\boxed{{{text}}}")
+
+
+# (config.checker, config.list_order) -> (reward, answer)
+_CHECKERS = {
+    ("string", "any"): (math_reward.reward, math_reward.answer),
+    ("string", "fixed"): (math_reward.reward_in_order, math_reward.answer_in_order),
+    ("verify", "any"): (math_reward.verified, math_reward.answer),
+    ("verify", "fixed"): (math_reward.verified_in_order, math_reward.answer_in_order),
+}
 
 
 def word_problems(config: ConfigDict) -> Task:
@@ -78,13 +95,15 @@ def word_problems(config: ConfigDict) -> Task:
   """
   keys.check_names("config.data", config.data, ("dir",))
   folder = os.path.expanduser(config.data.dir)
-  return math(config)._replace(
+  # Answers are whole numbers, of which the string match reads every spelling.
+  checked = ConfigDict({"data": config.data, "checker": config.get("checker", "string")})
+  return math(checked)._replace(
       source=lambda split: sources.word_problems(split, folder),
       messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}])
 
 
 # Keys of config.data, of the task `math`, beside its splits.
-NOT_SPLITS = ("dir", "overlap", "solutions", "grader")
+NOT_SPLITS = ("dir", "overlap", "solutions")
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math,
                                                   "word_problems": word_problems}
 # Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.

@@ -114,6 +114,11 @@ def test_the_models_page(checkout):
   assert (checkout / "child" / "tokenizer.json").exists()
 
 
+def test_the_page_of_answers():
+  (block,) = blocks("docs/answers.md", "python")
+  run(ROOT, ["-c", block])  # its assertions are the test
+
+
 @pytest.mark.medium
 def test_the_sampling_page(checkout):
   (checkout / "s2d_jax").symlink_to(ROOT / "s2d_jax")

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
 
 from configs import arithmetic, common
-from s2d_jax import keys, models, objectives, planning, recipe, tasks
+from s2d_jax import doctor, keys, models, objectives, planning, recipe, tasks
 from s2d_jax.assets import tokenizer
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.errors import InputError
@@ -496,3 +497,24 @@ def test_unknown_labels_of_an_arm_are_refused(config):
   config.arms = "mine"
   with pytest.raises(ValueError, match="the arm mine gives sft the labels '3h': choose all, 1h or"):
     recipe.plan(config, task(), arms={"mine": (planning.Use("sft", "3h"),)}, compared=())
+
+
+@pytest.mark.parametrize("checker", ["string", "verify"])
+def test_answers_that_no_response_can_match_are_refused_by_id(tmp_path, checker):
+  rows = ["5", "\\boxed{5}", "\\frac{1}{2}", "\\left\\{1", "She has 5.\n#### 5",
+          "~", "\\text{Monday}"]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps({"id": 10 + i, "problem": f"p{i}", "answer": answer}) + "\n"
+                          for i, answer in enumerate(rows)))
+  task = tasks.math(ConfigDict({"data": {"labelled": str(path)}, "checker": checker}))
+  problems = task.source("labelled")
+  splits = {"labelled": [problems[i] for i in range(len(problems))]}
+  with pytest.raises(InputError) as error:
+    doctor.check_answers(task.reward, task.respond, splits)
+  assert str(error.value) == (
+      "4 answers of labelled are matched by no response, of the problems with the ids 11, 13, 14, "
+      "15: correct them, or remove these problems.")
+  doctor.check_answers(task.reward, task.respond, {"labelled": splits["labelled"][:1]})
+  # A checker that takes an empty answer for right is refused too.
+  with pytest.raises(InputError, match="ids 10: correct them"):
+    doctor.check_answers(lambda problem, text: 1.0, task.respond, {"labelled": problems[:1]})

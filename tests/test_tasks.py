@@ -1,11 +1,13 @@
 """The tasks that a config names: where problems come from, and what checks the answers."""
 
+import importlib.metadata
 import json
 
 import ml_collections
 import pytest
 
 from s2d_jax import planning, tasks
+from s2d_jax.errors import InputError
 from s2d_jax.rewards import math
 
 
@@ -16,42 +18,73 @@ def data(tmp_path):
   return ml_collections.ConfigDict({"data": {"labelled": str(path)}})
 
 
-def test_the_default_grader_of_math_is_string_match(data):
+def test_the_default_checker_of_math_asks_math_verify(data):
   task = tasks.math(data)
   assert task.source("labelled") == [{"id": 7, "problem": "1+1?", "answer": "\\frac{4}{2}"}]
   assert task.reward({"answer": "2"}, "\\boxed{2}") == 1.0
-  assert task.reward is math.reward
+  assert task.reward is math.verified
+  data.checker = "string"
+  assert tasks.math(data).reward is math.reward
 
 
-def test_another_grader_has_another_identity(data):
+def test_another_checker_has_another_identity(data):
   first = planning.identity_of(tasks.math(data).reward)
-  data.data.grader = "string_match"
+  data.checker = "verify"
   assert planning.identity_of(tasks.math(data).reward) == first
-  data.data.grader = "math_verify"
-  assert tasks.math(data).reward is math.verified
-  assert planning.identity_of(math.verified) != first
+  # Its version, and that of the library that decides with it.
+  assert first[2] == f"{math.VERSION} with math-verify {importlib.metadata.version('math-verify')}"
+  found = [first]
+  for checker, order in (("verify", "fixed"), ("string", "any"), ("string", "fixed")):
+    data.checker = checker
+    data.list_order = order
+    found.append(planning.identity_of(tasks.math(data).reward))
+  assert len(set(map(str, found))) == 4
+  assert planning.identity_of(math.reward) == ["s2d_jax.rewards.math", "reward", math.VERSION]
+
+
+def test_the_order_of_a_list_is_a_key_of_the_config(data):
+  data.checker = "string"
+  assert tasks.math(data).reward({"answer": "1, 2"}, "\\boxed{2, 1}") == 1.0
+  data.list_order = "fixed"
+  assert tasks.math(data).reward({"answer": "1, 2"}, "\\boxed{2, 1}") == 0.0
+  assert tasks.math(data).answer("\\boxed{2, 1}") == "2, 1"
 
 
 @pytest.mark.medium
 def test_math_verify_accepts_answers_that_string_match_rejects(data):
-  data.data.grader = "math_verify"
   problem, text = tasks.math(data).source("labelled")[0], "\\boxed{2}"
   assert math.reward(problem, text) == 0.0
-  try:
-    assert tasks.math(data).reward(problem, text) == 1.0
-  finally:
-    math._verifier().close()
-    math._verifier.cache_clear()
+  assert tasks.math(data).reward(problem, text) == 1.0
+  data.list_order = "fixed"
+  assert tasks.math(data).reward(problem, text) == 1.0
+  assert tasks.math(data).reward({"answer": "\\sqrt{4}, 1"}, "\\boxed{1, 2}") == 0.0
 
 
-def test_an_unknown_grader_and_an_absent_library_are_refused(data, monkeypatch):
-  data.data.grader = "sympy"
-  with pytest.raises(ValueError, match="config.data.grader is 'sympy': choose string_match or ma"):
+def test_an_unknown_checker_and_an_absent_library_are_refused(data, monkeypatch):
+  data.checker = "sympy"
+  with pytest.raises(InputError, match="config.checker is 'sympy': choose it from string, verify"):
     tasks.math(data)
+  data.checker = "verify"
+  data.list_order = "sorted"
+  with pytest.raises(InputError, match="config.list_order is 'sorted': choose it from any, fixed"):
+    tasks.math(data)
+  data.list_order = "any"
+  monkeypatch.setattr(math, "INSTALLED", False)
+  with pytest.raises(InputError, match=r"not installed: pip install 's2d_jax\[math\]', or set "
+                                       "config.checker to 'string'"):
+    tasks.math(data)
+
+
+def test_the_key_of_an_earlier_version_names_its_replacement(data):
   data.data.grader = "math_verify"
-  monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="not installed: pip install math-verify"):
+  with pytest.raises(InputError, match="config.data.grader was replaced by config.checker"):
     tasks.math(data)
+
+
+def test_a_task_refuses_the_keys_of_another(tmp_path):
+  config = ml_collections.ConfigDict({"data": {"dir": str(tmp_path)}, "checker": "string"})
+  with pytest.raises(InputError, match="config.checker is not read by the task arithmetic"):
+    tasks.arithmetic(config)
 
 
 def test_an_absent_split_is_refused(data):

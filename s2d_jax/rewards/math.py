@@ -1,205 +1,130 @@
-r"""Check of a mathematical answer in the last \boxed{}: a string match, or math_verify.
+r"""Check of a mathematical answer in the last \boxed{}: a string match, then math-verify if asked.
 
-The string match follows Hendrycks et al. 2021 (https://arxiv.org/abs/2103.03874): both answers
-are brought to one spelling and compared. It never evaluates the text. Every pattern here takes
-time linear in the text, because a policy may write any text during training.
+`reward` brings both answers to one spelling (`tex`) and compares them. `verified` asks math-verify
+about the answers that differ, in processes with limits (`pool`). Neither evaluates a model's text
+in this process.
 """
 
-import atexit
 import functools
-import re
+import importlib.metadata
+import importlib.util
 from collections.abc import Mapping
+from concurrent.futures import Future
 
-from s2d_jax.rewards import worker
+from s2d_jax.rewards import boxes, pool, tex
 
-# The patterns stand in the order in which `_normalised` applies them.
-_RESPELLED = (("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\cfrac", "\\frac"))
-# A dollar between two digits is left: it separates them.
-_DOLLAR = re.compile(r"\\?\$(?!\d)|(?<!\d)\\?\$")
-# MATH writes 1,\!000: a comma without the space behind it.
-_NEGATIVE_SPACE = re.compile(r"(?:,|\{,\}) ?(?:\\! ?)+")
-# Spacing and decoration. It becomes a space, so that the digits around it stay apart.
-_SPACING = re.compile(
-  r"(?<!\\)\\[ ,;:!]|~|\\(?:left|right)(?![a-zA-Z])|\\?%|\^(?:\{\\circ\}|\\circ)"
-)
-# Digits with separators: 1 000, but also 4 2, and decimals such as .141 592.
-_DIGIT_GROUPS = re.compile(r"(?:\.|(?<![\d.^_]))\d++(?:(?: |\{,\})\d++)++")
-_THOUSANDS = re.compile(r"(?:\.\d{3}|\d{1,3})(?:(?: |\{,\})\d{3})+")
-_MIXED = re.compile(
-  r"""
-  # An exponent or a factor before the fraction is no whole part, nor is the end of 1,001.
-  (?<![\w.^_/)}\]])(?<!\d,)(\d{1,9})
-  # 1 1/2
-  (?:[ ](\d{1,9})[ ]?/[ ]?(\d{1,9})(?![\w./])
-  # 1\frac{1}{2}, 1\frac12
-  |[ ]?\\frac(?:\{(\d{1,9})\}|(\d))[ ]?(?:\{(\d{1,9})\}|(\d)))
-  """,
-  re.VERBOSE,
-)
-# A text at the end, such as the unit of 5\text{ cm}.
-_LAST_TEXT = re.compile(r"\\text\{\s([^{}]*)\}[\s.]*$")
-_CONTROL_WORD = re.compile(r"\\[a-zA-Z]+")
-_LETTER = re.compile(r"[^\W\d_]")
-# More than a unit: digits, but for the exponent of cm^2, relations and signs.
-_BEYOND_UNIT = re.compile(r"(?<!\^)(?<!\^-)\d|[<>=+≤≥≠±]|^(?:squared|cubed)\b")
-_WORD = re.compile(r"[a-z]+")
-# Words behind a number that change its value, say something of it or add an alternative.
-_NOT_IN_UNITS = frozenset(
-  """
-  zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
-  sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions
-  trillion trillions quadrillion dozen dozens half halves third thirds fourth fourths fifth fifths
-  sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
-  thousandth thousandths millionth millionths negative positive minus plus factorial
-  or and to through but not nor if when where for except excluding is are was equals with without
-  mod modulo remainder base than most least odd even prime none infinity
-  am pm bc ad bce ce north south east west
-  """.split()
-)
-_WRAPPED = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
-_SHORT_ROOT = re.compile(r"\\sqrt(\w)")
-_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
-# The name before a value, as in x=5.
-_NAME = re.compile(r"^\s*[a-zA-Z]\s*=")
-# A whole answer with commas between its thousands, such as 1,000.
-_COMMA_GROUPS = re.compile(r"[+-]? ?\d{1,3}(,\d{3})+(\.\d+)?")
-# All spaces but those between two numbers.
-_LOOSE_SPACE = re.compile(r"(?<![\d.]) | (?![\d.])")
-_PLAIN_FRACTION = re.compile(r"(-?)\((-?\w+)\)/\((-?\w+)\)")
-# The point of .5, which has no digit before it.
-_BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
-# Leading zeros are stripped afterwards: "0*" before "\d+" would take quadratic time.
-_WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?")
-
-
-def reward(problem: Mapping[str, str], text: str) -> float:
-  r"""1.0 where the last \boxed{} of the text matches the answer after normalisation, else 0.0.
-
-  An answer of which normalisation leaves nothing matches nothing.
-  """
-  boxed = last_boxed(text)
-  if boxed is None:
-    return 0.0
-  answer = _normalised(problem["answer"])
-  # "100,200" is a number, and also how a list is written without a space.
-  readings = (_normalised(boxed), _normalised(boxed.replace(",", ", ")))
-  return float(answer != "" and answer in readings)
-
-
-def answer(text: str) -> str | None:
-  r"""The last \boxed{} of a text in one spelling, or None where no box closes or it is empty."""
-  boxed = last_boxed(text)
-  if boxed is None:
-    return None
-  return _normalised(boxed) or None
-
-
-def verified(problem: Mapping[str, str], text: str) -> float:
-  r"""1.0 where math_verify finds the last \boxed{} equal to the answer, else 0.0.
-
-  It runs in a process with limits: a text that exceeds them gets 0.0, with a warning.
-  """
-  return _verifier()(problem, text)
-
-
-@functools.cache
-def _verifier() -> worker.Worker:
-  """The process that runs math_verify, started by the first call and ended with this one."""
-  verifier = worker.Worker("s2d_jax.rewards.verify:check", seconds=60.0, cpu_seconds=5,
-                           memory_bytes=4 << 30)
-  atexit.register(verifier.close)
-  return verifier
+SECONDS = 60.0       # of one check by the clock, for a process that waits instead of working
+CPU_SECONDS = 5.0    # of one check
+MEMORY_BYTES = 4 << 30
 
 
 def last_boxed(text: str) -> str | None:
-  r"""The text inside the last \boxed{...} or \fbox{...}, or None where no box closes."""
-  start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-  if start < 0:
-    return None
-  start = text.index("{", start) + 1
-  depth = 1
-  for i in range(start, len(text)):
-    depth += {"{": 1, "}": -1}.get(text[i], 0)
-    if depth == 0:
-      return text[start:i]
-  # The braces never close: the response was cut.
-  return None
+  r"""The text inside the last \boxed or \fbox, or None where there is none or it is cut."""
+  return boxes.last(text)
 
 
-def _normalised(answer: str) -> str:
-  r"""One spelling for answers that mean the same: " \dfrac12 " and "1/2", "1,000" and "1000".
+def normalised(answer: str, ordered: bool = False) -> str:
+  """One spelling for answers that mean the same; normalising it again changes nothing.
 
-  Digits close up only in groups of three: "1 000" is 1000, but "4 2" and "32, 349" are two numbers
-  each. A mixed number becomes a fraction: "1 1/2" is "3/2".
+  " \\dfrac12 " and "0.5" are "1/2", and "1,000" is "1000". An answer without a value is "".
+
+  Args:
+    ordered: whether the order of a list without brackets counts.
   """
-  for old, new in _RESPELLED:
-    answer = answer.replace(old, new)
-  answer = _DOLLAR.sub("", answer)
-  answer = _NEGATIVE_SPACE.sub("{,}", answer)
-  answer = " ".join(_SPACING.sub(" ", answer).split())
-  answer = _DIGIT_GROUPS.sub(_closed, answer)
-  answer = _MIXED.sub(_improper, answer)
-  # TeX's braces around a comma only remove the space behind it.
-  answer = answer.replace("{,}", ",")
-  answer = _without_unit(answer)
-  answer = _WRAPPED.sub(r"\1", answer)
-  answer = _SHORT_ROOT.sub(r"\\sqrt{\1}", answer)
-  answer = _FRACTION.sub(_over, answer)
-  answer = _NAME.sub("", answer).rstrip(" .").lstrip()
-  # Before its spaces go, so that "3, 125" stays a list.
-  if _COMMA_GROUPS.fullmatch(answer):
-    answer = answer.replace(",", "")
-  answer = _LOOSE_SPACE.sub("", answer)
-  plain = _PLAIN_FRACTION.fullmatch(answer)
-  if plain:
-    answer = f"{plain[1]}{plain[2]}/{plain[3]}"
-  answer = _BARE_POINT.sub("0.", answer)
-  number = _WHOLE.fullmatch(answer)
-  # By its text: int() refuses the thousands of digits that a model may write.
-  if number:
-    digits = number[2].lstrip("0") or "0"
-    return "-" + digits if number[1] == "-" and digits != "0" else digits
-  return answer
+  return tex.read(answer, ordered).text
 
 
-def _without_unit(answer: str) -> str:
-  r"""The answer without a unit at its end: 5\text{ cm} is 5, but n\text{ is odd} stays whole."""
-  last = _LAST_TEXT.search(answer)
-  if last is None:
-    return answer
-  # "x=5\text{ cm}" has its number behind the "=".
-  value = answer[: last.start()].rpartition("=")[2]
-  if "\\pi" not in value and not any(c.isdigit() for c in value):
-    return answer
-  # Letters beyond control words such as \frac make it an expression, of which a text may say more.
-  if _LETTER.search(_CONTROL_WORD.sub("", value)) or _BEYOND_UNIT.search(last[1]):
-    return answer
-  # Without points, "p.m." is one word.
-  words = _WORD.findall(last[1].lower().replace(".", ""))
-  if not _NOT_IN_UNITS.isdisjoint(words):
-    return answer
-  return answer[: last.start()]
+def reward(problem: Mapping[str, str], text: str, ordered: bool = False) -> float:
+  r"""1.0 where the last \boxed{} of the text matches the answer after normalisation, else 0.0.
+
+  Several boxes that together are the answer count as a list. An answer of which normalisation
+  leaves nothing matches nothing.
+
+  Args:
+    ordered: whether the order of a list without brackets counts.
+  """
+  return float(any(matches(problem["answer"], found, ordered) for found in readings(text)))
 
 
-def _closed(groups: re.Match) -> str:
-  """The digits without their separators, where every group but the first has exactly three."""
-  if _THOUSANDS.fullmatch(groups[0]):
-    return groups[0].replace(" ", "").replace("{,}", "")
-  return groups[0]
+def answer(text: str, ordered: bool = False) -> str | None:
+  r"""The last boxed answer of a text in one spelling, or None where there is none."""
+  found = readings(text)
+  return normalised(found[0], ordered) or None if found else None
 
 
-def _improper(mixed: re.Match) -> str:
-  r"""A whole number and a proper fraction as one fraction: 1 1/2 is \frac{3}{2}."""
-  # _MIXED has three spellings of a fraction, of which one matched.
-  whole = mixed[1]
-  top = mixed[2] or mixed[4] or mixed[5]
-  bottom = mixed[3] or mixed[6] or mixed[7]
-  if not 0 < int(top) < int(bottom):
-    return mixed[0]
-  return f"\\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"
+def reward_in_order(problem: Mapping[str, str], text: str) -> float:
+  """As `reward`, and the order of a list counts."""
+  return reward(problem, text, ordered=True)
 
 
-def _over(match: re.Match) -> str:
-  top = match[1] or match[2]
-  bottom = match[3] or match[4]
-  return f"({top})/({bottom})"
+def answer_in_order(text: str) -> str | None:
+  """As `answer`, and the order of a list counts."""
+  return answer(text, ordered=True)
+
+
+# Raised with every change of a verdict, because stages are named by them.
+VERSION = 4
+for _function in (reward, answer, reward_in_order, answer_in_order):
+  _function.version = VERSION
+
+
+def readings(text: str) -> list[str]:
+  """The answers that the last boxes of a text may be read as; [] without a box."""
+  found = list(dict.fromkeys(boxes.joined(text)))
+  return ["; ".join(found)] if found else []
+
+
+def matches(gold: str, boxed: str, ordered: bool = False) -> bool:
+  """Whether two answers have one spelling, and no units that differ."""
+  first = _gold(gold, ordered)
+  if not first.parts or gold == boxed:
+    return bool(first.parts)
+  # "100,200" is a number, and also how a list is written without a space.
+  return any(first.parts == second.parts and None in (first.unit, second.unit)
+             or first == second
+             for second in (tex.read(boxed, ordered), tex.read(boxed, ordered, tight=False)))
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _gold(answer: str, ordered: bool) -> tex.Answer:
+  """As `tex.read`; a problem's answer is compared with many."""
+  return tex.read(answer, ordered)
+
+
+def verified(problem: Mapping[str, str], text: str, ordered: bool = False) -> float:
+  """1.0 where `reward` or math-verify finds the last box equal to the answer, else 0.0.
+
+  math-verify runs in a process with limits: an answer that exceeds them gets 0.0, with a warning.
+  """
+  found = submit(problem, text, ordered)
+  return found if isinstance(found, float) else found.result()
+
+
+def submit(problem: Mapping[str, str], text: str, ordered: bool = False) -> float | Future[float]:
+  """As `verified`, but returns before math-verify has decided: the reward, or a future of it."""
+  found = readings(text)
+  decided = reward(problem, text, ordered)
+  # An answer that the string match accepts is right, and one without a value is wrong.
+  if decided or not found or not _gold(problem["answer"], ordered).parts:
+    return decided
+  return checkers().submit({"answer": problem["answer"], "ordered": ordered}, found[0])
+
+
+def verified_in_order(problem: Mapping[str, str], text: str) -> float:
+  """As `verified`, and the order of a list counts."""
+  return verified(problem, text, ordered=True)
+
+
+INSTALLED = importlib.util.find_spec("math_verify") is not None
+# Another release of math-verify may decide otherwise.
+_RELEASE = importlib.metadata.version("math-verify") if INSTALLED else "none"
+verified.submit = submit
+verified_in_order.submit = functools.partial(submit, ordered=True)
+for _function in (verified, verified_in_order):
+  _function.version = f"{VERSION} with math-verify {_RELEASE}"
+
+
+@functools.cache
+def checkers() -> pool.Pool:
+  """The processes that run math-verify, started by the first answer that needs one."""
+  return pool.Pool("s2d_jax.rewards.verify:check", SECONDS, CPU_SECONDS, MEMORY_BYTES)

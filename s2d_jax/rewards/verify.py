@@ -1,24 +1,243 @@
-r"""Check of a mathematical answer by math_verify, which parses and simplifies with sympy.
+r"""Check of a mathematical answer by math-verify, which parses and simplifies with sympy.
 
 That may take unbounded time and memory on what a model writes, so only `worker` processes import
-this module. `rewards.math.verified` starts one.
+this module; `rewards.math.verified` starts them.
+
+Lists, tuples, intervals, sets, matrices and relations are compared part by part here, because
+math-verify takes an open interval for a pair, [1,2] and (1,2) for one set, and two equations
+without real solutions for one equation. Math-verify compares the expressions within. Decimals
+reach it as exact fractions, since it would round 1/3 to 0.333333.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import math_verify
+import sympy
+from math_verify.parser import LatexExtractionConfig
 
-from s2d_jax.rewards import math
+from s2d_jax.rewards import tex
+
+_DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
+_RELATION = re.compile(r"(<|>|=|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))")
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
+_VARIABLE = re.compile(r"[a-zA-Z]|\\(?!pi|infty)[a-z]+")
+# Letters that stand for a word and not for a product of variables.
+_WORDS = re.compile(r"(?<![\\a-zA-Z])(?!xyz|abc|pqr|mnk)[a-zA-Z]{3,}")
+# A number in another base than ten, whose index the parser would drop.
+_BASE = re.compile(r"[0-9]_")
+_TOKENS = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+_OPENERS = ("(", "[", "{", "\\{")
+_CLOSERS = (")", "]", "}", "\\}")
+_MOST_PARTS = 24      # of a list whose elements are compared with each other
+_DIGITS = 30          # to which two numbers must agree, by value and not by difference alone
+_CONFIG = (LatexExtractionConfig(),)
 
 
-def check(problem: Mapping[str, str], text: str) -> float:
-  r"""1.0 where math_verify finds the last \boxed{} equal to the answer, else 0.0."""
-  boxed = math.last_boxed(text)
-  if boxed is None:
-    return 0.0
-  # math_verify's own time limits set alarms, which only the main thread may. The worker's limits
-  # hold without them.
-  gold, answer = (
-    math_verify.parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (problem["answer"], boxed)
-  )
-  return float(math_verify.verify(gold, answer, timeout_seconds=None))
+def check(problem: Mapping[str, object], text: str) -> float:
+  """1.0 where an answer equals the problem's, else 0.0.
+
+  Args:
+    problem: "answer"; and "ordered", whether the order of a list counts.
+    text: the answer, without its box.
+  """
+  gold = tex.read(problem["answer"], ordered=True, names=True)
+  ordered = bool(problem.get("ordered"))
+  for tight in (True, False):
+    found = tex.read(text, ordered=True, tight=tight, names=True)
+    units = found.unit == gold.unit or None in (found.unit, gold.unit)
+    if gold.parts and units and _parts(gold.parts, found.parts, ordered):
+      return 1.0
+  return 0.0
+
+
+def prepare() -> None:
+  """Checks a few answers, so that the parser has built its tables before processes copy it."""
+  for gold, text in (("\\frac{1}{2}", "\\frac{2}{4}"), ("\\sqrt{12}", "2\\sqrt{3}"),
+                     ("x^2-1", "(x-1)(x+1)"), ("(1,\\pi)", "(1,2\\pi)"), ("x+y=3", "y=3-x"),
+                     ("\\sin x", "\\cos 2x"), ("e^{2i}", "\\ln 2"), ("\\log_2 8", "5!+\\binom53")):
+    check({"answer": gold}, text)
+
+
+def _parts(gold: Sequence[str], found: Sequence[str], ordered: bool) -> bool:
+  """Whether the elements of two lists are equal, in any order unless `ordered`."""
+  if len(gold) != len(found) or len(gold) > _MOST_PARTS:
+    return False
+  if ordered:
+    return all(map(_equal, gold, found))
+  remaining = list(found)
+  for part in gold:
+    # An equal spelling first: it needs no parser.
+    match = next((x for x in remaining if x == part), None)
+    match = match or next((x for x in remaining if _equal(part, x)), None)
+    if match is None:
+      return False
+    remaining.remove(match)
+  return True
+
+
+def _equal(gold: str, found: str) -> bool:
+  """Whether two answers in the spelling of `tex` mean the same."""
+  if gold == found:
+    return True
+  for compare in (_names, _relations, _matrices, _unions, _brackets):
+    verdict = compare(gold, found)
+    if verdict is not None:
+      return verdict
+  return _expressions(gold, found)
+
+
+def _names(gold: str, found: str) -> bool | None:
+  """True where both are equal but for a name before "="; None where that does not decide it."""
+  bare = [", ".join(tex.read(x, ordered=True).parts) for x in (gold, found)]
+  if bare == [gold, found]:
+    return None
+  named = [bool(_RELATION.search(x)) or "\\in" in x for x in (gold, found)]
+  # Of x=3y and y=3x the values differ, and the equations may still be equal.
+  return _equal(*bare) or (None if all(named) else _interval(gold, found))
+
+
+def _relations(gold: str, found: str) -> bool | None:
+  """The verdict where one is an equation or inequality."""
+  first, second = _related(gold), _related(found)
+  if not first and not second:
+    return None
+  if not (first and second):
+    return bool(_interval(gold, found))
+  remaining = list(second)
+  for relation in first:
+    match = next((x for x in remaining if _same_relation(relation, x)), None)
+    if match is None:
+      return False
+    remaining.remove(match)
+  return not remaining
+
+
+def _related(answer: str) -> list[tuple[str, str, str]]:
+  """The relations (side, sign, side) of a chain: 1<x<2 has two."""
+  pieces = _RELATION.split(answer)
+  return [tuple(pieces[k : k + 3]) for k in range(0, len(pieces) - 2, 2)]
+
+
+def _same_relation(gold: tuple[str, str, str], found: tuple[str, str, str]) -> bool:
+  """Whether two relations hold for the same values: one is a multiple of the other."""
+  sides = [_parsed(x) for x in (gold[0], gold[2], found[0], found[2])]
+  if None in sides:
+    return False
+  first = sides[0] - sides[1]
+  second = sides[2] - sides[3]
+  ratio = sympy.simplify(first / second)
+  if not ratio.is_number or not ratio.is_finite or ratio == 0:
+    return False
+  if gold[1] in ("=", "\\ne"):
+    return gold[1] == found[1]
+  return bool(ratio.is_real) and found[1] == (gold[1] if ratio > 0 else _FLIPPED[gold[1]])
+
+
+def _interval(gold: str, found: str) -> bool | None:
+  """Whether one is an inequality of a variable and the other the interval of its values."""
+  bounds = [_bounds(x) or x for x in (gold, found)]
+  return None if bounds == [gold, found] else bounds[0] != bounds[1] and _equal(*bounds) or \
+      bounds[0] == bounds[1]
+
+
+def _bounds(answer: str) -> str | None:
+  """The interval of x>3, 1<x<2 and the like."""
+  low, high = "(-\\infty", "\\infty)"
+  variables = set()
+  relations = _related(answer)
+  for lower, sign, upper in relations:
+    if _VARIABLE.fullmatch(upper):
+      lower, sign, upper = upper, _FLIPPED[sign], lower
+    if not _VARIABLE.fullmatch(lower) or sign in ("=", "\\ne"):
+      return None
+    variables.add(lower)
+    if sign in ("<", "\\le"):
+      high = upper + (")" if sign == "<" else "]")
+    else:
+      low = ("(" if sign == ">" else "[") + upper
+  return f"{low},{high}" if len(variables) == 1 and len(relations) <= 2 else None
+
+
+def _matrices(gold: str, found: str) -> bool | None:
+  """The verdict where one is a matrix: kind, shape and every cell."""
+  cells = [re.fullmatch(r"\\begin\{(\w+)\}(.*)\\end\{\1\}", x, re.DOTALL) for x in (gold, found)]
+  if cells == [None, None]:
+    return None
+  if None in cells or cells[0][1] != cells[1][1]:
+    return False
+  rows = [[row.split("&") for row in found[2].split("\\\\")] for found in cells]
+  if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+    return False
+  return all(map(_equal, sum(rows[0], []), sum(rows[1], [])))
+
+
+def _unions(gold: str, found: str) -> bool | None:
+  """The verdict where one is a union of intervals."""
+  parts = [re.split(r"\\cup ?", x) for x in (gold, found)]
+  return None if parts == [[gold], [found]] else _parts(*parts, ordered=False)
+
+
+def _brackets(gold: str, found: str) -> bool | None:
+  """The verdict where one is a tuple, interval or set as a whole."""
+  first, second = _bracket(gold), _bracket(found)
+  if first is None and second is None:
+    return None
+  if first is None or second is None or first[:2] != second[:2]:
+    return False
+  return _parts(first[2], second[2], ordered=first[0] != "\\{")
+
+
+def _bracket(answer: str) -> tuple[str, str, list[str]] | None:
+  """(opener, closer, elements) of a bracket around the whole answer that holds a list or a set."""
+  depth = 0
+  parts: list[str] = [""]
+  tokens = _TOKENS.findall(answer)
+  for k, token in enumerate(tokens):
+    depth -= token in _CLOSERS
+    if depth == 0 and 0 < k < len(tokens) - 1:
+      return None
+    if token == "," and depth == 1:
+      parts.append("")
+    elif 0 < k < len(tokens) - 1:
+      parts[-1] += token
+    depth += token in _OPENERS
+  is_list = len(parts) > 1 or tokens[:1] in (["\\{"], ["["])
+  if len(tokens) < 2 or depth or tokens[0] not in ("(", "[", "\\{") or not is_list:
+    return None
+  return tokens[0], tokens[-1], parts
+
+
+def _expressions(gold: str, found: str) -> bool:
+  """Whether math-verify finds two expressions equal."""
+  # It takes X for x, and "east" for a product like "seat".
+  if gold.lower() == found.lower():
+    return False
+  if any(pattern.search(x) for pattern in (_WORDS, _BASE) for x in (gold, found)):
+    return False
+  first, second = _parsed(gold), _parsed(found)
+  if first is None or second is None:
+    return False
+  if not math_verify.verify(first, second, float_rounding=_DIGITS, timeout_seconds=None):
+    return False
+  # It takes differences below 1e-15 for 0, and so 10^-20 for 10^-30.
+  if first.free_symbols or second.free_symbols:
+    return True
+  values = [sympy.N(x, _DIGITS) for x in (first, second)]
+  return bool(abs(values[0] - values[1]) <= abs(values[0]) * sympy.Float(10) ** (5 - _DIGITS))
+
+
+def _parsed(answer: str) -> sympy.Expr | None:
+  """An expression as sympy's, or None where math-verify does not read it as one."""
+  exact = _DECIMAL.sub(_fraction, answer)
+  found = math_verify.parse(f"\\boxed{{{exact}}}", _CONFIG, fallback_mode="no_fallback",
+                            parsing_timeout=None)
+  if not found or not isinstance(found[0], sympy.Expr):
+    return None
+  # The parser reads the i of 4i as a real variable.
+  return found[0].subs({x: sympy.I for x in found[0].free_symbols if x.name == "i"})
+
+
+def _fraction(decimal: re.Match) -> str:
+  """A decimal as a fraction of whole numbers."""
+  return f"\\frac{{{decimal[1]}{decimal[2]}}}{{1{'0' * len(decimal[2])}}}"

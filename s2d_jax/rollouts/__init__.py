@@ -36,6 +36,7 @@ from s2d_jax.rollouts.steps import (
   Reward,
   Rewards,
   StepRollouts,
+  resolved,
   sample_step,
   score,
 )
@@ -44,6 +45,6 @@ __all__ = [
   "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse", "OnFinish",
   "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
   "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
-  "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "row_key",
-  "sample_step", "score", "take", "to_bytes", "token_weights",
+  "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "resolved",
+  "row_key", "sample_step", "score", "take", "to_bytes", "token_weights",
 ]

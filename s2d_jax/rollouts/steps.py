@@ -4,6 +4,7 @@ Every host has the same rollouts and scores its share of the responses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ from s2d_jax.rollouts.records import (
 from s2d_jax.rollouts.sources import FrozenActor, OnFinish, RolloutSource
 from s2d_jax.sharding import Params
 
-Reward = Callable[[int, np.ndarray], float]      # (prompt id, response ids) -> reward
+# (prompt id, response ids) -> reward, or a future of it where its check runs in another process
+Reward = Callable[[int, np.ndarray], float | Future[float]]
 _PromptsOf = Callable[[int, int], list[Prompt]]   # (step, round) -> the round's prompts
 
 
@@ -132,7 +134,7 @@ def sample_step(source: RolloutSource, params: Params, prompts_of: _PromptsOf, s
   stats = []
   for round in range(max(hp.rounds, 1)):
     new = prompts_of(step, round)
-    early = {}  # rewards by row, computed while other rows are still decoded
+    early = {}  # rewards by row, computed or begun while other rows are still decoded
     rollout, fresh_B, round_stats = source.sample(params, new, step, round,
                                                   _scorer(reward, new, G, early))
     stats.append(round_stats)
@@ -181,7 +183,7 @@ def _rows(group_P: np.ndarray, G: int) -> np.ndarray:
 
 
 def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
-            early: dict[int, float]) -> OnFinish:
+            early: dict[int, float | Future[float]]) -> OnFinish:
   """A callback that scores this host's share of the rows, as each is complete, into `early`."""
   def on_finish(index: int, rollout: Rollout) -> None:
     # The share of a host is the same as in `score`.
@@ -190,11 +192,17 @@ def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
   return on_finish
 
 
-def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = None) -> np.ndarray:
+def resolved(reward: float | Future[float]) -> float:
+  """A reward, waited for where it is a future."""
+  return reward.result() if isinstance(reward, Future) else reward
+
+
+def score(reward: Reward, rollout: Rollout,
+          early: Mapping[int, float | Future[float]] | None = None) -> np.ndarray:
   """float32 rewards of each row: every host scores its share, and the shares are added up.
 
   Args:
-    early: rewards that are known already, by row.
+    early: rewards that are known or begun already, by row.
 
   Raises:
     InputError: a reward is not finite; the message names the prompt and the sample.
@@ -203,8 +211,12 @@ def score(reward: Reward, rollout: Rollout, early: Mapping[int, float] | None = 
   B = len(rollout.prompt_id_B)
   # Rows of other hosts stay 0, so that the sum over hosts is each row's reward.
   own_B = np.zeros(B, np.float32)
+  begun = {}
   for b in range(jax.process_index(), B, jax.process_count()):
-    own_B[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))
+    begun[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))
+  # Only after all have begun: several processes may check them.
+  for b, found in begun.items():
+    own_B[b] = resolved(found)
   reward_B = hosts.sum_over_hosts(own_B)
   # After the sum, so that every host raises and none waits for one that has stopped.
   for b in np.flatnonzero(~np.isfinite(reward_B)):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -70,6 +71,40 @@ def test_logits_both_ways(family, changes, rope, tmp_path):
     hf.save(tmp_path / "ours", model, params, source=source)
     again = CLASSES[family][1].from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     np.testing.assert_allclose(torch_logits(again, ids), want, atol=1e-6, rtol=0)
+
+
+def bare(tensors):
+  """The names of a checkpoint of the model without its head's class."""
+  return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def head_alone(tensors):
+  """A tied model's one matrix under the name of its head."""
+  tensors = dict(tensors)
+  return {"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors}
+
+
+def frequencies(tensors):
+  """With what an old checkpoint stores of RoPE."""
+  name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+  return tensors | {name.format(i): np.ones(8, np.float32) for i in range(2)}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("stored", [bare, head_alone, frequencies])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_names_that_transformers_loads_are_loaded_alike(family, stored, tmp_path):
+  folder = tmp_path / "theirs"
+  torch_model(family, {"num_key_value_heads": 2, "tie_word_embeddings": True}, PLAIN
+              ).save_pretrained(folder)
+  path = folder / "model.safetensors"
+  tensors = stored(safetensors.numpy.load_file(path))
+  safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+  theirs = CLASSES[family][1].from_pretrained(folder, dtype=torch.float32).eval()
+  model, params = hf.load(folder)
+  ids = np.random.default_rng(0).integers(0, 48, (2, 60)).astype(np.int32)
+  np.testing.assert_allclose(logits(model, params, ids), torch_logits(theirs, ids), atol=ATOL,
+                             rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(models.PUBLISHED))

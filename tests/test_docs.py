@@ -91,7 +91,7 @@ def test_the_command_of_the_data_page(checkout, monkeypatch):
   # The raw upload repeats its rows.
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(wrapped * 2),
                               checkout / "data" / "dapo_math_17k.parquet")
-  for name, count in {"math_train": 64, "math500": 1}.items():
+  for name, count in {"math_train": 64, "math500": 1, "aime24": 1, "aime25": 1}.items():
     rows = [{"problem": f"{name} {i}?", "answer": "2", "solution": "$\\boxed{2}$"}
             for i in range(count)]
     path = checkout / "data" / f"{name}.jsonl"
@@ -104,6 +104,11 @@ def test_the_command_of_the_data_page(checkout, monkeypatch):
                    r", not the published file of dapo_math_17k, which has 17,398 rows$", printed,
                    re.M)
   assert re.search(r"^math500: content .*, 0 of 1 problems are labelled ones$", printed, re.M)
+  (program,) = blocks("docs/data.md", "python")
+  run(checkout, ["-c", program])
+  rows = [json.loads(line) for line in (checkout / "problems.jsonl").read_text().splitlines()]
+  assert [row["problem"] for row in rows] == [f"Sum {i} and 1?" for i in range(300)]
+  assert len({row["id"] for row in rows}) == 300
 
 
 @pytest.mark.medium

@@ -142,9 +142,12 @@ def read(path: str | os.PathLike, split: str, folder: str | os.PathLike = "") ->
 def count(path: str, split: str, folder: str | os.PathLike = "") -> int | None:
   """The number of problems that `read` would find, without a download; None where it is unknown."""
   name, colon, file = path.partition(":")
-  if name in published.SOURCES and not (colon or published.placed(name, folder)):
+  is_published = name in published.SOURCES
+  if is_published and not colon and not published.placed(name, folder):
     return published.SOURCES[name].rows
-  if not Path(file or path).expanduser().exists() and name not in published.SOURCES:
+  file = file if is_published else path
+  # A published set without a colon is in the folder, and everything else where it says.
+  if file and not Path(file).expanduser().exists():
     return None
   return len(read(path, split, folder))
 

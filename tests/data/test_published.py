@@ -223,7 +223,8 @@ def test_a_hub_that_does_not_answer_is_an_error_of_one_sentence(tmp_path, monkey
     sources.read("math500", "math500", tmp_path)
   assert sources.count("math500", "math500", str(tmp_path)) == 500
   assert sources.count("dapo_math_17k", "labelled", str(tmp_path)) == 17_398
-  assert sources.count("nowhere.jsonl", "x") is None
+  for absent in ("nowhere.jsonl", "math500:nowhere.jsonl", "x:y.jsonl"):
+    assert sources.count(absent, "x") is None
   lines(tmp_path, "math500", [{"problem": "1+1?", "answer": "2"}])
   assert sources.count("math500", "math500", str(tmp_path)) == 1
 

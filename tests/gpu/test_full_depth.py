@@ -50,3 +50,26 @@ def test_distillation_of_llama_fits_64_cards(tmp_path, capsys):
   check(found, "reverse_kl", 8_030_261_248, 70_553_706_496, cards=64)
   for name in ("reverse_kl", "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
+
+
+# The share of 16 GB that JAX takes, as of the described cards.
+SIXTEEN = 0.92 * 16e9
+
+
+def test_the_small_config_fits_a_card_of_16_gb(tmp_path, capsys):
+  # The teacher's GRPO needs most: 1.7 B weights in float32 beside their copy for decoding.
+  models = folders.published(tmp_path, ("Qwen3-0.6B", "Qwen3-1.7B"))
+  stages = ("teacher_sft", "forward_kl", "sft", "weighted_fkl", "reverse_kl", "student_grpo")
+  preflight.main([f"--config=configs/qwen3_math.py:colab,models={models},data={models}",
+                  "--topology=h100", "--fast",
+                  *(f"--config.stages.{name}.steps=0" for name in stages)])
+  found = capsys.readouterr().out
+  # Each program's bytes, with what the stage holds meanwhile.
+  resident = {program: int(number.replace(",", "")) for program, number in re.findall(
+      r"^teacher_grpo +(sample prefill|sample|token_logps|update)(?: +[\d,]+){4} +([\d,]+)", found,
+      re.M)}
+  assert set(resident) == {"sample prefill", "sample", "token_logps", "update"}
+  # The weights in float32, and their copy in bfloat16 while rows are decoded.
+  assert resident["update"] > 4 * 1_720_574_976
+  assert resident["sample"] > 6 * 1_720_574_976
+  assert max(resident.values()) < SIXTEEN

@@ -29,7 +29,7 @@ FOLDERS = {
     "llama_math": {"Llama-3.3-70B-Instruct": ("llama3", 96, 2, False),
                    "Llama-3.1-8B-Instruct": ("llama3", 64, 2, False)},
     "smollm2": {"SmolLM2-360M-Instruct": ("smollm2", 64, 4, True)}}
-SPLITS = {"labelled": 24, "validation": 4, "math500": 4}  # problems
+SPLITS = {"labelled": 24, "validation": 4, "math500": 4, "aime24": 4, "aime25": 4}  # problems
 ARGUMENTS = {"qwen3_math": "tiny", "llama_math": "tiny", "smollm2": "tiny,layers=2"}
 
 

@@ -276,11 +276,9 @@ def _sets(sources: Mapping[str, Sequence[dict]],
           splits: Mapping[str, list[dict]]) -> dict[str, dict[str, Any]]:
   """`Plan.sets` of the sources and their problems."""
   shared = doctor.shared_problems(splits)
-  def digest(problems: list[dict]) -> str:
-    return manifest.digest([[int(problem["id"]), problem["problem"], problem["answer"],
-                             problem.get("solution")] for problem in problems])
-
-  return {split: {"problems": len(problems), "sha256": digest(problems),
+  content = {split: [[int(row["id"]), row["problem"], row["answer"], row.get("solution")]
+                     for row in problems] for split, problems in splits.items()}
+  return {split: {"problems": len(problems), "sha256": manifest.digest(content[split]),
                   "among_labelled": len(shared.get(split, ())),
                   # A task of your own may have a plain list.
                   "origin": getattr(sources[split], "origin", None)}

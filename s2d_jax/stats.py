@@ -78,11 +78,8 @@ def nested_bootstrap(correct_PG: np.ndarray, statistic: PerProblem, seed: int, d
   0 do.
 
   Args:
-    correct_PG: 0 or 1, [P, G].
-    statistic: gives a value for each problem.
-    seed: of NumPy's default generator.
-    draws: the number of draws.
-    level: the share of draws inside the interval.
+    correct_PG: 0 or 1, [P, G]; statistic: gives a value for each problem.
+    seed: of NumPy's default generator; level: the share of draws inside the interval.
   """
   # Samples are nested in problems: the spread between the problems' values already contains the
   # spread of G samples. Drawing the samples anew as well would count it twice (Davison & Hinkley,

@@ -28,6 +28,7 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
+    "checker": {"agreement", "hostile", "linear", "string_answers_per_second"},
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
@@ -290,3 +291,15 @@ def test_the_readme_names_every_command():
   readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
   for name in KEYS:
     assert f"python -m benchmarks.{name}" in readme
+
+
+@pytest.mark.medium
+def test_checker(tmp_path):
+  result = smoke("checker", tmp_path)
+  assert sum(n["rows"] for n in result["agreement"].values()) >= 12
+  for n in result["agreement"].values():
+    # No checker accepts a wrong answer, and math-verify misses none of these.
+    assert n["string_false_positives"] == n["verify_false_positives"] == 0
+    assert n["verify_agrees"] == n["rows"] >= n["string_agrees"]
+  assert result["hostile"]["stopped"] == 1 and result["hostile"]["honest_verdicts_unchanged"]
+  assert result["string_answers_per_second"] > 0

@@ -67,8 +67,7 @@ Arm = tuple[Use, ...]
 class Task(NamedTuple):
   """The problems, their chat messages and the reward of an answer.
 
-  A reward whose check takes long may have an attribute `submit`: with its arguments it returns a
-  future of the reward, or the reward itself. Training calls that, while other rows are decoded.
+  A reward may have an attribute `submit`, which returns the reward or a future of it.
   """
   source: Callable[[str], Sequence[dict]]  # split -> {"id", "problem", "answer"[, "solution"]}
   messages: Callable[[dict], list[dict]]   # problem -> chat messages

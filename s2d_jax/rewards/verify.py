@@ -19,6 +19,8 @@ from math_verify.parser import LatexExtractionConfig
 from s2d_jax.rewards import tex
 
 _DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
+_REPEATING = re.compile(r"([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
+_DEGREES = re.compile(r"([0-9]+)\^\{\\circ\}")
 _RELATION = re.compile(r"(<|>|=|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _VARIABLE = re.compile(r"[a-zA-Z]|\\(?!pi|infty)[a-z]+")
@@ -46,9 +48,16 @@ def check(problem: Mapping[str, object], text: str) -> float:
   for tight in (True, False):
     found = tex.read(text, ordered=True, tight=tight, names=True)
     units = found.unit == gold.unit or None in (found.unit, gold.unit)
-    if gold.parts and units and _parts(gold.parts, found.parts, ordered):
+    if gold.parts and units and _parts(_whole(gold, found), _whole(found, gold), ordered):
       return 1.0
   return 0.0
+
+
+def _whole(answer: tex.Answer, other: tex.Answer) -> Sequence[str]:
+  """The parts of an answer; beside a number without a sign, 50% is its hundredth, 1/2."""
+  if answer.unit == "percent" and other.unit is None and other.parts[:1] != answer.parts[:1]:
+    return [f"\\frac{{{part}}}{{100}}" for part in answer.parts]
+  return answer.parts
 
 
 def prepare() -> None:
@@ -115,7 +124,7 @@ def _relations(gold: str, found: str) -> bool | None:
 
 def _related(answer: str) -> list[tuple[str, str, str]]:
   """The relations (side, sign, side) of a chain: 1<x<2 has two."""
-  pieces = _RELATION.split(answer)
+  pieces = [piece.strip() for piece in _RELATION.split(answer)]
   return [tuple(pieces[k : k + 3]) for k in range(0, len(pieces) - 2, 2)]
 
 
@@ -229,7 +238,8 @@ def _expressions(gold: str, found: str) -> bool:
 
 def _parsed(answer: str) -> sympy.Expr | None:
   """An expression as sympy's, or None where math-verify does not read it as one."""
-  exact = _DECIMAL.sub(_fraction, answer)
+  exact = _DECIMAL.sub(_fraction, _REPEATING.sub(_repeating, answer))
+  exact = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", exact)
   found = math_verify.parse(f"\\boxed{{{exact}}}", _CONFIG, fallback_mode="no_fallback",
                             parsing_timeout=None)
   if not found or not isinstance(found[0], sympy.Expr):
@@ -241,3 +251,13 @@ def _parsed(answer: str) -> sympy.Expr | None:
 def _fraction(decimal: re.Match) -> str:
   """A decimal as a fraction of whole numbers."""
   return f"\\frac{{{decimal[1]}{decimal[2]}}}{{1{'0' * len(decimal[2])}}}"
+
+
+def _repeating(decimal: re.Match) -> str:
+  """A decimal whose last digits repeat for ever as a fraction of whole numbers."""
+  whole, digits, repeated = decimal.groups()
+  # int() refuses thousands of digits.
+  if len(decimal[0]) > 60:
+    return decimal[0]
+  top = int(whole + digits + repeated) - int(whole + digits)
+  return f"\\frac{{{top}}}{{{'9' * len(repeated)}{'0' * len(digits)}}}"

@@ -252,7 +252,8 @@ def test_depth(tmp_path):
   result = smoke("depth", tmp_path)
   one, two = (result["programs"][layers] for layers in ("1", "2"))
   assert {"decode", "prefill", "layer_weights", "admit"} <= set(one) and set(one) == set(two)
-  assert set(one["decode"]) == {"seconds", "processor_seconds", "code_bytes", "text_bytes", "kernels"}
+  assert set(one["decode"]) == {"seconds", "processor_seconds", "code_bytes", "text_bytes",
+                                "kernels"}
   # Decoding has all layers written out, and reading prompts has one.
   assert two["decode"]["kernels"] > one["decode"]["kernels"]
   assert two["prefill"]["kernels"] == one["prefill"]["kernels"] > 0

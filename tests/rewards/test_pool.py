@@ -215,6 +215,29 @@ def test_math_verify_in_workers():
   assert checkers.timeouts - before == 1
 
 
+# (answer, boxed, reward) where math-verify alone errs, or the parts around it decide.
+ALGEBRA = [
+  ("[1,2]", "1\\le x\\le 2", 1), ("(1,2)", "1\\le x\\le 2", 0), ("50\\%", "0.5", 1),
+  ("50\\%", "0.05", 0),
+  ("0.5", "50\\%", 1), ("\\frac13", "0.\\overline{3}", 1), ("\\frac13", "0.333333", 0),
+  ("\\sqrt{3}", "\\tan 60^\\circ", 1), ("10^{-20}", "10^{-30}", 0), ("x^2+1=0", "x^2+2=0", 0),
+  ("\\text{seat}", "\\text{east}", 0), ("x^2+y^2=1", "1", 0), ("1", "x^2+y^2=1", 0),
+  ("\\sqrt{x^2}", "x", 0), ("2\\sqrt{5}", "\\sqrt{20}\\text{ cm}", 1), ("x+1", "y+1", 0),
+  ("4", "\\pm 4", 0),
+  ("x=2, y=3", "y=3, x=2", 1), ("7\\text{ cm}", "7\\text{ kg}", 0),
+  ("2\\text{ m}", "\\sqrt{4}\\text{ cm}", 0), ("1, 2", "\\sqrt{4}, 1", 1),
+  ("(1,2)", "(\\sqrt{4},1)", 0),
+]
+
+
+@pytest.mark.medium
+def test_parts_around_expressions():
+  found = [math.submit({"answer": answer}, f"\\boxed{{{boxed}}}") for answer, boxed, _ in ALGEBRA]
+  wrong = [row for row, reward in zip(ALGEBRA, found, strict=True)
+           if rollouts.resolved(reward) != row[2]]
+  assert wrong == []
+
+
 @pytest.mark.medium
 def test_both_checkers_agree_with_the_labels():
   path = pathlib.Path(__file__).with_name("labelled_answers.jsonl")

@@ -89,7 +89,9 @@ def test_logits_equal_theirs(prompts, theirs, ours, record_property):
     expected = torch_logits(theirs, ids)
     assert np.std(expected) > 0.5
     worst = max(worst, float(np.abs(got - expected).max()))
-    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+    # Logits reach 40 here. In float32 theirs are up to 1.2e-4 from those in float64, and ours
+    # 1.7e-4, so the bound is 1e-5 of the largest logit; the largest difference is printed.
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
   record_property("largest_difference", worst)
   print(f"largest difference of a logit: {worst:.1e}")
 

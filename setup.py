@@ -9,7 +9,9 @@ REQUIRES = [
   "flax>=0.12.8",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12",
-  "transformers>=5",  # tokenizers and chat templates only
+  # Tokenizers and chat templates only. 5.21.1 and before read a byte-level tokenizer whose config
+  # says LlamaTokenizerFast without its spaces.
+  "transformers>=5.22",
   "tensorflow-datasets>=4.9.9",
   "array_record",  # the files tensorflow-datasets writes and reads without TensorFlow
   "pyarrow",  # parquet; tensorflow-datasets needs it too

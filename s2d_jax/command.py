@@ -6,11 +6,12 @@ A mistake gives one sentence on standard error and exit code 2. Flags are writte
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -54,6 +55,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
   Exits with a sentence where a flag, a file or a key is wrong.
   """
   args, others = parser.parse_known_args(argv)
+  others, template = _template_flags(others)
   # Config files import others of their folder, as with python -m.
   sys.path.insert(0, os.getcwd())
   line = [parser.prog, f"--config={args.config}", *others]
@@ -73,7 +75,37 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
     fail(str(error).strip().splitlines()[-1].strip() + ": correct the command line.")
   if strays:
     fail(f"{strays[0]!r} is not a flag: write --config.KEY=VALUE.")
+  if template:
+    if "template" not in values.config:
+      fail("config has no key 'template': --config.KEY=VALUE takes a key of the config file.")
+    # The model's template says which arguments there are, so a config file need not have them.
+    with values.config.unlocked():
+      values.config.template = ConfigDict(dict(values.config.template) | template)
   return values.config, args
+
+
+def _template_flags(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+  """(the words but for --config.template.NAME=VALUE, {name: value} of those).
+
+  A value is JSON, or else a text: false is a boolean, and 26 Jul 2024 a text.
+  """
+  others = []
+  found = {}
+  following = iter(words)
+  for word in following:
+    match = re.fullmatch(r"--config\.template\.(\w+)(?:=(.*))?", word, re.DOTALL)
+    if match is None:
+      others.append(word)
+      continue
+    name, text = match.groups()
+    # The value may be the next word.
+    text = next(following, "") if text is None else text
+    try:
+      found[name] = json.loads(text)
+    except ValueError:
+      # Python's spelling, which other keys of a config take.
+      found[name] = {"True": True, "False": False, "None": None}.get(text, text)
+  return others, found
 
 
 @contextlib.contextmanager

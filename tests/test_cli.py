@@ -188,3 +188,22 @@ def test_flags_take_a_space_or_an_equals_sign():
 @pytest.mark.medium
 def test_an_absent_optional_library_prints_no_warning():
   assert console("doctor", "--help").stderr == ""
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("flags, expected", [
+    (["--config.template.date_string=26 Jul 2024"], {"date_string": "26 Jul 2024"}),
+    (["--config.template.date_string", "26 Jul 2024"], {"date_string": "26 Jul 2024"}),
+    (["--config.template.enable_thinking=false"], {"enable_thinking": False}),
+    (["--config.template.enable_thinking=True"], {"enable_thinking": True}),
+    (['--config.template.effort="low"', "--config.template.n=3"], {"effort": "low", "n": 3}),
+    (["--config.template.a=1", "--config.template.a=x=y"], {"a": "x=y"}),
+    (["--config.template.tools=[]"], {"tools": []}), (["--config.template.a="], {"a": ""}),
+    ([], {}),
+])
+def test_arguments_of_a_template_need_not_stand_in_the_config(flags, expected):
+  parser = command.config_parser("doctor", "Checks.", "s2d-jax doctor")
+  config, _ = command.parse_config(parser, ["--config=configs/arithmetic.py", *flags])
+  template = config.template.to_dict()
+  assert {name: list(x) if isinstance(x, tuple) else x for name, x in template.items()} == expected
+  assert config.is_locked

@@ -12,9 +12,10 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[^A-Za-z]|[{}]", re.DOTALL)
 _SPACE = re.compile(r"[ \t\n]*")
 # Without braces: up to the next space, dollar or sentence's end.
 _UNBRACED = re.compile(r"[^\s${}]+")
-# Between boxes that together are one answer: punctuation, a conjunction and the next name.
-_JOINS = re.compile(r"(?:[\s$,;.&]|and|or|\\text|\\quad|\\qquad|\\[,;()\[\] ]|[{}]|\\?[A-Za-z]+(?:"
-                    r"_\{?\w+\}?)?\s*=|=)*")
+# Between boxes that together are one answer: punctuation, a conjunction and the next name. A search
+# that began at every character would take quadratic time, so it begins at the first alone.
+_JOINS = re.compile(r"\A(?:[\s$,;.&]|and|or|\\text|\\quad|\\qquad|\\[,;()\[\] ]|[{}]|\\?[A-Za-z]+"
+                    r"(?:_\{?\w+\}?)?\s*=|=)*")
 _JOIN_WORD = re.compile(r"[,;&]|\band\b|\bor\b|\\q?quad")
 _LONGEST_JOIN = 60  # characters
 

@@ -15,7 +15,8 @@ _IN_SEPARATORS = {" ", "\\!", ",", "{", "}"}
 _LONGEST_SEPARATOR = 8  # tokens
 _MOST_DIGITS = 15       # of a decimal that becomes a fraction, and of the parts of a mixed number
 _WHOLE = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))?")
-_FRACTION = re.compile(r"(-?)(?:\\frac\{(-?)(\w+)\}\{(-?)(\w+)\}|(\w+)/(-?)(\w+))", re.ASCII)
+# From the first character alone: a search that began at each would take quadratic time.
+_FRACTION = re.compile(r"\A(-?)(?:\\frac\{(-?)(\w+)\}\{(-?)(\w+)\}|(\w+)/(-?)(\w+))", re.ASCII)
 _PROPER = re.compile(r"\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|([0-9]{1,9})/([0-9]{1,9})")
 # Behind these a whole number begins a value, and is neither exponent nor factor.
 _BEFORE_VALUE = {"+", "-", "=", "<", ">", "\\le", "\\ge", "\\pm", "\\in", "\\$", "\\cdot"}

@@ -81,8 +81,8 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
   # Of the arms' stages only reverse_kl has steps: of all labels in two arms, and of 1h in one.
   assert re.match(r"8 chips x [\d,.]+ hours at least x 2.5 = [\d,]+: 2 stages, every response of "
                   r"max_tokens; not counted: reverse_kl validation \(not compiled\), "
-                  r"probe \(not compiled\), math500 \(not compiled\), "
-                  r"aime24 \(not compiled\), aime25 \(not compiled\)$", lines[-1])
+                  r"probe \(not compiled\), aime24 \(not compiled\), aime25 \(not compiled\), "
+                  r"math500 \(not compiled\)$", lines[-1])
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

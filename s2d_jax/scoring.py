@@ -178,7 +178,7 @@ def _scores(plan: Plan, config: ConfigDict, learner: Role, prompts: Sequence[Pro
                                                        for way, store in stores.items()})
   one = evaluate_params(learner.params)
   for way, store in stores.items():
-    store.add(f"after-{len(store)}", one.rollouts[way])
+    store.gather("all", one.rollouts[way])
   # Without a statistic of sampled responses only greedy ones exist.
   way = next(iter(one.samples))
   return evals.record(one), _texts(plan, config, one.samples[way], one.rollouts[way])

@@ -82,3 +82,7 @@ def test_a_stopped_score_continues(plan, undisturbed, monkeypatch, tmp_path, sto
         {key: rows.response(row).tolist() for rows in parts(f, way)
          for row, key in enumerate(rollouts.keys_of(rows))} for f in (folder, undisturbed))
     assert found == expected
+  # One part has all rows, in the order of the problems: its bytes do not depend on the stop.
+  files = [{str(path.relative_to(f)): path.read_bytes() for path in f.glob("*/*.npz")}
+           for f in (folder, undisturbed)]
+  assert files[0] == files[1] and len(files[0]) == 2

@@ -124,8 +124,14 @@ class Store:
     return len(self._location)
 
   def rows(self) -> Rollout | None:
-    """Every row, in the order of the parts; None where the store is empty."""
-    return records.concatenate(list(self._parts.values())) if self._parts else None
+    """Every row once, in the order of the parts; None where the store is empty."""
+    rows_of: dict[str, list[int]] = {}
+    for name, row in self._location.values():
+      rows_of.setdefault(name, []).append(row)
+    if not rows_of:
+      return None
+    return records.concatenate([records.take(self._parts[name], rows)
+                                for name, rows in rows_of.items()])
 
   def missing(self, prompts: Iterable[Prompt], samples: Sequence[int]) -> list[Prompt]:
     """The prompts that lack one of the sample indices."""
@@ -151,6 +157,21 @@ class Store:
     if hosts.leader():
       files.write(self._folder / f"{name}.npz", records.to_bytes(part))
     self._index(name, part)
+
+  def gather(self, name: str, whole: Rollout) -> None:
+    """Puts one part in the place of all others: `whole` has every row of the store.
+
+    The store's bytes then do not depend on the parts in which the rows came.
+    """
+    others = [other for other in self._parts if other != name]
+    if hosts.leader():
+      # Written first: a run that is killed here finds the rows twice and takes one of each.
+      files.write(self._folder / f"{name}.npz", records.to_bytes(whole))
+      for other in others:
+        (self._folder / f"{other}.npz").unlink()
+    self._location.clear()
+    self._parts.clear()
+    self._index(name, whole)
 
   def get(self, prompts: Iterable[Prompt],
           samples: Sequence[int]) -> tuple[Rollout, list[str]]:

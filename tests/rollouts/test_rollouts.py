@@ -154,6 +154,23 @@ def test_a_store_refuses_to_overwrite_a_part(tmp_path):
     np.testing.assert_array_equal(rows.response(0), [1, 2])
 
 
+def test_a_gathered_store_has_one_part_and_one_of_each_row(tmp_path):
+  store = rollouts.Store(tmp_path / "r")
+  store.add("a", rollouts.take(two_rows(), [1]))
+  store.add("b", rollouts.take(two_rows(), [0]))
+  first_part = (tmp_path / "r" / "a.npz").read_bytes()
+  store.gather("all", two_rows())
+  assert [path.name for path in (tmp_path / "r").iterdir()] == ["all.npz"]
+  # A run that is killed meanwhile leaves a part and the whole.
+  (tmp_path / "r" / "a.npz").write_bytes(first_part)
+  reopened = rollouts.Store(tmp_path / "r")
+  np.testing.assert_array_equal(np.sort(reopened.rows().prompt_id_B), [10, 20])
+  reopened.gather("all", two_rows())
+  assert [path.name for path in (tmp_path / "r").iterdir()] == ["all.npz"]
+  for opened in (store, reopened, rollouts.Store(tmp_path / "r")):
+    np.testing.assert_array_equal(opened.rows().prompt_id_B, [10, 20])
+
+
 def test_given_solutions_as_a_rollout():
   rows = rollouts.given_solutions([rollouts.Prompt(3, (1, 2))], [[7, 8, 9]], 4, 5)
   np.testing.assert_array_equal(rows.prompt_BT, [[1, 2, 0, 0]])

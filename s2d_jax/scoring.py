@@ -178,7 +178,11 @@ def _scores(plan: Plan, config: ConfigDict, learner: Role, prompts: Sequence[Pro
                                                        for way, store in stores.items()})
   one = evaluate_params(learner.params)
   for way, store in stores.items():
-    store.gather("all", one.rollouts[way])
+    # Log-probabilities depend by rounding on the rows that were sampled side by side, so a score
+    # that was stopped has others. No score reads them, and they are stored as zeros.
+    rollout = one.rollouts[way]
+    zeros_BT = np.zeros_like(rollout.sampler_logp_BT)
+    store.gather("all", rollout._replace(sampler_logp_BT=zeros_BT, behaviour_logp_BT=zeros_BT))
   # Without a statistic of sampled responses only greedy ones exist.
   way = next(iter(one.samples))
   return evals.record(one), _texts(plan, config, one.samples[way], one.rollouts[way])

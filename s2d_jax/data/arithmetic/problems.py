@@ -64,7 +64,15 @@ def splits(sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
     chosen.setdefault(_random_operands(rng, _LONGEST))
   rows = [{"id": i, "problem": problem(x), "answer": answer(x), "solution": worked(x)}
           for i, x in enumerate(chosen)]
-  # Cut from one list of distinct problems, so no split holds a problem of another.
+  return cut(rows, sizes)
+
+
+def cut(rows: list[dict[str, Any]], sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+  """Splits of these sizes from one list of distinct problems: none holds a problem of another.
+
+  Raises:
+    InputError: a problem occurs twice.
+  """
   found = {}
   start = 0
   for name, size in sizes.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from s2d_jax.data.arithmetic.problems import assert_disjoint
+from s2d_jax.data.arithmetic.problems import cut
 
 # Another seed or size would make every recorded score incomparable.
 _SEED = 0
@@ -105,14 +105,7 @@ def splits(sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
     expression, answer = chosen[text]
     rows.append({"id": i, "problem": text, "answer": str(answer),
                  "solution": f"{expression} = \\boxed{{{answer}}}"})
-  # Cut from one list of distinct problems, so no split holds a problem of another.
-  found = {}
-  start = 0
-  for name, size in sizes.items():
-    found[name] = rows[start : start + size]
-    start += size
-  assert_disjoint(found)
-  return found
+  return cut(rows, sizes)
 
 
 def _number(rng: np.random.Generator, low: int, high: int) -> int:

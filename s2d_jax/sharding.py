@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.errors import InputError
@@ -57,9 +58,18 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
     raise InputError(
         f"mesh is {tuple(shape)}, which leaves {len(devices) - need} of {len(devices)} devices "
         "idle, and every process needs its own in it: choose sizes that use all.")
+  slices = {getattr(device, "slice_index", 0) for device in devices[:need]}
+  # On GPUs JAX calls each host a slice, and hosts may be joined.
+  if len(slices) > 1 and devices[0].platform == "tpu":
+    raise InputError(f"mesh is {tuple(shape)}, whose devices belong to {len(slices)} TPU slices: "
+                     "choose a mesh of one slice.")
   # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.
   auto = (jax.sharding.AxisType.Auto,) * len(_AXES)
-  return jax.make_mesh(tuple(shape), _AXES, axis_types=auto, devices=devices[:need])
+  # As `jax.make_mesh`, which refuses a TPU v4 or v5p where no physical axes have a size's product:
+  # (1, 8, 8) of 4x4x4 chips.
+  placed = mesh_utils.create_device_mesh(tuple(shape), devices[:need],
+                                         allow_split_physical_axes=True)
+  return Mesh(placed, _AXES, axis_types=auto)
 
 
 def _fits(size: int, axis: str | _Names | None, mesh_shape: dict[str, int]) -> str | _Names | None:

@@ -1,5 +1,7 @@
 """The jitted step of every row, on one device and on meshes of eight: equal to float32 rounding."""
 
+import types
+
 import jax
 import ml_collections
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from configs import common
 from s2d_jax import models, objectives, rollouts, sharding, training
+from s2d_jax.errors import InputError
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 TEACHER = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 32, "head_dim": 8,
@@ -87,3 +90,9 @@ def test_padding_to_whole_tiles_changes_no_update_of_a_decoder(monkeypatch):
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), new, params)
+
+
+def test_two_slices_of_tpus_are_refused():
+  devices = [types.SimpleNamespace(platform="tpu", slice_index=k // 4) for k in range(8)]
+  with pytest.raises(InputError, match=r"\(1, 8, 1\), whose devices belong to 2 TPU slices"):
+    sharding.make_mesh((1, 8, 1), devices)

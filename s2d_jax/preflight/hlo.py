@@ -30,6 +30,7 @@ class Kernel(NamedTuple):
   flops: float             # of products
   bytes: float             # of the device's memory, read and written
   collective_bytes: float  # that the device sends to others
+  unknown: frozenset[str] = frozenset()  # targets of custom calls whose products are not counted
 
 
 def kernels(text: str, unknown_trips: int = 1) -> list[Kernel]:
@@ -46,9 +47,12 @@ def kernels(text: str, unknown_trips: int = 1) -> list[Kernel]:
 
 def total(found: Iterable[Kernel]) -> Kernel:
   """The sum of kernels."""
-  numbers = [kernel[2:] for kernel in found]
-  return Kernel("total", "", *(sum(column) for column in zip(*numbers, strict=True)) if numbers
-                else (0, 0.0, 0.0, 0.0))
+  found = list(found)
+  return Kernel("total", "", sum(kernel.count for kernel in found),
+                sum((kernel.flops for kernel in found), 0.0),
+                sum((kernel.bytes for kernel in found), 0.0),
+                sum((kernel.collective_bytes for kernel in found), 0.0),
+                frozenset().union(*(kernel.unknown for kernel in found)))
 
 
 class _Program:
@@ -105,12 +109,16 @@ class _Program:
     else:
       flops = products.of(operation, operands)
       moved = traffic.of(operation, operands)
+    unknown: frozenset[str] = frozenset()
     if opcode == "custom-call":
       opcode = attribute(operation, r'custom_call_target="([^"]*)"')
+      if products.is_unknown(opcode, flops):
+        unknown = frozenset([opcode])
     elif opcode.startswith(collectives.OPCODES):
       sent = collectives.sent(operation, operands)
     source = attribute(operation, r'op_name="([^"]*)"') or ""
-    return Kernel(opcode, source, times, flops * times, moved * times, sent * times)
+    return Kernel(opcode, source, times, flops * times, moved * times, sent * times,
+                  unknown)
 
   def operand_types(self, computation: str, operation: Operation) -> list[str]:
     """The types of an operation's operands."""

@@ -20,17 +20,10 @@ class Request(NamedTuple):
   """A program to compile; the fields that `costs.cost` has too are described there."""
   stage: str
   program: str
-  lowered: jax.stages.Lowered
-  resident: int
-  runs: float
-  trips: int
-
-
-class Refused(NamedTuple):
-  """A program that is not compiled, because its arrays already exceed the memory."""
-  stage: str
-  program: str
-  problem: str  # the sentence with the numbers
+  lowered: jax.stages.Lowered | DoesNotFit  # the latter where its arrays alone exceed the memory
+  resident: int = 0
+  runs: float = 0.0
+  trips: int = 1
 
 
 class Progress:
@@ -40,26 +33,24 @@ class Progress:
     self._found: dict[bytes, futures.Future[Read | DoesNotFit]] = {}
     self._printing = threading.Lock()
 
-  def costs(self, requests: Sequence[Request | Refused], chip: Chip | None) -> Iterator[Cost]:
+  def costs(self, requests: Sequence[Request], chip: Chip | None) -> Iterator[Cost]:
     """Yields the Cost of each request in order, each as soon as it and those before are compiled.
     """
     # XLA compiles without the interpreter's lock, so threads use all cores.
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
-      found = [None if isinstance(request, Refused) else self._submit(pool, request)
-               for request in requests]
+      found = [self._submit(pool, request) for request in requests]
       for request, program in zip(requests, found, strict=True):
-        if program is None:
-          yield costs.cost(request.stage, request.program, DoesNotFit(request.problem), 0, 0.0, 1,
-                           chip)
-          continue
-        yield costs.cost(request.stage, request.program, program.result(), request.resident,
-                         request.runs, request.trips, chip)
+        compiled = program if isinstance(program, DoesNotFit) else program.result()
+        yield costs.cost(request.stage, request.program, compiled, request.resident, request.runs,
+                         request.trips, chip)
     finally:
       pool.shutdown(cancel_futures=True)
 
   def _submit(self, pool: futures.Executor,
-              request: Request) -> "futures.Future[Read | DoesNotFit]":
+              request: Request) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
+    if isinstance(request.lowered, DoesNotFit):
+      return request.lowered
     # Stages share many programs. The text of one has its shapes and layouts.
     key = hashlib.sha256(request.lowered.as_text().encode()).digest()
     if key not in self._found:

@@ -42,6 +42,22 @@ def _library_flops(target: str, operation: Operation, operands: Sequence[str]) -
   return 0.0
 
 
+# Custom calls without products, by a part of their target's name: sorting, the largest k, random
+# bits, memory, and marks of sharding.
+_NO_PRODUCTS = re.compile(
+    r"sort|top_?k|threefry|rng|alloc|buffer|shard|pin|barrier|move_?to|annotate", re.IGNORECASE)
+
+
+def is_unknown(target: str, flops: float) -> bool:
+  """Whether a custom call may hold products that no formula here counts.
+
+  Args:
+    target: of the custom call.
+    flops: that the formulas found in it.
+  """
+  return flops == 0 and not _NO_PRODUCTS.search(target)
+
+
 # Products of each of splash's kernels: q·k and p·v forward; q·k, do·v, ds·k for the queries'
 # gradient; q·k, p·do, do·v, ds·q for that of keys and values (and ds·k where it is in one kernel).
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}

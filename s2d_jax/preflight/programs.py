@@ -27,8 +27,8 @@ from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
-from s2d_jax.preflight.costs import Cost
-from s2d_jax.preflight.pool import Progress, Refused, Request
+from s2d_jax.preflight.costs import Cost, DoesNotFit
+from s2d_jax.preflight.pool import Progress, Request
 from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
 
@@ -77,7 +77,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   samplers = compiling.samplers(config, chat.Chat(config.student, **config.template),
                                 sampler.Compiler(_uncompiled, largest_only=True),
                                 target.chip and target.chip.usable)
-  requests: list[Request | Refused] = []
+  requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
     held = compiling.resident(stage_models, optimizer)
     of_stage = samplers._replace(held=sum(held.values()))
@@ -86,7 +86,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
                                             optimizer, of_stage)
     except sampler.Unfit as error:
       # The other stages may fit, so this one is a line like theirs.
-      requests.append(Refused(row.name, "sample", str(error)))
+      requests.append(Request(row.name, "sample", DoesNotFit(str(error))))
       continue
     requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
     if target.scored:
@@ -207,7 +207,7 @@ def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
 
 
 def _between_steps(config: ConfigDict, row: planning.Stage, stage_models: StageModels,
-                   samplers: Samplers) -> Iterator[Request | Refused]:
+                   samplers: Samplers) -> Iterator[Request]:
   """The evaluations between the steps of a stage: of its learner, beside all that it holds."""
   learner = stage_models.learner
   whole = Role(learner.model, stage_models.full(learner.params))
@@ -216,7 +216,7 @@ def _between_steps(config: ConfigDict, row: planning.Stage, stage_models: StageM
 
 
 def _evaluation(block: str, hp: ConfigDict, name: str, role: Role,
-                samplers: Samplers) -> Iterator[Request | Refused]:
+                samplers: Samplers) -> Iterator[Request]:
   """The programs of an evaluation of one model; `name`: the model's."""
   for way, change in evals.ways(hp).items():
     program = name if way == "sampled" else f"{name} {way}"
@@ -224,19 +224,19 @@ def _evaluation(block: str, hp: ConfigDict, name: str, role: Role,
 
 
 def _score(block: str, program: str, hp: ConfigDict, prompts: int, role: Role, samplers: Samplers,
-           change: Mapping[str, Any]) -> Iterator[Request | Refused]:
+           change: Mapping[str, Any]) -> Iterator[Request]:
   """The programs of a sampler that scores `prompts` prompts a call."""
   try:
     compiled = samplers.compile(role, hp.sampling, prompts, **change)
   except sampler.Unfit as error:
-    yield Refused(block, program, str(error))
+    yield Request(block, program, DoesNotFit(str(error)))
     return
   rows = prompts * compiled.sampling.samples_per_prompt
   yield from _moving(block, program, compiled, rows, samplers.held)
   yield from _sampling(block, program, compiled, rows, samplers.held)
 
 
-def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request | Refused]:
+def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Request]:
   """The programs that score either model outside of stages: at the end, and of the probe."""
   roles = {role: abstract_role(config, role, mesh) for role in ("teacher", "student")}
   held = {role: sharding.device_bytes(roles[role].params) for role in roles}

@@ -47,6 +47,10 @@ def summary(found: Sequence[Cost], limit: int | None) -> str:
     by_stage.setdefault(cost.stage, []).append(cost)
   lines = [f"{stage}: {verdict(costs, limit)}{_step(costs)}"
            for stage, costs in by_stage.items()]
+  unknown = sorted(frozenset().union(*(cost.kernels.unknown for cost in found)))
+  if unknown:
+    lines.append(f"not counted, because no formula has their products: {', '.join(unknown)}. "
+                 "The least times above leave these kernels' FLOPs out.")
   return "\n".join(["", *lines, f"the whole: {verdict(found, limit)}"])
 
 

@@ -38,6 +38,7 @@ def test_the_readmes_line_fits(tmp_path, capsys):
                   "--topology=h100:8", "--config.mesh=(1,8,1)", "--fast"])
   found = capsys.readouterr().out
   check(found, "reverse_kl", 1_720_574_976, 8_190_735_360, cards=8)
+  assert "no formula has" not in found
   for name in (*(stage.name for stage in recipe.STAGES), "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from s2d_jax import sharding
-from s2d_jax.preflight import hlo
+from s2d_jax.preflight import costs, hlo, verdicts
 
 # A loop of a TPU's program: its trips follow from the counter's start, step and limit.
 LOOP = """HloModule jit_f
@@ -186,6 +186,20 @@ def test_attention_kernels_by_formula(target, attributes, products):
       "  ROOT %r = (bf16[2,512,16,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), "
       f'custom_call_target="{target}", backend_config={{{attributes}}}', "}"))
   assert hlo.total(hlo.kernels(text)).flops == products * 2 * 2 * 16 * 512 * 512 * 64
+
+
+@pytest.mark.parametrize("target, unknown", [
+  ("__gpu$xla.gpu.triton", True), ("tpu_custom_call", True), ("my_product", True),
+  ("__cublas$gemm", False), ("TopK", False), ("__cub$DeviceRadixSort", False), ("Sharding", False)])
+def test_custom_calls_without_a_formula_are_named(target, unknown):
+  text = "\n".join((
+      "ENTRY %main (a: f32[8,16]) -> f32[8,32] {", "  %a = f32[8,16] parameter(0)",
+      "  %b = f32[16,32] parameter(1)", "  %d = f32[8,32] dot(%a, %b), lhs_contracting_dims={1}",
+      f'  ROOT %r = f32[8,32] custom-call(%a, %b), custom_call_target="{target}"', "}"))
+  found = hlo.total(hlo.kernels(text))
+  assert found.unknown == ({target} if unknown else set())
+  cost = costs.Cost("stage", "update", costs.Account(1, 0, 0, 0), 0, 1.0, found, None)
+  assert (f"no formula has their products: {target}" in verdicts.summary([cost], 10)) == unknown
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

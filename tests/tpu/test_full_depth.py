@@ -30,5 +30,6 @@ def test_the_readmes_line_fits_for_distillation(tmp_path, capsys):
   # Of 16 chips: weights and two moments in float32, and the frozen teacher in bfloat16.
   held = (12 * 1_720_574_976 + 2 * 8_190_735_360) / 16
   assert held < int(programs["update"].replace(",", "")) < 1.02 * held
+  assert "no formula has" not in found
   for name in ("reverse_kl", "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 102.80 GB", found, re.M), name

@@ -28,6 +28,7 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   config.arms = "untrained,cold_grpo"
   preflight.show(config, "v5e:2x2")
   lines = capsys.readouterr().out.splitlines()
+  assert not any("no formula has" in line for line in lines)
   found = [line.split()[:2] for line in lines[2:]]
   # The probe of the GRPO's start. The problems are at hand only where a run prepared them.
   assert re.match(r"4 chips x [\d.e-]+ hours at least: 1 stage, 1 probe, every response", lines[-1])
@@ -41,6 +42,16 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
     ("v5p:2x2x4", 16)])
 def test_slices_smaller_than_a_host_exist(topology, count):
   assert len(topologies.devices(topology)) == count
+
+
+@pytest.mark.parametrize("topology, shape", [
+    ("v5p:4x4x4", (1, 8, 8)), ("v5p:4x4x4", (1, 32, 2)), ("v5p:2x2x4", (1, 2, 8)),
+    ("v6e:8x8", (1, 32, 2)), ("v5e:4x4", (2, 8, 1))])
+def test_a_mesh_need_not_follow_a_slices_own_axes(topology, shape):
+  devices = topologies.devices(topology)
+  mesh = sharding.make_mesh(shape, devices)
+  assert mesh.devices.shape == shape
+  assert sorted(device.id for device in mesh.devices.flat) == sorted(d.id for d in devices)
 
 
 def test_the_first_stage_of_qwen3_8b_is_lowered_from_shapes_alone(tmp_path):

@@ -15,12 +15,13 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import jinja2
+import tokenizers
 import transformers
 
-from s2d_jax import end_ids, json_objects
+from s2d_jax import end_ids, tokenizer_files
 from s2d_jax.errors import InputError
-from s2d_jax.json_objects import Json
-from s2d_jax.templates import CLOCK, Template
+from s2d_jax.json_objects import Json, shown
+from s2d_jax.templates import CLOCK, Template, is_of_template
 
 # Read back where a folder is opened: spaces, digits, TeX, punctuation and new lines.
 PROBES = ("Let x = 3 and y = 12,345.", "  two  spaces ,  then 1 000 ; don't stop . ",
@@ -29,6 +30,7 @@ PROBES = ("Let x = 3 and y = 12,345.", "  two  spaces ,  then 1 000 ; don't stop
 # Its words are in no template, so that a template that leaves the message out is noticed.
 _QUESTION = {"role": "user", "content": "Let x = 3 + 4."}
 _SYSTEM = {"role": "system", "content": "Be brief, 5."}
+_ROLES = ("system", "user", "assistant")  # those that published templates print
 
 
 class Chat:
@@ -54,11 +56,12 @@ class Chat:
     self._tokenizer, objects = _load(self.folder)
     self.vocabulary = self._tokenizer.get_vocab()  # {token: id}, added tokens included
     self.size = max(self.vocabulary.values()) + 1  # ids that have tokens; a model may embed more
+    tokenizer_files.check_tokens(self.folder, objects, self.vocabulary)
     self.eos_ids = end_ids.read(self.folder, objects, self._tokenizer.eos_token, self.vocabulary)
-    self.chat_template = _chat_template(self.folder, self._tokenizer, template.get("tools"))
+    self.chat_template, path = _chat_template(self.folder, self._tokenizer, template.get("tools"))
     self._special = {i: token.content for i, token in self._tokenizer.added_tokens_decoder.items()
                      if token.special}
-    self._syntax = Template(self.chat_template, f"the chat template of {self.folder}")
+    self._syntax = Template(self.chat_template, f"the chat template in {path}")
     self._check_arguments()
     self._probe_template()
     self._probe_round_trip()
@@ -80,12 +83,23 @@ class Chat:
     for text in _texts(messages):
       self._check_text(text, name)
     rendered = self._render(messages, name)
-    for message in messages:
-      # An assistant's earlier thoughts are left out on purpose, by Qwen3's template and others.
-      if message["role"] in ("system", "user") and message["content"].strip() not in rendered:
-        raise InputError(f"{self._syntax.source} leaves out or changes the {message['role']} "
-                         f"message of {name}: take the template that came with the weights.")
+    self._check_rendered(messages, rendered, name)
     return self._encode(rendered)
+
+  def _check_rendered(self, messages: Sequence[Mapping[str, str]], rendered: str,
+                      name: str) -> None:
+    """Refuses messages of which the template printed one not at all, or in other words."""
+    contents = [_printed(message) for message in messages]
+    # Counted, because one message may hold the words of another.
+    missing = [message["role"] for message, content in zip(messages, contents, strict=True)
+               if content and rendered.count(content) < sum(x.count(content) for x in contents)]
+    if missing:
+      # Of two messages with equal words, the one whose role is unusual was left out.
+      role = min(missing, key=lambda role: role in _ROLES)
+      remedy = ("take the template that came with the weights" if role in _ROLES else
+                f"choose a role from {', '.join(_ROLES)}")
+      raise InputError(f"{self._syntax.source} leaves out or changes the message of role "
+                       f"{shown(role)} in {name}: {remedy}.")
 
   def encode_response(self, text: str, name: str = "the response") -> list[int]:
     """Ids of a response of the assistant, including the end token.
@@ -136,9 +150,11 @@ class Chat:
     try:
       return self._tokenizer.apply_chat_template(
           messages, add_generation_prompt=True, tokenize=False, **self._template, **{CLOCK: CLOCK})
-    # A template is a program of the folder's, so it may raise anything.
     except Exception as error:
-      if self._syntax.asks_for_date and isinstance(error, TypeError):
+      if not is_of_template(error):
+        raise
+      # So Python says where the text in place of the clock was called.
+      if self._syntax.asks_for_date and "object is not callable" in str(error):
         pins = self._syntax.pins_of_date()
         remedy = (f'give the argument {pins[0]} of the template, such as "26 Jul 2024"' if pins else
                   f"write a date into it in place of {CLOCK}")
@@ -236,6 +252,15 @@ def same_tokenizer(teacher: Chat, student: Chat) -> None:
     raise InputError(f"the chat templates of {folders} differ: {remedy}, or copy one over.")
 
 
+def _printed(message: Mapping[str, str]) -> str:
+  """The words of a message that every template prints, without the space around them."""
+  content = message["content"]
+  # An assistant's earlier thoughts are left out on purpose, by Qwen3's template and others.
+  if message["role"] == "assistant":
+    content = content.rpartition("</think>")[2]
+  return content.strip()
+
+
 def _texts(value: Any) -> Iterator[str]:
   """Yields every text within a value of JSON, keys left out."""
   if isinstance(value, str):
@@ -260,40 +285,76 @@ def _json_values(template: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(folder: Path) -> tuple[transformers.PreTrainedTokenizerBase, dict[str, Json]]:
   """(the tokenizer of a folder, {name: object} of its JSON files), none of them with code."""
-  path = folder / "tokenizer_config.json"
-  if not path.is_file():
-    raise InputError(f"{folder} has no tokenizer_config.json: name a folder with a tokenizer.")
-  # Read here first, so that the error names the file; the library's would not name the remedy.
-  objects = {}
-  for name in (path.name, "tokenizer.json", "generation_config.json", "config.json"):
-    if (folder / name).is_file():
-      objects[name] = json_objects.read(folder / name)
-      if "auto_map" in objects[name]:
-        raise InputError(f"{folder / name} asks for code of its own (auto_map), which is never "
-                         "run: remove it.")
+  # Read here first, so that an error names its file; the library's does not.
+  objects = tokenizer_files.read(folder)
   end_ids.named(folder, objects)
+  _check_text_files(folder)
   try:
     return transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True, trust_remote_code=False
     ), objects
-  # The tokenizers library raises Exception itself where a file is not a tokenizer's.
   except Exception as error:
-    if not (folder / "tokenizer.json").is_file():
-      raise InputError(f"{folder} has no tokenizer.json: download it, or write it with the "
-                       "save_pretrained of transformers' tokenizer.") from error
     reason = str(error).strip().partition("\n")[0]
-    raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer that transformers "
-                     f"{transformers.__version__} reads ({reason}): download it again, or upgrade "
-                     "transformers.") from error
+    library = f"transformers {transformers.__version__}"
+    path = folder / tokenizer_files.TOKENIZER
+    if path.is_file() and not _is_tokenizer(path):
+      raise InputError(f"{path} is not a tokenizer that {library} reads ({reason}): download it "
+                       "again, or upgrade transformers.") from error
+    # The errors by which transformers refuses a file; any other is not the folder's fault.
+    if not isinstance(error, OSError | ValueError | ImportError):
+      raise
+    if not path.is_file():
+      raise InputError(f"{folder} has no {path.name}: download it, or write it with the "
+                       "save_pretrained of transformers' tokenizer.") from error
+    raise InputError(f"{folder / tokenizer_files.CONFIG} does not describe a tokenizer that "
+                     f"{library} reads ({reason}): download it again, or upgrade transformers."
+                     ) from error
+
+
+def _is_tokenizer(path: Path) -> bool:
+  """Whether a tokenizer.json by itself is one that the tokenizers library reads."""
+  try:
+    tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:
+    # The error of that library has no class of its own.
+    if type(error) is not Exception:
+      raise
+    return False
+  return True
+
+
+def _check_text_files(folder: Path) -> None:
+  """Refuses a chat template that is not a file of UTF-8."""
+  for path in _template_files(folder).values():
+    try:
+      path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+      raise InputError(f"{path} cannot be read as UTF-8 ({error}): download it again.") from error
+
+
+def _template_files(folder: Path) -> dict[str, Path]:
+  """{name of a template: its file} where templates have files of their own."""
+  found = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+  default = folder / "chat_template.jinja"
+  return found | ({"default": default} if default.exists() else {})
 
 
 def _chat_template(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase,
-                   tools: Any) -> str:
-  """The template of a tokenizer; of several, the default or the one for tools."""
-  if tokenizer.chat_template is None:
+                   tools: Any) -> tuple[str, Path]:
+  """(the template of a tokenizer, its file); of several, the default or the one for tools."""
+  templates = tokenizer.chat_template
+  if templates is None:
     raise InputError(f"{folder} has no chat template: add a chat_template.jinja to it.")
-  try:
-    return tokenizer.get_chat_template(tools=tools)
-  except ValueError as error:
-    raise InputError(f"{folder} has several chat templates and none is the default: name one "
-                     "'default'.") from error
+  files = _template_files(folder)
+  config = folder / tokenizer_files.CONFIG
+  name = "default"
+  if isinstance(templates, dict):
+    name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+    if name not in templates:
+      raise InputError(f"{folder} has several chat templates and none is the default: name one "
+                       "'default'.")
+    templates = templates[name]
+  path = files.get(name, config)
+  if not isinstance(templates, str):
+    raise InputError(f"{path} has {shown(templates)} as a chat template: make it a text.")
+  return templates, path

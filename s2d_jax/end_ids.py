@@ -40,16 +40,15 @@ def read(folder: pathlib.Path, objects: Mapping[str, Json], token: str | None,
   """Ids that end a response: the tokenizer's own first, then those that `named` returns.
 
   Args:
-    objects: as `named` takes it, tokenizer.json and tokenizer_config.json among them.
+    objects: as `named` takes it.
     token: the tokenizer's end token; None: it has none.
     vocabulary: {token: id}, added tokens included.
 
   Raises:
-    InputError: the end token, or an id, is not in the vocabulary; there is no end token at all.
+    InputError: an id is not in the vocabulary, or there is no end token at all.
   """
   found = []
   if token is not None:
-    _check_token(folder, objects, token)
     found.append(vocabulary[token])
   token_ids = set(vocabulary.values())
   name, ids = named(folder, objects)
@@ -66,24 +65,3 @@ def read(folder: pathlib.Path, objects: Mapping[str, Json], token: str | None,
 def _wrong(path: pathlib.Path, number: Any) -> InputError:
   return InputError(f"{path} has {shown(number)} under 'eos_token_id', which is not an id of the "
                     "tokenizer: write ids of tokens, as integers.")
-
-
-def _check_token(folder: pathlib.Path, objects: Mapping[str, Json], token: str) -> None:
-  """Refuses an end token that tokenizer.json lacks.
-
-  transformers would add it with an id of its own, which no weight was trained for.
-  """
-  tokenizer = objects.get("tokenizer.json")
-  # Tokenizers in other formats have no list that could be looked at here.
-  if tokenizer is None:
-    return
-  added = tokenizer.get("added_tokens") or []
-  decoder = objects.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
-  contents = {entry.get("content") for entry in [*added, *decoder.values()]}
-  words = (tokenizer.get("model") or {}).get("vocab") or {}
-  # Unigram models list pairs of a token and its score.
-  if isinstance(words, list):
-    words = {word for word, _ in words}
-  if token not in contents and token not in words:
-    raise InputError(f"{folder}'s end token {shown(token)} is not a token of its tokenizer.json: "
-                     "correct eos_token in tokenizer_config.json.")

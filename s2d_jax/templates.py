@@ -3,6 +3,7 @@
 A template is Jinja text of a model's folder. `chat` renders it; this file only reads its syntax.
 """
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,10 +51,12 @@ class Template:
     try:
       self._tree = _ENVIRONMENT.parse(text)
       names = meta.find_undeclared_variables(self._tree)
+      # Python has limits of its own, such as twenty loops in each other.
+      _ENVIRONMENT.compile(self._tree)
     except jinja2.TemplateSyntaxError as error:
       raise InputError(f"{source} is not a template (line {error.lineno}: {error.message}): "
                        "correct it, or download it again.") from error
-    except RecursionError as error:
+    except (RecursionError, SyntaxError, MemoryError) as error:
       raise InputError(f"{source} is nested too deeply: download it again.") from error
     self.asks_for_date = CLOCK in names
     self.arguments = tuple(sorted(names - _SUPPLIED - self._local_names()))
@@ -110,6 +113,17 @@ class Template:
                    if isinstance(assign.target, nodes.Name)
                    and assign.target.name in self.arguments
                    and any(name.name == CLOCK for name in assign.node.find_all(nodes.Name))})
+
+
+def is_of_template(error: Exception) -> bool:
+  """Whether rendering a template raised the error: jinja2 itself, or a statement of the template.
+
+  A statement may raise an error of any type, such as ZeroDivisionError.
+  """
+  # jinja2 gives the statements of a template this name in place of a file's.
+  return isinstance(error, jinja2.TemplateError) or any(
+      frame.f_code.co_filename == "<template>"
+      for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _is_random(node: nodes.Filter | nodes.Name) -> bool:

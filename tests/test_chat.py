@@ -198,7 +198,8 @@ def test_a_pinned_date_is_part_of_the_fingerprint(folder):
 ])
 def test_a_template_that_asks_for_the_date_is_refused(folder, before, remedy):
   sentence = refused(folder, before)
-  assert f"the chat template of {folder} asks for the date" in sentence and remedy in sentence
+  assert f"the chat template in {folder}/chat_template.jinja asks for the date" in sentence
+  assert remedy in sentence
 
 
 @pytest.mark.parametrize("before", [
@@ -290,10 +291,37 @@ def test_a_message_that_the_template_leaves_out_or_changes_is_named(folder):
   loaded = opened(folder, template="{% for m in messages if m.role == 'user' %}"
                                    "{{ m.content|e }}{% endfor %}")
   assert loaded.render(USER) == [7, 8, 16, 9, 10]
-  with pytest.raises(InputError, match="leaves out or changes the system message of problem 3"):
+  with pytest.raises(InputError, match="changes the message of role 'system' in problem 3"):
     loaded.render([{"role": "system", "content": "56"}, *USER], "problem 3")
-  with pytest.raises(InputError, match="leaves out or changes the user message of the convers"):
+  with pytest.raises(InputError, match="changes the message of role 'user' in the convers"):
     loaded.render([{"role": "user", "content": "1<2"}])
+
+
+@pytest.mark.parametrize("role", ["question", "human", "tool", "User", " user", "developer", ""])
+def test_a_message_of_a_role_that_the_template_drops_is_refused(role, folder):
+  template = ("{% for m in messages if m.role in ['system', 'user'] %}{{ m.content + ';' }}"
+              "{% endfor %}")
+  loaded = opened(folder, template=template)
+  message = {"role": role, "content": "12"}
+  # The words of a dropped message may stand in another one, or in none.
+  for others in ([], USER, [{"role": "system", "content": "12"}]):
+    with pytest.raises(InputError) as error:
+      loaded.render([*others, message], "problem 3")
+    assert str(error.value) == (
+        f"the chat template in {folder}/chat_template.jinja leaves out or changes the message of "
+        f"role {role!r} in problem 3: choose a role from system, user, assistant.")
+  taken = loaded.render([*USER, {"role": "user", "content": "12"}])
+  assert taken == [7, 8, 16, 9, 10, 20, 7, 8, 20]
+
+
+def test_an_assistants_thoughts_may_be_left_out_and_no_other_words(printable):
+  messages = [*USER, {"role": "assistant", "content": "<think>\n40 + 6</think>\n\n46 "}, *USER]
+  thoughtless = "{% for m in messages %}{{ m.content.split('</think>')|last|trim }};{% endfor %}"
+  loaded = opened(printable, template=thoughtless)
+  assert loaded.decode(loaded.render(messages)) == "12+34;46;12+34;"
+  silent = "{% for m in messages if m.role != 'assistant' %}{{ m.content }};{% endfor %}"
+  with pytest.raises(InputError, match="leaves out or changes the message of role 'assistant'"):
+    opened(printable, template=silent).render(messages)
 
 
 def test_a_template_may_insist_on_a_system_message(folder):
@@ -404,6 +432,10 @@ def test_half_a_surrogate_pair_is_refused(folder, text):
     ("{{ messages[0].content.__class__.mro() }}", "is not a chat that"),
     ("{% for i in range(10**9) %}{% endfor %}{{ messages[0].content }}", "is not a chat that"),
     ("{% include 'other' %}{{ messages[0].content }}", "is not a chat that"),
+    # Python's own limits: twenty blocks in each other, and the depth of calls.
+    ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25 + "{{ messages[0].content }}", "nested too"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "is not a chat that"),
+    ("{{ {}['a']['b'] }}", "is not a chat that"), ("{{ '%d' % 'a' }}", "is not a chat that"),
 ])
 def test_a_template_that_is_none_is_refused(folder, template, reason):
   sentence = refused(folder, template=template)
@@ -419,7 +451,20 @@ def test_a_template_that_is_none_is_refused(folder, template, reason):
     ("tokenizer.json", None, "has no tokenizer.json: download it"),
     ("tokenizer_config.json", "null", "is not a JSON object"),
     ("tokenizer_config.json", "[" * 999 + "]" * 999, "is nested too deeply"),
-    ("tokenizer_config.json", '{"eos_token": 3}', "tokenizer"),
+    ("tokenizer_config.json", '{"eos_token": 3}', "_config.json has 3 under 'eos_token'"),
+    ("tokenizer_config.json", '{"pad_token": {"text": "1"}}', "under 'pad_token', which is not a"),
+    ("tokenizer_config.json", '{"extra_special_tokens": 3}', "has 3 under 'extra_special_tokens'"),
+    ("tokenizer_config.json", '{"additional_special_tokens": [3]}', "_config.json has 3 under 'ad"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "under 'added_tokens_decoder'"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "under 'added_tokens_dec"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "a"}}', "under 'added_tokens_deco"),
+    ("tokenizer_config.json", '{"tokenizer_class": 3}', "under 'tokenizer_class': make it a text"),
+    ("tokenizer_config.json", '{"pad_token": {"content": "<|pad|>"}}', "under 'pad_token', which"),
+    ("tokenizer_config.json", '{"auto_map": {}}', "tokenizer_config.json asks for code of its own"),
+    ("tokenizer.json", '{"added_tokens": 3}', "tokenizer.json has 3 under 'added_tokens'"),
+    ("special_tokens_map.json", "[]", "special_tokens_map.json is not a JSON object"),
+    ("special_tokens_map.json", '{"pad_token": 3}', "map.json has 3 under 'pad_token'"),
+    ("added_tokens.json", "[]", "added_tokens.json is not a JSON object"),
     ("generation_config.json", "null", "is not a JSON object"),
     ("generation_config.json", "7", "is not a JSON object"),
     ("generation_config.json", '"text"', "is not a JSON object"),
@@ -439,3 +484,100 @@ def test_of_several_templates_the_default_is_taken(folder):
   change(folder, "tokenizer_config.json", chat_template=templates[1:])
   with pytest.raises(InputError, match="several chat templates and none is the default"):
     chat.Chat(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("values, key, token", [
+    ({"pad_token": "[PAD]"}, "pad_token", "[PAD]"), ({"bos_token": "<s>"}, "bos_token", "<s>"),
+    ({"unk_token": "<unk>"}, "unk_token", "<unk>"), ({"sep_token": "[SEP]"}, "sep_token", "[SEP]"),
+    ({"cls_token": ""}, "cls_token", ""), ({"mask_token": "<|END|>"}, "mask_token", "<|END|>"),
+    ({"image_token": "<image>"}, "image_token", "<image>"),
+    ({"pad_token": {"__type": "AddedToken", "content": "[PAD]"}}, "pad_token", "[PAD]"),
+    ({"additional_special_tokens": ["<|end|>", "<x>"]}, "additional_special_tokens", "<x>"),
+    ({"additional_special_tokens": [{"__type": "AddedToken", "content": "<x>"}]},
+     "additional_special_tokens", "<x>"),
+    ({"extra_special_tokens": ["<x>"]}, "extra_special_tokens", "<x>"),
+    ({"extra_special_tokens": {"x_token": "<x>"}}, "extra_special_tokens", "<x>"),
+])
+def test_a_special_token_that_the_tokenizer_lacks_is_refused(folder, name, values, key, token):
+  change(folder, name, **values)
+  with pytest.raises(InputError) as error:
+    chat.Chat(folder)
+  assert str(error.value) == (f"{folder}/{name} has {token!r} under {key!r}, which is not a token "
+                              "of its tokenizer.json: correct it, or remove it.")
+
+
+def test_special_tokens_that_have_ids_are_taken(folder):
+  before = chat.Chat(folder)
+  change(folder, "tokenizer_config.json", pad_token="<|pad|>", bos_token=None, add_bos_token=False,
+         additional_special_tokens=["<|user|>"])
+  change(folder, "special_tokens_map.json", unk_token={"content": "<|unknown|>"})
+  assert chat.Chat(folder).vocabulary == before.vocabulary
+  # transformers passes this file over where the configuration lists the added tokens itself.
+  change(folder, "tokenizer_config.json", added_tokens_decoder={})
+  change(folder, "special_tokens_map.json", pad_token="[PAD]")
+  assert chat.Chat(folder).vocabulary == before.vocabulary
+
+
+@pytest.mark.parametrize("kind, token", [
+    ("LlamaTokenizerFast", "<s>"), ("GPT2Tokenizer", "<|endoftext|>"), ("GemmaTokenizer", "<bos>")])
+def test_a_class_that_adds_tokens_is_refused(folder, kind, token):
+  change(folder, "tokenizer_config.json", tokenizer_class=kind)
+  sentence = refused(folder)
+  assert sentence.startswith(f"the tokenizer_class of {folder}/tokenizer_config.json adds the "
+                             f"token {token!r}")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_template_that_is_no_utf8_is_named(folder, name):
+  path = folder / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes("{{ 'ü' }}".encode("latin-1"))
+  with pytest.raises(InputError, match=f"{name} cannot be read as UTF-8"):
+    chat.Chat(folder)
+
+
+@pytest.mark.parametrize("written, source", [
+    ("chat_template.jinja", "chat_template.jinja"), ("config", "tokenizer_config.json"),
+    ("named", "tokenizer_config.json"), ("additional", "additional_chat_templates/tool_use.jinja"),
+])
+def test_the_file_of_a_wrong_template_is_named(folder, written, source):
+  wrong = "{{ 1"
+  arguments = {}
+  if written == "chat_template.jinja":
+    (folder / written).write_text(wrong)
+  elif written == "additional":
+    (folder / "additional_chat_templates").mkdir()
+    (folder / source).write_text(wrong)
+    arguments["tools"] = []
+  else:
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": wrong}, {"name": "rag", "template": PLAIN}]
+    change(folder, source, chat_template=wrong if written == "config" else named)
+  with pytest.raises(InputError) as error:
+    chat.Chat(folder, **arguments)
+  assert str(error.value).startswith(f"the chat template in {folder}/{source} is not a template")
+
+
+@pytest.mark.parametrize("value", [3, {"default": 3}, True])
+def test_a_template_that_is_no_text_is_refused(folder, value):
+  (folder / "chat_template.jinja").unlink()
+  change(folder, "tokenizer_config.json", chat_template=value)
+  with pytest.raises(InputError, match="tokenizer_config.json has .* as a chat template: make it"):
+    chat.Chat(folder)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, KeyError, OSError])
+def test_an_error_of_the_library_keeps_its_traceback(folder, monkeypatch, error):
+  loaded = chat.Chat(folder)
+  def broken(*args, **kwargs):
+    raise error("broken")
+  with monkeypatch.context() as patch:
+    patch.setattr(type(loaded._tokenizer), "apply_chat_template", broken)
+    with pytest.raises(error, match="broken") as found:
+      loaded.render(USER)
+    assert not isinstance(found.value, InputError)
+  if error in (RuntimeError, TypeError, KeyError):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", broken)
+    with pytest.raises(error, match="broken"):
+      chat.Chat(folder)

@@ -41,7 +41,8 @@ ARROWS = {
   "losses": {"sharding"},
   "models": {"sharding", "keys", "json_objects"},
   "data": {"rewards", "json_objects"},
-  "chat": {"end_ids", "templates"},
+  "chat": {"end_ids", "templates", "tokenizer_files"},
+  "tokenizer_files": {"json_objects"},
   "end_ids": {"json_objects"},
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},

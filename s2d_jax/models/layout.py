@@ -129,23 +129,29 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
   The new one is `rope_parameters`; the old one is `rope_theta` with `rope_scaling`.
 
   Raises:
-    InputError: the two spellings differ, a key is missing or wrong, or the kind is not implemented.
+    InputError: two settings contradict each other, a key is missing or wrong or read by nothing, or
+      the kind is not implemented.
   """
-  new = fields.object("rope_parameters", {})
-  old = fields.object("rope_scaling", {})
-  if new and any(new.get(key, value) != value for key, value in old.items()):
+  # A file may have both spellings for the sake of older readers; equal ones do no harm.
+  spellings = {f"config.json's {key}": json for key in ("rope_parameters", "rope_scaling")
+               if (json := fields.object(key, {}))}
+  # Without either, the model's own keys are RoPE's settings.
+  if not spellings:
+    spellings = {"config.json": {k: v for k, v in fields.json.items() if k == "rope_theta"}}
+  found = {name: _rope_settings(Fields(name, json), fields) for name, json in spellings.items()}
+  name, settings = next(iter(found.items()))
+  if any(_not_null(other) != _not_null(settings) for other in found.values()):
+    new, old = spellings.values()
     raise InputError(f"config.json has rope_parameters={new} and rope_scaling={old}, which "
                      "differ: keep the one that the weights were trained with.")
-  # A file may have both spellings for the sake of older readers; equal ones do no harm.
-  settings = Fields(f"config.json's {'rope_parameters' if new else 'rope_scaling'}", new or old)
-  theta = settings.number("rope_theta", _LEAST, _MOST, None)
-  if theta is None:
-    theta = fields.number("rope_theta", _LEAST, _MOST)
-  # Older files say "type" where newer ones say "rope_type"; some have both.
-  kind = settings.text("rope_type", None) or settings.text("type", "default")
-  refuse({"rope_type": kind}, "rope_type", "default", "llama3")
-  # The factor may be among RoPE's settings or among the model's own keys.
-  refuse(settings.json | fields.json, "partial_rotary_factor", 1.0)
+  refuse(settings, "rope_type", *_ROPE_KEYS)
+  kind = settings["rope_type"]
+  unread = sorted(_not_null(settings).keys() - {*_ROPE_KEYS[kind]})
+  if unread:
+    raise InputError(f"{name} has the key {shown(unread[0])}, which RoPE of type {kind} does not "
+                     "read: correct rope_type, or take the file that came with the weights.")
+  settings = Fields(name, settings)
+  theta = settings.number("rope_theta", _LEAST, _MOST)
   if kind == "default":
     return theta, None
   scaling = RopeScaling(
@@ -159,6 +165,46 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
                      f"high_freq_factor {scaling.high_freq_factor:g}: the first is the smaller "
                      "one, so take the file that came with the weights.")
   return theta, scaling
+
+
+# The keys that each implemented kind of RoPE reads.
+_ROPE_KEYS = {"default": ("rope_type", "rope_theta")}
+_ROPE_KEYS["llama3"] = (*_ROPE_KEYS["default"], "factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings")
+
+
+def _not_null(json: Json) -> Json:
+  return {key: value for key, value in json.items() if value is not None}
+
+
+def _rope_settings(settings: Fields, fields: Fields) -> Json:
+  """The settings of one spelling, together with those that stand among the model's own keys.
+
+  Args:
+    settings: the object of the spelling.
+    fields: the whole config.json.
+  """
+  found = dict(settings.json)
+  # Older files say "type" where newer ones say "rope_type"; some have both.
+  older = settings.text("type", None)
+  kind = settings.text("rope_type", None) or older or "default"
+  if older not in (None, kind):
+    raise InputError(f"{settings.name} has rope_type={kind!r} and type={older!r}, which differ: "
+                     "keep the one that the weights were trained with.")
+  found["rope_type"] = kind
+  found.pop("type", None)
+  for json in (found, fields.json):
+    refuse(json, "partial_rotary_factor", 1.0)
+  found.pop("partial_rotary_factor", None)
+  for key in {*_ROPE_KEYS.get(kind, ()), "rope_theta"} - {"rope_type"}:
+    inner = settings.number(key, _LEAST, _MOST, None)
+    outer = fields.number(key, _LEAST, _MOST, None)
+    if inner is None and outer is not None:
+      found[key] = fields.json[key]
+    elif outer not in (None, inner):
+      raise InputError(f"{settings.name} has {key}={inner:g} and config.json itself has {outer:g}, "
+                       "which differ: keep the one that the weights were trained with.")
+  return found
 
 
 def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None,

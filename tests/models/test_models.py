@@ -101,6 +101,53 @@ def test_unknown_rope_is_refused(rope, tiny_json):
     models.get(tiny_json("qwen3", **rope))
 
 
+CONTRADICTIONS = [
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta=10000 and config"),
+    ({"rope_theta": 5e5, "rope_scaling": {"rope_theta": 1e4}}, "has 500000, which differ"),
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4} | LLAMA3}, "has 500000, which dif"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_scaling={'rope_"),
+    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": LLAMA3}, "which differ: keep the on"),
+    ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 32.0}}, "which differ: keep"),
+    ({"rope_parameters": LLAMA3, "rope_scaling": {"factor": 8.0}}, "which differ: keep the one"),
+    ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 8.0}}, "which diffe"),
+    ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "'default' and type='linear', "),
+    ({"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type='llama3' and type='default', whic"),
+    ({"partial_rotary_factor": 1.0, "rope_parameters": {"partial_rotary_factor": 0.5}}, "factor=0"),
+    ({"original_max_position_embeddings": 64, "rope_scaling": LLAMA3}, "itself has 64, which diff"),
+    ({"rope_scaling": {"factor": 8.0}}, "has the key 'factor', which RoPE of type default does no"),
+    ({"rope_parameters": {"mrope_section": [2, 3, 3]}}, "key 'mrope_section', which RoPE of type "),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "has the key 'full_attention',"),
+    ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "key 'attention_factor', which RoPE of"),
+    ({"rope_scaling": LLAMA3 | {"factor": -8.0}}, "has -8.0 under 'factor'"),
+    ({"rope_parameters": LLAMA3 | {"high_freq_factor": 0}}, "has 0 under 'high_freq_factor'"),
+    *(({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != key}}, f"has no '{key}'")
+      for key in sorted(LLAMA3.keys() - {"rope_type"})),
+    ({"rope_scaling": {"rope_type": "Llama3"}}, "rope_type='Llama3', which is not implemented"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 1.0}}, "rope_type='linear', which is not"),
+]
+
+
+@pytest.mark.parametrize("changes, reason", CONTRADICTIONS)
+def test_settings_of_rope_that_contradict_each_other_are_refused(changes, reason, tiny_json):
+  with pytest.raises(InputError) as error:
+    models.get(tiny_json("llama", **changes))
+  assert reason in str(error.value) and str(error.value).startswith("config.json")
+
+
+def test_equal_settings_of_rope_in_two_places_are_taken(tiny_json):
+  plain = models.get(tiny_json("llama", rope_theta=5e5, rope_scaling=LLAMA3)).config
+  for changes in (
+      {"rope_parameters": {"rope_theta": 5e5} | LLAMA3, "rope_scaling": LLAMA3},
+      {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"rope_theta": 500000}},
+      {"rope_scaling": LLAMA3 | {"type": "llama3", "partial_rotary_factor": None}},
+      {"rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()},
+       "rope_parameters": LLAMA3 | {"partial_rotary_factor": 1}},
+      {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k},
+       "original_max_position_embeddings": 8192},
+      {"rope_scaling": LLAMA3, "rope_parameters": {}}):
+    assert models.get(tiny_json("llama", rope_theta=5e5, **changes)).config == plain
+
+
 def test_partial_rope_is_refused(tiny_json):
   with pytest.raises(ValueError, match="partial_rotary_factor=0.5"):
     models.get(tiny_json("llama", partial_rotary_factor=0.5))

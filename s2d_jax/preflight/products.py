@@ -42,10 +42,9 @@ def _library_flops(target: str, operation: Operation, operands: Sequence[str]) -
   return 0.0
 
 
-# Custom calls without products, by a part of their target's name: sorting, the largest k, random
-# bits, memory, and marks of sharding.
-_NO_PRODUCTS = re.compile(
-    r"sort|top_?k|threefry|rng|alloc|buffer|shard|pin|barrier|move_?to|annotate", re.IGNORECASE)
+# Custom calls without products: XLA's own marks, such as AllocateBuffer or TopK, and by a part of
+# their names those that sort or draw random bits.
+_NO_PRODUCTS = re.compile(r"[A-Z][A-Za-z0-9]*|.*(?:[Ss]ort|top_?k|threefry|rng).*")
 
 
 def is_unknown(target: str, flops: float) -> bool:
@@ -55,7 +54,7 @@ def is_unknown(target: str, flops: float) -> bool:
     target: of the custom call.
     flops: that the formulas found in it.
   """
-  return flops == 0 and not _NO_PRODUCTS.search(target)
+  return flops == 0 and not _NO_PRODUCTS.fullmatch(target)
 
 
 # Products of each of splash's kernels: q·k and p·v forward; q·k, do·v, ds·k for the queries'

@@ -190,7 +190,8 @@ def test_attention_kernels_by_formula(target, attributes, products):
 
 @pytest.mark.parametrize("target, unknown", [
   ("__gpu$xla.gpu.triton", True), ("tpu_custom_call", True), ("my_product", True),
-  ("__cublas$gemm", False), ("TopK", False), ("__cub$DeviceRadixSort", False), ("Sharding", False)])
+  ("__cublas$gemm", False), ("TopK", False), ("__cub$DeviceRadixSort", False),
+  ("AllocateBuffer", False)])
 def test_custom_calls_without_a_formula_are_named(target, unknown):
   text = "\n".join((
       "ENTRY %main (a: f32[8,16]) -> f32[8,32] {", "  %a = f32[8,16] parameter(0)",

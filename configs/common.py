@@ -13,13 +13,18 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   on the command line, `--config.stages.reverse_kl.optim.lr=1e-4`.
 
   Raises:
-    ValueError: an unknown name, or a value that is not of the default's type.
+    ValueError: an unknown name, one that is given twice, or a value that is not of the default's
+      type.
   """
   parsed = ConfigDict(defaults)
+  given = set()
   for item in filter(None, (arg or "").split(",")):
     name, equals, value = item.partition("=")
     if name not in defaults:
       raise ValueError(f"the config's argument {name!r} is unknown: use {', '.join(defaults)}.")
+    if name in given:
+      raise ValueError(f"the config's argument {name} is given twice: give it once.")
+    given.add(name)
     kind = type(defaults[name])
     if kind is bool:
       if equals and value.lower() not in ("true", "1", "false", "0"):
@@ -27,10 +32,26 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       parsed[name] = not equals or value.lower() in ("true", "1")
     elif not value or kind is int and not value.lstrip("-").isdecimal():
       raise ValueError(f"the config's argument {name} is {value!r}: give it as in "
-                       f"{name}={defaults[name]}.")
+                       f"{name}={'NAME' if defaults[name] == '' else defaults[name]}.")
     else:
       parsed[name] = kind(value)
   return parsed
+
+
+def refuse_together(parsed: ConfigDict, name: str, others: Sequence[str], reason: str) -> None:
+  """Refuses an argument beside others that it would overwrite.
+
+  Args:
+    parsed: as `parse_arg` returns it; an argument counts as given where its value is not false.
+    reason: why they exclude each other, as a clause.
+
+  Raises:
+    ValueError: `name` and one of `others` are given; the message names both.
+  """
+  for other in others:
+    if parsed[name] and parsed[other]:
+      raise ValueError(f"the config's arguments {name} and {other} exclude each other, because "
+                       f"{reason}: leave one of them out.")
 
 
 REQUIRED = object()  # the default of a key that every config must choose
@@ -202,7 +223,7 @@ def _answers(samples: int, **decoding: Any) -> dict[str, Any]:
 def _math_rl(epoch: int) -> dict[str, Any]:
   """GRPO, of the teacher or of the student; `epoch` is one pass over the problems, in steps."""
   return stage(
-      steps=10 * epoch,           # printed: 10 epochs. gap: they are passes over the problems
+      steps=10 * epoch,           # printed: 10 epochs. gap: passes over all labels; 20 over a half
       prompts=64,                 # gap: problems a step
       sampling=_answers(8),       # gap: rollouts and temperature, as printed for transfer
       optim=adamw(
@@ -229,7 +250,7 @@ def _math_rl(epoch: int) -> dict[str, Any]:
 def _math_transfer(epoch: int, samples: int, microbatches: int, block: int) -> dict[str, Any]:
   """Learning from a teacher's or the student's own rollouts, or from given solutions."""
   return stage(
-      steps=epoch,                # printed: 1 epoch. gap: each stage of the bridge makes one
+      steps=epoch,                # printed: 1 epoch. gap: of each stage of a bridge; 2 over a half
       prompts=64,                 # printed: mini-batches of 64
       sampling=_answers(samples),  # printed: 8 rollouts, temperature 1.0, top-p 1.0, top-k -1
       optim=adamw(
@@ -277,7 +298,9 @@ def _math_evals() -> dict[str, dict[str, Any]]:
 def math(arg: ConfigDict) -> ConfigDict:
   """The settings that the mathematics configs share, after the paper; `arg` has seed, data, tiny.
 
-  A half arm makes as many updates as a full one, and so twice the passes over its half.
+  The paper prints 10 epochs of GRPO and 1 of transfer, and no number of steps for its half splits.
+  Here a half arm makes as many updates as the others, which it is compared with, and so twice as
+  many passes over its half. `qwen3_math.py:halves` has half arms with the printed passes.
   """
   config = ConfigDict()
   config.seed = arg.seed

@@ -50,9 +50,14 @@ def _stages() -> dict[str, dict[str, Any]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The config, locked."""
-  arg = common.parse_arg(arg, seed=0, models="models", teacher="SmolLM2-360M-Instruct",
-                         student="SmolLM2-135M-Instruct", layers=0, tiny=False)
+  """The config, locked.
+
+  Raises:
+    ValueError: the argument is unknown, or two of its parts exclude each other.
+  """
+  arg = common.parse_arg(arg, seed=0, models="models", teacher="SmolLM2-360M-Instruct", student="",
+                         layers=0, tiny=False)
+  common.refuse_together(arg, "layers", ("student",), "layers makes the student of the teacher")
   models = pathlib.Path(arg.models)
   config = ConfigDict()
   config.seed = arg.seed
@@ -62,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.label_share = 1.0
   config.half_seed = 0
   config.teacher = str(models / arg.teacher)
-  config.student = str(models / arg.student)
+  config.student = str(models / (arg.student or "SmolLM2-135M-Instruct"))
   config.hub = "HuggingFaceTB"              # owner on huggingface.co of a folder that is absent
   config.student_layers = arg.layers
   if arg.layers:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import manifest
+from s2d_jax import budget, manifest
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Plan
 
@@ -46,7 +46,7 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
 
 def outline(plans: Sequence[Plan], overrides: Sequence[Mapping[str, Any]],
             workdir: epath.PathLike) -> list[str]:
-  """Lines that describe the runs of these plans: arms, stages, and the stages already finished.
+  """Lines that describe the runs of these plans: arms, finished stages, and each stage's passes.
 
   Args:
     plans: one of each run.
@@ -55,13 +55,23 @@ def outline(plans: Sequence[Plan], overrides: Sequence[Mapping[str, Any]],
   """
   lines = []
   found: set[str] = set()
+  stages = []
   for plan, changes in zip(plans, overrides, strict=True):
     # A stage of an earlier run has the same name, so it is trained once.
     new = plan.nodes.keys() - found
     found |= new
+    stages += [_stage(plan, name) for name in plan.nodes if name in new]
     lines.append(f"{changes or 'as configured'}: arms {', '.join(plan.arms)}; "
                  f"{len(plan.nodes)} stages, {len(plan.nodes) - len(new)} of them shared with "
                  "the runs above")
   done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in found)
   return [*lines, f"{len(plans)} runs, {len(found)} distinct stages, {done} of them finished in "
-          f"{workdir}"]
+          f"{workdir}", *stages]
+
+
+def _stage(plan: Plan, name: str) -> str:
+  """A stage's split, its steps, and its passes over the problems of the split."""
+  node = plan.nodes[name]
+  return (f"{name}: {node.hp.steps:,} steps of {node.hp.prompts} problems, "
+          f"{budget.passes(plan, name):.2f} passes over the {len(plan.prompts[node.split]):,} of "
+          f"{node.split}")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -96,8 +97,11 @@ def test_an_argument_moves_several_settings():
 
 
 @pytest.mark.parametrize("arg, said", [
-    ("sede=1", "the config's argument 'sede' is unknown: use seed, tiny, data."),
+    ("sede=1", "the config's argument 'sede' is unknown: use seed, tiny, data, "),
     ("seed=1, tiny", "the config's argument ' tiny' is unknown"),
+    ("seed=1,tiny,seed=2", "the config's argument seed is given twice: give it once."),
+    ("tiny,tiny", "the config's argument tiny is given twice: give it once."),
+    ("student=", "the config's argument student is '': give it as in student=NAME."),
     ("tiny=yes", "the config's argument tiny is 'yes': use true or false."),
     ("tiny=", "the config's argument tiny is '': use true or false."),
     ("seed=one", "the config's argument seed is 'one': give it as in seed=0."),
@@ -106,7 +110,7 @@ def test_an_argument_moves_several_settings():
 ])
 def test_a_bad_argument_is_refused(arg, said):
   with pytest.raises(ValueError) as error:
-    common.parse_arg(arg, seed=0, tiny=False, data="here")
+    common.parse_arg(arg, seed=0, tiny=False, data="here", student="")
   assert str(error.value).startswith(said)
 
 
@@ -197,14 +201,99 @@ def test_one_card_trains_one_row_at_a_time_and_adapters_where_weights_do_not_fit
         "microbatches": student[name].microbatches}
 
 
-@pytest.mark.parametrize("arg, said", [
-    ("teacher=4b", "the config's argument teacher is '4b': use 8b, 14b, 1.7b."),
-    ("one_gpu,colab", "one_gpu and colab name a pair of models of their own"),
-    ("colab,teacher=14b", "one_gpu and colab name a pair of models of their own"),
+def test_an_unknown_teacher_is_refused():
+  with pytest.raises(ValueError, match="argument teacher is '4b': use 8b, 14b, 1.7b."):
+    build("qwen3_math", "teacher=4b")
+
+
+# Every argument of every config, with a value other than its default.
+ARGUMENTS = {
+    "arithmetic": ("seed=3", "tiny"),
+    "llama_math": ("seed=3", "models=/m", "data=/d", "tiny"),
+    "qwen3_math": ("seed=3", "models=/m", "data=/d", "teacher=14b", "teacher=1.7b", "all_arms",
+                   "sft_teacher", "halves", "one_gpu", "colab", "tiny"),
+    "smollm2": ("seed=3", "models=/m", "teacher=a", "student=b", "layers=4", "tiny"),
+    **{name: ("seed=3", "tiny") for name in NAMES if name.startswith("sweep_")}}
+
+
+def flat(config):
+  """{dotted key: value} of a config."""
+  return {f"{path}.{key}": value for path, block in blocks(config).items()
+          for key, value in block.items() if not isinstance(value, ml_collections.ConfigDict)}
+
+
+def test_every_argument_of_every_config_is_in_the_pairs(monkeypatch):
+  read = {}
+  parse = common.parse_arg
+
+  def recorded(arg, **defaults):
+    read["names"] = set(defaults)
+    return parse(arg, **defaults)
+
+  monkeypatch.setattr(common, "parse_arg", recorded)
+  assert sorted(ARGUMENTS) == NAMES
+  for name, given in ARGUMENTS.items():
+    build(name)
+    assert {text.partition("=")[0] for text in given} == read["names"], name
+
+
+@pytest.mark.parametrize("name, pair", [
+    (name, pair) for name, given in ARGUMENTS.items()
+    for pair in itertools.permutations(given, 2)])
+def test_two_arguments_combine_or_are_refused(name, pair):
+  words = [text.partition("=")[0] for text in pair]
+  try:
+    both = flat(build(name, ",".join(pair)))
+  except ValueError as error:
+    assert all(word in str(error) for word in words) and str(error).endswith(".")
+    return
+  first, second = (flat(build(name, text)) for text in pair)
+  default = flat(build(name))
+  assert first != default != second
+  # Neither argument is without effect beside the other.
+  assert both not in (first, second)
+  # A text that one argument sets, such as a folder or the arms, is not replaced by the other's.
+  for mine, other in ((first, second), (second, first)):
+    for key, value in mine.items():
+      if isinstance(value, str) and value != default.get(key) and value != other.get(key):
+        assert both[key] != other.get(key), key
+
+
+@pytest.mark.parametrize("name, arg, said", [
+    ("qwen3_math", "teacher=1.7b,all_arms",
+     "arguments teacher and all_arms exclude each other, because the paper has three arms of a "
+     "teacher of the student's size: leave one of them out."),
+    ("qwen3_math", "teacher=1.7b,sft_teacher", "arguments teacher and sft_teacher exclude each"),
+    ("qwen3_math", "one_gpu,colab", "arguments colab and one_gpu exclude each other, because colab "
+     "has models, arms and problems of its own"),
+    ("qwen3_math", "colab,teacher=8b", "arguments colab and teacher exclude each other"),
+    ("qwen3_math", "colab,all_arms", "arguments colab and all_arms exclude each other"),
+    ("qwen3_math", "colab,sft_teacher", "arguments colab and sft_teacher exclude each other"),
+    ("qwen3_math", "one_gpu,teacher=14b", "one_gpu and teacher exclude each other, because one_gpu "
+     "is for the teacher of 8B"),
+    ("qwen3_math", "halves,all_arms", "arguments halves and all_arms exclude each other"),
+    ("smollm2", "layers=4,student=x", "arguments layers and student exclude each other, because "
+     "layers makes the student of the teacher: leave one of them out."),
 ])
-def test_a_teacher_that_does_not_fit_is_refused(arg, said):
+def test_arguments_that_would_overwrite_each_other_are_refused(name, arg, said):
   with pytest.raises(ValueError, match=said):
-    build("qwen3_math", arg)
+    build(name, arg)
+
+
+def test_arguments_that_add_arms_add_them_up():
+  arms = {arg: set(build("qwen3_math", arg).arms.split(",")) for arg in (
+      "all_arms", "sft_teacher", "all_arms,sft_teacher", "halves", "halves,sft_teacher")}
+  assert arms["all_arms,sft_teacher"] == arms["all_arms"] | arms["sft_teacher"]
+  halves = {arm for arm in arms["all_arms,sft_teacher"] if arm.startswith("half_")}
+  assert (arms["halves"] | arms["halves,sft_teacher"]) - {"untrained"} == halves
+
+
+def test_halves_make_the_papers_passes_over_half_of_the_problems():
+  # arXiv 2605.12483 v4, tables 8 and 9: 10 epochs of GRPO and 1 of transfer.
+  config = build("qwen3_math", "halves")
+  for name, hp in config.stages.items():
+    passes = 10 if name.endswith("grpo") else 1
+    assert hp.steps * hp.prompts / (17_398 / 2) == pytest.approx(passes, rel=0.01), name
 
 
 def test_every_number_of_the_mathematics_stages_says_where_it_is_from():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from s2d_jax import keys, rollouts, sampler, stats
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
+from s2d_jax.rewards import pool
 from s2d_jax.rollouts import OnFinish, Prompt, Reward, Rollout
 from s2d_jax.sampler import Sampler
 from s2d_jax.sharding import Params
@@ -206,6 +207,7 @@ class Evaluation(NamedTuple):
   scores: dict[str, stats.Interval]
   samples: dict[str, stats.Samples]
   rollouts: dict[str, Rollout]
+  unchecked: pool.Unchecked   # checks of answers without a verdict, which count as wrong
 
 
 def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Prompt], reward: Reward,
@@ -221,10 +223,12 @@ def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Promp
   # One seed for every way of sampling: a greedy row and a sampled one share no random number.
   samples = {}
   rows = {}
+  before = pool.unchecked()
   for way, sample in samplers.items():
     samples[way], rows[way] = solve(sample, params, prompts, reward, seed, answer,
                                     stored and stored[way])
-  return Evaluation(dict(statistics(samples)), samples, rows)
+  unchecked = pool.Unchecked(*np.subtract(pool.unchecked(), before).tolist())
+  return Evaluation(dict(statistics(samples)), samples, rows, unchecked)
 
 
 def record(evaluation: Evaluation) -> dict[str, Any]:
@@ -233,7 +237,8 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
   for way, found in evaluation.samples.items():
     samples[way] = {field: np.asarray(values, int).tolist()
                     for field, values in found._asdict().items() if values is not None}
-  return {"scores": evaluation.scores, "samples": samples}
+  checks = {f"check_{name}": count for name, count in evaluation.unchecked._asdict().items()}
+  return {"scores": evaluation.scores, "samples": samples} | checks
 
 
 def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -83,6 +83,10 @@ def main(argv: Sequence[str]) -> None:
     for name, result in evaluations(args, task, sets, results):
       for score, (value, low, high) in result["scores"].items():
         print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
+      for count in ("check_timeouts", "check_failures"):
+        if result.get(count):
+          print(f"{name:<16}{count:<16}{result[count]:4}: answers that count as wrong, because "
+                "their check was ended", flush=True)
       results = results | {name: result}
       # Written after each set: an error in a later one loses none.
       if args.out:

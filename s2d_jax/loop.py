@@ -31,6 +31,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
 from s2d_jax.errors import InputError
+from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
 from s2d_jax.sharding import Params
 from s2d_jax.timing import Clock
@@ -138,6 +139,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
     for step in range(start, hp.steps):
       trace(step)
       heartbeat()
+      unchecked = pool.unchecked()
       entry = {"step": step}
       for name, (every, evaluate) in stage.evaluations.items():
         if step % every == 0:
@@ -159,6 +161,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       with sampler.naming(f"{stage.name}, step {step}"):
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
+      if stage.rewards is not None or pass_rates is not None:
+        entry |= _unchecked_since(unchecked)
       _check(stage, step, checkpoints, entry, clock.compiled().count - before)
       logs["metrics"].add(entry)
       seconds = timing.step_entry(step, clock)
@@ -171,6 +175,13 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       bar.update()
   _save(checkpoints, logs, hp.steps, state)
   return state
+
+
+def _unchecked_since(before: pool.Unchecked) -> dict[str, float]:
+  """Checks of answers without a verdict, of all hosts: such answers count as wrong."""
+  of_host = np.array(pool.unchecked(), np.float32) - np.array(before, np.float32)
+  timeouts, failures = hosts.sum_over_hosts(of_host).tolist()
+  return {"check_timeouts": timeouts, "check_failures": failures}
 
 
 def _timed(stage: StageRun, clock: Clock) -> StageRun:

@@ -1,5 +1,6 @@
 """Scores of problems, with a sampler that returns fixed responses."""
 
+import contextlib
 import zlib
 
 import ml_collections
@@ -8,6 +9,7 @@ import pytest
 
 from configs import common
 from s2d_jax import evals, keys, rollouts, stats
+from s2d_jax.rewards import pool
 
 PROMPTS = [rollouts.Prompt(30, (1, 2)), rollouts.Prompt(20, (3,))]
 RESPONSES = [[7], [8, 9], [9, 7, 7], [8], [7, 7], [8, 8]]  # three samples of each
@@ -211,6 +213,19 @@ def test_an_evaluation_at_the_end_samples_greedily_as_well():
       {"greedy": 1, "avg@3": 2 / 3, "pass@1": 2 / 3, "truncated": 0, "response_length": 11 / 6})
   assert {call[2] for fixed in draws.values() for call in fixed.calls[::2]} == {
       (3, zlib.crc32(b"evaluation"))}
+
+
+def test_a_record_counts_the_checks_without_a_verdict():
+  # In this pool each check raises, because json.loads takes one argument.
+  with contextlib.closing(pool.Pool("json:loads", 60.0, 60.0, 4 << 30, 1)) as checks:
+    found = evals.run({"sampled": FixedSampler()}, "weights", PROMPTS,
+                      lambda prompt_id, ids: checks.submit({}, "1"), (0,),
+                      evals.intervals((1,), 0, 20, 0.95))
+  record = evals.record(found)
+  assert (record["check_timeouts"], record["check_failures"]) == (0, 6)
+  again = evals.run({"sampled": FixedSampler()}, "weights", PROMPTS, reward, (0,),
+                    evals.intervals((1,), 0, 20, 0.95))
+  assert evals.record(again)["check_failures"] == 0
 
 
 def test_an_evaluation_without_any_score_is_refused():

@@ -31,6 +31,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
+from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Prompt
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
@@ -204,6 +205,17 @@ def test_a_profile_is_written_for_its_steps_and_changes_no_number(tmp_path, mesh
   assert not (tmp_path / "plain" / "profile").exists()
   for name in ("metrics", "ledger", "samples"):
     assert metrics.read(tmp_path / "plain", name) == metrics.read(tmp_path / "traced", name)
+
+
+@pytest.mark.medium
+def test_checks_without_a_verdict_are_counted_at_each_step(tmp_path, mesh):
+  # In this pool each check raises, because json.loads takes one argument.
+  with contextlib.closing(pool.Pool("json:loads", 60.0, 60.0, 4 << 30, 1)) as checks:
+    stage = make(tmp_path, mesh, reward=lambda prompt_id, ids: checks.submit({}, "1"), steps=2)
+    run(stage)
+  rows = stage.hp.prompts * stage.hp.sampling.samples_per_prompt
+  assert [(row["check_timeouts"], row["check_failures"])
+          for row in metrics.read(tmp_path, "metrics")] == [(0, rows)] * 2
 
 
 @pytest.mark.medium

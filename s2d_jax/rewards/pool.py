@@ -5,6 +5,7 @@ exceeds a limit. Such a text gets a reward of 0, and the other texts theirs.
 """
 
 import atexit
+import collections
 import contextlib
 import json
 import logging
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from s2d_jax.rewards import worker
 
@@ -25,6 +27,21 @@ _MOST_PROCESSES = 8     # where no number is given
 _ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
 # Ctrl-C and a preemption are this process's to answer, also while a worker still starts.
 _IGNORING_STOPS = ["/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh"]
+
+
+class Unchecked(NamedTuple):
+  """Numbers of checks without a verdict, whose answers got a reward of 0."""
+  timeouts: int   # they ran out of seconds or CPU seconds
+  failures: int   # they raised, ran out of memory or ended their process
+
+
+_LOCK = threading.Lock()  # of the counts
+_unchecked: collections.Counter[str] = collections.Counter()
+
+
+def unchecked() -> Unchecked:
+  """The checks without a verdict of all pools of this process since it started."""
+  return Unchecked(_unchecked["timeouts"], _unchecked["failures"])
 
 
 class Pool:
@@ -54,7 +71,6 @@ class Pool:
     self._command = [*_IGNORING_STOPS, sys.executable, "-c", _ENTRY, *check.split(":"), *limits]
     self._seconds = seconds
     self._closing = False
-    self._lock = threading.Lock()
     self._jobs: queue.SimpleQueue[tuple[Future, str] | None] = queue.SimpleQueue()
     self.timeouts = 0
     self.failures = 0
@@ -135,9 +151,11 @@ class Pool:
 
   def _counted(self, why: str) -> float:
     """The reward of a check without a verdict, which is counted and warned of."""
-    with self._lock:
-      self.timeouts += why == worker.TIME
-      self.failures += why != worker.TIME
+    with _LOCK:
+      name = "timeouts" if why == worker.TIME else "failures"
+      _unchecked[name] += 1
+      self.timeouts += name == "timeouts"
+      self.failures += name == "failures"
       count = self.timeouts + self.failures
       # At 1, 2, 4, 8 and so on: a policy may write thousands of such answers.
       if count & (count - 1) == 0:

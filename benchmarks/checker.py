@@ -2,15 +2,20 @@
 
   python -m benchmarks.checker
 
-The labels are tests/rewards/labelled_answers.jsonl, written before any checker read them. Hostile
-answers are towers of powers that sympy would evaluate without end. Seconds are by the clock, so
-other programs lengthen them. A text's time in the string match is the thread's processor time.
+The labels are those of tests/rewards: `labelled_answers.jsonl`, which were used while the checkers
+were developed, and `held_out_answers.jsonl`, which were not before their first try.
+
+Hostile answers are towers of powers that sympy would evaluate without end. Seconds are by the
+clock, so other programs lengthen them: a hostile answer is ended after its processor seconds, which
+take longer where processors are shared. A text's time in the string match is the thread's processor
+time.
 """
 
 import argparse
 import collections
 import json
 import math as numbers
+import os
 import pathlib
 import string
 import time
@@ -21,11 +26,18 @@ from benchmarks import measure
 from benchmarks.measure import Json
 from s2d_jax.rewards import math, pool
 
-LABELS = pathlib.Path(__file__).parents[1] / "tests" / "rewards" / "labelled_answers.jsonl"
+FOLDER = pathlib.Path(__file__).parents[1] / "tests" / "rewards"
+SETS = ("labelled_answers", "held_out_answers")
 HOSTILE = {"answer": "1"}, "9^{9^{9^{9}}}"
 FULL = {"answers": 1024, "hostile": 10, "processes": 2, "limit": 2.0, "characters": 1_000_000}
 SMOKE = FULL | {"answers": 12, "hostile": 1, "processes": 1, "limit": 1.0, "characters": 20_000}
 REPEATED = [*string.printable, "\\boxed{", "\\boxed", "\\{", "\\frac1", "\\text{ a}", "1,000", "x="]
+
+
+def labelled(name: str, most: int) -> list[Json]:
+  """The rows of a set of labels, spread over it where there are more than `most`."""
+  lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+  return [json.loads(line) for line in lines[:: max(len(lines) // most, 1)]]
 
 
 def agreement(rows: Sequence[Json]) -> Json:
@@ -63,7 +75,8 @@ def hostile(sizes: argparse.Namespace, rows: Sequence[Json]) -> Json:
   unchanged = [value for value, job in zip(found, mixed, strict=True) if job]
   allowed = before + numbers.ceil(sizes.hostile / sizes.processes) * sizes.limit + 1
   return {"honest_seconds": before, "seconds": seconds, "allowed_seconds": allowed,
-          "stopped": stopped, "honest_verdicts_unchanged": unchanged == expected,
+          "load": os.getloadavg()[0], "stopped": stopped,
+          "honest_verdicts_unchanged": unchanged == expected,
           "answers_per_second": len(honest) / before}
 
 
@@ -106,18 +119,32 @@ def string_rate(rows: Sequence[Json]) -> float:
   return 5 * len(rows) / (time.thread_time() - start)
 
 
+def _show(name: str, table: Json) -> None:
+  """Prints the agreement of one set: a line for each category, and the sums."""
+  print(f"\n{name}\n\n| category | rows | string | verify | wrong ones accepted |\n"
+        "|---|---|---|---|---|")
+  total: collections.Counter = collections.Counter()
+  for category, n in table.items():
+    total.update(n)
+    _show_row(f"{category}{' *' * bool(n['algebra'])}", n)
+  _show_row("all", total)
+
+
+def _show_row(category: str, n: Json) -> None:
+  accepted = n["string_false_positives"] + n["verify_false_positives"]
+  print(f"| {category} | {n['rows']} | {n['string_agrees']} | {n['verify_agrees']} | {accepted} |",
+        flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-  """Prints the table of agreement and the other figures, writes the JSON and returns its path."""
+  """Prints the tables of agreement and the other figures, writes the JSON and returns its path."""
   options = measure.parser(__doc__, FULL, SMOKE)(argv)
   sizes = options.sizes
-  rows = [json.loads(line) for line in LABELS.read_text(encoding="utf-8").splitlines()]
-  rows = rows if sizes.answers >= len(rows) else rows[:: len(rows) // sizes.answers]
-  table = agreement(rows)
-  print("| category | rows | string | verify | wrong ones accepted |\n|---|---|---|---|---|")
-  for category, n in table.items():
-    accepted = n["string_false_positives"] + n["verify_false_positives"]
-    print(f"| {category}{' *' * bool(n['algebra'])} | {n['rows']} | {n['string_agrees']} | "
-          f"{n['verify_agrees']} | {accepted} |", flush=True)
+  rows = {name: labelled(name, sizes.answers) for name in SETS}
+  tables = {name: agreement(rows[name]) for name in SETS}
+  for name, table in tables.items():
+    _show(name, table)
+  rows = rows[SETS[0]]
   attack = hostile(sizes, rows)
   print(json.dumps(attack), flush=True)
   times = linear(sizes.characters)
@@ -126,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   print(f"{sizes.characters:,} characters: at most {times[slowest]['seconds']:.2f} s "
         f"({slowest!r}), at most {max(ratios, default=4):.1f} times those of a quarter", flush=True)
   return measure.write("checker", options, {
-      "agreement": table, "hostile": attack, "linear": times,
+      "agreement": tables, "hostile": attack, "linear": times,
       "string_answers_per_second": string_rate(rows)})
 
 

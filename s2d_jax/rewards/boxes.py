@@ -1,4 +1,4 @@
-r"""Boxes in a response: \boxed{5}, \boxed {5}, \boxed 5 and \fbox{5}.
+r"""Boxes in a response: \boxed{5}, \boxed {5}, \boxed 5, \boxed\frac{1}{2} and \fbox{5}.
 
 Found by tokens of TeX, so that an escaped brace, as in \boxed{\{1,2\}}, closes nothing. One pass
 over the text finds them all, however many of them are open.
@@ -8,10 +8,9 @@ import re
 from typing import NamedTuple
 
 # An escaped sign is one token, so that \{ opens and \} closes nothing.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[^A-Za-z]|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[^A-Za-z]|[{}]|[$\s]", re.DOTALL)
 _SPACE = re.compile(r"[ \t\n]*")
-# Without braces: up to the next space, dollar or sentence's end.
-_UNBRACED = re.compile(r"[^\s${}]+")
+_BOXES = ("\\boxed", "\\fbox")
 # Between boxes that together are one answer: punctuation, a conjunction and the next name. A search
 # that began at every character would take quadratic time, so it begins at the first alone.
 _JOINS = re.compile(r"\A(?:[\s$,;.&]|and|or|\\text|\\quad|\\qquad|\\[,;()\[\] ]|[{}]|\\?[A-Za-z]+"
@@ -21,15 +20,21 @@ _LONGEST_JOIN = 60  # characters
 
 
 class _Box(NamedTuple):
-  start: int    # of the control word
-  end: int      # behind the box
-  inside: str
+  start: int           # of the control word
+  end: int             # behind the box
+  inside: slice        # of the text; cut out only where it is needed, because boxes may be nested
+
+
+class _Open(NamedTuple):
+  start: int | None   # of the control word; None for a brace that opens no box
+  begin: int          # of the inside
+  bare: bool          # whether the box has no braces of its own
 
 
 def last(text: str) -> str | None:
   r"""The text inside the last \boxed or \fbox, or None where there is none or it is cut."""
   found = _closed(text)
-  return found[-1].inside if found else None
+  return text[found[-1].inside] if found else None
 
 
 def joined(text: str) -> list[str]:
@@ -47,38 +52,49 @@ def joined(text: str) -> list[str]:
     if not joins or found[first - 1].end > found[first].start:
       break
     first -= 1
-  return [box.inside for box in found[max(first, 0) :]]
+  return [text[box.inside] for box in found[max(first, 0) :]]
 
 
 def _closed(text: str) -> list[_Box]:
   """All boxes by their starts; [] where the last one to start is not closed."""
   found: list[_Box] = []
-  # The start of each open box, None for another open brace, and where its inside begins.
-  opened: list[tuple[int | None, int]] = []
+  opened: list[_Open] = []
   last_start = -1
   skip = 0
+
+  def close(end: int) -> None:
+    """Ends the boxes without braces that are open last."""
+    if opened and opened[-1].bare:
+      # The full stop is the sentence's.
+      while text[end - 1] in ".,;:":
+        end -= 1
+    while opened and opened[-1].bare:
+      box = opened.pop()
+      end_of_box = max(end, box.begin)
+      found.append(_Box(box.start, end_of_box, slice(box.begin, end_of_box)))
+
   for token in _TOKEN.finditer(text):
     if token.start() < skip:
       continue
     if token[0] == "{":
-      opened.append((None, token.end()))
+      opened.append(_Open(None, token.end(), bare=False))
     elif token[0] == "}":
-      if opened:
-        start, begin = opened.pop()
-        if start is not None:
-          found.append(_Box(start, token.end(), text[begin : token.start()]))
-    elif token[0] in ("\\boxed", "\\fbox"):
+      close(token.start())
+      box = opened.pop() if opened else None
+      if box and box.start is not None:
+        found.append(_Box(box.start, token.end(), slice(box.begin, token.start())))
+    elif token[0] in _BOXES:
       begin = _SPACE.match(text, token.end()).end()
-      if text[begin : begin + 1] == "{":
+      following = text[begin : begin + 1]
+      # Behind it is a group, or as in \boxed\frac12 a text up to the next space or dollar.
+      if following and following not in "$}" and not following.isspace():
         last_start = token.start()
-        opened.append((token.start(), begin + 1))
-        skip = begin + 1
-      elif unbraced := _UNBRACED.match(text, begin):
-        last_start = token.start()
-        inside = unbraced[0].rstrip(".,;:")
-        skip = begin + len(inside)
-        found.append(_Box(token.start(), skip, inside))
+        opened.append(_Open(token.start(), begin + (following == "{"), bare=following != "{"))
+        skip = begin + (following == "{")
+    elif token[0] == "$" or token[0].isspace():
+      close(token.start())
+  close(len(text))
   # Boxes are found by their ends, and an inner one ends first.
-  found.sort()
+  found.sort(key=lambda box: box.start)
   # A box that never closes: the response was cut.
   return found if found and found[-1].start == last_start else []

@@ -5,17 +5,21 @@ about the answers that differ, in processes with limits (`pool`). Neither evalua
 in this process.
 """
 
+import fractions
 import functools
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Mapping
 from concurrent.futures import Future
 
-from s2d_jax.rewards import boxes, pool, tex
+from s2d_jax.rewards import answers, boxes, pool, tex
 
 SECONDS = 60.0       # of one check by the clock, for a process that waits instead of working
 CPU_SECONDS = 5.0    # of one check
 MEMORY_BYTES = 4 << 30
+# Short enough that math-verify compares all digits.
+_RATIONAL = re.compile(r"(-?[0-9]{1,20})(?:/([0-9]{1,20}))?")
 
 
 def last_boxed(text: str) -> str | None:
@@ -31,7 +35,7 @@ def normalised(answer: str, ordered: bool = False) -> str:
   Args:
     ordered: whether the order of a list without brackets counts.
   """
-  return tex.read(answer, ordered).text
+  return tex.read(answer).normalised(ordered)
 
 
 def reward(problem: Mapping[str, str], text: str, ordered: bool = False) -> float:
@@ -63,7 +67,7 @@ def answer_in_order(text: str) -> str | None:
 
 
 # Raised with every change of a verdict, because stages are named by them.
-VERSION = 4
+VERSION = 5
 for _function in (reward, answer, reward_in_order, answer_in_order):
   _function.version = VERSION
 
@@ -75,20 +79,18 @@ def readings(text: str) -> list[str]:
 
 
 def matches(gold: str, boxed: str, ordered: bool = False) -> bool:
-  """Whether two answers have one spelling, and no units that differ."""
-  first = _gold(gold, ordered)
+  """Whether two answers have one spelling, and no names or units that differ."""
+  first = _gold(gold)
   if not first.parts or gold == boxed:
     return bool(first.parts)
   # "100,200" is a number, and also how a list is written without a space.
-  return any(first.parts == second.parts and None in (first.unit, second.unit)
-             or first == second
-             for second in (tex.read(boxed, ordered), tex.read(boxed, ordered, tight=False)))
+  return any(answers.equal(first, tex.read(boxed, tight), ordered) for tight in (True, False))
 
 
 @functools.lru_cache(maxsize=1 << 15)
-def _gold(answer: str, ordered: bool) -> tex.Answer:
+def _gold(answer: str) -> answers.Answer:
   """As `tex.read`; a problem's answer is compared with many."""
-  return tex.read(answer, ordered)
+  return tex.read(answer)
 
 
 def verified(problem: Mapping[str, str], text: str, ordered: bool = False) -> float:
@@ -105,9 +107,35 @@ def submit(problem: Mapping[str, str], text: str, ordered: bool = False) -> floa
   found = readings(text)
   decided = reward(problem, text, ordered)
   # An answer that the string match accepts is right, and one without a value is wrong.
-  if decided or not found or not _gold(problem["answer"], ordered).parts:
+  if decided or not found or not _gold(problem["answer"]).parts:
     return decided
+  if _are_other_numbers(problem["answer"], found[0]):
+    return 0.0
   return checkers().submit({"answer": problem["answer"], "ordered": ordered}, found[0])
+
+
+def _are_other_numbers(gold: str, boxed: str) -> bool:
+  """Whether two answers are numbers that differ, which math-verify need not be asked."""
+  value = _number(_gold(gold))
+  if value is None:
+    return False
+  for tight in (True, False):
+    found = tex.read(boxed, tight)
+    # "1,000" may also be a list, and then it is not one number.
+    if len(found.parts) == 1 and _number(found) in (None, value) or not found.parts:
+      return False
+  return True
+
+
+def _number(answer: answers.Answer) -> fractions.Fraction | None:
+  """The value of an answer that is a whole number or a fraction of two, else None."""
+  # Percent and degrees have a second reading.
+  if len(answer.parts) != 1 or answer.parts[0].unit in ("percent", "degree"):
+    return None
+  found = _RATIONAL.fullmatch(answer.parts[0].value)
+  if not found or int(found[2] or 1) == 0:
+    return None
+  return fractions.Fraction(int(found[1]), int(found[2] or 1))
 
 
 def verified_in_order(problem: Mapping[str, str], text: str) -> float:

@@ -9,15 +9,14 @@ The rules start from Hendrycks et al. 2021 (https://arxiv.org/abs/2103.03874).
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from s2d_jax.rewards import numerals, units
+from s2d_jax.rewards import answers, names, numerals, units
 
 MAX_CHARACTERS = 100_000  # a longer text is not an answer
 MAX_DEPTH = 64  # nested braces and brackets; no answer comes near, and it bounds recursion
 _MAX_PASSES = 8  # until nothing changes; two or three are usual
 
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|[A-Za-z]+|\s+|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|[A-Za-zµμ]+|\s+|.", re.DOTALL)
 # A text inside JSON inside a text has its backslashes doubled. In a matrix "\\" ends a row.
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")
 _UNICODE = str.maketrans({
@@ -41,6 +40,7 @@ _RESPELLED = {
   "\\textrm": "\\text", "\\textbf": "\\text", "\\mathbf": "\\text", "\\textit": "\\text",
   "\\mathit": "\\text", "\\textsf": "\\text", "\\mathsf": "\\text", "\\operatorname": "\\text",
   "\\textnormal": "\\text", "\\boldsymbol": "\\text", "\\bm": "\\text", "\\emph": "\\text",
+  "\\colon": ":",
 }
 _SIZES = {"\\left", "\\right", "\\big", "\\Big", "\\bigg", "\\Bigg", "\\bigl", "\\bigr", "\\Bigl",
           "\\Bigr", "\\biggl", "\\biggr", "\\middle"}
@@ -48,12 +48,18 @@ _ONE_ARGUMENT = {"\\overline", "\\bar", "\\vec", "\\hat", "\\mathbb", "\\mathcal
                  "\\widehat", "\\overrightarrow", "\\overleftrightarrow",
                  "\\pmod", "\\tilde", "\\dot", "\\mathfrak"}
 _TWO_ARGUMENTS = {"\\frac", "\\binom"}
+_BETWEEN = {"\\over": "\\frac", "\\choose": "\\binom"}  # between their two arguments
 # The signs that may close a bracket: an interval may be open at one end alone.
 _CLOSERS = {"(": {")", "]"}, "[": {")", "]"}, "\\{": {"\\}", "\\right."},
             "\\left.": {")", "]", "\\}", "\\right.", "|"}}
 _CLOSING = {")", "]", "\\}", "\\right."}
 # A unit's sign or punctuation without a value; empty brackets are a set, and so a value.
 _SIGNS_ALONE = re.compile(r"(?:\\[%$,;:! ]|\^\{\\circ\}|[^\w(){}\[\]\\])*")
+# Which sign stands between two values may be what is asked.
+_COMPARISONS = {"<", ">", "="}
+_CAPITALISED = re.compile(
+  r"[A-Z][a-z]{2,}|[A-Z][a-z]+(?: [A-Za-z]+)+|YES|NO|No|TRUE|FALSE|NONE|True|False")
+_DIGITS = tuple("0123456789.")
 _MATRIX = {"bmatrix": "pmatrix", "Bmatrix": "Bmatrix", "smallmatrix": "matrix", "array": "matrix"}
 
 
@@ -91,68 +97,54 @@ def tokens(text: str) -> list[str]:
   return found
 
 
-class Answer(NamedTuple):
-  """An answer in one spelling; equal answers have equal parts."""
-  parts: tuple[str, ...]     # the elements of a list; () where nothing is left
-  unit: str | None = None    # by its known names, as "meter second" of m/s
-
-  @property
-  def text(self) -> str:
-    """The parts as one text."""
-    return ", ".join(self.parts)
-
-
-def read(answer: str, ordered: bool = False, tight: bool = True, names: bool = False) -> Answer:
+def read(text: str, tight: bool = True) -> answers.Answer:
   """An answer in one spelling, after the rules have been applied until they change nothing.
 
   Args:
-    ordered: whether the order of a list counts; that of a set never does, of a tuple always.
     tight: whether commas without a space may separate thousands.
-    names: whether a name before "=" stays.
   """
-  found = Answer(())
-  if len(answer) > MAX_CHARACTERS:
-    return found
+  nothing = answers.Answer((), "")
+  if len(text) > MAX_CHARACTERS:
+    return nothing
   try:
     for _ in range(_MAX_PASSES):
-      parts, unit = _pass(answer, tight, names)
-      parts = parts if ordered else sorted(parts)
-      # Units are left out in the first pass, and the later ones see none.
-      found = Answer(tuple(parts), found.unit or unit)
-      if found.text == answer:
+      found = _pass(text, tight)
+      if found.spelled == text:
         return found
-      answer = found.text
+      text = found.spelled
   except Malformed:
     pass
   # A text that TeX would refuse, or that never settles, has no value.
-  return Answer(())
+  return nothing
 
 
-def _pass(answer: str, tight: bool, names: bool) -> tuple[list[str], str | None]:
-  """(elements, unit) of an answer after one pass of the rules.
+def _pass(text: str, tight: bool) -> answers.Answer:
+  """An answer after one pass of the rules.
 
   Raises:
     Malformed: braces do not match, an argument is missing, or it is nested too deeply.
   """
-  found = numerals.grouped(units.conjunctions(tokens(answer)), tight)
+  joined, joint = names.conjunctions(tokens(text))
+  found = numerals.grouped(joined, tight)
   # TeX reserves "#"; in answers it begins the last line of a solution with its working. A box in an
   # answer is read as the answer's box, so no response can give it.
   if not {"#", "\\boxed", "\\fbox"}.isdisjoint(found):
     raise Malformed("more than an answer")
-  parser = _Parser(found, names)
+  parser = _Parser(found)
   parts = parser.parts(parser.sequence(frozenset()), expand=True)
-  return [_unbracketed(part) for part in parts if not _SIGNS_ALONE.fullmatch(part)], parser.unit
+  parts = [part._replace(value=_unbracketed(part.value)) for part in parts]
+  parts = [part for part in parts if part.value in _COMPARISONS
+           or not _SIGNS_ALONE.fullmatch(part.value)]
+  return answers.Answer(tuple(parts), joint if len(parts) > 1 else "")
 
 
 class _Parser:
   """Reads tokens into atoms: texts of which each is one number, word, fraction, bracket or sign."""
 
-  def __init__(self, found: list[str], names: bool) -> None:
+  def __init__(self, found: list[str]) -> None:
     self.tokens = found
-    self.names = names
     self.i = 0
     self.depth = 0
-    self.unit: str | None = None  # of the last element that has a known one
 
   def peek(self) -> str | None:
     """The next token, or None at the end."""
@@ -168,7 +160,12 @@ class _Parser:
       if token in ("}", "\\}", "\\right.", "\\end"):
         raise Malformed(f"{token} closes nothing")
       self.i += 1
-      atoms += self.atoms(token)
+      if token in _BETWEEN:
+        # Its arguments are the parts of the group before and behind it.
+        below = self.sequence(stops)
+        atoms = [f"{_BETWEEN[token]}{{{_plain(atoms)}}}{{{_plain(below)}}}"]
+      else:
+        atoms += self.atoms(token)
     self.depth -= 1
     return atoms
 
@@ -189,7 +186,7 @@ class _Parser:
     if token in _ONE_ARGUMENT:
       return [f"{token}{{{self.argument()}}}"]
     if token == "\\text":
-      return [self.text()]
+      return self.text()
     if token == "\\begin":
       return [self.environment()]
     if token[0].isdigit() and token.isascii():
@@ -223,11 +220,11 @@ class _Parser:
     if whole and token == "-" and (self.peek() or " ")[0].isdigit():
       return f"-{self.argument(whole=True)}"
     if token == "{":
-      return self.element(self.group())
+      return _plain(self.group())
     self.depth += 1
     if self.depth > MAX_DEPTH:
       raise Malformed("nested too deeply")
-    found = self.element(self.atoms(token))
+    found = _plain(self.atoms(token))
     self.depth -= 1
     return found
 
@@ -238,28 +235,25 @@ class _Parser:
       self.i += 1
     if self.peek() == "[":
       self.i += 1
-      degree = self.element(self.sequence({"]"}))
+      degree = _plain(self.sequence({"]"}))
       if self.peek() is None:
         raise Malformed("a bracket is not closed")
       self.i += 1
     shown = "" if degree in ("", "2") else f"[{degree}]"
     return f"\\sqrt{shown}{{{self.argument()}}}"
 
-  def text(self) -> str:
-    r"""A \text{...}, as one atom with single spaces."""
+  def text(self) -> list[str]:
+    r"""The atoms of a \text{...}: each word is one, and digits and signs are read as elsewhere."""
     while self.peek() == " ":
       self.i += 1
-    if self.peek() != "{":
-      return "\\text{" + self.argument() + "}"
-    start = self.i + 1
-    depth = 0
-    while (token := self.peek()) is not None:
-      depth += (token == "{") - (token == "}")
-      self.i += 1
-      if depth == 0:
-        words = [t for t in self.tokens[start : self.i - 1] if t not in ("{", "}", "\\text")]
-        return "\\text{" + " ".join("".join(words).split()) + "}"
-    raise Malformed("a brace is not closed")
+    atoms = self.group() if self._take("{") else [self.argument()]
+    return [f"\\text{{{atom}}}" if atom.isalpha() else atom for atom in atoms]
+
+  def _take(self, token: str) -> bool:
+    """Whether this token comes next; it is then read."""
+    comes = self.peek() == token
+    self.i += comes
+    return comes
 
   def bracket(self, opener: str) -> list[str]:
     """A bracket with what it holds as one atom; a lone "(" or "[" stays a sign."""
@@ -271,7 +265,7 @@ class _Parser:
         return [opener, *content]
       raise Malformed(f"{opener} is not closed")
     self.i += 1
-    parts = self.parts(content)
+    parts = [part.spelled for part in self.parts(content)]
     if opener == "\\{" and closer == "\\}":
       # A set has no order and holds an element once.
       parts = sorted(set(parts))
@@ -288,7 +282,7 @@ class _Parser:
       self.argument()
     rows: list[list[str]] = [[]]
     while True:
-      rows[-1].append(self.element(self.sequence({"&", "\\\\", "\\end"})))
+      rows[-1].append(_plain(self.sequence({"&", "\\\\", "\\end"})))
       token = self.peek()
       if token is None:
         raise Malformed("an environment is not closed")
@@ -305,7 +299,7 @@ class _Parser:
     body = "\\\\".join("&".join(row) for row in rows)
     return f"\\begin{{{kind}}}{body}\\end{{{kind}}}"
 
-  def parts(self, atoms: Sequence[str], expand: bool = False) -> list[str]:
+  def parts(self, atoms: Sequence[str], expand: bool = False) -> list[answers.Part]:
     """The elements between commas, in one spelling each; with `expand` both signs of a plus-minus.
     """
     split: list[list[str]] = [[]]
@@ -314,20 +308,64 @@ class _Parser:
         split.append([])
       else:
         split[-1].append(atom)
-    found: list[str] = []
+    found = []
     for part in split:
       if expand and part.count("\\pm") == 1:
         at = part.index("\\pm")
-        found += [self.element([*part[:at], sign, *part[at + 1 :]]) for sign in "+-"]
+        found += [_element([*part[:at], sign, *part[at + 1 :]]) for sign in "+-"]
       else:
-        found.append(self.element(part))
+        found.append(_element(part))
     return found
 
-  def element(self, atoms: Sequence[str]) -> str:
-    """One answer of a list, one cell or one argument, in one spelling."""
-    value, unit = units.bare(atoms, self.names)
-    self.unit = unit or self.unit
-    return numerals.number(units.rendered(value))
+
+def _element(atoms: Sequence[str]) -> answers.Part:
+  """One element of a list, in one spelling."""
+  name, value = names.split(_trimmed(atoms))
+  value, unit = units.split(_trimmed(value))
+  return answers.Part(_rendered(name, keep_text=True), _plain(value), unit)
+
+
+def _plain(atoms: Sequence[str]) -> str:
+  """Atoms that have neither a name nor a unit, such as an argument or a cell, in one spelling."""
+  return numerals.number(_rendered(numerals.mixed(_trimmed(atoms))))
+
+
+def _trimmed(atoms: Sequence[str]) -> list[str]:
+  """Atoms without spaces at both ends, a full stop or comma behind and a plus before."""
+  start = 0
+  end = len(atoms)
+  while end > start and atoms[end - 1] in (" ", ".", ",", ";", ":"):
+    end -= 1
+  while start < end and atoms[start] in (" ", "+"):
+    start += 1
+  return list(atoms[start:end])
+
+
+def _rendered(atoms: Sequence[str], keep_text: bool = False) -> str:
+  """Atoms as one text, with spaces only between digits or words and behind control words.
+
+  Args:
+    keep_text: whether words stay a text; else they are letters like others.
+  """
+  found: list[str] = []
+  space = False
+  for atom in atoms:
+    if atom == " ":
+      space = True
+      continue
+    if atom.startswith("\\text{") and not keep_text:
+      atom = atom[len("\\text{") : -1]
+    last = found[-1] if found else ""
+    # "4 2" must not become 42, nor "\pi x" an unknown word.
+    digits = space and last[-1:] in _DIGITS and atom[0] in _DIGITS
+    control = last[:1] == "\\" and last[1:].isalpha() and atom[0].isalpha()
+    words = space and min(len(last), len(atom)) > 1 and last.isalpha() and atom.isalpha()
+    if digits or control or words:
+      found.append(" ")
+    found.append(atom)
+    space = False
+  text = "".join(found)
+  return text.lower() if _CAPITALISED.fullmatch(text) else text
 
 
 def _unbracketed(part: str) -> str:

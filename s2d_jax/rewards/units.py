@@ -1,183 +1,280 @@
-r"""The parts around a value in an answer: a name before "=", a unit behind it, a conjunction.
+r"""Units behind a number in an answer, with their powers: 5\text{ cm}^2, 60\text{ km/h}, 12\%.
 
-A unit is one only behind a number: 5\text{ cm} is 5, but n\text{ is odd} stays whole. Words that
-change a value, say something of it or add an alternative never count as units.
+Words behind a number are a unit where each word is known, or where they are a noun that was
+counted, in the plural, as in 12\text{ students}. No others are, because "5 million", "5 K",
+"5 or 6", "3 over 4" and "5 less than x" are other values than 5. A known unit has one spelling,
+"meter^2" or "mile*hour^-1", and a noun that was counted has none.
 """
 
 import re
 from collections.abc import Sequence
 
-from s2d_jax.rewards import numerals
-
-_WORD = re.compile(r"[^\W\d_]+")
 # Words behind a number that change its value, say something of it or add an alternative.
-_NOT_IN_UNITS = frozenset(
+_NOT_NOUNS = frozenset(
   """
   zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
   sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions
   trillion trillions quadrillion dozen dozens half halves third thirds fourth fourths fifth fifths
   sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
-  thousandth thousandths millionth millionths quarter quarters score scores gross pair pairs
-  negative positive minus plus factorial times
-  or and to through but not nor if when where for except excluding is are was equals with without
-  mod modulo remainder base than most least odd even prime none infinity less more greater fewer
-  am pm bc ad bce ce north south east west i ii iii k
+  thousandth thousandths millionth millionths billionths zeros quarter quarters score scores gross
+  pair
+  pairs tens ones couple couples lakh lakhs crore crores grand grands mil mils bil bils mill mills
+  basis bps
+  negative positive minus plus factorial double triple doubled tripled twice thrice halved squared
+  cubed root roots power powers modulo mod divided multiplied added subtracted times
+  and but not nor for except excluding including with without through from above below over under
+  before after until since within beyond between among off out down than base remainder remainders
+  more less most least fewer greater larger smaller extra additional short shy further later earlier
+  longer younger older about around approximately roughly nearly almost
+  if when where because then who which that are was were has does is equals
+  all any some both either neither none never always every odd even prime primes false true wrong
+  infinity undefined impossible unknown north south east west
   """.split()
 ) - {"times"}
 _UNITS = {
   "meter": "m meter meters metre metres", "centimeter": "cm centimeter centimeters centimetre "
-  "centimetres", "millimeter": "mm millimeter millimeters", "kilometer": "km kilometer kilometers",
-  "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yard yards",
+  "centimetres", "millimeter": "mm millimeter millimeters", "kilometer": "km kilometer kilometers "
+  "kilometre kilometres", "micrometer": "µm μm micrometer micrometers",
+  "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yds yard yards",
   "mile": "mi mile miles", "gram": "g gram grams", "kilogram": "kg kilogram kilograms",
   "milligram": "mg milligram milligrams", "pound": "lb lbs pound pounds",
   "ounce": "oz ounce ounces", "ton": "ton tons", "second": "s sec secs second seconds",
   "minute": "min mins minute minutes", "hour": "h hr hrs hour hours", "day": "day days",
-  "week": "week weeks", "month": "month months", "year": "yr year years",
-  "percent": "percent percentage pct", "degree": "deg degree degrees", "radian": "rad radians",
-  "dollar": "dollar dollars usd", "cent": "cent cents", "liter": "l liter liters litre litres",
-  "milliliter": "ml milliliter milliliters", "unit": "unit units", "mph": "mph", "kph": "kph",
+  "week": "week weeks", "month": "month months", "year": "yr yrs year years",
+  "percent": "percent percentage pct", "degree": "deg degree degrees", "radian": "rad radian "
+  "radians", "celsius": "celsius", "fahrenheit": "fahrenheit",
+  "dollar": "dollar dollars usd", "cent": "cent cents", "liter": "l L liter liters litre litres",
+  "milliliter": "ml mL milliliter milliliters", "gallon": "gal gallon gallons",
+  "cup": "cup cups", "acre": "acre acres", "unit": "unit units",
 }
 _UNIT_OF = {alias: unit for unit, aliases in _UNITS.items() for alias in aliases.split()}
-# With a unit they say which power of it, or what it is counted by.
-_WITH_UNITS = {"square", "squared", "cubic", "cubed", "sq", "cu", "per", "of", "a", "each"}
-_MORE_THAN_UNIT = re.compile(r"(?<!\^)(?<!\^-)[0-9]|[<>=≤≥≠±;]|^(?:squared|cubed)\b")
-_NAME_WORD = re.compile(r"[A-Za-z]|[A-Z]{2,3}|\\[A-Za-z]+|\\text\{[^{}]*\}")
-_NOT_NAMES = {"\\pi", "\\infty", "\\emptyset", "\\pm", "\\sin", "\\cos", "\\tan", "\\ln", "\\log",
-              "\\circ"}
-_ARGUMENTS = re.compile(r"\([A-Za-z](?:,[A-Za-z])*\)")
-_CAPITALISED = re.compile(r"[A-Z][a-z]{2,}|YES|NO|No|TRUE|FALSE|NONE|True|False")
-_LONGEST_NAME = 6  # atoms
-_DIGITS = tuple("0123456789.")
+# Speeds whose names have no "per".
+_WHOLE = {"mph": {"mile": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
+_POWER_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_POWER_BEHIND = {"squared": 2, "cubed": 3}
+_SCALES = {"C": "celsius", "celsius": "celsius", "F": "fahrenheit", "fahrenheit": "fahrenheit"}
+# Words that change nothing: 5 dollars each, 3 apples left, 12 years old.
+_FILLERS = {"each", "left", "remaining", "total", "altogether", "apiece", "old", "long", "tall",
+            "wide", "deep", "high"}
+_PLURALS = {"people", "men", "women", "children", "geese", "mice", "teeth", "sheep", "fish",
+            "deer", "dice", "oxen"}
+_NOT_PLURAL = ("ss", "us", "is")
+_NOUN = re.compile(r"[a-z]{3,}")
+_VOWELS = set("aeiouy")
+_MOST_WORDS = 8   # of a unit
+_BARE_NOUN = 5    # letters; without \text a shorter word may be a product of variables
+_PIECE = re.compile(r"[^\W\d_]+|\^-?[0-9]+|[^\s.'’-]")
+_UNIT_ATOM = re.compile(r"\\text\{([^{}]*)\}")
+_FRACTION = ("\\frac", "/")
+_FUNCTIONS = {"\\sin", "\\cos", "\\tan", "\\ln", "\\log", "\\circ", "\\emptyset"}
 
 
-def conjunctions(tokens: Sequence[str]) -> list[str]:
-  """Tokens with "and" or "or" between two values as ";": the values are a list.
+class _NotUnit(Exception):
+  """A text behind a number that is not a unit."""
 
-  In an answer with other words, as in "Alice and Bob", they belong to the text.
+
+def is_known(word: str) -> bool:
+  """Whether a word is a known unit, or says which power of it."""
+  return _name(word) is not None or word in _POWER_BEFORE
+
+
+def _name(word: str) -> str | None:
+  """The known unit of a word. Abbreviations of one or two letters keep their case: M is million."""
+  return _UNIT_OF.get(word if len(word) < 3 else word.lower())
+
+
+def split(atoms: Sequence[str]) -> tuple[list[str], str]:
+  r"""(value, unit) of the atoms of an answer.
+
+  The unit is "" where there is none or it is a count noun, which the value then goes without.
   """
-  words = {token for token in tokens if len(token) > 2 and token.isalpha()} - {"and"}
-  joining = {"and", "or"} & set(tokens)
-  if not joining or any(word.lower() not in _UNIT_OF for word in words):
-    return list(tokens)
-  return [";" if token in joining else token for token in tokens]
-
-
-def bare(atoms: Sequence[str], names: bool = False) -> tuple[list[str], str | None]:
-  """The value of an answer without its full stop, name and unit, and the unit where it is known.
-
-  Args:
-    atoms: of `tex`; names: whether a name before "=" stays.
-  """
-  found = _trimmed(atoms)
-  if not names:
-    found = _trimmed(_without_name(found))
-  unit = None
-  value, suffix = _split_unit(found)
-  if suffix:
-    unit = _standard(suffix)
-    found = _trimmed(value)
-  return numerals.mixed(found), unit
-
-
-def _trimmed(atoms: Sequence[str]) -> list[str]:
-  """Atoms without spaces at both ends, a full stop or comma behind and a plus before."""
-  start = 0
-  end = len(atoms)
-  while end > start and atoms[end - 1] in (" ", ".", ",", ";", "\\text{}", "\\text{.}", ":"):
-    end -= 1
-  while start < end and atoms[start] in (" ", "+", "\\text{}"):
-    start += 1
-  return list(atoms[start:end])
-
-
-def _without_name(atoms: list[str]) -> list[str]:
-  r"""Atoms without a name and its "=": 5 of x=5, \theta = 5, f(x)=5, (x,y)=5 and x\in 5."""
-  signs = [k for k, atom in enumerate(atoms[: _LONGEST_NAME + 1]) if atom in ("=", "\\in")]
-  if not signs:
-    return atoms
-  name = [atom for atom in atoms[: signs[0]] if atom != " "]
-  # Behind the word: an index, primes, and the arguments of a function.
-  while name[1:] and (name[-1][0] == "_" or name[-1] == "'" or _ARGUMENTS.fullmatch(name[-1])):
-    name.pop()
-  is_name = len(name) == 1 and name[0] not in _NOT_NAMES and (
-    _NAME_WORD.fullmatch(name[0]) or _ARGUMENTS.fullmatch(name[0]))
-  return atoms[signs[0] + 1 :] if is_name else atoms
-
-
-def _split_unit(atoms: list[str]) -> tuple[list[str], list[str]]:
-  """(value, unit) of an answer; the unit is [] where there is none."""
-  if "\\$" in atoms:
+  value, suffix = _suffix([atom for atom in atoms if atom != "\\$"], "\\$" in atoms)
+  text = _plain(suffix)
+  if "\\$" in atoms and "dollar" not in text:
     # Money's sign stands before the number, or behind it.
-    return [atom for atom in atoms if atom != "\\$"], ["\\text{dollar}"]
+    text = f"dollar {text}"
+  if not text:
+    return list(atoms), ""
+  try:
+    unit = _spelled(_factors(text, _is_part(value)))
+  except _NotUnit:
+    # 5 million dollars are dollars.
+    return [atom for atom in atoms if atom != "\\$"], "dollar" if "\\$" in atoms else ""
+  return (value, unit) if "\\$" in atoms or _has_unit(value, unit) else (list(atoms), "")
+
+
+def _suffix(atoms: list[str], money: bool) -> tuple[list[str], list[str]]:
+  """(what stands before, the atoms at the end that may be a unit)."""
+  # Of money the unit stands before the number, and so "/" behind it means "per".
+  of_value = "^_*- " if money else "^_/*- "
   start = len(atoms)
   while start and _may_be_in_unit(atoms, start - 1):
     start -= 1
   # An exponent at the front belongs to the value: only that of a unit is the unit's.
-  while start < len(atoms) and atoms[start][0] in "^_/ " and atoms[start] != "^{\\circ}":
+  while start < len(atoms) and atoms[start][0] in of_value and atoms[start] != "^{\\circ}":
     start += 1
-  value = atoms[:start]
-  suffix = [atom for atom in atoms[start:] if atom != " "]
-  return (value, suffix) if suffix and _is_unit(value, suffix) else (atoms, [])
+  return atoms[:start], [atom for atom in atoms[start:] if atom != " "]
 
 
 def _may_be_in_unit(atoms: list[str], k: int) -> bool:
   """Whether an atom may be part of a unit at the end of an answer."""
   atom = atoms[k]
-  if atom.startswith(("\\text{", "^{")) or atom in (" ", "\\%", "/", "."):
+  if atom.startswith(("\\text{", "^{")) or atom in (" ", "\\%", "/", ".", "*", "-", "\\cdot"):
     return True
+  if atom in ("C", "F"):
+    return "^{\\circ}" in atoms[max(k - 2, 0) : k]
   # Without \text, "5m" is a product, and only whole words are units.
-  return len(atom) > 1 and atom.lower() in _UNIT_OF.keys() | {"square", "cubic", "sq"}
+  return len(atom) > 1 and (is_known(atom) or atom in _WHOLE
+                            or len(atom) >= _BARE_NOUN and _is_plural(atom))
 
 
-def _is_unit(value: list[str], suffix: list[str]) -> bool:
-  """Whether what stands behind a value is its unit."""
-  text = _unit_text(suffix)
-  words = _WORD.findall(text.lower().replace(".", ""))
-  is_standard = bool(words) and all(word in _UNIT_OF or word in _WITH_UNITS for word in words)
-  # Letters make the value an expression, of which a text may say more.
-  if any(atom.isalpha() or atom.startswith("\\text") for atom in value) and not is_standard:
+def _plain(suffix: list[str]) -> str:
+  """A unit as plain text."""
+  text = " ".join(suffix).replace("^{\\circ}", "degree ").replace("\\%", "percent")
+  text = text.replace("\\text{", " ").replace("\\cdot", "*")
+  return text.replace("{", "").replace("}", "").strip()
+
+
+def _is_part(value: Sequence[str]) -> bool:
+  """Whether a value is 1 or a fraction, behind which a noun is in the singular."""
+  return "".join(value).strip() == "1" or any(atom.startswith(_FRACTION) for atom in value)
+
+
+def _has_unit(value: Sequence[str], unit: str) -> bool:
+  """Whether a value is one that may have a unit: a number, or with a known unit an expression."""
+  # A text in the value says more than a number does.
+  if any(atom.startswith("\\text{") for atom in value):
     return False
-  has_number = any("\\pi" in atom or any(c.isdigit() for c in atom) for atom in value)
-  if not has_number and not (is_standard and any(atom.isalpha() for atom in value)):
+  letters = any(atom.isalpha() for atom in value)
+  numbers = any("\\pi" in atom or any(c.isdigit() for c in atom) for atom in value)
+  if not (numbers and not letters or letters and unit):
     return False
   # Of \sin 30^\circ the degrees are part of the argument.
-  if any(atom in _NOT_NAMES and atom not in ("\\pi", "\\infty", "\\pm") for atom in value):
-    return False
-  return not _MORE_THAN_UNIT.search(text) and _NOT_IN_UNITS.isdisjoint(words)
+  return _FUNCTIONS.isdisjoint(value)
 
 
-def _unit_text(suffix: list[str]) -> str:
-  """A unit as plain text."""
-  text = " ".join(suffix).replace("^{\\circ}", "degree").replace("\\%", "percent")
-  return text.replace("\\text{", " ").replace("{", "").replace("}", "").strip()
+def _is_noun(word: str) -> bool:
+  """Whether a word may be a noun; one without a vowel is an abbreviation."""
+  return (_NOUN.fullmatch(word) is not None and word not in _NOT_NOUNS
+          and not _VOWELS.isdisjoint(word))
 
 
-def _standard(suffix: list[str]) -> str | None:
-  """A unit by its known names, as in "meter second" of m/s; None where a word is not known."""
-  words = [word for word in _WORD.findall(_unit_text(suffix).lower().replace(".", ""))
-           if word not in _WITH_UNITS]
-  return " ".join(_UNIT_OF[word] for word in words) if set(words) <= _UNIT_OF.keys() else None
+def _is_plural(word: str) -> bool:
+  return _is_noun(word) and (
+    word in _PLURALS or word[-1] == "s" and not word.endswith(_NOT_PLURAL))
 
 
-def rendered(atoms: Sequence[str]) -> str:
-  """Atoms as one text, with spaces only between digits and behind control words."""
-  found: list[str] = []
-  space = False
-  for atom in atoms:
-    if atom == " ":
-      space = True
+class _Reader:
+  """Reads the pieces of a unit one by one into powers of known units."""
+
+  def __init__(self, singular: bool) -> None:
+    self.singular = singular   # whether what is counted need not be in the plural
+    self.factors: dict[str, int] = {}
+    self.last = ""             # the known unit that a power may follow
+    self.nouns: list[str] = []  # unknown words since the last "per", "of" or unit
+    self.sign = 1
+    self.power = 1
+    self.parts = 0             # units and nouns that are complete
+
+  def end_part(self) -> None:
+    """Ends a unit or noun, before "per", "of" or the end."""
+    if not self.last and not self.nouns or self.power != 1:
+      raise _NotUnit
+    # Of what is counted the first noun is in the plural: pages of "pages per hour".
+    if self.nouns and not (self.parts or self.singular or _is_plural(self.nouns[-1])):
+      raise _NotUnit
+    self.parts += 1
+    self.last, self.nouns, self.sign = "", [], 1
+
+  def add(self, powers: dict[str, int]) -> None:
+    """Adds a known unit; words before it make it another one, as in nautical miles."""
+    for name, power in powers.items():
+      self.last = " ".join([*self.nouns, name])
+      power *= self.sign * self.power
+      self.factors[self.last] = self.factors.get(self.last, 0) + power
+    self.nouns, self.power = [], 1
+
+  def raised(self, power: int) -> None:
+    """Raises the last unit to a power, as in cm^2 and in cm squared."""
+    if not self.last or self.sign * self.factors[self.last] != 1:
+      raise _NotUnit
+    self.factors[self.last] *= power
+
+
+def _factors(text: str, singular: bool) -> dict[str, int]:
+  """The powers of the known units in a text, {} for a noun.
+
+  Raises:
+    _NotUnit: a word or sign says something else.
+  """
+  pieces = _PIECE.findall(text)
+  if len(pieces) > _MOST_WORDS:
+    raise _NotUnit
+  reader = _Reader(singular)
+  for k, piece in enumerate(pieces):
+    name = _name(piece)
+    is_per = piece in ("/", "per") or piece in ("a", "an") and (reader.last or reader.nouns)
+    if is_per or piece == "of":
+      reader.end_part()
+      reader.sign = -1 if is_per else 1
+    elif piece == "*":
+      reader.end_part()
+    elif piece[0] == "^":
+      reader.raised(int(piece[1:]))
+    elif piece in _POWER_BEFORE and pieces[k + 1 :]:
+      reader.power = _POWER_BEFORE[piece]
+    elif piece in _POWER_BEHIND:
+      reader.raised(_POWER_BEHIND[piece])
+    elif reader.last == "degree" and piece in _SCALES:
+      # A temperature's degree has its own name.
+      reader.factors = {_SCALES[piece]: 1}
+      reader.last = _SCALES[piece]
+    elif name or piece.lower() in _WHOLE:
+      reader.add({name: 1} if name else _WHOLE[piece.lower()])
+    elif piece in _FILLERS and (reader.last or reader.nouns):
       continue
-    if atom.startswith("\\text{"):
-      atom = "".join(atom[len("\\text{") : -1].split())
-    if not atom:
-      continue
-    last = found[-1] if found else ""
-    # "4 2" must not become 42, nor "\pi x" an unknown word.
-    digits = space and last[-1:] in _DIGITS and atom[0] in _DIGITS
-    word = last[:1] == "\\" and last[1:].isalpha() and atom[0].isalpha()
-    if digits or word:
-      found.append(" ")
-    found.append(atom)
-    space = False
-  text = "".join(found)
-  return text.lower() if _CAPITALISED.fullmatch(text) else text
+    elif not reader.last and _is_noun(piece):
+      reader.nouns.append(piece)
+      reader.power = 1
+    else:
+      raise _NotUnit
+  reader.end_part()
+  return reader.factors
+
+
+def _spelled(factors: dict[str, int]) -> str:
+  """Powers of units in one spelling, as in "mile*hour^-1"."""
+  shown = sorted((unit, power) for unit, power in factors.items() if power)
+  return "*".join(unit if power == 1 else f"{unit}^{power}" for unit, power in shown)
+
+
+def attached(value: str, unit: str) -> str:
+  r"""A value with its known unit behind it, as in 5\text{meter^2}."""
+  return f"{value}\\text{{{unit}}}" if unit else value
+
+
+def detached(text: str) -> tuple[str, str]:
+  """(value, unit) of an answer in one spelling; the unit is "" where it has none."""
+  found = text.endswith("}") and _UNIT_ATOM.fullmatch(text, max(text.rfind("\\text{"), 0))
+  return (text[: found.start()], found[1]) if found else (text, "")
+
+
+def without(text: str) -> str:
+  """An answer in one spelling without any unit, also in brackets."""
+  return _UNIT_ATOM.sub("", text)
+
+
+def agree(first: str, second: str) -> bool:
+  """Whether no unit differs between two answers in one spelling; one may leave units out."""
+  found, other = _unit_by_offset(first), _unit_by_offset(second)
+  return all(found[offset] == other[offset] for offset in found.keys() & other.keys())
+
+
+def _unit_by_offset(text: str) -> dict[int, str]:
+  """The units of an answer by where they stand in the answer without units."""
+  found = {}
+  before = 0
+  for unit in _UNIT_ATOM.finditer(text):
+    found[unit.start() - before] = unit[1]
+    before += len(unit[0])
+  return found

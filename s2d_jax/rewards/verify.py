@@ -10,13 +10,14 @@ reach it as exact fractions, since it would round 1/3 to 0.333333.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import math_verify
 import sympy
 from math_verify.parser import LatexExtractionConfig
 
-from s2d_jax.rewards import tex
+from s2d_jax.rewards import answers, tex, units
 
 _DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
 _REPEATING = re.compile(r"([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
@@ -28,11 +29,16 @@ _VARIABLE = re.compile(r"[a-zA-Z]|\\(?!pi|infty)[a-z]+")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])(?!xyz|abc|pqr|mnk)[a-zA-Z]{3,}")
 # A number in another base than ten, whose index the parser would drop.
 _BASE = re.compile(r"[0-9]_")
+# Signs that the parser drops or reads as others: 5' as 5, and 5:1 as a division.
+_UNREAD = re.compile(r"[:'?]|\\(?:dots|approx|sim|equiv|prime|to)(?![a-z])")
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENERS = ("(", "[", "{", "\\{")
 _CLOSERS = (")", "]", "}", "\\}")
 _MOST_PARTS = 24      # of a list whose elements are compared with each other
 _DIGITS = 30          # to which two numbers must agree, by value and not by difference alone
+_LOWEST, _HIGHEST = "(-\\infty", "\\infty)"
+_T = TypeVar("_T")
+_Relations = list[tuple[str, str, str]]  # (side, sign, side) of each sign in a chain
 _CONFIG = (LatexExtractionConfig(),)
 
 
@@ -43,21 +49,60 @@ def check(problem: Mapping[str, object], text: str) -> float:
     problem: "answer"; and "ordered", whether the order of a list counts.
     text: the answer, without its box.
   """
-  gold = tex.read(problem["answer"], ordered=True, names=True)
+  gold = tex.read(problem["answer"])
   ordered = bool(problem.get("ordered"))
-  for tight in (True, False):
-    found = tex.read(text, ordered=True, tight=tight, names=True)
-    units = found.unit == gold.unit or None in (found.unit, gold.unit)
-    if gold.parts and units and _parts(_whole(gold, found), _whole(found, gold), ordered):
-      return 1.0
-  return 0.0
+  return float(any(_answers(gold, tex.read(text, tight), ordered) for tight in (True, False)))
 
 
-def _whole(answer: tex.Answer, other: tex.Answer) -> Sequence[str]:
-  """The parts of an answer; beside a number without a sign, 50% is its hundredth, 1/2."""
-  if answer.unit == "percent" and other.unit is None and other.parts[:1] != answer.parts[:1]:
-    return [f"\\frac{{{part}}}{{100}}" for part in answer.parts]
-  return answer.parts
+def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool:
+  """Whether two answers mean the same, with all their parts."""
+  if not gold.parts or not found.parts or max(len(gold.parts), len(found.parts)) > _MOST_PARTS:
+    return False
+  if "inequality" in (gold.kind, found.kind) and (gold.conjunction or found.conjunction):
+    # 1<x and x<3 is the chain 1<x<3, and x<1 or x>3 is a union of intervals.
+    verdict = _joined_relations(gold, found)
+    if verdict is not None:
+      return verdict
+  if gold.conjunction != found.conjunction:
+    return False
+  named = gold.is_named and found.is_named
+
+  def parts_equal(one: answers.Part, other: answers.Part) -> bool:
+    if answers.names_agree(one, other, named) and _equal(one.measured, other.measured):
+      return True
+    return _equations(one, other)
+
+  # Values without names are those of the names in the order in which they are written.
+  return _paired(gold.parts, found.parts, parts_equal, ordered or gold.is_named != found.is_named)
+
+
+def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | None:
+  """The verdict where relations are joined by "and" or "or"; None where that does not decide it."""
+  measures = [{part.unit for part in x.parts if part.unit} for x in (gold, found)]
+  if all(measures) and measures[0] != measures[1]:
+    return False
+  if all(len(x.parts) == 1 or x.conjunction == "and" for x in (gold, found)):
+    chains = [[relation for part in x.parts for relation in _related(part.spelled)]
+              for x in (gold, found)]
+    if all(chains):
+      return _same_relations(*chains)
+    sets = [_bounds(chain) or x.parts[0].value
+            for chain, x in zip(chains, (gold, found), strict=True)]
+    return _equal(*sets)
+  if all(len(x.parts) == 1 or x.conjunction == "or" for x in (gold, found)):
+    sets = ["\\cup ".join(_bounds(_related(part.spelled)) or part.value for part in x.parts)
+            for x in (gold, found)]
+    return _equal(*sets)
+  return None
+
+
+def _equations(gold: answers.Part, found: answers.Part) -> bool:
+  """Whether two parts are one equation; x=3y has the name x, and is x-3y=0."""
+  # f(2) would be read as the product 2f.
+  if "(" in gold.name + found.name or gold.unit != found.unit and gold.unit and found.unit:
+    return False
+  relations = [_related(part.spelled) for part in (gold, found)]
+  return all(relations) and _same_relations(*relations)
 
 
 def prepare() -> None:
@@ -68,17 +113,18 @@ def prepare() -> None:
     check({"answer": gold}, text)
 
 
-def _parts(gold: Sequence[str], found: Sequence[str], ordered: bool) -> bool:
-  """Whether the elements of two lists are equal, in any order unless `ordered`."""
+def _paired(gold: Sequence[_T], found: Sequence[_T], equal: Callable[[_T, _T], bool],
+            ordered: bool) -> bool:
+  """Whether each element of one list is the same as one of the other, in any order or in theirs."""
   if len(gold) != len(found) or len(gold) > _MOST_PARTS:
     return False
   if ordered:
-    return all(map(_equal, gold, found))
+    return all(map(equal, gold, found))
   remaining = list(found)
   for part in gold:
     # An equal spelling first: it needs no parser.
     match = next((x for x in remaining if x == part), None)
-    match = match or next((x for x in remaining if _equal(part, x)), None)
+    match = match or next((x for x in remaining if equal(part, x)), None)
     if match is None:
       return False
     remaining.remove(match)
@@ -86,24 +132,30 @@ def _parts(gold: Sequence[str], found: Sequence[str], ordered: bool) -> bool:
 
 
 def _equal(gold: str, found: str) -> bool:
-  """Whether two answers in the spelling of `tex` mean the same."""
+  """Whether two answers in the spelling of `tex` mean the same, with their units."""
   if gold == found:
     return True
-  for compare in (_names, _relations, _matrices, _unions, _brackets):
+  (gold, gold_unit), (found, found_unit) = units.detached(gold), units.detached(found)
+  if gold_unit != found_unit:
+    return _converted((gold, gold_unit), (found, found_unit))
+  for compare in (_relations, _matrices, _unions, _brackets):
     verdict = compare(gold, found)
     if verdict is not None:
       return verdict
   return _expressions(gold, found)
 
 
-def _names(gold: str, found: str) -> bool | None:
-  """True where both are equal but for a name before "="; None where that does not decide it."""
-  bare = [", ".join(tex.read(x, ordered=True).parts) for x in (gold, found)]
-  if bare == [gold, found]:
-    return None
-  named = [bool(_RELATION.search(x)) or "\\in" in x for x in (gold, found)]
-  # Of x=3y and y=3x the values differ, and the equations may still be equal.
-  return _equal(*bare) or (None if all(named) else _interval(gold, found))
+def _converted(gold: tuple[str, str], found: tuple[str, str]) -> bool:
+  """Whether two (value, unit) are equal that have different units, or only one has a unit."""
+  if "" in (gold[1], found[1]) and _equal(gold[0], found[0]):
+    return True
+  for (value, unit), (other, other_unit) in ((gold, found), (found, gold)):
+    # Beside a number without a sign, 50% is its hundredth, 1/2.
+    if (unit, other_unit) == ("percent", ""):
+      return _equal(f"\\frac{{{value}}}{{100}}", other)
+    if unit == "degree" and (other_unit == "radian" or not other_unit and "\\pi" in other):
+      return _equal(f"\\frac{{{value}\\pi}}{{180}}", other)
+  return False
 
 
 def _relations(gold: str, found: str) -> bool | None:
@@ -113,18 +165,17 @@ def _relations(gold: str, found: str) -> bool | None:
     return None
   if not (first and second):
     return bool(_interval(gold, found))
-  remaining = list(second)
-  for relation in first:
-    match = next((x for x in remaining if _same_relation(relation, x)), None)
-    if match is None:
-      return False
-    remaining.remove(match)
-  return not remaining
+  return _same_relations(first, second)
 
 
-def _related(answer: str) -> list[tuple[str, str, str]]:
+def _same_relations(first: _Relations, second: _Relations) -> bool:
+  """Whether the same relations hold in two chains."""
+  return _paired(first, second, _same_relation, ordered=False)
+
+
+def _related(answer: str) -> _Relations:
   """The relations (side, sign, side) of a chain: 1<x<2 has two."""
-  pieces = [piece.strip() for piece in _RELATION.split(answer)]
+  pieces = [piece.strip() for piece in _RELATION.split(units.without(answer))]
   return [tuple(pieces[k : k + 3]) for k in range(0, len(pieces) - 2, 2)]
 
 
@@ -145,27 +196,30 @@ def _same_relation(gold: tuple[str, str, str], found: tuple[str, str, str]) -> b
 
 def _interval(gold: str, found: str) -> bool | None:
   """Whether one is an inequality of a variable and the other the interval of its values."""
-  bounds = [_bounds(x) or x for x in (gold, found)]
-  return None if bounds == [gold, found] else bounds[0] != bounds[1] and _equal(*bounds) or \
-      bounds[0] == bounds[1]
+  bounds = [_bounds(_related(x)) or x for x in (gold, found)]
+  return None if bounds == [gold, found] else _equal(*bounds)
 
 
-def _bounds(answer: str) -> str | None:
-  """The interval of x>3, 1<x<2 and the like."""
-  low, high = "(-\\infty", "\\infty)"
+def _bounds(relations: _Relations) -> str | None:
+  """The interval of x>3, 1<x<2 and the like, and the two intervals of x\\ne 3."""
+  low = high = ""
   variables = set()
-  relations = _related(answer)
   for lower, sign, upper in relations:
     if _VARIABLE.fullmatch(upper):
       lower, sign, upper = upper, _FLIPPED[sign], lower
-    if not _VARIABLE.fullmatch(lower) or sign in ("=", "\\ne"):
+    if not _VARIABLE.fullmatch(lower) or sign == "=":
       return None
     variables.add(lower)
+    if sign == "\\ne":
+      return f"(-\\infty,{upper})\\cup({upper},\\infty)" if len(relations) == 1 else None
+    # Which of two lower bounds holds is not decided here.
+    if high if sign in ("<", "\\le") else low:
+      return None
     if sign in ("<", "\\le"):
       high = upper + (")" if sign == "<" else "]")
     else:
       low = ("(" if sign == ">" else "[") + upper
-  return f"{low},{high}" if len(variables) == 1 and len(relations) <= 2 else None
+  return f"{low or _LOWEST},{high or _HIGHEST}" if len(variables) == 1 else None
 
 
 def _matrices(gold: str, found: str) -> bool | None:
@@ -184,7 +238,7 @@ def _matrices(gold: str, found: str) -> bool | None:
 def _unions(gold: str, found: str) -> bool | None:
   """The verdict where one is a union of intervals."""
   parts = [re.split(r"\\cup ?", x) for x in (gold, found)]
-  return None if parts == [[gold], [found]] else _parts(*parts, ordered=False)
+  return None if parts == [[gold], [found]] else _paired(*parts, _equal, ordered=False)
 
 
 def _brackets(gold: str, found: str) -> bool | None:
@@ -194,7 +248,7 @@ def _brackets(gold: str, found: str) -> bool | None:
     return None
   if first is None or second is None or first[:2] != second[:2]:
     return False
-  return _parts(first[2], second[2], ordered=first[0] != "\\{")
+  return _paired(first[2], second[2], _equal, ordered=first[0] != "\\{")
 
 
 def _bracket(answer: str) -> tuple[str, str, list[str]] | None:
@@ -222,7 +276,7 @@ def _expressions(gold: str, found: str) -> bool:
   # It takes X for x, and "east" for a product like "seat".
   if gold.lower() == found.lower():
     return False
-  if any(pattern.search(x) for pattern in (_WORDS, _BASE) for x in (gold, found)):
+  if any(pattern.search(x) for pattern in (_WORDS, _BASE, _UNREAD) for x in (gold, found)):
     return False
   first, second = _parsed(gold), _parsed(found)
   if first is None or second is None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from s2d_jax.rewards import boxes, math, numerals, tex, units
+from s2d_jax.rewards import boxes, math, names, numerals, tex, units
 
 EQUAL = [
   ("42", " 42 "), ("42", "042"), ("42", "42."), ("42", "42.0"), ("1000", "1,000"), ("-7", "-07"),
@@ -197,8 +197,8 @@ def assert_linear(function, prefix, filler, suffix, length):
 
 
 PATTERNS = {f"{module.__name__.rpartition('.')[2]}.{name}": value
-            for module in (boxes, numerals, tex, units) for name, value in vars(module).items()
-            if isinstance(value, re.Pattern)}
+            for module in (boxes, math, names, numerals, tex, units)
+            for name, value in vars(module).items() if isinstance(value, re.Pattern)}
 FILLERS = [*string.printable, "\\!", "{,}", ",000", " 000", "0 ", "\\frac{", "\\text{ ", "\\$"]
 PREFIXES = ["", "-", "1", "1,", "1 ", "1.", "(", "x=", "\\frac", "\\frac{", "\\text{ ", "\\sqrt"]
 
@@ -308,8 +308,8 @@ SPELLINGS = [
   ("3^{-1}", "3^-1", 1), ("(-\\infty,2]\\cup[5,\\infty)", "(-∞, 2]∪[5, ∞)", 1),
   ("1\\pm\\sqrt2", "1+\\sqrt{2}, 1-\\sqrt{2}", 1),
 ]  # fmt: skip
-NEAR_NOTHING = [("\\%", "\\%", 0), ("\\$", "\\$", 0), ("^\\circ", "°", 0), ("-", "-", 0),
-                ("=", "=", 0), ("\\text{ }", "\\text{ }", 0), ("\\{\\}", "\\{\\}", 1), ("0", "", 0)]
+NEAR_NOTHING = [("=", "=", 1), ("\\%", "\\%", 0), ("\\$", "\\$", 0), ("^\\circ", "°", 0),
+                ("-", "-", 0), ("\\text{ }", "\\text{ }", 0), ("\\{\\}", "\\{\\}", 1), ("0", "", 0)]
 
 
 @pytest.mark.parametrize("answer, boxed, expected", ORDER + SPELLINGS + NEAR_NOTHING)

@@ -1,0 +1,101 @@
+r"""Names before "=" in an answer, and the conjunctions between its values.
+
+A name says what a value is of: x, \theta, f(2), P(A \cap B), \angle ABC, (x,y). Where an answer has
+several names, they say which value is whose: x=1, y=2 is not x=2, y=1.
+"""
+
+import re
+from collections.abc import Sequence
+
+from s2d_jax.rewards import units
+
+_SPACE = " "
+_LETTER = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
+_CAPITALS = re.compile(r"[A-Z]{2,3}|\\overline\{[A-Z]{2}\}|\[[A-Z]{3,4}\]")
+# The control words that are values or functions, and so no names.
+NOT_NAMES = {"\\pi", "\\infty", "\\emptyset", "\\pm", "\\sin", "\\cos", "\\tan", "\\ln", "\\log",
+             "\\circ", "\\le", "\\ge", "\\ne", "\\cup", "\\cap", "\\angle", "\\triangle", "\\to"}
+_FIGURES = {"\\angle", "\\triangle"}
+# Arguments of a function: variables, or a constant.
+_VARIABLES = re.compile(r"\([A-Za-z](?:,[A-Za-z])*\)")
+_CONSTANT = re.compile(r"\((?:[-+*/.,{}0-9]|\\(?:frac|sqrt|pi|infty|cdot|times) ?)+\)")
+_OF_EVENTS = {"P", "E", "\\text{P}", "\\text{Pr}", "\\Pr"}
+# In front of a bracket these are factors rather than functions.
+_FACTORS = {"x", "y", "z"}
+_LONGEST_NAME = 12  # atoms
+_MOST_NAMES = 8     # of a chain such as x=y=5
+_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![a-z])")
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge)(?![a-z])")
+
+
+def conjunctions(tokens: Sequence[str]) -> tuple[list[str], str]:
+  """(tokens with "and" or "or" between two values as ";", that word or "").
+
+  In an answer with other words, as in "Alice and Bob", they belong to the text, and so they do
+  where both occur.
+  """
+  words = {token for token in tokens if len(token) > 2 and token.isalpha()} - {"and"}
+  joining = {"and", "or"} & set(tokens)
+  if len(joining) != 1 or not all(map(units.is_known, words)):
+    return list(tokens), ""
+  joint = joining.pop()
+  return [";" if token == joint else token for token in tokens], joint
+
+
+def split(atoms: Sequence[str]) -> tuple[list[str], list[str]]:
+  r"""(name, value) of atoms such as those of x=5, \theta = 5, f(2)=5, (x,y)=5 and x\in 5.
+
+  The name is [] where there is none. Of a chain such as x=y=5 it is the first.
+  """
+  first: list[str] = []
+  start = 0
+  for _ in range(_MOST_NAMES):
+    ahead = atoms[start : start + _LONGEST_NAME + 1]
+    signs = [k for k, atom in enumerate(ahead) if atom in ("=", "\\in")]
+    if not signs or not _is_name([atom for atom in ahead[: signs[0]] if atom != _SPACE]):
+      break
+    first = first or list(ahead[: signs[0]])
+    start += signs[0] + 1
+  return first, list(atoms[start:])
+
+
+def _is_name(atoms: list[str]) -> bool:
+  """Whether atoms without spaces are a name."""
+  if atoms and all(atom.startswith("\\text{") for atom in atoms):
+    return True
+  base = atoms[:1]
+  if base and base[0] in _FIGURES:
+    return len(atoms) == 2 and atoms[1].isalpha() and atoms[1].isupper()
+  # Behind the base: an index, primes, the power -1 and the arguments of a function.
+  for atom in atoms[1:]:
+    if not (atom[0] == "_" or atom == "'" or atom in ("^{-1}", "^{\\prime}")
+            or _are_arguments(base[0], atom)):
+      return False
+  if not base or base[0] in NOT_NAMES:
+    return False
+  return any(kind.fullmatch(base[0]) for kind in (_LETTER, _CAPITALS, _VARIABLES)) \
+      or base[0].startswith("\\text{")
+
+
+def _are_arguments(base: str, atom: str) -> bool:
+  if base in _OF_EVENTS and atom[0] == "(":
+    return True
+  if _CONSTANT.fullmatch(atom):
+    # x(2)=10 says that 2x is 10.
+    return base not in _FACTORS
+  return _VARIABLES.fullmatch(atom) is not None
+
+
+def agree(first: str, second: str) -> bool:
+  """Whether two names of whole answers may be of one value; "" is a name that was left out.
+
+  A letter says little, so x=5 and n=5 agree. Arguments say what was asked: f(2)=5 is not f(3)=5.
+  """
+  return first == second or "(" not in first or "(" not in second
+
+
+def relation(text: str) -> str:
+  """The kind of relation in a value: "inequality", "equation" or ""."""
+  if _INEQUALITY.search(text):
+    return "inequality"
+  return "equation" if _RELATION.search(text) else ""

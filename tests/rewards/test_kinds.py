@@ -1,0 +1,191 @@
+r"""Kinds of answers that a checker may confuse, with the verdicts of both checkers.
+
+"algebra" marks answers that are equal by math-verify alone.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from s2d_jax import rollouts
+from s2d_jax.rewards import math
+
+# Of each kind: an answer, what is in the box, and the verdict.
+KINDS = {
+  "digits in a text are read as outside it": [
+    ("\\frac{3}{2}", "\\text{1 1/2}", 1), ("\\frac{11}{2}", "\\text{1 1/2}", 0),
+    ("12", "\\text{1 2}", 0), ("12", "\\mathrm{1\\ 2}", 0), ("1000", "\\text{1 000}", 1),
+    ("12345", "\\mbox{12,345}", 1), ("31/2", "\\textbf{3 1/2}", 0), ("2, 5", "\\text{2, 5}", 1),
+    ("25", "\\text{2, 5}", 0), ("5, 6", "\\text{5 or 6}", 1), ("53/8", "\\text{5 }\\frac38", 0),
+    ("43/8", "\\text{5 3/8 inches}", 1), ("530", "\\text{5:30}", 0), ("5", "\\text{x = 5}", 1),
+    ("7", "\\text{7 cm}", 1), ("\\text{7 cm}", "7", 1), ("0.5", "\\text{.5}", 1),
+  ],
+  "names that differ say which value is whose": [
+    ("x=1, y=2", "x=2, y=1", 0), ("x=1, y=2", "y=2, x=1", 1), ("x=1, y=2", "y=1,x=2", 0),
+    ("x=1, y=2", "x=1\\text{ and }y=2", 1), ("x=1, y=2", "x=1\\text{ or }y=2", 0),
+    ("a=3, b=4, c=5", "c=3, b=4, a=5", 0), ("a=3, b=4, c=5", "c=5, a=3, b=4", 1),
+    ("x_1=2, x_2=3", "x_1=3, x_2=2", 0), ("\\alpha=30, \\beta=60", "\\alpha=60, \\beta=30", 0),
+    ("x=1, y=2", "x=1, z=2", 0), ("x=1, y=2", "1, 2", 1), ("x=1, y=2", "2, 1", 0),
+    ("x=1, x=2", "2, 1", 1), ("x=1, x=2", "x=2, x=1", 1), ("(1,2)", "(x,y)=(1,2)", 1),
+    ("(1,2)", "(x,y)=(2,1)", 0), ("(1,2)", "(y=1,x=2)", 0), ("(x,y)=(1,2)", "(y,x)=(1,2)", 0),
+    ("a=1, b=2", "a=\\sqrt{1}, b=2", "algebra"), ("a=1, b=2", "b=\\sqrt{1}, a=2", 0),
+  ],
+  "the value of a function": [
+    ("5", "f(2)=5", 1), ("5", "f(-1) = 5", 1), ("5", "f(\\frac12)=5", 1), ("5", "f^{-1}(2)=5", 1),
+    ("5", "f''(0)=5", 1), ("5", "g(2,3)=5", 1), ("3/4", "P(X=3)=\\frac34", 1),
+    ("1/6", "P(A \\cap B)=\\frac16", 1), ("5", "\\angle ABC=5", 1), ("5", "[ABC]=5", 1),
+    ("5", "\\text{The area} = 5", 1), ("2", "f(2)=5", 0), ("5", "f(5)=2", 0),
+    ("f(2)=5", "f(3)=5", 0), ("5", "x(2)=5", 0), ("5", "\\sin(2)=5", 0), ("5", "2x=5", 0),
+  ],
+  "words behind a number that are no unit": [
+    ("5", f"5\\text{{{words}}}", 0) for words in (
+      "M", "K", " k", " bn", "e", "x", "B", " mil", " tens", " lakhs", " pairs", " short of ten",
+      " percent more", " thousandths", " choose two", " remainder two", " factorial", " plus",
+      " apples less than before", " or more students", " and a half hours", " hundred dollars",
+      " below zero", " dozen apples", " feet shorter", " to the fourth")
+  ] + [
+    ("5", "5\\text{ kbps}", 0), ("5", "5\\text{ zeros}", 0),
+    ("3", "3\\text{ over}", 0), ("3", "3\\text{ over }4", 0), ("5", "\\$5\\text{M}", 0),
+    ("5", "\\$5\\text{ million}", 0), ("5", "5L", 0), ("4", "4\\text{ positive integers}", 0),
+  ],
+  "what was counted": [
+    ("12", "12\\text{ students}", 1), ("12\\text{ students}", "12", 1), ("12", "12 students", 1),
+    ("24", "24\\text{ distinct ways}", 1), ("7", "7\\text{ people}", 1),
+    ("1", "1\\text{ solution}", 1), ("\\frac12", "\\frac12\\text{ pizza}", 1),
+    ("3", "3\\text{ apples left}", 1), ("35", "35\\text{ pages per hour}", 1),
+    ("12\\text{ students}", "13\\text{ students}", 0), ("2", "2\\text{ cups of flour}", 1),
+  ],
+  "known units differ with their powers": [
+    ("5\\text{ cm}^2", "5\\text{ cm}", 0), ("5\\text{ cm}^3", "5\\text{ cm}^2", 0),
+    ("5\\text{ square meters}", "5\\text{ meters}", 0), ("5\\text{ m/s}", "5\\text{ m}", 0),
+    ("5\\text{ m/s}", "5\\text{ s/m}", 0), ("5\\text{ m/s}^2", "5\\text{ m/s}", 0),
+    ("5\\text{ m/s}^2", "5\\text{ m s}^{-2}", 1), ("5\\text{ sq ft}", "5\\text{ ft}^2", 1),
+    ("5\\text{ square feet}", "5\\text{ feet squared}", 1), ("5", "5\\text{ cm}^2", 1),
+    ("5\\text{ cubic inches}", "5\\text{ in}^3", 1), ("5\\text{ cm$^2$}", "5\\text{ cm}^3", 0),
+    ("5\\text{ units}", "5\\text{ square units}", 0),
+    ("60\\text{ mph}", "60\\text{ miles per hour}", 1),
+    ("3\\text{ hours per page}", "3\\text{ pages per hour}", 0),
+    ("20^\\circ\\text{C}", "20^\\circ\\text{F}", 0), ("20", "20^\\circ\\text{C}", 1),
+    ("5\\text{ nautical miles}", "5\\text{ miles}", 0), ("20", "\\$20\\text{ per hour}", 1),
+    ("18", "\\$18/\\text{day}", 1), ("\\$18\\text{ per day}", "\\$18/\\text{week}", 0),
+    ("5\\text{ cm}, 3\\text{ m}", "5\\text{ m}, 3\\text{ cm}", 0), ("5 cm, 3 ft", "5 ft, 3 cm", 0),
+    ("5\\text{ cm}, 3\\text{ m}", "3\\text{ m}, 5\\text{ cm}", 1),
+    ("(3\\text{ m},4\\text{ s})", "(3\\text{ s},4\\text{ m})", 0),
+    ("(3\\text{ m},4\\text{ s})", "(3,4)", 1), ("(2,60^\\circ)", "(2,60)", 1),
+    ("5\\text{ m}", "\\sqrt{25}\\text{ m}^2", 0),
+    ("5\\text{ m}", "\\sqrt{25}\\text{ m}", "algebra"),
+    ("x=5\\text{ m}", "x=\\sqrt{25}\\text{ cm}", 0), ("x<5\\text{ m}", "x<5\\text{ cm}", 0),
+    ("x<5\\text{ m}", "5>x", "algebra"),
+    ("30^\\circ", "\\frac{\\pi}{6}", "algebra"), ("30^\\circ", "30\\text{ radians}", 0),
+  ],
+  "and is not or between relations": [
+    ("x<1\\text{ or }x>3", "x<1\\text{ and }x>3", 0), ("x<1\\text{ or }x>3", "x>3 or x<1", 1),
+    ("1<x<3", "1<x\\text{ and }x<3", "algebra"), ("1<x<3", "1<x\\text{ or }x<3", 0),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1\\text{ or }x>3", "algebra"),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1\\text{ and }x>3", 0),
+    ("(-\\infty,1)\\cup(3,\\infty)", "(-\\infty,1)\\cap(3,\\infty)", 0),
+    ("x\\le1\\text{ or }x\\ge3", "(-\\infty,1)\\cup(3,\\infty)", 0),
+    ("x\\le1\\text{ or }x\\ge3", "(-\\infty,1]\\cup[3,\\infty)", "algebra"),
+    ("x>3", "x>5\\text{ and }x>3", 0), ("x>3", "3<x\\text{ and }5<x", 0),
+    ("x=1\\text{ or }x=2", "x=1\\text{ and }x=2", 1), ("1\\text{ or }2", "1, 2", 1),
+    ("x\\ne1\\text{ and }x\\ne2", "x\\ne1, x\\ne2", 1), ("a>0, b<0", "a<0, b>0", 0),
+    ("a>0\\text{ and }b>0", "b>0\\text{ and }a>0", 1),
+    ("a>0\\text{ and }b>0", "a>0\\text{ or }b>0", 0),
+    ("3\\text{ m}<x\\text{ and }x<5\\text{ m}", "3\\text{ cm}<x\\text{ and }x<5\\text{ cm}", 0),
+    ("x\\ne2", "(-\\infty,2)\\cup(2,\\infty)", "algebra"),
+  ],
+  "and is not or between choices": [
+    ("\\text{I and II}", "\\text{I or II}", 0), ("\\text{A and B}", "A, B", 1),
+    ("A, B", "B\\text{ or }A", 0), ("A, B", "B\\text{ and }A", 1), ("2, 3", "3\\text{ or }2", 1),
+  ],
+  "signs that say more than the number before them": [
+    ("5", "5'", 0), ("5", "5''", 0), ("5", "5:1", 0), ("5", "5\\dots", 0), ("5", "\\approx 5", 0),
+    ("5", "5?", 0), ("3:2", "3 : 2", 1), ("3:2", "1.5", 0), ("5", "5\\sim 7", 0),
+  ],
+  "fractions by over": [
+    ("1/2", "{1 \\over 2}", 1), ("1/2", "1\\over 2", 1), ("2", "{1\\over2}", 0),
+    ("\\frac{a+b}{c}", "a+b \\over c", 1), ("\\frac{b}{a}", "a \\over b", 0),
+    ("-1/2", "-{1\\over2}", 1), ("x=\\frac12", "x={1\\over 2}", 1), ("1/2, 3", "{1\\over2}, 3", 1),
+    ("\\frac{\\sqrt3}{2}", "{\\sqrt3\\over2}", 1), ("1/2", "{1\\over2\\over3}", 0),
+    ("\\binom{5}{2}", "{5\\choose2}", 1), ("\\frac{1}{23}", "\\frac123", 0),
+  ],
+  "a sign of comparison": [
+    ("<", "<", 1), ("<", "\\lt", 1), ("<", "\\text{<}", 1), ("<", ">", 0), ("<", "\\le", 0),
+    ("=", "=", 1), (">", "$>$", 1), ("=", "x=", 0), ("=", "", 0), ("<", "1<2", 0), ("<", "-", 0),
+    ("\\le", "\\leq", 1), ("\\ne", "=", 0),
+  ],
+}
+ROWS = [(kind, *row) for kind, rows in KINDS.items() for row in rows]
+
+
+@pytest.mark.parametrize("kind, answer, boxed, verdict", ROWS)
+def test_string_match(kind, answer, boxed, verdict):
+  assert math.reward({"answer": answer}, f"\\boxed{{{boxed}}}") == (verdict == 1), kind
+
+
+@pytest.mark.medium
+def test_math_verify():
+  begun = [math.submit({"answer": answer}, f"\\boxed{{{boxed}}}") for _, answer, boxed, _ in ROWS]
+  wrong = [row for row, reward in zip(ROWS, begun, strict=True)
+           if rollouts.resolved(reward) != (row[3] in (1, "algebra"))]
+  assert wrong == []
+
+
+@pytest.mark.parametrize("answer, text, expected", [
+  ("5", "\\boxed{\\boxed{5}}", 1), ("5", "\\boxed{ \\boxed{ 5 } }", 1),
+  ("5", "\\boxed\\boxed{5}", 1),
+  ("\\frac12", "\\boxed\\frac12", 1), ("\\frac12", "$\\boxed\\frac{1}{2}$.", 1),
+  ("\\sqrt2", "so \\boxed\\sqrt{2} is it", 1), ("12", "\\boxed\\frac12", 0),
+  ("\\text{no solution}", "\\boxed\\text{no solution}", 1), ("x^{2}", "\\boxed x^{2}", 1),
+  ("\\{1,2\\}", "\\boxed\\{1,2\\}", 1), ("\\frac12", "\\boxed\\frac{1}{2", 0),
+  ("5", "{\\boxed5}", 1), ("5", "\\boxed{5}\\boxed{6}", 0), ("71", "\\boxed{\\boxed{17}}", 0),
+])
+def test_boxes_without_braces_and_within_boxes(answer, text, expected):
+  assert math.reward({"answer": answer}, text) == expected
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_normalising_twice_changes_nothing(ordered):
+  for _, answer, boxed, _ in ROWS:
+    for text in (answer, boxed):
+      once = math.normalised(text, ordered)
+      assert math.normalised(once, ordered) == once, text
+
+
+def held_out_rows():
+  path = pathlib.Path(__file__).with_name("held_out_answers.jsonl")
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_held_out_set_is_half_wrong_in_each_category():
+  labels = {}
+  for row in held_out_rows():
+    labels.setdefault(row["category"], []).append(row["equal"])
+  assert len(labels) >= 15
+  assert {np.mean(equal) for equal in labels.values()} == {0.5}
+
+
+@pytest.mark.medium
+def test_no_wrong_answer_of_the_held_out_set_is_accepted():
+  rows = held_out_rows()
+  begun = [math.submit(row, row["response"]) for row in rows]
+  assert [row for row, reward in zip(rows, begun, strict=True)
+          if not row["equal"] and rollouts.resolved(reward) or
+          not row["equal"] and math.reward(row, row["response"])] == []
+
+
+@pytest.mark.medium
+def test_numbers_that_differ_do_not_reach_math_verify():
+  # (answer, boxed, whether math-verify is asked)
+  rows = [("42", "24", False), ("\\frac12", "\\frac13", False), ("1000", "1,001", False),
+          ("x=5", "6", False), ("5\\text{ m}", "6\\text{ cm}", False), ("1/2", "2/4", True),
+          ("1", "100\\%", True), ("0.5", "50\\%", True), ("5", "5^2", True), ("4", "\\pm 4", False),
+          ("1/0", "2", True), ("180", "\\pi", True), ("1" * 30, "2" * 30, True)]
+  begun = [math.submit({"answer": answer}, f"\\boxed{{{boxed}}}") for answer, boxed, _ in rows]
+  assert [not isinstance(reward, float) for reward in begun] == [row[2] for row in rows]
+  # Its verdicts are the same.
+  verdicts = [math.checkers().submit({"answer": answer, "ordered": False}, boxed)
+          for answer, boxed, _ in rows]
+  assert [rollouts.resolved(x) for x in begun] == [rollouts.resolved(x) for x in verdicts]

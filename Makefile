@@ -44,7 +44,7 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(SPREAD) --durations 10
 
 # The mathematics configs, tiny, from folders to tables; `make test-slow` has it too. The published
-# tokenizers are used where S2D_REAL_TOKENIZERS names their folder.
+# tokenizers are used where tokenizers/ of the folder S2D_REAL_MODELS has them.
 math-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/end_to_end/test_math_smoke.py
 

@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import json
 import os
+import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -124,6 +126,31 @@ def naming_flags(flag_of: Mapping[str, str]) -> Iterator[None]:
     pattern = rf"""(?<!\w)'[^']*'|"[^"]*"|(?<![\w./\\-])({fields})(?![\w/\\-]|\.\w)"""
     raise InputError(re.sub(pattern, lambda match: flag_of.get(match[1], match[0]),
                             str(error))) from error
+
+
+def check_output(path: str | os.PathLike) -> None:
+  """Checks that the file of --out can be written, and leaves nothing behind.
+
+  Raises:
+    InputError: it cannot; says why.
+  """
+  text = os.fspath(path) or "."
+  if "://" in text:
+    raise InputError(f"--out is {text!r}, and samples and scores are written to a local file: "
+                     "choose a path of this machine.")
+  try:
+    # Opening it raises every reason; a file that was not there must not be left behind.
+    with contextlib.suppress(FileNotFoundError), open(text, "r+b"):
+      pass
+    folder = pathlib.Path(text).absolute().parent
+    # A folder that does not exist yet will be created in its nearest ancestor.
+    while not os.path.lexists(folder):
+      folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise InputError(f"{text} cannot be written ({error.strerror}): choose another --out."
+                     ) from error
 
 
 _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX starts its devices

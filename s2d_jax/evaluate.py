@@ -77,8 +77,9 @@ def main(argv: Sequence[str]) -> None:
   keys.check_value("--batch", args.batch, keys.at_least(1))
   task, sets = read_sets(args)
   results = {}
-  if args.out and pathlib.Path(args.out).exists():
-    results = files.read_json(args.out)["sets"]
+  if args.out is not None:
+    command.check_output(args.out)
+    results = read_results(pathlib.Path(args.out))
   with jax.set_mesh(sharding.make_mesh()), program_cache.opened(args.compilation_cache):
     for name, result in evaluations(args, task, sets, results):
       for score, (value, low, high) in result["scores"].items():
@@ -91,6 +92,34 @@ def main(argv: Sequence[str]) -> None:
       # Written after each set: an error in a later one loses none.
       if args.out:
         files.write_json(args.out, {"flags": vars(args), "sets": results})
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+  """{set: its result} of a file of scores; {} where there is none.
+
+  Raises:
+    InputError: the file is not one of scores.
+  """
+  if not path.exists():
+    return {}
+  remedy = "choose another --out, or remove it"
+  results = json_objects.read(path, remedy).get("sets")
+  if not isinstance(results, dict) or not all(map(_is_result, results.values())):
+    raise InputError(f"{path} is not a file of scores of this command: {remedy}.")
+  return results
+
+
+def _is_result(found: Any) -> bool:
+  """Whether a value of JSON is the result of a set, as this command stores it."""
+  return (isinstance(found, dict) and isinstance(found.get("settings"), dict)
+          and isinstance(found.get("scores"), dict)
+          and all(map(_is_interval, found["scores"].values())))
+
+
+def _is_interval(found: Any) -> bool:
+  """Whether a value of JSON is an estimate and the ends of its interval."""
+  return (isinstance(found, list) and len(found) == 3
+          and all(isinstance(x, int | float) and not isinstance(x, bool) for x in found))
 
 
 def read_sets(args: argparse.Namespace) -> tuple[Task, dict[str, ProblemSet]]:
@@ -145,6 +174,10 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
       if differ:
         raise InputError(f"{args.out} has scores of {other} with another {' and '.join(differ)}, "
                          f"to which those of {name} cannot be compared: choose another --out.")
+    if args.out and results.get(name, {}).get("settings") != settings[name]:
+      path = rows_path(args, name)
+      sample.check_settings(path, rows_settings(settings[name]))
+      check_rows(path, prompts[name], sampling.max_tokens, tokenizer.size)
   model = None
   for name, one in sets.items():
     if results.get(name, {}).get("settings") == settings[name]:
@@ -210,16 +243,12 @@ def stored(args: argparse.Namespace, name: str, settings: Mapping[str, Any],
   if not args.out:
     yield None
     return
-  out = pathlib.Path(args.out)
-  path = out.with_name(f"{out.stem}-{name}.jsonl")
-  # The check of answers and the number of samples do not change what a row is.
-  of_rows = {key: settings[key] for key in ("model", "tokenizer", "seed", "dtype")}
-  of_rows["sampling"] = settings["sampling"] | {"samples_per_prompt": 1}
-  with sample.only_writer(path, of_rows | {"command": "eval"}):
+  path = rows_path(args, name)
+  with sample.only_writer(path, rows_settings(settings)):
     rows = None
-    # Refuses samples of other prompts, and takes out a line that a kill cut off.
+    # Takes out a line that a kill cut off.
     if sample.existing_rows(path, prompts):
-      rows = read_rows(path, prompts, compiled)
+      rows = read_rows(path, prompts, compiled, tokenizer.size)
     with open(path, "a", encoding="utf-8") as file:
       def on_finish(row: int, rollout: Rollout) -> None:
         file.write(sample.line(rollout, row, tokenizer))
@@ -228,25 +257,60 @@ def stored(args: argparse.Namespace, name: str, settings: Mapping[str, Any],
       yield {"sampled": evals.Stored(rows, on_finish)}
 
 
-def read_rows(path: pathlib.Path, prompts: Sequence[Prompt],
-              compiled: sampler.Sampler) -> Rollout | None:
+def rows_path(args: argparse.Namespace, name: str) -> pathlib.Path:
+  """The file of a set's samples, beside --out."""
+  out = pathlib.Path(args.out)
+  return out.with_name(f"{out.stem}-{name}.jsonl")
+
+
+def rows_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings that make a row what it is; the check and the number of samples do not."""
+  of_rows = {key: settings[key] for key in ("model", "tokenizer", "seed", "dtype")}
+  of_rows["sampling"] = settings["sampling"] | {"samples_per_prompt": 1}
+  return of_rows | {"command": "eval"}
+
+
+def check_rows(path: pathlib.Path, prompts: Sequence[Prompt], max_tokens: int,
+               vocabulary: int) -> list[dict[str, Any]]:
+  """The samples of the prompts in a file of samples, an object each.
+
+  Args:
+    max_tokens: of a response.
+    vocabulary: number of ids that have tokens.
+
+  Raises:
+    InputError: a line is not a whole sample of a prompt.
+  """
+  ids = {prompt.id for prompt in prompts}
+  found = []
+  rows, _ = sample.read_rows(path, prompts)
+  # Every line is a row, in the order of the lines.
+  for number, ((prompt_id, _), row) in enumerate(rows.items(), 1):
+    if prompt_id not in ids:
+      continue
+    tokens = row.get("tokens")
+    whole = isinstance(tokens, list) and row.get("finish") in rollouts.FINISHED
+    # To Python a boolean is an integer.
+    if not whole or not 0 < len(tokens) <= max_tokens or not all(
+        type(token) is int and 0 <= token < vocabulary for token in tokens):
+      raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
+                       "sampled again, or choose another --out.")
+    found.append(row)
+  return found
+
+
+def read_rows(path: pathlib.Path, prompts: Sequence[Prompt], compiled: sampler.Sampler,
+              vocabulary: int) -> Rollout | None:
   """The rows of a file of samples, as a Rollout without log-probabilities; None without any.
 
   Args:
     compiled: the sampler, whose widths the Rollout has.
+    vocabulary: number of ids that have tokens.
   """
-  of_prompt = {prompt.id: prompt for prompt in prompts}
-  rows = []
-  for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-    row = json_objects.parse(f"{path} line {number}", text)
-    if row["id"] in of_prompt:
-      whole = isinstance(row.get("tokens"), list) and row.get("finish") in rollouts.FINISHED
-      if not whole or not all(isinstance(token, int) for token in row["tokens"]):
-        raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
-                         "sampled again, or choose another --out.")
-      rows.append(row)
+  rows = check_rows(path, prompts, compiled.sampling.max_tokens, vocabulary)
   if not rows:
     return None
+  of_prompt = {prompt.id: prompt for prompt in prompts}
   found = rollouts.given_solutions(
       [of_prompt[row["id"]] for row in rows], [row["tokens"] for row in rows],
       compiled.prompt_tokens, compiled.sampling.max_tokens)

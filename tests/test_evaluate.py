@@ -256,9 +256,16 @@ def test_another_check_reads_the_samples_again(small, undisturbed, monkeypatch, 
     ('{"id": 0, "prompt": "%s", "sample": 5, "tokens": null, "finish": "stop"}', "is not a sample"),
     ('{"id": 0, "prompt": "00000000", "sample": 5}', "has samples of another prompt with the id 0"),
     ("{}", "is not a sample"), ("[", "is not"),
+    *(('{"id": 0, "prompt": "%s", "sample": 5, "finish": "stop", "tokens": ' + tokens + "}",
+       "line 19 is not a sample: take the line out") for tokens in (
+           "[true]", "[-1]", "[24]", "[9999999999]", "[]", "[" + "7," * 24 + "7]", "{}", "[[7]]")),
+    ('{"id": 0, "prompt": "%s", "sample": 0, "tokens": [7], "finish": "stop"}', "line 19 has samp"),
+    ("\x00", "is not a sample"), ("", "is not a sample"),
 ])
-def test_a_wrong_line_of_a_file_of_samples_is_named(small, undisturbed, tmp_path, line, reason):
+def test_a_wrong_line_of_a_file_of_samples_is_named(small, undisturbed, monkeypatch, tmp_path, line,
+                                                    reason):
   folder, _ = undisturbed
+  monkeypatch.setattr(hf, "load", None)  # refused before
   for file in folder.glob("scores-a.jsonl*"):
     shutil.copy(file, tmp_path)
   path = tmp_path / "scores-a.jsonl"
@@ -266,6 +273,69 @@ def test_a_wrong_line_of_a_file_of_samples_is_named(small, undisturbed, tmp_path
   with open(path, "a") as file:
     file.write((line % first["prompt"] if "%s" in line else line) + "\n")
   with pytest.raises(InputError, match=reason):
+    scored(tmp_path)
+
+
+@pytest.fixture
+def occupied(tmp_path):
+  """A folder with a file, a folder where each output would be, and a long name."""
+  (tmp_path / "file").write_text("1")
+  for name in ("folder", "samples-a.jsonl", "lock-a.jsonl.settings.json"):
+    (tmp_path / name).mkdir()
+  return tmp_path
+
+
+@pytest.mark.parametrize("out, reason", [
+    ("", "cannot be written (Is a directory)"),
+    ("folder", "folder cannot be written (Is a directory): choose another --out."),
+    ("file/x.json", "file/x.json cannot be written (Not a directory): choose another --out."),
+    ("file/a/b/x.json", "cannot be written (Not a directory): choose another --out."),
+    ("x" * 300 + ".json", "cannot be written (File name too long): choose another --out."),
+    ("/proc/x.json", "/proc/x.json cannot be written"), ("/proc/a/x.json", "cannot be written"),
+    ("/dev/null/x.json", "/dev/null/x.json cannot be written (Not a directory)"),
+    ("gs://bucket/x.json", "--out is 'gs://bucket/x.json', and samples and scores are written to"),
+    ("samples.json", "samples-a.jsonl cannot be written (Is a directory): choose another --out."),
+    ("lock.json", "lock-a.jsonl.settings.json cannot be written (Is a directory)"),
+])
+def test_a_place_that_cannot_be_written_is_refused(small, occupied, monkeypatch, capsys, out,
+                                                   reason):
+  monkeypatch.setattr(hf, "load", None)
+  before = sorted(occupied.rglob("*"))
+  path = out if "://" in out or out.startswith("/") else occupied / out
+  with pytest.raises(SystemExit):
+    command.call(evaluate.main, ["--model", arithmetic.get_config().teacher, "--task=arithmetic",
+                                 "--sets=a", "--k=3", "--max-tokens=24", f"--out={path}"])
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert reason in sentence and sorted(occupied.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "null", "{}", '{"sets": null}', '{"sets": []}', '{"sets": {"a": 3}}',
+    '{"sets": {"a": {"scores": {}}}}', '{"sets": {"a": {"settings": {}}}}',
+    '{"sets": {"a": {"settings": {}, "scores": []}}}',
+    '{"sets": {"a": {"settings": {}, "scores": {"avg@3": 0.5}}}}',
+    '{"sets": {"a": {"settings": {}, "scores": {"avg@3": [0.5, 0.1]}}}}',
+    '{"sets": {"a": {"settings": {}, "scores": {"avg@3": [0.5, 0.1, "1"]}}}}', b"\xff", b"PAR1",
+])
+def test_a_file_that_holds_no_scores_is_refused(small, monkeypatch, tmp_path, text):
+  monkeypatch.setattr(hf, "load", None)
+  path = tmp_path / "scores.json"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(InputError, match=f"^{path} ") as error:
+    scored(tmp_path)
+  assert str(error.value).endswith(".")
+  assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe", b"\x80", '{"seed": NaN}'])
+def test_damaged_settings_of_samples_are_refused(small, undisturbed, monkeypatch, tmp_path, text):
+  folder, _ = undisturbed
+  for file in folder.glob("scores-a.jsonl*"):
+    shutil.copy(file, tmp_path)
+  monkeypatch.setattr(hf, "load", None)
+  path = tmp_path / "scores-a.jsonl.settings.json"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(InputError, match=f"^{path} "):
     scored(tmp_path)
 
 

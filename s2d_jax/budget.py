@@ -91,14 +91,6 @@ def check_equal(budgets: Mapping[str, Budget], compared: Collection[str], remedy
                          f"({found[first]} and {part_budget}) {remedy}.")
 
 
-def passes(plan: Plan, name: str) -> float:
-  """How often a stage draws each problem of its split, on average."""
-  hp = plan.nodes[name].hp
-  # With dynamic resampling a step owns the problems of all its rounds, drawn or not.
-  drawn = hp.steps * hp.prompts * max(1, hp.get("rounds", 0))
-  return drawn / len(plan.prompts[plan.nodes[name].split])
-
-
 def check_labels(plan: Plan, arm: str, workdir: epath.Path) -> None:
   """Asserts from the ledgers that no stage used a label outside its split.
 

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import budget, manifest
+from s2d_jax import manifest
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Plan
 
@@ -72,6 +72,8 @@ def outline(plans: Sequence[Plan], overrides: Sequence[Mapping[str, Any]],
 def _stage(plan: Plan, name: str) -> str:
   """A stage's split, its steps, and its passes over the problems of the split."""
   node = plan.nodes[name]
+  problems = len(plan.prompts[node.split])
+  # With dynamic resampling a step owns the problems of all its rounds, drawn or not.
+  owned = node.hp.steps * node.hp.prompts * max(1, node.hp.get("rounds", 0))
   return (f"{name}: {node.hp.steps:,} steps of {node.hp.prompts} problems, "
-          f"{budget.passes(plan, name):.2f} passes over the {len(plan.prompts[node.split]):,} of "
-          f"{node.split}")
+          f"{owned / problems:.2f} passes over the {problems:,} of {node.split}")

@@ -232,14 +232,14 @@ def test_every_argument_of_every_config_is_in_the_pairs(monkeypatch):
 
   monkeypatch.setattr(common, "parse_arg", recorded)
   assert sorted(ARGUMENTS) == NAMES
-  for name, given in ARGUMENTS.items():
+  for name, texts in ARGUMENTS.items():
     build(name)
-    assert {text.partition("=")[0] for text in given} == read["names"], name
+    assert {text.partition("=")[0] for text in texts} == read["names"], name
 
 
 @pytest.mark.parametrize("name, pair", [
-    (name, pair) for name, given in ARGUMENTS.items()
-    for pair in itertools.permutations(given, 2)])
+    (name, pair) for name, texts in ARGUMENTS.items()
+    for pair in itertools.permutations(texts, 2)])
 def test_two_arguments_combine_or_are_refused(name, pair):
   words = [text.partition("=")[0] for text in pair]
   try:

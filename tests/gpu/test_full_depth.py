@@ -3,9 +3,12 @@
 import importlib.util
 import re
 
+import jax
 import pytest
 
-from s2d_jax import preflight, recipe
+from configs import qwen3_math
+from s2d_jax import preflight, program_cache, recipe, sharding
+from s2d_jax.preflight import pool, programs, topologies
 from tests.gpu.test_preflight import flags
 from tests.preflight import folders
 
@@ -55,6 +58,33 @@ def test_distillation_of_llama_fits_64_cards(tmp_path, capsys):
 
 # The share of 16 GB that JAX takes, as of the described cards.
 SIXTEEN = 0.92 * 16e9
+
+
+class PrefillAlone(pool.Progress):
+  """Compiles the reading of prompts and leaves out the other programs, which take minutes."""
+
+  def costs(self, requests, chip):
+    """The costs of the requests for that program."""
+    return super().costs([one for one in requests if isinstance(one, pool.Refused)
+                          or one.program == "sample prefill"], chip)
+
+
+def test_the_config_for_one_card_fits_80_gb(tmp_path):
+  # docs/sizes.md has all programs of the teacher's GRPO. This one needs most: the trained weights,
+  # their copy for decoding, and the cache of as many rows as fit beside them.
+  models = folders.published(tmp_path, ("Qwen3-1.7B", "Qwen3-8B"))
+  config = qwen3_math.get_config(f"one_gpu,models={models},data={models}")
+  with config.unlocked():
+    for name, hp in config.stages.items():
+      hp.steps = hp.steps if name == "teacher_grpo" else 0
+  chip = topologies.chip("h100")
+  mesh = sharding.make_mesh(config.mesh, topologies.devices("h100"))
+  with program_cache.opened(""), jax.set_mesh(mesh):
+    (cost,) = programs.costs_of(config, programs.Target(chip, fast=True), PrefillAlone())
+  assert cost.account is not None, cost.problem
+  # The weights are held twice in bfloat16: whole for the update, and laid out for decoding.
+  assert cost.account.total + cost.resident > 2 * 2 * 8_190_735_360
+  assert cost.account.total + cost.resident < chip.usable < 80e9
 
 
 def test_the_small_config_fits_a_card_of_16_gb(tmp_path, capsys):

@@ -311,6 +311,8 @@ def math(arg: ConfigDict) -> ConfigDict:
                  "labelled": "dapo_math_17k",  # printed. gap: which of its deduplications
                  "validation": "math_train",   # ours: for curves and probes
                  "math500": "math500", "aime24": "aime24", "aime25": "aime25",  # printed
+                 # problems to leave out, "labelled:17,aime24:5", or a file of such lines
+                 "leave_out": "",
                  # scored splits that may hold labelled problems, with commas between
                  "overlap": ""}
   # Optional: config.data.solutions, a file of responses (docs/sampling.md).

@@ -6,7 +6,8 @@ calls all of them before it writes anything.
   s2d-jax doctor --config=configs/qwen3_math.py
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ from s2d_jax import (
   sampler,
   timing,
 )
-from s2d_jax.data import overlap
+from s2d_jax.data import leave_out, overlap
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
@@ -269,38 +270,30 @@ def _check_windows(config: ConfigDict) -> None:
                          f"{role} has {positions} positions (max_position_embeddings): lower one.")
 
 
-def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> None:
+def check_splits(config: ConfigDict, splits: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
   """Refuses an empty split, a problem or an id that two splits share, and too small a probe split.
 
   A scored split that `config.data.overlap` names may share problems with others.
 
   Args:
     splits: the problems of every split that the config names.
+
+  Returns:
+    The problems of each scored split that are among the labelled ones, by normalised text.
   """
   allowed = _allowed_overlap(config, splits)
-  # The split and row of each problem's text and of each id.
-  first_of: dict[Any, tuple[str, dict]] = {}
+  scored = {split: problems for split, problems in splits.items() if split != "labelled"}
+  shared = overlap.shared(splits["labelled"], scored)
   for split, problems in splits.items():
     if not problems:
       raise InputError(f"the split {split!r} of task {config.task!r} is empty: give it problems.")
-    for problem in problems:
-      # Readers make an absent id from the text, so both are compared: a shared problem would let a
-      # model train on what it is scored on.
-      entry = (split, problem)
-      for key in (problem["problem"], problem["id"]):
-        found = first_of.setdefault(key, entry)
-        first, row = found
-        if found is not entry and not (first != split and allowed & {first, split}
-                                       and _one_problem(row, problem)):
-          raise InputError(_shared(key, first, split, shared_problems(splits).get(split, [])))
-  for split, problems in shared_problems(splits).items():
-    if problems and split not in allowed:
-      raise InputError(_shared(problems[0]["problem"], "labelled", split, problems))
+  overlap.check(splits, shared, allowed, config.data.get("leave_out", ""))
   for path, hp in _blocks_that_score(config):
     size = len(splits[hp.split])
     if hp.problems > size:
       raise InputError(f"{path}.problems is {hp.problems} and the split {hp.split} has {size}: "
                        "lower it.")
+  return shared
 
 
 def _allowed_overlap(config: ConfigDict, splits: Mapping[str, list[dict]]) -> set[str]:
@@ -314,43 +307,22 @@ def _allowed_overlap(config: ConfigDict, splits: Mapping[str, list[dict]]) -> se
   return names
 
 
-def _one_problem(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-  """Whether two rows may stand in one run: a problem is found by its id, so an id has one answer.
-  """
-  return (first["id"] != second["id"] or first["problem"] == second["problem"]
-          and first["answer"] == second["answer"])
-
-
-def _shared(key: Any, first: str, split: str, problems: Sequence[Mapping[str, Any]]) -> str:
-  """The sentence that refuses a problem or an id of two splits."""
-  shown = repr(key) if len(str(key)) <= 80 else repr(key[:80]) + " ..."
-  count = f" ({len(problems)} of its problems are labelled ones)" if problems else ""
-  return (f"{shown} stands in {first} and again in {split}{count}: every split needs ids and "
-          "problems of its own, or equal rows and its name in config.data.overlap.")
-
-
-def shared_problems(splits: Mapping[str, Sequence[Mapping[str, Any]]],
-                    ) -> dict[str, list[Mapping[str, Any]]]:
-  """The problems of each other split that are among the labelled ones, by normalised text."""
-  return {split: overlap.shared(splits["labelled"], problems)
-          for split, problems in splits.items() if split != "labelled"}
-
-
 def check_answers(reward: Callable[[dict, str], float], respond: Callable[[str], str],
-                  splits: Mapping[str, list[dict]]) -> None:
+                  splits: Mapping[str, list[dict]], left_out: str = "") -> None:
   """Refuses answers that no response can match, or that an empty response matches.
 
   Args:
     reward: (problem, response) -> 1 where the response is right.
     respond: answer -> the response that gives it.
+    left_out: the value of config.data.leave_out, which the message extends.
   """
-  for split, problems in splits.items():
-    wrong = [problem["id"] for problem in problems
-             if reward(problem, respond(problem["answer"])) != 1 or reward(problem, respond(""))]
-    if wrong:
-      shown = ", ".join(map(str, wrong[:8])) + (" and more" if len(wrong) > 8 else "")
-      raise InputError(f"{len(wrong)} answers of {split} are matched by no response, of the "
-                       f"problems with the ids {shown}: correct them, or remove these problems.")
+  wrong = [(split, problem["id"]) for split, problems in splits.items() for problem in problems
+           if reward(problem, respond(problem["answer"])) != 1 or reward(problem, respond(""))]
+  if wrong:
+    counts = ", ".join(f"{count} of {split}" for split, count in
+                       collections.Counter(split for split, _ in wrong).items())
+    raise InputError(f"no response matches the answers of some problems ({counts}): correct them, "
+                     f"or {leave_out.remedy(left_out, wrong)} to leave them out.")
 
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:

@@ -124,6 +124,8 @@ def _set_line(split: str, facts: Mapping[str, Any]) -> str:
     elif "set" in origin:
       words.append(f"not the published file of {origin['set']}, which has "
                    f"{origin['published_rows']:,} rows")
+  if facts["left_out"]:
+    words.append(f"{facts['left_out']} problems left out by config.data.leave_out")
   if split != "labelled":
     words.append(f"{facts['among_labelled']} of {facts['problems']} problems are labelled ones")
   return f"{split}: {', '.join(words)}"

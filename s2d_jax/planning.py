@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import bases as base_folders
 from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
+from s2d_jax.data import leave_out
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.errors import InputError
 from s2d_jax.identity import identity_of
@@ -112,7 +113,7 @@ class Plan(NamedTuple):
   nodes: dict[str, Node]                # by name, parents first
   arms: dict[str, list[str]]            # arm -> names of its nodes
   scored: dict[str, dict[str, str]]     # arm -> {label in the table: role whose weights it scores}
-  # by split of the config: "problems", their "sha256", "labelled" ones among them, and the origin
+  # by split: its "problems", their "sha256", those "among_labelled" and "left_out", its origin
   sets: Mapping[str, dict[str, Any]] = MappingProxyType({})
 
   def reward(self, prompt_id: int, ids: Sequence[int]) -> float | Future[float]:
@@ -257,10 +258,11 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
   names = ("labelled", config.probe.split, *(hp.split for hp in config.evals.values()))
   # Two blocks may name one split, which is read once.
   sources = {split: task.source(split) for split in dict.fromkeys(names)}
-  splits = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
-  doctor.check_splits(config, splits)
+  every = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
+  splits = leave_out.remaining(every, config.data)
+  shared = doctor.check_splits(config, splits)
   if task.respond is not None:
-    doctor.check_answers(task.reward, task.respond, splits)
+    doctor.check_answers(task.reward, task.respond, splits, config.data.get("leave_out", ""))
   # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
   # a remedy of its own.
   prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(
@@ -268,17 +270,17 @@ def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
                      for problem in problems] for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
   by_id = {problem["id"]: problem for problems in splits.values() for problem in problems}
-  return prompts, by_id, _sets(sources, splits)
+  return prompts, by_id, _sets(sources, splits, shared)
 
 
-def _sets(sources: Mapping[str, Sequence[dict]],
-          splits: Mapping[str, list[dict]]) -> dict[str, dict[str, Any]]:
-  """`Plan.sets` of the sources and their problems."""
-  shared = doctor.shared_problems(splits)
+def _sets(sources: Mapping[str, Sequence[dict]], splits: Mapping[str, list[dict]],
+          shared: Mapping[str, list[dict]]) -> dict[str, dict[str, Any]]:
+  """`Plan.sets` of the sources, their problems, and those that are labelled too."""
   content = {split: [[int(row["id"]), row["problem"], row["answer"], row.get("solution")]
                      for row in problems] for split, problems in splits.items()}
   return {split: {"problems": len(problems), "sha256": manifest.digest(content[split]),
                   "among_labelled": len(shared.get(split, ())),
+                  "left_out": len(sources[split]) - len(problems),
                   # A task of your own may have a plain list.
                   "origin": getattr(sources[split], "origin", None)}
           for split, problems in splits.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from s2d_jax import doctor, keys
-from s2d_jax.data import jsonl, published, sources
+from s2d_jax.data import jsonl, leave_out, published, sources
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -63,7 +63,7 @@ def math(config: ConfigDict) -> Task:
   # The sentence that Qwen3's model card recommends for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
-    names = [name for name in config.data if name not in NOT_SPLITS]
+    names = [name for name in config.data if name not in leave_out.NOT_SPLITS]
     if split not in names:
       raise InputError(f"config.data names no split {split!r}: add its file, or choose from "
                        f"{', '.join(names)}.")
@@ -102,8 +102,6 @@ def word_problems(config: ConfigDict) -> Task:
       messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}])
 
 
-# Keys of config.data, of the task `math`, beside its splits.
-NOT_SPLITS = ("dir", "overlap", "solutions")
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math,
                                                   "word_problems": word_problems}
 # Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.

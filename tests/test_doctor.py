@@ -364,6 +364,47 @@ def test_an_overlap_with_labelled_problems_is_counted_and_refused(config, tmp_pa
   assert "stands in labelled and again in test" in refused(config, tmp_path, one)
 
 
+def test_problems_are_left_out_by_split_and_id(config, tmp_path):
+  rows = SPLITS["labelled"]
+  other = rows[0] | {"id": 10**6, "problem": f" ${rows[0]['problem']}$ ?"}
+  shared = task(test=[*SPLITS["test"], other, rows[1]], validation=[*SPLITS["validation"], rows[2]])
+  config.prompt_tokens = 32
+  entries = ",".join(f"labelled:{row['id']}" for row in rows[:3])
+  # One sentence has the labelled problems that any scored split shares.
+  assert f": set config.data.leave_out={entries} to leave these out of" in refused(
+      config, tmp_path, shared)
+  config.data.leave_out = entries
+  plan = recipe.plan(config, shared)
+  assert {split: (facts["problems"], facts["left_out"], facts["among_labelled"])
+          for split, facts in plan.sets.items()} == {
+              "labelled": (61, 3, 0), "validation": (9, 0, 0), "test": (10, 0, 0)}
+  assert not {row["id"] for row in rows[:3]} & {p.id for p in plan.prompts["all"]}
+  # The stages that draw from the smaller split are others, and so are named by other hashes.
+  config.data.leave_out = ""
+  before = recipe.plan(config, task())
+  assert not set(before.nodes) & set(plan.nodes)
+  # A file has an entry a line.
+  config.data.leave_out = str(tmp_path / "left_out.txt")
+  (tmp_path / "left_out.txt").write_text(entries.replace(",", "\n") + "\n\n")
+  assert recipe.plan(config, shared).nodes.keys() == plan.nodes.keys()
+
+
+def test_one_of_two_rows_for_one_problem_is_left_out(config, tmp_path):
+  first = SPLITS["test"][0]
+  twice = task(test=[*SPLITS["test"], first | {"id": 10**6}])
+  said = refused(config, tmp_path, twice)
+  assert said.endswith("in test and again in test: correct its file, or set "
+                       "config.data.leave_out=test:1000000 to leave it out.")
+  config.data.leave_out = "test:1000000"
+  assert recipe.plan(config, twice).sets["test"]["problems"] == 8
+  # An id of two problems cannot be left out of one.
+  config.data.leave_out = ""
+  other = first | {"problem": "1+1", "answer": "2"}
+  assert refused(config, tmp_path, task(test=[*SPLITS["test"], other])) == (
+      f"{first['id']} stands in test and again in test, for another problem: give every problem an "
+      "id of its own.")
+
+
 @pytest.mark.parametrize("names", ["tset", "labelled", "test,tset"])
 def test_an_overlap_of_an_unknown_split_is_refused(config, tmp_path, names):
   config.data.overlap = names
@@ -512,9 +553,12 @@ def test_answers_that_no_response_can_match_are_refused_by_id(tmp_path, checker)
   with pytest.raises(InputError) as error:
     doctor.check_answers(task.reward, task.respond, splits)
   assert str(error.value) == (
-      "4 answers of labelled are matched by no response, of the problems with the ids 11, 13, 14, "
-      "15: correct them, or remove these problems.")
+      "no response matches the answers of some problems (4 of labelled): correct them, or set "
+      "config.data.leave_out=labelled:11,labelled:13,labelled:14,labelled:15 to leave them out.")
+  # What is left out already stays in the value.
+  with pytest.raises(InputError, match="leave_out=test:1,labelled:11,labelled:13,"):
+    doctor.check_answers(task.reward, task.respond, splits, "test:1")
   doctor.check_answers(task.reward, task.respond, {"labelled": splits["labelled"][:1]})
   # A checker that takes an empty answer for right is refused too.
-  with pytest.raises(InputError, match="ids 10: correct them"):
+  with pytest.raises(InputError, match="leave_out=labelled:10 to leave"):
     doctor.check_answers(lambda problem, text: 1.0, task.respond, {"labelled": problems[:1]})

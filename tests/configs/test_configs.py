@@ -11,7 +11,7 @@ import pytest
 
 from configs import common
 from s2d_jax import doctor, paper, recipe, sweep, tasks
-from s2d_jax.data import published
+from s2d_jax.data import leave_out, published
 
 ROOT = Path(__file__).parents[2]
 KEYS = Path(__file__).with_name("keys.json")
@@ -155,7 +155,7 @@ def test_the_papers_models_and_arms(name, pair, template):
   assert (config.teacher, config.student) == tuple(f"/elsewhere/{folder}" for folder in pair)
   assert config.template.to_dict() == template
   assert (config.data.dir, config.data.labelled) == ("/rows", "dapo_math_17k")
-  assert {config.data[split] for split in config.data if split not in tasks.NOT_SPLITS} <= set(
+  assert {config.data[split] for split in config.data if split not in leave_out.NOT_SPLITS} <= set(
       published.SOURCES)
   assert {"untrained", "cold_grpo", "raw_bridge", "bridge", "half_bridge_grpo_2h"} == set(
       config.arms.split(","))

@@ -18,6 +18,7 @@ import pytest
 from configs import common
 from s2d_jax import chat, checkpoint, doctor, keys, models, recipe, sampler, sharding, tasks
 from s2d_jax.assets import tokenizer
+from s2d_jax.data import leave_out
 from s2d_jax.models import hf
 from s2d_jax.planning import Use
 
@@ -155,7 +156,7 @@ def write_pair(config, name):
 
 def write_data(data):
   """JSON lines of problem and answer, without ids: what a user has; solutions where rows learn."""
-  sets = {split: name for split, name in data.items() if split not in tasks.NOT_SPLITS}
+  sets = {split: name for split, name in data.items() if split not in leave_out.NOT_SPLITS}
   for first, (split, name) in enumerate(sorted(sets.items())):
     count = 12 if split == "labelled" else 2
     rows = [{"problem": f"{first}{i}+1=?", "answer": f"{first}{i + 1}"} for i in range(count)]

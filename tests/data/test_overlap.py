@@ -12,14 +12,16 @@ from s2d_jax.data import overlap
 def test_spellings_of_one_problem(other):
   problem = r"What is $\frac{1}{2}+x$?"
   assert overlap.normalised(other) == overlap.normalised(problem)
-  assert overlap.shared([{"problem": problem}], [{"problem": other}]) == [{"problem": other}]
+  assert overlap.shared([{"problem": problem}], {"test": [{"problem": other}]}) == {
+      "test": [{"problem": other}]}
 
 
 @pytest.mark.parametrize("other", [
     r"What is $\frac{1}{2}-x$?", r"What is $\frac{1}{3}+x$?", r"What is $\frac{12}{}+x$?",
     r"What is $\frac{1}{2}+y$?", "What is"])
 def test_other_problems_are_not_shared(other):
-  assert overlap.shared([{"problem": r"What is $\frac{1}{2}+x$?"}], [{"problem": other}]) == []
+  labelled = [{"problem": r"What is $\frac{1}{2}+x$?"}]
+  assert overlap.shared(labelled, {"test": [{"problem": other}]}) == {"test": []}
 
 
 @pytest.mark.parametrize("text", [

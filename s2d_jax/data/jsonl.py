@@ -152,8 +152,14 @@ def row(line_name: str, line: dict[str, Any]) -> dict[str, Any]:
   """
   texts = {"problem": line.get("problem"), "answer": answer_text(line.get("answer"))}
   for key, text in texts.items():
-    if not isinstance(text, str) or not text.strip():
+    if isinstance(text, str) and text.strip():
+      continue
+    held = line.get(key)
+    if held is None or isinstance(held, str):
       raise InputError(f'{line_name} has no text under "{key}": give every row problem and answer.')
+    kinds = "a text or an integer" if key == "answer" else "a text"
+    raise InputError(f'{line_name} has no text under "{key}" but {json_objects.shown(held)}: write '
+                     f"{kinds}.")
   number = line_id(line_name, line, line["problem"])
   solution = {"solution": line["solution"]} if "solution" in line else {}
   if not all(isinstance(text, str) for text in solution.values()):

@@ -34,13 +34,14 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _AIME_ANSWER = re.compile(r"\s*\$?\s*(\d{1,3})(?:\.0)?\s*(?:\^\{?\\circ\}?)?\s*\$?\s*")
 
 
-def _dapo(row: Row) -> dict[str, str]:
+def _dapo(row: Row) -> dict[str, str | None]:
   """DAPO-Math-17k: "prompt" is a text or a chat, and the answer is reward_model's ground_truth."""
   prompt = row["prompt"]
   if not isinstance(prompt, str):
     (prompt,) = [message["content"] for message in prompt if message["role"] == "user"]
+  answer = jsonl.answer_text(row["reward_model"]["ground_truth"])
   return {"problem": _DAPO_WRAPPER.sub("", prompt).strip(),
-          "answer": str(row["reward_model"]["ground_truth"]).strip()}
+          "answer": answer if answer is None else answer.strip()}
 
 
 def _math_train(row: Row) -> dict[str, str]:
@@ -67,6 +68,8 @@ def _aime(row: Row) -> dict[str, str]:
 
 def _gsm8k(row: Row) -> dict[str, str]:
   """GSM8K: "answer" is the working, and the answer stands behind its last ####."""
+  if not isinstance(row["answer"], str):
+    raise ValueError(f"its answer is {row['answer']!r}, not a text")
   working, marker, answer = row["answer"].rpartition("####")
   if not marker:
     raise ValueError("its answer has no ####")
@@ -83,7 +86,7 @@ class Source(NamedTuple):
   sha256: str
   rows: int
   columns: tuple[str, ...]   # that `convert` reads
-  convert: Callable[[Row], dict[str, str]]  # a row -> problem, answer and perhaps solution
+  convert: Callable[[Row], dict[str, str | None]]  # a row -> problem, answer, perhaps solution
 
   @property
   def url(self) -> str:
@@ -187,7 +190,8 @@ def rows(name: str, path: Path) -> list[dict[str, Any]]:
   a warning that counts them.
 
   Raises:
-    InputError: a row has neither the source's columns nor ours; names file, row and columns.
+    InputError: a row has neither the source's columns nor ours, or no row has an answer; names the
+      file, and the row and its columns.
   """
   source = SOURCES[name]
   found: dict[str, dict[str, Any]] = {}
@@ -205,7 +209,10 @@ def rows(name: str, path: Path) -> list[dict[str, Any]]:
     if count:
       logging.warning("%s: %d rows %s and are left out", path, count, words)
   # After the loop, so that a repetition of a row without an answer is found as one.
-  return [row for row in found.values() if row["answer"]]
+  answered = [row for row in found.values() if row["answer"]]
+  if not answered:
+    raise InputError(f"{path} has no problem with an answer: download {source.url} again.")
+  return answered
 
 
 def _converted(source: Source, row_name: str, row: Row) -> dict[str, Any]:

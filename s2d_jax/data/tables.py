@@ -31,7 +31,8 @@ def objects(path: str | os.PathLike,
     columns: those of a parquet file that are read, where it has them; a null counts as absent.
 
   Raises:
-    InputError: there is no such file, it is damaged, or a line is not a JSON object.
+    InputError: there is no such file, it is damaged, a line is not a JSON object, or a text is not
+      UTF-8.
   """
   if not is_parquet(path):
     yield from jsonl.objects(path, "problem and answer")
@@ -44,6 +45,10 @@ def objects(path: str | os.PathLike,
       for row in batch.to_pylist():
         number += 1
         yield f"{path} row {number}", {k: v for k, v in row.items() if v is not None}
+  except UnicodeDecodeError as error:
+    last = min(number + _ROWS, table.metadata.num_rows)
+    raise InputError(f"{path} has a text that is not UTF-8 in the rows {number + 1} to {last} "
+                     f"({error}): write it again as UTF-8.") from error
   except (pyarrow.ArrowException, OSError) as error:
     reason = str(error).splitlines()[0]
     raise InputError(f"{path} is a damaged parquet file ({reason}): download it again.") from error

@@ -60,6 +60,33 @@ def test_dapos_prompt_may_be_a_text_and_its_answer_an_integer(tmp_path):
                                              {"problem": "Without the wrapper?", "answer": "5"}]
 
 
+@pytest.mark.parametrize("answer", [None, 2.5, True, ["2"], {"value": "2"}])
+def test_dapos_answer_is_a_text_or_an_integer(tmp_path, answer):
+  rows = [{"prompt": "1+1?", "reward_model": {"ground_truth": "2"}},
+          {"prompt": "1+2?", "reward_model": {"ground_truth": answer}}]
+  path = lines(tmp_path, "dapo_math_17k", rows)
+  with pytest.raises(InputError, match="line 2 has no text under answer: download http.* again."):
+    read(tmp_path, "dapo_math_17k")
+  path.unlink()
+  parquet(tmp_path, "dapo_math_17k", rows[1:])
+  with pytest.raises(InputError, match="row 1 has no text under answer: download http.* again."):
+    read(tmp_path, "dapo_math_17k")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("math500", ""), ("aime24", "\n\n"),
+    # Rows without an answer are left out, and here all of them.
+    ("math_train", '{"problem": "A?", "solution": "no box"}\n')])
+def test_a_file_without_problems_is_refused(tmp_path, name, text):
+  (tmp_path / f"{name}.jsonl").write_text(text)
+  said = rf"{name}\.jsonl has no problem with an answer: download http.* again\.$"
+  with pytest.raises(InputError, match=said):
+    read(tmp_path, name)
+  with pytest.raises(InputError, match=said):
+    published.rows(name, tmp_path / f"{name}.jsonl")
+  assert not list(tmp_path.rglob("*.array_record*"))
+
+
 @pytest.mark.parametrize("row, said", [
     ({"prompt": [], "reward_model": {"ground_truth": "2"}}, "row 1 is not a row of YouJiacheng"),
     ({"prompt": "1+1?", "reward_model": {"style": "rule"}}, "row 1 is not a row of YouJiacheng"),
@@ -124,6 +151,10 @@ def test_gsm8ks_answer_is_behind_the_last_mark(tmp_path):
        "solution": "Half is 48/2 = 24.\nAll are 48*24=1152.\n\\boxed{1152}"}]
   parquet(tmp_path, "gsm8k_train", [{"question": "How many?", "answer": "42"}])
   with pytest.raises(InputError, match=r"row 1 is not a row of openai/gsm8k \(its answer has no #"):
+    read(tmp_path, "gsm8k_train")
+  lines(tmp_path, "gsm8k_train", [{"question": "How many?", "answer": 42}])
+  (tmp_path / "gsm8k_train.parquet").unlink()
+  with pytest.raises(InputError, match=r"line 1 is not a row of .* \(its answer is 42, not a text\)"):
     read(tmp_path, "gsm8k_train")
 
 

@@ -154,7 +154,7 @@ def test_gsm8ks_answer_is_behind_the_last_mark(tmp_path):
     read(tmp_path, "gsm8k_train")
   lines(tmp_path, "gsm8k_train", [{"question": "How many?", "answer": 42}])
   (tmp_path / "gsm8k_train.parquet").unlink()
-  with pytest.raises(InputError, match=r"line 1 is not a row of .* \(its answer is 42, not a text\)"):
+  with pytest.raises(InputError, match=r"line 1 is not a row .* \(its answer is 42, not a text\)"):
     read(tmp_path, "gsm8k_train")
 
 

@@ -50,7 +50,7 @@ def test_parquet_is_known_by_its_bytes_and_read_as_json_lines_are(tmp_path):
 @pytest.mark.parametrize("columns, said", [
     ({"problem": ["1+1?"], "answer": [2.5]},
      'row 1 has no text under "answer" but 2.5: write a text or an integer.'),
-    ({"problem": ["1+1?"], "answer": [["2"]]}, r"""row 1 has no text under "answer" but \['2'\]: """),
+    ({"problem": ["1+1?"], "answer": [["2"]]}, r"""row 1 has no text under "answer" but \['2'\]:"""),
     ({"problem": ["1+1?"]}, 'row 1 has no text under "answer"'),
     ({"problem": ["1+1?", None], "answer": ["2", "3"]}, 'row 2 has no text under "problem"'),
     ({"problem": ["1+1?", "1+1?"], "answer": ["2", "2"]}, r"row 2 uses id \d+ again"),
@@ -79,8 +79,8 @@ def test_a_parquet_text_in_another_encoding_is_one_sentence(tmp_path):
       None, pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0"), pyarrow.py_buffer("café".encode("latin-1"))])
   path = tmp_path / "rows.parquet"
   pyarrow.parquet.write_table(pyarrow.table({"problem": texts, "answer": ["2"]}), path)
-  with pytest.raises(InputError, match=r"rows\.parquet has a text that is not UTF-8 in the rows 1 to "
-                                       r"1 \(.*0xe9.*\): write it again as UTF-8\.$"):
+  with pytest.raises(InputError, match=r"rows\.parquet has a text that is not UTF-8 in the rows 1 "
+                                       r"to 1 \(.*0xe9.*\): write it again as UTF-8\.$"):
     sources.read(path, "test")
 
 

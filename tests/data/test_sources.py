@@ -50,7 +50,7 @@ def test_parquet_is_known_by_its_bytes_and_read_as_json_lines_are(tmp_path):
 @pytest.mark.parametrize("columns, said", [
     ({"problem": ["1+1?"], "answer": [2.5]},
      'row 1 has no text under "answer" but 2.5: write a text or an integer.'),
-    ({"problem": ["1+1?"], "answer": [["2"]]}, r"""row 1 has no text under "answer" but \['2'\]:"""),
+    ({"problem": ["1+1?"], "answer": [["2"]]}, r"""row 1 has no text .* but \['2'\]: """),
     ({"problem": ["1+1?"]}, 'row 1 has no text under "answer"'),
     ({"problem": ["1+1?", None], "answer": ["2", "3"]}, 'row 2 has no text under "problem"'),
     ({"problem": ["1+1?", "1+1?"], "answer": ["2", "2"]}, r"row 2 uses id \d+ again"),

@@ -74,7 +74,9 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
     key = re.search(r"\w+", str(error.args[0]))[0]
     fail(f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file.")
   except (flags.Error, ValueError, OSError) as error:
-    fail(str(error).strip().splitlines()[-1].strip() + ": correct the command line.")
+    reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+    # The refusal of a config file's arguments is a sentence with its own remedy.
+    fail(reason if reason.endswith(".") else f"{reason}: correct the command line.")
   if strays:
     fail(f"{strays[0]!r} is not a flag: write --config.KEY=VALUE.")
   if template:

@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import common
-from s2d_jax import doctor, paper, recipe, sweep, tasks
+from s2d_jax import command, doctor, paper, recipe, sweep, tasks
 from s2d_jax.data import leave_out, published
 
 ROOT = Path(__file__).parents[2]
@@ -278,6 +278,29 @@ def test_two_arguments_combine_or_are_refused(name, pair):
 def test_arguments_that_would_overwrite_each_other_are_refused(name, arg, said):
   with pytest.raises(ValueError, match=said):
     build(name, arg)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("arg, said", [
+    ("one_gpu,colab", "the config's arguments colab and one_gpu exclude each other, because colab "
+     "has models, arms and problems of its own: leave one of them out."),
+    ("seed=x", "the config's argument seed is 'x': give it as in seed=0."),
+])
+def test_the_command_prints_the_refusal_of_an_argument_alone(arg, said, capsys):
+  parser = command.config_parser("doctor", "Checks.", "an example")
+  with pytest.raises(SystemExit):
+    command.parse_config(parser, [f"--config={ROOT / 'configs' / 'qwen3_math.py'}:{arg}"])
+  assert capsys.readouterr().err.strip() == f"s2d_jax: {said}"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_an_override_of_another_type_is_refused_by_its_flag(capsys):
+  parser = command.config_parser("doctor", "Checks.", "an example")
+  for flag in ("--config.seed=two", "--config.prompt_tokens=1.5"):
+    with pytest.raises(SystemExit):
+      command.parse_config(parser, [f"--config={ROOT / 'configs' / 'arithmetic.py'}", flag])
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"s2d_jax: flag {flag}: ") and said.endswith(": correct the command line.")
 
 
 def test_arguments_that_add_arms_add_them_up():

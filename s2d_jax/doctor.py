@@ -7,7 +7,7 @@ calls all of them before it writes anything.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -327,26 +327,39 @@ def check_answers(reward: Callable[[dict, str], float], respond: Callable[[str],
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:
   """Refuses a prompt of more than config.prompt_tokens tokens."""
-  for split, of_split in prompts.items():
-    for prompt in of_split:
-      if len(prompt.tokens) > config.prompt_tokens:
-        raise InputError(f"problem {prompt.id} of {split} takes {len(prompt.tokens)} tokens and "
-                         f"its window is {config.prompt_tokens}: raise config.prompt_tokens.")
+  long = [(split, prompt) for split, of_split in prompts.items() for prompt in of_split
+          if len(prompt.tokens) > config.prompt_tokens]
+  if long:
+    split, prompt = long[0]
+    remedy = _or_leave_out(config.data.get("leave_out"), [(name, one.id) for name, one in long])
+    raise InputError(f"problem {prompt.id} of {split} takes {len(prompt.tokens)} tokens and its "
+                     f"window is {config.prompt_tokens}: raise config.prompt_tokens{remedy}.")
 
 
 def check_texts(path: str, key: str, max_tokens: int, prompts: list[rollouts.Prompt],
-                problems: dict[Any, dict], tokenizer: chat.Chat) -> None:
-  """Refuses a prompt whose problem lacks a text, or has one of more than `max_tokens` tokens.
+                problems: dict[Any, dict], tokenizer: chat.Chat, left_out: str | None) -> None:
+  """Refuses labelled problems that lack a text, or have one of more than `max_tokens` tokens.
 
   Args:
     path: names the stage's config; key: of the text in a problem; problems: by id.
+    left_out: the value of config.data.leave_out; None where the config lacks it.
   """
-  for prompt in prompts:
-    text = problems[prompt.id].get(key)
-    if text is None:
-      raise InputError(f"problem {prompt.id} has no {key} and {path} learns from it: add one, "
-                       "or drop the arm.")
-    tokens = len(tokenizer.encode_response(text, f"the {key} of problem {prompt.id}"))
-    if tokens > max_tokens:
-      raise InputError(f"the {key} of problem {prompt.id} takes {tokens} tokens and "
-                       f"{path}.sampling.max_tokens is {max_tokens}: raise it.")
+  absent = [("labelled", prompt.id) for prompt in prompts if problems[prompt.id].get(key) is None]
+  if absent:
+    raise InputError(f"problem {absent[0][1]} has no {key} and {path} learns from it: add one, "
+                     f"or drop the arm{_or_leave_out(left_out, absent)}.")
+  tokens = {prompt.id: len(tokenizer.encode_response(
+      problems[prompt.id][key], f"the {key} of problem {prompt.id}")) for prompt in prompts}
+  long = [("labelled", number) for number, count in tokens.items() if count > max_tokens]
+  if long:
+    number = long[0][1]
+    raise InputError(f"the {key} of problem {number} takes {tokens[number]} tokens and "
+                     f"{path}.sampling.max_tokens is {max_tokens}: raise it"
+                     f"{_or_leave_out(left_out, long)}.")
+
+
+def _or_leave_out(left_out: str | None, entries: Sequence[leave_out.Entry]) -> str:
+  """The end of a message: to leave out all problems that have a fault; "" where none can be."""
+  if left_out is None:
+    return ""
+  return f", or {leave_out.remedy(left_out, entries)} to leave out such problems ({len(entries)})"

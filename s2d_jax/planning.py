@@ -365,7 +365,7 @@ def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> Non
                      f"{split} has {len(prompts)} problems: lower it.")
   for key in stage.source.texts:
     doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
-                       plan.problems, plan.chat)
+                       plan.problems, plan.chat, plan.config.data.get("leave_out"))
 
 
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,

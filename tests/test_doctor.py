@@ -424,6 +424,31 @@ def test_the_contents_of_a_plans_sets_are_hashed(config):
     assert other["validation"] == first["validation"]
 
 
+def test_problems_without_a_solution_or_with_a_long_prompt_can_be_left_out(config, tmp_path):
+  arms = {"teach": (planning.Use("teacher_sft", "all"),)}
+  config.arms = "teach"
+  config.data.leave_out = ""
+  rows = SPLITS["labelled"]
+  unsolved = [rows[0], *({k: v for k, v in row.items() if k != "solution"} for row in rows[1:3]),
+              *rows[3:]]
+  entries = f"labelled:{rows[1]['id']},labelled:{rows[2]['id']}"
+  with pytest.raises(InputError) as error:
+    recipe.plan(config, task(labelled=unsolved), arms=arms, compared=())
+  assert str(error.value).endswith(f", or drop the arm, or set config.data.leave_out={entries} to "
+                                   "leave out such problems (2).")
+  config.data.leave_out = entries
+  plan = recipe.plan(config, task(labelled=unsolved), arms=arms, compared=())
+  assert len(plan.prompts["all"]) == 62
+  # Two prompts are longer than the window, one of them scored.
+  config.data.leave_out = ""
+  long = [{"id": 10**6 + i, "problem": f"{i}" + "+1" * 9, "answer": "1", "solution": "1"}
+          for i in (1, 2)]
+  with pytest.raises(InputError, match="raise config.prompt_tokens, or set config.data.leave_out="
+                                       r"labelled:1000001,test:1000002 to leave out such problems"):
+    recipe.plan(config, task(labelled=[*rows, long[0]], test=[*SPLITS["test"], long[1]]),
+                arms=arms, compared=())
+
+
 def test_missing_or_long_solutions_are_refused(config, tmp_path):
   arms = {"teach": (planning.Use("teacher_sft", "all"),)}
   config.arms = "teach"

@@ -39,11 +39,11 @@ def entries(text: str) -> list[Entry]:
           if line.strip()]
 
 
-def _entry(word: str, place: str) -> Entry:
-  """An entry from its text; `place` names it in error messages."""
+def _entry(word: str, origin: str) -> Entry:
+  """An entry from its text; `origin` names it in error messages."""
   found = _ENTRY.fullmatch(word.strip())
   if found is None:
-    raise InputError(f"{place} has {word.strip()[:40]!r}: write a split, a colon and an id, as in "
+    raise InputError(f"{origin} has {word.strip()[:40]!r}: write a split, a colon and an id, as in "
                      "labelled:17.")
   return found[1], int(found[2])
 
@@ -60,12 +60,12 @@ def remaining(splits: Mapping[str, Sequence[Mapping[str, Any]]],
     InputError: as `entries`, or an entry names an unknown split or an id that is not in its split.
   """
   left_out = dict.fromkeys(entries(data.get("leave_out", "")))
-  known = {*splits, *data} - {*NOT_SPLITS}
+  names = {*splits, *data} - {*NOT_SPLITS}
   ids = {split: {row["id"] for row in rows} for split, rows in splits.items()}
   for split, number in left_out:
-    if split not in known:
+    if split not in names:
       raise InputError(f"config.data.leave_out names the split {split!r}: choose from "
-                       f"{', '.join(sorted(known))}.")
+                       f"{', '.join(sorted(names))}.")
     if split in splits and number not in ids[split]:
       raise InputError(f"config.data.leave_out names {split}:{number}, and {split} has no such id: "
                        "remove the entry.")
@@ -73,9 +73,9 @@ def remaining(splits: Mapping[str, Sequence[Mapping[str, Any]]],
           for split, rows in splits.items()}
 
 
-def remedy(text: str, more: Sequence[Entry]) -> str:
-  """The end of a message: how to leave out some problems more; `text` is the key's value so far."""
-  words = [f"{split}:{number}" for split, number in dict.fromkeys(more)]
+def remedy(text: str, added: Sequence[Entry]) -> str:
+  """The end of a message: how to add entries to the key's value, which is `text` so far."""
+  words = [f"{split}:{number}" for split, number in dict.fromkeys(added)]
   if len(words) > _MOST:
     words = [*words[:_MOST], f"and {len(words) - _MOST:,} more"]
   listed = ",".join(words)

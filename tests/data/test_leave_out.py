@@ -54,12 +54,12 @@ def test_a_bad_file_is_refused_by_line(content, said, tmp_path):
     leave_out.remaining(SPLITS, {"dir": "d", "leave_out": str(path)})
 
 
-def test_the_remedy_keeps_what_is_left_out_already(tmp_path):
-  more = [("labelled", 5), ("test", 6), ("labelled", 5)]
-  assert leave_out.remedy("", more) == "set config.data.leave_out=labelled:5,test:6"
-  assert leave_out.remedy("test:1", more) == "set config.data.leave_out=test:1,labelled:5,test:6"
+def test_the_remedy_extends_the_value(tmp_path):
+  added = [("labelled", 5), ("test", 6), ("labelled", 5)]
+  assert leave_out.remedy("", added) == "set config.data.leave_out=labelled:5,test:6"
+  assert leave_out.remedy("test:1", added) == "set config.data.leave_out=test:1,labelled:5,test:6"
   path = tmp_path / "left_out.txt"
   path.write_text("test:1")
-  assert leave_out.remedy(str(path), more) == f"add to {path} the lines labelled:5,test:6"
+  assert leave_out.remedy(str(path), added) == f"add to {path} the lines labelled:5,test:6"
   many = [("labelled", number) for number in range(1002)]
   assert leave_out.remedy("", many).endswith("labelled:999,and 2 more")

@@ -580,7 +580,7 @@ def test_answers_that_no_response_can_match_are_refused_by_id(tmp_path, checker)
   assert str(error.value) == (
       "no response matches the answers of some problems (4 of labelled): correct them, or set "
       "config.data.leave_out=labelled:11,labelled:13,labelled:14,labelled:15 to leave them out.")
-  # What is left out already stays in the value.
+  # The entries that the value has already stay in it.
   with pytest.raises(InputError, match="leave_out=test:1,labelled:11,labelled:13,"):
     doctor.check_answers(task.reward, task.respond, splits, "test:1")
   doctor.check_answers(task.reward, task.respond, {"labelled": splits["labelled"][:1]})

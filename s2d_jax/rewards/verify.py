@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import math_verify
 import sympy
-from math_verify.parser import LatexExtractionConfig
+from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
 from s2d_jax.rewards import answers, tex, units
 
@@ -30,7 +30,8 @@ _WORDS = re.compile(r"(?<![\\a-zA-Z])(?!xyz|abc|pqr|mnk)[a-zA-Z]{3,}")
 # A number in another base than ten, whose index the parser would drop.
 _BASE = re.compile(r"[0-9]_")
 # Signs that the parser drops or reads as others: 5' as 5, and 5:1 as a division.
-_UNREAD = re.compile(r"[:'?]|\\(?:dots|approx|sim|equiv|prime|to)(?![a-z])")
+_UNREAD = re.compile(r"[:'?]|\\(?:dots|approx|sim|equiv|prime|to)(?![a-z])|\\text")
+_LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENERS = ("(", "[", "{", "\\{")
 _CLOSERS = (")", "]", "}", "\\}")
@@ -39,7 +40,9 @@ _DIGITS = 30          # to which two numbers must agree, by value and not by dif
 _LOWEST, _HIGHEST = "(-\\infty", "\\infty)"
 _T = TypeVar("_T")
 _Relations = list[tuple[str, str, str]]  # (side, sign, side) of each sign in a chain
-_CONFIG = (LatexExtractionConfig(),)
+# Units are read here already. Math-verify would drop more: 20th would be 20.
+_CONFIG = (LatexExtractionConfig(normalization_config=NormalizationConfig(
+    units=False, malformed_operators=True, nits=True)),)
 
 
 def check(problem: Mapping[str, object], text: str) -> float:
@@ -78,11 +81,16 @@ def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool
 
 def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | None:
   """The verdict where relations are joined by "and" or "or"; None where that does not decide it."""
+  # An interval does not name its variable, so that of all parts has to be one.
+  variables = [set().union(*(_variables(_relations_of(part)) for part in x.parts))
+               for x in (gold, found)]
   measures = [{part.unit for part in x.parts if part.unit} for x in (gold, found)]
   if all(measures) and measures[0] != measures[1]:
     return False
+  if variables[0] != variables[1] and (all(variables) or max(map(len, variables)) > 1):
+    return False
   if all(len(x.parts) == 1 or x.conjunction == "and" for x in (gold, found)):
-    chains = [[relation for part in x.parts for relation in _related(part.spelled)]
+    chains = [[relation for part in x.parts for relation in _relations_of(part)]
               for x in (gold, found)]
     if all(chains):
       return _same_relations(*chains)
@@ -90,7 +98,7 @@ def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | Non
             for chain, x in zip(chains, (gold, found), strict=True)]
     return _equal(*sets)
   if all(len(x.parts) == 1 or x.conjunction == "or" for x in (gold, found)):
-    sets = ["\\cup ".join(_bounds(_related(part.spelled)) or part.value for part in x.parts)
+    sets = ["\\cup ".join(_bounds(_relations_of(part)) or part.value for part in x.parts)
             for x in (gold, found)]
     return _equal(*sets)
   return None
@@ -101,7 +109,7 @@ def _equations(gold: answers.Part, found: answers.Part) -> bool:
   # f(2) would be read as the product 2f.
   if "(" in gold.name + found.name or gold.unit != found.unit and gold.unit and found.unit:
     return False
-  relations = [_related(part.spelled) for part in (gold, found)]
+  relations = [_relations_of(part) for part in (gold, found)]
   return all(relations) and _same_relations(*relations)
 
 
@@ -175,14 +183,24 @@ def _same_relations(first: _Relations, second: _Relations) -> bool:
 
 def _related(answer: str) -> _Relations:
   """The relations (side, sign, side) of a chain: 1<x<2 has two."""
-  pieces = [piece.strip() for piece in _RELATION.split(units.without(answer))]
+  pieces = [piece.strip() for piece in _RELATION.split(answer)]
   return [tuple(pieces[k : k + 3]) for k in range(0, len(pieces) - 2, 2)]
+
+
+def _relations_of(part: answers.Part) -> _Relations:
+  """The relations of a part, of which the name is a side; without its units."""
+  return _related(answers.Part(part.name, units.without(part.value), "").spelled)
+
+
+def _variables(relations: _Relations) -> set[str]:
+  """The sides of relations that are a variable."""
+  return {side for relation in relations for side in relation[::2] if _VARIABLE.fullmatch(side)}
 
 
 def _same_relation(gold: tuple[str, str, str], found: tuple[str, str, str]) -> bool:
   """Whether two relations hold for the same values: one is a multiple of the other."""
   sides = [_parsed(x) for x in (gold[0], gold[2], found[0], found[2])]
-  if None in sides:
+  if None in sides or _differ_by_case("".join(gold), "".join(found)):
     return False
   first = sides[0] - sides[1]
   second = sides[2] - sides[3]
@@ -273,10 +291,7 @@ def _bracket(answer: str) -> tuple[str, str, list[str]] | None:
 
 def _expressions(gold: str, found: str) -> bool:
   """Whether math-verify finds two expressions equal."""
-  # It takes X for x, and "east" for a product like "seat".
-  if gold.lower() == found.lower():
-    return False
-  if any(pattern.search(x) for pattern in (_WORDS, _BASE, _UNREAD) for x in (gold, found)):
+  if _differ_by_case(gold, found):
     return False
   first, second = _parsed(gold), _parsed(found)
   if first is None or second is None:
@@ -290,8 +305,18 @@ def _expressions(gold: str, found: str) -> bool:
   return bool(abs(values[0] - values[1]) <= abs(values[0]) * sympy.Float(10) ** (5 - _DIGITS))
 
 
+def _differ_by_case(gold: str, found: str) -> bool:
+  """Whether small letters of one are capitals of the other: math-verify takes X for x."""
+  letters = [set(_LETTERS.findall(x)) for x in (gold, found)]
+  return letters[0] != letters[1] and len({"".join(sorted(x)).lower() for x in letters}) == 1 or \
+      gold.lower() == found.lower()
+
+
 def _parsed(answer: str) -> sympy.Expr | None:
   """An expression as sympy's, or None where math-verify does not read it as one."""
+  # It takes "east" for a product like "seat".
+  if any(pattern.search(answer) for pattern in (_WORDS, _BASE, _UNREAD)):
+    return None
   exact = _DECIMAL.sub(_fraction, _REPEATING.sub(_repeating, answer))
   exact = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", exact)
   found = math_verify.parse(f"\\boxed{{{exact}}}", _CONFIG, fallback_mode="no_fallback",

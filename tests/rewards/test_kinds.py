@@ -30,6 +30,7 @@ KINDS = {
     ("x=1, y=2", "x=1, z=2", 0), ("x=1, y=2", "1, 2", 1), ("x=1, y=2", "2, 1", 0),
     ("x=1, x=2", "2, 1", 1), ("x=1, x=2", "x=2, x=1", 1), ("(1,2)", "(x,y)=(1,2)", 1),
     ("(1,2)", "(x,y)=(2,1)", 0), ("(1,2)", "(y=1,x=2)", 0), ("(x,y)=(1,2)", "(y,x)=(1,2)", 0),
+    ("\\text{Al}=3, \\text{Bo}=4", "\\text{Al}=4, \\text{Bo}=3", 0), ("a=1, b=2", "A=1, B=2", 0),
     ("a=1, b=2", "a=\\sqrt{1}, b=2", "algebra"), ("a=1, b=2", "b=\\sqrt{1}, a=2", 0),
   ],
   "the value of a function": [
@@ -94,6 +95,8 @@ KINDS = {
     ("a>0\\text{ and }b>0", "b>0\\text{ and }a>0", 1),
     ("a>0\\text{ and }b>0", "a>0\\text{ or }b>0", 0),
     ("3\\text{ m}<x\\text{ and }x<5\\text{ m}", "3\\text{ cm}<x\\text{ and }x<5\\text{ cm}", 0),
+    ("x<1\\text{ or }y>3", "x<1\\text{ or }x>3", 0),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1\\text{ or }y>3", 0),
     ("x\\ne2", "(-\\infty,2)\\cup(2,\\infty)", "algebra"),
   ],
   "and is not or between choices": [
@@ -102,7 +105,8 @@ KINDS = {
   ],
   "signs that say more than the number before them": [
     ("5", "5'", 0), ("5", "5''", 0), ("5", "5:1", 0), ("5", "5\\dots", 0), ("5", "\\approx 5", 0),
-    ("5", "5?", 0), ("3:2", "3 : 2", 1), ("3:2", "1.5", 0), ("5", "5\\sim 7", 0),
+    ("5", "5?", 0), ("20", "\\text{20th}", 0), ("2", "2^{\\text{nd}}", 0),
+    ("3:2", "3 : 2", 1), ("3:2", "1.5", 0), ("5", "5\\sim 7", 0),
   ],
   "fractions by over": [
     ("1/2", "{1 \\over 2}", 1), ("1/2", "1\\over 2", 1), ("2", "{1\\over2}", 0),

@@ -28,7 +28,8 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
-    "checker": {"agreement", "hostile", "linear", "string_answers_per_second"},
+    "checker": {"agreement", "held_out_agreement", "hostile", "linear",
+                "string_answers_per_second"},
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
@@ -298,7 +299,8 @@ def test_the_readme_names_every_command():
 def test_checker(tmp_path):
   result = smoke("checker", tmp_path)
   assert sum(n["rows"] for n in result["agreement"].values()) >= 12
-  for n in result["agreement"].values():
+  assert sum(n["rows"] for n in result["held_out_agreement"].values()) >= 12
+  for n in [*result["agreement"].values(), *result["held_out_agreement"].values()]:
     # No checker accepts a wrong answer, and math-verify misses none of these.
     assert n["string_false_positives"] == n["verify_false_positives"] == 0
     assert n["verify_agrees"] == n["rows"] >= n["string_agrees"]

@@ -4,6 +4,7 @@ transformers gives a special token that tokenizer.json lacks a new id, for which
 trained, and says nothing. Such a folder is refused here.
 """
 
+import math
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 
@@ -59,6 +60,17 @@ def _check_types(folder: pathlib.Path, objects: Mapping[str, Json]) -> None:
             and isinstance(token.get("content"), str)):
       raise InputError(f"{folder / CONFIG} has {shown({number: token})} under {_DECODER!r}, which "
                        "is not an id and its token: take the file that came with the weights.")
+  config.number("model_max_length", 0, math.inf, None)
+  config.list("model_input_names", [])
+  template = config.json.get("chat_template")
+  for entry in template if isinstance(template, list) else []:
+    if not isinstance(entry, dict) or not all(
+        isinstance(entry.get(key), str) for key in ("name", "template")):
+      raise InputError(f"{folder / CONFIG} has {shown(entry)} under 'chat_template', which is not "
+                       "a name and its template: take the file that came with the weights.")
+  added = Fields(str(folder / _ADDED), objects.get(_ADDED, {}))
+  for token in added.json:
+    added.integer(token, 0)
   tokenizer = Fields(str(folder / TOKENIZER), objects.get(TOKENIZER, {}))
   tokenizer.list("added_tokens", [])
 

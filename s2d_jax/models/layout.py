@@ -229,8 +229,13 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
   for key in ("num_experts", "num_local_experts", "quantization_config"):
     refuse(json, key)
   fields = Fields("config.json", json)
-  for kind in fields.list("layer_types", []):
+  layer_types = fields.list("layer_types", [])
+  for kind in layer_types:
     refuse({"layer_types": kind}, "layer_types", "full_attention")
+  layers = fields.integer("num_hidden_layers", high=10**4)
+  if layer_types and len(layer_types) != layers:
+    raise InputError(f"config.json has {len(layer_types)} layer_types and num_hidden_layers is "
+                     f"{layers}: take the file that came with the weights.")
   theta, scaling = _rope(fields)
   # The upper bounds are far above any model. They keep products of sizes within 64 bits, so that a
   # wrong size is refused with the weights and does not overflow before.
@@ -242,7 +247,7 @@ def read(json: Json, *, architecture: str, qk_norm: bool, head_width: int | None
       architecture=architecture,
       vocab_size=fields.integer("vocab_size", high=10**8),
       width=width,
-      layers=fields.integer("num_hidden_layers", high=10**4),
+      layers=layers,
       heads=heads,
       kv_heads=fields.integer("num_key_value_heads", high=10**4, default=heads),
       head_width=fields.integer("head_dim", high=10**4, default=head_width or width // heads),

@@ -200,6 +200,7 @@ def test_null_is_the_default_of_a_key_that_has_one(family, tiny_json):
     ({"tie_word_embeddings": 1}, "1 under 'tie_word_embeddings'"),
     ({"layer_types": "full_attention"}, "under 'layer_types': make it a list"),
     ({"layer_types": [None, 3]}, "asks for layer_types=3, which is not implemented"),
+    ({"layer_types": ["full_attention"]}, "has 1 layer_types and num_hidden_layers is 2: take"),
     ({"rope_scaling": "llama3"}, "under 'rope_scaling': make it an object"),
     ({"rope_parameters": [1e4]}, "under 'rope_parameters': make it an object"),
     ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling has .* 'rope_type': make it a te"),

@@ -157,7 +157,8 @@ def table(stored: Sequence[Json]) -> str:
 def _step(entry: Json) -> str:
   """The least seconds of a step, and of each program with its bound."""
   parts = entry.get("step")
-  if not parts:
+  # Without a program that the compiler refused the sum would be too short.
+  if not parts or entry["bytes"] is None:
     return "–"
   total = sum(part["seconds"] for part in parts.values())
   each = ", ".join(f"{name} {part['seconds']:,.0f} ({part['bound']})"

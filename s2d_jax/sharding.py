@@ -65,8 +65,7 @@ def make_mesh(shape: tuple[int, ...] = (1, 1, 1),
                      "choose a mesh of one slice.")
   # Auto: XLA chooses the layouts between the arrays that `constrain` fixes.
   auto = (jax.sharding.AxisType.Auto,) * len(_AXES)
-  # As `jax.make_mesh`, which refuses a TPU v4 or v5p where no physical axes have a size's product:
-  # (1, 8, 8) of 4x4x4 chips.
+  # `jax.make_mesh` would refuse (1, 8, 8) of 4x4x4 chips, because 8 is not a product of 4s.
   placed = mesh_utils.create_device_mesh(tuple(shape), devices[:need],
                                          allow_split_physical_axes=True)
   return Mesh(placed, _AXES, axis_types=auto)

@@ -51,9 +51,9 @@ class Worker:
     return f"failed with exit status {status}"
 
   def tail(self) -> list[str]:
-    """The last lines of what the last part has written."""
+    """The last lines of what the last part has written, without the checkout's own place."""
     self.messages.seek(self.begin)
-    return self.messages.read().splitlines()[-TAIL:]
+    return self.messages.read().replace(f"{ROOT}/", "").splitlines()[-TAIL:]
 
   def stop(self) -> None:
     """Ends the process, after which there is no tail."""

@@ -80,7 +80,7 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
           printed[cost] = None
           # Flushed line by line, because a large program takes minutes to compile.
           print(verdicts.line(cost), flush=True)
-  print(verdicts.summary(list(printed), limit))
+  print(verdicts.summary(found, limit))
   if fast:
     print(verdicts.FAST)
   if chip is not None:

@@ -40,18 +40,23 @@ def fits(found: Iterable[Cost], limit: int | None) -> bool:
              for cost in found)
 
 
-def summary(found: Sequence[Cost], limit: int | None) -> str:
-  """A verdict and the least time of a step for each stage, and a verdict of the whole."""
-  by_stage: dict[str, list[Cost]] = {}
-  for cost in found:
-    by_stage.setdefault(cost.stage, []).append(cost)
-  lines = [f"{stage}: {verdict(costs, limit)}{_step(costs)}"
-           for stage, costs in by_stage.items()]
+def summary(runs: Sequence[Sequence[Cost]], limit: int | None) -> str:
+  """A verdict and the least time of a step for each stage, and a verdict of the whole.
+
+  Args:
+    runs: the costs of each run, of which a sweep has several.
+  """
+  found = [cost for costs in runs for cost in costs]
+  lines = [""]
+  for stage in dict.fromkeys(cost.stage for cost in found):
+    of_runs = [[cost for cost in costs if cost.stage == stage] for costs in runs]
+    every = [cost for costs in of_runs for cost in costs]
+    lines.append(f"{stage}: {verdict(every, limit)}{_step(of_runs)}")
   unknown = sorted(frozenset().union(*(cost.kernels.unknown for cost in found)))
   if unknown:
     lines.append(f"not counted, because no formula has their products: {', '.join(unknown)}. "
                  "The least times above leave these kernels' FLOPs out.")
-  return "\n".join(["", *lines, f"the whole: {verdict(found, limit)}"])
+  return "\n".join([*lines, f"the whole: {verdict(found, limit)}"])
 
 
 def memory(chip: Chip) -> str:
@@ -76,7 +81,8 @@ def verdict(found: Sequence[Cost], limit: int | None) -> str:
   account = largest.account
   return (f"does not fit: {name} needs {gb(largest.bytes)} of {gb(limit)}: arguments "
           f"{gb(account.arguments)}, temporaries {gb(account.temporaries)}, output "
-          f"{gb(account.output)}, resident beside it {gb(largest.resident)}")
+          f"{gb(account.output)}, code {gb(account.code)}, "
+          f"resident beside it {gb(largest.resident)}")
 
 
 def gb(size: float) -> str:
@@ -84,12 +90,21 @@ def gb(size: float) -> str:
   return f"{size / 1e9:,.2f} GB"
 
 
-def _step(found: Sequence[Cost]) -> str:
-  """The least time of a stage's step by program, where the chip's rates are known."""
-  timed = [cost for cost in found if cost.least is not None]
-  if not timed:
+def _step(runs: Sequence[Sequence[Cost]]) -> str:
+  """The least time of a stage's step by program, in the run whose step takes longest.
+
+  Args:
+    runs: the stage's costs in each run.
+  """
+  # Without the programs that the compiler refused the sum would be too short.
+  if any(cost.account is None for costs in runs for cost in costs):
     return ""
-  seconds = sum(cost.runs * cost.least.seconds for cost in timed)
+  seconds = [sum(cost.runs * cost.least.seconds for cost in costs if cost.least is not None)
+             for costs in runs]
+  longest = max(range(len(runs)), key=lambda k: seconds[k])
   parts = [f"{cost.program} {cost.runs * cost.least.seconds:,.1f} ({cost.least.bound})"
-           for cost in timed if cost.runs]
-  return f"; a step takes at least {seconds:,.1f} s: {', '.join(parts)}"
+           for cost in runs[longest] if cost.least is not None and cost.runs]
+  # The rates of this machine's own devices are not known.
+  if not parts:
+    return ""
+  return f"; a step takes at least {seconds[longest]:,.1f} s: {', '.join(parts)}"

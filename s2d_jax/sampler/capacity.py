@@ -104,7 +104,8 @@ def _too_small(config: SamplerConfig, need: str) -> Unfit:
   free = f"{config.cache_bytes / 2**30:.2g} GiB left"
   if config.taken is not None:
     held, copied = (size / 2**30 for size in config.taken)
-    free += f" beside {held:.3g} GiB of models and {copied:.3g} GiB of weights copied for decoding"
+    free += (f" beside {held:.3g} GiB of models, {copied:.3g} GiB of weights copied for decoding "
+             f"and the {RESERVE:.0%} of its memory that stay free")
   return Unfit(f"cache_gib is 0 and a device has {free}, and {need}: choose a number, use more "
                "devices, or lower max_tokens.")
 

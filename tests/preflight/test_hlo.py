@@ -200,7 +200,7 @@ def test_custom_calls_without_a_formula_are_named(target, unknown):
   found = hlo.total(hlo.kernels(text))
   assert found.unknown == ({target} if unknown else set())
   cost = costs.Cost("stage", "update", costs.Account(1, 0, 0, 0), 0, 1.0, found, None)
-  assert (f"no formula has their products: {target}" in verdicts.summary([cost], 10)) == unknown
+  assert (f"no formula has their products: {target}" in verdicts.summary([[cost]], 10)) == unknown
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

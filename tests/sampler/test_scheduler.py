@@ -581,8 +581,8 @@ def test_the_cache_has_the_memory_that_is_left(ten_prompts, tiny, monkeypatch):
   one = Sampler(model, SAMPLING, SIZE, WINDOW, SamplerConfig(cache_gib=(1.5 * ROW + READ) / 2**30))
   assert one.programs.shapes.batches == (1,)
   monkeypatch.setattr(hosts, "device_memory", lambda: WEIGHTS + COPY)
-  taken = (f"{WEIGHTS / 2**30:.3g} GiB of models and {COPY / 2**30:.3g} GiB of weights copied for "
-           "decoding")
+  taken = (f"{WEIGHTS / 2**30:.3g} GiB of models, {COPY / 2**30:.3g} GiB of weights copied for "
+           "decoding and the 10% of its memory that stay free")
   with pytest.raises(ValueError, match=f"cache_gib is 0 and a device has 0 GiB left beside {taken}"
                                        ", and one row of "
                                        "14 .* choose a number, use more devices, or lower max_tok"):

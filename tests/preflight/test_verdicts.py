@@ -13,7 +13,7 @@ def program(name="update", seconds=1.0, account=SMALL, problem=""):
                     costs.Least(seconds, 0.0, 0.0, 0.0), problem)
 
 
-def test_what_does_not_fit_adds_up():
+def test_the_numbers_of_a_refusal_have_their_sum():
   account = costs.Account(10 * GB, 20 * GB, 3 * GB, 4 * GB)
   found = verdicts.verdict([program(account=account)], 30 * GB)
   total, limit, *parts = map(float, re.findall(r"([\d.]+) GB", found))

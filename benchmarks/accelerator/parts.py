@@ -17,7 +17,7 @@ from typing import TextIO
 import jax
 
 from benchmarks import grpo, loss, measure
-from benchmarks.accelerator import leasts, plan, rivals, store, traces
+from benchmarks.accelerator import leasts, plan, rivals, store, table, traces
 from benchmarks.accelerator.decoder import Decoder, Once, decoding
 from benchmarks.accelerator.learner import Learner, compiled, network
 from benchmarks.accelerator.plan import Part
@@ -61,12 +61,15 @@ def run(part: Part, into: pathlib.Path, smoke: bool, first: bool = True) -> None
     first: whether this process has measured no other part before.
   """
   sizes = Namespace(**(part.full | part.smoke if smoke else part.full))
-  sizes.rates = store.read(into)["parts"].get("rates", {}).get("results", {}).get("rates", RATES)
+  measured = store.read(into)["parts"].get("rates", {}).get("results", {}).get("rates")
+  sizes.rates = measured or RATES
   sizes.part = part.name
   sizes.first = first
   sizes.into = into
   def save(name: str, values: Json) -> None:
     store.add(into, part.name, name, values)
+  if measured is None and part.function != "rates":
+    save(table.ASSUMED, RATES)
   if part.function in OWN_DEVICES:
     OWN_DEVICES[part.function](sizes, save)
     return

@@ -6,6 +6,7 @@ from benchmarks.accelerator.store import Json
 
 HEADER = "| part | what | result | share | least |\n|---|---|---|---|---|"
 FINISHED = "finished"
+ASSUMED = "assumed rates"  # the result where this card's own are missing
 LEFT_OUT = "left out"  # the result with the reason of each rival that is missing
 
 
@@ -30,6 +31,9 @@ def _part(name: str, results: Json) -> Iterator[tuple[str, str, str, str]]:
     if label == "rates":
       yield ("bfloat16 product", f"{values['flops_per_second'] / 1e12:,.0f} TFLOP/s", "", "")
       yield ("reading", f"{values['bytes_per_second'] / 1e12:,.2f} TB/s", "", "")
+    elif label == ASSUMED:
+      yield ("**by an H200's rates**", f"{values['flops_per_second'] / 1e12:,.0f} TFLOP/s, "
+             f"{values['bytes_per_second'] / 1e12:,.2f} TB/s, as this card's are missing", "", "")
     elif label == "trace":
       yield from _trace(values)
     elif label == "account":

@@ -21,6 +21,7 @@ from benchmarks.accelerator import (
   decoder,
   install,
   leasts,
+  parts,
   plan,
   rivals,
   store,
@@ -600,3 +601,19 @@ def test_one_row_is_one_row():
   printed = table.of({"parts": {"decode 1.7B": {"status": "finished", "results": {
       "1 rows": step, "16 rows": step}}}})
   assert "| decode 1.7B | 1 row | " in printed and "| decode 1.7B | 16 rows | " in printed
+
+
+def test_shares_by_another_cards_rates_are_marked(tmp_path, monkeypatch):
+  path = tmp_path / "found.json"
+  store.write(path, {"parts": {}})
+  monkeypatch.setitem(parts.FUNCTIONS, "loss", lambda sizes, save: save("one", {"seconds": 1.0}))
+  (loss,) = [part for part in plan.PARTS if part.name == "loss"]
+  parts.run(loss, path, smoke=True)
+  found = store.read(path)["parts"]["loss"]["results"]
+  assert found["assumed rates"] == {"flops_per_second": 684e12, "bytes_per_second": 4.5e12}
+  # A card that measured its own has no such row.
+  store.add(path, "rates", "rates", {"flops_per_second": 1.0, "bytes_per_second": 1.0})
+  store.write(path, {"parts": {"rates": store.read(path)["parts"]["rates"]}})
+  parts.run(loss, path, smoke=True)
+  assert store.read(path)["parts"]["loss"]["results"] == {"one": {"seconds": 1.0}}
+  assert "an H200's rates" in table.of({"parts": {"loss": {"results": found}}})

@@ -77,3 +77,11 @@ def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
   assert not re.search(r"bf16\[64,8,(192,128|128,192)\]", text)
   # One loop, over tokens.
   assert len(re.findall(r" while\(", text)) == 1
+  # A step moves the layers' weights and cache once, and a quarter of that in activations. A
+  # copy of one layer's MLP weights would move another 150 MB.
+  trips = 10**6  # far more than any other loop has
+  inside = [kernel for kernel in hlo.kernels(text, unknown_trips=trips) if kernel.count >= trips]
+  moved = sum(kernel.bytes / trips for kernel in inside if "/Block/" in kernel.source)
+  layer = 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
+  assert LAYERS * (layer + 2 * 2 * 64 * 192 * 1024) < moved
+  assert moved < 1.3 * LAYERS * (layer + 2 * 2 * 64 * 192 * 1024)

@@ -58,8 +58,8 @@ def agreement(rows: Sequence[Json]) -> Json:
 def hostile(sizes: argparse.Namespace, rows: Sequence[Json]) -> Json:
   """Seconds of honest answers with and without hostile ones among them, and what is allowed."""
   # Only answers that the string match leaves to the pool.
-  jobs = [({"answer": row["answer"]}, reading) for row in rows
-          for reading in math.readings(row["response"]) if not math.reward(row, row["response"])]
+  jobs = [({"answer": row["answer"]}, math.reading(row["response"])) for row in rows
+          if math.last_boxed(row["response"]) and not math.reward(row, row["response"])]
   honest = [jobs[k % len(jobs)] for k in range(sizes.answers - sizes.hostile)]
   mixed: list[tuple[Json, str] | None] = list(honest)
   for k in range(sizes.hostile):

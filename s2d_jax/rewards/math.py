@@ -47,13 +47,14 @@ def reward(problem: Mapping[str, str], text: str, ordered: bool = False) -> floa
   Args:
     ordered: whether the order of a list without brackets counts.
   """
-  return float(any(matches(problem["answer"], found, ordered) for found in readings(text)))
+  found = reading(text)
+  return float(found is not None and matches(problem["answer"], found, ordered))
 
 
 def answer(text: str, ordered: bool = False) -> str | None:
   r"""The last boxed answer of a text in one spelling, or None where there is none."""
-  found = readings(text)
-  return normalised(found[0], ordered) or None if found else None
+  found = reading(text)
+  return normalised(found, ordered) or None if found else None
 
 
 def reward_in_order(problem: Mapping[str, str], text: str) -> float:
@@ -67,24 +68,24 @@ def answer_in_order(text: str) -> str | None:
 
 
 # Raised with every change of a verdict, because stages are named by them.
-VERSION = 6
+VERSION = 7
 for _function in (reward, answer, reward_in_order, answer_in_order):
   _function.version = VERSION
 
 
-def readings(text: str) -> list[str]:
-  """The answers that the last boxes of a text may be read as; [] without a box."""
-  found = list(dict.fromkeys(boxes.joined(text)))
-  return ["; ".join(found)] if found else []
+def reading(text: str) -> str | None:
+  """The answer of the last boxes of a text, or None without a box."""
+  found = dict.fromkeys(boxes.joined(text))
+  return "; ".join(found) if found else None
 
 
 def matches(gold: str, boxed: str, ordered: bool = False) -> bool:
   """Whether two answers have one spelling, and no names or units that differ."""
   first = _gold(gold)
-  if not first.parts or gold == boxed:
-    return bool(first.parts)
-  # "100,200" is a number, and also how a list is written without a space.
-  return any(answers.equal(first, tex.read(boxed, tight), ordered) for tight in (True, False))
+  if not first.parts:
+    return False
+  return gold == boxed or any(answers.equal(first, found, ordered)
+                              for found in tex.readings(boxed))
 
 
 @functools.lru_cache(maxsize=1 << 15)
@@ -104,14 +105,15 @@ def verified(problem: Mapping[str, str], text: str, ordered: bool = False) -> fl
 
 def submit(problem: Mapping[str, str], text: str, ordered: bool = False) -> float | Future[float]:
   """As `verified`, but returns before math-verify has decided: the reward, or a future of it."""
-  found = readings(text)
+  found = reading(text)
   decided = reward(problem, text, ordered)
   # An answer that the string match accepts is right, and one without a value is wrong.
-  if decided or not found or not _gold(problem["answer"]).parts:
+  if (decided or found is None or not _gold(problem["answer"]).parts
+      or not any(x.parts for x in tex.readings(found))):
     return decided
-  if _are_other_numbers(problem["answer"], found[0]):
+  if _are_other_numbers(problem["answer"], found):
     return 0.0
-  return checkers().submit({"answer": problem["answer"], "ordered": ordered}, found[0])
+  return checkers().submit({"answer": problem["answer"], "ordered": ordered}, found)
 
 
 def _are_other_numbers(gold: str, boxed: str) -> bool:
@@ -119,12 +121,9 @@ def _are_other_numbers(gold: str, boxed: str) -> bool:
   value = _number(_gold(gold))
   if value is None:
     return False
-  for tight in (True, False):
-    found = tex.read(boxed, tight)
-    # "1,000" may also be a list, and then it is not one number.
-    if len(found.parts) == 1 and _number(found) in (None, value) or not found.parts:
-      return False
-  return True
+  # "1,000" may also be a list, and then it is not one number.
+  return not any(len(found.parts) == 1 and _number(found) in (None, value)
+                 for found in tex.readings(boxed))
 
 
 def _number(answer: answers.Answer) -> fractions.Fraction | None:

@@ -7,43 +7,17 @@ write any text during training: nesting is limited, and no token is read more th
 The rules start from Hendrycks et al. 2021 (https://arxiv.org/abs/2103.03874).
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
-from s2d_jax.rewards import answers, names, numerals, units
+from s2d_jax.rewards import answers, lexer, names, numerals, units
+from s2d_jax.rewards.lexer import Malformed
 
 MAX_CHARACTERS = 100_000  # a longer text is not an answer
 MAX_DEPTH = 64  # nested braces and brackets; no answer comes near, and it bounds recursion
 _MAX_PASSES = 8  # until nothing changes; two or three are usual
 
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]+|[A-Za-zµμ]+|\s+|.", re.DOTALL)
-# A text inside JSON inside a text has its backslashes doubled. In a matrix "\\" ends a row.
-_DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")
-_UNICODE = str.maketrans({
-  "−": "-", "–": "-", "⁻": "^-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/",
-  "°": "^{\\circ}", "π": "\\pi ", "θ": "\\theta ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "\\le ",
-  "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ",
-  "∈": "\\in ", "²": "^{2}", "³": "^{3}", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}",
-  "¾": "\\frac{3}{4}", "“": "", "”": "", "’": "'", "％": "\\%", "，": ", ", "（": "(", "）": ")",
-})
-_SPACES = {"\\ ", "\\,", "\\:", "\\;", "~", "\\quad", "\\qquad", "\\enspace", "\\thinspace",
-           "\\medspace", "\\thickspace", "$", "\\(", "\\)", "\\[", "\\]", "\\displaystyle",
-           "\\textstyle", "\\rm", "\\bf", "\\it", "\\boldmath", "\\limits", "\\hfill", "\\null"}
-_RESPELLED = {
-  "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\dbinom": "\\binom",
-  "\\tbinom": "\\binom", "\\leq": "\\le", "\\leqslant": "\\le", "\\geq": "\\ge",
-  "\\geqslant": "\\ge", "\\neq": "\\ne", "\\lt": "<", "\\gt": ">", "\\varnothing": "\\emptyset",
-  "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]", "\\mid": "|",
-  "\\vert": "|", "\\lvert": "|", "\\rvert": "|", "%": "\\%", "\\ldots": "\\dots",
-  "\\cdots": "\\dots", "\\degree": "^{\\circ}", "\\negthinspace": "\\!", "\\rightarrow": "\\to",
-  "\\textup": "\\text", "\\mbox": "\\text", "\\hbox": "\\text", "\\mathrm": "\\text",
-  "\\textrm": "\\text", "\\textbf": "\\text", "\\mathbf": "\\text", "\\textit": "\\text",
-  "\\mathit": "\\text", "\\textsf": "\\text", "\\mathsf": "\\text", "\\operatorname": "\\text",
-  "\\textnormal": "\\text", "\\boldsymbol": "\\text", "\\bm": "\\text", "\\emph": "\\text",
-  "\\colon": ":",
-}
-_SIZES = {"\\left", "\\right", "\\big", "\\Big", "\\bigg", "\\Bigg", "\\bigl", "\\bigr", "\\Bigl",
-          "\\Bigr", "\\biggl", "\\biggr", "\\middle"}
 _ONE_ARGUMENT = {"\\overline", "\\bar", "\\vec", "\\hat", "\\mathbb", "\\mathcal", "\\underline",
                  "\\widehat", "\\overrightarrow", "\\overleftrightarrow",
                  "\\pmod", "\\tilde", "\\dot", "\\mathfrak"}
@@ -63,38 +37,11 @@ _DIGITS = tuple("0123456789.")
 _MATRIX = {"bmatrix": "pmatrix", "Bmatrix": "Bmatrix", "smallmatrix": "matrix", "array": "matrix"}
 
 
-class Malformed(Exception):
-  """A text that TeX would refuse, or of more nesting than any answer has."""
-
-
-def tokens(text: str) -> list[str]:
-  """The tokens of TeX in one spelling: control words, runs of digits and of letters, spaces.
-
-  Every spacing and every dollar becomes one " ", because it separates the digits around it.
-  """
-  text = text.translate(_UNICODE)
-  if "\\begin" not in text:
-    text = _DOUBLED.sub(r"\\", text)
-  found: list[str] = []
-  size = None  # "\left" and the like, whose delimiter comes next
-  for token in _TOKEN.findall(text):
-    token = _RESPELLED.get(token, token)
-    if token in _SIZES:
-      size = token
-      continue
-    if token.isspace() or token in _SPACES:
-      # Spaces between \left and its delimiter mean nothing.
-      if size is None and found[-1:] != [" "]:
-        found.append(" ")
-      continue
-    if size in ("\\left", "\\right") and token == ".":
-      token = f"{size}."
-    size = None
-    if token == "^{\\circ}":
-      found += ["^", "{", "\\circ", "}"]
-    else:
-      found.append(token)
-  return found
+@functools.lru_cache(maxsize=256)
+def readings(text: str) -> tuple[answers.Answer, ...]:
+  """The readings of an answer: "100,200" is a number, or a list written without a space."""
+  ways = (True, False) if "," in text else (True,)
+  return tuple(dict.fromkeys(read(text, tight) for tight in ways))
 
 
 def read(text: str, tight: bool = True) -> answers.Answer:
@@ -124,7 +71,7 @@ def _pass(text: str, tight: bool) -> answers.Answer:
   Raises:
     Malformed: braces do not match, an argument is missing, or it is nested too deeply.
   """
-  joined, joint = names.conjunctions(tokens(text))
+  joined, joint = names.conjunctions(lexer.tokens(text))
   found = numerals.grouped(joined, tight)
   # TeX reserves "#"; in answers it begins the last line of a solution with its working. A box in an
   # answer is read as the answer's box, so no response can give it.

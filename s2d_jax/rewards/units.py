@@ -9,34 +9,14 @@ counted, in the plural, as in 12\text{ students}. No others are, because "5 mill
 import re
 from collections.abc import Sequence
 
-# Words behind a number that change its value, say something of it or add an alternative.
-_NOT_NOUNS = frozenset(
-  """
-  zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
-  sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions
-  trillion trillions quadrillion dozen dozens half halves third thirds fourth fourths fifth fifths
-  sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
-  thousandth thousandths millionth millionths billionths zeros quarter quarters score scores gross
-  pair
-  pairs tens ones couple couples lakh lakhs crore crores grand grands mil mils bil bils mill mills
-  basis bps
-  negative positive minus plus factorial double triple doubled tripled twice thrice halved squared
-  cubed root roots power powers modulo mod divided multiplied added subtracted times
-  and but not nor for except excluding including with without through from above below over under
-  before after until since within beyond between among off out down than base remainder remainders
-  more less most least fewer greater larger smaller extra additional short shy further later earlier
-  longer younger older about around approximately roughly nearly almost
-  if when where because then who which that are was were has does is equals
-  all any some both either neither none never always every odd even prime primes false true wrong
-  infinity undefined impossible unknown north south east west
-  """.split()
-) - {"times"}
+from s2d_jax.rewards import words
+
 _UNITS = {
   "meter": "m meter meters metre metres", "centimeter": "cm centimeter centimeters centimetre "
   "centimetres", "millimeter": "mm millimeter millimeters", "kilometer": "km kilometer kilometers "
   "kilometre kilometres", "micrometer": "µm μm micrometer micrometers",
   "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yds yard yards",
-  "mile": "mi mile miles", "gram": "g gram grams", "kilogram": "kg kilogram kilograms",
+  "mile": "mi mile miles", "gram": "g gram grams", "kilogram": "kg kilo kilos kilogram kilograms",
   "milligram": "mg milligram milligrams", "pound": "lb lbs pound pounds",
   "ounce": "oz ounce ounces", "ton": "ton tons", "second": "s sec secs second seconds",
   "minute": "min mins minute minutes", "hour": "h hr hrs hour hours", "day": "day days",
@@ -56,15 +36,13 @@ _SCALES = {"C": "celsius", "celsius": "celsius", "F": "fahrenheit", "fahrenheit"
 # Words that change nothing: 5 dollars each, 3 apples left, 12 years old.
 _FILLERS = {"each", "left", "remaining", "total", "altogether", "apiece", "old", "long", "tall",
             "wide", "deep", "high"}
-_PLURALS = {"people", "men", "women", "children", "geese", "mice", "teeth", "sheep", "fish",
-            "deer", "dice", "oxen"}
-_NOT_PLURAL = ("ss", "us", "is")
-_NOUN = re.compile(r"[a-z]{3,}")
-_VOWELS = set("aeiouy")
 _MOST_WORDS = 8   # of a unit
 _BARE_NOUN = 5    # letters; without \text a shorter word may be a product of variables
 _PIECE = re.compile(r"[^\W\d_]+|\^-?[0-9]+|[^\s.'’-]")
 _UNIT_ATOM = re.compile(r"\\text\{([^{}]*)\}")
+# A share as whole percents. 1% is more often meant as 1/100.
+_WHOLE_PERCENT = re.compile(r"[2-9]|[1-9][0-9]|100")
+_LIST_SIGN = re.compile(r"[,(\[{]")
 _FRACTION = ("\\frac", "/")
 _FUNCTIONS = {"\\sin", "\\cos", "\\tan", "\\ln", "\\log", "\\circ", "\\emptyset"}
 
@@ -125,7 +103,7 @@ def _may_be_in_unit(atoms: list[str], k: int) -> bool:
     return "^{\\circ}" in atoms[max(k - 2, 0) : k]
   # Without \text, "5m" is a product, and only whole words are units.
   return len(atom) > 1 and (is_known(atom) or atom in _WHOLE
-                            or len(atom) >= _BARE_NOUN and _is_plural(atom))
+                            or len(atom) >= _BARE_NOUN and words.is_plural(atom))
 
 
 def _plain(suffix: list[str]) -> str:
@@ -153,17 +131,6 @@ def _has_unit(value: Sequence[str], unit: str) -> bool:
   return _FUNCTIONS.isdisjoint(value)
 
 
-def _is_noun(word: str) -> bool:
-  """Whether a word may be a noun; one without a vowel is an abbreviation."""
-  return (_NOUN.fullmatch(word) is not None and word not in _NOT_NOUNS
-          and not _VOWELS.isdisjoint(word))
-
-
-def _is_plural(word: str) -> bool:
-  return _is_noun(word) and (
-    word in _PLURALS or word[-1] == "s" and not word.endswith(_NOT_PLURAL))
-
-
 class _Reader:
   """Reads the pieces of a unit one by one into powers of known units."""
 
@@ -181,7 +148,7 @@ class _Reader:
     if not self.last and not self.nouns or self.power != 1:
       raise _NotUnit
     # Of what is counted the first noun is in the plural: pages of "pages per hour".
-    if self.nouns and not (self.parts or self.singular or _is_plural(self.nouns[-1])):
+    if self.nouns and not (self.parts or self.singular or words.is_plural(self.nouns[-1])):
       raise _NotUnit
     self.parts += 1
     self.last, self.nouns, self.sign = "", [], 1
@@ -233,7 +200,7 @@ def _factors(text: str, singular: bool) -> dict[str, int]:
       reader.add({name: 1} if name else _WHOLE[piece.lower()])
     elif piece in _FILLERS and (reader.last or reader.nouns):
       continue
-    elif not reader.last and _is_noun(piece):
+    elif not reader.last and words.is_noun(piece):
       reader.nouns.append(piece)
       reader.power = 1
     else:
@@ -264,10 +231,28 @@ def without(text: str) -> str:
   return _UNIT_ATOM.sub("", text)
 
 
-def agree(first: str, second: str) -> bool:
-  """Whether no unit differs between two answers in one spelling; one may leave units out."""
-  found, other = _unit_by_offset(first), _unit_by_offset(second)
-  return all(found[offset] == other[offset] for offset in found.keys() & other.keys())
+def agree(gold: str, found: str) -> bool:
+  """Whether no unit differs between two answers that are one text without their units.
+
+  The answer may leave units out, and may add some to the problem's: see `may_add`.
+  """
+  expected, units = _unit_by_offset(gold), _unit_by_offset(found)
+  value = without(gold)
+  return all(expected[offset] == unit if offset in expected else may_add(value[:offset], unit)
+             for offset, unit in units.items())
+
+
+def may_add(value: str, unit: str) -> bool:
+  r"""Whether an answer may have a unit that the problem's answer leaves out.
+
+  20\% may be meant by 20, but 0.5\% is not 0.5, and \pi/4 is an angle without degrees.
+
+  Args:
+    value: the problem's answer up to the unit.
+  """
+  if unit == "percent":
+    return _WHOLE_PERCENT.fullmatch(_LIST_SIGN.split(value)[-1]) is not None
+  return unit != "degree" or "\\pi" not in value
 
 
 def _unit_by_offset(text: str) -> dict[int, str]:

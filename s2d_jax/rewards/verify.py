@@ -17,7 +17,7 @@ import math_verify
 import sympy
 from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
-from s2d_jax.rewards import answers, tex, units
+from s2d_jax.rewards import answers, lexer, tex, units
 
 _DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
 _REPEATING = re.compile(r"([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
@@ -31,6 +31,7 @@ _WORDS = re.compile(r"(?<![\\a-zA-Z])(?!xyz|abc|pqr|mnk)[a-zA-Z]{3,}")
 _BASE = re.compile(r"[0-9]_")
 # Signs that the parser drops or reads as others: 5' as 5, and 5:1 as a division.
 _UNREAD = re.compile(r"[:'?]|\\(?:dots|approx|sim|equiv|prime|to)(?![a-z])|\\text")
+_CAPITALS = re.compile(r"[A-Z]{2,}")
 _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENERS = ("(", "[", "{", "\\{")
@@ -53,8 +54,22 @@ def check(problem: Mapping[str, object], text: str) -> float:
     text: the answer, without its box.
   """
   gold = tex.read(problem["answer"])
+  readings = [found for found in tex.readings(text) if found.parts]
+  if not gold.parts or not readings:
+    return 0.0
   ordered = bool(problem.get("ordered"))
-  return float(any(_answers(gold, tex.read(text, tight), ordered) for tight in (True, False)))
+  words = lexer.words(problem["answer"]) | lexer.words(text)
+  return float(any(_answers(gold, found, ordered) for found in readings
+                   if not _have_words((gold, found), words)))
+
+
+def _have_words(both: Sequence[answers.Answer], words: set[str]) -> bool:
+  """Whether values have words left, which math-verify would take for products of variables.
+
+  Names, units and conjunctions have been read. The string match has compared the spellings.
+  """
+  values = [part.value for answer in both for part in answer.parts]
+  return any(not words.isdisjoint(_LETTERS.findall(value)) for value in values)
 
 
 def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool:
@@ -155,7 +170,8 @@ def _equal(gold: str, found: str) -> bool:
 
 def _converted(gold: tuple[str, str], found: tuple[str, str]) -> bool:
   """Whether two (value, unit) are equal that have different units, or only one has a unit."""
-  if "" in (gold[1], found[1]) and _equal(gold[0], found[0]):
+  may_differ = not found[1] or not gold[1] and units.may_add(gold[0], found[1])
+  if may_differ and _equal(gold[0], found[0]):
     return True
   for (value, unit), (other, other_unit) in ((gold, found), (found, gold)):
     # Beside a number without a sign, 50% is its hundredth, 1/2.
@@ -291,7 +307,8 @@ def _bracket(answer: str) -> tuple[str, str, list[str]] | None:
 
 def _expressions(gold: str, found: str) -> bool:
   """Whether math-verify finds two expressions equal."""
-  if _differ_by_case(gold, found):
+  # AB and IV name points and a number, so they are not BA and VI.
+  if _differ_by_case(gold, found) or _CAPITALS.fullmatch(gold) or _CAPITALS.fullmatch(found):
     return False
   first, second = _parsed(gold), _parsed(found)
   if first is None or second is None:

@@ -108,6 +108,42 @@ KINDS = {
     ("5", "5?", 0), ("20", "\\text{20th}", 0), ("2", "2^{\\text{nd}}", 0),
     ("3:2", "3 : 2", 1), ("3:2", "1.5", 0), ("5", "5\\sim 7", 0),
   ],
+  "numerals in words scale the number before them": [
+    ("7", f"7\\text{{ {word}}}", 0) for word in (
+      "twelfths", "sixteenths", "elevenths", "fifteenths", "twentieths", "fortieths", "trillionths",
+      "quadrillions", "twenties", "nineties", "twos", "sixes", "triples", "doubles", "multiples",
+      "quadruples", "logs", "factorials", "myriads", "googols", "zeroths", "reciprocals",
+      "negatives", "thousandfold", "orders of magnitude", "thirteens", "twelves", "odds",
+      "permille")
+  ] + [
+    ("1", "1\\text{ eleventh}", 0), ("7", "7\\text{ months}", 1), ("7", "7\\text{ paths}", 1),
+    ("7", "7\\text{ lengths of rope}", 1), ("7", "7\\text{ parties}", 1),
+    ("7", "7\\text{ moths}", 1),
+    ("7", "7\\text{ cities}", 1), ("7", "7\\text{ times}", 1), ("7", "7\\text{ medallions}", 1),
+  ],
+  "words are no products": [
+    ("\\text{VI}", "\\text{IV}", 0), ("\\text{XI}", "\\text{IX}", 0), ("XI", "IX", 0),
+    ("\\text{on}", "\\text{no}", 0), ("\\text{on}", "no", 0), ("BA", "AB", 0),
+    ("\\text{no}", "no", 1),
+    ("(1, \\text{on})", "(1, \\text{no})", 0), ("ab", "ba", "algebra"), ("2ab", "2ba", "algebra"),
+    ("\\text{A and B}", "\\text{B and A}", 1), ("\\mathrm{ma}", "\\mathrm{am}", 0),
+  ],
+  "dots say that something follows": [
+    ("2,4,6", "2,4,6,...", 0), ("2,4,6", "2,4,6, …", 0), ("3.14", "3.14...", 0), ("0.3", "0.3…", 0),
+    ("0.3", "0.3...", 0), ("20", "20...", 0), ("20", "20..", 1), ("20", "20.", 1),
+    ("1, 2, \\dots", "1,2,...", 1), ("1+2+\\cdots", "1 + 2 + ...", 1), ("20", "20. . .", 0),
+  ],
+  "percent and degrees beside a number without a sign": [
+    ("0.5", "0.5\\%", 0), ("0.5", "50\\%", "algebra"), ("0.2", "0.2\\%", 0),
+    ("0.2", "20\\%", "algebra"),
+    ("1", "1\\%", 0), ("1", "100\\%", "algebra"), ("\\frac15", "\\frac15\\%", 0),
+    ("20", "20\\%", 1),
+    ("100", "100\\%", 1), ("2", "2\\text{ percent}", 1), ("101", "101\\%", 0), ("20\\%", "20", 1),
+    ("20\\%", "0.2", "algebra"), ("0.5\\%", "0.5\\%", 1), ("(0.5, 2)", "(0.5\\%, 2\\%)", 0),
+    ("\\frac{\\pi}{4}", "\\frac{\\pi}{4}^\\circ", 0), ("\\frac{\\pi}{4}", "45^\\circ", "algebra"),
+    ("\\pi", "\\pi\\text{ degrees}", 0), ("45", "45^\\circ", 1), ("2", "2.5\\%", 0),
+    ("\\frac{\\pi}{4}", "\\frac{\\pi}{4}\\text{ radians}", 1),
+  ],
   "fractions by over": [
     ("1/2", "{1 \\over 2}", 1), ("1/2", "1\\over 2", 1), ("2", "{1\\over2}", 0),
     ("\\frac{a+b}{c}", "a+b \\over c", 1), ("\\frac{b}{a}", "a \\over b", 0),

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from s2d_jax.rewards import boxes, math, names, numerals, tex, units
+from s2d_jax.rewards import boxes, lexer, math, names, numerals, tex, units, words
 
 EQUAL = [
   ("42", " 42 "), ("42", "042"), ("42", "42."), ("42", "42.0"), ("1000", "1,000"), ("-7", "-07"),
@@ -197,7 +197,7 @@ def assert_linear(function, prefix, filler, suffix, length):
 
 
 PATTERNS = {f"{module.__name__.rpartition('.')[2]}.{name}": value
-            for module in (boxes, math, names, numerals, tex, units)
+            for module in (boxes, lexer, math, names, numerals, tex, units, words)
             for name, value in vars(module).items() if isinstance(value, re.Pattern)}
 FILLERS = [*string.printable, "\\!", "{,}", ",000", " 000", "0 ", "\\frac{", "\\text{ ", "\\$"]
 PREFIXES = ["", "-", "1", "1,", "1 ", "1.", "(", "x=", "\\frac", "\\frac{", "\\text{ ", "\\sqrt"]
@@ -257,9 +257,22 @@ def test_a_megabyte_of_every_character_takes_linear_time():
         assert_linear(lambda text: math.reward({"answer": "1"}, text), box, filler, "x", 250_000)
 
 
+@pytest.mark.parametrize("filler", ["½", "0.", "1,000", "x=", "{", "\\text{ a}", "\\pm", "1 1/2 ",
+                                    "\\frac12", "a\\text{ cm}", "(1,", "π", "°", ".", "and 1 "])
+def test_an_answer_is_read_in_a_fifth_of_a_second(filler):
+  """A step of training reads hundreds of answers in its own process."""
+  for length in (16_384, 90_000):
+    for characters in (length, 1500):
+      text = f"\\boxed{{{filler * (characters // len(filler))}}}"
+      assert cpu_seconds(lambda text: math.reward({"answer": "1"}, text), text) < 0.2
+
+
 def test_longer_texts_than_an_answer_are_none():
   assert math.reward({"answer": "1"}, "\\boxed{" + "0" * 50_000 + "1}") == 1.0
   assert math.reward({"answer": "1"}, "\\boxed{" + "0" * tex.MAX_CHARACTERS + "1}") == 0.0
+  assert math.reward({"answer": "1"}, "\\boxed{" + "1+" * 900 + "1}") == 0.0
+  assert math.reward({"answer": "1+" * 400 + "1"}, "\\boxed{" + "1 + " * 400 + "1}") == 1.0
+  assert math.reward({"answer": "1+" * 1000 + "1"}, "\\boxed{" + "1+" * 1000 + "1}") == 0.0
   assert math.reward({"answer": "1"}, "\\boxed{" + "{" * 30 + "1" + "}" * 31) == 1.0
   assert math.reward({"answer": "1"}, "\\boxed{" + "{" * 99 + "1" + "}" * 100) == 0.0
 
@@ -340,7 +353,7 @@ def spellings():
   found = [text for row in rows for text in row]
   found += [text for row in labelled_rows()
             for text in (row["answer"], *boxes.joined(row["response"]))]
-  tokens = sorted({token for text in found for token in tex.tokens(text)})
+  tokens = sorted({token for text in found for token in lexer.tokens(text)})
   choose = random.Random(0)
   return found + ["".join(choose.choices(tokens, k=choose.randrange(1, 9))) for _ in range(4000)]
 

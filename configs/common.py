@@ -344,6 +344,52 @@ def math(arg: ConfigDict) -> ConfigDict:
   return config
 
 
+# The paper's arms of a teacher, and those whose teacher and bridge use half of the labels.
+_ARMS = "untrained,cold_grpo,raw_bridge,bridge,opd_only,sft_only"
+_HALVES = ("half_bridge,half_bridge_grpo_2h,half_bridge_replay_1h,half_opd_grpo_2h,"
+           "half_sft_grpo_2h")
+_SFT_ARMS = "untrained,cold_grpo,sft_teacher_bridge"
+_SFT_HALVES = ("half_sft_teacher_bridge,half_sft_teacher_bridge_grpo_2h,"
+               "half_sft_teacher_bridge_replay_1h")
+
+
+def choose_arms(config: ConfigDict, arg: ConfigDict) -> None:
+  """Sets the arms that the arguments all_arms, sft_teacher and halves choose, and what they need.
+
+  Raises:
+    ValueError: all_arms and halves are both given.
+  """
+  refuse_together(arg, "halves", ("all_arms",),
+                  "all_arms compares the halves with the other arms by equal updates")
+  if arg.halves:
+    config.arms = f"untrained,{_SFT_HALVES if arg.sft_teacher else _HALVES}"
+    for hp in config.stages.values():
+      hp.steps //= 2
+  elif arg.all_arms or arg.sft_teacher:
+    chosen = [_ARMS, _HALVES] if arg.all_arms else []
+    if arg.sft_teacher:
+      chosen += [_SFT_ARMS, _SFT_HALVES]
+    config.arms = ",".join(dict.fromkeys(",".join(chosen).split(",")))
+  if arg.sft_teacher:
+    config.data.solutions = f"{arg.data}/solutions.jsonl"
+
+
+def shorten(config: ConfigDict, max_tokens: int) -> None:
+  """Makes a config of `math` short enough for one device: answers, steps, problems a step."""
+  for hp in config.stages.values():
+    hp.prompts = min(16, hp.prompts)
+    hp.steps = min(100, hp.steps)
+    hp.minibatches = min(2, hp.minibatches)
+  for block in (*config.stages.values(), config.probe, *config.evals.values()):
+    block.sampling.max_tokens = min(max_tokens, block.sampling.max_tokens)
+  samples = min(4, config.probe.sampling.samples_per_prompt)
+  config.probe.group = min(samples, config.probe.group)
+  for block in (config.probe, *config.evals.values()):
+    block.sampling.samples_per_prompt = min(samples, block.sampling.samples_per_prompt)
+  for block in config.evals.values():
+    block.ks = tuple(k for k in block.ks if k <= samples)
+
+
 def fit_one_device(config: ConfigDict, adapters: Sequence[str]) -> None:
   """Makes a config of `math` fit one device: one row at a time, and adapters in these stages."""
   config.mesh = (1, 1, 1)

@@ -146,19 +146,27 @@ def test_the_papers_numbers(name):
   assert {"math500", "aime24", "aime25"} <= set(config.data)
 
 
-@pytest.mark.parametrize("name, pair, template", [
-    ("qwen3_math", ("Qwen3-8B", "Qwen3-1.7B"), {"enable_thinking": False}),
-    ("llama_math", ("Llama-3.3-70B-Instruct", "Llama-3.1-8B-Instruct"), {}),
+def papers_arms(teacher):
+  """The arms of students that the paper's tables have for a teacher, and those without one."""
+  rows = [row for table in paper.published()["tables"] for row in table["rows"]]
+  return {row["arm"] for row in rows if row["teacher"] == teacher and row["student"]} | {
+      "untrained", "cold_grpo"}
+
+
+@pytest.mark.parametrize("name, pair, template, arms", [
+    ("qwen3_math", ("Qwen3-8B", "Qwen3-1.7B"), {"enable_thinking": False},
+     {"untrained", "cold_grpo", "raw_bridge", "bridge", "half_bridge_grpo_2h"}),
+    ("llama_math", ("Llama-3.3-70B-Instruct", "Llama-3.1-8B-Instruct"), {},
+     papers_arms("llama-3.3-70b-instruct")),
 ])
-def test_the_papers_models_and_arms(name, pair, template):
+def test_the_papers_models_and_arms(name, pair, template, arms):
   config = build(name, "models=/elsewhere,data=/rows")
   assert (config.teacher, config.student) == tuple(f"/elsewhere/{folder}" for folder in pair)
   assert config.template.to_dict() == template
   assert (config.data.dir, config.data.labelled) == ("/rows", "dapo_math_17k")
   assert {config.data[split] for split in config.data if split not in leave_out.NOT_SPLITS} <= set(
       published.SOURCES)
-  assert {"untrained", "cold_grpo", "raw_bridge", "bridge", "half_bridge_grpo_2h"} == set(
-      config.arms.split(","))
+  assert set(config.arms.split(",")) == arms
 
 
 @pytest.mark.parametrize("arg, pair, arms", [
@@ -169,9 +177,7 @@ def test_the_papers_models_and_arms(name, pair, template):
      {"untrained", "cold_grpo", "sft_teacher_bridge", "half_sft_teacher_bridge",
       "half_sft_teacher_bridge_grpo_2h", "half_sft_teacher_bridge_replay_1h"}),
     ("teacher=14b,all_arms", ("Qwen3-14B", "Qwen3-1.7B"),
-     {row["arm"] for table in paper.published()["tables"] for row in table["rows"]
-      if row["teacher"] == "qwen3-14b" and "teacher" not in row["arm"]} | {
-          "untrained", "cold_grpo"}),
+     {arm for arm in papers_arms("qwen3-14b") if "teacher" not in arm}),
     ("one_gpu", ("Qwen3-8B", "Qwen3-1.7B"), set(build("qwen3_math").arms.split(","))),
     ("colab", ("Qwen3-1.7B", "Qwen3-0.6B"), {"untrained", "cold_grpo", "bridge"}),
 ])
@@ -194,11 +200,35 @@ def test_one_card_trains_one_row_at_a_time_and_adapters_where_weights_do_not_fit
     assert {name for name, hp in config.stages.items() if hp.lora.rank} == adapted
     for hp in config.stages.values():
       assert hp.prompts * hp.sampling.samples_per_prompt == hp.minibatches * hp.microbatches
-  # The student of one card trains as the paper's.
-  student, papers = (build("qwen3_math", arg).stages for arg in ("one_gpu", ""))
+
+
+def test_a_job_of_one_card_of_80_gb_is_short_and_else_the_papers():
+  ours, papers = (build("qwen3_math", arg) for arg in ("one_gpu", ""))
   for name in ("forward_kl", "reverse_kl", "sft", "student_grpo"):
-    assert student[name].to_dict() == papers[name].to_dict() | {
-        "microbatches": student[name].microbatches}
+    short, long = (flat(config.stages[name]) for config in (ours, papers))
+    assert {key.removeprefix("config.") for key in long if short[key] != long[key]} <= {
+        "steps", "prompts", "minibatches", "microbatches", "sampling.max_tokens"}
+  for name, hp in ours.stages.items():
+    # Decoded tokens of the stage: less than a hundredth of the paper's in GRPO.
+    short, long = (one.steps * one.prompts * one.sampling.samples_per_prompt
+                   * one.sampling.max_tokens for one in (hp, papers.stages[name]))
+    assert short * (100 if name.endswith("grpo") else 25) < long, name
+    assert hp.sampling.max_tokens == 4096 and hp.prompts % hp.minibatches == 0
+  # Mini-batches of 8 problems, as printed.
+  assert ours.stages.student_grpo.prompts / ours.stages.student_grpo.minibatches == 8
+  for block in (ours.probe, *ours.evals.values()):
+    assert block.sampling.max_tokens == 4096 and block.sampling.samples_per_prompt <= 4
+  halved = build("qwen3_math", "one_gpu,halves").stages
+  assert all(2 * halved[name].steps == hp.steps for name, hp in ours.stages.items())
+
+
+@pytest.mark.parametrize("arg", ["all_arms", "sft_teacher", "all_arms,sft_teacher", "halves",
+                                 "halves,sft_teacher"])
+def test_llama_has_the_arms_of_qwens_teachers_by_the_same_arguments(arg):
+  qwen, llama = (build(name, arg) for name in ("qwen3_math", "llama_math"))
+  assert llama.arms == qwen.arms and llama.data == qwen.data
+  assert {name: hp.steps for name, hp in llama.stages.items()} == {
+      name: hp.steps for name, hp in qwen.stages.items()}
 
 
 def test_an_unknown_teacher_is_refused():
@@ -209,7 +239,7 @@ def test_an_unknown_teacher_is_refused():
 # Every argument of every config, with a value other than its default.
 ARGUMENTS = {
     "arithmetic": ("seed=3", "tiny"),
-    "llama_math": ("seed=3", "models=/m", "data=/d", "tiny"),
+    "llama_math": ("seed=3", "models=/m", "data=/d", "all_arms", "sft_teacher", "halves", "tiny"),
     "qwen3_math": ("seed=3", "models=/m", "data=/d", "teacher=14b", "teacher=1.7b", "all_arms",
                    "sft_teacher", "halves", "one_gpu", "colab", "tiny"),
     "smollm2": ("seed=3", "models=/m", "teacher=a", "student=b", "layers=4", "tiny"),
@@ -272,6 +302,7 @@ def test_two_arguments_combine_or_are_refused(name, pair):
     ("qwen3_math", "one_gpu,teacher=14b", "one_gpu and teacher exclude each other, because one_gpu "
      "is for the teacher of 8B"),
     ("qwen3_math", "halves,all_arms", "arguments halves and all_arms exclude each other"),
+    ("llama_math", "halves,all_arms", "arguments halves and all_arms exclude each other"),
     ("smollm2", "layers=4,student=x", "arguments layers and student exclude each other, because "
      "layers makes the student of the teacher: leave one of them out."),
 ])

@@ -8,7 +8,7 @@ import jax
 
 from s2d_jax import checkpoint, command, files, manifest, models, sharding
 from s2d_jax.errors import InputError
-from s2d_jax.models import hf
+from s2d_jax.models import hf, saving
 
 EXAMPLE = "s2d-jax export --workdir=runs/tiny --stage=student_grpo --out=models/student"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,6 +35,8 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   Raises:
     InputError: no finished stage has this name, or several have; `hf.load` or `hf.save` refuses.
   """
+  # First, so that no model is loaded for a folder that cannot be written.
+  saving.check_target(out)
   folder = find(Path(workdir), stage)
   saved = folder / "hf"
   # Loading and saving checks that every weight is there, whole and of its shape.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import checkpoint, command, export, files, manifest, models
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 
 
@@ -81,3 +83,58 @@ def test_the_exported_config_is_that_of_the_stages_base(workdir, tmp_path):
   out = export.export(workdir, "reverse_kl", tmp_path / "out")
   exported = models.read_config(hf.read_json(out))
   assert exported == models.read_config(hf.read_json(arithmetic.get_config().student))
+
+
+@pytest.fixture
+def occupied(tmp_path):
+  """A folder with a file, a folder of notes, and two links in a circle."""
+  (tmp_path / "file").write_text("1")
+  (tmp_path / "notes").mkdir()
+  (tmp_path / "notes" / "a.txt").write_text("1")
+  (tmp_path / "circle").symlink_to(tmp_path / "other")
+  (tmp_path / "other").symlink_to(tmp_path / "circle")
+  return tmp_path
+
+
+@pytest.mark.parametrize("out, reason", [
+    ("file", "file is a file: save to a new folder."),
+    ("file/student", "file/student cannot be written (Not a directory): choose another folder."),
+    ("file/a/b", "file/a/b cannot be written (Not a directory): choose another folder."),
+    ("notes", "notes exists and holds no model.safetensors: save to a new folder."),
+    ("x" * 300, "cannot be written (File name too long): choose another folder."),
+    # Long enough only with what the unfinished folder's name adds.
+    ("x" * 250, "cannot be written (File name too long): choose another folder."),
+    ("circle", "circle cannot be written (Too many levels of symbolic links): choose another"),
+    ("/proc/student", "/proc/student cannot be written"), ("/proc/a/b", "/proc/a/b cannot be writ"),
+    ("/dev/null", "/dev/null is a file"), ("/", "/ exists and holds no model.safetensors"),
+    ("gs://bucket/student", "gs://bucket/student is an address, and models are saved on this "
+                            "machine: choose a path of it."),
+])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    workdir, occupied, monkeypatch, capsys, out, reason):
+  monkeypatch.setattr(hf, "load", None)
+  before = sorted(occupied.rglob("*"))
+  path = out if "://" in out or out.startswith("/") else occupied / out
+  with pytest.raises(SystemExit):
+    command.call(export.main, ["--workdir", str(workdir), "--stage=reverse_kl", f"--out={path}"])
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert reason in sentence and sorted(occupied.rglob("*")) == before
+
+
+def test_an_export_follows_links_and_makes_new_folders(workdir, tmp_path):
+  (tmp_path / "link").symlink_to(tmp_path / "real")
+  for name, written in (("link", "real"), ("new/a/b", "new/a/b"), ("link", "real")):
+    out = export.export(workdir, "reverse_kl", tmp_path / name)
+    assert out == tmp_path / name and (tmp_path / written / "model.safetensors").is_file()
+  assert (tmp_path / "link").is_symlink()
+
+
+def test_a_dangling_link_among_the_copied_files_is_refused_before_anything_is_written(
+    workdir, tmp_path):
+  (stage,) = workdir.glob("reverse_kl-*")
+  source = shutil.copytree(stage / "hf", tmp_path / "source")
+  (source / "LICENSE").symlink_to(tmp_path / "absent")
+  model, params = hf.load(source)
+  with pytest.raises(InputError, match="source/LICENSE is a link to a file that is absent: "):
+    hf.save(tmp_path / "out" / "student", model, params, source)
+  assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 """Writes Hugging Face folders that `transformers` and `hf.load` read, whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -50,11 +52,15 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
   Raises:
     InputError: `params` do not fit the model, or have a number that is not finite in the type that
       is written; the type is not one that `hf.load` reads; the model has adapters; `source` is
-      another model; `folder` holds something other than a saved model; `lineage` is not JSON.
+      another model, or has a link to nothing; `check_target` refuses the folder; `lineage` is not
+      JSON.
   """
-  # A rename would replace a link by a folder, so the link's target is what is written.
-  target = pathlib.Path(os.path.realpath(folder))
-  _check_target(target, model)
+  leader = jax.process_index() == 0
+  target = _target(folder)
+  # The other hosts write nothing, and may have no such place.
+  if leader:
+    check_target(folder)
+  inherited = _inherited(source)
   lineage_text = _lineage_text(lineage)
   params = _fitting(model.config, params)
   names = folders.names(model.config)
@@ -65,9 +71,7 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
   config["dtype"] = str(max(set(types.values()), key=list(types.values()).count))
 
   files, total_bytes = _files(model.config, types, shard_bytes)
-  leader = jax.process_index() == 0
-  # In the same file system as the folder, so that the new one appears by a rename.
-  partial = target.with_name(f".{target.name}.partial")
+  partial = _partial(target)
   if leader:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -82,7 +86,7 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
     shutil.rmtree(partial, ignore_errors=True)
     raise
   if leader:
-    _write_other_files(partial, config, files, total_bytes, source, lineage_text)
+    _write_other_files(partial, config, files, total_bytes, inherited, lineage_text)
     _replace(target, partial)
   return pathlib.Path(folder)
 
@@ -117,21 +121,62 @@ def _lineage_text(lineage: dict[str, Any] | None) -> str:
   return text
 
 
-def _check_target(folder: pathlib.Path, model: Model) -> None:
-  """Raises InputError, as `save`, where the model or the folder cannot be written."""
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f"{folder} is a file: save to a new folder.")
-  if model.config.lora is not None:
-    raise InputError("a model with adapters has no Hugging Face folder: save models.merge(config, "
-                     "params) with the model without them.")
-  # A saved model is replaced; any other folder may hold what its owner still needs.
-  if folder.exists() and any(folder.iterdir()) and not any(
-      (folder / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
-    raise InputError(f"{folder} exists and holds no {shards.WEIGHTS}: save to a new folder.")
+def check_target(folder: Path) -> None:
+  """Checks that `save` can write a folder, before a model is loaded for it; leaves nothing behind.
+
+  Raises:
+    InputError: the folder cannot be made, is a file, or holds something other than a saved model.
+  """
+  if "://" in str(folder):
+    raise InputError(f"{folder} is an address, and models are saved on this machine: choose a path "
+                     "of it.")
+  target = _target(folder)
+  try:
+    # Looking finds a file among the parents, links in a circle, and a name that is too long.
+    for path in (target, _partial(target)):
+      with contextlib.suppress(FileNotFoundError):
+        path.stat()
+    exists = target.exists()
+    if exists and not target.is_dir():
+      raise InputError(f"{target} is a file: save to a new folder.")
+    # A saved model is replaced; any other folder may hold what its owner still needs.
+    if exists and any(target.iterdir()) and not any(
+        (target / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
+      raise InputError(f"{target} exists and holds no {shards.WEIGHTS}: save to a new folder.")
+    # A folder that does not exist yet will be created in its nearest ancestor.
+    parent = target.parent
+    while not os.path.lexists(parent):
+      parent = parent.parent
+    with tempfile.TemporaryFile(dir=parent):
+      pass
+  except OSError as error:
+    raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder."
+                     ) from error
+
+
+def _target(folder: Path) -> pathlib.Path:
+  """The folder that is written: of a link its target, which a rename would leave unchanged."""
+  return pathlib.Path(os.path.realpath(folder))
+
+
+def _partial(target: pathlib.Path) -> pathlib.Path:
+  """Where a folder is written: in the same file system, so that it appears by a rename."""
+  return target.parent / f".{target.name}.partial"
+
+
+def _inherited(source: Path | None) -> list[pathlib.Path]:
+  """The files and folders that a saved model inherits; raises InputError for a link to nothing."""
+  found = [path for pattern in _COPIED if source is not None
+           for path in pathlib.Path(source).glob(pattern)]
+  for path in found:
+    if not path.exists():
+      raise InputError(f"{path} is a link to a file that is absent: download the file, or remove "
+                       "the link.")
+  return found
 
 
 def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list[str]],
-                       total_bytes: int, source: Path | None,
+                       total_bytes: int, inherited: list[pathlib.Path],
                        lineage_text: str) -> None:
   """Writes all files of a saved folder except those of the tensors."""
   (folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
@@ -146,12 +191,11 @@ def _write_other_files(folder: pathlib.Path, config: Json, files: dict[str, list
     with open(folder / file, "rb") as f:
       lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {file}\n")
   (folder / digests.SUMS).write_text("".join(lines))
-  for pattern in _COPIED if source is not None else ():
-    for path in pathlib.Path(source).glob(pattern):
-      if path.is_dir():
-        shutil.copytree(path, folder / path.name)
-      else:
-        shutil.copyfile(path, folder / path.name)
+  for path in inherited:
+    if path.is_dir():
+      shutil.copytree(path, folder / path.name)
+    else:
+      shutil.copyfile(path, folder / path.name)
   if lineage_text:
     (folder / "lineage.json").write_text(lineage_text)
 
@@ -193,7 +237,10 @@ def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
 
 
 def _fitting(config: Config, params: Params) -> dict[str, jax.Array]:
-  """The flat parameters, checked against the model's shapes."""
+  """The flat parameters, checked against the model's shapes; a model with adapters is refused."""
+  if config.lora is not None:
+    raise InputError("a model with adapters has no Hugging Face folder: save models.merge(config, "
+                     "params) with the model without them.")
   params = layout.flat(params)
   got = {path: tuple(x.shape) for path, x in params.items()}
   want = {path: tuple(x.shape) for path, x in layout.flat(models.shapes(config)).items()}

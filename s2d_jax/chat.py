@@ -3,6 +3,7 @@
 No other file turns text into ids, so training, sampling and scoring read the same ids.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -30,6 +31,8 @@ PROBES = ("Let x = 3 and y = 12,345.", "  two  spaces ,  then 1 000 ; don't stop
 # Its words are in no template, so that a template that leaves the message out is noticed.
 _QUESTION = {"role": "user", "content": "Let x = 3 + 4."}
 _SYSTEM = {"role": "system", "content": "Be brief, 5."}
+# The class of every tokenizer.json, by its name and by the newer one of transformers.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("system", "user", "assistant")  # those that published templates print
 
 
@@ -300,15 +303,20 @@ def _load(folder: Path) -> tuple[transformers.PreTrainedTokenizerBase, dict[str,
     if path.is_file() and not _is_tokenizer(path):
       raise InputError(f"{path} is not a tokenizer that {library} reads ({reason}): download it "
                        "again, or upgrade transformers.") from error
+    config = folder / tokenizer_files.CONFIG
+    kind = objects[tokenizer_files.CONFIG].get("tokenizer_class")
+    if path.is_file() and kind not in (None, *_GENERIC) and _is_read_without_class(folder):
+      raise InputError(f"{config} has the tokenizer_class {shown(kind)}, which {library} cannot "
+                       f"make of its {path.name} ({reason}): write {_GENERIC[0]} there, or take "
+                       "the files that came with the weights.") from error
     # The errors by which transformers refuses a file; any other is not the folder's fault.
     if not isinstance(error, OSError | ValueError | ImportError):
       raise
     if not path.is_file():
       raise InputError(f"{folder} has no {path.name}: download it, or write it with the "
                        "save_pretrained of transformers' tokenizer.") from error
-    raise InputError(f"{folder / tokenizer_files.CONFIG} does not describe a tokenizer that "
-                     f"{library} reads ({reason}): download it again, or upgrade transformers."
-                     ) from error
+    raise InputError(f"{config} does not describe a tokenizer that {library} reads ({reason}): "
+                     "download it again, or upgrade transformers.") from error
 
 
 def _is_tokenizer(path: Path) -> bool:
@@ -321,6 +329,15 @@ def _is_tokenizer(path: Path) -> bool:
       raise
     return False
   return True
+
+
+def _is_read_without_class(folder: Path) -> bool:
+  """Whether transformers reads a folder's tokenizer by the class of every tokenizer.json."""
+  # Whatever the error is, the class that the folder names is then not the only fault.
+  with contextlib.suppress(Exception):
+    transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return True
+  return False
 
 
 def _check_text_files(folder: Path) -> None:
@@ -336,7 +353,7 @@ def _template_files(folder: Path) -> dict[str, Path]:
   """{name of a template: its file} where templates have files of their own."""
   found = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
   default = folder / "chat_template.jinja"
-  return found | ({"default": default} if default.exists() else {})
+  return found | ({"default": default} if os.path.lexists(default) else {})
 
 
 def _chat_template(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase,

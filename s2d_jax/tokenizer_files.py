@@ -5,6 +5,7 @@ trained, and says nothing. Such a folder is refused here.
 """
 
 import math
+import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 
@@ -31,7 +32,7 @@ def read(folder: pathlib.Path) -> dict[str, Json]:
       or has a value of a wrong type. Names the file.
   """
   path = folder / CONFIG
-  if not path.is_file():
+  if not os.path.lexists(path):
     raise InputError(f"{folder} has no {CONFIG}: name a folder with a tokenizer.")
   objects = {CONFIG: json_objects.read(path)}
   names = [TOKENIZER, *_MODELS]
@@ -39,7 +40,8 @@ def read(folder: pathlib.Path) -> dict[str, Json]:
   if _DECODER not in objects[CONFIG]:
     names += [_MAP, _ADDED]
   for name in names:
-    if (folder / name).is_file():
+    # A folder or a link to nothing in a file's place is refused where it is read.
+    if os.path.lexists(folder / name):
       objects[name] = json_objects.read(folder / name)
   for name, json in objects.items():
     if "auto_map" in json:

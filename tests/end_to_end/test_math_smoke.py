@@ -1,4 +1,7 @@
-"""The mathematics configs from folder to table: stages, evaluation, export, as a user runs them.
+"""The mathematics configs from folder to the paper's tables, by the commands that a user types.
+
+Every stage is trained, an exported student is scored on the benchmarks, and its greedy answers are
+compared with those of transformers.
 
 `make math-smoke` runs this file. The published tokenizers are read from the folder tokenizers/ of
 the one that the environment's S2D_REAL_MODELS names: in it are small models called Qwen3-8B,
@@ -10,12 +13,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import NamedTuple
 
 import pytest
 
+from s2d_jax import recipe
 from tests.end_to_end import real_format
 
 pytestmark = pytest.mark.slow
@@ -24,15 +29,30 @@ REAL = os.environ.get("S2D_REAL_MODELS", "")
 TOKENIZERS = str(pathlib.Path(REAL, "tokenizers").resolve()) if REAL else ""
 TORCH = importlib.util.find_spec("torch") is not None  # transformers needs it to run a model
 CLI = "from s2d_jax import cli; cli.main()"  # the function of the entry point s2d-jax
-STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
 # The folders that each config names, as (family, width, layers, tied).
 FOLDERS = {
     "qwen3_math": {"Qwen3-8B": ("qwen3", 96, 2, False), "Qwen3-1.7B": ("qwen3", 64, 2, True)},
     "llama_math": {"Llama-3.3-70B-Instruct": ("llama3", 96, 2, False),
                    "Llama-3.1-8B-Instruct": ("llama3", 64, 2, False)},
     "smollm2": {"SmolLM2-360M-Instruct": ("smollm2", 64, 4, True)}}
-SPLITS = {"labelled": 24, "validation": 4, "math500": 4, "aime24": 4, "aime25": 4}  # problems
-ARGUMENTS = {"qwen3_math": "tiny", "llama_math": "tiny", "smollm2": "tiny,layers=2"}
+MATH = ("qwen3_math", "llama_math")
+# Files of problems by the names of the published sets, placed as a user without a network does.
+SETS = {"dapo_math_17k": 24, "math_train": 4, "math500": 4, "aime24": 4, "aime25": 4}
+BENCHMARKS = ("math500", "aime24", "aime25")
+# Together these arms have every stage once, and those of GRPO on halves as well.
+ARMS = ("untrained", "cold_grpo", "half_sft_grpo_2h", "sft_teacher_bridge", "weighted_fkl")
+SHORT_ARMS = ("untrained", "cold_grpo", "half_bridge_grpo_2h")
+SHORT_STAGES = {"teacher_grpo", "forward_kl", "reverse_kl", "student_grpo"}
+ARGUMENTS = {"qwen3_math": "tiny,sft_teacher", "llama_math": "tiny,sft_teacher",
+             "smollm2": "tiny,layers=2"}
+# Rows of the paper's tables as (heading, first cell): filled by these arms, and not.
+FILLED = {"qwen3_math": [("Direct GRPO", "Qwen3-1.7B"),
+                         ("Transfer only, all labels", "SFT'd 8B, bridge"),
+                         ("Transfer on 1H, then GRPO on 2H", "RL'd 8B, teacher-sample SFT")],
+          "llama_math": [("Llama: 8B from 70B", "direct GRPO")]}
+MISSING = {"qwen3_math": [("Direct GRPO", "Qwen3-14B"),
+                          ("Transfer only, all labels", "RL'd 8B, bridge")],
+           "llama_math": [("Llama: 8B from 70B", "bridge from RL'd 70B")]}
 
 
 class Job(NamedTuple):
@@ -55,34 +75,41 @@ def command(*arguments: str) -> str:
 
 
 def write_data(folder: pathlib.Path) -> None:
-  """JSON lines of sums, in place of the published sets that the mathematics configs name."""
-  for first, (split, count) in enumerate(SPLITS.items()):
-    rows = [{"problem": f"What is ${10 * i} + {first}$?", "answer": str(10 * i + first)}
-            for i in range(count)]
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  """JSON lines of sums under the names of the published sets, and solutions to learn from."""
+  for first, (name, count) in enumerate(SETS.items()):
+    rows = [{"id": 10 * i + first, "problem": f"What is ${10 * i} + {first}$?",
+             "answer": str(10 * i + first)} for i in range(count)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if name == "dapo_math_17k":
+      solutions = [{"id": row["id"], "response": f"\\boxed{{{row['answer']}}}"} for row in rows]
+      (folder / "solutions.jsonl").write_text(
+          "".join(json.dumps(row) + "\n" for row in solutions))
 
 
 @pytest.fixture(scope="module", params=sorted(FOLDERS))
 def job(request, tmp_path_factory):
-  """Every stage of one config by the command line, its student exported."""
+  """The arms of one config by the command line, a student of its last stage exported."""
   name = request.param
   folder = tmp_path_factory.mktemp(name)
   models = folder / "models"
-  if TOKENIZERS and name != "smollm2":
+  if TOKENIZERS and name in MATH:
     models = pathlib.Path(TOKENIZERS)
   else:
     for base, shape in FOLDERS[name].items():
       real_format.write(models / base, *shape)
   data = folder / "data"
   data.mkdir()
-  write_data(data)
-  flags = [f"--config=configs/{name}.py:{ARGUMENTS[name]},models={models}",
-           "--config.arms=untrained,cold_grpo,half_bridge_grpo_2h"]
-  if name == "smollm2":
-    # The tokenizer that the test builds needs more tokens than the published one.
-    flags += [f"--config.data.dir={data}", "--config.prompt_tokens=400"]
+  arguments = f"{ARGUMENTS[name]},models={models}"
+  if name in MATH:
+    write_data(data)
+    # Two steps show a stage's programs, its checkpoint and its hand-over.
+    flags = [f"--config=configs/{name}.py:{arguments},data={data}",
+             f"--config.arms={','.join(ARMS)}",
+             *(f"--config.stages.{stage.name}.steps=2" for stage in recipe.STAGES)]
   else:
-    flags += [f"--config.data.{split}={data / split}.jsonl" for split in SPLITS]
+    # The tokenizer that the test builds needs more tokens than the published one.
+    flags = [f"--config=configs/{name}.py:{arguments}", f"--config.arms={','.join(SHORT_ARMS)}",
+             f"--config.data.dir={data}", "--config.prompt_tokens=400"]
   printed = command("run", *flags, f"--workdir={folder / 'run'}")
   (stage,) = sorted(p.name for p in (folder / "run").glob("student_grpo-*")
                     if json.loads((p / "manifest.json").read_text())["inputs"]["split"]["name"]
@@ -92,24 +119,52 @@ def job(request, tmp_path_factory):
   return Job(name, folder / "run", printed, folder / "student", data)
 
 
-def test_every_stage_finished_and_stands_in_the_table(job):
-  for stage in STAGES:
+def test_every_stage_finished_and_every_arm_stands_in_the_table(job):
+  every = {stage.name for stage in recipe.STAGES}
+  for stage in every if job.name in MATH else SHORT_STAGES:
     folders = list(job.workdir.glob(f"{stage}-*"))
-    assert folders and all((folder / "manifest.json").exists() for folder in folders)
-  for line in ("untrained student", "untrained teacher", "cold_grpo", "half_bridge_grpo_2h"):
+    assert folders and all((folder / "manifest.json").exists() for folder in folders), stage
+  arms = ARMS if job.name in MATH else SHORT_ARMS
+  for line in ("untrained student", "untrained teacher", *arms[1:]):
     assert f"| {line} |" in job.printed
   assert command("report", str(job.workdir)) == job.printed
 
 
-def test_the_exported_student_is_evaluated(job, tmp_path):
-  task = "word_problems" if job.name == "smollm2" else "math"
-  # A set of another name, because that of a published set is read as such.
-  sets = "test" if job.name == "smollm2" else "validation"
-  printed = command("eval", f"--model={job.folder}", f"--sets={sets}", f"--task={task}",
+def cells(printed: str, heading: str, row: str) -> list[str]:
+  """The cells behind the first one of a row in the paper's table of that heading."""
+  _, _, tables = printed.partition("## The paper's tables\n")
+  _, found, table = tables.partition(f"### {heading} (")
+  assert found, f"no table {heading}"
+  table, _, _ = table.partition("\n### ")
+  (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} |")]
+  return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_papers_tables_have_the_cells_of_the_run_and_name_the_missing_ones(job):
+  if job.name not in MATH:
+    assert "The paper's tables" not in job.printed
+    return
+  for heading, row in FILLED[job.name]:
+    published, here = (cells(job.printed, heading, row)[first::2] for first in (0, 1))
+    assert all(re.fullmatch(r"\d+\.\d ± \d\.\d", cell) for cell in published)
+    # Four problems are not the benchmark, hence the mark.
+    assert len(here) == 3
+    assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] †", cell) for cell in here)
+  for heading, row in MISSING[job.name]:
+    assert cells(job.printed, heading, row)[1::2] == ["missing"] * 3
+
+
+def test_the_exported_student_is_evaluated_on_the_benchmarks(job, tmp_path):
+  task, sets = ("math", BENCHMARKS) if job.name in MATH else ("word_problems", ("test",))
+  printed = command("eval", f"--model={job.folder}", f"--sets={','.join(sets)}", f"--task={task}",
                     f"--data={job.data}", "--k=2", "--max-tokens=8", "--batch=64",
                     f"--out={tmp_path / 'scores.json'}")
-  assert printed.startswith(sets) and "avg@2" in printed
-  assert sets in json.loads((tmp_path / "scores.json").read_text())["sets"]
+  assert {line.split()[0] for line in printed.splitlines()} == set(sets)
+  scores = json.loads((tmp_path / "scores.json").read_text())["sets"]
+  for name in sets:
+    assert re.search(rf"^{name} +avg@2 ", printed, re.M) and name in scores
+    samples = (tmp_path / f"scores-{name}.jsonl").read_text().splitlines()
+    assert job.name not in MATH or len(samples) == 2 * SETS[name]
 
 
 @pytest.mark.skipif(not TORCH, reason="transformers runs a model only where torch is installed")

@@ -3,10 +3,12 @@ r"""The tokens of an answer in TeX, each in one spelling: \dfrac is \frac, and \
 import itertools
 import re
 
-MAX_TOKENS = 2000         # nor is one of more tokens: it is read in the training process
+MAX_TOKENS = 2000  # a longer text is not an answer, and reading it would hold up the training
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\.(?: ?\.){2,}|[0-9]+|[A-Za-zµμ]+|\s+|.", re.DOTALL)
 # A text inside JSON inside a text has its backslashes doubled. In a matrix "\\" ends a row.
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")
+# "\\[4pt]" ends a row and adds space.
+_ROW_SPACE = re.compile(r"\\\\ ?\[-?[0-9.]{1,6} ?(?:pt|ex|em|mm|cm|in)\]")
 _UNICODE = str.maketrans({
   "−": "-", "–": "-", "⁻": "^-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/",
   "°": "^{\\circ}", "π": "\\pi ", "θ": "\\theta ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "\\le ",
@@ -17,7 +19,9 @@ _UNICODE = str.maketrans({
 })
 _SPACES = {"\\ ", "\\,", "\\:", "\\;", "~", "\\quad", "\\qquad", "\\enspace", "\\thinspace",
            "\\medspace", "\\thickspace", "$", "\\(", "\\)", "\\[", "\\]", "\\displaystyle",
-           "\\textstyle", "\\rm", "\\bf", "\\it", "\\boldmath", "\\limits", "\\hfill", "\\null"}
+           "\\textstyle", "\\rm", "\\bf", "\\it", "\\boldmath", "\\limits", "\\hfill", "\\null",
+           "\\tiny", "\\small", "\\normalsize", "\\large", "\\Large", "\\LARGE", "\\huge", "\\Huge",
+           "\\tt", "\\bfseries", "\\nonumber", "\\notag"}
 _RESPELLED = {
   "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\dbinom": "\\binom",
   "\\tbinom": "\\binom", "\\leq": "\\le", "\\leqslant": "\\le", "\\geq": "\\ge",
@@ -29,7 +33,8 @@ _RESPELLED = {
   "\\textrm": "\\text", "\\textbf": "\\text", "\\mathbf": "\\text", "\\textit": "\\text",
   "\\mathit": "\\text", "\\textsf": "\\text", "\\mathsf": "\\text", "\\operatorname": "\\text",
   "\\textnormal": "\\text", "\\boldsymbol": "\\text", "\\bm": "\\text", "\\emph": "\\text",
-  "\\colon": ":",
+  "\\texttt": "\\text", "\\underline": "\\text", "\\colon": ":", "\\cr": "\\\\",
+  "\\bigcup": "\\cup", "\\bigcap": "\\cap",
 }
 _SIZES = {"\\left", "\\right", "\\big", "\\Big", "\\bigg", "\\Bigg", "\\bigl", "\\bigr", "\\Bigl",
           "\\Bigr", "\\biggl", "\\biggr", "\\middle"}
@@ -48,8 +53,13 @@ def tokens(text: str) -> list[str]:
     Malformed: there are more than an answer has.
   """
   text = text.translate(_UNICODE)
-  if "\\begin" not in text:
+  if "\\begin" in text:
+    text = _ROW_SPACE.sub(r"\\\\", text)
+  else:
     text = _DOUBLED.sub(r"\\", text)
+  if len(text) > 4 and text.startswith("**") and text.endswith("**"):
+    # Markdown for bold letters.
+    text = text[2:-2]
   found: list[str] = []
   size = None  # "\left" and the like, whose delimiter comes next
   for count, match in enumerate(_TOKEN.finditer(text)):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future
 
-from s2d_jax.rewards import answers, boxes, pool, tex
+from s2d_jax.rewards import answers, boxes, choices, pool, tex
 
 SECONDS = 60.0       # of one check by the clock, for a process that waits instead of working
 CPU_SECONDS = 5.0    # of one check
@@ -84,8 +84,9 @@ def matches(gold: str, boxed: str, ordered: bool = False) -> bool:
   first = _gold(gold)
   if not first.parts:
     return False
-  return gold == boxed or any(answers.equal(first, found, ordered)
-                              for found in tex.readings(boxed))
+  if gold == boxed or choices.letter(boxed) == first.spelled:
+    return True
+  return any(answers.equal(first, found, ordered) for found in tex.readings(boxed))
 
 
 @functools.lru_cache(maxsize=1 << 15)

@@ -19,7 +19,7 @@ _FIGURES = {"\\angle", "\\triangle"}
 # Arguments of a function: variables, or a constant.
 _VARIABLES = re.compile(r"\([A-Za-z](?:,[A-Za-z])*\)")
 _CONSTANT = re.compile(r"\((?:[-+*/.,{}0-9]|\\(?:frac|sqrt|pi|infty|cdot|times) ?)+\)")
-_OF_EVENTS = {"P", "E", "\\text{P}", "\\text{Pr}", "\\Pr"}
+_OF_EVENTS = {"\\mathbb{P}", "\\mathbb{E}", "P", "E", "\\text{P}", "\\text{Pr}", "\\Pr"}
 # In front of a bracket these are factors rather than functions.
 _FACTORS = {"x", "y", "z"}
 _LONGEST_NAME = 12  # atoms
@@ -74,7 +74,7 @@ def _is_name(atoms: list[str]) -> bool:
   if not base or base[0] in NOT_NAMES:
     return False
   return any(kind.fullmatch(base[0]) for kind in (_LETTER, _CAPITALS, _VARIABLES)) \
-      or base[0].startswith("\\text{")
+      or base[0].startswith("\\text{") or base[0] in _OF_EVENTS
 
 
 def _are_arguments(base: str, atom: str) -> bool:

@@ -17,6 +17,7 @@ _MOST_DIGITS = 15       # of a decimal that becomes a fraction, and of the parts
 _WHOLE = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))?")
 # From the first character alone: a search that began at each would take quadratic time.
 _FRACTION = re.compile(r"\A(-?)(?:\\frac\{(-?)(\w+)\}\{(-?)(\w+)\}|(\w+)/(-?)(\w+))", re.ASCII)
+_BASE_TEN = re.compile(r"\A(-?[0-9]+)_\{10\}")
 _PROPER = re.compile(r"\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|([0-9]{1,9})/([0-9]{1,9})")
 # Behind these a whole number begins a value, and is neither exponent nor factor.
 _BEFORE_VALUE = {"+", "-", "=", "<", ">", "\\le", "\\ge", "\\pm", "\\in", "\\$", "\\cdot"}
@@ -159,6 +160,8 @@ def number(answer: str) -> str:
 
   A fraction is not reduced: whoever is asked for 2/4 in lowest terms has not answered with it.
   """
+  decimal = _BASE_TEN.fullmatch(answer)
+  answer = decimal[1] if decimal else answer
   found = _WHOLE.fullmatch(answer)
   if found:
     return _decimal(found[1], found[2], (found[3] or "").rstrip("0"))

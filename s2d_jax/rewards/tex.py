@@ -18,9 +18,12 @@ MAX_CHARACTERS = 100_000  # a longer text is not an answer
 MAX_DEPTH = 64  # nested braces and brackets; no answer comes near, and it bounds recursion
 _MAX_PASSES = 8  # until nothing changes; two or three are usual
 
-_ONE_ARGUMENT = {"\\overline", "\\bar", "\\vec", "\\hat", "\\mathbb", "\\mathcal", "\\underline",
+_ONE_ARGUMENT = {"\\overline", "\\bar", "\\vec", "\\hat", "\\mathbb", "\\mathcal",
                  "\\widehat", "\\overrightarrow", "\\overleftrightarrow",
                  "\\pmod", "\\tilde", "\\dot", "\\mathfrak"}
+# Their argument is not printed, or is no part of the answer.
+_IGNORED_ARGUMENT = {"\\color", "\\textcolor", "\\tag", "\\label", "\\phantom", "\\hphantom",
+                     "\\vphantom", "\\hspace", "\\vspace"}
 _TWO_ARGUMENTS = {"\\frac", "\\binom"}
 _BETWEEN = {"\\over": "\\frac", "\\choose": "\\binom"}  # between their two arguments
 # The signs that may close a bracket: an interval may be open at one end alone.
@@ -34,6 +37,8 @@ _COMPARISONS = {"<", ">", "="}
 _CAPITALISED = re.compile(
   r"[A-Z][a-z]{2,}|[A-Z][a-z]+(?: [A-Za-z]+)+|YES|NO|No|TRUE|FALSE|NONE|True|False")
 _DIGITS = tuple("0123456789.")
+_LAYOUT = {"aligned", "align", "align*", "gathered", "split"}
+_OPENING = {"(", "[", "{", "\\{", "\\left.", "\\begin"}
 _MATRIX = {"bmatrix": "pmatrix", "Bmatrix": "Bmatrix", "smallmatrix": "matrix", "array": "matrix"}
 
 
@@ -77,12 +82,32 @@ def _pass(text: str, tight: bool) -> answers.Answer:
   # answer is read as the answer's box, so no response can give it.
   if not {"#", "\\boxed", "\\fbox"}.isdisjoint(found):
     raise Malformed("more than an answer")
-  parser = _Parser(found)
-  parts = parser.parts(parser.sequence(frozenset()), expand=True)
+  parser = _Parser(_both_signs(found))
+  parts = parser.parts(parser.sequence(frozenset()))
   parts = [part._replace(value=_unbracketed(part.value)) for part in parts]
   parts = [part for part in parts if part.value in _COMPARISONS
            or not _SIGNS_ALONE.fullmatch(part.value)]
   return answers.Answer(tuple(parts), joint if len(parts) > 1 else "")
+
+
+def _both_signs(found: list[str]) -> list[str]:
+  """Tokens in which an element of the list that has one plus-minus stands twice, with each sign."""
+  elements: list[list[str]] = [[]]  # each with the comma before it
+  depth = 0
+  for token in found:
+    depth += (token in _OPENING) - (token in _CLOSING or token in ("}", "\\end"))
+    if token in (",", ";") and depth <= 0:
+      elements.append([])
+    elements[-1].append(token)
+  signed: list[str] = []
+  for element in elements:
+    # In a set the elements would be inside.
+    if element.count("\\pm") == 1 and "\\{" not in element:
+      at = element.index("\\pm")
+      plus, minus = ([*element[:at], sign, *element[at + 1 :]] for sign in "+-")
+      element = [*plus, *minus] if element[0] in (",", ";") else [*plus, ",", *minus]
+    signed += element
+  return signed
 
 
 class _Parser:
@@ -132,6 +157,9 @@ class _Parser:
       return [self.root()]
     if token in _ONE_ARGUMENT:
       return [f"{token}{{{self.argument()}}}"]
+    if token in _IGNORED_ARGUMENT:
+      self.argument()
+      return [" "]
     if token == "\\text":
       return self.text()
     if token == "\\begin":
@@ -243,26 +271,21 @@ class _Parser:
     # A row break behind the last row begins no row.
     if rows[-1] == [""] and len(rows) > 1:
       rows.pop()
+    # A layout of one row, and a table of one cell, are what they hold.
+    if len(rows) == 1 and (name in _LAYOUT or name == "array" and len(rows[0]) == 1):
+      return " ".join(rows[0])
     body = "\\\\".join("&".join(row) for row in rows)
     return f"\\begin{{{kind}}}{body}\\end{{{kind}}}"
 
-  def parts(self, atoms: Sequence[str], expand: bool = False) -> list[answers.Part]:
-    """The elements between commas, in one spelling each; with `expand` both signs of a plus-minus.
-    """
+  def parts(self, atoms: Sequence[str]) -> list[answers.Part]:
+    """The elements between commas, in one spelling each."""
     split: list[list[str]] = [[]]
     for atom in atoms:
       if atom in (",", ";"):
         split.append([])
       else:
         split[-1].append(atom)
-    found = []
-    for part in split:
-      if expand and part.count("\\pm") == 1:
-        at = part.index("\\pm")
-        found += [_element([*part[:at], sign, *part[at + 1 :]]) for sign in "+-"]
-      else:
-        found.append(_element(part))
-    return found
+    return [_element(part) for part in split]
 
 
 def _element(atoms: Sequence[str]) -> answers.Part:

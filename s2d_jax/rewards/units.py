@@ -23,13 +23,21 @@ _UNITS = {
   "week": "week weeks", "month": "month months", "year": "yr yrs year years",
   "percent": "percent percentage pct", "degree": "deg degree degrees", "radian": "rad radian "
   "radians", "celsius": "celsius", "fahrenheit": "fahrenheit",
-  "dollar": "dollar dollars usd", "cent": "cent cents", "liter": "l L liter liters litre litres",
+  "dollar": "dollar dollars usd", "sterling": "sterling gbp", "euro": "euro euros eur",
+  "yen": "yen", "rupee": "rupee rupees", "newton": "N newton newtons", "joule": "J joule joules",
+  "watt": "W watt watts", "kilowatt": "kW kilowatt kilowatts", "kilowatt hour": "kwh",
+  "volt": "V volt volts", "hertz": "Hz hertz", "pascal": "Pa pascal pascals", "byte": "byte bytes",
+  "kilobyte": "KB kilobyte kilobytes", "megabyte": "MB megabyte megabytes",
+  "gigabyte": "GB gigabyte gigabytes", "terabyte": "TB terabyte terabytes",
+  "cent": "cent cents", "liter": "l L liter liters litre litres",
   "milliliter": "ml mL milliliter milliliters", "gallon": "gal gallon gallons",
   "cup": "cup cups", "acre": "acre acres", "unit": "unit units",
 }
 _UNIT_OF = {alias: unit for unit, aliases in _UNITS.items() for alias in aliases.split()}
 # Speeds whose names have no "per".
 _WHOLE = {"mph": {"mile": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
+_MONEY = {"\\$": "dollar", "£": "sterling", "\\pounds": "sterling", "€": "euro", "\\euro": "euro",
+          "¥": "yen", "¢": "cent", "\\cent": "cent"}
 _POWER_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWER_BEHIND = {"squared": 2, "cubed": 3}
 _SCALES = {"C": "celsius", "celsius": "celsius", "F": "fahrenheit", "fahrenheit": "fahrenheit"}
@@ -43,6 +51,7 @@ _UNIT_ATOM = re.compile(r"\\text\{([^{}]*)\}")
 # A share as whole percents. 1% is more often meant as 1/100.
 _WHOLE_PERCENT = re.compile(r"[2-9]|[1-9][0-9]|100")
 _LIST_SIGN = re.compile(r"[,(\[{]")
+_BRACKET = re.compile(r"\(([A-Za-z]{2,}(?: [A-Za-z]{2,})*)\)")
 _FRACTION = ("\\frac", "/")
 _FUNCTIONS = {"\\sin", "\\cos", "\\tan", "\\ln", "\\log", "\\circ", "\\emptyset"}
 
@@ -66,19 +75,36 @@ def split(atoms: Sequence[str]) -> tuple[list[str], str]:
 
   The unit is "" where there is none or it is a count noun, which the value then goes without.
   """
-  value, suffix = _suffix([atom for atom in atoms if atom != "\\$"], "\\$" in atoms)
+  money = next((_MONEY[atom] for atom in atoms if atom in _MONEY), "")
+  bare = [atom for atom in atoms if atom not in _MONEY]
+  value, suffix = _suffix(_unbracketed(bare), bool(money))
   text = _plain(suffix)
-  if "\\$" in atoms and "dollar" not in text:
+  if money not in text:
     # Money's sign stands before the number, or behind it.
-    text = f"dollar {text}"
+    text = f"{money} {text}"
   if not text:
     return list(atoms), ""
   try:
     unit = _spelled(_factors(text, _is_part(value)))
   except _NotUnit:
     # 5 million dollars are dollars.
-    return [atom for atom in atoms if atom != "\\$"], "dollar" if "\\$" in atoms else ""
-  return (value, unit) if "\\$" in atoms or _has_unit(value, unit) else (list(atoms), "")
+    return bare, money
+  return (value, unit) if money or _has_unit(value, unit) else (list(atoms), "")
+
+
+def _unbracketed(atoms: list[str]) -> list[str]:
+  r"""Atoms with the words of a last bracket outside it, where they are a unit: 5 (\text{cm})."""
+  found = _BRACKET.fullmatch(atoms[-1]) if len(atoms) > 1 else None
+  inside = found[1].split() if found else []
+  if not inside or not all(map(_is_unit_word, inside)):
+    return atoms
+  return [*atoms[:-1], *(f"\\text{{{word}}}" for word in inside)]
+
+
+def _is_unit_word(word: str) -> bool:
+  """Whether a word is a unit also without \\text, where letters and AB may be products."""
+  return len(word) > 1 and not word.isupper() and (is_known(word) or word in _WHOLE
+                            or len(word) >= _BARE_NOUN and words.is_plural(word))
 
 
 def _suffix(atoms: list[str], money: bool) -> tuple[list[str], list[str]]:
@@ -101,9 +127,8 @@ def _may_be_in_unit(atoms: list[str], k: int) -> bool:
     return True
   if atom in ("C", "F"):
     return "^{\\circ}" in atoms[max(k - 2, 0) : k]
-  # Without \text, "5m" is a product, and only whole words are units.
-  return len(atom) > 1 and (is_known(atom) or atom in _WHOLE
-                            or len(atom) >= _BARE_NOUN and words.is_plural(atom))
+  # Without \text, "5m" is a product.
+  return _is_unit_word(atom)
 
 
 def _plain(suffix: list[str]) -> str:
@@ -148,7 +173,8 @@ class _Reader:
     if not self.last and not self.nouns or self.power != 1:
       raise _NotUnit
     # Of what is counted the first noun is in the plural: pages of "pages per hour".
-    if self.nouns and not (self.parts or self.singular or words.is_plural(self.nouns[-1])):
+    if self.nouns and not (self.parts or self.singular or words.is_plural(self.nouns[-1])
+                           or self.nouns[-1] in words.TUPLES):
       raise _NotUnit
     self.parts += 1
     self.last, self.nouns, self.sign = "", [], 1
@@ -200,8 +226,9 @@ def _factors(text: str, singular: bool) -> dict[str, int]:
       reader.add({name: 1} if name else _WHOLE[piece.lower()])
     elif piece in _FILLERS and (reader.last or reader.nouns):
       continue
-    elif not reader.last and words.is_noun(piece):
-      reader.nouns.append(piece)
+    elif not reader.last and words.is_counted(pieces, k):
+      if piece not in words.ADJECTIVES:
+        reader.nouns.append(piece)
       reader.power = 1
     else:
       raise _NotUnit

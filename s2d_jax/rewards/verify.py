@@ -17,7 +17,7 @@ import math_verify
 import sympy
 from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
-from s2d_jax.rewards import answers, lexer, tex, units
+from s2d_jax.rewards import answers, chains, lexer, tex, units
 
 _DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
 _REPEATING = re.compile(r"([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
@@ -74,6 +74,7 @@ def _have_words(both: Sequence[answers.Answer], words: set[str]) -> bool:
 
 def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool:
   """Whether two answers mean the same, with all their parts."""
+  found = _end_of_chain(gold, found)
   if not gold.parts or not found.parts or max(len(gold.parts), len(found.parts)) > _MOST_PARTS:
     return False
   if "inequality" in (gold.kind, found.kind) and (gold.conjunction or found.conjunction):
@@ -92,6 +93,32 @@ def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool
 
   # Values without names are those of the names in the order in which they are written.
   return _paired(gold.parts, found.parts, parts_equal, ordered or gold.is_named != found.is_named)
+
+
+def _end_of_chain(gold: answers.Answer, found: answers.Answer) -> answers.Answer:
+  """The value at the end of a chain such as 3+9=12, where the problem's answer has no relation."""
+  if gold.kind or len(gold.parts) != 1 or len(found.parts) != 1:
+    return found
+  name, value, unit = found.parts[0]
+  chain = chains.read(value)
+  end = units.attached(chain.end, unit) if chain else ""
+  if chain and all(_equal(side, end) or not gold.parts[0].name and chains.is_quantity(side)
+                   for side in chain.before) and _rounds(chain.end, chain.rounded):
+    return answers.Answer((answers.Part(name, chain.end, unit),), "")
+  return found
+
+
+def _rounds(value: str, decimal: str) -> bool:
+  """Whether a decimal is a number to as many places as it has; "" rounds everything."""
+  if not decimal:
+    return True
+  number = _parsed(value)
+  if number is None or number.free_symbols:
+    return False
+  places = len(decimal.partition(".")[2])
+  # The last place may be cut instead of rounded.
+  distance = abs(sympy.N(number, _DIGITS) - sympy.Rational(decimal))
+  return bool(distance < sympy.Rational(1, 10**places))
 
 
 def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | None:

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Sequence
 
 _CARDINALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
   fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
@@ -39,7 +40,13 @@ _NOUNS_IN_TH = frozenset(
   blacksmith blacksmiths goldsmith goldsmiths locksmith locksmiths
   """.split())
 # Adjectives that say which things were counted, where the noun follows them.
-_ADJECTIVES = frozenset({"even", "odd", "prime"})
+ADJECTIVES = frozenset({"even", "odd", "prime"})
+# "Three-digit numbers" are counted; "three numbers" behind a number says nothing certain.
+SIZES = frozenset(_CARDINALS[2:10])
+OF_SIZE = frozenset({"digit", "letter", "element", "sided"})
+# Behind "ordered" they name what was counted; alone they may scale.
+TUPLES = frozenset({"pair", "pairs", "triple", "triples", "quadruple", "quadruples", "tuples",
+                    "triplets"})
 _PLURALS = frozenset({"people", "men", "women", "children", "geese", "mice", "teeth", "sheep",
                       "fish", "deer", "dice", "oxen"})
 _NOT_PLURAL = ("ss", "us", "is")
@@ -58,3 +65,17 @@ def is_plural(word: str) -> bool:
   """Whether a word may be a noun in the plural."""
   return is_noun(word) and (
     word in _PLURALS or word[-1] == "s" and not word.endswith(_NOT_PLURAL))
+
+
+def is_counted(pieces: Sequence[str], k: int) -> bool:
+  """Whether a piece of the text behind a number says which things were counted.
+
+  It is a noun, or the word before one in "ordered pairs", "odd numbers" or "three-digit numbers".
+  """
+  word = pieces[k]
+  following = pieces[k + 1 : k + 2]
+  if word in TUPLES:
+    return k > 0 and pieces[k - 1] in ("ordered", "unordered")
+  if word in SIZES:
+    return len(pieces) > k + 2 and following[0] in OF_SIZE
+  return is_noun(word) or word in ADJECTIVES and bool(following)

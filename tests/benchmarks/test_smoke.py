@@ -28,7 +28,7 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
-    "checker": {"agreement", "held_out_agreement", "hostile", "linear",
+    "checker": {"agreement", "held_out_agreement", "fresh_agreement", "hostile", "linear",
                 "string_answers_per_second"},
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
@@ -300,7 +300,8 @@ def test_checker(tmp_path):
   result = smoke("checker", tmp_path)
   assert sum(n["rows"] for n in result["agreement"].values()) >= 12
   assert sum(n["rows"] for n in result["held_out_agreement"].values()) >= 12
-  for n in [*result["agreement"].values(), *result["held_out_agreement"].values()]:
+  tables = [result[key] for key in ("agreement", "held_out_agreement", "fresh_agreement")]
+  for n in [n for table in tables for n in table.values()]:
     # No checker accepts a wrong answer, and math-verify misses none of these.
     assert n["string_false_positives"] == n["verify_false_positives"] == 0
     assert n["verify_agrees"] == n["rows"] >= n["string_agrees"]

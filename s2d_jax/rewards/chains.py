@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from s2d_jax.rewards import names
 
-# What a problem asks for besides a variable: m+n, |z|, |AB|, \cos\theta, \tan(A+B), f(g(2)).
+# Quantities that a problem may ask for: m+n, |z|, |AB|, \cos\theta, \tan(A+B), f(g(2)).
 # Of 2x=12, x+1=12 and |x|=12 the variable may be asked for, which is not 12.
 _QUANTITY = re.compile(
   r"[A-Za-z](?:\+[A-Za-z])+"
@@ -24,7 +24,7 @@ class Chain(NamedTuple):
 
 
 def read(value: str) -> Chain | None:
-  """The chain of a value in one spelling; None where it is none, or more than equations."""
+  """The chain of a value in one spelling; None where it is one value or has other relations."""
   value, about, rounded = value.partition("\\approx")
   if names.relation(value) == "inequality" or "\\ne" in value:
     return None

@@ -21,7 +21,7 @@ _MAX_PASSES = 8  # until nothing changes; two or three are usual
 _ONE_ARGUMENT = {"\\overline", "\\bar", "\\vec", "\\hat", "\\mathbb", "\\mathcal",
                  "\\widehat", "\\overrightarrow", "\\overleftrightarrow",
                  "\\pmod", "\\tilde", "\\dot", "\\mathfrak"}
-# Their argument is not printed, or is no part of the answer.
+# Their argument is not printed, or says nothing of the answer.
 _IGNORED_ARGUMENT = {"\\color", "\\textcolor", "\\tag", "\\label", "\\phantom", "\\hphantom",
                      "\\vphantom", "\\hspace", "\\vspace"}
 _TWO_ARGUMENTS = {"\\frac", "\\binom"}

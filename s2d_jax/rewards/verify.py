@@ -109,16 +109,16 @@ def _end_of_chain(gold: answers.Answer, found: answers.Answer) -> answers.Answer
 
 
 def _rounds(value: str, decimal: str) -> bool:
-  """Whether a decimal is a number to as many places as it has; "" rounds everything."""
+  """Whether a decimal is a number to as many digits as it has; "" rounds everything."""
   if not decimal:
     return True
   number = _parsed(value)
   if number is None or number.free_symbols:
     return False
-  places = len(decimal.partition(".")[2])
-  # The last place may be cut instead of rounded.
+  digits = len(decimal.partition(".")[2])
+  # The last digit may be cut instead of rounded.
   distance = abs(sympy.N(number, _DIGITS) - sympy.Rational(decimal))
-  return bool(distance < sympy.Rational(1, 10**places))
+  return bool(distance < sympy.Rational(1, 10**digits))
 
 
 def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | None:

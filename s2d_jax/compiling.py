@@ -9,8 +9,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import hosts, program_cache, sampler, sharding, training
+from s2d_jax import hosts, program_cache, rollouts, sampler, sharding, training
 from s2d_jax.chat import Chat
+from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
@@ -131,6 +132,7 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
     actor_sampler = samplers.compile(models.actor, hp.sampling, hp.prompts, narrow=True)
   # Rewards are added over hosts in every step by a program of this shape.
   hosts.sum_over_hosts(np.zeros(samples, np.float32))  # compiles on its first call
+  rollouts.unchecked_since(pool.unchecked())  # so does this
   pass_rate_sampler = None
   if models.pass_rate_model is not None:
     pass_rate_sampler = samplers.compile(models.pass_rate_model, hp.sampling, hp.prompts,

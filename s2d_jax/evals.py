@@ -227,8 +227,7 @@ def run(samplers: Mapping[str, Sampler], params: Params, prompts: Sequence[Promp
   for way, sample in samplers.items():
     samples[way], rows[way] = solve(sample, params, prompts, reward, seed, answer,
                                     stored and stored[way])
-  unchecked = pool.Unchecked(*np.subtract(pool.unchecked(), before).tolist())
-  return Evaluation(dict(statistics(samples)), samples, rows, unchecked)
+  return Evaluation(dict(statistics(samples)), samples, rows, rollouts.unchecked_since(before))
 
 
 def record(evaluation: Evaluation) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
       if stage.rewards is not None or pass_rates is not None:
-        entry |= _unchecked_since(unchecked)
+        entry |= {f"check_{name}": float(count) for name, count
+                  in rollouts.unchecked_since(unchecked)._asdict().items()}
       _check(stage, step, checkpoints, entry, clock.compiled().count - before)
       logs["metrics"].add(entry)
       seconds = timing.step_entry(step, clock)
@@ -175,13 +176,6 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       bar.update()
   _save(checkpoints, logs, hp.steps, state)
   return state
-
-
-def _unchecked_since(before: pool.Unchecked) -> dict[str, float]:
-  """Checks of answers without a verdict, of all hosts: such answers count as wrong."""
-  of_host = np.array(pool.unchecked(), np.float32) - np.array(before, np.float32)
-  timeouts, failures = hosts.sum_over_hosts(of_host).tolist()
-  return {"check_timeouts": timeouts, "check_failures": failures}
 
 
 def _timed(stage: StageRun, clock: Clock) -> StageRun:

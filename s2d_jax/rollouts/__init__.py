@@ -39,6 +39,7 @@ from s2d_jax.rollouts.steps import (
   resolved,
   sample_step,
   score,
+  unchecked_since,
 )
 
 __all__ = [
@@ -46,5 +47,5 @@ __all__ = [
   "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
   "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
   "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "resolved",
-  "row_key", "sample_step", "score", "take", "to_bytes", "token_weights",
+  "row_key", "sample_step", "score", "take", "to_bytes", "token_weights", "unchecked_since",
 ]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from s2d_jax import hosts
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.errors import InputError
+from s2d_jax.rewards.pool import Unchecked, unchecked
 from s2d_jax.rollouts.records import (
   FINISHED,
   Prompt,
@@ -224,3 +225,9 @@ def score(reward: Reward, rollout: Rollout,
                      f"reward {reward_B[b]}: a reward must be a finite number; look at what the "
                      "task's reward makes of that answer.")
   return reward_B
+
+
+def unchecked_since(before: Unchecked) -> Unchecked:
+  """Checks without a verdict after those of `before`, of all hosts, which must all call it."""
+  own = np.subtract(unchecked(), before).astype(np.float32)
+  return Unchecked(*hosts.sum_over_hosts(own).astype(int).tolist())

@@ -38,7 +38,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sizes.md"
 MARKS = ("<!-- entries of benchmarks/results/sizes.json -->\n", "<!-- end -->\n")
 PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
 # The stages with the largest programs, one of each kind. teacher_sft samples nothing. sft and
-# weighted_fkl sample the teacher, as forward_kl does, and the latter also holds the student's start.
+# weighted_fkl sample the teacher, as forward_kl does; the latter holds the student's start too.
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
 
 

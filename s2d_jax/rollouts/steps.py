@@ -229,5 +229,5 @@ def score(reward: Reward, rollout: Rollout,
 
 def unchecked_since(before: Unchecked) -> Unchecked:
   """Checks without a verdict after those of `before`, of all hosts, which must all call it."""
-  own = np.subtract(unchecked(), before).astype(np.float32)
-  return Unchecked(*hosts.sum_over_hosts(own).astype(int).tolist())
+  of_host = np.subtract(unchecked(), before).astype(np.float32)
+  return Unchecked(*hosts.sum_over_hosts(of_host).astype(int).tolist())

@@ -55,6 +55,10 @@ def joined(text: str) -> list[str]:
   return [text[box.inside] for box in found[max(first, 0) :]]
 
 
+# One for all braces that open no box: a text may have very many.
+_BRACE = _Open(None, 0, bare=False)
+
+
 def _closed(text: str) -> list[_Box]:
   """All boxes by their starts; [] where the last one to start is not closed."""
   found: list[_Box] = []
@@ -77,7 +81,7 @@ def _closed(text: str) -> list[_Box]:
     if token.start() < skip:
       continue
     if token[0] == "{":
-      opened.append(_Open(None, token.end(), bare=False))
+      opened.append(_BRACE)
     elif token[0] == "}":
       close(token.start())
       box = opened.pop() if opened else None

@@ -11,14 +11,13 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from s2d_jax import chips
+from s2d_jax import chips, writable
 from s2d_jax.errors import InputError
 
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
@@ -144,12 +143,7 @@ def check_output(path: str | os.PathLike) -> None:
     # Opening it raises every reason; a file that was not there must not be left behind.
     with contextlib.suppress(FileNotFoundError), open(text, "r+b"):
       pass
-    folder = pathlib.Path(text).absolute().parent
-    # A folder that does not exist yet will be created in its nearest ancestor.
-    while not os.path.lexists(folder):
-      folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
-      pass
+    writable.check_folder(pathlib.Path(text).absolute().parent)
   except OSError as error:
     raise InputError(f"{text} cannot be written ({error.strerror}): choose another --out."
                      ) from error

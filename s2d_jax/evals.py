@@ -236,8 +236,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
   for way, found in evaluation.samples.items():
     samples[way] = {field: np.asarray(values, int).tolist()
                     for field, values in found._asdict().items() if values is not None}
-  checks = {f"check_{name}": count for name, count in evaluation.unchecked._asdict().items()}
-  return {"scores": evaluation.scores, "samples": samples} | checks
+  return {"scores": evaluation.scores, "samples": samples} | evaluation.unchecked._asdict()
 
 
 def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

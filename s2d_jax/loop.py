@@ -162,8 +162,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
       if stage.rewards is not None or pass_rates is not None:
-        entry |= {f"check_{name}": float(count) for name, count
-                  in rollouts.unchecked_since(unchecked)._asdict().items()}
+        counts = rollouts.unchecked_since(unchecked)._asdict()
+        entry |= {name: float(count) for name, count in counts.items()}
       _check(stage, step, checkpoints, entry, clock.compiled().count - before)
       logs["metrics"].add(entry)
       seconds = timing.step_entry(step, clock)

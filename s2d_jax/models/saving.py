@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from s2d_jax import json_objects, models, sharding
+from s2d_jax import json_objects, models, sharding, writable
 from s2d_jax.errors import InputError
 from s2d_jax.json_objects import Json
 from s2d_jax.models import Config, Model, Weight, digests, folders, layout, shards
@@ -143,12 +142,7 @@ def check_target(folder: Path) -> None:
     if exists and any(target.iterdir()) and not any(
         (target / name).exists() for name in (shards.WEIGHTS, shards.INDEX)):
       raise InputError(f"{target} exists and holds no {shards.WEIGHTS}: save to a new folder.")
-    # A folder that does not exist yet will be created in its nearest ancestor.
-    parent = target.parent
-    while not os.path.lexists(parent):
-      parent = parent.parent
-    with tempfile.TemporaryFile(dir=parent):
-      pass
+    writable.check_folder(target.parent)
   except OSError as error:
     raise InputError(f"{folder} cannot be written ({error.strerror}): choose another folder."
                      ) from error

@@ -31,8 +31,8 @@ _IGNORING_STOPS = ["/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh"]
 
 class Unchecked(NamedTuple):
   """Numbers of checks without a verdict, whose answers got a reward of 0."""
-  timeouts: int   # they ran out of seconds or CPU seconds
-  failures: int   # they raised, ran out of memory or ended their process
+  check_timeouts: int   # they ran out of seconds or CPU seconds
+  check_failures: int   # they raised, ran out of memory or ended their process
 
 
 _LOCK = threading.Lock()  # of the counts

@@ -8,6 +8,7 @@ import re
 import signal
 import string
 import time
+import timeit
 
 import pytest
 
@@ -180,20 +181,25 @@ def limited(seconds):
 
 
 def cpu_seconds(function, text):
-  """The lesser of two measured times, in seconds of this thread's processor time."""
-  times = []
-  for _ in range(2):
-    start = time.thread_time()
-    function(text)
-    times.append(time.thread_time() - start)
-  return min(times)
+  """The least of two measured times, in seconds of this thread's processor time.
+
+  timeit leaves Python's garbage collector out: it visits every object of the test's process.
+  """
+  return min(timeit.repeat(lambda: function(text), timer=time.thread_time, repeat=2, number=1))
 
 
 def assert_linear(function, prefix, filler, suffix, length):
-  """Four times the text takes about four times as long; a quadratic search takes 16 times."""
+  """Four times the text takes about four times as long; a quadratic search takes 16 times.
+
+  A machine that others use slows some measurements down, so a failed one is made again.
+  """
   short, long = (prefix + filler * (n // len(filler)) + suffix for n in (length, 4 * length))
-  bound = 8 * cpu_seconds(function, short) + 0.002
-  assert cpu_seconds(function, long) < bound, (prefix, filler, suffix)
+  for _ in range(5):
+    allowed = 8 * cpu_seconds(function, short) + 0.002
+    took = cpu_seconds(function, long)
+    if took < allowed:
+      return
+  assert took < allowed, (prefix, filler, suffix)
 
 
 PATTERNS = {f"{module.__name__.rpartition('.')[2]}.{name}": value
@@ -264,7 +270,8 @@ def test_an_answer_is_read_in_a_fifth_of_a_second(filler):
   for length in (16_384, 90_000):
     for characters in (length, 1500):
       text = f"\\boxed{{{filler * (characters // len(filler))}}}"
-      assert cpu_seconds(lambda text: math.reward({"answer": "1"}, text), text) < 0.2
+      assert any(cpu_seconds(lambda text: math.reward({"answer": "1"}, text), text) < 0.2
+                 for _ in range(5))
 
 
 def test_longer_texts_than_an_answer_are_none():

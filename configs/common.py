@@ -265,8 +265,8 @@ def _math_transfer(epoch: int, samples: int, microbatches: int, block: int) -> d
 
 
 def _math_stages() -> dict[str, dict[str, Any]]:
-  """The stages of `math`."""
-  epoch = 271                     # steps of 64 in DAPO-Math-17K's 17,398 problems
+  """The stages of `math`. AdamW's b1, b2 and eps are gaps: PyTorch's defaults, as in verl."""
+  epoch = 271                     # steps of 64 in DAPO-Math-17K's 17,398 problems, whatever is read
   bridge = {"microbatches": 32, "block": 256}  # ours: two models' logits at once
   soft = forward_kl(form="full")  # gap: the teacher's whole distribution, unfiltered rollouts
   return {
@@ -283,7 +283,7 @@ def _math_stages() -> dict[str, dict[str, Any]]:
 
 
 def _math_evals() -> dict[str, dict[str, Any]]:
-  """The evaluations of `math`: the paper's three benchmarks, and a curve between steps."""
+  """The paper's three benchmarks by a stage's last weights (gap), and a curve between steps."""
   # gap: the evaluation script of the authors' code has these
   decoding = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
   benchmarks = {name: evaluation(split=name, prompts=32,
@@ -316,9 +316,9 @@ def math(arg: ConfigDict) -> ConfigDict:
                  # scored splits that may hold labelled problems, with commas between
                  "overlap": ""}
   # Optional: config.data.solutions, a file of responses (docs/sampling.md).
-  config.checker = "verify"                 # of answers: "string", or also math-verify
-  config.list_order = "any"                 # "fixed": the order of a list without brackets counts
-  config.label_share = 1.0
+  config.checker = "verify"                 # gap: "string", or also math-verify
+  config.list_order = "any"                 # gap: "fixed" counts a list's order without brackets
+  config.label_share = 1.0                  # printed: all labels
   config.half_seed = 0                      # gap: the halves are fixed and random
   config.hub = ""                           # owner on huggingface.co of a folder that is absent
   config.student_layers = 0                 # make the student of this many layers of the teacher
@@ -334,7 +334,7 @@ def math(arg: ConfigDict) -> ConfigDict:
 
   config.stages = _math_stages()
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
-                  "microbatches": 128, "block": 256, "sampling": _answers(16)}
+                  "microbatches": 128, "block": 256, "sampling": _answers(16)}  # ours
   config.evals = _math_evals()
   if arg.tiny:
     config.prompt_tokens = 256

@@ -46,7 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.arms = "untrained,cold_grpo,bridge,opd_only,sft_only"
   if arg.one_gpu:
     _one_gpu(config)
-  common.choose_arms(config, arg)  # behind one_gpu, of whose steps halves takes half
+  # one_gpu bounds the steps, and halves takes half of what that leaves.
+  common.choose_arms(config, arg)
   if arg.colab:
     _colab(config, arg)
   return config.lock()

@@ -60,7 +60,7 @@ def math(config: ConfigDict) -> Task:
   if checker == "verify" and not math_reward.INSTALLED:
     raise InputError("config.checker is 'verify' and math-verify is not installed: pip install "
                      "'s2d_jax[math]', or set config.checker to 'string'.")
-  # The sentence that Qwen3's model card recommends for mathematics.
+  # gap: the paper prints no prompt. Qwen3's model card recommends this sentence for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:
     names = [name for name in config.data if name not in leave_out.NOT_SPLITS]
@@ -96,7 +96,8 @@ def word_problems(config: ConfigDict) -> Task:
   keys.check_names("config.data", config.data, ("dir",))
   folder = os.path.expanduser(config.data.dir)
   # Answers are whole numbers, of which the string match reads every spelling.
-  checked = ConfigDict({"data": config.data, "checker": config.get("checker", "string")})
+  checked = ConfigDict({"data": config.data, "checker": config.get("checker", "string"),
+                        "list_order": config.get("list_order", "any")})
   return math(checked)._replace(
       source=lambda split: sources.word_problems(split, folder),
       messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}])

@@ -50,6 +50,16 @@ def test_the_order_of_a_list_is_a_key_of_the_config(data):
   assert tasks.math(data).answer("\\boxed{2, 1}") == "2, 1"
 
 
+def test_word_problems_take_the_keys_of_the_checker(tmp_path):
+  config = ml_collections.ConfigDict({"data": {"dir": str(tmp_path)}})
+  assert tasks.word_problems(config).reward is math.reward
+  config.list_order = "fixed"
+  assert tasks.word_problems(config).reward is math.reward_in_order
+  config.list_order = "banana"
+  with pytest.raises(InputError, match="config.list_order is 'banana': choose it from any, fixed"):
+    tasks.word_problems(config)
+
+
 @pytest.mark.medium
 def test_math_verify_accepts_answers_that_string_match_rejects(data):
   problem, text = tasks.math(data).source("labelled")[0], "\\boxed{2}"

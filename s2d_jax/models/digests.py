@@ -18,8 +18,8 @@ def identity(folder: Path) -> str:
   """A hash that identifies a folder's config.json and its weights.
 
   It covers config.json, the index and the checksums that `hf.save` wrote. Of each safetensors file
-  it covers name, size, header and the checksum that a Hugging Face download recorded. Of a large
-  file it covers some bytes of every tensor, of another one all bytes.
+  it covers name, size, header and the checksum that a Hugging Face download recorded. It covers all
+  bytes of a file of at most 64 MiB, and some bytes of every tensor of a larger one.
 
   Raises:
     InputError: the folder or its weights are missing, or a header is damaged.

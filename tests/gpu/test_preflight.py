@@ -87,11 +87,15 @@ def test_the_readmes_line_on_eight_cards(folder, capsys):
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_sweep_counts_the_stages_of_all_its_runs(capsys):
-  preflight.main(["--config=configs/sweep_bridge_split.py:tiny", "--topology=h100", "--fast"])
+  stages = ("teacher_grpo", "forward_kl", "reverse_kl")
+  left_out = [f"--config.stages.{name}.steps=0" for name in STAGES if name not in stages]
+  preflight.main(["--config=configs/sweep_seeds.py:tiny", "--config.arms=bridge", *left_out,
+                  "--topology=h100", "--fast"])
   found = capsys.readouterr().out
-  for name in ("teacher_grpo", "forward_kl", "reverse_kl", "the whole"):
+  for name in (*stages, "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
-  # Five shares of the warmup: one teacher for all, and four runs have steps of each other stage.
+  # Three stages under three seeds. The seeds share their programs, which are printed once.
+  assert len(re.findall(r"^reverse_kl +update ", found, re.M)) == 1
   assert re.search(r"^1 chip x [\d.e-]+ hours at least: 9 stages, ", found, re.M)
 
 
@@ -120,10 +124,10 @@ def test_an_update_of_qwen3_0_6b_by_hand():
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_search_prints_the_cheapest_candidate_and_the_verdict_on_all_its_programs(folder, capsys):
   preflight.main([*flags(folder, "h100", "(1, 1, 1)", "teacher_sft"), "--search", "--price=2.5",
-                  "--config.stages.teacher_sft.prompts=4",
-                  "--config.stages.teacher_sft.microbatches=4", "--config.probe.problems=0"])
+                  "--config.stages.teacher_sft.prompts=2",
+                  "--config.stages.teacher_sft.microbatches=2", "--config.probe.problems=0"])
   lines = capsys.readouterr().out.splitlines()
-  # Four rows in four, two or one microbatches, with remat and without.
+  # Two rows in two microbatches or in one, with remat and without.
   assert any(re.search(r"microbatches x 0.5.* at least [\d.]+ hours", line) for line in lines)
   assert re.match(r"the cheapest that fits: .*1 chip x [\d.]+ hours at least x 2.5 = ", lines[-3])
   assert lines[-2].startswith("as flags: --config.mesh=")

@@ -56,6 +56,10 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
   Exits with a sentence where a flag, a file or a key is wrong.
   """
   args, others = parser.parse_known_args(argv)
+  file = args.config.partition(":")[0]
+  if not os.path.isfile(file):
+    fail(f"--config names {file!r}, which is not a file in {os.getcwd()}: name a config file, "
+         "such as configs/arithmetic.py in a checkout.")
   others, template = _template_flags(others)
   # Config files import others of their folder, as with python -m.
   sys.path.insert(0, os.getcwd())
@@ -71,7 +75,10 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
   # ml_collections raises these two for an override of a key that the file lacks.
   except (AttributeError, KeyError) as error:
     key = re.search(r"\w+", str(error.args[0]))[0]
-    fail(f"config has no key {key!r}: --config.KEY=VALUE takes a key of the config file.")
+    # The error has the last name alone; the flag has those before it.
+    found = [re.match(rf"--config\.((?:\w+\.)*{key})(?!\w)", word) for word in others]
+    name = next((match[1] for match in found if match), key)
+    fail(f"config has no key {name!r}: --config.KEY=VALUE takes a key of the config file.")
   except (flags.Error, ValueError, OSError) as error:
     reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
     # The refusal of a config file's arguments is a sentence with its own remedy.

@@ -115,10 +115,12 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   """Every Run of every arm under the folders, in the order in which they finished.
 
   Raises:
-    InputError: a folder without any finished arm.
+    InputError: a folder that is not there, or that has no finished arm.
   """
   rows: dict[tuple, Run] = {}
   for workdir in map(epath.Path, workdirs):
+    if not workdir.exists():
+      raise InputError(f"{workdir} is not a folder: name the --workdir of a run.")
     arms = (workdir / "arms").iterdir() if (workdir / "arms").exists() else ()
     # A kill can leave the beginning of a file behind, under another suffix.
     found = sorted((p for p in arms if p.suffix == ".json"), key=lambda p: (p.stat().mtime, p.name))

@@ -112,6 +112,8 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     logs = {name: metrics.Log(stage.folder, name, start)
             for name in ("ledger", "timing", "samples")}
     logs["metrics"] = metrics.Log(stage.folder, "metrics", start, tensorboard=True)
+    metrics.announce(f"{stage.name}: compiles its programs, then begins at step {start} of "
+                     f"{stage.hp.steps}")
     programs = compile_programs(stage.models, stage.hp, stage.objective, stage.logp,
                                 stage.optimizer, stage.samplers)
     _check_cache(stage, programs, state)

@@ -107,6 +107,12 @@ def bar(name: str, start: int, total: int) -> tqdm:
               mininterval=1.0, disable=not hosts.leader())
 
 
+def announce(text: str) -> None:
+  """Prints a line on standard error before work that has no progress bar."""
+  if hosts.leader():
+    print(text, file=sys.stderr, flush=True)
+
+
 class Compilations(NamedTuple):
   """XLA compilations: their number, and seconds, added up where threads compile side by side."""
   count: int = 0

@@ -61,19 +61,22 @@ def outline(plans: Sequence[Plan], overrides: Sequence[Mapping[str, Any]],
     new = plan.nodes.keys() - found
     found |= new
     stages += [_stage(plan, name) for name in plan.nodes if name in new]
+    shared = len(plan.nodes) - len(new)
     lines.append(f"{changes or 'as configured'}: arms {', '.join(plan.arms)}; "
-                 f"{len(plan.nodes)} stages, {len(plan.nodes) - len(new)} of them shared with "
-                 "the runs above")
+                 f"{len(plan.nodes)} stages"
+                 + (f", {shared} of them shared with the runs above" if shared else ""))
   done = sum(manifest.read(epath.Path(workdir) / name) is not None for name in found)
-  return [*lines, f"{len(plans)} runs, {len(found)} distinct stages, {done} of them finished in "
-          f"{workdir}", *stages]
+  runs = "1 run" if len(plans) == 1 else f"{len(plans)} runs"
+  return [*lines, f"{runs}, {len(found)} distinct stages, {done} of them finished in {workdir}",
+          *stages]
 
 
 def _stage(plan: Plan, name: str) -> str:
-  """A stage's split, its steps, and its passes over the problems of the split."""
+  """A stage's arms, its split, its steps, and its passes over the problems of the split."""
   node = plan.nodes[name]
   problems = len(plan.prompts[node.split])
   # With dynamic resampling a step owns the problems of all its rounds, drawn or not.
   owned = node.hp.steps * node.hp.prompts * max(1, node.hp.get("rounds", 0))
   return (f"{name}: {node.hp.steps:,} steps of {node.hp.prompts} problems, "
-          f"{owned / problems:.2f} passes over the {problems:,} of {node.split}")
+          f"{owned / problems:.2f} passes over the {problems:,} of {node.split}, for "
+          + ", ".join(arm for arm, names in plan.arms.items() if name in names))

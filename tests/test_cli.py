@@ -139,7 +139,7 @@ def test_help_and_an_unknown_command_print_the_list_of_commands(monkeypatch, cap
     (["export", "--workdir=x", "--stage=y", "--out=z", "--dtype=int8"], "argument --dtype: "),
     (["export", "--workdir=x", "--stage=y", "--out=z"],
      "x has no finished stage: run its recipe first."),
-    (["report", "nowhere"], "nowhere has no finished arm: "),
+    (["report", "nowhere"], "nowhere is not a folder: name the --workdir of a run."),
 ])
 def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["s2d-jax", *argv])

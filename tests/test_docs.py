@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from configs import qwen3_math
-from s2d_jax import models
+from s2d_jax import models, recipe
 from tests.configs import test_every_row as every
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,6 +36,13 @@ def run(folder, words):
                         check=False, timeout=900)
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout
+
+
+def test_the_page_of_arms_has_every_arm_with_its_stages():
+  rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs/arms.md").read_text(), re.M)
+  stages = {arm: re.findall(r"`(\w+)` \((\w+)\)", cell) for arm, cell in rows}
+  assert stages == {arm: [(use.stage, use.labels) for use in uses]
+                    for arm, uses in recipe.ARMS.items()}
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ def run(module, *flags):
 @pytest.mark.medium
 @pytest.mark.parametrize("flag, message", [
     ("--config.foo=1", "config has no key 'foo'"),
-    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'lrr'"),
+    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr'"),
     ("--config.seed=abc", "config.seed=abc"),
     ("stray", "is not a flag"),
     ("--config=configs/arithmetic.py:tinny", "'tinny' is unknown: use seed, tiny"),
-    ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
+    ("--config=configs/none.py", "--config names 'configs/none.py', which is not a file in /"),
     ("--config.arms=nope", "there is no arm 'nope': choose config.arms from"),
     ("--config.task=chess", "config.task is 'chess': choose arithmetic or math"),
     ("--config.mesh=(64, 64, 64)", "config.mesh is (64, 64, 64), which needs 262144 devices"),

@@ -68,13 +68,13 @@ def test_the_outline_counts_shared_stages(config, tmp_path):
   config.stages.reverse_kl.steps = 3  # the teacher and the warmup are shared
   plans.append(recipe.plan(config, task()))
   lines = sweep.outline(plans, ({}, {"x": 3}), tmp_path)
-  assert lines[0].startswith("as configured: arms bridge; 3 stages, 0 of them shared")
+  assert lines[0].startswith("as configured: arms bridge; 3 stages") and "shared" not in lines[0]
   assert lines[1].startswith("{'x': 3}: arms bridge; 3 stages, 2 of them shared")
   assert lines[2] == f"2 runs, 4 distinct stages, 0 of them finished in {tmp_path}"
   # A line for each distinct stage. Tiny: four steps of four problems, of the task's 64 labels.
   teacher = plans[0].arms["bridge"][0]
   assert len(lines) == 3 + 4
-  assert lines[3] == f"{teacher}: 4 steps of 4 problems, 0.25 passes over the 64 of all"
+  assert lines[3] == f"{teacher}: 4 steps of 4 problems, 0.25 passes over the 64 of all, for bridge"
 
 
 def test_the_outline_says_that_a_half_is_passed_over_more_often(config, tmp_path):
@@ -83,9 +83,11 @@ def test_the_outline_says_that_a_half_is_passed_over_more_often(config, tmp_path
   plan = recipe.plan(config, task())
   size = {split: len(plan.prompts[split]) for split in ("1h", "2h")}
   lines = sweep.outline([plan], ({},), tmp_path)
-  assert lines[2].endswith(f"{16 / size['1h']:.2f} passes over the {size['1h']} of 1h")
+  assert lines[2].endswith(f"{16 / size['1h']:.2f} passes over the {size['1h']} of 1h, "
+                           "for half_bridge_grpo_2h")
   # Two rounds a step draw twice as many problems.
-  assert lines[-1].endswith(f"{32 / size['2h']:.2f} passes over the {size['2h']} of 2h")
+  assert lines[-1].endswith(f"{32 / size['2h']:.2f} passes over the {size['2h']} of 2h, "
+                            "for half_bridge_grpo_2h")
 
 
 def test_every_arm_of_the_paper_is_planned_with_its_teachers(config):

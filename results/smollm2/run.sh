@@ -20,4 +20,4 @@ JAX_PLATFORMS=cpu exec s2d-jax run \
   $STAGES.forward_kl.steps=24 $STAGES.forward_kl.sampling.samples_per_prompt=1 \
   $STAGES.reverse_kl.steps=12 $STAGES.reverse_kl.sampling.samples_per_prompt=1 \
   $STAGES.reverse_kl.optim.lr=5e-5 \
-  --config.evals.test.problems=128 --config.probe.problems=32 "$@"
+  --config.evals.test.problems=128 --config.probe.problems=8 --config.probe.prompts=8 "$@"

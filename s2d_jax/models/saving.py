@@ -49,10 +49,10 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
     shard_bytes: the most that one file holds, where there are several.
 
   Raises:
-    InputError: `params` do not fit the model, or have a number that is not finite in the type that
-      is written; the type is not one that `hf.load` reads; the model has adapters; `source` is
-      another model, or has a link to nothing; `check_target` refuses the folder; `lineage` is not
-      JSON.
+    InputError: `hf.load` would refuse the model's config; `params` do not fit the model, or have a
+      number that is not finite in the type that is written; the type is not one that `hf.load`
+      reads; the model has adapters; `source` is another model, or has a link to nothing;
+      `check_target` refuses the folder; `lineage` is not JSON.
   """
   leader = jax.process_index() == 0
   target = _target(folder)
@@ -80,12 +80,15 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
       tensors = {name: _fetched(name, params, names[name], types[name]) for name in inside}
       if leader:
         safetensors.numpy.save_file(tensors, partial / file, {"format": "pt"})
-  except InputError:
-    # Every process has the numbers that are refused, so all of them stop here.
-    shutil.rmtree(partial, ignore_errors=True)
+    if leader:
+      _write_other_files(partial, config, files, total_bytes, inherited, lineage_text)
+  # A full disk or an interrupt too would leave many gigabytes behind.
+  except BaseException:
+    if leader:
+      shutil.rmtree(partial, ignore_errors=True)
     raise
+  # Outside: once the target was moved aside, `partial` may be the only copy in its place.
   if leader:
-    _write_other_files(partial, config, files, total_bytes, inherited, lineage_text)
     _replace(target, partial)
   return pathlib.Path(folder)
 
@@ -272,11 +275,27 @@ def _types(config: Config, params: dict[str, jax.Array], names: Names, source: P
 
 def _config_json(config: Config, source: Path | None) -> Json:
   """The config.json of a Config, or that of `source`, which must be of the same model."""
-  if source is None:
-    return models.config_json(config)
   # How a model runs is not in config.json, so it cannot make two models differ.
   run = {key: getattr(config, key) for key in models.RUN}
+  if source is None:
+    return _read_back(config, run)
   if folders.read_config(source, **run) != config:
     raise InputError(f"{source} is another model than the one to save: give the folder that it "
                      "was loaded from, or leave source out.")
   return folders.read_json(source)
+
+
+def _read_back(config: Config, run: dict[str, Any]) -> Json:
+  """The config.json of a Config; raises InputError unless `hf.load` reads that Config from it."""
+  remedy = "correct the model's config, because hf.load would refuse the folder"
+  try:
+    json_of = models.config_json(config)
+    text = json.dumps(json_of, allow_nan=False)
+    found = models.read_config(json_objects.parse("config.json", text), **run)
+  except (InputError, TypeError, ValueError) as error:
+    reason = str(error).rstrip(".")
+    raise InputError(f"the model cannot be saved ({reason}): {remedy}.") from error
+  if found != config:
+    raise InputError(f"the model cannot be saved, whose config.json would be of another ({found}): "
+                     f"{remedy}.")
+  return json_of

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from s2d_jax import models, sharding
 from s2d_jax.errors import InputError
-from s2d_jax.models import digests, hf, shards
+from s2d_jax.models import digests, hf, saving, shards
 
 
 @pytest.fixture
@@ -903,3 +903,31 @@ def test_named_templates_and_folders_of_licences_are_copied(saved, tmp_path):
   assert (child / name).read_text() == name
   assert (child / "additional_chat_templates" / "rag.jinja").exists()
   assert (child / "LICENSES" / "Apache-2.0.txt").exists()
+
+
+@pytest.mark.parametrize("field, value", [
+    ("rope_theta", 0.0), ("rope_theta", float("nan")), ("rope_theta", float("inf")),
+    ("max_positions", 0), ("max_positions", 2.5), ("norm_eps", -1.0), ("norm_eps", float("nan")),
+    ("norm_eps", float("inf")), ("norm_eps", np.float32(1e-6))])
+def test_a_config_that_load_refuses_is_not_saved(saved, tmp_path, field, value):
+  _, model, params = saved
+  config = dataclasses.replace(model.config, **{field: value})
+  wrong = dataclasses.replace(model, config=config)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(InputError, match=r"^the model cannot be saved \(.*\): correct the model's config"):
+    hf.save(tmp_path / "x", wrong, params)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["save_file", "_write_other_files"])
+def test_an_error_while_saving_leaves_nothing_behind(saved, tmp_path, monkeypatch, error, step):
+  _, model, params = saved
+  def fail(*_):
+    raise error
+  owner = safetensors.numpy if step == "save_file" else saving
+  monkeypatch.setattr(owner, step, fail)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(type(error)):
+    hf.save(tmp_path / "x", model, params)
+  assert sorted(tmp_path.rglob("*")) == before

@@ -2,7 +2,8 @@ r"""Published sets of checked mathematics problems: the files, their revisions, 
 
 A set is named in `config.data`, as in `config.data.math500 = "math500"`. Its file is read from the
 folder `config.data.dir`, where a user placed it, and otherwise downloaded to there. A file that was
-placed may also have columns of its own: "problem" and "answer", both texts.
+placed may also have columns of its own: "problem" and "answer", both texts. An "id" of its own is
+not read, because a problem's half follows its text alone.
 """
 
 import hashlib
@@ -185,8 +186,8 @@ def _download(source: Source, target: Path) -> None:
 def rows(name: str, path: Path) -> list[dict[str, Any]]:
   """The distinct problems of a file of a published set, in order, each with an id.
 
-  A row with other columns than the source's may be in our own: "problem" and "answer". Its id is
-  then the row's, where it has one. Rows that repeat a problem or have no answer are left out, with
+  A row with other columns than the source's may be in our own: "problem" and "answer". Every id is
+  a hash of the problem's text: halves follow it, and are equal whatever the file's columns. Rows that repeat a problem or have no answer are left out, with
   a warning that counts them.
 
   Raises:
@@ -219,7 +220,8 @@ def _converted(source: Source, row_name: str, row: Row) -> dict[str, Any]:
   """A row's id, problem, answer and perhaps solution."""
   if not set(source.columns) <= row.keys():
     try:
-      return jsonl.row(row_name, dict(row))
+      new = jsonl.row(row_name, dict(row))
+      return new | {"id": jsonl.text_id(new["problem"])}
     except InputError as error:
       raise InputError(f"{error} Or take the columns of {source.repository}: "
                        f"{', '.join(source.columns)}.") from error

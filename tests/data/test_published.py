@@ -165,6 +165,23 @@ def test_a_file_that_was_placed_may_have_our_own_columns(tmp_path, name):
                                   {"problem": "2+1?", "answer": "3"}]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_ids_are_of_the_text_whatever_the_columns(tmp_path, monkeypatch, prepared):
+  # Halves follow the ids, and an id of the file would depend on who wrote it.
+  if not prepared:
+    monkeypatch.setattr(sources.os, "access", lambda *_: False)
+  found = []
+  for number, rows in enumerate([
+      [{"prompt": DAPO.format(text), "reward_model": {"ground_truth": "2"}} for text in "AB"],
+      [{"id": i, "problem": text, "answer": "2"} for i, text in enumerate("AB")],
+      [{"id": 7, "problem": text, "answer": 2} for text in "AB"],
+      [{"problem": text, "answer": "2"} for text in "AB"]]):
+    (tmp_path / str(number)).mkdir()
+    lines(tmp_path / str(number), "dapo_math_17k", rows)
+    found.append([row["id"] for row in sources.read("dapo_math_17k", "x", tmp_path / str(number))])
+  assert found == [[jsonl.text_id("A"), jsonl.text_id("B")]] * 4
+
+
 def test_another_content_is_prepared_anew(tmp_path):
   lines(tmp_path, "gsm8k", [{"problem": "1+1?", "answer": "2"}])
   assert len(read(tmp_path, "gsm8k")) == len(read(tmp_path, "gsm8k")) == 1

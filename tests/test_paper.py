@@ -1,20 +1,35 @@
 """The paper's tables: every number is as it was printed, and runs fill their own cells."""
 
+import copy
+
 import numpy as np
 import pytest
 
+from configs import qwen3_math
 from s2d_jax import files, ladder, paper, report, stats
 from tests import test_report as by_hand
 
 PROBLEMS = {"math500": 500, "aime24": 30, "aime25": 30}
 
 
+WHOLE = qwen3_math.get_config().to_dict()
+DECODING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 16384}
+
+
 def config(student="Qwen3-1.7B", teacher="Qwen3-8B", **changes):
-  return {"student": f"/models/{student}", "teacher": f"/models/{teacher}", "label_share": 1.0,
-          **changes}
+  """The paper's settings, with keys such as stages__student_grpo__steps changed."""
+  found = copy.deepcopy(WHOLE) | {"student": f"/models/{student}", "teacher": f"/models/{teacher}"}
+  for key, value in changes.items():
+    *blocks, name = key.split("__")
+    inner = found
+    for block in blocks:
+      inner = inner[block]
+    inner[name] = value
+  return found
 
 
-def scored(folder, arm, benchmark, share, seed=0, at=0, samples=16, problems=None, **models):
+def scored(folder, arm, benchmark, share, seed=0, at=0, samples=16, problems=None,
+           decoding=DECODING, **models):
   """A finished arm whose samples are right for this share of the problems."""
   count = problems or PROBLEMS[benchmark]
   correct = [[int(p < share * count)] * samples for p in range(count)]
@@ -23,8 +38,14 @@ def scored(folder, arm, benchmark, share, seed=0, at=0, samples=16, problems=Non
   result = files.read_json(folder / name / "result.json")
   result["scores"] = {f"avg@{samples}": [share, share - 0.01, share + 0.01]}
   files.write_json(folder / name / "result.json", result)
+  manifest = files.read_json(folder / name / "manifest.json")
+  manifest["inputs"]["evaluation"]["sampling"] = {"samples_per_prompt": samples, **decoding}
+  files.write_json(folder / name / "manifest.json", manifest)
+  # Runs of another config are of another recipe, and not two seeds of one.
+  changed = {key: str(value) for key, value in models.items()}
   trained = by_hand.stage(folder, f"student_grpo-{arm}-{seed}-{at}", [1], inputs={
-      "seed": seed, "row": by_hand.stage_row(f"student_grpo-{arm}", "student")})
+      "seed": seed, "changed": changed,
+      "row": by_hand.stage_row(f"student_grpo-{arm}", "student")})
   by_hand.arm(folder, f"{arm}-{benchmark}", [(arm, [trained], name)], seed=seed, at=at,
               config=config(**models))
 
@@ -158,3 +179,114 @@ def test_intervals_of_several_seeds_have_verdicts(tmp_path):
     scored(tmp_path, "cold_grpo", "math500", 0.6 + 0.01 * rng.random(), seed=seed, at=3 + seed)
   pairs = differences(paper.section(ladder.read([tmp_path])), "Transfer only")
   assert pairs["`bridge` − `cold_grpo`", "qwen3-8b", "MATH-500"][2] == "agrees"
+
+
+def test_the_settings_are_those_of_the_config():
+  found = qwen3_math.get_config("all_arms,sft_teacher")
+  assert found.data.labelled == paper._LABELLED
+  assert {name: found.stages[name].steps for name in paper._STEPS} == paper._STEPS
+  for name in paper._STEPS:
+    for key, value in paper._STAGE.items():
+      inner = found.stages[name]
+      for word in key.split("."):
+        inner = inner[word]
+      assert inner == value, key
+  for name in PROBLEMS:
+    sampling = found.evals[name].sampling
+    assert {key: sampling[key] for key in DECODING} == DECODING == paper._DECODING
+
+
+def notes(lines, title):
+  """The lines between the first and the second table below a heading."""
+  start = next(i for i, line in enumerate(lines) if line.startswith(f"### {title}"))
+  found = []
+  for line in lines[start + 1:]:
+    if line.startswith(("### ", "| difference")):
+      break
+    if line.startswith("- "):
+      found.append(line)
+  return found
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"data__labelled": "gsm8k_train"}, "`data.labelled=gsm8k_train`, not `dapo_math_17k`"),
+    ({"template": {"enable_thinking": True}},
+     "`template.enable_thinking=True`, not `False`"),
+    ({"template": {}}, "`template.enable_thinking=not set`, not `False`"),
+    ({"stages__student_grpo__lora__rank": 32}, "`stages.student_grpo.lora.rank=32`, not `0`"),
+    ({"stages__student_grpo__steps": 100}, "`stages.student_grpo.steps=100`, not `2710`"),
+    ({"stages__student_grpo__prompts": 16}, "`stages.student_grpo.prompts=16`, not `64`"),
+    ({"stages__student_grpo__optim__lr": 1e-5}, "`stages.student_grpo.optim.lr=1e-05`, not `1e-"),
+    ({"stages__student_grpo__sampling__max_tokens": 4096},
+     "`stages.student_grpo.sampling.max_tokens=4096`, not `16384`"),
+    ({"stages__student_grpo__sampling__temperature": 0.6},
+     "`stages.student_grpo.sampling.temperature=0.6`, not `1.0`"),
+    ({"data__leave_out": "labelled:1"}, "`data.leave_out=labelled:1`, not `not set`"),
+    ({"student_layers": 4}, "`student_layers=4`, not `0`"),
+    ({"decoding": DECODING | {"max_tokens": 1024}}, "`scored with max_tokens=1024`, not `16384`"),
+    ({"decoding": {"max_tokens": 16384}}, "`scored with temperature=1.0`, not `0.7`"),
+    ({"samples": 4}, "`scored with samples=4`, not `16`"),
+    ({"problems": 10}, "`scored with problems=10`, not `500`")])
+def test_an_unlike_setting_is_marked_and_named(tmp_path, change, said):
+  scored(tmp_path, "cold_grpo", "math500", 0.5, **change)
+  lines = paper.section(ladder.read([tmp_path]))
+  assert rows(lines, "Transfer only")["direct GRPO"][1] == "50.0 [49.0, 51.0] †"
+  found = notes(lines, "Transfer only")
+  assert f"- † {said}" in "\n".join(found)
+  assert all(line.endswith(": direct GRPO (MATH-500)") for line in found)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"stages__sft__steps": 3}, {"stages__teacher_sft__lora__rank": 8},  # of no stage of the arm
+    {"data__labelled": "dapo_math_17k:/sets/dapo.parquet"}, {"data__math500": "math500:/x.jsonl"},
+    {"stages__student_grpo__sampling__temperature": 1}, {"seed": 3}])
+def test_the_papers_settings_have_no_mark(tmp_path, change):
+  scored(tmp_path, "cold_grpo", "math500", 0.5, **change)
+  lines = paper.section(ladder.read([tmp_path]))
+  assert rows(lines, "Transfer only")["direct GRPO"][1] == "50.0 [49.0, 51.0]"
+  assert notes(lines, "Transfer only") == []
+
+
+def test_a_half_may_make_the_printed_passes_over_its_half(tmp_path):
+  scored(tmp_path, "half_bridge_grpo_2h", "math500", 0.5, stages__student_grpo__steps=1355)
+  scored(tmp_path, "cold_grpo", "math500", 0.5, at=1, stages__student_grpo__steps=1355)
+  lines = paper.section(ladder.read([tmp_path]))
+  title = "Transfer on 1H, then GRPO on 2H"
+  assert rows(lines, title)["RL'd 8B, two-stage bridge"][1] == "50.0 [49.0, 51.0]"
+  assert rows(lines, "Transfer only")["direct GRPO"][1] == "50.0 [49.0, 51.0] †"
+
+
+@pytest.mark.parametrize("steps, verdict", [((2710, 100), "above in this seed"),
+                                            ((100, 2710), "above in this seed"),
+                                            ((50, 100), "several runs")])
+def test_every_run_of_a_cell_is_shown_with_the_keys_that_differ(tmp_path, steps, verdict):
+  for at, (count, share) in enumerate(zip(steps, (0.8, 0.6), strict=True)):
+    scored(tmp_path, "bridge", "math500", share, at=at, stages__student_grpo__steps=count)
+  scored(tmp_path, "cold_grpo", "math500", 0.5, at=2)
+  lines = paper.section(ladder.read([tmp_path]))
+  marks = ["" if count == 2710 else " †" for count in steps]
+  assert rows(lines, "Transfer only")["RL'd 8B, bridge"][1] == (
+      f"80.0 [79.0, 81.0]{marks[0]} (1); 60.0 [59.0, 61.0]{marks[1]} (2)")
+  found = notes(lines, "Transfer only")
+  assert found[-1] == (
+      "- RL'd 8B, bridge (MATH-500) has 2 runs that differ: (1) `stages.student_grpo.steps="
+      f"{steps[0]}`; (2) `stages.student_grpo.steps={steps[1]}`")
+  assert len(found) == 1 + sum(count != 2710 for count in steps)
+  pairs = differences(lines, "Transfer only")
+  assert pairs["`bridge` − `cold_grpo`", "qwen3-8b", "MATH-500"][2] == verdict
+
+
+def test_runs_that_differ_in_a_setting_without_a_mark_are_named(tmp_path):
+  scored(tmp_path, "cold_grpo", "aime24", 0.5, stages__student_grpo__kl_coef=0.5)
+  scored(tmp_path, "cold_grpo", "aime24", 0.6, at=1)
+  found = notes(paper.section(ladder.read([tmp_path])), "Transfer only")
+  assert found == ["- direct GRPO (AIME 2024) has 2 runs that differ: (1) `stages.student_grpo."
+                   "kl_coef=0.5`; (2) `stages.student_grpo.kl_coef=0.0005`"]
+
+
+def test_a_difference_of_marked_cells_is_marked(tmp_path):
+  scored(tmp_path, "bridge", "math500", 0.8, stages__student_grpo__steps=100)
+  scored(tmp_path, "cold_grpo", "math500", 0.6, at=1)
+  _, here, verdict = differences(paper.section(ladder.read([tmp_path])), "Transfer only")[
+      "`bridge` − `cold_grpo`", "qwen3-8b", "MATH-500"]
+  assert here.endswith("] †") and verdict == "above in this seed"

@@ -187,8 +187,8 @@ def rows(name: str, path: Path) -> list[dict[str, Any]]:
   """The distinct problems of a file of a published set, in order, each with an id.
 
   A row with other columns than the source's may be in our own: "problem" and "answer". Every id is
-  a hash of the problem's text: halves follow it, and are equal whatever the file's columns. Rows that repeat a problem or have no answer are left out, with
-  a warning that counts them.
+  a hash of the problem's text: halves follow it, and are equal whatever the file's columns. Rows
+  that repeat a problem or have no answer are left out, with a warning that counts them.
 
   Raises:
     InputError: a row has neither the source's columns nor ours, or no row has an answer; names the

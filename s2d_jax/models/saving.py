@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -71,10 +72,7 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
 
   files, total_bytes = _files(model.config, types, shard_bytes)
   partial = _partial(target)
-  if leader:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-  try:
+  with _new_folder(partial) if leader else contextlib.nullcontext():
     for file, inside in files.items():
       # Every process takes part in the fetch, whether or not it writes.
       tensors = {name: _fetched(name, params, names[name], types[name]) for name in inside}
@@ -82,15 +80,23 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
         safetensors.numpy.save_file(tensors, partial / file, {"format": "pt"})
     if leader:
       _write_other_files(partial, config, files, total_bytes, inherited, lineage_text)
-  # A full disk or an interrupt too would leave many gigabytes behind.
-  except BaseException:
-    if leader:
-      shutil.rmtree(partial, ignore_errors=True)
-    raise
   # Outside: once the target was moved aside, `partial` may be the only copy in its place.
   if leader:
     _replace(target, partial)
   return pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[None]:
+  """Makes an empty folder, and removes it where an error ends the block."""
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True)
+  try:
+    yield
+  # A full disk or an interrupt too would leave many gigabytes behind.
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
 
 
 def _fetched(name: str, params: dict[str, jax.Array], entry: tuple[str, Weight, int | None],
@@ -290,8 +296,8 @@ def _read_back(config: Config, run: dict[str, Any]) -> Json:
   remedy = "correct the model's config, because hf.load would refuse the folder"
   try:
     json_of = models.config_json(config)
-    text = json.dumps(json_of, allow_nan=False)
-    found = models.read_config(json_objects.parse("config.json", text), **run)
+    found = models.read_config(json_of, **run)  # its errors name the key
+    json.dumps(json_of, allow_nan=False)
   except (InputError, TypeError, ValueError) as error:
     reason = str(error).rstrip(".")
     raise InputError(f"the model cannot be saved ({reason}): {remedy}.") from error

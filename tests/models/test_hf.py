@@ -914,7 +914,7 @@ def test_a_config_that_load_refuses_is_not_saved(saved, tmp_path, field, value):
   config = dataclasses.replace(model.config, **{field: value})
   wrong = dataclasses.replace(model, config=config)
   before = sorted(tmp_path.rglob("*"))
-  with pytest.raises(InputError, match=r"^the model cannot be saved \(.*\): correct the model's config"):
+  with pytest.raises(InputError, match=r"^the model cannot be saved \(.*\): correct "):
     hf.save(tmp_path / "x", wrong, params)
   assert sorted(tmp_path.rglob("*")) == before
 

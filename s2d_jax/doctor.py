@@ -7,7 +7,7 @@ calls all of them before it writes anything.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from s2d_jax import (
   sampler,
   timing,
 )
-from s2d_jax.data import leave_out, overlap
+from s2d_jax.data import golds, leave_out, overlap
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key, Record
 from s2d_jax.models import Config, hf
@@ -312,17 +312,39 @@ def check_answers(reward: Callable[[dict, str], float], respond: Callable[[str],
   """Refuses answers that no response can match, or that an empty response matches.
 
   Args:
-    reward: (problem, response) -> 1 where the response is right.
-    respond: answer -> the response that gives it.
-    left_out: the value of config.data.leave_out, which the message extends.
+    left_out: the value of config.data.leave_out, which the message extends; others as `unmatched`.
   """
-  wrong = [(split, problem["id"]) for split, problems in splits.items() for problem in problems
-           if reward(problem, respond(problem["answer"])) != 1 or reward(problem, respond(""))]
+  wrong = unmatched(reward, respond, splits)
   if wrong:
     counts = ", ".join(f"{count} of {split}" for split, count in
                        collections.Counter(split for split, _ in wrong).items())
     raise InputError(f"no response matches the answers of some problems ({counts}): correct them, "
                      f"or {leave_out.remedy(left_out, wrong)} to leave them out.")
+
+
+def unmatched(reward: Callable[[dict, str], float], respond: Callable[[str], str],
+              splits: Mapping[str, Iterable[dict]]) -> list[leave_out.Entry]:
+  """The problems whose answers no response can match, or an empty one matches, by split and id.
+
+  Args:
+    reward: (problem, response) -> 1 where the response is right.
+    respond: answer -> the response that gives it.
+  """
+  # Another form of response may well hold JSON or lines of text.
+  boxed = "\\boxed{" in respond("")
+  return [(split, problem["id"]) for split, problems in splits.items() for problem in problems
+          if not _can_be_matched(reward, respond, problem, boxed)]
+
+
+def _can_be_matched(reward: Callable[[dict, str], float], respond: Callable[[str], str],
+                    problem: dict, boxed: bool) -> bool:
+  """Whether a response gives a problem's answer, and an empty one does not."""
+  answer = problem["answer"]
+  if reward(problem, respond(answer)) != 1 or reward(problem, respond("")):
+    return False
+  bare = golds.bare(answer) if boxed else None
+  # The checker may itself read the answer inside.
+  return bare is None or bare != "" and reward(problem, respond(bare)) == 1
 
 
 def check_prompts(config: ConfigDict, prompts: Mapping[str, list[rollouts.Prompt]]) -> None:

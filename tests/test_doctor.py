@@ -587,3 +587,39 @@ def test_answers_that_no_response_can_match_are_refused_by_id(tmp_path, checker)
   # A checker that takes an empty answer for right is refused too.
   with pytest.raises(InputError, match="leave_out=labelled:10 to leave"):
     doctor.check_answers(lambda problem, text: 1.0, task.respond, {"labelled": problems[:1]})
+
+
+# A normal response to a problem of the answer 5 matches none of these.
+NO_ANSWERS = [
+    "Answer: 5", "The answer is 5.", "**Answer:** 5", "Final answer: 5", "answer=5",
+    "<answer>5</answer>", "5\n\nExplanation: 2+3", "5\nThus it is 5.", '["5"]', '{"answer": "5"}',
+    '"5"', "N/A", "n/a", "See solution", "see the figure above", "null", "TBD", "(5", "5)",
+    "\\left(5", "5 &", "5 \\\\", "Answer:"]
+ANSWERS = [
+    "5", "\\text{Monday}", "3 : 2", "x=5", "(1,2]", "[1,2)", "]1,2[", "]1,2]", "p - q", "[1, 2]",
+    "(-\\infty,-2)\\cup]3,4]", "\\left[0,1\\right)", "\\frac{1}\n{2}", "1,\n2", "2+3=5",
+    "\\{1,2\\}",
+    "\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}", "f(x)=(x+1)", "(A)", "a < b", "Monday",
+    "none", "5.", "$5$", "[5]", "\\text{See you}", "5\n", "(1,2)\n"]
+
+
+def unmatched(answers):
+  math = tasks.math(ConfigDict({"data": {}, "checker": "string"}))
+  rows = [{"id": i, "problem": f"p{i}", "answer": text} for i, text in enumerate(answers)]
+  found = doctor.unmatched(math.reward, math.respond, {"labelled": rows})
+  return [answers[number] for _, number in found]
+
+
+def test_answers_that_no_response_spells_are_refused():
+  assert unmatched(NO_ANSWERS) == NO_ANSWERS
+
+
+def test_texts_intervals_and_formulas_are_answers():
+  assert unmatched(ANSWERS) == []
+
+
+def test_a_task_without_boxes_may_have_such_answers():
+  rows = [{"id": i, "problem": "p", "answer": text} for i, text in enumerate(NO_ANSWERS)]
+  found = doctor.unmatched(lambda problem, text: float(problem["answer"] == text),
+                           lambda answer: answer, {"labelled": rows})
+  assert found == []

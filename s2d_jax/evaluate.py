@@ -11,11 +11,10 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from s2d_jax import (
   chat,
@@ -31,10 +30,12 @@ from s2d_jax import (
   sampler,
   sharding,
   tasks,
+  templates,
 )
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
+from s2d_jax.problem_sets import ProblemSet, origin_line, read_sets
 from s2d_jax.rollouts import Prompt, Reward, Rollout
 from s2d_jax.sampler import Sampling
 from s2d_jax.sampler import __main__ as sample
@@ -42,14 +43,10 @@ from s2d_jax.sampler import __main__ as sample
 EXAMPLE = "s2d-jax eval --model FOLDER --sets math500,aime24,aime25 --k 16 --out scores.json"
 DRAWS = 1000  # of the bootstrap behind an interval
 LEVEL = 0.95
+THINKING = "enable_thinking"  # the argument of Qwen3's template
+MOST_TRUNCATED = 0.5  # above this share of samples that --max-tokens cut, warn
 # The recipe's own salt, so that equal weights have equal samples in a run and here.
 SALT = zlib.crc32(b"evaluation")
-
-
-class ProblemSet(NamedTuple):
-  """The problems of a set by id, and the file that they are from, where that is known."""
-  problems: dict[int, dict]
-  origin: Mapping[str, Any] | None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,19 +56,25 @@ def main(argv: Sequence[str]) -> None:
     InputError: the model, a set or a number is refused, in one sentence.
   """
   parser = command.Parser("eval", "Scores a model on sets of checked problems.", EXAMPLE)
-  parser.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
-  parser.add_argument("--task", default="math", choices=tuple(tasks.TASKS), metavar="TASK",
-                      help=f"prompts and answer check: {', '.join(tasks.TASKS)}")
-  parser.add_argument("--sets", required=True,
-                      help="names of sets, or of task math NAME=PATH, with commas between")
-  parser.add_argument("--data", metavar="FOLDER",
-                      help="has SET.jsonl; by default {math}, for arithmetic {arithmetic}".format(
-                          **tasks.FOLDERS))
-  parser.add_argument("--out", metavar="FILE.json",
-                      help="stores scores, with samples beside it; continued if there")
-  parser.add_argument("--k", type=int, default=1, help="samples of each problem")
-  parser.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
-  sample.add_flags(parser)
+  # A group has no heading, so that the help fits a screen of 24 lines.
+  flags = parser.add_argument_group()
+  flags.add_argument("--model", required=True, metavar="FOLDER", help="a Hugging Face folder")
+  flags.add_argument("--task", default="math", choices=tuple(tasks.TASKS), metavar="TASK",
+                     help=f"prompts and answer check: {', '.join(tasks.TASKS)}")
+  flags.add_argument("--sets", required=True,
+                     help="names of sets, or of task math NAME=PATH, with commas between")
+  flags.add_argument("--data", metavar="FOLDER",
+                     help="has SET.jsonl; by default {math}, for arithmetic {arithmetic}".format(
+                         **tasks.FOLDERS))
+  flags.add_argument("--out", metavar="FILE.json",
+                     help="stores scores, with samples beside it; continued if there")
+  flags.add_argument("--k", type=int, default=1, help="samples of each problem")
+  flags.add_argument("--batch", type=int, default=64, help="problems sampled at a time")
+  flags.add_argument("--checker", choices=("string", "verify"), metavar="NAME",
+                     help="of boxes: verify or string; --list-order fixed: lists are ordered")
+  # Its help stands in the line above, because the screen has no other.
+  flags.add_argument("--list-order", choices=("any", "fixed"), help=argparse.SUPPRESS)
+  sample.add_flags(flags)
   args = parser.parse_args(argv)
   sample.check_flags(args, "--k")
   keys.check_value("--batch", args.batch, keys.at_least(1))
@@ -82,16 +85,26 @@ def main(argv: Sequence[str]) -> None:
     results = read_results(pathlib.Path(args.out))
   with jax.set_mesh(sharding.make_mesh()), program_cache.opened(args.compilation_cache):
     for name, result in evaluations(args, task, sets, results):
-      for score, (value, low, high) in result["scores"].items():
-        print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
-      for count in ("check_timeouts", "check_failures"):
-        if result.get(count):
-          print(f"{name:<16}{count:<16}{result[count]:4}: answers that count as wrong, because "
-                "their check was ended", flush=True)
+      print_result(name, result, args.max_tokens)
       results = results | {name: result}
       # Written after each set: an error in a later one loses none.
       if args.out:
         files.write_json(args.out, {"flags": vars(args), "sets": results})
+
+
+def print_result(name: str, result: Mapping[str, Any], max_tokens: int) -> None:
+  """Prints the lines of a set: its problems, each score, and what makes the scores doubtful."""
+  print(f"{name:<16}{'problems':<16}{origin_line(result['settings']['set'])}", flush=True)
+  for score, (value, low, high) in result["scores"].items():
+    print(f"{name:<16}{score:<16}{value:8.3f} [{low:.3f}, {high:.3f}]", flush=True)
+  for count in ("check_timeouts", "check_failures"):
+    if result.get(count):
+      print(f"{name:<16}{count:<16}{result[count]:4}: answers that count as wrong, because "
+            "their check was ended", flush=True)
+  cut = result["scores"].get("truncated", [0.0])[0]
+  if cut > MOST_TRUNCATED:
+    print(f"{name:<16}{'warning':<16}{100 * cut:.0f} % of the samples were cut at --max-tokens "
+          f"{max_tokens} and most of them count as wrong: raise --max-tokens.", flush=True)
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
@@ -122,34 +135,6 @@ def _is_interval(found: Any) -> bool:
           and all(isinstance(x, int | float) and not isinstance(x, bool) for x in found))
 
 
-def read_sets(args: argparse.Namespace) -> tuple[Task, dict[str, ProblemSet]]:
-  """The task, and each set of --sets by its name.
-
-  Raises:
-    InputError: a name is empty or is written twice, or the task refuses a set.
-  """
-  paths = dict(word.partition("=")[::2] for word in args.sets.split(","))
-  names = list(paths)
-  if "" in names or len(names) <= args.sets.count(","):
-    raise InputError(f"--sets is {args.sets!r}: write names with one comma between them, each "
-                     "once.")
-  # The name is part of the name of the file of samples.
-  if any("/" in name for name in names):
-    raise InputError(f"--sets is {args.sets!r}: write a name before the path, as mine=a/b.jsonl.")
-  paths = {name: path for name, path in paths.items() if path}
-  if paths and args.task != "math":
-    raise InputError(f"--sets is {args.sets!r}: leave the paths out, which the task {args.task} "
-                     "does not read.")
-  data = tasks.DATA[args.task](args.data or tasks.FOLDERS[args.task], names)
-  task = tasks.TASKS[args.task](ConfigDict({"data": data | paths}))
-  sets = {}
-  for name in names:
-    source = task.source(name)
-    problems = {problem["id"]: problem for problem in (source[i] for i in range(len(source)))}
-    sets[name] = ProblemSet(problems, getattr(source, "origin", None))
-  return task, sets
-
-
 def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, ProblemSet],
                 results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields (name, result) of each set: its scores, the samples behind them, their settings.
@@ -163,6 +148,7 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
   config, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
                                           {"dtype": args.dtype})
   sampling = sample.sampling_of(args, args.k, tokenizer)
+  _warn_of_thinking(args, sets, tokenizer)
   prompts = {name: rendered(task, name, one, tokenizer) for name, one in sets.items()}
   settings = {name: settings_of(args, task, sets[name], prompts[name], tokenizer, sampling)
               for name in sets}
@@ -198,6 +184,17 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
                         reward_of(task, tokenizer, one.problems), (args.seed, SALT), statistics,
                         answer_of(task, tokenizer), of_set)
     yield name, evals.record(found) | {"settings": settings[name]}
+
+
+def _warn_of_thinking(args: argparse.Namespace, sets: Mapping[str, ProblemSet],
+                      tokenizer: chat.Chat) -> None:
+  """Prints a line where a template's default decides whether the model thinks at length."""
+  published = [name for name, one in sets.items() if "set" in (one.origin or {})]
+  arguments = templates.Template(tokenizer.chat_template, "the chat template").arguments
+  if published and THINKING in arguments and THINKING not in sample.template(args.template):
+    print(f"{published[0]:<16}{'warning':<16}the chat template reads {THINKING}, which is not set "
+          f"and often on by default: choose --template {THINKING}=false, or =true with a larger "
+          "--max-tokens.", flush=True)
 
 
 def _check_positions(args: argparse.Namespace, name: str, prompts: Sequence[Prompt],

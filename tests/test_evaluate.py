@@ -2,17 +2,21 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import arithmetic
 from s2d_jax import chat, command, evals, evaluate, sampler, tasks
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
+from s2d_jax.rewards import math as math_reward
 from s2d_jax.sampler import __main__ as sample
 
 
@@ -32,7 +36,8 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
                  f"--compilation-cache={tmp_path / 'programs'}"])
   # Its programs are stored as a run's are, in the folder of this kind of CPU.
   assert len(list(tmp_path.glob("programs/cpu-*/jit_decode*"))) > 0
-  lines = capsys.readouterr().out.splitlines()
+  first, *lines = capsys.readouterr().out.splitlines()
+  assert first.split() == ["validation", "problems", "256"]
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
   assert {row[0] for row in found} == {"validation"}
   assert [row[1] for row in found] == ["avg@2", "pass@2", "maj@2", "truncated", "format",
@@ -339,12 +344,17 @@ def test_damaged_settings_of_samples_are_refused(small, undisturbed, monkeypatch
     scored(tmp_path)
 
 
+def flags(**changes):
+  """The flags that `read_sets` reads."""
+  return argparse.Namespace(**{"task": "math", "sets": "", "data": "data", "checker": "string",
+                               "list_order": None} | changes)
+
+
 def test_a_set_may_be_a_file(tmp_path):
   path = tmp_path / "mine.jsonl"
   path.write_text(json.dumps({"problem": "1+1", "answer": "2", "id": 4}) + "\n")
   (tmp_path / "other.jsonl").write_text(path.read_text())
-  args = argparse.Namespace(task="math", sets=f"new={path},other", data=str(tmp_path))
-  _, sets = evaluate.read_sets(args)
+  _, sets = evaluate.read_sets(flags(sets=f"new={path},other", data=str(tmp_path)))
   assert {name: list(one.problems) for name, one in sets.items()} == {"new": [4], "other": [4]}
   assert sets["new"].problems[4]["answer"] == "2"
 
@@ -352,4 +362,110 @@ def test_a_set_may_be_a_file(tmp_path):
 @pytest.mark.parametrize("sets", ["", ",", "a,", "a,a", "a/b", "=x.jsonl", "a,b,a=x.jsonl"])
 def test_wrong_names_of_sets_are_refused(sets):
   with pytest.raises(InputError, match="--sets is "):
-    evaluate.read_sets(argparse.Namespace(task="math", sets=sets, data="data"))
+    evaluate.read_sets(flags(sets=sets))
+
+
+def rows_file(folder, name, answers, ids=None):
+  path = folder / f"{name}.jsonl"
+  path.write_text("".join(json.dumps(
+      {"problem": f"p{i}", "answer": answer} | ({} if ids is None else {"id": ids[i]})) + "\n"
+                          for i, answer in enumerate(answers)))
+  return path
+
+
+@pytest.mark.parametrize("answers, named", [
+    (["5", "\\boxed{5}"], "the id 1 of the set mine (1 in all)"),
+    (["She has 5.\n#### 5", "#### 5", "7"], "the ids 0, 1 of the set mine (2 in all)"),
+    (["Answer: 5"], "the id 0 of the set mine (1 in all)"),
+    (["N/A", "See solution"], "the ids 0, 1"),
+    (["(5"] * 12, "the ids 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 others of the set mine (12 in all)")])
+@pytest.mark.parametrize("checker", ["string", "verify"])
+def test_answers_that_no_response_matches_are_refused_before_sampling(
+    monkeypatch, tmp_path, answers, named, checker):
+  monkeypatch.setattr(sampler, "read_folder", None)
+  path = rows_file(tmp_path, "mine", answers, range(len(answers)))
+  with pytest.raises(InputError) as error:
+    evaluate.main(["--model=m", f"--sets=mine={path}", f"--checker={checker}",
+                   f"--out={tmp_path / 'scores.json'}"])
+  said = str(error.value)
+  assert said.startswith("no response matches the answer of ") and named in said
+  assert "write the answer alone" in said
+  assert [file.name for file in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_every_row_of_a_placed_set_counts_whatever_its_ids(tmp_path):
+  rows_file(tmp_path, "math500", ["5"] * 10, [i % 3 for i in range(10)])
+  _, sets = evaluate.read_sets(flags(sets="math500", data=str(tmp_path)))
+  assert len(sets["math500"].problems) == 10
+
+
+def test_repeated_ids_of_a_set_are_refused(monkeypatch):
+  again = [*ROWS, ROWS[2], ROWS[4] | {"problem": "other"}, ROWS[4]]
+  monkeypatch.setitem(tasks.TASKS, "arithmetic", lambda config: tasks.arithmetic(
+      config)._replace(source=lambda split: again))
+  with pytest.raises(InputError, match=r"^the set a has the ids 2, 4 for two problems or more: "):
+    evaluate.read_sets(flags(task="arithmetic", sets="a", data="x", checker=None))
+
+
+def test_the_line_of_a_set_says_whether_it_is_the_published_one(tmp_path):
+  path = rows_file(tmp_path, "math500", ["5"] * 10)
+  _, sets = evaluate.read_sets(flags(sets=f"math500,mine={path}", data=str(tmp_path)))
+  origin = sets["math500"].origin
+  assert evaluate.origin_line({"count": 10, "origin": origin}) == (
+      f"  10 of {path}, which is not the published file of math500 (500 rows)")
+  assert evaluate.origin_line({"count": 500, "origin": origin | {"is_published": True}}) == (
+      " 500 of the published set")
+  for other in (None, sets["mine"].origin):
+    assert evaluate.origin_line({"count": 10, "origin": other}) == "  10"
+
+
+@pytest.mark.parametrize("line, said", [
+    (["--checker=string", "--task=arithmetic"], "--checker is not read by the task arithmetic"),
+    (["--list-order=any", "--task=arithmetic"], "--list-order is not read by the task arithmetic"),
+    (["--list-order=any", "--task=word_problems"], "--list-order is not read by the task word_pro"),
+    (["--checker=none"], "argument --checker: invalid choice: 'none'"),
+    (["--list-order=none"], "argument --list-order: invalid choice: 'none'"),
+    ([], "--checker is 'verify' and math-verify is not installed: pip install 's2d_jax[math]', or "
+         "set --checker to 'string'.")])
+def test_a_wrong_checker_names_the_flag(monkeypatch, capsys, tmp_path, line, said):
+  monkeypatch.setattr(math_reward, "INSTALLED", False)
+  with pytest.raises(SystemExit):
+    command.call(evaluate.main, ["--model=m", "--sets=a", f"--data={tmp_path}", *line])
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert said in sentence and "config." not in sentence
+
+
+def test_the_flags_of_the_check_are_those_of_a_config(tmp_path):
+  path = rows_file(tmp_path, "mine", ["1,2"])
+  found = {}
+  for checker, order in itertools.product((None, "string", "verify"), (None, "any", "fixed")):
+    task, _ = evaluate.read_sets(flags(sets=f"mine={path}", checker=checker, list_order=order))
+    config = {key: value for key, value in (("checker", checker), ("list_order", order)) if value}
+    assert task.checker() == tasks.math(ConfigDict({"data": {}, **config})).checker()
+    found[checker, order] = task.checker()["reward"]
+  assert found[None, None] == found["verify", "any"]  # the defaults
+  # A score of another check is unlike, because this record is among its settings.
+  assert len({str(found[key]) for key in itertools.product(("string", "verify"),
+                                                          ("any", "fixed"))}) == 4
+
+
+@pytest.mark.parametrize("template, line, origin, warned", [
+    ("{{ enable_thinking }}", [], {"set": "math500"}, True),
+    ("{{ enable_thinking }}", ["enable_thinking=true"], {"set": "math500"}, False),
+    ("{{ enable_thinking }}", [], None, False), ("{{ other }}", [], {"set": "math500"}, False)])
+def test_a_template_that_thinks_by_default_is_warned_of(capsys, template, line, origin, warned):
+  tokenizer = types.SimpleNamespace(chat_template=template)
+  sets = {"mine": evaluate.ProblemSet({}, None), "b": evaluate.ProblemSet({}, origin)}
+  evaluate._warn_of_thinking(argparse.Namespace(template=line), sets, tokenizer)
+  printed = capsys.readouterr().out
+  assert len(printed.splitlines()) == warned
+  assert not warned or printed.startswith("b ") and "--template enable_thinking=false" in printed
+
+
+@pytest.mark.parametrize("share, warned", [(0.5, False), (0.51, True)])
+def test_scores_of_truncated_samples_are_warned_of(capsys, share, warned):
+  result = {"scores": {"truncated": [share] * 3}, "settings": {"set": {"count": 3}}}
+  evaluate.print_result("a", result, 1024)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].split() == ["a", "problems", "3"]
+  assert ("warning" in lines[-1] and "raise --max-tokens" in lines[-1]) == warned

@@ -16,7 +16,8 @@ ARROWS = {
   "cli": {"main", "preflight", "evaluate", "export"},
   "main": {"recipe", "sweep", "report", "command"},
   "preflight": {"recipe", "sweep", "command"},
-  "evaluate": {"tasks", "evals", "sampler", "chat", "command"},
+  "evaluate": {"problem_sets", "evals", "sampler", "chat", "command"},
+  "problem_sets": {"tasks"},
   "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 
 from s2d_jax import recipe
+from s2d_jax.data import jsonl
 from tests.end_to_end import real_format
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,9 @@ def write_data(folder: pathlib.Path) -> None:
              "answer": str(10 * i + first)} for i in range(count)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if name == "dapo_math_17k":
-      solutions = [{"id": row["id"], "response": f"\\boxed{{{row['answer']}}}"} for row in rows]
+      # A published set has ids of its text, whatever ids the file has.
+      solutions = [{"id": jsonl.text_id(row["problem"]),
+                    "response": f"\\boxed{{{row['answer']}}}"} for row in rows]
       (folder / "solutions.jsonl").write_text(
           "".join(json.dumps(row) + "\n" for row in solutions))
 

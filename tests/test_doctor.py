@@ -594,7 +594,8 @@ NO_ANSWERS = [
     "Answer: 5", "The answer is 5.", "**Answer:** 5", "Final answer: 5", "answer=5",
     "<answer>5</answer>", "5\n\nExplanation: 2+3", "5\nThus it is 5.", '["5"]', '{"answer": "5"}',
     '"5"', "N/A", "n/a", "See solution", "see the figure above", "null", "TBD", "(5", "5)",
-    "\\left(5", "5 &", "5 \\\\", "Answer:"]
+    "\\left(5", "Solution: 5", "The result is 5", "['5']", "{'answer': 5}",
+    "5 &", "5 \\\\", "Answer:"]
 ANSWERS = [
     "5", "\\text{Monday}", "3 : 2", "x=5", "(1,2]", "[1,2)", "]1,2[", "]1,2]", "p - q", "[1, 2]",
     "(-\\infty,-2)\\cup]3,4]", "\\left[0,1\\right)", "\\frac{1}\n{2}", "1,\n2", "2+3=5",

@@ -12,7 +12,8 @@ _ABSENT = re.compile(r"n/a|n\.a\.|null|nan|tbd|todo|\?+|see\s+(the\s+|attached\s
                      r"(solution|explanation|answer|proof|working|above|below|figure)s?\b.*",
                      re.I | re.S)
 _ANNOUNCED = re.compile(r"\W*(?:so\s+|thus,?\s+|therefore,?\s+|hence,?\s+)?(?:the\s+)?(?:final\s+|"
-                        r"correct\s+)?(?:answer|ans)\W*(?:\bis\b|[:=])[\s:*]*(.*?)\.?", re.I | re.S)
+                        r"correct\s+)?(?:answer|ans|result|solution)\W*(?:\bis\b|[:=])[\s:*]*"
+                        r"(.*?)\.?", re.I | re.S)
 _TAGGED = re.compile(r"<([A-Za-z_]\w*)>(.*)</\1>", re.S)
 _MARKED = re.compile(r"(.*?)\s*(?:&|\\\\)\s*", re.S)  # the end of a table's cell or row
 _INTERVAL = re.compile(r"[\[\]()][^\[\]()]*[,;][^\[\]()]*[\[\]()]", re.S)
@@ -56,6 +57,9 @@ def _of_json(text: str) -> list[str] | None:
   # A list of numbers is an answer: [1, 2] is an interval.
   if not text.startswith(("{", "[", '"')):
     return None
+  # Python writes a list of texts in single quotes.
+  if text.startswith(("['", "{'")):
+    text = text.replace("'", '"')
   try:
     value = json.loads(text)
   except (ValueError, RecursionError):

@@ -422,7 +422,6 @@ def test_the_line_of_a_set_says_whether_it_is_the_published_one(tmp_path):
 @pytest.mark.parametrize("line, said", [
     (["--checker=string", "--task=arithmetic"], "--checker is not read by the task arithmetic"),
     (["--list-order=any", "--task=arithmetic"], "--list-order is not read by the task arithmetic"),
-    (["--list-order=any", "--task=word_problems"], "--list-order is not read by the task word_pro"),
     (["--checker=none"], "argument --checker: invalid choice: 'none'"),
     (["--list-order=none"], "argument --list-order: invalid choice: 'none'"),
     ([], "--checker is 'verify' and math-verify is not installed: pip install 's2d_jax[math]', or "

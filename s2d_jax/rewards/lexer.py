@@ -16,6 +16,9 @@ _UNICODE = str.maketrans({
   "∈": "\\in ", "²": "^{2}", "³": "^{3}", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}",
   "¾": "\\frac{3}{4}", "“": "", "”": "", "’": "'", "％": "\\%", "，": ", ", "（": "(", "）": ")",
   "…": "\\dots ",
+  # A space without width is not seen, and full-width digits are digits.
+  "\u200b": "", "\u2060": "", "\ufeff": "",
+  **{chr(0xff10 + digit): str(digit) for digit in range(10)},
 })
 _SPACES = {"\\ ", "\\,", "\\:", "\\;", "~", "\\quad", "\\qquad", "\\enspace", "\\thinspace",
            "\\medspace", "\\thickspace", "$", "\\(", "\\)", "\\[", "\\]", "\\displaystyle",
@@ -79,7 +82,9 @@ def tokens(text: str) -> list[str]:
     if size in ("\\left", "\\right") and token == ".":
       token = f"{size}."
     size = None
-    if token == "^{\\circ}":
+    if token == "=" and found[-1:] == ["\\not"]:
+      found[-1] = "\\ne"
+    elif token == "^{\\circ}":
       found += ["^", "{", "\\circ", "}"]
     else:
       found.append(token)

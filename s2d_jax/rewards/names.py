@@ -7,14 +7,17 @@ several names, they say which value is whose: x=1, y=2 is not x=2, y=1.
 import re
 from collections.abc import Sequence
 
-from s2d_jax.rewards import units
+from s2d_jax.rewards import units, words
 
 _SPACE = " "
-_LETTER = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
-_CAPITALS = re.compile(r"[A-Z]{2,3}|\\overline\{[A-Z]{2}\}|\[[A-Z]{3,4}\]")
-# The control words that are values or functions, and so no names.
-NOT_NAMES = {"\\pi", "\\infty", "\\emptyset", "\\pm", "\\sin", "\\cos", "\\tan", "\\ln", "\\log",
-             "\\circ", "\\le", "\\ge", "\\ne", "\\cup", "\\cap", "\\angle", "\\triangle", "\\to"}
+# The control words that are a letter, or that name a quantity where "=" follows.
+_LETTERS = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa varkappa
+  lambda mu nu xi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta
+  Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar imath jmath gcd deg dim det max min arg""".split()
+_LETTER = re.compile(rf"[A-Za-z]|\\(?:{'|'.join(_LETTERS)})"
+                     r"|\\(?:vec|hat|tilde|mathcal|overrightarrow)\{[A-Za-z]\}")
+_CAPITALS = re.compile(r"[A-Z]{2,3}|\\(?:overline|overrightarrow)\{[A-Z]{2}\}|\[[A-Z]{3,4}\]")
+_WORD = re.compile(r"\\text\{([A-Za-z]+)\}")
 _FIGURES = {"\\angle", "\\triangle"}
 # Arguments of a function: variables, or a constant.
 _VARIABLES = re.compile(r"\([A-Za-z](?:,[A-Za-z])*\)")
@@ -34,9 +37,9 @@ def conjunctions(tokens: Sequence[str]) -> tuple[list[str], str]:
   In an answer with other words, as in "Alice and Bob", they belong to the text, and so they do
   where both occur.
   """
-  words = {token for token in tokens if len(token) > 2 and token.isalpha()} - {"and"}
+  others = {token for token in tokens if len(token) > 2 and token.isalpha()} - {"and"}
   joining = {"and", "or"} & set(tokens)
-  if len(joining) != 1 or not all(map(units.is_known, words)):
+  if len(joining) != 1 or not all(map(units.is_known, others)):
     return list(tokens), ""
   joint = joining.pop()
   return [";" if token == joint else token for token in tokens], joint
@@ -49,10 +52,14 @@ def split(atoms: Sequence[str]) -> tuple[list[str], list[str]]:
   """
   first: list[str] = []
   start = 0
+  # Where words alone follow, most words before them say something else: "no = yes".
+  in_words = all(atom in ("=", _SPACE) or _WORD.fullmatch(atom) or len(atom) > 2 and atom.isalpha()
+                 for atom in atoms)
   for _ in range(_MOST_NAMES):
     ahead = atoms[start : start + _LONGEST_NAME + 1]
     signs = [k for k, atom in enumerate(ahead) if atom in ("=", "\\in")]
-    if not signs or not _is_name([atom for atom in ahead[: signs[0]] if atom != _SPACE]):
+    name = [atom for atom in ahead[: signs[0]] if atom != _SPACE] if signs else []
+    if not _is_name(name) or in_words and not _announce(name):
       break
     first = first or list(ahead[: signs[0]])
     start += signs[0] + 1
@@ -61,8 +68,9 @@ def split(atoms: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_name(atoms: list[str]) -> bool:
   """Whether atoms without spaces are a name."""
-  if atoms and all(atom.startswith("\\text{") for atom in atoms):
-    return True
+  spoken = [_WORD.fullmatch(atom) for atom in atoms]
+  if atoms and all(spoken):
+    return _are_words_of_a_name([found[1] for found in spoken])
   base = atoms[:1]
   if base and base[0] in _FIGURES:
     return len(atoms) == 2 and atoms[1].isalpha() and atoms[1].isupper()
@@ -71,10 +79,21 @@ def _is_name(atoms: list[str]) -> bool:
     if not (atom[0] == "_" or atom == "'" or atom in ("^{-1}", "^{\\prime}")
             or _are_arguments(base[0], atom)):
       return False
-  if not base or base[0] in NOT_NAMES:
+  if not base:
     return False
-  return any(kind.fullmatch(base[0]) for kind in (_LETTER, _CAPITALS, _VARIABLES)) \
-      or base[0].startswith("\\text{") or base[0] in _OF_EVENTS
+  if spoken[0]:
+    return _are_words_of_a_name([spoken[0][1]])
+  return base[0] in _OF_EVENTS or any(kind.fullmatch(base[0])
+                                      for kind in (_LETTER, _CAPITALS, _VARIABLES))
+
+
+def _are_words_of_a_name(phrase: list[str]) -> bool:
+  return words.is_name(phrase) or all(map(units.is_known, phrase))
+
+
+def _announce(name: list[str]) -> bool:
+  """Whether each word of a name says that the answer follows."""
+  return all(atom[len("\\text{") : -1].lower() in words.ANNOUNCING for atom in name)
 
 
 def _are_arguments(base: str, atom: str) -> bool:

@@ -47,6 +47,35 @@ OF_SIZE = frozenset({"digit", "letter", "element", "sided"})
 # Behind "ordered" they name what was counted; alone they may scale.
 TUPLES = frozenset({"pair", "pairs", "triple", "triples", "quadruple", "quadruples", "tuples",
                     "triplets"})
+# Words that say that the answer follows them.
+ANNOUNCING = frozenset({"the", "final", "answer", "result", "solution", "conclusion"})
+# Of a name before "=": words between its nouns, that say of what it is.
+_LINKS = frozenset("of in at on by per to the a an and for from with its his her their".split())
+# Behind a number they change it, and before "=" they name a value.
+_VALUES = frozenset(
+  """
+  remainder remainders base power powers exponent exponents magnitude logarithm factorial
+  pair pairs couple couples triple triples score scores quarter quarters multiple multiples
+  inverse reciprocal zeros zeroes percents percentile
+  lcm gcd gcf hcf tr rk avg
+  """.split())
+# Before a noun they say which of several values it is.
+_WHICH = frozenset({"smaller", "larger", "longer", "shorter", "older", "younger", "even", "odd",
+                    "prime", "third", "fourth", "fifth"})
+# So do these behind "of": the number of positive divisors, the sum of two numbers.
+_WHICH_OF = _WHICH | SIZES | {"two", "positive", "negative", "all", "both"}
+# Before "=" they deny the value, or doubt it.
+_DENYING = frozenset(
+  """
+  no nope cannot cant incorrect invalid unequal unlike differs different differ exceeds exceed
+  exceeding approx maybe perhaps possibly probably likely unlikely might may can could would should
+  will must nothing nobody nowhere guess estimate estimated bound unless instead rather only
+  extraneous rejected excluded forbidden discarded lacks missing other another opposed counter
+  contrary contradiction error mistake untrue fails failed nonzero non bigger higher lower
+  sometimes rarely seldom hardly barely outside against versus assume assumed suppose supposed given
+  ignore omit avoid absent negation doubling tripling halving lessthan morethan greaterthan notequal
+  equal been being let had became becomes be
+  """.split())
 _PLURALS = frozenset({"people", "men", "women", "children", "geese", "mice", "teeth", "sheep",
                       "fish", "deer", "dice", "oxen"})
 _NOT_PLURAL = ("ss", "us", "is")
@@ -65,6 +94,36 @@ def is_plural(word: str) -> bool:
   """Whether a word may be a noun in the plural."""
   return is_noun(word) and (
     word in _PLURALS or word[-1] == "s" and not word.endswith(_NOT_PLURAL))
+
+
+def is_name(phrase: Sequence[str]) -> bool:
+  """Whether words before "=" name a value: Area, Number of ways, Al, x.
+
+  A word that denies, compares or scales makes another statement, as in "x is less than".
+  """
+  if phrase[-1].lower() in _LINKS - {"a"} or len(phrase) > 1 and phrase[-1] == "a":
+    return False
+  small = [word.lower() for word in phrase]
+  return all(word in _LINKS or _names_value(phrase[k]) or _says_which(small, k)
+             for k, word in enumerate(small))
+
+
+def _says_which(small: Sequence[str], k: int) -> bool:
+  """Whether a word of a name says which of several values the noun behind it has."""
+  allowed = _WHICH_OF if k and small[k - 1] == "of" else _WHICH
+  return small[k] in allowed and is_noun("".join(small[k + 1 : k + 2]))
+
+
+def _names_value(word: str) -> bool:
+  """Whether a word of a name is a noun, an abbreviation in capitals or a short proper name."""
+  small = word.lower()
+  if small in _VALUES:
+    return True
+  if small in _NOT_NOUNS or small in _DENYING:
+    return False
+  if len(word) == 1 or word.isupper() and len(word) < 5:
+    return True
+  return is_noun(small) or len(word) == 2 and word[0].isupper()
 
 
 def is_counted(pieces: Sequence[str], k: int) -> bool:

@@ -230,6 +230,35 @@ KINDS = {
     ("=", "=", 1), (">", "$>$", 1), ("=", "x=", 0), ("=", "", 0), ("<", "1<2", 0), ("<", "-", 0),
     ("\\le", "\\leq", 1), ("\\ne", "=", 0),
   ],
+  "signs and words that deny are no names": [
+    ("5", f"{name}=5", 0) for name in (
+      "\\not", "\\neg", "\\notin", "\\nless", "\\times", "\\approx", "\\sim", "\\to", "\\sec",
+      "\\ne", "\\text{not}", "\\text{Not}", "\\text{No}", "\\operatorname{not}", "\\text{x is}",
+      "\\text{x is less than}", "\\text{at least}", "\\text{at most}", "\\text{cannot be}",
+      "\\text{twice the number}", "\\text{different from}", "\\text{larger}", "\\text{x by}",
+      "\\text{all except}", "\\text{between}", "\\text{more}", "\\text{minus}",
+      "\\text{positive}", "\\text{of positive}", "\\text{negative number}", "\\text{two numbers}")
+  ] + [
+    ("5", f"{name}=5", 1) for name in (
+      "\\ell", "\\hbar", "\\Phi", "\\varepsilon_0", "\\max", "\\gcd(10,15)", "\\overline{AB}",
+      "\\triangle ABC", "\\text{Area}", "\\text{Number of ways}", "\\text{Answer}", "\\text{cm}",
+      "\\text{The remainder}", "\\text{Larger number}", "\\mathbf{x}", "\\text{Al}",
+      "\\text{Pr}(A)", "\\text{lcm}(1,5)", "\\text{Distance from A to B}", "x_{\\text{max}}",
+      "\\text{Number of positive divisors}", "\\text{Sum of two numbers}")
+  ] + [
+    ("5", "\\not{=}5", 0), ("5", "\\cancel{=}5", 0), ("5", "x\\not=5", 0), ("x=5", "x\\not=5", 0),
+    ("x\\ne5", "x\\not=5", 1), ("x\\ne5", "x\\not{=}5", 1), ("5", "\\not\\in 5", 0),
+    ("\\text{yes}", "\\text{no}=\\text{yes}", 0), ("\\text{red}", "\\text{blue}=\\text{red}", 0),
+    ("\\text{red}", "\\text{blue}=red", 0), ("\\text{yes}", "\\text{Answer}=\\text{yes}", 1),
+    ("(1,2)", "\\vec{v}=(1,2)", 1), ("(1,2)", "\\vec{v}=(2,1)", 0),
+  ],
+  "spaces without width and wide digits": [
+    ("5", "5\u200b", 1), ("5", "\ufeff5", 1), ("42", "4\u20602", 1), ("5", "\uff15", 1),
+    ("\uff15", "5", 1), ("12345", "\uff11\uff12\uff13\uff14\uff15", 1),
+    ("67890", "\uff16\uff17\uff18\uff19\uff10", 1),
+    ("\\frac{1}{2}", "\\frac\uff11\uff12", 1), ("5", "\uff16", 0), ("5", "\u200b", 0),
+    ("12", "1\u200b 2", 0), ("4", "2\uff12", 0),
+  ],
 }
 ROWS = [(kind, *row) for kind, rows in KINDS.items() for row in rows]
 

@@ -13,37 +13,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-import math_verify
-import sympy
-from math_verify.parser import LatexExtractionConfig, NormalizationConfig
+from s2d_jax.rewards import answers, chains, expressions, lexer, tex, units
 
-from s2d_jax.rewards import answers, chains, lexer, tex, units
-
-_DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
-_REPEATING = re.compile(r"([0-9]+)\.([0-9]*)\\overline\{([0-9]+)\}")
-_DEGREES = re.compile(r"([0-9]+)\^\{\\circ\}")
 _RELATION = re.compile(r"(<|>|=|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z]))")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _VARIABLE = re.compile(r"[a-zA-Z]|\\(?!pi|infty)[a-z]+")
-# Letters that stand for a word and not for a product of variables.
-_WORDS = re.compile(r"(?<![\\a-zA-Z])(?!xyz|abc|pqr|mnk)[a-zA-Z]{3,}")
-# A number in another base than ten, whose index the parser would drop.
-_BASE = re.compile(r"[0-9]_")
-# Signs that the parser drops or reads as others: 5' as 5, and 5:1 as a division.
-_UNREAD = re.compile(r"[:'?]|\\(?:dots|approx|sim|equiv|prime|to)(?![a-z])|\\text")
-_CAPITALS = re.compile(r"[A-Z]{2,}")
 _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENERS = ("(", "[", "{", "\\{")
 _CLOSERS = (")", "]", "}", "\\}")
 _MOST_PARTS = 24      # of a list whose elements are compared with each other
-_DIGITS = 30          # to which two numbers must agree, by value and not by difference alone
 _LOWEST, _HIGHEST = "(-\\infty", "\\infty)"
 _T = TypeVar("_T")
 _Relations = list[tuple[str, str, str]]  # (side, sign, side) of each sign in a chain
-# Units are read here already. Math-verify would drop more: 20th would be 20.
-_CONFIG = (LatexExtractionConfig(normalization_config=NormalizationConfig(
-    units=False, malformed_operators=True, nits=True)),)
 
 
 def check(problem: Mapping[str, object], text: str) -> float:
@@ -112,13 +94,7 @@ def _rounds(value: str, decimal: str) -> bool:
   """Whether a decimal is a number to as many digits as it has; "" rounds everything."""
   if not decimal:
     return True
-  number = _parsed(value)
-  if number is None or number.free_symbols:
-    return False
-  digits = len(decimal.partition(".")[2])
-  # The last digit may be cut instead of rounded.
-  distance = abs(sympy.N(number, _DIGITS) - sympy.Rational(decimal))
-  return bool(distance < sympy.Rational(1, 10**digits))
+  return expressions.rounds(value, decimal)
 
 
 def _joined_relations(gold: answers.Answer, found: answers.Answer) -> bool | None:
@@ -189,10 +165,11 @@ def _equal(gold: str, found: str) -> bool:
   if gold_unit != found_unit:
     return _converted((gold, gold_unit), (found, found_unit))
   for compare in (_relations, _matrices, _unions, _brackets):
+    # None where neither is of that kind.
     verdict = compare(gold, found)
     if verdict is not None:
       return verdict
-  return _expressions(gold, found)
+  return expressions.equal(gold, found)
 
 
 def _converted(gold: tuple[str, str], found: tuple[str, str]) -> bool:
@@ -210,7 +187,7 @@ def _converted(gold: tuple[str, str], found: tuple[str, str]) -> bool:
 
 
 def _relations(gold: str, found: str) -> bool | None:
-  """The verdict where one is an equation or inequality."""
+  """The verdict where one is an equation or inequality; None where neither is."""
   first, second = _related(gold), _related(found)
   if not first and not second:
     return None
@@ -242,13 +219,10 @@ def _variables(relations: _Relations) -> set[str]:
 
 def _same_relation(gold: tuple[str, str, str], found: tuple[str, str, str]) -> bool:
   """Whether two relations hold for the same values: one is a multiple of the other."""
-  sides = [_parsed(x) for x in (gold[0], gold[2], found[0], found[2])]
-  if None in sides or _differ_by_case("".join(gold), "".join(found)):
+  if expressions.differ_by_case("".join(gold), "".join(found)):
     return False
-  first = sides[0] - sides[1]
-  second = sides[2] - sides[3]
-  ratio = sympy.simplify(first / second)
-  if not ratio.is_number or not ratio.is_finite or ratio == 0:
+  ratio = expressions.ratio((gold[0], gold[2]), (found[0], found[2]))
+  if ratio is None:
     return False
   if gold[1] in ("=", "\\ne"):
     return gold[1] == found[1]
@@ -256,7 +230,10 @@ def _same_relation(gold: tuple[str, str, str], found: tuple[str, str, str]) -> b
 
 
 def _interval(gold: str, found: str) -> bool | None:
-  """Whether one is an inequality of a variable and the other the interval of its values."""
+  """Whether one is an inequality of a variable and the other the interval of its values.
+
+  None where neither is an inequality that gives an interval.
+  """
   bounds = [_bounds(_related(x)) or x for x in (gold, found)]
   return None if bounds == [gold, found] else _equal(*bounds)
 
@@ -284,7 +261,7 @@ def _bounds(relations: _Relations) -> str | None:
 
 
 def _matrices(gold: str, found: str) -> bool | None:
-  """The verdict where one is a matrix: kind, shape and every cell."""
+  """The verdict where one is a matrix, by kind, shape and every cell; None where neither is."""
   cells = [re.fullmatch(r"\\begin\{(\w+)\}(.*)\\end\{\1\}", x, re.DOTALL) for x in (gold, found)]
   if cells == [None, None]:
     return None
@@ -297,13 +274,13 @@ def _matrices(gold: str, found: str) -> bool | None:
 
 
 def _unions(gold: str, found: str) -> bool | None:
-  """The verdict where one is a union of intervals."""
+  """The verdict where one is a union of intervals; None where neither is."""
   parts = [re.split(r"\\cup ?", x) for x in (gold, found)]
   return None if parts == [[gold], [found]] else _paired(*parts, _equal, ordered=False)
 
 
 def _brackets(gold: str, found: str) -> bool | None:
-  """The verdict where one is a tuple, interval or set as a whole."""
+  """The verdict where one is a tuple, interval or set as a whole; None where neither is."""
   first, second = _bracket(gold), _bracket(found)
   if first is None and second is None:
     return None
@@ -330,57 +307,3 @@ def _bracket(answer: str) -> tuple[str, str, list[str]] | None:
   if len(tokens) < 2 or depth or tokens[0] not in ("(", "[", "\\{") or not is_list:
     return None
   return tokens[0], tokens[-1], parts
-
-
-def _expressions(gold: str, found: str) -> bool:
-  """Whether math-verify finds two expressions equal."""
-  # AB and IV name points and a number, so they are not BA and VI.
-  if _differ_by_case(gold, found) or _CAPITALS.fullmatch(gold) or _CAPITALS.fullmatch(found):
-    return False
-  first, second = _parsed(gold), _parsed(found)
-  if first is None or second is None:
-    return False
-  if not math_verify.verify(first, second, float_rounding=_DIGITS, timeout_seconds=None):
-    return False
-  # It takes differences below 1e-15 for 0, and so 10^-20 for 10^-30.
-  if first.free_symbols or second.free_symbols:
-    return True
-  values = [sympy.N(x, _DIGITS) for x in (first, second)]
-  return bool(abs(values[0] - values[1]) <= abs(values[0]) * sympy.Float(10) ** (5 - _DIGITS))
-
-
-def _differ_by_case(gold: str, found: str) -> bool:
-  """Whether small letters of one are capitals of the other: math-verify takes X for x."""
-  letters = [set(_LETTERS.findall(x)) for x in (gold, found)]
-  return letters[0] != letters[1] and len({"".join(sorted(x)).lower() for x in letters}) == 1 or \
-      gold.lower() == found.lower()
-
-
-def _parsed(answer: str) -> sympy.Expr | None:
-  """An expression as sympy's, or None where math-verify does not read it as one."""
-  # It takes "east" for a product like "seat".
-  if any(pattern.search(answer) for pattern in (_WORDS, _BASE, _UNREAD)):
-    return None
-  exact = _DECIMAL.sub(_fraction, _REPEATING.sub(_repeating, answer))
-  exact = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", exact)
-  found = math_verify.parse(f"\\boxed{{{exact}}}", _CONFIG, fallback_mode="no_fallback",
-                            parsing_timeout=None)
-  if not found or not isinstance(found[0], sympy.Expr):
-    return None
-  # The parser reads the i of 4i as a real variable.
-  return found[0].subs({x: sympy.I for x in found[0].free_symbols if x.name == "i"})
-
-
-def _fraction(decimal: re.Match) -> str:
-  """A decimal as a fraction of whole numbers."""
-  return f"\\frac{{{decimal[1]}{decimal[2]}}}{{1{'0' * len(decimal[2])}}}"
-
-
-def _repeating(decimal: re.Match) -> str:
-  """A decimal whose last digits repeat for ever as a fraction of whole numbers."""
-  whole, digits, repeated = decimal.groups()
-  # int() refuses thousands of digits.
-  if len(decimal[0]) > 60:
-    return decimal[0]
-  top = int(whole + digits + repeated) - int(whole + digits)
-  return f"\\frac{{{top}}}{{{'9' * len(repeated)}{'0' * len(digits)}}}"

@@ -259,6 +259,10 @@ KINDS = {
     ("\\frac{1}{2}", "\\frac\uff11\uff12", 1), ("5", "\uff16", 0), ("5", "\u200b", 0),
     ("12", "1\u200b 2", 0), ("4", "2\uff12", 0),
   ],
+  "expressions that are not evaluated": [
+    ("1", text, 0) for text in ("16 \\mod 15", "\\infty-\\infty", "\\frac{1}{0}", "\\log 0",
+                                "0^{-1}", "16 \\bmod 15", "\\frac00", "1^\\infty", "\\mod 15")
+  ] + [("2", "16 \\mod 15", 0), ("1, 2", "2, 16 \\mod 15", 0), ("(1,2)", "(16\\mod 15, 2)", 0)],
 }
 ROWS = [(kind, *row) for kind, rows in KINDS.items() for row in rows]
 
@@ -270,10 +274,13 @@ def test_string_match(kind, answer, boxed, verdict):
 
 @pytest.mark.medium
 def test_math_verify():
+  failures = math.checkers().failures
   begun = [math.submit({"answer": answer}, f"\\boxed{{{boxed}}}") for _, answer, boxed, _ in ROWS]
   wrong = [row for row, reward in zip(ROWS, begun, strict=True)
            if rollouts.resolved(reward) != (row[3] in (1, "algebra"))]
   assert wrong == []
+  # A wrong answer is not the failure of a check.
+  assert math.checkers().failures == failures
 
 
 @pytest.mark.parametrize("answer, text, expected", [

@@ -86,7 +86,7 @@ def matches(gold: str, boxed: str, ordered: bool = False) -> bool:
     return False
   if gold == boxed or choices.letter(boxed) == first.spelled:
     return True
-  return any(answers.equal(first, found, ordered) for found in tex.readings(boxed))
+  return any(answers.equal(*tex.as_lists(first, found, ordered)) for found in tex.readings(boxed))
 
 
 @functools.lru_cache(maxsize=1 << 15)

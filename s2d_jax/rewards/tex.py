@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from s2d_jax.rewards import answers, lexer, names, numerals, units
+from s2d_jax.rewards import answers, lexer, names, numerals, signs, units
 from s2d_jax.rewards.lexer import Malformed
 
 MAX_CHARACTERS = 100_000  # a longer text is not an answer
@@ -36,9 +36,9 @@ _SIGNS_ALONE = re.compile(r"(?:\\[%$,;:! ]|\^\{\\circ\}|[^\w(){}\[\]\\])*")
 _COMPARISONS = {"<", ">", "="}
 _CAPITALISED = re.compile(
   r"[A-Z][a-z]{2,}|[A-Z][a-z]+(?: [A-Za-z]+)+|YES|NO|No|TRUE|FALSE|NONE|True|False")
+_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")  # but not in a control word
 _DIGITS = tuple("0123456789.")
 _LAYOUT = {"aligned", "align", "align*", "gathered", "split"}
-_OPENING = {"(", "[", "{", "\\{", "\\left.", "\\begin"}
 _MATRIX = {"bmatrix": "pmatrix", "Bmatrix": "Bmatrix", "smallmatrix": "matrix", "array": "matrix"}
 
 
@@ -47,6 +47,45 @@ def readings(text: str) -> tuple[answers.Answer, ...]:
   """The readings of an answer: "100,200" is a number, or a list written without a space."""
   ways = (True, False) if "," in text else (True,)
   return tuple(dict.fromkeys(read(text, tight) for tight in ways))
+
+
+def as_lists(gold: answers.Answer, found: answers.Answer, ordered: bool) \
+    -> tuple[answers.Answer, answers.Answer, bool]:
+  r"""(gold, found, whether order counts): where one alone is a set, the elements of it as a list.
+
+  \{-2,1\} answers what -2,1 does, and \{5\} what 5 does. A set has no order, so it does not answer
+  a list whose order counts.
+  """
+  listed = [_elements(gold), _elements(found)]
+  if (listed[0] is None) == (listed[1] is None):
+    return gold, found, ordered
+  if listed[1] is not None and ordered and len(gold.parts) > 1:
+    return gold, found, ordered
+  first, second = listed[0] or gold, listed[1] or found
+  # Names that only one side has would give an order to the set.
+  if first.is_named != second.is_named:
+    return gold, found, ordered
+  return first, second, False
+
+
+@functools.lru_cache(maxsize=256)
+def _elements(answer: answers.Answer) -> answers.Answer | None:
+  """The elements of an answer that is one set; None for all others, and for sets in another way.
+
+  The set of the empty set and a set of all that have a property are not their elements. The braces
+  around one expression with letters may mean its fractional part.
+  """
+  name, value, unit = answer.parts[0] if len(answer.parts) == 1 else ("", "", "")
+  if unit or not (value.startswith("\\{") and value.endswith("\\}")):
+    return None
+  if any(sign in value for sign in ("|", ":", "\\emptyset", "\\{\\}")):
+    return None
+  # The inside of a union has brackets that do not match, so it has no parts.
+  listed = read(value[2:-2], tight=False)
+  if len(listed.parts) == 1 and _LETTER.search(listed.parts[0].value):
+    return None
+  parts = tuple(part._replace(name=part.name or name) for part in listed.parts)
+  return answers.Answer(parts, listed.joint) if parts else None
 
 
 def read(text: str, tight: bool = True) -> answers.Answer:
@@ -82,32 +121,12 @@ def _pass(text: str, tight: bool) -> answers.Answer:
   # answer is read as the answer's box, so no response can give it.
   if not {"#", "\\boxed", "\\fbox"}.isdisjoint(found):
     raise Malformed("more than an answer")
-  parser = _Parser(_both_signs(found))
+  parser = _Parser(signs.both(found))
   parts = parser.parts(parser.sequence(frozenset()))
   parts = [part._replace(value=_unbracketed(part.value)) for part in parts]
   parts = [part for part in parts if part.value in _COMPARISONS
            or not _SIGNS_ALONE.fullmatch(part.value)]
   return answers.Answer(tuple(parts), joint if len(parts) > 1 else "")
-
-
-def _both_signs(found: list[str]) -> list[str]:
-  """Tokens in which an element of the list that has one plus-minus stands twice, with each sign."""
-  elements: list[list[str]] = [[]]  # each with the comma before it
-  depth = 0
-  for token in found:
-    depth += (token in _OPENING) - (token in _CLOSING or token in ("}", "\\end"))
-    if token in (",", ";") and depth <= 0:
-      elements.append([])
-    elements[-1].append(token)
-  signed: list[str] = []
-  for element in elements:
-    # In a set the elements would be inside.
-    if element.count("\\pm") == 1 and "\\{" not in element:
-      at = element.index("\\pm")
-      plus, minus = ([*element[:at], sign, *element[at + 1 :]] for sign in "+-")
-      element = [*plus, *minus] if element[0] in (",", ";") else [*plus, ",", *minus]
-    signed += element
-  return signed
 
 
 class _Parser:
@@ -123,7 +142,11 @@ class _Parser:
     return self.tokens[self.i] if self.i < len(self.tokens) else None
 
   def sequence(self, stops: frozenset[str] | set[str]) -> list[str]:
-    """Atoms up to one of the stops, which is not read, or to the end."""
+    """Atoms up to one of the stops, which is not read, or to the end.
+
+    Raises:
+      Malformed: a bracket closes that none has opened, or they are nested too deeply.
+    """
     self.depth += 1
     if self.depth > MAX_DEPTH:
       raise Malformed("nested too deeply")
@@ -169,7 +192,11 @@ class _Parser:
     return [] if token == "\\!" else [token]
 
   def group(self) -> list[str]:
-    """The atoms up to the closing brace."""
+    """The atoms up to the closing brace.
+
+    Raises:
+      Malformed: there is none.
+    """
     found = self.sequence({"}"})
     if self.peek() is None:
       raise Malformed("a brace is not closed")
@@ -181,6 +208,9 @@ class _Parser:
 
     Args:
       whole: take all digits. TeX prints 2^10 as 2 to the 1 and a 0, which is never meant.
+
+    Raises:
+      Malformed: it is missing, or nested too deeply.
     """
     while self.peek() == " ":
       self.i += 1
@@ -204,7 +234,11 @@ class _Parser:
     return found
 
   def root(self) -> str:
-    """A root; the degree 2 is left out."""
+    """A root; the degree 2 is left out.
+
+    Raises:
+      Malformed: what is under the root is missing, or the bracket of its degree is not closed.
+    """
     degree = ""
     while self.peek() == " ":
       self.i += 1
@@ -231,7 +265,11 @@ class _Parser:
     return comes
 
   def bracket(self, opener: str) -> list[str]:
-    """A bracket with what it holds as one atom; a lone "(" or "[" stays a sign."""
+    """A bracket with what it holds as one atom; a lone "(" or "[" stays a sign.
+
+    Raises:
+      Malformed: another bracket is not closed.
+    """
     # "|" closes nothing but a null delimiter, as in \left. x \right|.
     content = self.sequence(_CLOSING | ({"|"} if opener == "\\left." else set()) | {"}", "&"})
     closer = self.peek()
@@ -250,7 +288,11 @@ class _Parser:
     return [f"{opener}{inner}{closer}"]
 
   def environment(self) -> str:
-    """A matrix or the like: cells between & and rows between double backslashes."""
+    """A matrix or the like: cells between & and rows between double backslashes.
+
+    Raises:
+      Malformed: it is not closed, or closed by another name.
+    """
     name = self.argument()
     kind = _MATRIX.get(name, name)
     if name == "array" and self.peek() == "{":

@@ -56,6 +56,7 @@ def _have_words(both: Sequence[answers.Answer], words: set[str]) -> bool:
 
 def _answers(gold: answers.Answer, found: answers.Answer, ordered: bool) -> bool:
   """Whether two answers mean the same, with all their parts."""
+  gold, found, ordered = tex.as_lists(gold, found, ordered)
   found = _end_of_chain(gold, found)
   if not gold.parts or not found.parts or max(len(gold.parts), len(found.parts)) > _MOST_PARTS:
     return False

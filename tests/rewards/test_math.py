@@ -233,6 +233,7 @@ def test_the_control_of_linear_time_is_quadratic():
   ("1", " ", "1"), ("", "1,", "x"), ("", "1,000", "x"), ("", "1 ", "/"), ("", "1 000 ", "x"),
   ("x", "=", "1"), ("", "\\frac1", "{"), ("", "{", ""), ("", "\\text{ a}", "1"), ("5", ".", "x"),
   ("1", "{,}000", "x"), ("1", "\\!", "000"), ("", "\\sqrt", "2"), ("1.", "0", "1"),
+  ("\\{", "\\pm1,", "1\\}"), ("x\\in\\{1", ",a", "\\}"), ("", "\\text{a}=", "1"),
 ])  # fmt: skip
 def test_a_reward_takes_linear_time(prefix, filler, suffix):
   """16,384 tokens of three digits each are 49,000 characters, as long as a response gets."""
@@ -264,7 +265,8 @@ def test_a_megabyte_of_every_character_takes_linear_time():
 
 
 @pytest.mark.parametrize("filler", ["½", "0.", "1,000", "x=", "{", "\\text{ a}", "\\pm", "1 1/2 ",
-                                    "\\frac12", "a\\text{ cm}", "(1,", "π", "°", ".", "and 1 "])
+                                    "\\frac12", "a\\text{ cm}", "(1,", "π", "°", ".", "and 1 ",
+                                    "\\{\\pm1,", "\\text{no}="])
 def test_an_answer_is_read_in_a_fifth_of_a_second(filler):
   """A step of training reads hundreds of answers in its own process."""
   for length in (16_384, 90_000):

@@ -58,7 +58,7 @@ def _checked(check: Check, problem: Mapping[str, object], text: str, seconds: fl
     # not keep the parent's answers open.
     os.dup2(writing, 0)
     os.closerange(3, 64)
-    # By the clock too, for that case.
+    # A copy that outlives its parent is ended by the clock, also where it only waits.
     signal.setitimer(signal.ITIMER_REAL, seconds + 1)
     _check_and_exit(check, problem, text, cpu_seconds, memory_bytes, pipe=0)
   os.close(writing)

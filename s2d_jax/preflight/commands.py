@@ -58,11 +58,12 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
     topology: chips to compile for; None: this machine's devices.
     price: of one chip an hour.
   """
+  # A wrong name is refused before folders are read.
+  chip = topologies.chip(topology) if topology else None
   configs = sweep.expand(config)
   plans = [recipe.plan_without_problems(one) for one in configs]
   # A run opens the folder of its first config.
   program_cache.check(configs[0].compilation_cache)
-  chip = topologies.chip(topology) if topology else None
   devices = topologies.devices(topology) if topology else None
   mesh = _mesh(configs[0].mesh, devices)
   limit = chip.usable if chip is not None else hosts.device_memory()
@@ -97,10 +98,10 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
   """
   if "sweep" in config:
     raise InputError("--search takes one run: name a config without a sweep.")
+  chip = topologies.chip(topology)
   # First, because a candidate's InputError below means that its mesh or memory is too small.
   plan = recipe.plan_without_problems(config)
   program_cache.check(config.compilation_cache)
-  chip = topologies.chip(topology)
   devices = topologies.devices(topology)
   progress = Progress()
 

@@ -31,6 +31,8 @@ class Progress:
 
   def __init__(self) -> None:
     self._found: dict[bytes, futures.Future[Read | DoesNotFit]] = {}
+    self._total = 0  # distinct programs that were asked for
+    self._done = 0
     self._printing = threading.Lock()
 
   def costs(self, requests: Sequence[Request], chip: Chip | None) -> Iterator[Cost]:
@@ -38,8 +40,10 @@ class Progress:
     """
     # XLA compiles without the interpreter's lock, so threads use all cores.
     pool = futures.ThreadPoolExecutor(os.cpu_count())
+    texts = [_hash(request) for request in requests]
+    self._total += len(set(texts) - self._found.keys() - {None})
     try:
-      found = [self._submit(pool, request) for request in requests]
+      found = [self._submit(pool, *pair) for pair in zip(requests, texts, strict=True)]
       for request, program in zip(requests, found, strict=True):
         compiled = program if isinstance(program, DoesNotFit) else program.result()
         yield costs.cost(request.stage, request.program, compiled, request.resident, request.runs,
@@ -47,20 +51,30 @@ class Progress:
     finally:
       pool.shutdown(cancel_futures=True)
 
-  def _submit(self, pool: futures.Executor,
-              request: Request) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
-    if isinstance(request.lowered, DoesNotFit):
+  def _submit(self, pool: futures.Executor, request: Request,
+              text: bytes | None) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
+    """The result of a request, to come where it is not there yet; `text` is its `_hash`."""
+    if text is None:
       return request.lowered
-    # Stages share many programs. The text of one has its shapes and layouts.
-    key = hashlib.sha256(request.lowered.as_text().encode()).digest()
-    if key not in self._found:
-      self._found[key] = pool.submit(self._compile, request)
-    return self._found[key]
+    if text not in self._found:
+      self._found[text] = pool.submit(self._compile, request)
+    return self._found[text]
 
   def _compile(self, request: Request) -> Read | DoesNotFit:
     start = time.monotonic()
     found = costs.compile_or_refuse(request.lowered)
     with self._printing:
-      print(f"{request.stage}: {request.program} compiled in {time.monotonic() - start:.1f} s",
-            file=sys.stderr, flush=True)
+      self._done += 1
+      print(f"{request.stage}: {request.program} compiled in {time.monotonic() - start:.1f} s "
+            f"({self._done} of {self._total} programs)", file=sys.stderr, flush=True)
     return found
+
+
+def _hash(request: Request) -> bytes | None:
+  """A hash of a program's text, which has its shapes and layouts; None where there is no program.
+
+  Stages share many programs.
+  """
+  if isinstance(request.lowered, DoesNotFit):
+    return None
+  return hashlib.sha256(request.lowered.as_text().encode()).digest()

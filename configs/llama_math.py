@@ -4,10 +4,10 @@
 
 The arms are those of the paper's Llama table, and the untrained models. The paper prints no
 hyperparameters for this block, so they are those of the Qwen block (gap), and the template has its
-own defaults (gap). Needs the folders
-Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct under `models`, and the data of `common.math`.
-Not yet run at this size. The arguments `all_arms`, `sft_teacher` and `halves` add or choose the
-arms that the paper has for Qwen alone; they and `tiny` are as in qwen3_math.
+own defaults (gap). Needs the folders Llama-3.3-70B-Instruct and Llama-3.1-8B-Instruct under
+`models`, and the data of `common.math`. Not yet run at this size. The arguments `all_arms`,
+`sft_teacher` and `halves` add or choose the arms that the paper has for Qwen alone; they and `tiny`
+are as in qwen3_math.
 """
 
 from ml_collections import ConfigDict

@@ -224,6 +224,10 @@ class Chat:
             "response is decoded without those: choose another."
           )
 
+  def leaves_open(self, argument: str) -> bool:
+    """Whether the template reads an argument that was not given, and so has its own default."""
+    return argument in self._syntax.arguments and argument not in self._template
+
   def fingerprint(self) -> str:
     """SHA-256 of everything that determines the ids of a text, for manifests."""
     # Sorted, because the order of a vocabulary is not defined.

@@ -30,7 +30,6 @@ from s2d_jax import (
   sampler,
   sharding,
   tasks,
-  templates,
 )
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
@@ -148,7 +147,7 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
   config, tokenizer = sampler.read_folder(args.model, sample.template(args.template),
                                           {"dtype": args.dtype})
   sampling = sample.sampling_of(args, args.k, tokenizer)
-  _warn_of_thinking(args, sets, tokenizer)
+  _warn_of_thinking(sets, tokenizer)
   prompts = {name: rendered(task, name, one, tokenizer) for name, one in sets.items()}
   settings = {name: settings_of(args, task, sets[name], prompts[name], tokenizer, sampling)
               for name in sets}
@@ -186,12 +185,10 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
     yield name, evals.record(found) | {"settings": settings[name]}
 
 
-def _warn_of_thinking(args: argparse.Namespace, sets: Mapping[str, ProblemSet],
-                      tokenizer: chat.Chat) -> None:
+def _warn_of_thinking(sets: Mapping[str, ProblemSet], tokenizer: chat.Chat) -> None:
   """Prints a line where a template's default decides whether the model thinks at length."""
   published = [name for name, one in sets.items() if "set" in (one.origin or {})]
-  arguments = templates.Template(tokenizer.chat_template, "the chat template").arguments
-  if published and THINKING in arguments and THINKING not in sample.template(args.template):
+  if published and tokenizer.leaves_open(THINKING):
     print(f"{published[0]:<16}{'warning':<16}the chat template reads {THINKING}, which is not set "
           f"and often on by default: choose --template {THINKING}=false, or =true with a larger "
           "--max-tokens.", flush=True)

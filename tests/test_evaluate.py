@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.rewards import math as math_reward
 from s2d_jax.sampler import __main__ as sample
+from tests import test_chat
 
 
 @pytest.fixture(scope="module")
@@ -448,14 +448,15 @@ def test_the_flags_of_the_check_are_those_of_a_config(tmp_path):
                                                           ("any", "fixed"))}) == 4
 
 
-@pytest.mark.parametrize("template, line, origin, warned", [
-    ("{{ enable_thinking }}", [], {"set": "math500"}, True),
-    ("{{ enable_thinking }}", ["enable_thinking=true"], {"set": "math500"}, False),
-    ("{{ enable_thinking }}", [], None, False), ("{{ other }}", [], {"set": "math500"}, False)])
-def test_a_template_that_thinks_by_default_is_warned_of(capsys, template, line, origin, warned):
-  tokenizer = types.SimpleNamespace(chat_template=template)
+@pytest.mark.parametrize("before, arguments, origin, warned", [
+    (test_chat.THINKING, {}, {"set": "math500"}, True),
+    (test_chat.THINKING, {"enable_thinking": True}, {"set": "math500"}, False),
+    (test_chat.THINKING, {}, None, False), ("", {}, {"set": "math500"}, False)])
+def test_a_template_that_thinks_by_default_is_warned_of(capsys, tmp_path, before, arguments, origin,
+                                                        warned):
+  tokenizer = test_chat.opened(test_chat.written(tmp_path / "model"), before, **arguments)
   sets = {"mine": evaluate.ProblemSet({}, None), "b": evaluate.ProblemSet({}, origin)}
-  evaluate._warn_of_thinking(argparse.Namespace(template=line), sets, tokenizer)
+  evaluate._warn_of_thinking(sets, tokenizer)
   printed = capsys.readouterr().out
   assert len(printed.splitlines()) == warned
   assert not warned or printed.startswith("b ") and "--template enable_thinking=false" in printed

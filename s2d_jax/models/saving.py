@@ -298,7 +298,7 @@ def _read_back(config: Config, run: dict[str, Any]) -> Json:
     json_of = models.config_json(config)
     found = models.read_config(json_of, **run)  # its errors name the key
     json.dumps(json_of, allow_nan=False)
-  except (InputError, TypeError, ValueError) as error:
+  except (TypeError, ValueError) as error:
     reason = str(error).rstrip(".")
     raise InputError(f"the model cannot be saved ({reason}): {remedy}.") from error
   if found != config:

@@ -40,10 +40,10 @@ class Progress:
     """
     # XLA compiles without the interpreter's lock, so threads use all cores.
     pool = futures.ThreadPoolExecutor(os.cpu_count())
-    texts = [_hash(request) for request in requests]
-    self._total += len(set(texts) - self._found.keys() - {None})
+    hashes = [_hash(request) for request in requests]
+    self._total += len(set(hashes) - self._found.keys() - {None})
     try:
-      found = [self._submit(pool, *pair) for pair in zip(requests, texts, strict=True)]
+      found = [self._submit(pool, *pair) for pair in zip(requests, hashes, strict=True)]
       for request, program in zip(requests, found, strict=True):
         compiled = program if isinstance(program, DoesNotFit) else program.result()
         yield costs.cost(request.stage, request.program, compiled, request.resident, request.runs,
@@ -52,13 +52,13 @@ class Progress:
       pool.shutdown(cancel_futures=True)
 
   def _submit(self, pool: futures.Executor, request: Request,
-              text: bytes | None) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
-    """The result of a request, to come where it is not there yet; `text` is its `_hash`."""
-    if text is None:
+              key: bytes | None) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
+    """The result of a request, to come where it is not there yet; `key` is its `_hash`."""
+    if key is None:
       return request.lowered
-    if text not in self._found:
-      self._found[text] = pool.submit(self._compile, request)
-    return self._found[text]
+    if key not in self._found:
+      self._found[key] = pool.submit(self._compile, request)
+    return self._found[key]
 
   def _compile(self, request: Request) -> Read | DoesNotFit:
     start = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from s2d_jax import files, manifest, stats
+from s2d_jax import files, intervals, manifest, stats
 from s2d_jax.errors import InputError
 
 # The config keys that a curve is drawn over.
@@ -59,7 +59,7 @@ class Group(NamedTuple):
     name = name or self.headline
     return np.stack([stats.value_P(name, self.runs[seed].samples()) for seed in sorted(self.runs)])
 
-  def score(self, name: str) -> stats.Interval | None:
+  def score(self, name: str) -> intervals.Interval | None:
     """The Interval of a score over problems, samples and, where there are several, seeds.
 
     None where a run was scored before the samples had what the statistic reads.
@@ -70,7 +70,7 @@ class Group(NamedTuple):
       return stats.score_over_seeds(name, self.value_SP(name), self.level)
     (run,) = self.runs.values()
     if name in run.result["scores"]:
-      return stats.Interval(*run.result["scores"][name])
+      return intervals.Interval(*run.result["scores"][name])
     # A statistic that joined the table after the run was scored.
     return stats.score(name, run.samples(), run.seed, DRAWS, self.level)
 
@@ -242,8 +242,8 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 class Contrast(NamedTuple):
   """The headline score of one Group minus another's, on the same problems and seeds."""
-  difference: stats.Interval
-  resolvable: float  # `stats.resolvable`
+  difference: intervals.Interval
+  resolvable: float  # `intervals.resolvable`
   signs: str         # of each seed
   seeds: tuple[int, ...]
 
@@ -255,14 +255,14 @@ def compare(a: Group, b: Group) -> Contrast | None:
     return None
   # Problem by problem and seed by seed: what both arms share cancels in the difference.
   pairs = list(zip(a.of(seeds).value_SP(), b.of(seeds).value_SP(), strict=True))
-  gap_SP = np.stack([stats.gaps(*pair) for pair in pairs])
+  gap_SP = np.stack([intervals.gaps(*pair) for pair in pairs])
   # One seed has no spread between seeds to count, so its interval is over problems and samples.
   if len(seeds) == 1:
-    difference = stats.paired_difference(*pairs[0], seeds[0], DRAWS, a.level)
+    difference = intervals.paired_difference(*pairs[0], seeds[0], DRAWS, a.level)
   else:
-    difference = stats.gap_over_seeds(gap_SP, a.level)
+    difference = intervals.gap_over_seeds(gap_SP, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))
-  return Contrast(difference, stats.resolvable(gap_SP, a.level), signs, tuple(seeds))
+  return Contrast(difference, intervals.resolvable(gap_SP, a.level), signs, tuple(seeds))
 
 
 def curves(rows: Iterable[Group], keys: Sequence[str]) -> dict[str, list[tuple[float, Group]]]:

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from s2d_jax import ladder, stats
+from s2d_jax import intervals, ladder
 from s2d_jax.ladder import Contrast, Group, Run
 
 MISSING = "missing"
@@ -42,7 +42,7 @@ Unlike = dict[str, tuple[str, str]]  # a setting -> its value here, and the one 
 class Filling(NamedTuple):
   """A group of runs that has a row's arm and models."""
   group: Group
-  score: stats.Interval
+  score: intervals.Interval
   config: dict[str, str]   # flat
   unlike: Unlike           # settings that are not the paper's
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import command, figures, files, ladder, metrics, paper, stats, timing
+from s2d_jax import command, figures, files, intervals, ladder, metrics, paper, stats, timing
 from s2d_jax.ladder import Contrast, Group, Run
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
@@ -113,7 +113,7 @@ def table(groups: Sequence[Group]) -> list[str]:
   return lines
 
 
-def _cell(score: stats.Interval | None, unit: str) -> str:
+def _cell(score: intervals.Interval | None, unit: str) -> str:
   """A score's cell in the table; a dash where the samples of a run do not give it."""
   return "–" if score is None else interval(score, unit)
 

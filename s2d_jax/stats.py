@@ -1,31 +1,20 @@
-"""Evaluation statistics and their confidence intervals: pass@k, avg@k, intervals over seeds.
+"""Evaluation statistics: avg@k, pass@k, maj@k, and the mean length of a response.
 
 correct_PG is 1 where sample g of problem p is right, else 0. A statistic turns it into one value
 for each problem, value_P: an unbiased estimate of that problem's rate. A score is the mean over
-problems.
-
-The interval of one training seed is a bootstrap over problems with their samples nested in them
-(`nested_bootstrap`). The interval of several seeds adds the spread between seeds (`over_seeds`).
+problems, with an interval of s2d_jax/intervals.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
+from s2d_jax import intervals
 from s2d_jax.errors import InputError
-
-CHUNK = 1 << 24  # resampled values held at once: 128 MB
+from s2d_jax.intervals import Interval
 
 PerProblem = Callable[[np.ndarray], np.ndarray]  # correct_PG -> value_P
-
-
-class Interval(NamedTuple):
-  """An estimate and the two ends of its confidence interval."""
-  estimate: float
-  low: float
-  high: float
 
 
 def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
@@ -67,187 +56,6 @@ def mean_pass_at_k(k: int) -> PerProblem:
     correct_PG = np.asarray(correct_PG)
     return pass_at_k(correct_PG.shape[-1], correct_PG.sum(axis=-1), k)
   return statistic
-
-
-def nested_bootstrap(correct_PG: np.ndarray, statistic: PerProblem, seed: int, draws: int,
-                     level: float = 0.95) -> Interval:
-  """Interval of a score over the choice of problems and of samples, by a bootstrap.
-
-  Each draw takes P problems with replacement, each with all of its samples. The ends are held to
-  [0, 1]. With ten right samples in all, an interval of level 0.95 covers 92 %, as percentiles near
-  0 do.
-
-  Args:
-    correct_PG: 0 or 1, [P, G]; statistic: gives a value for each problem.
-    seed: of NumPy's default generator; level: the share of draws inside the interval.
-  """
-  # Samples are nested in problems: the spread between the problems' values already contains the
-  # spread of G samples. Drawing the samples anew as well would count it twice (Davison & Hinkley,
-  # Bootstrap Methods and their Application, 1997, section 3.8).
-  return _bootstrap(statistic(_matrix(correct_PG)), seed, draws, level, (0.0, 1.0))
-
-
-def paired_difference(value_a_P: np.ndarray, value_b_P: np.ndarray, seed: int, draws: int,
-                      level: float = 0.95) -> Interval:
-  """Interval of a rate of model a minus that of b on the same problems, by a bootstrap of the gaps.
-
-  Args:
-    value_a_P, value_b_P: a statistic of each problem; the numbers of samples may differ.
-    seed, draws, level: as `nested_bootstrap`.
-
-  Raises:
-    InputError: the two have different problems.
-  """
-  # Resampling the gaps keeps the pairs: what makes a problem hard for both models cancels.
-  return _bootstrap(gaps(value_a_P, value_b_P), seed, draws, level, (-1.0, 1.0))
-
-
-def gaps(value_a_P: np.ndarray, value_b_P: np.ndarray) -> np.ndarray:
-  """A statistic of model a minus that of b for each problem, [P].
-
-  Raises:
-    InputError: the two have different problems.
-  """
-  if len(value_a_P) != len(value_b_P):
-    raise InputError(f"a paired difference needs the same problems and got {len(value_a_P)} and "
-                     f"{len(value_b_P)}: score both on one split.")
-  return value_a_P - value_b_P
-
-
-def over_seeds(value_SP: np.ndarray, level: float = 0.95) -> Interval:
-  """Interval of a rate over the choice of training seeds, problems and samples.
-
-  Seeds and problems cross: every seed is scored on the same problems. The mean m has variance
-
-    V = V_s + max(V_p − V_r, 0),   V_s = Var_s(mean over p) / S,   V_p = Var_p(mean over s) / P,
-
-  where V_r = (residual mean square) / (S·P) is contained in both V_s and V_p.
-
-  V_s is known from S − 1 degrees of freedom and takes the quantile t of Student's distribution. The
-  rest takes the normal quantile z: a Behrens–Fisher problem. With ρ = V_s / V the half-width is a
-  geometric mean of the two quantiles,
-
-    h = √V · z · (t / z)^(ρ^1.25).
-
-  In the normal limit of three seeds it covers 94.1 (ρ near 0.9) to 96.0 % (ρ near 0.25). The ends
-  are taken on the logit's scale, where a rate near 0 or 1 is not skewed:
-  logit(m) ± h / (m·(1 − m)).
-
-  tests/test_stats.py measures the coverage on simulated data of three seeds, also near 0 and 1: it
-  is 93 to 97 %. Other methods, measured in the same way:
-
-    * Cochran's arithmetic mean (Biometrics 20, 1964) reaches 97.3 %.
-    * Welch's degrees of freedom fall to 92 %, and without the logit to 91 %.
-    * A bootstrap of the three seeds falls below 85 %.
-
-  Where the seeds' spread dominates near 0 or 1, coverage is 92 to 94 %. With two
-  seeds it falls to 91 %.
-
-  Args:
-    value_SP: a statistic in [0, 1] of each training seed and problem, at least two of each.
-    level: of the interval.
-  """
-  value_SP = _seeds(value_SP)
-  estimate = float(value_SP.mean())
-  half = _half(value_SP, level)
-  # Without a spread the estimate may be 0 or 1, where the logit is infinite.
-  if half == 0:
-    return Interval(estimate, estimate, estimate)
-  # The derivative of the logit carries the half-width to its scale (the delta method).
-  half /= estimate * (1 - estimate)
-  low, high = special.expit(special.logit(estimate) + np.array([-half, half]))
-  return Interval(estimate, float(low), float(high))
-
-
-def gap_over_seeds(gap_SP: np.ndarray, level: float = 0.95) -> Interval:
-  """`over_seeds` of a difference of two rates, in [−1, 1], on its own scale.
-
-  Args:
-    gap_SP: a difference of each training seed and problem, at least two of each.
-    level: of the interval.
-  """
-  gap_SP = _seeds(gap_SP)
-  estimate = float(gap_SP.mean())
-  half = _half(gap_SP, level)
-  # A difference may be negative, so there is no logit of it; the ends are cut off instead.
-  return Interval(estimate, max(estimate - half, -1.0), min(estimate + half, 1.0))
-
-
-def resolvable(gap_SP: np.ndarray, level: float = 0.95, power: float = 0.8) -> float:
-  """The smallest true difference that an interval of `level` excludes 0 for with chance `power`.
-
-  It assumes the spread of these data, which few seeds estimate badly. The seeds' share follows the
-  noncentral t, the rest the normal, combined by the geometric mean of `over_seeds`.
-
-  Args:
-    gap_SP: differences of each training seed and problem, [S, P]; one seed is allowed.
-    level: of the interval; power: the chance of finding the difference.
-  """
-  gap_SP = np.asarray(gap_SP, np.float64)
-  z = special.ndtri(0.5 + level / 2) + special.ndtri(power)
-  # One seed shows no spread between seeds: only the spread between problems is left.
-  if len(gap_SP) == 1:
-    return float(z * np.sqrt(gap_SP.var(ddof=1) / gap_SP.size))
-  variance, share = _spread(_seeds(gap_SP))
-  df = len(gap_SP) - 1
-  t = special.nctdtrinc(df, 1 - power, special.stdtrit(df, 0.5 + level / 2))
-  return float(np.sqrt(variance) * z * (t / z) ** share ** 1.25)
-
-
-def _half(value_SP: np.ndarray, level: float) -> float:
-  """The half-width h of `over_seeds`."""
-  variance, share = _spread(value_SP)
-  t = special.stdtrit(len(value_SP) - 1, 0.5 + level / 2)
-  z = special.ndtri(0.5 + level / 2)
-  # The exponent is chosen by coverage: with ρ itself up to 97.1 % of the intervals hold the truth.
-  return float(np.sqrt(variance) * z * (t / z) ** share ** 1.25)
-
-
-def _spread(value_SP: np.ndarray) -> tuple[float, float]:
-  """The variance V and the seeds' share ρ of `over_seeds`."""
-  S, P = value_SP.shape
-  seed_S1 = value_SP.mean(axis=1, keepdims=True)
-  problem_P = value_SP.mean(axis=0)
-  residual_SP = value_SP - seed_S1 - problem_P + value_SP.mean()
-  seeds = seed_S1.var(ddof=1) / S
-  shared = np.square(residual_SP).sum() / ((S - 1) * (P - 1)) / (S * P)
-  # The estimated difference can be negative by chance; a variance cannot.
-  variance = seeds + max(problem_P.var(ddof=1) / P - shared, 0.0)
-  return variance, seeds / variance if variance > 0 else 0.0
-
-
-def _seeds(value_SP: np.ndarray) -> np.ndarray:
-  """Values in float64, refused unless a spread can be estimated over both axes."""
-  value_SP = np.asarray(value_SP, np.float64)
-  if value_SP.ndim != 2 or min(value_SP.shape) < 2:
-    raise InputError(f"value_SP has shape {value_SP.shape}: give at least two training seeds and "
-                     "two problems.")
-  return value_SP
-
-
-def _matrix(correct_PG: np.ndarray) -> np.ndarray:
-  """The matrix of right samples, refused unless it has two axes and an entry."""
-  correct_PG = np.asarray(correct_PG)
-  if correct_PG.ndim != 2 or correct_PG.size == 0:
-    raise InputError(f"correct_PG has shape {correct_PG.shape}: give problems × samples, "
-                     "at least one of each.")
-  return correct_PG
-
-
-def _bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float,
-               bounds: tuple[float, float]) -> Interval:
-  """Percentiles of the mean over resampled problems."""
-  rng = np.random.default_rng(seed)
-  P = len(value_P)
-  # All draws at once would take draws·P values of memory, gigabytes for a large split.
-  chunk = max(1, CHUNK // P)
-  means = []
-  for start in range(0, draws, chunk):
-    problem_DP = rng.integers(P, size=(min(chunk, draws - start), P))
-    means.append(value_P[problem_DP].mean(axis=1))
-  tail = (1 - level) / 2
-  low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-  return Interval(float(value_P.mean()), float(max(low, bounds[0])), float(min(high, bounds[1])))
 
 
 class Samples(NamedTuple):
@@ -380,21 +188,17 @@ def value_P(name: str, samples: Mapping[str, Samples]) -> np.ndarray:
 
 def score(name: str, samples: Mapping[str, Samples], seed: int, draws: int,
           level: float = 0.95) -> Interval:
-  """A statistic's mean over problems with its interval: `nested_bootstrap` of any statistic.
+  """A statistic's mean over problems with its interval.
 
   Args:
     seed, draws, level: of the bootstrap.
   """
-  upper = 1.0 if statistic(name)[0].unit == "rate" else np.inf
-  return _bootstrap(value_P(name, samples), seed, draws, level, (0.0, upper))
+  bounds = (0.0, 1.0 if statistic(name)[0].unit == "rate" else np.inf)
+  return intervals.bootstrap(value_P(name, samples), seed, draws, level, bounds)
 
 
 def score_over_seeds(name: str, value_SP: np.ndarray, level: float = 0.95) -> Interval:
-  """A statistic's mean with its interval over seeds: `over_seeds` of any statistic."""
+  """A statistic's mean with its interval over seeds."""
   if statistic(name)[0].unit == "rate":
-    return over_seeds(value_SP, level)
-  # A number of tokens has no upper end, so it stays on its own scale.
-  value_SP = _seeds(value_SP)
-  estimate = float(value_SP.mean())
-  half = _half(value_SP, level)
-  return Interval(estimate, estimate - half, estimate + half)
+    return intervals.over_seeds(value_SP, level)
+  return intervals.count_over_seeds(value_SP, level)

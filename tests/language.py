@@ -42,7 +42,8 @@ BANNED_NAMES = frozenset(
 # A name that is the field's own, by the file that defines it.
 FIELDS_OWN = {
   # bootstrap draws of a statistic
-  ("s2d_jax/stats.py", "draws"), ("s2d_jax/evals.py", "draws"), ("s2d_jax/evaluate.py", "draws"),
+  ("s2d_jax/stats.py", "draws"), ("s2d_jax/intervals.py", "draws"),
+  ("s2d_jax/evals.py", "draws"), ("s2d_jax/evaluate.py", "draws"),
   ("s2d_jax/ladder.py", "draws"), ("tests/test_evals.py", "draws"),
 }
 # Calls that print a message for a user.

@@ -57,6 +57,7 @@ ARROWS = {
   "paper": {"ladder"},
   "figures": {"ladder", "metrics"},
   "ladder": {"stats", "manifest"},
+  "stats": {"intervals"},
 }
 # These get functions as arguments and import no loss and no model.
 NEVER = {unit: {"models", "losses", "objectives"}

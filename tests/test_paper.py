@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import qwen3_math
-from s2d_jax import files, ladder, paper, report, stats
+from s2d_jax import files, intervals, ladder, paper, report
 from tests import test_report as by_hand
 
 PROBLEMS = {"math500": 500, "aime24": 30, "aime25": 30}
@@ -140,7 +140,7 @@ def test_a_run_fills_its_cells_and_the_others_are_missing(tmp_path):
     ((0.02, 0.01, 0.03), 0.0, (0, 1), "above; the paper has no order"),
     ((-0.02, -0.03, -0.01), 3.4, (0,), "below in this seed")])
 def test_a_verdict(difference, printed, seeds, said):
-  contrast = ladder.Contrast(stats.Interval(*difference), 0.01, "", seeds)
+  contrast = ladder.Contrast(intervals.Interval(*difference), 0.01, "", seeds)
   assert paper.verdict(contrast, printed) == said
   assert paper.verdict(None, printed) == "missing"
 

@@ -7,7 +7,7 @@ where they are absent. Without a network, place them there. Arguments:
 
   :models=FOLDER             where the models are
   :teacher=NAME,student=NAME any two folders of one tokenizer, in `models` or by their paths
-  :layers=10                 the student is ten of the teacher's layers, so that one folder suffices
+  :layers=27                 the student is 27 of the teacher's layers, so that one folder suffices
   :tiny                      a few steps with short answers: minutes on two cores
 """
 

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from s2d_jax.templates import CLOCK, Template, is_of_template
 PROBES = ("Let x = 3 and y = 12,345.", "  two  spaces ,  then 1 000 ; don't stop . ",
           "\\frac{1}{2} + \\sqrt{x^2 - 1} \\le \\boxed{-0.5}\n\n$$a_1 = b$$\n",
           "12 + 34 = 46\n\n\t7 * 8\n")
+# How Python prints a function or an object that has no text of its own.
+_ADDRESS = re.compile(r"<[^\n]*? at 0x[0-9a-fA-F]+>")
 # Its words are in no template, so that a template that leaves the message out is noticed.
 _QUESTION = {"role": "user", "content": "Let x = 3 + 4."}
 _SYSTEM = {"role": "system", "content": "Be brief, 5."}
@@ -179,7 +182,7 @@ class Chat:
       self._check_text(text, "an argument of the chat template")
 
   def _probe_template(self) -> None:
-    """Refuses a template that prints no message."""
+    """Refuses a template that prints no message, or prints an object's address in memory."""
     try:
       text = self._render([_QUESTION], "a single question")
     except InputError as error:
@@ -190,6 +193,9 @@ class Chat:
     if _QUESTION["content"] not in text:
       raise InputError(f"{self._syntax.source} leaves the user's message out, so every prompt "
                        "would be equal: take the template that came with the weights.")
+    if printed := _ADDRESS.search(text):
+      raise InputError(f"{self._syntax.source} prints {printed[0]}, whose address differs from "
+                       "run to run, so no prompt would repeat: take that out of it.")
 
   def _probe_round_trip(self) -> None:
     """Refuses a tokenizer that does not read text back as it was."""

@@ -210,6 +210,14 @@ def test_a_template_that_draws_at_random_is_refused(folder, before):
   assert "draws at random" in refused(folder, before)
 
 
+@pytest.mark.parametrize("before", [
+    "{{ raise_exception }}", "{{ range }}{{ strftime_now }}{{ raise_exception }}",
+    "{{ [raise_exception] }}", "{{ messages[0].items }}", "{{ cycler(1) }}",
+])
+def test_a_template_that_prints_an_address_is_refused(folder, before):
+  assert "whose address differs from run to run" in refused(folder, before)
+
+
 def test_a_date_that_only_some_messages_ask_for_is_refused_with_them(folder):
   loaded = opened(folder, "{% if messages[1] %}{{ strftime_now('%d') }}{% endif %}")
   assert loaded.render(USER) == [4, 7, 8, 16, 9, 10, 5]

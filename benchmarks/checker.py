@@ -3,8 +3,8 @@
   python -m benchmarks.checker
 
 The labels are those of tests/rewards: `labelled_answers.jsonl`, which were used while the checkers
-were developed, `held_out_answers.jsonl` and `fresh_answers.jsonl`, which were not before their
-first try.
+were developed, and `held_out_answers.jsonl`, `fresh_answers.jsonl` and `unread_answers.jsonl`,
+which were not before their first try.
 
 Hostile answers are towers of powers that sympy would evaluate without end. Seconds are by the
 clock, so other programs lengthen them: a hostile answer is ended after its processor seconds, which
@@ -28,7 +28,7 @@ from benchmarks.measure import Json
 from s2d_jax.rewards import math, pool
 
 FOLDER = pathlib.Path(__file__).parents[1] / "tests" / "rewards"
-SETS = ("labelled_answers", "held_out_answers", "fresh_answers")
+SETS = ("labelled_answers", "held_out_answers", "fresh_answers", "unread_answers")
 HOSTILE = {"answer": "1"}, "9^{9^{9^{9}}}"
 FULL = {"answers": 1024, "hostile": 10, "processes": 2, "limit": 2.0, "characters": 1_000_000}
 SMOKE = FULL | {"answers": 12, "hostile": 1, "processes": 1, "limit": 1.0, "characters": 20_000}
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
         f"({slowest!r}), at most {max(ratios, default=4):.1f} times those of a quarter", flush=True)
   return measure.write("checker", options, {
       "agreement": tables[SETS[0]], "held_out_agreement": tables[SETS[1]],
-      "fresh_agreement": tables[SETS[2]],
+      "fresh_agreement": tables[SETS[2]], "unread_agreement": tables[SETS[3]],
       "hostile": attack, "linear": times, "string_answers_per_second": string_rate(rows)})
 
 

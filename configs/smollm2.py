@@ -49,6 +49,11 @@ def _stages() -> dict[str, dict[str, Any]]:
   }
 
 
+def _folder(models: pathlib.Path, name: str) -> str:
+  """The folder of a model: a path of its own where it has a slash, or a name in `models`."""
+  return name if "/" in name else str(models / name)
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """The config, locked.
 
@@ -66,8 +71,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data = {"dir": "~/.cache/s2d_jax/data"}
   config.label_share = 1.0
   config.half_seed = 0
-  config.teacher = str(models / arg.teacher)
-  config.student = str(models / (arg.student or "SmolLM2-135M-Instruct"))
+  config.teacher = _folder(models, arg.teacher)
+  config.student = _folder(models, arg.student or "SmolLM2-135M-Instruct")
   config.hub = "HuggingFaceTB"              # owner on huggingface.co of a folder that is absent
   config.student_layers = arg.layers
   if arg.layers:

@@ -21,6 +21,7 @@ from s2d_jax import (
   command,
   evals,
   files,
+  intervals,
   json_objects,
   keys,
   manifest,
@@ -77,6 +78,9 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   sample.check_flags(args, "--k")
   keys.check_value("--batch", args.batch, keys.at_least(1))
+  if args.temperature == 0 and args.k > 1:
+    raise InputError(f"--k is {args.k} and --temperature 0 gives the same answer {args.k} times: "
+                     "set --k 1, or a temperature above 0.")
   task, sets = read_sets(args)
   results = {}
   if args.out is not None:
@@ -157,7 +161,9 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
     for other in results.keys() - sets.keys():
       differ = evals.unlike(settings[name], results[other].get("settings", {}))
       if differ:
-        raise InputError(f"{args.out} has scores of {other} with another {' and '.join(differ)}, "
+        named = " and ".join(_difference(key, results[other].get("settings", {}), settings[name])
+                             for key in differ)
+        raise InputError(f"{args.out} has scores of {other} with another {named}, "
                          f"to which those of {name} cannot be compared: choose another --out.")
     if args.out and results.get(name, {}).get("settings") != settings[name]:
       path = rows_path(args, name)
@@ -185,6 +191,18 @@ def evaluations(args: argparse.Namespace, task: Task, sets: Mapping[str, Problem
     yield name, evals.record(found) | {"settings": settings[name]}
 
 
+def _difference(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+  """The name of a setting that differs, and where it is the sampling, the flags with both values.
+  """
+  fields = here[key]
+  if key != "sampling" or key not in there:
+    return key
+  flags = sample.FLAGS | {"samples_per_prompt": "--k"}
+  differ = (f"{flags.get(name, name)} {there[key].get(name)} there, {value} here"
+            for name, value in fields.items() if there[key].get(name) != value)
+  return f"{key} ({'; '.join(differ)})"
+
+
 def _warn_of_thinking(sets: Mapping[str, ProblemSet], tokenizer: chat.Chat) -> None:
   """Prints a line where a template's default decides whether the model thinks at length."""
   published = [name for name, one in sets.items() if "set" in (one.origin or {})]
@@ -199,6 +217,9 @@ def _check_positions(args: argparse.Namespace, name: str, prompts: Sequence[Prom
   """Refuses a set whose longest prompt and response leave the model's positions."""
   # Positions beyond the trained ones give no sensible text.
   longest = max(len(prompt.tokens) for prompt in prompts)
+  if longest >= positions:
+    raise InputError(f"a prompt of {name} has {longest} tokens and the model has {positions} "
+                     "positions: choose a model with more, or leave the problem out.")
   if longest + args.max_tokens > positions:
     raise InputError(f"a prompt of {name} has {longest} tokens and with {args.max_tokens} new ones "
                      f"leaves the model's {positions} positions: lower --max-tokens.")
@@ -217,7 +238,8 @@ def settings_of(args: argparse.Namespace, task: Task, one: ProblemSet, prompts: 
   settings = {
       "model": hf.identity(args.model), "tokenizer": tokenizer.fingerprint(),
       "sampling": sampling._asdict(), "seed": args.seed, "dtype": args.dtype, "task": args.task,
-      "checker": task.checker(), "interval": {"draws": DRAWS, "level": LEVEL},
+      "checker": task.checker(),
+      "interval": {"draws": DRAWS, "level": LEVEL, "rule": intervals.RULE},
       "set": {"count": len(prompts), "origin": one.origin, "problems": manifest.digest(facts)}}
   return json.loads(json.dumps(settings))  # as it will be read: tuples are lists
 

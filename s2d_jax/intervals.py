@@ -14,6 +14,7 @@ from scipy import special
 from s2d_jax.errors import InputError
 
 CHUNK = 1 << 24  # resampled values held at once: 128 MB
+RULE = 2         # raised when an interval of the same values changes
 
 
 class Interval(NamedTuple):
@@ -29,13 +30,13 @@ def bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float = 0.95,
 
   Each draw takes P problems with replacement, each with all of its samples. The ends are
   percentiles of the means, held to `bounds`. With ten right samples in all, an interval of level
-  0.95 covers 92 %, as percentiles near 0 do. A rate that is 0 on every problem, or 1 on every one,
-  has the interval of `all_equal`.
+  0.95 covers 92 %, as percentiles near 0 do. Where all values are equal, as where no sample is
+  right, a resampled mean has no spread, and the interval is that of `all_equal`.
 
   Args:
     value_P: a statistic of each problem.
     seed: of NumPy's default generator; level: the share of draws inside the interval.
-    bounds: the least and the largest value; (0, 1) is a rate.
+    bounds: the least and the largest value that a problem can have.
 
   Raises:
     InputError: there is not one problem.
@@ -46,8 +47,8 @@ def bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float = 0.95,
   P = len(value_P)
   if P == 0:
     raise InputError("an interval needs at least one problem and got none: score some problems.")
-  if bounds == (0.0, 1.0) and (value_P.max() == 0 or value_P.min() == 1):
-    return all_equal(value_P[0], P, level)
+  if value_P.min() == value_P.max() and np.isfinite(bounds).all():
+    return all_equal(float(value_P[0]), P, level, bounds)
   rng = np.random.default_rng(seed)
   # All draws at once would take draws·P values of memory, gigabytes for a large split.
   chunk = max(1, CHUNK // P)
@@ -60,14 +61,17 @@ def bootstrap(value_P: np.ndarray, seed: int, draws: int, level: float = 0.95,
   return Interval(float(value_P.mean()), float(max(low, bounds[0])), float(min(high, bounds[1])))
 
 
-def all_equal(value: float, problems: int, level: float) -> Interval:
-  """Interval of a rate that is 0 on every problem, or 1 on every one.
+def all_equal(value: float, problems: int, level: float,
+              bounds: tuple[float, float] = (0.0, 1.0)) -> Interval:
+  """Interval of a mean where every problem has the same value.
 
-  It is the exact one of a binomial rate (Clopper and Pearson, Biometrika 26, 1934), with a trial
-  for each problem: more samples of the same problems say nothing about other problems.
+  Other problems may have another one: a share of at most e = 1 − ((1 − level) / 2)^(1 / problems),
+  the exact bound of a binomial rate of which no trial was seen (Clopper and Pearson, Biometrika 26,
+  1934). Problems are the trials, because more samples of the same ones say nothing about others.
   """
-  end = ((1 - level) / 2) ** (1 / problems)
-  return Interval(1.0, end, 1.0) if value == 1 else Interval(0.0, 0.0, 1 - end)
+  share = 1 - ((1 - level) / 2) ** (1 / problems)
+  low, high = bounds
+  return Interval(value, value - share * (value - low), value + share * (high - value))
 
 
 def paired_difference(value_a_P: np.ndarray, value_b_P: np.ndarray, seed: int, draws: int,
@@ -133,11 +137,9 @@ def over_seeds(value_SP: np.ndarray, level: float = 0.95) -> Interval:
   value_SP = _seeds(value_SP)
   estimate = float(value_SP.mean())
   half = _half(value_SP, level)
-  # At 0 and 1 there is no spread to estimate, and the logit is infinite.
-  if estimate in (0, 1):
-    return all_equal(estimate, value_SP.shape[1], level)
+  # Without a spread there is nothing to estimate, and at 0 and 1 the logit is infinite.
   if half == 0:
-    return Interval(estimate, estimate, estimate)
+    return all_equal(estimate, value_SP.shape[1], level)
   # The derivative of the logit carries the half-width to its scale (the delta method).
   half /= estimate * (1 - estimate)
   low, high = special.expit(special.logit(estimate) + np.array([-half, half]))
@@ -167,6 +169,8 @@ def gap_over_seeds(gap_SP: np.ndarray, level: float = 0.95) -> Interval:
   gap_SP = _seeds(gap_SP)
   estimate = float(gap_SP.mean())
   half = _half(gap_SP, level)
+  if half == 0:
+    return all_equal(estimate, gap_SP.shape[1], level, (-1.0, 1.0))
   # A difference may be negative, so there is no logit of it; the ends are cut off instead.
   return Interval(estimate, max(estimate - half, -1.0), min(estimate + half, 1.0))
 

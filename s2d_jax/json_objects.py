@@ -44,6 +44,10 @@ class _Fault(ValueError):
   """A reason for which a text is refused; the message lacks the file's name."""
 
 
+class _Empty(ValueError):
+  """A text without a character."""
+
+
 def read(path: str | os.PathLike, remedy: str = "download it again") -> Json:
   """The object in a JSON file.
 
@@ -98,6 +102,8 @@ def value(name: str, data: bytes | str, remedy: str = "download it again") -> An
                      ) from error
   except RecursionError as error:
     raise InputError(f"{name} is nested too deeply: use at most {_DEPTH} levels.") from error
+  except _Empty as error:
+    raise InputError(f"{name} is empty: {remedy}.") from error
   except _Fault as error:
     raise InputError(f"{name} {error}") from error
   return found
@@ -116,7 +122,7 @@ def _decoded(name: str, data: bytes | str) -> str:
   if b"\0" in data[:4]:
     raise InputError(f"{name} has zero bytes, as UTF-16 has: save it as UTF-8.")
   if not data.strip():
-    raise InputError(f"{name} is empty: give it JSON.")
+    raise _Empty
   try:
     return data.decode()
   except UnicodeDecodeError as error:

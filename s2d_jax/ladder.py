@@ -69,9 +69,11 @@ class Group(NamedTuple):
     if len(self.runs) > 1:
       return stats.score_over_seeds(name, self.value_SP(name), self.level)
     (run,) = self.runs.values()
-    if name in run.result["scores"]:
-      return intervals.Interval(*run.result["scores"][name])
-    # A statistic that joined the table after the run was scored.
+    stored = intervals.Interval(*run.result["scores"].get(name, (0, 0, 0)))
+    if stored.low < stored.high:
+      return stored
+    # A statistic that joined the table after the run was scored, or equal values of all problems,
+    # to whose interval an older rule gave no width.
     return stats.score(name, run.samples(), run.seed, DRAWS, self.level)
 
   @property
@@ -119,16 +121,18 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   """
   rows: dict[tuple, Run] = {}
   for workdir in map(epath.Path, workdirs):
-    if not workdir.exists():
+    if not workdir.is_dir():
       raise InputError(f"{workdir} is not a folder: name the --workdir of a run.")
     arms = (workdir / "arms").iterdir() if (workdir / "arms").exists() else ()
     # A kill can leave the beginning of a file behind, under another suffix.
-    found = sorted((p for p in arms if p.suffix == ".json"), key=lambda p: (p.stat().mtime, p.name))
+    found = [p for p in arms if p.suffix == ".json"]
     if not found:
       raise InputError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
+    entries = {path: files.read_json(path) for path in found}
     # In the order of finishing: the first run of an arm names it, later ones by their differences.
-    for path in found:
-      entry = files.read_json(path)
+    # An entry of an earlier version has no number, and its file's age is all there is.
+    for path in sorted(found, key=lambda p: (entries[p].get("number", -1), p.stat().mtime, p.name)):
+      entry = entries[path]
       for row in entry["rows"]:
         new = _run(workdir, entry, row)
         key = (new.label, new.seed, row["score"], *row["stages"])

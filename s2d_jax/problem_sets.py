@@ -25,7 +25,9 @@ def read_sets(args: argparse.Namespace) -> tuple[Task, dict[str, ProblemSet]]:
   Raises:
     InputError: a name is empty or is written twice, or the task refuses a set.
   """
-  paths = dict(word.partition("=")[::2] for word in args.sets.split(","))
+  # A space after a comma is not part of a name.
+  paths = {name.strip(): path.strip()
+           for name, _, path in (word.partition("=") for word in args.sets.split(","))}
   names = list(paths)
   if "" in names or len(names) <= args.sets.count(","):
     raise InputError(f"--sets is {args.sets!r}: write names with one comma between them, each "

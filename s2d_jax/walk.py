@@ -79,9 +79,11 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
            "config": {k: v for k, v in plan.config.to_dict().items() if k not in _NO_RESULT},
            "probes": [probes[name] for name in plan.arms[arm] if probes[name]["before"]]}
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
-  # An existing entry stays: the report orders arms by the age of their files.
+  # An existing entry stays, with its number: the report orders arms by it.
   if hosts.leader() and not path.exists():
-    files.write_json(path, entry)
+    number = len([p for p in path.parent.iterdir() if p.suffix == ".json"]) if (
+        path.parent.exists()) else 0
+    files.write_json(path, entry | {"number": number})
 
 
 def _exit_if_stopped(stop: Callable[[], bool]) -> None:

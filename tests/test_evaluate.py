@@ -27,12 +27,11 @@ def data(tmp_path_factory):
 
 @pytest.mark.medium
 def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
-  # Greedily every sample of a problem is the same, so avg@2, pass@2 and maj@2 are one number: the
-  # share of 256 problems, a multiple of 1/256.
+  # Of one sample avg@1 and pass@1 are one number: the share of 256 problems, a multiple of 1/256.
   teacher = arithmetic.get_config().teacher
   out = tmp_path / "scores.json"
   evaluate.main(["--model", teacher, "--task=arithmetic", f"--data={data}", "--sets=validation",
-                 "--k=2", "--temperature=0", "--max-tokens=32", f"--out={out}",
+                 "--k=1", "--temperature=0", "--max-tokens=32", f"--out={out}",
                  f"--compilation-cache={tmp_path / 'programs'}"])
   # Its programs are stored as a run's are, in the folder of this kind of CPU.
   assert len(list(tmp_path.glob("programs/cpu-*/jit_decode*"))) > 0
@@ -40,7 +39,7 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
   assert first.split() == ["validation", "problems", "256"]
   found = [re.fullmatch(r"(\S+) +(\S+) +(\S+) \[(\S+), (\S+)\]", line).groups() for line in lines]
   assert {row[0] for row in found} == {"validation"}
-  assert [row[1] for row in found] == ["avg@2", "pass@2", "maj@2", "truncated", "format",
+  assert [row[1] for row in found] == ["avg@1", "pass@1", "truncated", "format",
                                      "response_length"]
   *found, _, _, _ = found
   (value,) = {float(row[2]) for row in found}
@@ -48,11 +47,11 @@ def test_greedy_scores_are_the_share_of_right_answers(data, capsys, tmp_path):
   assert all(float(low) <= value <= float(high) for *_, low, high in found)
   # The file has the same scores, and the samples from which they follow.
   stored = json.loads(out.read_text())
-  assert stored["flags"]["model"] == teacher and stored["flags"]["k"] == 2
+  assert stored["flags"]["model"] == teacher and stored["flags"]["k"] == 1
   result = stored["sets"]["validation"]
   correct_PG = np.array(result["samples"]["sampled"]["correct_PG"])
-  assert correct_PG.shape == (256, 2) and abs(correct_PG.mean() - value) < 0.0005
-  assert result["scores"]["avg@2"][0] == pytest.approx(correct_PG.mean(), abs=1e-7)
+  assert correct_PG.shape == (256, 1) and abs(correct_PG.mean() - value) < 0.0005
+  assert result["scores"]["avg@1"][0] == pytest.approx(correct_PG.mean(), abs=1e-7)
   assert list(stored["sets"]) == ["validation"]
 
 
@@ -70,6 +69,8 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
     (["--max-tokens=0"], "--max-tokens is 0: set it to a whole number"),
     (["--batch=0"], "--batch is 0: set it to a whole number"),
     (["--temperature=-1"], "--temperature is -1.0: choose 0 (greedy) or more."),
+    (["--temperature=0", "--k=4"], "--k is 4 and --temperature 0 gives the same answer 4 times: "
+                                   "set --k 1, or a temperature above 0."),
     (["--temperature=nan"], "--temperature is nan: choose 0 (greedy) or more."),
     (["--top-p=2"], "--top-p is 2.0: choose it above 0, up to 1 (off)."),
     (["--seed=-1"], "--seed is -1: set it to a whole number"),
@@ -217,8 +218,11 @@ def test_a_finished_set_is_not_scored_again(small, undisturbed, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--temperature=0.5"], "sampling"), (["--top-p=0.9"], "sampling"), (["--top-k=3"], "sampling"),
-    (["--min-p=0.1"], "sampling"), (["--k=2"], "sampling"), (["--max-tokens=20"], "sampling"),
+    (["--temperature=0.5"], "sampling (--temperature 1.0 there, 0.5 here)"),
+    (["--top-p=0.9"], "sampling (--top-p 1.0 there, 0.9 here)"),
+    (["--top-k=3", "--k=2"], "sampling (--k 3 there, 2 here; --top-k 0 there, 3 here)"),
+    (["--min-p=0.1"], "sampling (--min-p 0.0 there, 0.1 here)"),
+    (["--max-tokens=20"], "sampling (--max-tokens 24 there, 20 here)"),
     (["--seed=1"], "seed"), (["--dtype=bfloat16"], "dtype"),
     (["--model", arithmetic.get_config().student], "model"),
     (["--model", arithmetic.get_config().student, "--seed=1"], "model and seed"),
@@ -226,7 +230,8 @@ def test_a_finished_set_is_not_scored_again(small, undisturbed, monkeypatch, tmp
 def test_unlike_scores_do_not_share_a_file(small, undisturbed, tmp_path, flags, named):
   folder, result = undisturbed
   (tmp_path / "scores.json").write_text(json.dumps({"sets": {"a": result["a"]}}))
-  with pytest.raises(InputError, match=f"has scores of a with another {named}, to which"):
+  sentence = re.escape(f"has scores of a with another {named}, to which")
+  with pytest.raises(InputError, match=sentence):
     scored(tmp_path, *flags, sets="b")
 
 
@@ -249,7 +254,8 @@ def test_another_check_reads_the_samples_again(small, undisturbed, monkeypatch, 
                       lambda config: task(config)._replace(reward=lambda problem, text: 1.0))
   monkeypatch.setattr(sampler.Sampler, "sample_rows", None)
   found = scored(tmp_path)
-  assert found["a"]["scores"]["avg@3"] == [1, 1, 1]
+  # All six are right: the exact interval of a rate, by hand 0.025^(1/6).
+  assert found["a"]["scores"]["avg@3"] == pytest.approx([1, 0.025 ** (1 / 6), 1])
   assert evals.unlike(found["a"]["settings"], result["a"]["settings"]) == ["checker"]
 
 

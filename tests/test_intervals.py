@@ -194,9 +194,23 @@ def test_a_rate_that_is_0_or_1_on_every_problem_has_the_exact_interval(value):
     np.testing.assert_allclose(found, (value, want.low, want.high), rtol=1e-12)
 
 
-def test_equal_values_between_0_and_1_have_no_width():
-  assert intervals.bootstrap(np.full(10, 0.5), 0, 100) == (0.5, 0.5, 0.5)
-  assert intervals.over_seeds(np.full((3, 10), 0.5)) == (0.5, 0.5, 0.5)
+def test_equal_values_allow_for_problems_of_other_values():
+  # Of ten problems none differs, so of all at most 1 − 0.025^(1/10) = 0.3085 may.
+  share = scipy.stats.binomtest(0, 10).proportion_ci(0.95, "exact").high
+  for found in (intervals.bootstrap(np.full(10, 0.5), 0, 100),
+                intervals.over_seeds(np.full((3, 10), 0.5))):
+    np.testing.assert_allclose(found, (0.5, 0.5 - share / 2, 0.5 + share / 2), rtol=1e-12)
+  # A difference is from −1 to 1: it was [0, 0], and [1, 1].
+  zeros, ones = np.zeros(10), np.ones(10)
+  np.testing.assert_allclose(intervals.paired_difference(zeros, zeros, 0, 100),
+                             (0, -share, share), rtol=1e-12)
+  np.testing.assert_allclose(intervals.paired_difference(ones, zeros, 0, 100),
+                             (1, 1 - 2 * share, 1), rtol=1e-12)
+  np.testing.assert_allclose(intervals.gap_over_seeds(np.zeros((3, 10))), (0, -share, share),
+                             rtol=1e-12)
+  # One problem says next to nothing, and a number of tokens has no largest value.
+  np.testing.assert_allclose(intervals.bootstrap(np.ones(1), 0, 100), (1, 0.025, 1), rtol=1e-12)
+  assert intervals.bootstrap(np.full(10, 7.0), 0, 100, bounds=(0, np.inf)) == (7, 7, 7)
 
 
 def test_the_ends_stay_within_0_and_1():

@@ -141,7 +141,7 @@ def test_paired_differences_have_a_sign(tmp_path):
                         ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
     arm(tmp_path, name, [(name, [], score(tmp_path, f"eval-{name}", correct))])
   found = verdicts(tmp_path)
-  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -100.0]", "below in this seed (6/6)")
+  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -82.4]", "below in this seed (6/6)")
   points, verdict = found["cold_grpo − raw_bridge"]
   assert verdict == "above in this seed (6/6)" and points.startswith("50.0 [")
   assert found["half_bridge_grpo_2h − cold_grpo"][1] == "below in this seed (6/6)"

@@ -3,9 +3,10 @@
 #   bash results/smollm2/run.sh FOLDER/SmolLM2-135M-Instruct WORKDIR [more flags of s2d-jax run]
 # Settings that differ from configs/smollm2.py make the run short enough for two CPU cores.
 set -euo pipefail
+# The paths are those of the caller, who may be in another folder.
+teacher="$(realpath "$1")"
+workdir="$(realpath -m "$2")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-teacher="$1"
-workdir="$2"
 shift 2
 STAGES="--config.stages"
 

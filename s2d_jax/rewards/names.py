@@ -24,7 +24,7 @@ _VARIABLES = re.compile(r"\([A-Za-z](?:,[A-Za-z])*\)")
 _CONSTANT = re.compile(r"\((?:[-+*/.,{}0-9]|\\(?:frac|sqrt|pi|infty|cdot|times) ?)+\)")
 _OF_EVENTS = {"\\mathbb{P}", "\\mathbb{E}", "P", "E", "\\text{P}", "\\text{Pr}", "\\Pr"}
 # In front of a bracket these are factors rather than functions.
-_FACTORS = {"x", "y", "z"}
+_COORDINATES = {"x", "y", "z"}
 _LONGEST_NAME = 12  # atoms
 _MOST_NAMES = 8     # of a chain such as x=y=5
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![a-z])")
@@ -101,16 +101,21 @@ def _are_arguments(base: str, atom: str) -> bool:
     return True
   if _CONSTANT.fullmatch(atom):
     # x(2)=10 says that 2x is 10.
-    return base not in _FACTORS
+    return base not in _COORDINATES
   return _VARIABLES.fullmatch(atom) is not None
 
 
 def agree(first: str, second: str) -> bool:
   """Whether two names of whole answers may be of one value; "" is a name that was left out.
 
-  A letter says little, so x=5 and n=5 agree. Arguments say what was asked: f(2)=5 is not f(3)=5.
+  A letter says little, so x=5 and n=5 agree. Coordinates are not letters of one thing: x=4 and y=4
+  are two lines. Arguments say what was asked: f(2)=5 is not f(3)=5.
   """
-  return first == second or "(" not in first or "(" not in second
+  if first == second:
+    return True
+  if {first, second} <= _COORDINATES:
+    return False
+  return "(" not in first or "(" not in second
 
 
 def relation(text: str) -> str:

@@ -28,8 +28,8 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
-    "checker": {"agreement", "held_out_agreement", "fresh_agreement", "hostile", "linear",
-                "string_answers_per_second"},
+    "checker": {"agreement", "held_out_agreement", "fresh_agreement", "unread_agreement", "hostile",
+                "linear", "string_answers_per_second"},
 }
 STEP = {"seconds", "repeats", "first", "first_loss", "last_loss", "tokens_per_second",
         "share_of_peak"}
@@ -301,9 +301,10 @@ def test_checker(tmp_path):
   assert sum(n["rows"] for n in result["agreement"].values()) >= 12
   assert sum(n["rows"] for n in result["held_out_agreement"].values()) >= 12
   tables = [result[key] for key in ("agreement", "held_out_agreement", "fresh_agreement")]
+  # No checker accepts a wrong answer, and math-verify misses none of the first three sets.
   for n in [n for table in tables for n in table.values()]:
-    # No checker accepts a wrong answer, and math-verify misses none of these.
-    assert n["string_false_positives"] == n["verify_false_positives"] == 0
     assert n["verify_agrees"] == n["rows"] >= n["string_agrees"]
+  for n in [n for table in (*tables, result["unread_agreement"]) for n in table.values()]:
+    assert n["string_false_positives"] == n["verify_false_positives"] == 0
   assert result["hostile"]["stopped"] == 1 and result["hostile"]["honest_verdicts_unchanged"]
   assert result["string_answers_per_second"] > 0

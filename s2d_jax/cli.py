@@ -30,7 +30,9 @@ def main() -> None:
   if name in ("-h", "--help"):
     print(usage())
   elif name not in COMMANDS:
-    sys.exit(usage())
+    print(usage(), file=sys.stderr)
+    command.fail(f"there is no command {name!r}: choose one of these." if name else
+                 "no command was given: choose one of these.")
   else:
     module, function, _ = COMMANDS[name]
     command.call(getattr(importlib.import_module(module), function), argv)

@@ -45,6 +45,7 @@ DRAWS = 1000  # of the bootstrap behind an interval
 LEVEL = 0.95
 THINKING = "enable_thinking"  # the argument of Qwen3's template
 MOST_TRUNCATED = 0.5  # above this share of samples that --max-tokens cut, warn
+LEAST_ANSWERED = 0.1  # below this share of samples with an answer, warn
 # The recipe's own salt, so that equal weights have equal samples in a run and here.
 SALT = zlib.crc32(b"evaluation")
 
@@ -108,6 +109,11 @@ def print_result(name: str, result: Mapping[str, Any], max_tokens: int) -> None:
   if cut > MOST_TRUNCATED:
     print(f"{name:<16}{'warning':<16}{100 * cut:.0f} % of the samples were cut at --max-tokens "
           f"{max_tokens} and most of them count as wrong: raise --max-tokens.", flush=True)
+  answered = result["scores"].get("format", [1.0])[0]
+  if answered < LEAST_ANSWERED:
+    print(f"{name:<16}{'warning':<16}{100 * (1 - answered):.0f} % of the samples have no answer "
+          "that can be read, such as one in \\boxed{}, and count as wrong: look at the samples.",
+          flush=True)
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:

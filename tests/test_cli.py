@@ -126,10 +126,12 @@ def test_help_and_an_unknown_command_print_the_list_of_commands(monkeypatch, cap
   cli.main()
   text = capsys.readouterr().out
   assert text == cli.usage() + "\n" and len(text.splitlines()) <= 24
-  monkeypatch.setattr(sys, "argv", ["s2d-jax", "trian"])
-  with pytest.raises(SystemExit) as error:
-    cli.main()
-  assert error.value.code == cli.usage()
+  for words, sentence in ((["trian"], "there is no command 'trian'"), ([], "no command was given")):
+    monkeypatch.setattr(sys, "argv", ["s2d-jax", *words])
+    with pytest.raises(SystemExit) as error:
+      cli.main()
+    assert error.value.code == 2  # a wrong request, as docs/run.md has it
+    assert capsys.readouterr().err == f"{text}s2d_jax: {sentence}: choose one of these.\n"
 
 
 @pytest.mark.parametrize("argv, message", [

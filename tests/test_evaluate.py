@@ -475,3 +475,13 @@ def test_scores_of_truncated_samples_are_warned_of(capsys, share, warned):
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].split() == ["a", "problems", "3"]
   assert ("warning" in lines[-1] and "raise --max-tokens" in lines[-1]) == warned
+
+
+@pytest.mark.parametrize("share, warned", [(0.0, True), (0.09, True), (0.1, False), (1.0, False)])
+def test_scores_of_samples_without_answers_are_warned_of(capsys, share, warned):
+  result = {"scores": {"format": [share] * 3}, "settings": {"set": {"count": 3}}}
+  evaluate.print_result("a", result, 1024)
+  found = capsys.readouterr().out
+  sentence = (f"{100 * (1 - share):.0f} % of the samples have no answer that can be read, such as one "
+              "in \\boxed{}, and count as wrong")
+  assert (sentence in found) == warned

@@ -482,6 +482,6 @@ def test_scores_of_samples_without_answers_are_warned_of(capsys, share, warned):
   result = {"scores": {"format": [share] * 3}, "settings": {"set": {"count": 3}}}
   evaluate.print_result("a", result, 1024)
   found = capsys.readouterr().out
-  sentence = (f"{100 * (1 - share):.0f} % of the samples have no answer that can be read, such as one "
-              "in \\boxed{}, and count as wrong")
+  sentence = (f"{100 * (1 - share):.0f} % of the samples have no answer that can be read, such as "
+              "one in \\boxed{}, and count as wrong")
   assert (sentence in found) == warned

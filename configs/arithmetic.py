@@ -3,7 +3,11 @@
   s2d-jax run --config=configs/arithmetic.py --workdir=runs/arithmetic
 
 Five arms in under 10 minutes on two CPU cores; results/arithmetic/ has what to expect.
-Arguments: `configs/arithmetic.py:seed=1` names the run, `:tiny` shrinks it to seconds.
+Arguments: `configs/arithmetic.py:seed=1` names the run, `:tiny` shrinks it to seconds. Two controls
+have an arm of their own:
+
+  :cold_teacher  the base teacher, without reward, samples and guides at a low temperature
+  :same_size     the teacher starts from the student's own base
 """
 
 import pathlib
@@ -17,9 +21,43 @@ ANSWER = 21     # tokens of the longest worked answer, its end included
 BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
 
 
+def parse(arg: str) -> ml_collections.ConfigDict:
+  """The config's arguments.
+
+  Raises:
+    ValueError: an argument is unknown, or both controls are given.
+  """
+  parsed = common.parse_arg(arg, seed=0, cold_teacher=False, same_size=False, tiny=False)
+  common.refuse_together(parsed, "cold_teacher", ("same_size",), "each is one control")
+  return parsed
+
+
+def is_control(arg: str) -> bool:
+  """Whether the config's arguments name a control."""
+  parsed = parse(arg)
+  return parsed.cold_teacher or parsed.same_size
+
+
+def set_control(config: ml_collections.ConfigDict, arg: ml_collections.ConfigDict,
+                temperature: float) -> None:
+  """Makes a config the control that its arguments name, if any.
+
+  Args:
+    temperature: of the cold teacher, whose likeliest answers it keeps.
+  """
+  if arg.cold_teacher:
+    config.arms = "untrained,raw_bridge"
+    config.stages.forward_kl.sampling.temperature = temperature
+    for name in ("forward_kl", "reverse_kl"):
+      config.stages[name].teacher_temperature = temperature
+  if arg.same_size:
+    config.arms = "untrained,bridge"
+    config.teacher = config.student
+
+
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   """The config, locked."""
-  arg = common.parse_arg(arg, seed=0, tiny=False)
+  arg = parse(arg)
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
@@ -67,6 +105,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
                   "microbatches": 1, "block": BLOCK, "sampling": answers(16)}
   config.evals = {"test": common.evaluation(split="test", sampling=answers(16), ks=(1, 4, 16))}
+  # Of its likeliest answers all are right, so this is nearly a teacher without an error.
+  set_control(config, arg, temperature=0.1)
   if arg.tiny:
     common.shrink(config)
     config.stages.teacher_sft.sampling.samples_per_prompt = 1

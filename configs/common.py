@@ -180,7 +180,7 @@ forward_kl = Block(
 )
 
 reverse_kl = Block(
-    forward_kl,               # form also "intersection" (support likewise) or "sampled"
+    forward_kl,               # form also "intersection" (support too), "generalised" or "sampled"
     baseline=True,            # sampled: subtract the exact divergence
 )
 

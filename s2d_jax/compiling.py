@@ -1,5 +1,7 @@
 """A stage's models, and every program that is compiled for them before its first step."""
 
+import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import hosts, program_cache, rollouts, sampler, sharding, training
+from s2d_jax import foresee, hosts, program_cache, rollouts, sampler, sharding, training
 from s2d_jax.chat import Chat
 from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch
@@ -30,6 +32,7 @@ class StageModels(NamedTuple):
   on_policy: bool             # the learner is the actor: actor.params are then its shapes
   guide: Role | None          # scored on the same tokens
   pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts
+  anchored: bool = False      # whether the state keeps an anchor, for `foresee`
 
   def full(self, params: Params) -> Params:
     """All leaves of the learner, given those that are trained."""
@@ -79,6 +82,14 @@ class Programs(NamedTuple):
   token_logps: jax.stages.Compiled | None
   update: jax.stages.Compiled
   scores_first: bool          # whether `token_logps` runs before the updates of each step
+  search: "Search | None" = None
+
+
+class Search(NamedTuple):
+  """The programs of `foresee`."""
+  sampler: sampler.Sampler    # of the problems that score candidates
+  jump: jax.stages.Compiled   # (params, anchor, multiple) -> candidate
+  compare: jax.stages.Compiled | None  # (params, guide_params, batch) -> reverse KL_BT; signal "kl"
 
 
 def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sampler.RUN_COMPILER,
@@ -96,9 +107,13 @@ def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sample
 def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
   """Bytes on each device of what a stage holds from its start to its end, by name."""
   learner = stage_models.learner
-  state = training.abstract(optimizer, sharding.current_mesh(), learner.params)
+  state = training.abstract(optimizer, sharding.current_mesh(), learner.params,
+                            stage_models.anchored)
   found = {"learner": sharding.device_bytes((state.params, stage_models.non_trainable)),
            "optimizer": sharding.device_bytes(state.opt_state)}
+  if stage_models.anchored:
+    # Beside the anchor, the candidate that is scored.
+    found["anchor and candidate"] = 2 * sharding.device_bytes(state.anchor)
   # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
   guide = stage_models.guide
   if guide is not None:
@@ -139,7 +154,7 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
                                          samples_per_prompt=hp.pass_samples)
     hosts.sum_over_hosts(np.zeros(hp.prompts * hp.pass_samples, np.float32))
   # Shapes suffice to compile for, so preflight needs no weights.
-  state = training.abstract(optimizer, mesh, models.learner.params)
+  state = training.abstract(optimizer, mesh, models.learner.params, models.anchored)
   # A narrow cache needs the pass too: `loop` compares the two once before the first step.
   token_logps = None
   if scores_first or narrow_cache(models, samplers):
@@ -159,7 +174,37 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
       lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
                                   training.shardings(state)),
       (state, guide_params, batch, non_trainable), samplers.compiler)
-  return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first)
+  search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
+  return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search)
+
+
+def _search_programs(models: StageModels, hp: ConfigDict, params: Params,
+                     samplers: Samplers) -> Search:
+  """The programs of the stage's searches; `params` are shapes."""
+  ahead = hp.foresee
+  mesh = sharding.current_mesh()
+  multiple = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+  jump = _compile(
+      ("jump",), hp, lambda: jax.jit(functools.partial(foresee.extrapolate, leaves=ahead.leaves),
+                                     out_shardings=training.shardings(params)),
+      (params, params, multiple), samplers.compiler)
+  prompts = min(hp.prompts, ahead.problems)
+  sampled = samplers.compile(models.actor, hp.sampling, prompts, samples_per_prompt=ahead.samples)
+  hosts.sum_over_hosts(np.zeros(ahead.problems * ahead.samples, np.float32))
+  compare = None
+  if ahead.signal == "kl":
+    rows = ahead.problems * ahead.samples
+    # At most as many rows at once as an update has.
+    update_rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches // hp.microbatches
+    split = hp.copy_and_resolve_references().unlock()
+    split.microbatches = rows // math.gcd(rows, update_rows)
+    batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
+    compare = _compile(
+        ("foresee", models.learner.model, models.guide.model), split,
+        lambda: training.compare(models.learner.model, models.guide.model, foresee.reverse_kl,
+                                 split),
+        (params, sharding.abstract(models.guide.params), batch), samplers.compiler)
+  return Search(sampled, jump, compare)
 
 
 def _compile(name: tuple[Hashable, ...], hp: ConfigDict, jitted: Callable[[], Any],

@@ -17,6 +17,7 @@ from s2d_jax import (
   bases,
   chat,
   evals,
+  foresee,
   keys,
   loop,
   models,
@@ -25,6 +26,7 @@ from s2d_jax import (
   program_cache,
   rollouts,
   sampler,
+  selection,
   timing,
 )
 from s2d_jax.data import golds, leave_out, overlap
@@ -81,9 +83,16 @@ def stage_keys(stage: Stage) -> Record:
     raise InputError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
-  record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS, **stage.objective.keys}
+  record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
+            "foresee": keys.Optional(foresee.KEYS), **stage.objective.keys}
   if stage.reward:
     record |= objectives.REWARD_KEYS
+  else:
+    record |= selection.LENGTH_KEYS
+    # Whether the actor exists is checked later.
+    source = rollouts.SOURCES.get(stage.actor)
+    if source is not None and source.model not in (None, stage.learner):
+      record |= selection.KEEP_KEYS
   if stage.prompt_weights is not None:
     record |= objectives.PROMPT_WEIGHT_KEYS
   return record
@@ -168,6 +177,9 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
                      "one in its row.")
   with keys.prefixed(f"{path}."):
     models.lora(hp.lora)
+    selection.check(hp)
+    foresee.check(hp, stage.source.model == stage.learner,
+                  stage.guide is not None and stage.objective.uses_guide(hp))
   if stage.reward:
     with keys.prefixed(f"{path}."):
       objectives.check_rewards(hp)

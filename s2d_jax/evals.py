@@ -312,6 +312,7 @@ def text(correct_PG: np.ndarray, rollout: Rollout, group: int) -> Iterator[tuple
   """Yields (name, value) of a model's own samples.
 
   `stopped` is the share that ended with a stop token or string. `response_length` is in tokens.
+  `repetition` is the mean share of runs of three tokens that a response had before.
   `entropy` is the mean −log p of the samples, in nats a token. `correct` and `mixed_prompts` have a
   value for each prompt.
   """
@@ -325,6 +326,8 @@ def text(correct_PG: np.ndarray, rollout: Rollout, group: int) -> Iterator[tuple
   # In float64: a probe has thousands of tokens, and float32 sums of them depend on their order.
   yield "entropy", float(-rollout.sampler_logp_BT[inside_BT].mean(dtype=np.float64))
   yield "response_length", float(rollout.response_length_B.mean())
+  repetition_B = [rollouts.repetition(rollout.response(b)) for b in range(len(inside_BT))]
+  yield "repetition", float(np.mean(repetition_B))
   yield "stopped", float((rollout.finish_reason_B == rollouts.FINISHED.index("stop")).mean())
 
 
@@ -350,6 +353,30 @@ def agreement(value_BT: Mapping[str, np.ndarray],
       yield f"{name}_worst", float(worst.sum() / max(value_N.sum(), 1e-30))
     else:
       yield name, float(value_N.mean())
+
+
+def sampled_tokens(rank_BT: np.ndarray, delta_logp_BT: np.ndarray, batch: rollouts.Batch,
+                   rollout: Rollout, k: int) -> Iterator[tuple[str, float]]:
+  """Yields (name, value) of the tokens that a model sampled, as its teacher sees them.
+
+  `teacher_rank` is the median place of a token by the teacher's probability, 1 the likeliest, and
+  `teacher_rank_in_top_k` the share of places up to k. `delta_logp_repeated` and `delta_logp_other`
+  are means of teacher − student log-probability, in nats: of tokens that end a run of three which
+  the response had before, and of all others. Of no such token there is no mean.
+
+  Args:
+    rank_BT, delta_logp_BT: as `losses.agreement` returns them for the batch of the rollout.
+  """
+  inside_BT = batch.sequence_BT >= 0
+  repeated_BT = np.zeros(inside_BT.shape, bool)
+  for b, inside_T in enumerate(inside_BT):
+    repeated_BT[b, inside_T] = rollouts.repeated(rollout.response(b))
+  rank_N = np.asarray(rank_BT)[inside_BT]
+  yield "teacher_rank", float(np.median(rank_N))
+  yield "teacher_rank_in_top_k", float((rank_N <= k).mean())
+  for name, which_BT in (("repeated", repeated_BT), ("other", inside_BT & ~repeated_BT)):
+    if which_BT.any():
+      yield f"delta_logp_{name}", float(np.asarray(delta_logp_BT, np.float64)[which_BT].mean())
 
 
 def estimates(name: str, evaluate: Callable[[Params], Evaluation],

@@ -27,9 +27,15 @@ class Key(NamedTuple):
   neutral: Any = _ABSENT       # the value at which the key changes nothing: it is not hashed
   default: Any = _ABSENT       # the value where a caller gives none; else the neutral value
   hashed: bool = True           # False where no value changes a result beyond rounding and logs
+  optional: bool = False        # a block may lack it: it then has its neutral value
 
 
-Record = Mapping[str, Union[Key, "Record"]]
+class Optional(NamedTuple):
+  """A block that a config may leave out: what reads it is then off, and no stage is renamed."""
+  record: Mapping[str, Key]
+
+
+Record = Mapping[str, Union[Key, Optional, "Record"]]
 # Any value: other code checks it where it is read, because the range depends on more than the key.
 ANY = Key(lambda value: True, "")
 
@@ -58,12 +64,23 @@ def check_block(path: str, block: ConfigDict, record: Record) -> None:
     InputError: a key is missing, unknown or out of range.
   """
   # A loop over the record's names would neither see an unknown key nor explain a missing one.
+  record = _present(block, record)
   check_names(path, block, record)
   for name, key in record.items():
     if isinstance(key, Key):
       check_value(f"{path}.{name}", block[name], key)
+    elif isinstance(key, Optional):
+      check_block(f"{path}.{name}", block[name], key.record)
     else:
       check_block(f"{path}.{name}", block[name], key)
+
+
+def _present(block: Mapping[str, Any], record: Record) -> Record:
+  """The record without the optional keys and blocks that a block lacks."""
+  def is_optional(key: Any) -> bool:
+    return isinstance(key, Optional) or isinstance(key, Key) and key.optional
+
+  return {name: key for name, key in record.items() if name in block or not is_optional(key)}
 
 
 def check_names(path: str, names: Iterable[str], expected: Iterable[str]) -> None:
@@ -139,7 +156,11 @@ def hashed(block: ConfigDict, record: Record) -> dict[str, Any]:
   A key at its neutral value is left out, so that a new key renames no finished stage.
   """
   found: dict[str, Any] = {}
-  for name, key in record.items():
+  for name, key in _present(block, record).items():
+    if isinstance(key, Optional):
+      # All of it, also default values: a block that is there is never neutral.
+      found[name] = block[name].to_dict()
+      continue
     value = block[name]
     if not isinstance(key, Key):
       inner = hashed(value, key)

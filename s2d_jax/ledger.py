@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax.compiling import Role, StageModels
 from s2d_jax.errors import InputError
+from s2d_jax.foresee import Found
 from s2d_jax.models import Config
 from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 
@@ -125,6 +126,38 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
       tokens_guide=guide_tokens, flops=flops, flops_reused=flops_reused)
 
 
+def with_search(found: _Entry, search: Found, signal: str, models: StageModels) -> _Entry:
+  """The entry of a step that a search followed, whose part `foresee` has the search's counts.
+
+  Its tokens, FLOPs and label uses are in the entry's own counts too. Its sequences are not, because
+  no update learned from them.
+
+  Args:
+    signal: "reward", which spends the labels of the search's problems for each score, or "kl".
+  """
+  rollout_of = [scored.rollout for scored in search.scored]
+  ids = sorted({int(i) for rollout in rollout_of for i in rollout.prompt_id_B})
+  labels = ids if signal == "reward" else []
+  tokens = 0
+  guide_tokens = 0
+  flops = 0.0
+  for rollout in rollout_of:
+    response_B = rollout.response_length_B
+    length_B = rollout.prompt_length_B + response_B
+    tokens += int(response_B.sum())
+    flops += forward_flops(models.learner.model.config, length_B, response_B)
+    if signal == "kl":
+      # Both models run forward once more on the samples.
+      guide_tokens += int(length_B.sum())
+      flops += sum(forward_flops(role.model.config, length_B, response_B)
+                   for role in (models.learner, models.guide))
+  part = {"sequences": sum(len(rollout.prompt_id_B) for rollout in rollout_of),
+          "tokens_sampled": tokens, "tokens_guide": guide_tokens, "flops": flops,
+          "label_uses": len(labels) * len(rollout_of)}
+  sums = {name: found[name] + count for name, count in part.items() if name != "sequences"}
+  return found | sums | {"labels": found["labels"] + labels, "foresee": part}
+
+
 def _sampling(models: StageModels, rollouts: StepRollouts, pass_rate_rollout: Rollout | None,
               fresh: bool) -> tuple[int, float]:
   """(tokens, FLOPs) of sampling the rows that are fresh, or those that are not."""
@@ -155,6 +188,10 @@ def total(entries: Sequence[Mapping]) -> dict[str, Any]:
   prompt_ids = sorted({i for e in entries for i in e["prompts"]})
   # Uses add up; distinct ids do not, so they are collected as sets above.
   sums = {name: sum(e[name] for e in entries) for name in COUNTS}
+  # Absent unless the stage searches.
+  parts = [e["foresee"] for e in entries if "foresee" in e]
+  if parts:
+    sums["foresee"] = {name: sum(part[name] for part in parts) for name in parts[0]}
   return {**sums, "labels_distinct": len(label_ids), "prompts_distinct": len(prompt_ids),
           "labels": label_ids, "prompts": prompt_ids}
 

@@ -19,12 +19,14 @@ from ml_collections import ConfigDict
 
 from s2d_jax import (
   checkpoint,
+  foresee,
   hosts,
   keys,
   ledger,
   metrics,
   rollouts,
   sampler,
+  selection,
   sharding,
   timing,
   training,
@@ -73,6 +75,8 @@ class StageRun(NamedTuple):
   # of each evaluation between steps, by name: (steps between runs, weights -> metrics)
   evaluations: Mapping[str, tuple[int, Callable[[Params], Iterable[tuple[str, Any]]]]]
   profiled: range = range(0)  # steps of which a trace is written
+  check: rollouts.Reward | None = None  # of samples, for `selection` and `foresee`
+  ahead: list[Prompt] | None = None  # on which `foresee` scores weights; None: no searches
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -100,7 +104,8 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
   mesh = sharding.current_mesh()
   checkpoints = checkpoint.Checkpoints(stage.folder)
   try:
-    state = training.init(stage.optimizer, mesh, stage.models.learner.params)
+    state = training.init(stage.optimizer, mesh, stage.models.learner.params,
+                          stage.models.anchored)
     start = checkpoints.latest() or 0
     # Before anything is compiled: a kill during the compilation costs seconds too.
     lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
@@ -163,7 +168,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       with sampler.naming(f"{stage.name}, step {step}"):
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
-      if stage.rewards is not None or pass_rates is not None:
+      if (stage.rewards is not None or pass_rates is not None
+          or selection.reads_labels(stage.hp)):
         counts = rollouts.unchecked_since(unchecked)._asdict()
         entry |= {name: float(count) for name, count in counts.items()}
       _check(stage, step, checkpoints, entry, clock.compiled().count - before)
@@ -198,6 +204,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   with clock.phase("draw"):
     step_rollouts = rollouts.sample_step(source, live, stage.prompts_of, step, hp,
                                          stage.rewards and stage.rewards.reward)
+    step_rollouts = selection.selected(step_rollouts, hp, stage.check)
   values = dict(step_rollouts.metrics)
   weight_B = step_rollouts.weight_B
   advantage_B = None
@@ -229,10 +236,44 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
                       "stopped": (rollout.finish_reason_B == 1).mean()}
   # Labels bought in earlier steps are in the log's entries, those of killed steps are not.
   spent = ledger.labels(stage.label_use, step_rollouts.prompts, logs["ledger"].rows)
-  logs["ledger"].add(ledger.step_entry(step, step_rollouts, spent, hp, stage.models,
-                                       pass_rate_rollout, programs.scores_first))
+  entry = ledger.step_entry(step, step_rollouts, spent, hp, stage.models, pass_rate_rollout,
+                            programs.scores_first)
+  if stage.ahead is not None and foresee.due(step + 1):
+    with clock.phase("evaluate"):
+      state, found = _search(stage, programs, state, step)
+    values |= found.metrics()
+    entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models)
+  logs["ledger"].add(entry)
   _log_samples(stage, step_rollouts, step, logs["samples"])
   return state, values, step_rollouts.stats
+
+
+def _search(stage: StageRun, programs: Programs, state: TrainState,
+            step: int) -> tuple[TrainState, foresee.Found]:
+  """The state after a search along its last displacement (`foresee`), and what was found."""
+  hp = stage.hp.foresee
+  search = programs.search
+  mesh = sharding.current_mesh()
+  # Without a candidate's number in it: all candidates of a search have the same random numbers.
+  seed = (stage.seed, zlib.crc32(stage.name.encode()), step, zlib.crc32(b"foresee"))
+
+  def jump(params: Params, anchor: Params, multiple: float) -> Params:
+    placed = jax.device_put(np.float32(multiple), sharding.replicated(mesh))
+    return search.jump(params, anchor, placed)
+
+  def score(params: Params) -> foresee.Scored:
+    rollout, _ = search.sampler(params, stage.ahead, seed)
+    if hp.signal == "reward":
+      return foresee.Scored(float(rollouts.score(stage.check, rollout).mean()), rollout)
+    batch = rollouts.batch(rollout)
+    kl_BT = jax.device_get(search.compare(params, stage.models.guide.params,
+                                          sharding.put_batch(batch, mesh)))["reverse_kl"]
+    return foresee.Scored(-float(kl_BT[batch.weight_BT > 0].mean(dtype=np.float64)), rollout)
+
+  found = foresee.search(state.params, state.anchor, score, jump, hp, seed)
+  # A copy: the next update donates the state, and one buffer cannot be donated twice.
+  anchor = jump(found.params, found.params, 0.0)
+  return state._replace(params=found.params, anchor=anchor), found
 
 
 def _log_samples(stage: StageRun, step_rollouts: StepRollouts, step: int, log: metrics.Log) -> None:

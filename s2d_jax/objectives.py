@@ -302,17 +302,18 @@ _REVERSE_FORMS = {
     "full": lambda s, g, hp: (
         kl.reverse_kl(s, g, hp.student_temperature, hp.teacher_temperature), {}),
     "top_k": lambda s, g, hp: kl.top_k_reverse_kl(s, g, hp.top_k, hp.support),
-    "intersection": lambda s, g, hp: kl.intersection_reverse_kl(s, g, hp.top_k)}
+    "intersection": lambda s, g, hp: kl.intersection_reverse_kl(s, g, hp.top_k),
+    "generalised": lambda s, g, hp: kl.generalised_reverse_kl(s, g, hp.top_k, hp.support)}
 # The doctor compares top_k with the vocabulary where the form is one of these.
-TOP_K_FORMS = ("top_k", "intersection")
+TOP_K_FORMS = ("top_k", "intersection", "generalised")
 _TEMPERATURE_KEYS = dict.fromkeys(
     ("student_temperature", "teacher_temperature"),
     Key(lambda temperature: temperature > 0, "choose it above 0", neutral=1.0))
 
 
-def _distillation_keys(forms: tuple[str, ...]) -> dict[str, Key]:
-  """The keys of a divergence that has the given forms."""
-  form = Key(lambda name: name in forms, f"choose it from {', '.join(forms)}; {kl.K1}",
+def _distillation_keys(forms: tuple[str, ...], refused: str = kl.K1) -> dict[str, Key]:
+  """The keys of a divergence that has the given forms; `refused` says why others are absent."""
+  form = Key(lambda name: name in forms, f"choose it from {', '.join(forms)}; {refused}",
              default="full")
   return BLOCK_KEYS | _TEMPERATURE_KEYS | {
       "form": form, "top_k": keys.at_least(1, default=64),
@@ -356,7 +357,7 @@ def jsd(student_head: Head, guide_head: Head, batch: Batch, hp: ConfigDict) -> S
 FORWARD_KL = Objective(forward_kl, _distillation_keys((*_FORWARD_FORMS,)), check=_check_form)
 REVERSE_KL = Objective(
     reverse_kl,
-    _distillation_keys((*_REVERSE_FORMS, "sampled")) | {
+    _distillation_keys((*_REVERSE_FORMS, "sampled"), f"{kl.K1}; {kl.UNNORMALISED}") | {
         "baseline": Key(lambda x: x is True or x is False, "choose True or False", default=True)},
     check=_check_form)
 JSD = Objective(jsd, BLOCK_KEYS | _TEMPERATURE_KEYS | {

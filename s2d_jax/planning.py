@@ -5,6 +5,7 @@ and its problems are checked here, before anything runs or is written.
 """
 
 import importlib.metadata
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -14,8 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import bases as base_folders
-from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler
-from s2d_jax.data import leave_out
+from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler, selection, splits
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.errors import InputError
 from s2d_jax.identity import identity_of
@@ -174,12 +174,12 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
       identity_of(function)
   chosen = _chosen_arms(config, arms)
   tokenizer, bases = _load_pair(config)
-  prompts, problems, sets = _load_problems(config, task, tokenizer)
+  prompts, problems, sets = splits.load(config, task, tokenizer)
   # A share is chosen by a hash of the id, so a smaller share of labels is part of a larger one.
   ids = np.array([p.id for p in prompts["labelled"]])
   labelled_P = data_prompts.share(ids, config.half_seed, config.label_share)
-  prompts |= _halves([p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label],
-                     config.half_seed)
+  labelled = [p for p, label in zip(prompts["labelled"], labelled_P, strict=True) if label]
+  prompts |= splits.halves(labelled, config.half_seed)
   empty = Plan(config, task, tokenizer, prompts, problems, bases, compared, {}, {}, {}, sets)
   return _laid_out(empty, table, arms, chosen)
 
@@ -248,44 +248,6 @@ def _checked_pair(config: ConfigDict,
   return teacher[1]
 
 
-def _load_problems(config: ConfigDict, task: Task, tokenizer: chat.Chat,
-                   ) -> tuple[dict[str, list[Prompt]], dict[int, dict], dict[str, dict[str, Any]]]:
-  """Reads, checks and renders the labelled split and every split that is scored.
-
-  Returns:
-    (prompts by split, problems by id, `Plan.sets`).
-  """
-  names = ("labelled", config.probe.split, *(hp.split for hp in config.evals.values()))
-  # Two blocks may name one split, which is read once.
-  sources = {split: task.source(split) for split in dict.fromkeys(names)}
-  every = {split: [source[i] for i in range(len(source))] for split, source in sources.items()}
-  splits = leave_out.remaining(every, config.data)
-  shared = doctor.check_splits(config, splits)
-  if task.respond is not None:
-    doctor.check_answers(task.reward, task.respond, splits, config.data.get("leave_out", ""))
-  # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
-  # a remedy of its own.
-  prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(
-      task.messages(problem), f"problem {problem['id']} of {split}")))
-                     for problem in problems] for split, problems in splits.items()}
-  doctor.check_prompts(config, prompts)
-  by_id = {problem["id"]: problem for problems in splits.values() for problem in problems}
-  return prompts, by_id, _sets(sources, splits, shared)
-
-
-def _sets(sources: Mapping[str, Sequence[dict]], splits: Mapping[str, list[dict]],
-          shared: Mapping[str, list[dict]]) -> dict[str, dict[str, Any]]:
-  """`Plan.sets` of the sources, their problems, and those that are labelled too."""
-  content = {split: [[int(row["id"]), row["problem"], row["answer"], row.get("solution")]
-                     for row in problems] for split, problems in splits.items()}
-  return {split: {"problems": len(problems), "sha256": manifest.digest(content[split]),
-                  "among_labelled": len(shared.get(split, ())),
-                  "left_out": len(sources[split]) - len(problems),
-                  # A task of your own may have a plain list.
-                  "origin": getattr(sources[split], "origin", None)}
-          for split, problems in splits.items()}
-
-
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
   """The arms of config.arms, each once, or of the table where it is "all"; their stages exist."""
   # An arm that is named twice is trained once.
@@ -304,17 +266,6 @@ def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
   if not chosen:
     raise InputError(f"config.arms is empty: choose from {', '.join(arms)}.")
   return chosen
-
-
-def _halves(labelled: list[Prompt], seed: int) -> dict[str, list[Prompt]]:
-  """{"all", "1h", "2h"}: the labelled prompts and their halves by a seeded hash of the id."""
-  first = data_prompts.half(np.array([p.id for p in labelled]), seed)
-  split = {"all": labelled, "1h": [p for p, f in zip(labelled, first, strict=True) if f],
-           "2h": [p for p, f in zip(labelled, first, strict=True) if not f]}
-  for name, prompts in split.items():
-    if not prompts:
-      raise InputError(f"the split {name} has no problems: label more of them.")
-  return split
 
 
 def parents(stage: Stage, hp: ConfigDict, current: Mapping[str, str]) -> dict[str, str | None]:
@@ -360,9 +311,11 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
 def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> None:
   """Refuses a split of fewer problems than a step takes, or without the texts of the source."""
   prompts = plan.prompts[split]
-  if hp.prompts > len(prompts):
-    raise InputError(f"config.stages.{stage.name}.prompts is {hp.prompts} and the split "
-                     f"{split} has {len(prompts)} problems: lower it.")
+  for key in ("prompts", *(["foresee.problems"] if "foresee" in hp else [])):
+    needed = operator.attrgetter(key)(hp)
+    if needed > len(prompts):
+      raise InputError(f"config.stages.{stage.name}.{key} is {needed} and the split {split} has "
+                       f"{len(prompts)} problems: lower it.")
   for key in stage.source.texts:
     doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
                        plan.problems, plan.chat, plan.config.data.get("leave_out"))
@@ -373,7 +326,7 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
   # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
   # them: others must not rename it.
-  checked = stage.reward or stage.prompt_weights is not None
+  checked = stage.reward or stage.prompt_weights is not None or selection.reads_labels(hp)
   facts: list[Any] = []
   if not plan.prompts:
     # In place of the problems stands all of the config that chooses them.

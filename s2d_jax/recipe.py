@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from s2d_jax import budget, objectives, planning, program_cache, walk
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Arm, Plan, Stage, Task, Use
 
 STAGES = (
@@ -44,6 +45,8 @@ ARMS: dict[str, Arm] = {
     "bridge": (Use("teacher_grpo", "all"), *_bridge("all")),
     "opd_only": (Use("teacher_grpo", "all"), Use("reverse_kl", "all", _BRIDGE)),
     "sft_only": (Use("teacher_grpo", "all"), Use("sft", "all", _BRIDGE)),
+    "sft_bridge": (Use("teacher_grpo", "all"), Use("sft", "all", ("forward_kl",)),
+                   Use("reverse_kl", "all")),
     "fkl_only": (Use("teacher_grpo", "all"), Use("forward_kl", "all", _BRIDGE)),
     "weighted_fkl": (Use("teacher_grpo", "all"), Use("weighted_fkl", "all", _BRIDGE)),
     "sft_teacher_bridge": (Use("teacher_sft", "all"), *_bridge("all")),
@@ -58,6 +61,9 @@ ARMS: dict[str, Arm] = {
                                           Use("student_grpo", "1h")),
     "half_opd_grpo_2h": (Use("teacher_grpo", "1h"), Use("reverse_kl", "1h", _BRIDGE),
                          Use("student_grpo", "2h")),
+    # SFT on one half of the prompts, and the student's own samples on the other.
+    "half_sft_opd": (Use("teacher_grpo", "1h"), Use("sft", "1h", ("forward_kl",)),
+                     Use("reverse_kl", "2h")),
     "half_sft_grpo_2h": (Use("teacher_grpo", "1h"), Use("sft", "1h", _BRIDGE),
                          Use("student_grpo", "2h")),
 }
@@ -80,6 +86,11 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
   Raises:
     InputError: the config is wrong; the message names the key and the remedy.
   """
+  for name, hp in config.stages.items() if task.reward is None else ():
+    # Before the plan, which names the reward in the stage's hash.
+    if "right" in str(hp.get("keep", "")):
+      raise InputError(f"config.stages.{name}.keep has \"right\" and the task has no reward: leave "
+                       "it out, or give the task one.")
   laid_out = planning.plan(config, task, stages, arms, compared)
   _check_budgets(laid_out, compared)
   return laid_out

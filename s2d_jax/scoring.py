@@ -154,6 +154,8 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
       parts.append(jax.device_get(compared(roles["student"].params, roles["teacher"].params,
                                            sharding.put_batch(part, mesh))))
     values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    of_tokens = [values.pop(key) for key in ("teacher_rank", "delta_logp")]
+    found[name] |= dict(evals.sampled_tokens(*of_tokens, batch, rollout, config.top_k))
     pair = " and ".join(_folder(plan, names[one]) for one in roles)
     with sampler.naming(pair):
       found[name] |= dict(evals.agreement(values, batch.weight_BT))

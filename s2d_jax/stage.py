@@ -24,6 +24,7 @@ from s2d_jax import (
   compiling,
   evals,
   files,
+  foresee,
   hosts,
   keys,
   loop,
@@ -34,6 +35,7 @@ from s2d_jax import (
   program_cache,
   rollouts,
   sampler,
+  selection,
   sharding,
   timing,
   training,
@@ -143,7 +145,7 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
     # The learner's own weights change and are donated: only their shapes can be kept.
     actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
   return StageModels(learner, non_trainable, actor, stage.on_policy, frozen.get(roles["guide"]),
-                     start)
+                     start, anchored="foresee" in hp)
 
 
 def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
@@ -175,10 +177,13 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
       models=stage_models, samplers=samplers,
       objective=stage.objective, logp=objectives.logp,
       optimizer=stage_optimizer,
-      source=_source(plan, node, stage_models, order, workdir), label_use=stage.label_use,
+      source=_source(plan, node, stage_models, order, workdir),
+      label_use="each_step" if selection.reads_labels(hp) else stage.label_use,
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
       evaluations=_evaluations(plan, samplers, whole, stage.name),
-      profiled=timing.steps_of(plan.config.profile))
+      profiled=timing.steps_of(plan.config.profile), check=plan.reward,
+      ahead=(foresee.problems(plan.prompts[node.split], hp.foresee, seed)
+             if "foresee" in hp else None))
 
 
 def optimizer(hp: ConfigDict, config: Config) -> optax.GradientTransformation:

@@ -55,6 +55,7 @@ class TrainState(NamedTuple):
   step: jax.Array             # optimizer updates so far
   params: Params              # the trainable leaves
   opt_state: optax.OptState
+  anchor: Params | None = None  # `foresee`: the weights after the last search; None: no searches
 
 
 def make(model: Model, params: Params, objective: Objective,
@@ -100,7 +101,8 @@ def make(model: Model, params: Params, objective: Objective,
   return state, update
 
 
-def abstract(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
+def abstract(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params,
+             anchored: bool = False) -> TrainState:
   """Shapes, types and layouts of the state that `init` returns: enough to compile for.
 
   `params` are arrays or abstract arrays, laid out on `mesh`; the optimizer's slots are laid out as
@@ -116,11 +118,12 @@ def abstract(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params
   jax.eval_shape(lambda: slots.append(optax.tree.map_params(
       optimizer, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: whole)))
   return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params,
-                    sharding.laid_out(shapes, slots[0]))
+                    sharding.laid_out(shapes, slots[0]), params if anchored else None)
 
 
-def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
-  """A state at update 0 around `params`, which are laid out on `mesh`.
+def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params,
+         anchored: bool = False) -> TrainState:
+  """A state at update 0 around `params`, which are laid out on `mesh`; `anchored` copies them.
 
   The parameters become the state's, whose buffers the update donates: a reference model needs its
   own copy.
@@ -134,7 +137,8 @@ def init(optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) ->
   start = program_cache.shared(
       ("init", optimizer, mesh, program_cache.shapes_of(params)), jitted)
   step, opt_state = start(params)
-  return TrainState(step, params, opt_state)
+  anchor = jax.tree.map(lambda x: x.copy(), params) if anchored else None
+  return TrainState(step, params, opt_state, anchor)
 
 
 def shardings(tree: Params) -> Params:
@@ -219,7 +223,8 @@ def _apply(optimizer: optax.GradientTransformation, state: TrainState, grads: Pa
   # One bad update would spoil the state for good, so it is not taken.
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
   metrics["finite"] = finite.astype(jnp.float32)
-  new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+  new = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                       opt_state=opt_state)
   return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
 

@@ -128,7 +128,23 @@ def test_a_models_own_text_by_hand():
   assert (found.pop("correct"), found.pop("mixed_prompts")) == (
       [[1, 0, 1], [1, 0, 1]], pytest.approx([2 / 3, 2 / 3]))
   assert found == pytest.approx({"pass_rate": 4 / 6, "mixed_groups": 2 / 3, "stopped": 1.0,
-                                 "response_length": 11 / 6, "entropy": 1.0})
+                                 "response_length": 11 / 6, "entropy": 1.0, "repetition": 0})
+
+
+def test_sampled_tokens_by_hand():
+  # The second response ends with its first three tokens again: one token of eight is repeated.
+  rows = rollouts.given_solutions(PROMPTS, [[7, 8], [4, 5, 6, 4, 5, 6]], 2, 7)
+  batch = rollouts.batch(rows)
+  # Row 0: a prompt of two tokens, so targets 1 and 2. Row 1: one token, so targets 0 to 5.
+  rank_BT = np.array([[99, 1, 2, 99, 99, 99, 99, 99], [1, 4, 3, 5, 3, 9, 99, 99]], np.float32)
+  delta_BT = np.array([[9, 1, 2, 9, 9, 9, 9, 9], [3, 4, 5, 6, 7, -8, 9, 9]], np.float32)
+  found = dict(evals.sampled_tokens(rank_BT, delta_BT, batch, rows, 3))
+  # Ranks 1 1 2 3 3 4 5 9; the others' differences are 1 to 7.
+  assert found == {"teacher_rank": 3, "teacher_rank_in_top_k": 5 / 8, "delta_logp_repeated": -8,
+                   "delta_logp_other": 4}
+  rows = rollouts.take(rows, [0])
+  found = dict(evals.sampled_tokens(rank_BT[:1], delta_BT[:1], rollouts.batch(rows), rows, 3))
+  assert found.keys() == {"teacher_rank", "teacher_rank_in_top_k", "delta_logp_other"}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -91,3 +91,14 @@ def test_a_key_at_its_neutral_value_is_not_hashed():
   assert keys.hashed(config, grown) == keys.hashed(block(), RECORD)
   config.lora.rank = 2
   assert keys.hashed(config, grown) == keys.hashed(block(), RECORD) | {"lora": {"rank": 2}}
+
+
+def test_a_block_may_lack_an_optional_key_alone():
+  record = {"lr": keys.at_least(1), "longest": keys.at_least(1, neutral=0, optional=True)}
+  for block, found in (({"lr": 2}, {"lr": 2}), ({"lr": 2, "longest": 3}, {"lr": 2, "longest": 3})):
+    keys.check_block("config", block, record)
+    assert keys.hashed(block, record) == found
+  for block, said in (({"longest": 3}, "lacks the key 'lr'"),
+                      ({"lr": 2, "longest": 0}, "longest is 0")):
+    with pytest.raises(ValueError, match=said):
+      keys.check_block("config", block, record)

@@ -543,6 +543,28 @@ def test_pass_rates_weight_the_prompts_and_their_labels_are_charged_once(tmp_pat
 
 
 @pytest.mark.medium
+def test_stored_samples_that_are_left_out_are_charged_as_discarded(tmp_path, mesh, monkeypatch):
+  batches, model = step_batches(monkeypatch), models.get(CONFIG)
+  teacher = params_of(model, 1, mesh)
+  learner = make(tmp_path / "kept", mesh, steps=2, keep="right", longest=5, clip_low=0.31)
+  learner = learner._replace(rewards=None, objective=objectives.NEGATIVE_LOG_LIKELIHOOD,
+                             check=parity)
+  run(frozen_actor(learner, model, teacher,
+                   lambda: rollouts.Store(epath.Path(tmp_path / "rollouts"))))
+  rows, spent = (metrics.read(tmp_path / "kept", name) for name in ("metrics", "ledger"))
+  parts = [rollouts.from_bytes(p.read_bytes()) for p in sorted((tmp_path / "rollouts").iterdir())]
+  assert len(parts) == len(batches) == 2
+  for part, batch, row, entry in zip(parts, batches, rows, spent, strict=True):
+    length_B = part.response_length_B
+    kept_B = [len(ids) <= 5 and ids.sum() % 2 == 1 for ids in map(part.response, range(16))]
+    assert 0 < sum(kept_B) < 16 and row["kept"] == np.mean(kept_B)
+    np.testing.assert_array_equal((batch.weight_BT > 0).sum(axis=1), length_B * kept_B)
+    assert entry["tokens_trained"] == (length_B * kept_B).sum()
+    assert entry["tokens_discarded"] == length_B.sum() - entry["tokens_trained"]
+    assert entry["sequences"] == 16 and entry["labels"] == entry["prompts"]
+
+
+@pytest.mark.medium
 def test_pass_rates_multiply_the_weights_that_rewards_leave(tmp_path, mesh, monkeypatch):
   # Prompts 0 to 3 are always right: their groups are dropped, drawn again in a second round, or
   # fill the batch up with weight 0.
@@ -573,3 +595,58 @@ def test_pass_rates_multiply_the_weights_that_rewards_leave(tmp_path, mesh, monk
 def test_learnable_weights_by_hand():
   np.testing.assert_allclose(objectives.learnable(np.array([0, 1 / 4, 1 / 2, 1])),
                              [0, 3 / 16, 1 / 4, 0])
+
+
+def searching(folder, mesh, prompts, **changes):
+  """The stage of `make` with searches after its steps 1, 2 and 4, on four prompts."""
+  block = {"candidates": 2, "stride": 2.0, "problems": 4, "samples": 2, "accept": "at_least",
+           "signal": "reward", "leaves": "all"} | changes
+  stage = make(folder, mesh)
+  stage.hp.foresee = block
+  return stage._replace(models=stage.models._replace(anchored=True), ahead=prompts, check=parity)
+
+
+@pytest.mark.medium
+def test_a_search_that_is_killed_repeats_to_the_same_end(tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(loop, "compile_programs", COMPILE)
+  ahead = [Prompt(i, (2, 3 + i)) for i in range(4)]
+  whole, totals = run(searching(tmp_path / "whole", mesh, ahead))
+  rows = metrics.read(tmp_path / "whole", "metrics")
+  assert [("foresee_multiple" in row) for row in rows] == [True, True, False, True]
+  assert any(row.get("foresee_multiple") for row in rows)  # the weights did move
+
+  # In the search after step 4, behind the last checkpoint, at its second score.
+  of_steps = [sum("foresee_score" in name for name in row) for row in rows]
+  countdown = iter([*range(sum(of_steps[:3]) + 1, -1, -1)])
+  score = rollouts.score
+
+  def killed(*args):
+    if next(countdown) == 0:
+      raise SystemExit(137)
+    return score(*args)
+
+  monkeypatch.setattr(rollouts, "score", killed)
+  with pytest.raises(SystemExit):
+    run(searching(tmp_path / "killed", mesh, ahead))
+  monkeypatch.setattr(rollouts, "score", score)
+  again, totals_again = run(searching(tmp_path / "killed", mesh, ahead))
+  equal(whole, again)
+  assert totals["foresee"] == totals_again["foresee"]
+  assert totals["labels"] == totals_again["labels"]
+
+
+@pytest.mark.medium
+def test_a_search_is_charged_to_its_own_part(tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(loop, "compile_programs", COMPILE)
+  ahead = [Prompt(i, (2, 3 + i)) for i in (1, 9, 10, 11)]  # the stage has 0 to 7
+  _, totals = run(searching(tmp_path / "searched", mesh, ahead, accept="above"))
+  _, plain = run(make(tmp_path / "plain", mesh))
+  rows = metrics.read(tmp_path / "searched", "metrics")
+  scores = sum("foresee_score" in name for row in rows for name in row)
+  part = totals["foresee"]
+  # Eight responses a score, and every label once a score.
+  assert part["sequences"] == 8 * scores and part["label_uses"] == 4 * scores
+  assert totals["sequences"] == plain["sequences"] and totals["updates"] == plain["updates"]
+  assert totals["label_uses"] == plain["label_uses"] + part["label_uses"]
+  assert {9, 10, 11} < set(totals["labels"]) and "foresee" not in plain
+  assert totals["tokens_sampled"] - part["tokens_sampled"] == totals["tokens_trained"]

@@ -100,6 +100,8 @@ STUDENTS, BOTHS = {"support": "student"}, {"support": "intersection"}
      lambda s, t: kl.top_k_reverse_kl(s, t, 3, "student")[0]),
     (objectives.REVERSE_KL, "intersection", BOTHS,
      lambda s, t: kl.intersection_reverse_kl(s, t, 3)[0]),
+    (objectives.REVERSE_KL, "generalised", STUDENTS,
+     lambda s, t: kl.generalised_reverse_kl(s, t, 3, "student")[0]),
     (objectives.JSD, "full", WARM, lambda s, t: kl.jsd(s, t, 0.5, 2.0, 3.0)),
     (objectives.FORWARD_KL, "full", WARM, lambda s, t: kl.forward_kl(s, t, 2.0, 3.0)),
     (objectives.REVERSE_KL, "full", WARM, lambda s, t: kl.reverse_kl(s, t, 2.0, 3.0))])
@@ -181,8 +183,10 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, sampled"),
+    ({"form": "half"}, "form is 'half': choose it from full, top_k, intersection, generalised"),
     ({"form": "k1"}, "form is 'k1': choose it from full, .*; k1 .* cannot be a loss, .* zero in e"),
+    ({"form": "unnormalised"},
+     "form is 'unnormalised': .*; the unnormalised .* cannot be a loss, .* minimum is q/e on"),
     ({"support": "both"}, "support is 'both': choose it from teacher, student, union"),
     ({"form": "intersection"}, "support is 'teacher' and the form \"intersection\" .*: set it to"),
     *(({"top_k": k}, f"top_k is {k}: set it to a whole number of at least 1")
@@ -191,7 +195,8 @@ def test_a_penalty_covers_the_vocabulary_that_both_have(name, wider):
       for side in ("student", "teacher") for t in (0.0, -1.0)),
     *(({"form": form, "support": "intersection", f"{side}_temperature": 2.0},
        f"{side}_temperature is 2.0 and the form \"{form}\" takes logits as they are: set it to 1")
-      for form in ("top_k", "intersection", "sampled") for side in ("student", "teacher")),
+      for form in ("top_k", "intersection", "generalised", "sampled")
+      for side in ("student", "teacher")),
     ({"baseline": 0.5}, "baseline is 0.5")])
 def test_values_that_a_divergence_cannot_have_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
@@ -214,6 +219,7 @@ EVERY = [(objectives.FORWARD_KL, {}), (objectives.FORWARD_KL, TWICE), (objective
          (objectives.REVERSE_KL, TWICE), (objectives.JSD, {}), (objectives.JSD, TWICE),
          (objectives.FORWARD_KL, {"form": "top_k"}), (objectives.REVERSE_KL, {"form": "top_k"}),
          (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS),
+         (objectives.REVERSE_KL, {"form": "generalised"}),
          *((objectives.REVERSE_KL, {"form": "sampled", "baseline": baseline})
            for baseline in (True, False)),
          *((objectives.GRPO, {"kl": name, "kl_coef": 0.5})
@@ -239,6 +245,8 @@ ARRAYS = [(objectives.NEGATIVE_LOG_LIKELIHOOD, {}, 3, 3), (objectives.FORWARD_KL
           (objectives.FORWARD_KL, {"form": "top_k"}, 6, 7),
           (objectives.REVERSE_KL, {"form": "top_k", "support": "union"}, 8, 4),
           (objectives.REVERSE_KL, {"form": "intersection"} | BOTHS, 9, 4),
+          (objectives.REVERSE_KL, {"form": "generalised"}, 7, 6),
+          (objectives.REVERSE_KL, {"form": "generalised", "support": "union"}, 10, 7),
           (objectives.REVERSE_KL, {"form": "sampled"}, 2, 3),
           (objectives.GRPO, {"kl": "k3", "kl_coef": 0.5}, 3, 3),
           (objectives.GRPO, {"surrogate": "gspo"}, 2, 2),

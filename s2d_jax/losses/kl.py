@@ -20,6 +20,8 @@ from s2d_jax.losses import tokens
 
 K1 = ("k1 (log π − log π_ref) cannot be a loss, because its gradient is zero in expectation and "
       "never sees the reference")
+UNNORMALISED = ("the unnormalised top k (Σ p log p/q over a support) cannot be a loss, because its "
+                "minimum is q/e on the support")
 SUPPORTS = ("teacher", "student", "union", "intersection")
 _LOWEST = -1e30  # the logit of an excluded token: finite, and its probability is 0
 
@@ -118,6 +120,26 @@ def intersection_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: j
   kl_BT = _kl(jnp.where(inside_BTV, student_BTV, _LOWEST),
               jnp.where(inside_BTV, teacher_BTV, _LOWEST))
   return kl_BT, _masses(student_BTV, teacher_BTV, inside_BTV)
+
+
+def generalised_reverse_kl(student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, k: int,
+                           support: str = "student") -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The generalised KL(student ‖ teacher) of measures that need not sum to one, on a support.
+
+    Σ_{v ∈ S} p(v) · log p(v)/q(v) − p(v) + q(v),   p student, q teacher.
+
+  No term is negative, and all are 0 exactly where p = q on S; the other tokens are free. Its
+  gradient is Σ_{v ∈ S} p(v) · log p(v)/q(v) · ∇ log p(v), the stop-gradient top k of "The Many
+  Faces of On-Policy Distillation" (https://arxiv.org/abs/2605.11182, eq. 12). With k = V it is
+  `reverse_kl`. Without − p + q it is refused, see `UNNORMALISED`.
+
+  Returns the divergence, [B, T], and the masses of `top_k_reverse_kl`, and raises as it does.
+  """
+  student_BTV, _ = tokens.shifted_logits(student_logits_BTV)
+  teacher_BTV, _ = tokens.shifted_logits(teacher_logits_BTV)
+  inside_BTV = _support(student_BTV, teacher_BTV, k, support)
+  return (_generalised_kl(student_BTV, teacher_BTV, inside_BTV),
+          _masses(student_BTV, teacher_BTV, inside_BTV))
 
 
 def sampled_reverse_kl(logp_BT: jax.Array, teacher_logp_BT: jax.Array,
@@ -299,6 +321,23 @@ def _kl_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array) -> tuple[jax.Arr
 
 
 _kl = _with_gradient(_kl_terms)
+
+
+def _generalised_kl_terms(p_logits_BTV: jax.Array, q_logits_BTV: jax.Array,
+                          inside_BTV: jax.Array) -> tuple[jax.Array, _Gradients]:
+  """Σ_S p · log p/q − p + q; gradients as in `_kl_terms`, log p/q being 0 outside, and of q."""
+  p_BTV, q_BTV, ratio_BTV = tokens.compare(p_logits_BTV, q_logits_BTV)
+  ratio_BTV = tokens.computed_once(jnp.where(inside_BTV, ratio_BTV, 0.0))
+  inside_BTV = inside_BTV.astype(jnp.float32)
+  kl_BT = tokens.expectation(p_BTV, ratio_BTV)
+  gap_BT = tokens.expectation(q_BTV, inside_BTV) - tokens.expectation(p_BTV, inside_BTV)
+  # Negative by rounding alone.
+  return jnp.maximum(kl_BT + gap_BT, 0.0), lambda: (
+      p_BTV * (ratio_BTV - kl_BT[..., None]),
+      (q_BTV - p_BTV) * inside_BTV - q_BTV * gap_BT[..., None])
+
+
+_generalised_kl = _with_gradient(_generalised_kl_terms)
 
 
 def _jsd_terms(student_BTV: jax.Array, teacher_BTV: jax.Array,

@@ -31,6 +31,13 @@ def log_prob(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
   return target_BT - log_BT1[..., 0]
 
 
+def rank(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+  """The place of each target among the tokens by probability, float32: 1 + the number above it."""
+  is_target_BTV = jax.nn.one_hot(targets_BT, logits_BTV.shape[-1], dtype=jnp.bool_)
+  target_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True, initial=-jnp.inf, where=is_target_BTV)
+  return 1 + jnp.sum(logits_BTV > target_BT1, axis=-1, dtype=jnp.float32)
+
+
 def entropy(logits_BTV: jax.Array) -> jax.Array:
   """Entropy at each position, in nats: between 0 and log V.
 

@@ -18,6 +18,7 @@ from s2d_jax.rollouts.records import (
   take,
   to_bytes,
 )
+from s2d_jax.rollouts.repetition import repeated, repetition
 from s2d_jax.rollouts.sources import (
   SOURCES,
   FrozenActor,
@@ -46,6 +47,7 @@ __all__ = [
   "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse", "OnFinish",
   "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
   "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
-  "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "resolved",
-  "row_key", "sample_step", "score", "take", "to_bytes", "token_weights", "unchecked_since",
+  "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "repeated",
+  "repetition", "resolved", "row_key", "sample_step", "score", "take", "to_bytes", "token_weights",
+  "unchecked_since",
 ]

@@ -80,6 +80,8 @@ LOSSES = {  # what the trainer runs, and the same on logits [B, T, V]
        for support in kl.SUPPORTS},
     "intersection": (reverse(form="intersection", support="intersection"),
                      lambda s, g, _: kl.intersection_reverse_kl(s, g, 5)[0]),
+    "generalised": (reverse(form="generalised"),
+                    lambda s, g, _: kl.generalised_reverse_kl(s, g, 5, "teacher")[0]),
     "sampled": (reverse(form="sampled", baseline=False),
                 lambda s, g, batch: kl.sampled_reverse_kl(logp(s, batch), logp(g, batch))),
     "sampled, baseline": (

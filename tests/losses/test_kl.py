@@ -361,6 +361,10 @@ def numpy_restricted_kl(log_p, log_q, inside):
   return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0.0).sum(-1)
 
 
+def numpy_generalised(log_p, log_q, inside):
+  return np.where(inside, np.exp(log_p) * (log_p - log_q - 1) + np.exp(log_q), 0.0).sum(-1)
+
+
 def numerical(f, x, h=1e-6):
   """The gradient of Σ f(x) by central differences, in float64."""
   grad = np.zeros_like(x)
@@ -386,6 +390,10 @@ FORMS = {
     **{f"reverse {support}": (
         lambda s, t, u=support: kl.top_k_reverse_kl(s, t, 3, u)[0],
         lambda s, t, chosen, u=support: numpy_with_rest(s, t, numpy_support(*chosen, 3, u)))
+       for support in kl.SUPPORTS},
+    **{f"generalised {support}": (
+        lambda s, t, u=support: kl.generalised_reverse_kl(s, t, 3, u)[0],
+        lambda s, t, chosen, u=support: numpy_generalised(s, t, numpy_support(*chosen, 3, u)))
        for support in kl.SUPPORTS}}
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 
@@ -561,6 +569,94 @@ def test_the_intersection_is_renormalised_and_an_empty_one_has_loss_0():
   assert value == 0 and masses["student_mass"] == 0
   np.testing.assert_array_equal(
       jax.grad(lambda s: kl.intersection_reverse_kl(s, apart[1], 1)[0].sum())(apart[0]), 0.0)
+
+
+@pytest.mark.parametrize("support", kl.SUPPORTS)
+def test_the_generalised_form_is_never_negative_and_of_the_whole_vocabulary_the_full_one(support):
+  rng = np.random.default_rng(8)
+  s, t = (jnp.asarray(rng.normal(size=(50, 4, 20)) * 3, jnp.float32) for _ in range(2))
+  near = s + 1e-4 * t  # where rounding is as large as the terms
+  for student in (s, near):
+    assert np.all(kl.generalised_reverse_kl(student, s, 4, support)[0] >= 0)
+    got, masses = kl.generalised_reverse_kl(student, t, 4, support)
+    np.testing.assert_array_equal(got > 0, masses["student_mass"] > 0)  # 0 on an empty support
+  def whole(s, t):
+    return kl.generalised_reverse_kl(s, t, 20, support)[0]
+  np.testing.assert_allclose(whole(s, t), kl.reverse_kl(s, t), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(gradient(whole, s, t), gradient(kl.reverse_kl, s, t),
+                             rtol=1e-5, atol=1e-6)
+  _, masses = kl.generalised_reverse_kl(s, t, 4, support)
+  inside = numpy_support(np.asarray(s), np.asarray(t), 4, support)
+  for name, x in (("student_mass", s), ("teacher_mass", t)):
+    np.testing.assert_allclose(masses[name], np.sum(np.exp(log_softmax(x)) * inside, -1),
+                               rtol=1e-5, atol=1e-6)
+
+
+def test_the_generalised_form_by_hand():
+  # Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4). The support is the teacher's top token:
+  # 1/4·ln(1/2) − 1/4 + 1/2 = 0.076713, and a slope of 1/4·ln(1/2) = −0.173287 in its log p.
+  student_BTV, teacher_BTV = (jnp.log(jnp.array([[row]])) for row in ([.5, .25, .25],
+                                                                    [.25, .5, .25]))
+  def form(s, t):
+    return kl.generalised_reverse_kl(s, t, 1, "teacher")[0]
+  np.testing.assert_allclose(form(student_BTV, teacher_BTV), [[0.076713]], atol=1e-6)
+  np.testing.assert_allclose(gradient(form, student_BTV, teacher_BTV),
+                             [[[0.086643, -0.129965, 0.043322]]], atol=1e-6)
+  # In the teacher's logits: q − p = 1/4 on the support, less q times that.
+  np.testing.assert_allclose(gradient(lambda t, s: form(s, t), teacher_BTV, student_BTV),
+                             [[[-0.0625, 0.125, -0.0625]]], atol=1e-6)
+
+
+# A teacher of 24 tokens whose top 4 have the mass 0.706, and the student that a form ends in.
+TOY_V = np.log([.4, .17, .086, .05, *[.294 / 20] * 20])
+TOY_BTV = jnp.asarray(TOY_V[None, None], jnp.float32)
+
+
+def descended(loss, start_V):
+  """Probabilities [24] after gradient descent in the logits, from `start_V`."""
+  def step(_, x_BTV):
+    return x_BTV - 2.0 * jax.grad(lambda x: loss(x).sum())(x_BTV)
+  start_BTV = jnp.asarray(start_V, jnp.float32)[None, None]
+  return np.asarray(jax.nn.softmax(jax.jit(
+      lambda x: jax.lax.fori_loop(0, 20_000, step, x))(start_BTV)))[0, 0]
+
+
+STARTS = {"teacher": TOY_V, "uniform": np.zeros(24),
+          "random": np.random.default_rng(3).normal(size=24)}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_generalised_form_pins_the_teachers_probabilities_on_the_support(start):
+  p_V = descended(lambda x: kl.generalised_reverse_kl(x, TOY_BTV, 4, "teacher")[0], STARTS[start])
+  np.testing.assert_allclose(p_V[:4], np.exp(TOY_V[:4]), rtol=1e-4)
+  np.testing.assert_allclose(p_V[:4].sum(), 0.706, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_refused_unnormalised_form_ends_at_a_share_of_1_in_e(start):
+  def unnormalised(x_BTV):
+    log_p_BTV = jax.nn.log_softmax(x_BTV)
+    return jnp.sum((jnp.exp(log_p_BTV) * (log_p_BTV - TOY_BTV))[..., :4], axis=-1)
+  p_V = descended(unnormalised, STARTS[start])
+  np.testing.assert_allclose(p_V[:4], np.exp(TOY_V[:4] - 1), rtol=1e-4)
+  np.testing.assert_allclose(p_V[:4].sum(), 0.706 / np.e, rtol=1e-4)  # 0.2597
+  np.testing.assert_allclose(unnormalised(jnp.log(p_V)[None, None]), [[-0.706 / np.e]], rtol=1e-4)
+
+
+def test_the_renormalised_form_leaves_the_supports_mass_free():
+  def form(x_BTV):
+    return kl.intersection_reverse_kl(x_BTV, TOY_BTV, 4)[0]
+  # The four first tokens of each start are its own top four too.
+  ends = {}
+  for mass in (0.5, 0.706, 0.9):
+    p_V = np.array([*[mass / 4] * 4, *[(1 - mass) / 20] * 20])
+    p_V[:4] *= [1.1, 1.0, 1.0, 0.9]
+    ends[mass] = descended(form, np.log(p_V))
+    np.testing.assert_allclose(ends[mass][:4] / ends[mass][:4].sum(), np.exp(TOY_V[:4]) / 0.706,
+                               rtol=1e-3)
+  masses = [p_V[:4].sum() for p_V in ends.values()]
+  assert np.all(np.diff(masses) > 0.05), masses
+  np.testing.assert_allclose(descended(form, TOY_V), np.exp(TOY_V), rtol=1e-5)
 
 
 @pytest.mark.parametrize("with_baseline", [True, False])

@@ -79,3 +79,10 @@ def test_gradient_of_nll_is_softmax_minus_one_hot():
       jnp.asarray(LOGITS_BTV, jnp.float32))
   np.testing.assert_allclose(
       grad_BTV, np.exp(reference(LOGITS_BTV)) - np.eye(5)[TARGETS_BT], atol=1e-6)
+
+
+def test_ranks_by_hand():
+  # Of equal ones none is above the other.
+  logits_BTV = jnp.array([[[0.5, 2.0, -1.0, 0.5], [3.0, 2.0, 1.0, 0.0]]])
+  for targets, ranks in (([0, 0], [2, 1]), ([3, 1], [2, 2]), ([2, 3], [4, 4]), ([1, 2], [1, 3])):
+    np.testing.assert_array_equal(tokens.rank(logits_BTV, jnp.array([targets])), [ranks])

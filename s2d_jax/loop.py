@@ -239,7 +239,8 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   entry = ledger.step_entry(step, step_rollouts, spent, hp, stage.models, pass_rate_rollout,
                             programs.scores_first)
   if stage.ahead is not None and foresee.due(step + 1):
-    with clock.phase("evaluate"):
+    # The evaluations that only watch a run are counted apart; this one shapes it.
+    with clock.phase("draw"):
       state, found = _search(stage, programs, state, step)
     values |= found.metrics()
     entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models)

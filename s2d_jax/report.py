@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import command, figures, files, intervals, ladder, metrics, paper, stats, timing
+from s2d_jax import (
+  command,
+  figures,
+  files,
+  intervals,
+  ladder,
+  metrics,
+  paper,
+  stats,
+  targets,
+  timing,
+)
 from s2d_jax.ladder import Contrast, Group, Run
 
 # The orders the paper reports, the first arm above the second, and in how many of six comparisons
@@ -35,7 +46,8 @@ CONTROLS = (("bridge", "fkl_only"), ("bridge", "weighted_fkl"), ("fkl_only", "sf
             ("half_bridge_grpo_2h", "cold_grpo_2h"), ("half_bridge_replay_1h", "half_bridge"))
 
 
-def markdown(rows: Sequence[Run], choice: str = "", command: str = "") -> str:
+def markdown(rows: Sequence[Run], choice: str = "", command: str = "",
+             target: tuple[str, float] | None = None) -> str:
   """The whole report as Markdown: a section for each way of scoring, never two in one table."""
   lines = ["# Sparse to dense: what each arm scores and spends", ""]
   if command:
@@ -45,7 +57,8 @@ def markdown(rows: Sequence[Run], choice: str = "", command: str = "") -> str:
     groups = ladder.groups(part)
     lines += [scored_as(settings, part), "", *table(groups), "", *differences(groups), ""]
     # Another benchmark of the same runs has the same conditions: they are shown once.
-    for section in (sweeps(groups), conditions(groups), starts(groups), seconds(groups),
+    reached = targets.section(groups, *target) if target else []
+    for section in (sweeps(groups), conditions(groups), starts(groups), reached, seconds(groups),
                     warnings(groups)):
       if section and section not in shown:
         shown.append(section)
@@ -331,13 +344,19 @@ def _stage_name(probe: Sequence[dict[str, Any]]) -> str:
   return probe[0]["stage"].rpartition("-")[0]
 
 
-def write(workdirs: Sequence[epath.PathLike]) -> str:
-  """Writes report.md and its figures into the first folder; returns the Markdown."""
+def write(workdirs: Sequence[epath.PathLike], target: str = "") -> str:
+  """Writes report.md and its figures into the first folder; returns the Markdown.
+
+  Args:
+    target: as `targets.parse` takes it, or "".
+  """
   rows = ladder.read(workdirs)
   folder = epath.Path(workdirs[0])
   choice = folder / "choice.md"
   text = markdown(rows, choice.read_text() if choice.exists() else "",
-                  " ".join(["s2d-jax report", *map(str, workdirs)]))
+                  " ".join(["s2d-jax report", *map(str, workdirs),
+                            *([f"--target {target}"] if target else [])]),
+                  targets.parse(target) if target else None)
   # Figures first: the Markdown names them, and is there only when they are.
   for index, (_, part) in enumerate(ladder.tables(rows)):
     with (folder / picture(index)).open("wb") as out:
@@ -352,7 +371,10 @@ def main(argv: Sequence[str]) -> None:
                           "s2d-jax report runs/arithmetic", "WORKDIR ... ")
   parser.add_argument("workdirs", nargs="*", metavar="WORKDIR", default=["runs/arithmetic"],
                       help="work folders of one or several seeds; runs/arithmetic if none is named")
-  print(write(parser.parse_args(argv).workdirs))
+  parser.add_argument("--target", default="", metavar="NAME=RATE",
+                      help="adds the cost until a score between steps, validation/avg@1=0.6")
+  args = parser.parse_args(argv)
+  print(write(args.workdirs, args.target))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def run(module, *flags):
     ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr'"),
     ("--config.seed=abc", "config.seed=abc"),
     ("stray", "is not a flag"),
-    ("--config=configs/arithmetic.py:tinny", "'tinny' is unknown: use seed, tiny"),
+    ("--config=configs/arithmetic.py:tinny",
+     "'tinny' is unknown: use seed, cold_teacher, same_size, tiny"),
     ("--config=configs/none.py", "--config names 'configs/none.py', which is not a file in /"),
     ("--config.arms=nope", "there is no arm 'nope': choose config.arms from"),
     ("--config.task=chess", "config.task is 'chess': choose arithmetic or math"),
@@ -77,6 +78,6 @@ def test_doctor_and_preflight_refuse_an_unknown_key_as_run_does(command):
 @pytest.mark.medium
 def test_the_console_entry_point_lists_its_commands():
   done = interpreter.run("-c", "from s2d_jax import cli; cli.main()", seconds=120)
-  assert done.returncode == 1
+  assert done.returncode == 2
   for command in ("run", "report", "preflight", "doctor"):
     assert f"  {command} " in done.stderr

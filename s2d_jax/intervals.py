@@ -166,13 +166,11 @@ def gap_over_seeds(gap_SP: np.ndarray, level: float = 0.95) -> Interval:
     gap_SP: a difference of each training seed and problem, at least two of each.
     level: of the interval.
   """
-  gap_SP = _seeds(gap_SP)
-  estimate = float(gap_SP.mean())
-  half = _half(gap_SP, level)
-  if half == 0:
-    return all_equal(estimate, gap_SP.shape[1], level, (-1.0, 1.0))
   # A difference may be negative, so there is no logit of it; the ends are cut off instead.
-  return Interval(estimate, max(estimate - half, -1.0), min(estimate + half, 1.0))
+  found = count_over_seeds(gap_SP, level)
+  if found.low == found.high:
+    return all_equal(found.estimate, np.shape(gap_SP)[1], level, (-1.0, 1.0))
+  return found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
 def resolvable(gap_SP: np.ndarray, level: float = 0.95, power: float = 0.8) -> float:

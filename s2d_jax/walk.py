@@ -81,9 +81,7 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.
   if hosts.leader() and not path.exists():
-    number = len([p for p in path.parent.iterdir() if p.suffix == ".json"]) if (
-        path.parent.exists()) else 0
-    files.write_json(path, entry | {"number": number})
+    files.write_json(path, entry | {"number": len(files.finished_files(path.parent))})
 
 
 def _exit_if_stopped(stop: Callable[[], bool]) -> None:

@@ -1,7 +1,6 @@
 """Turns a config into a checked plan: a graph of stages, each named by a hash of its inputs.
 
-Arms that begin with equal stages share the nodes, so a stage is trained once. A config, its models
-and its problems are checked here, before anything runs or is written.
+Arms that begin with equal stages share nodes. All is checked here, before anything is written.
 """
 
 import importlib.metadata
@@ -76,6 +75,7 @@ class Task(NamedTuple):
   answer: Callable[[str], str | None] | None = None  # text -> one spelling of its answer, for maj@k
   # answer -> a response of reward 1, by which the answers of all problems are checked; None: not
   respond: Callable[[str], str] | None = None
+  family: Callable[[Mapping], str] | None = None  # problem -> its kind, where problems have kinds
 
   def checker(self) -> dict[str, Any]:
     """Names what checks and reads answers, with versions: scores of two checkers are unlike.

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from s2d_jax import doctor, keys
 from s2d_jax.data import jsonl, leave_out, published, sources
+from s2d_jax.data.arithmetic import problems as arithmetic_problems
+from s2d_jax.data.composition import problems as composition_problems
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -31,12 +33,21 @@ def arithmetic(config: ConfigDict) -> Task:
   keys.check_names("config.data", config.data, ("dir",))
   for name in doctor.TASK_KEYS:
     if name in config:
-      raise InputError(f"config.{name} is not read by the task arithmetic, which compares digits: "
-                       "remove it.")
+      raise InputError(f"config.{name} is not read by the task {config.get('task', 'arithmetic')}, "
+                       "which compares digits: remove it.")
   folder = os.path.expanduser(config.data.dir)
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
-              arithmetic_reward.reward, arithmetic_reward.answer)
+              arithmetic_reward.reward, arithmetic_reward.answer,
+              family=arithmetic_problems.family)
+
+
+def composition(config: ConfigDict) -> Task:
+  """Steps modulo 100 in the right order, prepared under config.data.dir the first time."""
+  task = arithmetic(config)
+  folder = os.path.expanduser(config.data.dir)
+  return task._replace(source=lambda split: sources.composition(split, folder),
+                       family=composition_problems.family)
 
 
 def math(config: ConfigDict) -> Task:
@@ -104,14 +115,16 @@ def word_problems(config: ConfigDict) -> Task:
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math,
-                                                  "word_problems": word_problems}
-# Where the sets of each task are by default, arithmetic's as in configs/arithmetic.py.
+                                                  "word_problems": word_problems,
+                                                  "composition": composition}
+# Where the sets of each task are by default, those of the worlds as in their configs.
 FOLDERS = {"arithmetic": "~/.cache/s2d_jax/data", "math": "data",
-           "word_problems": "~/.cache/s2d_jax/data"}
+           "word_problems": "~/.cache/s2d_jax/data", "composition": "~/.cache/s2d_jax/data"}
 # The config.data of each task for sets that lie in one folder.
 DATA: dict[str, Callable[[str, Sequence[str]], dict]] = {
     "arithmetic": lambda folder, sets: {"dir": folder},
     "word_problems": lambda folder, sets: {"dir": folder},
+    "composition": lambda folder, sets: {"dir": folder},
     "math": lambda folder, sets: {"dir": folder} | {
         name: name if name in published.SOURCES else f"{folder}/{name}.jsonl" for name in sets},
 }

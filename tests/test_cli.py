@@ -77,7 +77,8 @@ def test_every_run_of_a_sweep_is_checked(config):
 
 @pytest.mark.parametrize("key, value, message", [
     ("arms", "nope", "there is no arm 'nope': choose config.arms from untrained, "),
-    ("task", "chess", "config.task is 'chess': choose arithmetic or math or word_problems, "),
+    ("task", "chess", "config.task is 'chess': choose arithmetic or math or word_problems or "
+     "composition, "),
     ("teacher", "nowhere", "nowhere is not a folder: "),
     ("prompt_tokens", 12, "takes 13 tokens and its window is 12: raise config.prompt_tokens."),
 ])

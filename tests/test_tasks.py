@@ -95,6 +95,28 @@ def test_a_task_refuses_the_keys_of_another(tmp_path):
   config = ml_collections.ConfigDict({"data": {"dir": str(tmp_path)}, "checker": "string"})
   with pytest.raises(InputError, match="config.checker is not read by the task arithmetic"):
     tasks.arithmetic(config)
+  config.task = "composition"
+  with pytest.raises(InputError, match="config.checker is not read by the task composition"):
+    tasks.composition(config)
+
+
+@pytest.mark.parametrize("name, problem, answer, family", [
+    ("arithmetic", "12+34+57", "03", "3"), ("composition", "12-34-57#", "35", "right")])
+def test_an_embedded_world_has_problems_answers_and_families(tmp_path, name, problem, answer,
+                                                             family):
+  task = tasks.TASKS[name](ml_collections.ConfigDict({"data": {"dir": str(tmp_path)}}))
+  row = {"problem": problem, "answer": answer}
+  assert task.family(row) == family
+  assert task.messages(row) == [{"role": "user", "content": problem}]
+  assert task.reward(row, f"12+34={answer}") == 1.0 and task.answer(f"12+34={answer}") == answer
+  assert len(task.source("validation")) == 256
+  with pytest.raises(InputError, match="config.data lacks the key 'dir'"):
+    tasks.TASKS[name](ml_collections.ConfigDict({"data": {}}))
+
+
+def test_a_task_without_families_has_none(data):
+  assert tasks.math(data).family is None
+  assert planning.Task(list, list, float).family is None
 
 
 def test_an_absent_split_is_refused(data):

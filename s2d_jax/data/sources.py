@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from s2d_jax.data import jsonl, published, tables
 from s2d_jax.data.arithmetic import arithmetic_dataset_builder
+from s2d_jax.data.composition import composition_dataset_builder
 from s2d_jax.data.math_problems import math_problems_dataset_builder
 from s2d_jax.data.word_problems import word_problems_dataset_builder
 from s2d_jax.errors import InputError
@@ -52,6 +53,16 @@ def arithmetic(split: str, data_dir: str | os.PathLike) -> _Decoded:
     InputError: there is no such split.
   """
   builder = arithmetic_dataset_builder.Builder(data_dir=str(data_dir), file_format="array_record")
+  return prepared(_prepare(builder), split)
+
+
+def composition(split: str, data_dir: str | os.PathLike) -> _Decoded:
+  """A split of the composition world, prepared under `data_dir` the first time.
+
+  Raises:
+    InputError: there is no such split.
+  """
+  builder = composition_dataset_builder.Builder(data_dir=str(data_dir), file_format="array_record")
   return prepared(_prepare(builder), split)
 
 

@@ -51,6 +51,11 @@ def answer(operands: Sequence[int]) -> str:
   return f"{sum(operands) % _MODULUS:02d}"
 
 
+def family(problem: Mapping[str, str]) -> str:
+  """The number of operands of a row's "problem": "2", "3" or "4"."""
+  return str(problem["problem"].count("+") + 1)
+
+
 def splits(sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
   """{split: rows} of distinct problems, disjoint between splits; ids count through all splits.
 

@@ -1,0 +1,1 @@
+"""Steps that must be composed in the right order: the problems, and their TFDS builder."""

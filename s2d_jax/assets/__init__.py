@@ -1,1 +1,1 @@
-"""The embedded world's models and tokenizer, and the scripts that made them."""
+"""The embedded worlds' models and tokenizer, and the scripts that made them."""

@@ -1,12 +1,12 @@
-"""Scores of the embedded world's untrained models: the conditions that the method assumes."""
+"""Scores of the embedded worlds' models: the conditions that the method assumes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax import rollouts
+from s2d_jax.assets.worlds import World
 from s2d_jax.chat import Chat
-from s2d_jax.data.arithmetic import problems
 from s2d_jax.losses import kl
 from s2d_jax.models import Model
 from s2d_jax.rewards import arithmetic
@@ -14,49 +14,46 @@ from s2d_jax.rollouts import Prompt, Rollout
 from s2d_jax.sampler import Sampler, Sampling
 from s2d_jax.sharding import Params
 
-# Of problems of four operands, the longest there are.
-PROMPT_TOKENS = 13
-RESPONSE_TOKENS = 21
 # Samples of each problem behind "avg@8".
 _SAMPLES = 8
 
 _ModelAndParams = tuple[Model, Params]
 
 
-def prompts(chat: Chat, split: str) -> tuple[list[Prompt], dict[int, dict]]:
+def prompts(world: World, chat: Chat, split: str) -> tuple[list[Prompt], dict[int, dict]]:
   """The rendered problems of a split, and its rows by id."""
-  rows = problems.splits()[split]
+  rows = world.splits()[split]
   rendered = [Prompt(row["id"], tuple(chat.render([{"role": "user", "content": row["problem"]}])))
               for row in rows]
   return rendered, {row["id"]: row for row in rows}
 
 
-def sampled(chat: Chat, model: Model, params: Params, split: str, samples: int, temperature: float,
-            seed: tuple[int, ...]) -> tuple[np.ndarray, Rollout]:
+def sampled(world: World, chat: Chat, model: Model, params: Params, split: str, samples: int,
+            temperature: float, seed: tuple[int, ...]) -> tuple[np.ndarray, Rollout]:
   """Samples every problem of a split.
 
   Returns:
     (correct_PG of zeros and ones, the Rollout behind it).
   """
-  split_prompts, rows = prompts(chat, split)
-  sampling = Sampling(RESPONSE_TOKENS, chat.eos_ids, samples_per_prompt=samples,
+  split_prompts, rows = prompts(world, chat, split)
+  sampling = Sampling(world.response_tokens, chat.eos_ids, samples_per_prompt=samples,
                       temperature=temperature)
-  sampler = Sampler(model, sampling, len(split_prompts), PROMPT_TOKENS, params=params)
+  sampler = Sampler(model, sampling, len(split_prompts), world.prompt_tokens, params=params)
   rollout, _ = sampler(params, split_prompts, seed)
   correct_B = [arithmetic.reward(rows[int(i)], chat.decode(rollout.response(b)))
                for b, i in enumerate(rollout.prompt_id_B)]
   return np.array(correct_B).reshape(len(split_prompts), samples), rollout
 
 
-def scores(chat: Chat, model: Model, params: Params, split: str,
+def scores(world: World, chat: Chat, model: Model, params: Params, split: str,
            seed: tuple[int, ...]) -> tuple[dict[str, float], Rollout]:
   """Shares of right answers.
 
   Returns:
     ({"avg@8": at temperature 1, "greedy": at temperature 0}, the Rollout of the first).
   """
-  correct_PG, rollout = sampled(chat, model, params, split, _SAMPLES, 1.0, seed)
-  greedy_P1, _ = sampled(chat, model, params, split, 1, 0.0, seed)
+  correct_PG, rollout = sampled(world, chat, model, params, split, _SAMPLES, 1.0, seed)
+  greedy_P1, _ = sampled(world, chat, model, params, split, 1, 0.0, seed)
   return {f"avg@{_SAMPLES}": correct_PG.mean(), "greedy": greedy_P1.mean()}, rollout
 
 

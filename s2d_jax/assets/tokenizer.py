@@ -1,4 +1,4 @@
-"""The embedded world's tokenizer: one token per character, and one for each role of a chat."""
+"""The embedded worlds' tokenizer: one token per character, and one for each role of a chat."""
 
 import json
 import os

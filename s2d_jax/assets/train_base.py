@@ -1,11 +1,11 @@
-"""Trains the two base models of the embedded world and records what they can do.
+"""Trains the two base models of an embedded world and records what they can do.
 
-  python -m s2d_jax.assets.train_base
+  python -m s2d_jax.assets.train_base --world composition
 
-Writes arithmetic/{teacher,student}/, Hugging Face folders, and arithmetic/record.json beside this
-file. Plain next-token training with the package's own model, loss and update; about five minutes
-on two CPU cores. The student reads less, shorter and noisier text than the teacher. The numbers
-were chosen by the scores recorded here alone, not by results of later training.
+Writes WORLD/{teacher,student}/, Hugging Face folders, and WORLD/record.json beside this file. Plain
+next-token training with the package's own model, loss and update; about five minutes on two CPU
+cores. The student reads less, shorter and noisier text than the teacher. The numbers were chosen by
+the scores of record.json alone, before any arm was trained.
 """
 
 import argparse
@@ -21,26 +21,26 @@ import numpy as np
 
 from s2d_jax import models, objectives, optim, rollouts, sharding, training
 from s2d_jax.assets import measure, tokenizer
+from s2d_jax.assets.worlds import WORLDS, World
 from s2d_jax.chat import Chat
-from s2d_jax.data.arithmetic import problems
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
 
-FOLDER = Path(__file__).parent / "arithmetic"
+FOLDER = Path(__file__).parent
 _ROW_TOKENS = 64  # of a packed row
 _BATCH_ROWS = 32
 _PAIRS_AT_ONCE = 1000  # packed together
 _MAX_POSITIONS = 64
 
 
-class _Base(NamedTuple):
+class Base(NamedTuple):
   """One base model: its shape, the text it reads, and the keys of its training."""
 
   width: int
   layers: int
   mlp: int
-  sums: int  # single steps, read first, all of them right
+  single_steps: int  # read first, all of them right
   problems: int  # questions with a response, read afterwards
   longest: int  # operands of those problems
   worked_share: float  # the other responses are bare guesses
@@ -58,17 +58,23 @@ class _Base(NamedTuple):
   microbatches: int = 1
 
 
-_BASES = {
-  "teacher": _Base(
-    128, 4, 192, sums=45_000, problems=70_000, longest=4, worked_share=0.6, slip_share=0.1, lr=3e-3
-  ),
-  "student": _Base(
-    96, 2, 192, sums=45_000, problems=36_000, longest=3, worked_share=0.5, slip_share=0.2, lr=4e-3
-  ),
+BASES = {
+  "arithmetic": {
+    "teacher": Base(128, 4, 192, single_steps=45_000, problems=70_000, longest=4,
+                     worked_share=0.6, slip_share=0.1, lr=3e-3),
+    "student": Base(96, 2, 192, single_steps=45_000, problems=36_000, longest=3,
+                     worked_share=0.5, slip_share=0.2, lr=4e-3),
+  },
+  "composition": {
+    "teacher": Base(128, 4, 192, single_steps=40_000, problems=80_000, longest=4,
+                     worked_share=0.9, slip_share=0.03, lr=3e-3),
+    "student": Base(96, 2, 192, single_steps=40_000, problems=40_000, longest=3,
+                     worked_share=0.5, slip_share=0.2, lr=4e-3),
+  },
 }
 
 
-def _config_json(base: _Base) -> dict[str, Any]:
+def _config_json(base: Base) -> dict[str, Any]:
   """config.json of a Qwen3 of this shape."""
   return {
     "model_type": "qwen3", "vocab_size": len(tokenizer.VOCABULARY), "hidden_size": base.width,
@@ -78,10 +84,11 @@ def _config_json(base: _Base) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def _documents(base: _Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-  """The model's text in reading order, sums and then problems: (ids of context, ids to predict)."""
+def documents(world: World, base: Base, chat: Chat,
+              seed: int) -> Iterator[tuple[list[int], list[int]]]:
+  """The model's text in reading order: (ids of context, ids to predict)."""
   # Of validation and test too, not only of the labelled split.
-  held_out = {row["problem"] for rows in problems.splits().values() for row in rows}
+  held_out = {row["problem"] for rows in world.splits().values() for row in rows}
   vocabulary = chat.vocabulary
   # The template puts one token before the problem's text and one behind it.
   head, tail = chat.render([{"role": "user", "content": ""}])
@@ -89,9 +96,9 @@ def _documents(base: _Base, chat: Chat, seed: int) -> Iterator[tuple[list[int], 
   def ids(text: str) -> list[int]:
     return [vocabulary[character] for character in text]
 
-  for context, total in problems.sums(seed, base.sums):
-    yield ids(context), ids(total) + [chat.eos_ids[0]]
-  for problem, response in problems.corpus(
+  for context, result in world.steps(seed, base.single_steps):
+    yield ids(context), ids(result) + [chat.eos_ids[0]]
+  for problem, response in world.corpus(
     seed, base.problems, base.longest, base.worked_share, base.slip_share, held_out
   ):
     yield [head, *ids(problem), tail], ids(response) + [chat.eos_ids[0]]
@@ -120,9 +127,10 @@ def _take(batch: Batch, rows: np.ndarray | slice) -> Batch:
   return jax.tree.map(lambda array: array[rows], batch)
 
 
-def _train(name: str, base: _Base, chat: Chat, seed: int) -> tuple[models.Model, Params]:
+def _train(world: World, name: str, base: Base, chat: Chat,
+           seed: int) -> tuple[models.Model, Params]:
   """(model, params) after one pass over the documents; prints the loss on the way."""
-  rows = _packed(list(_documents(base, chat, seed)))
+  rows = _packed(list(documents(world, base, chat, seed)))
   # One pass: the schedule needs the number of updates, and the last rows are dropped.
   base = base._replace(steps=len(rows.inputs_BT) // _BATCH_ROWS)
   model = models.get(_config_json(base))
@@ -154,14 +162,15 @@ def _write(folder: Path, model: models.Model, params: Params) -> None:
   (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def _record(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def _record(world: World, folder: Path, seed: int) -> dict[str, dict[str, float]]:
   """Scores of the two models of `folder`, measured from the files."""
   chat = Chat(folder / "teacher")
-  loaded = {name: hf.load(folder / name) for name in _BASES}
+  loaded = {name: hf.load(folder / name) for name in ("teacher", "student")}
   found = {}
   rollout_of = {}
   for name, (model, params) in loaded.items():
-    found[name], rollout_of[name] = measure.scores(chat, model, params, "validation", (seed,))
+    found[name], rollout_of[name] = measure.scores(world, chat, model, params,
+                                                   "validation", (seed,))
     found[name]["parameters"] = sum(x.size for x in jax.tree.leaves(params))
   found["on the teacher's text"] = measure.overlap(loaded["teacher"], loaded["student"],
                                                    rollout_of["teacher"])
@@ -171,26 +180,29 @@ def _record(folder: Path, seed: int) -> dict[str, dict[str, float]]:
 def main() -> None:
   """Trains, writes, measures."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--folder", type=Path, default=FOLDER)
+  parser.add_argument("--world", choices=WORLDS, default="arithmetic")
+  parser.add_argument("--folder", type=Path, help="by default the world's, beside this file")
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
   start = time.monotonic()
-  args.folder.mkdir(parents=True, exist_ok=True)
+  world, bases = WORLDS[args.world], BASES[args.world]
+  target = args.folder or FOLDER / args.world
+  target.mkdir(parents=True, exist_ok=True)
   # The text is tokenized before the models' folders exist.
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.write(folder, _MAX_POSITIONS)
     chat = Chat(folder)
-  for name, base in _BASES.items():
-    _write(args.folder / name, *_train(name, base, chat, args.seed))
+  for name, base in bases.items():
+    _write(target / name, *_train(world, name, base, chat, args.seed))
   results = {
-    "command": f"python -m s2d_jax.assets.train_base --seed={args.seed}",
+    "command": f"python -m s2d_jax.assets.train_base --world={args.world} --seed={args.seed}",
     "jax": jax.__version__,
     "split": "validation",
-    "bases": {name: base._asdict() for name, base in _BASES.items()},
-    "scores": _record(args.folder, args.seed),
+    "bases": {name: base._asdict() for name, base in bases.items()},
+    "scores": _record(world, target, args.seed),
     "seconds": round(time.monotonic() - start),
   }
-  (args.folder / "record.json").write_text(json.dumps(results, indent=2) + "\n")
+  (target / "record.json").write_text(json.dumps(results, indent=2) + "\n")
   print(json.dumps(results["scores"], indent=2))
 
 

@@ -239,6 +239,7 @@ def test_an_unknown_teacher_is_refused():
 # Every argument of every config, with a value other than its default.
 ARGUMENTS = {
     "arithmetic": ("seed=3", "cold_teacher", "same_size", "tiny"),
+    "composition": ("seed=3", "cold_teacher", "same_size", "tiny"),
     "llama_math": ("seed=3", "models=/m", "data=/d", "all_arms", "sft_teacher", "halves", "tiny"),
     "qwen3_math": ("seed=3", "models=/m", "data=/d", "teacher=14b", "teacher=1.7b", "all_arms",
                    "sft_teacher", "halves", "one_gpu", "colab", "tiny"),

@@ -22,7 +22,7 @@ BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vo
 
 
 def parse(arg: str) -> ml_collections.ConfigDict:
-  """The config's arguments.
+  """The config's arguments, for the configs of both embedded worlds.
 
   Raises:
     ValueError: an argument is unknown, or both controls are given.

@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                   "microbatches": 1, "block": BLOCK, "sampling": answers(16)}
   config.evals = {"test": common.evaluation(split="test", sampling=answers(16), ks=(1, 4, 16))}
   # At this temperature more of its answers are right than at any other that was measured.
-  arithmetic.set_control(config, arg, temperature=0.3)
+  arithmetic.set_control(config, arg, temperature=0.1)
   if arg.tiny:
     common.shrink(config)
     config.stages.teacher_sft.sampling.samples_per_prompt = 1

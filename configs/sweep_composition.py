@@ -1,13 +1,17 @@
 """The ladder of the composition world: its arms under three training seeds, stages shared.
 
+Two more seeds train the arms of the headline contrasts alone.
+
   s2d-jax run --config=configs/sweep_composition.py --workdir=runs/composition [--plan]
 
-With `:cold_teacher` or `:same_size` it is that control under three seeds.
+With `:cold_teacher` or `:same_size` it is that control under five seeds.
 """
 
 from ml_collections import ConfigDict
 
 from configs import arithmetic, composition, sweep_seeds
+
+HEADLINE = "untrained,cold_grpo,raw_bridge,bridge,half_bridge,half_bridge_grpo_2h"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -15,7 +19,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config = composition.get_config(arg)
   ladder = sweep_seeds.get_config(arg)
   with config.unlocked():
-    config.sweep = ladder.sweep
+    further = tuple({"seed": config.seed + i} for i in (3, 4))
     if not arithmetic.is_control(arg):
       config.arms = ladder.arms
+      further = tuple(changes | {"arms": HEADLINE} for changes in further)
+    config.sweep = (*ladder.sweep, *further)
   return config

@@ -33,14 +33,14 @@ from s2d_jax.chat import Chat
 from s2d_jax.models import hf
 from s2d_jax.planning import Stage, Task, Use
 
-TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
+TEMPERATURES = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 # Rewards of this family alone harm the family "left", which looks alike and needs another order.
 ALONE = "right"
 # Samples of each problem: enough to tell a share of 1 % from one of 5 %.
 _SAMPLES = 16
 _STAGES = (
   *(row for row in recipe.STAGES if row.name == "teacher_grpo"),
-  # The row `sft` of the config on given solutions: what the student can learn at all.
+  # The row `sft` of the config on given solutions, as a bound of the student.
   Stage("sft", "given", "student", None, objectives.NEGATIVE_LOG_LIKELIHOOD),
 )
 
@@ -68,7 +68,10 @@ def trained(config: ConfigDict, workdir: str, task: Task, row: str) -> epath.Pat
     config.arms = row
     config.stages = {row: config.stages[row]}
     if row == "sft":
-      config.stages.sft.sampling.samples_per_prompt = 1
+      hp = config.stages.sft
+      # The row has several samples of each problem, and this one solution: equally many sequences.
+      hp.steps *= hp.sampling.samples_per_prompt
+      hp.sampling.samples_per_prompt = 1
   plan = recipe.plan(config, task, _STAGES, {row: (Use(row, "all"),)}, compared=())
   (node,) = plan.nodes.values()
   folder = epath.Path(workdir) / node.name

@@ -137,7 +137,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
         new = _run(workdir, entry, row)
         key = (new.label, new.seed, row["score"], *row["stages"])
         run = rows.setdefault(key, new)
-        run.contexts.add(_flat(entry["config"]))
+        run.contexts.add(flat(entry["config"]))
         if not run.probes:  # one run may have left them out
           rows[key] = run._replace(probes=new.probes)
   return list(rows.values())
@@ -178,7 +178,7 @@ def _updates(stages: Sequence[epath.Path], inputs: Sequence[dict[str, Any]]) -> 
   return found
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> frozenset[tuple[str, str]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> frozenset[tuple[str, str]]:
   """A nested config as a frozenset of (dotted key, text of its value), evaluations left out."""
   items = set()
   for key, value in config.items():
@@ -187,7 +187,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> frozenset[tuple[str, s
     if name in _SCORING or key == "eval_every":
       continue
     if isinstance(value, dict):
-      items |= _flat(value, f"{name}.")
+      items |= flat(value, f"{name}.")
     else:
       items.add((name, str(value)))
   return frozenset(items)

@@ -13,7 +13,7 @@ from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, s
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
-_NO_RESULT = ("arms", "seed", "mesh", "compilation_cache", "profile")
+NO_RESULT = ("arms", "seed", "mesh", "compilation_cache", "profile")
 
 
 def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
@@ -76,7 +76,7 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
                    "score": scoring.evaluate(plan, role, name, workdir)})
       _exit_if_stopped(stop)
   entry = {"arm": arm, "seed": plan.config.seed, "rows": rows,
-           "config": {k: v for k, v in plan.config.to_dict().items() if k not in _NO_RESULT},
+           "config": {k: v for k, v in plan.config.to_dict().items() if k not in NO_RESULT},
            "probes": [probes[name] for name in plan.arms[arm] if probes[name]["before"]]}
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.

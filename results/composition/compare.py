@@ -1,0 +1,149 @@
+"""Tables of the variants of variants.py against their controls, and each study's criterion.
+
+  python results/composition/compare.py runs/methods
+
+The difference of a variant and its control is paired on problems and seeds. A criterion was set
+before the runs, and "not met" is a result. Reads finished runs only; a variant without one is left
+out.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats as distributions
+
+from results.composition import variants
+from s2d_jax import files, ladder, metrics, report, sweep, targets, walk
+from s2d_jax.ladder import Contrast, Group
+
+_SCORE = "validation/avg@2"
+
+
+class Study(NamedTuple):
+  """How the variants of one study are compared."""
+  title: str
+  control: str     # the variant that the others are compared with
+  criterion: str
+
+
+STUDIES = {
+    "search": Study("Looking ahead (EffOPD)", "plain", (
+        "a search passes where the FLOPs of plain on-policy distillation until plain's last score "
+        "− 1 point, divided by its own, have an interval above 1, and its score is not lower by "
+        "more than 2 points. *N times fewer steps* needs an interval above 2.5 and a better score "
+        "than plain distillation at its best rate.")),
+    "forms": Study("Forms of the reverse KL after a warmup", "full", (
+        "`generalised_4` and `intersection_4` are within 3 points of `full`.")),
+    "cold_forms": Study("Forms of the reverse KL without a warmup", "full_cold", (
+        "`generalised_4_cold` and `intersection_4_cold` are within 3 points of `full_cold`.")),
+    "warmups": Study("Learning from the teacher's samples first", "opd_only", (
+        "`sft_bridge` is at least 30 points above `opd_only`.")),
+}
+
+
+def variants_of(rows: Sequence[ladder.Run]) -> dict[str, Group]:
+  """The finished runs of each variant, by its name."""
+  found = {}
+  trained = [group for group in ladder.groups(rows) if group.label != "untrained"]
+  for name in variants.VARIANTS:
+    config = sweep.expand(variants.get_config(f"variant={name}"))[0]
+    # As an arm's file has it.
+    context = ladder.flat({key: value for key, value in files.plain(config.to_dict()).items()
+                           if key not in walk.NO_RESULT})
+    for group in trained:
+      if context in group.contexts() and group.label in config.arms.split(","):
+        found[name] = group
+  return found
+
+
+def ratio(control: np.ndarray, variant: np.ndarray) -> tuple[float, float, float]:
+  """Geometric mean over seeds of control / variant, and its 95 % interval by Student's t."""
+  log_S = np.log(control / variant)
+  half = distributions.t.ppf(0.975, len(log_S) - 1) * log_S.std(ddof=1) / np.sqrt(len(log_S))
+  return tuple(np.exp([log_S.mean(), log_S.mean() - half, log_S.mean() + half]))
+
+
+def stage_costs(group: Group, target_of: Mapping[int, float]) -> dict[int, np.ndarray | None]:
+  """Of each seed the costs of on-policy distillation alone until its target (`targets.COSTS`)."""
+  found = {}
+  for seed in sorted(group.runs.keys() & target_of.keys()):
+    curve = targets.curve(group.runs[seed], _SCORE)
+    cost = targets.cost(curve, target_of[seed])
+    # The first score is taken before the first step of the stage.
+    found[seed] = None if cost is None else cost - curve.cost_NC[0]
+  return found
+
+
+def cost_cells(group: Group, control: Group) -> list[str]:
+  """Ratios of steps and FLOPs, and label uses, until the control's last score − 1 point."""
+  target_of = {seed: targets.curve(run, _SCORE).score_N[-1] - 0.01
+               for seed, run in control.runs.items()}
+  costs, base = (stage_costs(one, target_of) for one in (group, control))
+  reached = [seed for seed in costs if costs[seed] is not None]
+  if len(reached) < len(costs) or len(costs) < 2:
+    return [f"reached by {len(reached)} of {len(costs)}", "–", "–"]
+  cells = []
+  for name in ("steps", "flops"):
+    index = targets.COSTS.index(name)
+    # A target that was met before the first step costs nothing, and has no ratio.
+    pair = [np.array([of_seed[seed][index] for seed in costs]) for of_seed in (base, costs)]
+    if min(x.min() for x in pair) <= 0:
+      cells.append("at once")
+    else:
+      value, low, high = ratio(*pair)
+      cells.append(f"{value:.2f} [{low:.2f}, {high:.2f}]")
+  uses = np.mean([run.spent["label_uses"] for run in group.runs.values()])
+  base_uses = np.mean([run.spent["label_uses"] for run in control.runs.values()])
+  return [*cells, f"{uses - base_uses:,.0f}"]
+
+
+def difference_cell(found: Contrast | None) -> str:
+  """Points above the control, with the interval."""
+  return "–" if found is None else report.interval(found.difference)
+
+
+def last_values(group: Group, name: str) -> list[float]:
+  """A metric of the last step of each seed's last stage, where it is logged."""
+  rows = [metrics.read(run.stages[-1], "metrics")[-1] for run in group.runs.values()]
+  return [row[name] for row in rows if name in row]
+
+
+def section(study: str, found: Mapping[str, Group]) -> list[str]:
+  """One study's table, as lines."""
+  one = STUDIES[study]
+  names = [name for name in found if variants.VARIANTS[name].study == study]
+  if one.control not in names:
+    return []
+  control = found[one.control]
+  searches = study == "search"
+  extra = (["steps", "FLOPs", "label uses"] if searches else ["student's mass", "response tokens"])
+  head = ["variant", "seeds", "avg@16", f"− `{one.control}`", *extra]
+  lines = [f"## {one.title}", "", f"Criterion: {one.criterion}", "",
+           "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+  for name in names:
+    group = found[name]
+    compared = None if name == one.control else ladder.compare(group, control)
+    if searches:
+      cells = cost_cells(group, control)
+    else:
+      masses = last_values(group, "student_mass")
+      lengths = last_values(group, "response_length")
+      cells = [f"{np.mean(masses):.3f}" if masses else "–", f"{np.mean(lengths):.1f}"]
+    lines.append("| " + " | ".join([f"`{name}`", group.seeds, report.interval(
+        group.score(group.headline)), difference_cell(compared), *cells]) + " |")
+  return [*lines, ""]
+
+
+def main(workdir: str) -> None:
+  """Prints Markdown."""
+  rows = ladder.read([workdir])
+  found = variants_of(rows)
+  for study in STUDIES:
+    print("\n".join(section(study, found)))
+  print(report.revisions(rows))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

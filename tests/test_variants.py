@@ -1,0 +1,59 @@
+"""The variants of the study: each is sound, differs from its control, and is compared."""
+
+import numpy as np
+import pytest
+
+from configs import composition
+from results.composition import compare, variants
+from s2d_jax import doctor, recipe, sweep, tasks
+from tests.configs.test_configs import blocks
+
+
+def plan_of(variant):
+  config = sweep.expand(variants.get_config(f"variant={variant}"))[0]
+  return recipe.plan(config, tasks.get(config))
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_variant_is_locked_and_passes_the_doctor(variant):
+  for config in sweep.expand(variants.get_config(f"variant={variant},tiny")):
+    assert all(block.is_locked for block in blocks(config).values())
+    doctor.check_config(config, {row.name: row for row in recipe.STAGES})
+    assert config.task == "composition"
+
+
+def test_variants_of_a_study_differ_and_share_the_stages_before():
+  names = {name: set(plan_of(name).nodes) for name, one in variants.VARIANTS.items()
+           if one.study == "search"}
+  assert len({frozenset(nodes) for nodes in names.values()}) == len(names)
+  # The teacher's stage and the warmup.
+  assert len(set.intersection(*names.values())) == 2
+
+
+def test_every_study_has_a_table_with_a_control_of_its_own():
+  assert set(compare.STUDIES) == {one.study for one in variants.VARIANTS.values()}
+  for study, one in compare.STUDIES.items():
+    assert variants.VARIANTS[one.control].study == study
+
+
+def test_a_variant_changes_only_its_own_keys():
+  world = composition.get_config()
+  config = variants.get_config("variant=generalised_4")
+  assert config.stages.reverse_kl.form == "generalised" and config.stages.reverse_kl.top_k == 4
+  for name in ("teacher_grpo", "forward_kl", "sft"):
+    assert config.stages[name].to_dict() == world.stages[name].to_dict()
+
+
+def test_an_unknown_variant_is_refused():
+  with pytest.raises(ValueError, match="variant is 'fast': choose it from plain, "):
+    variants.get_config("variant=fast")
+
+
+def test_a_ratio_of_costs_by_hand():
+  # Ratios 2, 2 and 2: no spread.
+  value, low, high = compare.ratio(np.array([2.0, 4, 6]), np.array([1.0, 2, 3]))
+  assert (value, low, high) == pytest.approx((2, 2, 2))
+  # log ratios 0, log 2 and log 4: mean log 2, standard error log 2 / sqrt 3, t of 2 degrees 4.3027.
+  value, low, high = compare.ratio(np.array([1.0, 2, 4]), np.array([1.0, 1, 1]))
+  assert value == pytest.approx(2)
+  assert high / value == pytest.approx(value / low) == pytest.approx(2 ** (4.3027 / 3 ** 0.5), 1e-4)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import foresee, hosts, program_cache, rollouts, sampler, sharding, training
+from s2d_jax import allocate, foresee, hosts, program_cache, rollouts, sampler, sharding, training
 from s2d_jax.chat import Chat
 from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch
@@ -83,6 +83,7 @@ class Programs(NamedTuple):
   update: jax.stages.Compiled
   scores_first: bool          # whether `token_logps` runs before the updates of each step
   search: "Search | None" = None
+  probe: "Probe | None" = None
 
 
 class Search(NamedTuple):
@@ -90,6 +91,12 @@ class Search(NamedTuple):
   sampler: sampler.Sampler    # of the problems that score candidates
   jump: jax.stages.Compiled   # (params, anchor, multiple) -> candidate
   compare: jax.stages.Compiled | None  # (params, guide_params, batch) -> reverse KL_BT; signal "kl"
+
+
+class Probe(NamedTuple):
+  """The programs of `allocate`."""
+  sampler: sampler.Sampler          # of the teacher's responses
+  token_logps: jax.stages.Compiled  # (params, batch) -> the learner's log-probabilities of them
 
 
 def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sampler.RUN_COMPILER,
@@ -175,7 +182,34 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
                                   training.shardings(state)),
       (state, guide_params, batch, non_trainable), samplers.compiler)
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
-  return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search)
+  probe = _probe_programs(models, hp, logp, samplers) if allocate.probes(hp) else None
+  return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search,
+                  probe)
+
+
+def _probe_programs(models: StageModels, hp: ConfigDict, logp: training.Logp,
+                    samplers: Samplers) -> Probe:
+  """The programs of the stage's probes."""
+  rows = hp.allocate.problems
+  teacher = models.guide or models.actor
+  sampled = samplers.compile(teacher, hp.sampling, min(hp.prompts, rows), samples_per_prompt=1)
+  whole = sharding.abstract(models.full(models.learner.params))
+  batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1,
+                         sharding.current_mesh())
+  split = _sliced(hp, rows)
+  token_logps = _compile(
+      ("token_logps", models.learner.model, logp), split,
+      lambda: training.token_logps(models.learner.model, logp, split), (whole, batch),
+      samplers.compiler)
+  return Probe(sampled, token_logps)
+
+
+def _sliced(hp: ConfigDict, rows: int) -> ConfigDict:
+  """The config with microbatches for another number of rows: at most those of an update at once."""
+  update_rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches // hp.microbatches
+  split = hp.copy_and_resolve_references().unlock()
+  split.microbatches = rows // math.gcd(rows, update_rows)
+  return split
 
 
 def _search_programs(models: StageModels, hp: ConfigDict, params: Params,
@@ -194,10 +228,7 @@ def _search_programs(models: StageModels, hp: ConfigDict, params: Params,
   compare = None
   if ahead.signal == "kl":
     rows = ahead.problems * ahead.samples
-    # At most as many rows at once as an update has.
-    update_rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches // hp.microbatches
-    split = hp.copy_and_resolve_references().unlock()
-    split.microbatches = rows // math.gcd(rows, update_rows)
+    split = _sliced(hp, rows)
     batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
     compare = _compile(
         ("foresee", models.learner.model, models.guide.model), split,

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import (
+  allocate,
   bases,
   chat,
   evals,
@@ -84,7 +85,8 @@ def stage_keys(stage: Stage) -> Record:
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
   record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
-            "foresee": keys.Optional(foresee.KEYS), **stage.objective.keys}
+            "foresee": keys.Optional(foresee.KEYS), "allocate": keys.Optional(allocate.KEYS),
+            **stage.objective.keys}
   if stage.reward:
     record |= objectives.REWARD_KEYS
   else:
@@ -178,10 +180,10 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   with keys.prefixed(f"{path}."):
     models.lora(hp.lora)
     selection.check(hp)
-    foresee.check(hp, stage.source.model == stage.learner,
-                  stage.guide is not None and stage.objective.uses_guide(hp))
-  if stage.reward:
-    with keys.prefixed(f"{path}."):
+    guided = stage.guide is not None and stage.objective.uses_guide(hp)
+    foresee.check(hp, stage.source.model == stage.learner, guided)
+    allocate.check(hp, guided or stage.source.model not in (None, stage.learner))
+    if stage.reward:
       objectives.check_rewards(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.
   samples = hp.sampling.samples_per_prompt
@@ -242,10 +244,8 @@ def check_pair(config: ConfigDict, teacher: tuple[Config, chat.Chat],
   _check_top_k(config, sizes[0])
   _check_pages(config)
   for path, block in _blocks_that_sample(config):
-    try:
+    with keys.prefixed(f"{path}.sampling: "):
       tokenizer.check_stops(block.sampling.stop_strings)
-    except InputError as error:
-      raise InputError(f"{path}.sampling: {error}") from error
 
 
 def _check_pages(config: ConfigDict) -> None:

@@ -23,6 +23,9 @@ from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",
           "tokens_discarded", "tokens_trained", "tokens_guide", "flops", "flops_reused")
 
+# Costs of options, charged apart; absent where a stage has not the option.
+PARTS = ("foresee", "allocate")
+
 _Entry = dict[str, Any]
 
 
@@ -127,10 +130,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
 
 
 def with_search(found: _Entry, search: Found, signal: str, models: StageModels) -> _Entry:
-  """The entry of a step that a search followed, whose part `foresee` has the search's counts.
-
-  Its tokens, FLOPs and label uses are in the entry's own counts too. Its sequences are not, because
-  no update learned from them.
+  """The entry of a step that a search followed, with the search's counts as the part `foresee`.
 
   Args:
     signal: "reward", which spends the labels of the search's problems for each score, or "kl".
@@ -154,8 +154,27 @@ def with_search(found: _Entry, search: Found, signal: str, models: StageModels) 
   part = {"sequences": sum(len(rollout.prompt_id_B) for rollout in rollout_of),
           "tokens_sampled": tokens, "tokens_guide": guide_tokens, "flops": flops,
           "label_uses": len(labels) * len(rollout_of)}
-  sums = {name: found[name] + count for name, count in part.items() if name != "sequences"}
-  return found | sums | {"labels": found["labels"] + labels, "foresee": part}
+  return with_part(found, "foresee", part) | {"labels": found["labels"] + labels}
+
+
+def with_part(found: _Entry, name: str, part: Mapping[str, float]) -> _Entry:
+  """The entry with a part of `PARTS`, whose counts are in the entry's own too.
+
+  Its sequences are not, because no update learned from them.
+  """
+  sums = {key: found[key] + count for key, count in part.items() if key != "sequences"}
+  return found | sums | {name: dict(part)}
+
+
+def probe_part(rollout: Rollout, fresh_B: np.ndarray, models: StageModels) -> dict[str, float]:
+  """The counts of a probe of `allocate`: fresh responses of the teacher, and the learner's scores.
+  """
+  teacher = models.guide or models.actor
+  response_B = rollout.response_length_B
+  length_B = rollout.prompt_length_B + response_B
+  flops = forward_flops(teacher.model.config, length_B[fresh_B], response_B[fresh_B])
+  return {"sequences": int(fresh_B.sum()), "tokens_sampled": int(response_B[fresh_B].sum()),
+          "flops": flops + forward_flops(models.learner.model.config, length_B, response_B)}
 
 
 def _sampling(models: StageModels, rollouts: StepRollouts, pass_rate_rollout: Rollout | None,
@@ -188,10 +207,10 @@ def total(entries: Sequence[Mapping]) -> dict[str, Any]:
   prompt_ids = sorted({i for e in entries for i in e["prompts"]})
   # Uses add up; distinct ids do not, so they are collected as sets above.
   sums = {name: sum(e[name] for e in entries) for name in COUNTS}
-  # Absent unless the stage searches.
-  parts = [e["foresee"] for e in entries if "foresee" in e]
-  if parts:
-    sums["foresee"] = {name: sum(part[name] for part in parts) for name in parts[0]}
+  for name in PARTS:
+    parts = [e[name] for e in entries if name in e]
+    if parts:
+      sums[name] = {key: sum(part[key] for part in parts) for key in parts[0]}
   return {**sums, "labels_distinct": len(label_ids), "prompts_distinct": len(prompt_ids),
           "labels": label_ids, "prompts": prompt_ids}
 

@@ -33,6 +33,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
 from s2d_jax.errors import InputError
+from s2d_jax.probing import Allocation
 from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
 from s2d_jax.sharding import Params
@@ -77,6 +78,7 @@ class StageRun(NamedTuple):
   profiled: range = range(0)  # steps of which a trace is written
   check: rollouts.Reward | None = None  # of samples, for `selection` and `foresee`
   ahead: list[Prompt] | None = None  # on which `foresee` scores weights; None: no searches
+  allocation: Allocation | None = None  # decides the families of prompts; None: no family does
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -117,6 +119,9 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     logs = {name: metrics.Log(stage.folder, name, start)
             for name in ("ledger", "timing", "samples")}
     logs["metrics"] = metrics.Log(stage.folder, "metrics", start, tensorboard=True)
+    if stage.allocation is not None:
+      logs["allocate"] = metrics.Log(stage.folder, "allocate", start)
+      stage.allocation.order.decisions = logs["allocate"].rows
     metrics.announce(f"{stage.name}: compiles its programs, then begins at step {start} of "
                      f"{stage.hp.steps}")
     programs = compile_programs(stage.models, stage.hp, stage.objective, stage.logp,
@@ -201,6 +206,10 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   hp = stage.hp
   # The whole learner, adapters joined, once a step: everything that reads it gets this one.
   live = stage.models.full(state.params)
+  probe_cost = None
+  if stage.allocation is not None and step % hp.allocate.interval == 0:
+    with clock.phase("draw"):
+      probe_cost = stage.allocation.decide(programs.probe, live, step, logs["allocate"])
   with clock.phase("draw"):
     step_rollouts = rollouts.sample_step(source, live, stage.prompts_of, step, hp,
                                          stage.rewards and stage.rewards.reward)
@@ -244,6 +253,8 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
       state, found = _search(stage, programs, state, step)
     values |= found.metrics()
     entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models)
+  if probe_cost is not None:
+    entry = ledger.with_part(entry, "allocate", probe_cost)
   logs["ledger"].add(entry)
   _log_samples(stage, step_rollouts, step, logs["samples"])
   return state, values, step_rollouts.stats

@@ -13,8 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2d_jax import (
+  allocate,
+  chat,
+  doctor,
+  keys,
+  manifest,
+  models,
+  rollouts,
+  sampler,
+  selection,
+  splits,
+)
 from s2d_jax import bases as base_folders
-from s2d_jax import chat, doctor, keys, manifest, models, rollouts, sampler, selection, splits
 from s2d_jax.data import prompts as data_prompts
 from s2d_jax.errors import InputError
 from s2d_jax.identity import identity_of
@@ -121,6 +132,13 @@ class Plan(NamedTuple):
     submit = getattr(self.task.reward, "submit", self.task.reward)
     found = submit(self.problems[prompt_id], self.chat.decode(ids))
     return found if isinstance(found, Future) else float(found)
+
+  @property
+  def family(self) -> Callable[[int], str] | None:
+    """The kind of a problem, from its id; None where the task has no kinds."""
+    if self.task.family is None:
+      return None
+    return lambda prompt_id: self.task.family(self.problems[prompt_id])
 
   @property
   def answer(self) -> Callable[[Sequence[int]], str | None] | None:
@@ -316,6 +334,10 @@ def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> Non
     if needed > len(prompts):
       raise InputError(f"config.stages.{stage.name}.{key} is {needed} and the split {split} has "
                        f"{len(prompts)} problems: lower it.")
+  if "allocate" in hp:
+    with keys.prefixed(f"config.stages.{stage.name}."):
+      allocate.check_families(hp, split, plan.family, prompts,
+                              plan.prompts[plan.config.probe.split])
   for key in stage.source.texts:
     doctor.check_texts(f"config.stages.{stage.name}", key, hp.sampling.max_tokens, prompts,
                        plan.problems, plan.chat, plan.config.data.get("leave_out"))
@@ -338,10 +360,17 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
     problem = plan.problems[p.id]
     texts = [problem[key] for key in stage.source.texts] or [None]
     facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts))
+  families = None
+  if "allocate" in hp and plan.prompts:
+    # The shares depend on each problem's family, and on the problems that are probed.
+    probed = plan.prompts[plan.config.probe.split] if allocate.probes(hp) else []
+    families = manifest.digest([(p.id, p.tokens, plan.family(p.id))
+                                for p in (*plan.prompts[split], *probed)])
   # A source of our own at its first version is named by the row alone.
   source = identity_of(getattr(stage.source.make, "__self__", stage.source.make))
   return {
       **({} if source[2] == 1 else {"source": source}),
+      **({} if families is None else {"families": families}),
       "row": {field: getattr(stage, field) for field in manifest.ROW},
       "objective": [identity_of(stage.objective.loss), stage.objective.version],
       "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),

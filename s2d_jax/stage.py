@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from s2d_jax import (
+  allocate,
   checkpoint,
   compiling,
   evals,
@@ -43,6 +44,7 @@ from s2d_jax import (
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.models import Config, Model, hf
 from s2d_jax.planning import Node, Plan, Stage
+from s2d_jax.probing import Allocation
 from s2d_jax.sampler import Sampler
 from s2d_jax.sharding import Params
 
@@ -166,8 +168,11 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
                                objectives.length_penalty(hp))
   # The order and the seed take the row's name and not the folder's, whose hash changes with any key
   # of the config. Rounds draw further prompts of the same step, so each step reserves them.
-  order = rollouts.PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
-                               rounds=max(hp.rounds, 1) if stage.reward else 1)
+  if "allocate" in hp:
+    order = allocate.Order(plan.prompts[node.split], plan.family, seed, stage.name, hp.prompts)
+  else:
+    order = rollouts.PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
+                                 rounds=max(hp.rounds, 1) if stage.reward else 1)
   stage_optimizer = optimizer(hp, learner.model.config)
   held = compiling.resident(stage_models, stage_optimizer)
   samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(held.values()))
@@ -183,7 +188,29 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
       evaluations=_evaluations(plan, samplers, whole, stage.name),
       profiled=timing.steps_of(plan.config.profile), check=plan.reward,
       ahead=(foresee.problems(plan.prompts[node.split], hp.foresee, seed)
-             if "foresee" in hp else None))
+             if "foresee" in hp else None),
+      allocation=(_allocation(plan, node, stage_models, order, workdir)
+                  if "allocate" in hp else None))
+
+
+def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: allocate.Order,
+                workdir: epath.Path) -> Allocation:
+  """The decisions of a stage's shares, and the problems that its learner is probed on."""
+  teacher = stage_models.guide or stage_models.actor
+  role = node.guide or node.actor
+  seed = plan.config.seed
+
+  def source(compiled: Sampler) -> rollouts.FrozenActor:
+    # The salt keeps these samples apart from those that a stage learns from.
+    return rollouts.FrozenActor(
+        compiled, teacher.params, _store(plan, role, node.hp, workdir, "probed"),
+        (seed, zlib.crc32(b"allocate")), node.name, samples_per_prompt=1,
+        epoch=lambda step, prompt: 0)
+
+  probed = allocate.probed(plan.prompts[plan.config.probe.split], plan.family, order.families,
+                           node.hp)
+  return Allocation(order, probed, source, stage_models, node.hp,
+                    (seed, zlib.crc32(node.stage.name.encode())))
 
 
 def optimizer(hp: ConfigDict, config: Config) -> optax.GradientTransformation:
@@ -221,7 +248,7 @@ def _pass_rates(plan: Plan, node: Node, stage_models: StageModels,
       rollouts.FrozenActor(
           sampler, stage_models.pass_rate_model.params,
           _store(plan, node.learner, node.hp, workdir, "passes"), seed, node.name,
-          node.hp.pass_samples, epoch=lambda step: 0),
+          node.hp.pass_samples, epoch=lambda step, prompt: 0),
       plan.reward, node.stage.prompt_weights)
 
 

@@ -105,7 +105,7 @@ def weighted(stage, params, prompt_weights, reward, folder):
           rollouts.FrozenActor(
               sampler, params, rollouts.Store(epath.Path(folder)),
               (0, zlib.crc32(b"pass rate")), epath.Path(stage.folder).name, stage.hp.pass_samples,
-              lambda step: 0),
+              lambda step, prompt: 0),
           reward, prompt_weights))
 
 
@@ -326,7 +326,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   every = [(prompt, sample) for prompt in range(8) for sample in range(8)]
   for opened_store in opened:  # as it was filled, and opened again
     for prompt, sample in every:
-      rows, _ = opened_store.get([Prompt(prompt, ())], [sample])
+      rows, _ = opened_store.get([(Prompt(prompt, ()), [sample])])
       assert (rows.prompt_id_B[0], rows.sample_index_B[0]) == (prompt, sample)
   assert all(entry["tokens_reused"] == entry["flops_reused"] == 0 for entry in spent)
   # Another stage finds every row there: as much is reused, in trained and in dropped groups alike.

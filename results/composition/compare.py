@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats as distributions
 
+from configs import composition
 from results.composition import variants
-from s2d_jax import files, ladder, metrics, report, sweep, targets, walk
+from s2d_jax import files, intervals, ladder, metrics, report, sweep, targets, tasks, walk
+from s2d_jax.data.composition import problems
 from s2d_jax.ladder import Contrast, Group
 
 _SCORE = "validation/avg@2"
@@ -38,6 +40,11 @@ STUDIES = {
         "`generalised_4` and `intersection_4` are within 3 points of `full`.")),
     "cold_forms": Study("Forms of the reverse KL without a warmup", "full_cold", (
         "`generalised_4_cold` and `intersection_4_cold` are within 3 points of `full_cold`.")),
+    "shares": Study("Shares of families (ReAD)", "uniform_quarter", (
+        "a rule passes where its difference to `uniform` of the same budget has an interval above "
+        "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, no "
+        "other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
+        "FLOPs.")),
     "warmups": Study("Learning from the teacher's samples first", "opd_only", (
         "`sft_bridge` is at least 30 points above `opd_only`.")),
 }
@@ -110,22 +117,55 @@ def last_values(group: Group, name: str) -> list[float]:
   return [row[name] for row in rows if name in row]
 
 
+def control_of(name: str) -> str:
+  """The variant that a variant is compared with."""
+  study = study_of(name)
+  if study == "shares":
+    return "uniform_" + name.rpartition("_")[2]
+  return STUDIES[study].control
+
+
+def study_of(name: str) -> str:
+  """The study of a variant."""
+  return variants.VARIANTS[name].study
+
+
+def share_cells(group: Group, control: Group) -> list[str]:
+  """The difference on "long", the largest loss of another family, and the cost of the probes."""
+  config = composition.get_config()
+  source = tasks.get(config).source(config.evals.test.split)
+  family_P = np.array([problems.family(source[i]) for i in range(len(source))])
+  seeds = sorted(group.runs.keys() & control.runs.keys())
+  gap_SP = group.of(seeds).value_SP() - control.of(seeds).value_SP()
+  gap_of = {name: gap_SP[:, family_P == name] for name in problems.FAMILIES}
+  long = intervals.gap_over_seeds(gap_of.pop("long"))
+  lost = min(100 * part_SP.mean() for part_SP in gap_of.values())
+  totals = [files.read_json(run.stages[-1] / "ledger.json") for run in group.runs.values()]
+  cost = np.mean([t["allocate"]["flops"] / (t["flops"] + t["flops_reused"])
+                  if "allocate" in t else 0.0 for t in totals])
+  return [report.interval(long), f"{lost:+.1f}", f"{100 * cost:.1f} %"]
+
+
 def section(study: str, found: Mapping[str, Group]) -> list[str]:
   """One study's table, as lines."""
   one = STUDIES[study]
   names = [name for name in found if variants.VARIANTS[name].study == study]
   if one.control not in names:
     return []
-  control = found[one.control]
-  searches = study == "search"
-  extra = (["steps", "FLOPs", "label uses"] if searches else ["student's mass", "response tokens"])
-  head = ["variant", "seeds", "avg@16", f"− `{one.control}`", *extra]
-  lines = [f"## {one.title}", "", f"Criterion: {one.criterion}", "",
+  extra = {"search": ["steps", "FLOPs", "label uses"],
+           "shares": ["on \"long\"", "largest loss of another family", "cost of probes"],
+           }.get(study, ["student's mass", "response tokens"])
+  head = ["variant", "seeds", "avg@16", "− control", *extra]
+  control = f"`{one.control}`" if study != "shares" else "`uniform` of the same budget"
+  lines = [f"## {one.title}", "", f"The control is {control}. Criterion: {one.criterion}", "",
            "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for name in names:
     group = found[name]
-    compared = None if name == one.control else ladder.compare(group, control)
-    if searches:
+    control = found[control_of(name)]
+    compared = None if group is control else ladder.compare(group, control)
+    if study == "shares":
+      cells = share_cells(group, control)
+    elif study == "search":
       cells = cost_cells(group, control)
     else:
       masses = last_values(group, "student_mass")

@@ -42,6 +42,13 @@ def _form(form: str, top_k: int, **changes: Any) -> dict[str, Any]:
   return {f"stages.reverse_kl.{key}": value for key, value in changes.items()}
 
 
+def _shares(interval: int, rule: str, weights: str = "", requirement: str = "") -> dict[str, Any]:
+  """The change that decides the shares of families, about twenty times a stage."""
+  return {"stages.forward_kl.allocate": {
+      "interval": interval, "rule": rule, "weights": weights, "requirement": requirement,
+      "kappa": 1.0, "beta": 0.5, "explore": 5, "problems": 160}}
+
+
 VARIANTS = {
     # Searches at the world's learning rate and at a tenth, each with plain on-policy distillation.
     "plain": Variant("search", {}),
@@ -72,6 +79,20 @@ VARIANTS = {
     "sft_bridge_kept": Variant("warmups", {
         "arms": "sft_bridge", "stages.sft.keep": "right,stopped,unrepetitive"}),
     "half_sft_opd": Variant("warmups", {"arms": "half_sft_opd"}),
+    # Shares of families, in a quarter and in a half of the steps of `fkl_only`.
+    **{f"{name}_{budget}": Variant(
+           "shares", {"stages.forward_kl.steps": steps} | _shares(interval, *changes), seeds=5)
+       for budget, steps, interval in (("quarter", 22, 1), ("half", 45, 2))
+       for name, changes in {
+           "uniform": ("uniform",), "greedy": ("greedy",), "ensemble": ("ensemble",),
+           "transfer": ("transfer",), "transfer_for_long": ("transfer", "", "long=1"),
+           # Shares that do not change: a small grid.
+           "fixed_long": ("fixed", "long=1"),
+           "fixed_hard": ("fixed", "long=0.5,right=0.25,product=0.25"),
+           "fixed_graded": ("fixed", "sum=0.1,left=0.1,product=0.2,right=0.2,long=0.4"),
+       }.items()},
+    "as_drawn_quarter": Variant("shares", {"stages.forward_kl.steps": 22}, seeds=5),
+    "as_drawn_half": Variant("shares", {"stages.forward_kl.steps": 45}, seeds=5),
 }
 
 
@@ -108,8 +129,14 @@ def _set_warmups(config: ConfigDict) -> None:
   config.evals.validation = _curve(5)
 
 
+def _set_shares(config: ConfigDict) -> None:
+  """The warmup alone, of the steps that the variant has."""
+  config.arms = "fkl_only"
+  config.stages.reverse_kl.steps = 0
+
+
 _STUDIES = {"search": _set_search, "forms": _set_forms, "cold_forms": _set_cold_forms,
-            "warmups": _set_warmups}
+            "warmups": _set_warmups, "shares": _set_shares}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -53,7 +53,7 @@ class StageInputs(NamedTuple):
   seed: int                     # of the run
   hp: ConfigDict                # the stage's config
   prompt_tokens: int
-  epoch: Callable[[int], int]   # step -> the pass over the prompts
+  epoch: Callable[[int, Prompt], int]  # (step, prompt) -> how often it was drawn before the step
   problem: Callable[[int], Mapping]          # problem id -> the problem
   encode: Callable[[str], Sequence[int]]     # a response's text -> token ids, the end included
   on_policy: bool               # whether the learner is the model that samples
@@ -173,10 +173,9 @@ class Store:
     self._parts.clear()
     self._index(name, whole)
 
-  def get(self, prompts: Iterable[Prompt],
-          samples: Sequence[int]) -> tuple[Rollout, list[str]]:
-    """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
-    locations = [self._location[p.id, int(g)] for p in prompts for g in samples]
+  def get(self, keys: Iterable[tuple[Prompt, Iterable[int]]]) -> tuple[Rollout, list[str]]:
+    """The rows of each (prompt, its samples), a prompt's side by side, and each row's part."""
+    locations = [self._location[p.id, int(g)] for p, samples in keys for g in samples]
     rows = [records.take(self._parts[name], slice(row, row + 1)) for name, row in locations]
     return records.concatenate(rows), [name for name, _ in locations]
 
@@ -189,24 +188,31 @@ class FrozenActor(NamedTuple):
   seed: tuple[int, ...]
   stage: str                    # the stage's folder name: it marks what this stage adds
   samples_per_prompt: int
-  epoch: Callable[[int], int]   # step -> the pass over the prompts; each pass has new samples
+  epoch: Callable[[int, Prompt], int]  # (step, prompt) -> its draws before; each has new samples
 
   def sample(self, params: Params, prompts: Sequence[Prompt], step: int, round: int = 0,
              on_finish: OnFinish | None = None,
              ) -> tuple[Rollout, np.ndarray, SamplerStats | None]:
     """As `RolloutSource.sample`; rows that the store holds already are not fresh."""
     del params, on_finish
-    # Epoch e has samples e·G to e·G + G − 1, so a second pass learns from new responses.
-    first = self.epoch(step) * self.samples_per_prompt
-    indices = range(first, first + self.samples_per_prompt)
     part = f"{self.stage}-{step:08d}-{round}"
-    # Whole prompts are sampled again where one sample is missing; the store keeps only new rows.
-    missing = self.store.missing(prompts, indices)
-    stats = None
-    if missing:
-      rollout, stats = self.sampler(self.params, missing, self.seed, first_sample=first)
-      self.store.add(part, rollout)
-    rollout, parts = self.store.get(prompts, indices)
+    G = self.samples_per_prompt
+    epoch_P = [self.epoch(step, prompt) for prompt in prompts]
+    sampled = []
+    # The prompts of a step need not have been drawn equally often.
+    for epoch in sorted(set(epoch_P)):
+      # Epoch e has samples e·G to e·G + G − 1, so a second draw learns from new responses.
+      first = epoch * G
+      same_epoch = [p for p, e in zip(prompts, epoch_P, strict=True) if e == epoch]
+      # Whole prompts are sampled again where one sample is missing; the store keeps only new rows.
+      missing = self.store.missing(same_epoch, range(first, first + G))
+      if missing:
+        sampled.append(self.sampler(self.params, missing, self.seed, first_sample=first))
+    stats = records.add_stats([stats for _, stats in sampled])
+    if sampled:
+      self.store.add(part, records.concatenate([rollout for rollout, _ in sampled]))
+    rollout, parts = self.store.get([(p, range(e * G, e * G + G))
+                                     for p, e in zip(prompts, epoch_P, strict=True)])
     # By the part's name, not by what was missing: a step that a kill interrupted after the store
     # was written is charged for the same rows when it is done again.
     return rollout, np.array([name == part for name in parts]), stats

@@ -46,8 +46,9 @@ class PromptOrder(NamedTuple):
                               self.rounds)
     return [self.prompts[i] for i in indices]
 
-  def epoch(self, step: int) -> int:
-    """The index of the pass over the prompts that a step belongs to."""
+  def epoch(self, step: int, prompt: Prompt) -> int:
+    """The index of the pass over the prompts that a step belongs to, for each of its prompts."""
+    del prompt
     return data_prompts.epoch(len(self.prompts), step, self.size, self.rounds)
 
 

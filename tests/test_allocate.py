@@ -1,0 +1,170 @@
+"""Shares of families: counts and orders by hand, refusals, rules in a world of known transfer."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from s2d_jax import allocate, keys
+from s2d_jax.errors import InputError
+from s2d_jax.rollouts import Prompt
+
+BLOCK = {"interval": 3, "rule": "transfer", "weights": "", "requirement": "", "kappa": 1.0,
+         "beta": 0.5, "explore": 5, "problems": 8}
+FAMILIES = ("a", "b", "c", "d")
+
+
+def config(**changes):
+  return ConfigDict({"steps": 60, "prompts": 4, "allocate": BLOCK | changes})
+
+
+def test_shares_are_written_as_text():
+  assert allocate.parse("left=0.25, right=0.75") == {"left": 0.25, "right": 0.75}
+  for text in ("a=0.5", "a=0.5,b=0.6", "a=-0.5,b=1.5", "a", "a=x"):
+    with pytest.raises(InputError, match="write families with shares that sum to one"):
+      keys.check_value("weights", text, allocate.KEYS["weights"])
+
+
+@pytest.mark.parametrize("shares, size, want", [
+    ([0.2] * 5, 64, [13, 13, 13, 13, 12]),   # 12.8 each: four of equal remainders are raised
+    ([0.25, 0.75], 4, [1, 3]), ([1.0, 0.0], 7, [7, 0]), ([0.5, 0.5], 3, [2, 1]),
+    ([1 / 3, 1 / 3, 1 / 3], 1, [1, 0, 0]), ([0.1, 0.7, 0.2], 10, [1, 7, 2])])
+def test_counts_have_the_size_as_their_sum(shares, size, want):
+  assert allocate.counts(np.array(shares), size) == want
+
+
+def test_a_family_is_drawn_whole_before_a_problem_repeats_also_when_shares_change():
+  # Six problems of "odd", four of "even", and four a step.
+  prompts = [Prompt(i, (i,)) for i in (1, 3, 5, 7, 9, 11, 0, 2, 4, 6)]
+  family_of = lambda i: "odd" if i % 2 else "even"
+  order = allocate.Order(prompts, family_of, seed=0, stage="sft", size=4)
+  order.decisions = [{"step": 0, "shares": {"even": 0.25, "odd": 0.75}},
+                     {"step": 4, "shares": {"even": 0.75, "odd": 0.25}},
+                     {"step": 6, "shares": {"even": 0.5, "odd": 0.5}}]
+  taken = {"even": [], "odd": []}
+  for step in range(9):
+    found = order(step, 0)
+    counts = {"even": [1, 3, 2][(step >= 4) + (step >= 6)]}
+    counts["odd"] = 4 - counts["even"]
+    assert len({p.id for p in found}) == 4 and order(step, 0) == found
+    for prompt in found:
+      # Its samples are those of its own pass, whatever the other family's is.
+      name = family_of(prompt.id)
+      assert order.epoch(step, prompt) == sum(prompt.id == i for i in taken[name])
+    for name, count in counts.items():
+      new = [p.id for p in found if family_of(p.id) == name]
+      assert len(new) == count
+      taken[name] += new
+  for name, size in (("even", 4), ("odd", 6)):
+    times = [taken[name].count(i) for i in set(taken[name])]
+    assert len(times) == size and max(times) - min(times) <= 1
+
+
+def test_actions_are_single_families_pairs_and_all():
+  action_AF = allocate.actions(3)
+  assert len(action_AF) == 3 + 3 * 3 + 1
+  np.testing.assert_allclose(action_AF.sum(axis=1), 1)
+  assert [0.25, 0.0, 0.75] in action_AF.tolist()
+
+
+def test_a_reward_by_hand():
+  # Gains of 1 and 3, a loss of 2 in a family that counts for a quarter, beta 0.5.
+  value = allocate.reward(np.array([0.5, 0.25, 0.25]), np.array([[1.0, 3.0, -2.0]]), 0.5)
+  assert value == pytest.approx([0.5 + 0.75 - 0.5 - 0.5 * 0.5])
+
+
+def run(transfer_FF, seed, **changes):
+  """The mean score after twenty decisions, and their shares: gains shrink with the gap, noisy."""
+  hp = config(**changes)
+  rng = np.random.default_rng(seed)
+  score_F, teacher_F = np.array([-2.0, -1.5, -1.5, -1.0]), np.zeros(4)
+  history = []
+  for n in range(20):
+    noisy_F = score_F + 0.01 * rng.normal(size=4)
+    share_F = allocate.decide(history, 3 * n, noisy_F, teacher_F, FAMILIES, hp, (seed,)).share_F
+    history.append({"step": 3 * n, "shares": dict(zip(FAMILIES, share_F, strict=True)),
+                    "scores": dict(zip(FAMILIES, noisy_F, strict=True))})
+    score_F = score_F + 0.3 * (share_F @ transfer_FF) * (teacher_F - score_F)
+  return score_F.mean(), history
+
+
+def test_the_transfer_model_beats_uniform_and_greedy_where_families_help_and_harm():
+  # "c" teaches all; "a" teaches itself and harms "b".
+  transfer_FF = 0.5 * np.eye(4)
+  transfer_FF[2] = [0.5, 0.4, 0.6, 0.4]
+  transfer_FF[0, 1] = -0.6
+  mean = {rule: np.mean([run(transfer_FF, seed, rule=rule)[0] for seed in range(200)])
+          for rule in ("uniform", "greedy", "transfer")}
+  # Of the best choice at each decision, made with the true model, -0.075.
+  assert mean["transfer"] > mean["greedy"] + 0.1 > mean["uniform"] + 0.2
+
+
+def test_the_ensemble_beats_uniform_where_a_family_harms():
+  transfer_FF = np.eye(4)
+  transfer_FF[0, 1] = -1.0
+  ensemble = np.mean([run(transfer_FF, seed, rule="ensemble")[0] for seed in range(5)])
+  assert ensemble > run(transfer_FF, 0, rule="uniform")[0] + 0.1
+
+
+def test_without_transfer_it_comes_near_the_best_rule():
+  # Then the best choice is the largest gap, "greedy"; uniform shares end 0.07 below it.
+  mean = {rule: np.mean([run(np.eye(4), seed, rule=rule)[0] for seed in range(50)])
+          for rule in ("uniform", "greedy", "transfer")}
+  assert mean["uniform"] + 0.04 < mean["transfer"] <= mean["greedy"]
+
+
+@pytest.mark.parametrize("rule", ["transfer", "ensemble"])
+def test_a_history_gives_the_same_decisions_again(rule):
+  _, history = run(np.eye(4), 3, rule=rule)
+  teacher_F = np.zeros(4)
+  for n in (0, 4, 5, 11):
+    score_F = np.array([history[n]["scores"][name] for name in FAMILIES])
+    again = allocate.decide(history[:n], 3 * n, score_F, teacher_F, FAMILIES, config(rule=rule),
+                            (3,))
+    assert dict(zip(FAMILIES, again.share_F, strict=True)) == history[n]["shares"]
+
+
+def test_first_decisions_are_random_without_repeats():
+  _, history = run(np.eye(4), 1, explore=20)
+  assert len({tuple(row["shares"].values()) for row in history}) == 20
+
+
+def test_a_requirement_of_one_family_is_met():
+  _, history = run(np.eye(4), 0, requirement="d=1.0")
+  assert np.mean([row["shares"]["d"] for row in history[-8:]]) > 0.7
+  share_F = allocate.decide([], 0, None, None, FAMILIES, config(rule="fixed", weights="b=1"),
+                            ()).share_F
+  assert share_F.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("changes, has_teacher, message", [
+    ({"pass_samples": 4}, True, "weights them by pass rates already: take one of the two out"),
+    ({"rounds": 2}, True, "rounds is 2: set rounds to 0 or 1"),
+    ({}, False, "compares with a teacher, and this stage has none: choose 'uniform' or 'fixed'"),
+    ({"rule": "fixed"}, True, "the rule 'fixed' needs weights"),
+    ({"weights": "a=1"}, True, "no other reads them"),
+])
+def test_a_stage_that_cannot_take_shares_is_refused(changes, has_teacher, message):
+  hp = config(**{k: v for k, v in changes.items() if k in BLOCK})
+  hp.update({k: v for k, v in changes.items() if k not in BLOCK})
+  with pytest.raises(InputError, match=message):
+    allocate.check(hp, has_teacher)
+
+
+@pytest.mark.parametrize("changes, family_of, message", [
+    ({}, None, "the task has none"),
+    ({"weights": "even=0.5,left=0.5", "rule": "fixed"}, lambda i: "even" if i % 2 else "odd",
+     "names the family 'left' and no problem of the split all is of it: choose from even, odd"),
+    ({"requirement": "long=1"}, lambda i: "even", "allocate.requirement names the family 'long'"),
+    ({}, lambda i: "few" if i < 2 else "many", "'few' has 2 problems: lower prompts"),
+    ({"problems": 40}, lambda i: "even" if i % 2 else "odd", "split has 6: lower it"),
+])
+def test_problems_without_the_families_are_refused(changes, family_of, message):
+  prompts = [Prompt(i, (i,)) for i in range(12)]
+  with pytest.raises(InputError, match=message):
+    allocate.check_families(config(**changes), "all", family_of, prompts, prompts)
+
+
+def test_means_are_over_the_tokens_of_each_group():
+  value_BT = np.array([[1.0, 2, 9], [3, 9, 9], [5, 6, 7]])
+  weight_BT = np.array([[1.0, 1, 0], [1, 0, 0], [1, 1, 1]])
+  assert allocate.means(value_BT, weight_BT, [2, 1]).tolist() == [2.0, 6.0]

@@ -326,7 +326,7 @@ def test_rounds_of_a_frozen_actor_are_all_in_the_store(tmp_path, mesh):
   every = [(prompt, sample) for prompt in range(8) for sample in range(8)]
   for opened_store in opened:  # as it was filled, and opened again
     for prompt, sample in every:
-      rows, _ = opened_store.get([(Prompt(prompt, ()), [sample])])
+      rows, _ = opened_store.get([Prompt(prompt, ())], [sample])
       assert (rows.prompt_id_B[0], rows.sample_index_B[0]) == (prompt, sample)
   assert all(entry["tokens_reused"] == entry["flops_reused"] == 0 for entry in spent)
   # Another stage finds every row there: as much is reused, in trained and in dropped groups alike.

@@ -42,8 +42,8 @@ STUDIES = {
         "`generalised_4_cold` and `intersection_4_cold` are within 3 points of `full_cold`.")),
     "shares": Study("Shares of families (ReAD)", "uniform_quarter", (
         "a rule passes where its difference to `uniform` of the same budget has an interval above "
-        "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, no "
-        "other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
+        "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, "
+        "no other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
         "FLOPs.")),
     "warmups": Study("Learning from the teacher's samples first", "opd_only", (
         "`sft_bridge` is at least 30 points above `opd_only`.")),

@@ -173,9 +173,10 @@ class Store:
     self._parts.clear()
     self._index(name, whole)
 
-  def get(self, keys: Iterable[tuple[Prompt, Iterable[int]]]) -> tuple[Rollout, list[str]]:
-    """The rows of each (prompt, its samples), a prompt's side by side, and each row's part."""
-    locations = [self._location[p.id, int(g)] for p, samples in keys for g in samples]
+  def get(self, prompts: Iterable[Prompt],
+          samples: Sequence[int]) -> tuple[Rollout, list[str]]:
+    """The rows of every (prompt, sample), a prompt's samples side by side, and each row's part."""
+    locations = [self._location[p.id, int(g)] for p in prompts for g in samples]
     rows = [records.take(self._parts[name], slice(row, row + 1)) for name, row in locations]
     return records.concatenate(rows), [name for name, _ in locations]
 
@@ -211,8 +212,10 @@ class FrozenActor(NamedTuple):
     stats = records.add_stats([stats for _, stats in sampled])
     if sampled:
       self.store.add(part, records.concatenate([rollout for rollout, _ in sampled]))
-    rollout, parts = self.store.get([(p, range(e * G, e * G + G))
-                                     for p, e in zip(prompts, epoch_P, strict=True)])
+    rows = [self.store.get([p], range(e * G, e * G + G))
+            for p, e in zip(prompts, epoch_P, strict=True)]
+    rollout = records.concatenate([one for one, _ in rows])
+    parts = [name for _, names in rows for name in names]
     # By the part's name, not by what was missing: a step that a kill interrupted after the store
     # was written is charged for the same rows when it is done again.
     return rollout, np.array([name == part for name in parts]), stats

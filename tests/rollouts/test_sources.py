@@ -28,7 +28,7 @@ class Sampler:
 
 def frozen(sampler, folder, stage):
   return rollouts.FrozenActor(sampler, "frozen", rollouts.Store(folder), (3,), stage, 2,
-                              lambda step: step // 4)
+                              lambda step, prompt: step // 4)
 
 
 def test_an_on_policy_source_seeds_by_step_and_round():
@@ -52,6 +52,21 @@ def test_a_frozen_actor_samples_once_an_epoch_with_its_own_weights(tmp_path):
   later, fresh_B, _ = source.sample("live", PROMPTS, 4)  # the next epoch asks for samples 2 and 3
   assert sampler.calls[1][3] == 2 and fresh_B.all()
   assert later.sample_index_B.tolist() == [2, 3, 2, 3]
+
+
+def test_prompts_of_one_step_may_be_in_different_epochs(tmp_path):
+  sampler = Sampler()
+  source = frozen(sampler, tmp_path / "store", "a")._replace(
+      epoch=lambda step, prompt: 2 if prompt.id == 10 else 1)
+  rollout, fresh_B, stats = source.sample("live", PROMPTS, 0)
+  # In the order of the prompts, though the smaller epoch is sampled first.
+  assert rollout.prompt_id_B.tolist() == [10, 10, 20, 20] and fresh_B.all()
+  assert rollout.sample_index_B.tolist() == [4, 5, 2, 3]
+  assert [call[1:4:2] for call in sampler.calls] == [([20], 2), ([10], 4)]
+  assert stats.tokens == 2 * STATS.tokens
+  again, fresh_B, _ = source.sample("live", PROMPTS, 0)  # the same step: one part holds both
+  assert fresh_B.all() and len(sampler.calls) == 2
+  np.testing.assert_array_equal(again.response_BT, rollout.response_BT)
 
 
 def test_a_step_done_again_after_a_kill_is_charged_for_the_same_rows(tmp_path):

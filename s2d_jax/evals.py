@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import keys, rollouts, sampler, stats
+from s2d_jax import keys, prefixes, rollouts, sampler, stats
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.rewards import pool
@@ -28,7 +28,9 @@ SPLIT = Key(lambda split: split not in TRAINED, "choose a split that arms do not
 PROBE_KEYS = {
     "split": SPLIT, "problems": keys.at_least(0), "prompts": keys.at_least(1, hashed=False),
     "sampling": sampler.Sampling.KEYS, "group": keys.at_least(1), "top_k": keys.at_least(1),
-    "microbatches": keys.at_least(1, hashed=False), "block": keys.at_least(1, hashed=False)}
+    "microbatches": keys.at_least(1, hashed=False), "block": keys.at_least(1, hashed=False),
+    # problems whose responses the guide finishes too, after a cut (`prefixes`)
+    "prefixes": keys.at_least(1, neutral=0, optional=True)}
 
 
 def statistics_of(hp: ConfigDict) -> tuple[str, ...]:
@@ -108,6 +110,7 @@ def check_probe(hp: ConfigDict) -> None:
   if hp.prompts * samples % hp.microbatches:
     raise InputError(f"microbatches is {hp.microbatches} and does not divide the "
                      f"{hp.prompts * samples} rows that are scored at once: change one of them.")
+  prefixes.check(hp)
 
 
 class Stored(NamedTuple):

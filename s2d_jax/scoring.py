@@ -6,7 +6,7 @@
 import functools
 import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,7 @@ from s2d_jax import (
   hosts,
   keys,
   manifest,
+  prefixes,
   program_cache,
   rollouts,
   sampler,
@@ -66,7 +67,8 @@ def probe(plan: Plan, role: str, guide: str | None, workdir: epath.Path) -> str 
 
   On config.probe.problems of a split whose answers no arm buys: the pass rate, the share of mixed
   groups, the length; and with a `guide` (a role), the agreement of the two on the text of each
-  (`losses.agreement`). Probes are diagnostics: no ledger charges them.
+  (`losses.agreement`) and, where the config asks for it, the prefix probe. Probes are diagnostics:
+  no ledger charges them.
 
   Returns:
     The folder's name, or None where config.probe.problems is 0.
@@ -77,6 +79,9 @@ def probe(plan: Plan, role: str, guide: str | None, workdir: epath.Path) -> str 
   prompts = plan.prompts[config.split][: config.problems]
   inputs = {"weights": plan.identity(role), "guide": guide and plan.identity(guide),
             "probe": keys.hashed(config, evals.PROBE_KEYS), **_common_inputs(plan, prompts)}
+  if config.get("prefixes", 0):
+    # Which responses have an answer is for this function to say.
+    inputs["answer"] = plan.task.answer and identity_of(plan.task.answer)
   folder = workdir / manifest.name("probe", inputs)
   if manifest.read(folder) is None:
     mesh = sharding.current_mesh()
@@ -123,7 +128,8 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
   """The measurements on the text of each role; with a teacher, the agreement on it as well.
 
   Returns:
-    {"student": {name: value}}, and "teacher" likewise where `roles` has one.
+    {"student": {name: value}}; "teacher" likewise where `roles` has one, and "prefixes" where the
+    config asks for it as well.
   """
   config = plan.config.probe
   # Compiled once and run on the text of both: which text is compared changes no shape.
@@ -136,6 +142,10 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
   found = {}
   held = sharding.device_bytes([role.params for role in roles.values()])
   samplers = compiling.samplers(plan.config, plan.chat)._replace(held=held)
+  completions = {}
+  finish = None
+  if "teacher" in roles and config.get("prefixes", 0):
+    finish = _finisher(plan, samplers, roles["teacher"], prompts)
   for name, role in roles.items():
     compiled = {"sampled": samplers.compile(role, config.sampling, config.prompts)}
     with sampler.naming(_folder(plan, names[name])):
@@ -143,6 +153,9 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
                       (plan.config.seed, zlib.crc32(b"probe")), lambda samples: ())
     rollout = one.rollouts["sampled"]
     found[name] = dict(evals.text(one.samples["sampled"].correct_PG, rollout, config.group))
+    if finish is not None and name == "student":
+      with sampler.naming(_folder(plan, names["teacher"])):
+        completions["prefixes"] = finish(rollout)
     if compared is None:
       continue
     # In batches of the rows that were sampled side by side, so that memory is bounded alike.
@@ -159,7 +172,18 @@ def _measured(plan: Plan, roles: Mapping[str, Role], names: Mapping[str, str],
     pair = " and ".join(_folder(plan, names[one]) for one in roles)
     with sampler.naming(pair):
       found[name] |= dict(evals.agreement(values, batch.weight_BT))
-  return found
+  return found | completions
+
+
+def _finisher(plan: Plan, samplers: compiling.Samplers, guide: Role,
+              prompts: Sequence[Prompt]) -> Callable[[Rollout], dict[str, Any]]:
+  """The prefix probe of a guide, as a function of the learner's samples; it is compiled now."""
+  config = plan.config.probe
+  chosen = prefixes.settings(samplers, config)
+  compiled = chosen.samplers.compile(guide, config.sampling, chosen.batch, **chosen.changes)
+  return lambda begun: prefixes.measure(
+      compiled, guide.params, prompts[: config.prefixes], begun, plan.reward, plan.answer,
+      (plan.config.seed, zlib.crc32(b"prefixes")))
 
 
 def _scores(plan: Plan, config: ConfigDict, learner: Role, prompts: Sequence[Prompt],

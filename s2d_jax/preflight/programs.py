@@ -17,6 +17,7 @@ from s2d_jax import (
   models,
   objectives,
   planning,
+  prefixes,
   recipe,
   sampler,
   sharding,
@@ -249,6 +250,10 @@ def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Req
     both = samplers._replace(held=sum(held.values()))
     for role in roles:
       yield from _score("probe", role, config.probe, config.probe.prompts, roles[role], both, {})
+    if config.probe.get("prefixes", 0):
+      chosen = prefixes.settings(both, config.probe)
+      yield from _score("probe", "prefixes", config.probe, chosen.batch, roles["teacher"],
+                        chosen.samplers, chosen.changes)
     rows = config.probe.prompts * config.probe.sampling.samples_per_prompt
     yield Request("probe", "both", _compare(config, roles, mesh, rows), 0, 1,
                   _blocks(config.probe, rows // config.probe.microbatches))

@@ -136,6 +136,9 @@ def _probe(plan: Plan, role: str, guide: str | None) -> Part:
     times[model] = times.get(model, 0.0) + calls
     # Both models score the text of either.
     times["both"] = 2 * calls
+    # The guide answers from the prompt and after a prefix.
+    if hp.get("prefixes", 0):
+      times["prefixes"] = 2 * hp.prefixes / min(hp.prompts, hp.prefixes)
   inputs = {"weights": plan.identity(role), "guide": guide and plan.identity(guide),
             "probe": keys.hashed(hp, evals.PROBE_KEYS), **_common(plan)}
   return Part(manifest.name("probe", inputs), "probe", "probe", times)

@@ -128,6 +128,20 @@ def test_probes_around_a_stage_count_once_for_equal_weights(config):
   assert "teacher_grpo (not compiled)" in found.left_out
 
 
+def test_a_prefix_probe_is_two_calls_of_the_guide_for_each_batch(config):
+  config.arms = "raw_bridge"
+  config.probe.update({"problems": 64, "prompts": 32})
+  config.unlock()
+  config.probe.prefixes = 64
+  parts = [program("probe", "prefixes"), program("probe", "prefixes prefill")]
+  # raw_bridge has three probes beside the teacher.
+  assert runs.total(plans(config), [parts]).hours == pytest.approx(2 * 2 * 3 * 2 * 2)
+  config.probe.prefixes = 8  # fewer than one call takes
+  assert runs.total(plans(config), [parts]).hours == pytest.approx(2 * 2 * 3 * 2)
+  del config.probe.prefixes
+  assert runs.total(plans(config), [parts]).hours == 0
+
+
 def test_one_part_is_named_in_the_singular():
   found = runs.Total(1.0, {"stage": 1, "evaluation": 2, "probe": 1}, ())
   assert str(found) == "1 stage, 2 evaluations, 1 probe, every response of max_tokens"

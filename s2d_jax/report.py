@@ -23,6 +23,7 @@ from s2d_jax import (
   ladder,
   metrics,
   paper,
+  probe_table,
   stats,
   targets,
   timing,
@@ -58,8 +59,8 @@ def markdown(rows: Sequence[Run], choice: str = "", command: str = "",
     lines += [scored_as(settings, part), "", *table(groups), "", *differences(groups), ""]
     # Another benchmark of the same runs has the same conditions: they are shown once.
     reached = targets.section(groups, *target) if target else []
-    for section in (sweeps(groups), conditions(groups), starts(groups), reached, seconds(groups),
-                    warnings(groups)):
+    for section in (sweeps(groups), conditions(groups), probe_table.section(groups, escaped),
+                    starts(groups), reached, seconds(groups), warnings(groups)):
       if section and section not in shown:
         shown.append(section)
         lines += [*section, ""]
@@ -227,7 +228,7 @@ def conditions(groups: Sequence[Group]) -> list[str]:
         for text in ("teacher", "student"):
           found = [p[when][text] for p in probe]
           values = [fmt.format(np.mean([f[key] for f in found])) for _, key, fmt in PROBED]
-          stage = _stage_name(probe)
+          stage = probe_table.stage_name(probe)
           key = (stage, index, when, text, *values)
           if key not in shown:  # arms that share the stage show it once
             shown.add(key)
@@ -261,7 +262,7 @@ def starts(groups: Sequence[Group]) -> list[str]:
         solved, mixed, entropy, tokens = (np.mean([f[key] for f in found]) for key in (
             "pass_rate", "mixed_groups", "entropy", "response_length"))
         often = np.mean([np.greater(f["mixed_prompts"], 0.5) for f in found])
-        lines.append(f"| {escaped(group.name)} | {_stage_name(probe)} | {solved:.3f} | "
+        lines.append(f"| {escaped(group.name)} | {probe_table.stage_name(probe)} | {solved:.3f} | "
                      f"{mixed:.3f} | {often:.2f} | {entropy:.3f} | {tokens:.1f} |")
   if not lines:
     return []
@@ -322,7 +323,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
     for probe in group.probes():
       if probe[0]["after"] is None:
         mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])
-        lines += [f"- {name}: {_stage_name(probe)} {sentence}."
+        lines += [f"- {name}: {probe_table.stage_name(probe)} {sentence}."
                   for sentence in ladder.warnings(mixed_groups=mixed)]
     for run in group.runs.values():
       lines += _few_weighted(name, run)
@@ -337,11 +338,6 @@ def _few_weighted(name: str, run: Run) -> Iterator[str]:
       yield (f"- {name}, seed {run.seed}: {folder.name.rpartition('-')[0]} gave "
              f"{100 * np.mean(share):.0f} % of its sequences any weight, so it learned from fewer "
              "than the arms it is compared with.")
-
-
-def _stage_name(probe: Sequence[dict[str, Any]]) -> str:
-  """The stage of a probe, by the name of its folder without the hash."""
-  return probe[0]["stage"].rpartition("-")[0]
 
 
 def write(workdirs: Sequence[epath.PathLike], target: str = "") -> str:

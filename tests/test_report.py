@@ -255,6 +255,43 @@ def test_the_conditions_by_hand(tmp_path):
   assert "- bridge: teacher_grpo began with 38 % mixed groups: most are constant" in text
 
 
+def test_the_table_of_samples_by_hand(tmp_path):
+  one = stage(tmp_path, "reverse_kl-1")
+  samples = {"repetition": 0.125, "teacher_rank": 2.0, "teacher_rank_in_top_k": 0.75,
+             "delta_logp_repeated": -0.25, "delta_logp_other": -0.5}
+  ends = {"problems": 8, "guide": 0.75, "after_prefix": 0.25, "right_to_wrong": 5,
+          "wrong_to_right": 1, "guide_well_formed": 1.0, "after_prefix_well_formed": 0.5}
+  def write(run, name, prefixes, **change):
+    found = {text: PROBE | samples | change for text in ("student", "teacher")}
+    del found["teacher"]["delta_logp_repeated"]  # no token of it was repeated
+    files.write_json(run / name / "result.json",
+                     found | ({"prefixes": prefixes} if prefixes else {}))
+    return name
+  probes = [{"stage": one, "before": write(tmp_path, "probe-0", ends),
+             "after": write(tmp_path, "probe-1", None, teacher_rank=1.0)}]
+  name = score(tmp_path, "eval-0", RIGHT)
+  arm(tmp_path, "opd_only", [("opd_only", [one], name)], probes=probes)
+  text = report.markdown(ladder.read([tmp_path]))
+  part = text.partition("### What the samples are like")[2].partition("\n###")[0]
+  head, *rows = table(part)
+  assert len(head) == 4 + 5 + 7 and "*Readable* is the share" in part
+  none = ["–"] * 7
+  assert rows == [
+      ["opd_only", "reverse_kl", "before", "teacher's", "0.125", "2.0", "0.750", "–", "-0.500",
+       *none],
+      ["opd_only", "reverse_kl", "before", "student's", "0.125", "2.0", "0.750", "-0.250", "-0.500",
+       "0.750", "0.250", "5.0", "1.0", "8", "1.000", "0.500"],
+      ["opd_only", "reverse_kl", "after", "teacher's", "0.125", "1.0", "0.750", "–", "-0.500",
+       *none],
+      ["opd_only", "reverse_kl", "after", "student's", "0.125", "1.0", "0.750", "-0.250", "-0.500",
+       *none]]
+  # Without a prefix probe its columns and its sentences are gone.
+  write(tmp_path, "probe-0", None)
+  text = report.markdown(ladder.read([tmp_path]))
+  part = text.partition("### What the samples are like")[2].partition("\n###")[0]
+  assert len(table(part)[0]) == 4 + 5 and "Readable" not in part
+
+
 def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
   arm(tmp_path, "untrained", [
       ("untrained teacher", [], score(tmp_path, "eval-0", RIGHT)),

@@ -1,11 +1,14 @@
 """The variants of the study: each is sound, differs from its control, and is compared."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import composition
-from results.composition import compare, variants
-from s2d_jax import doctor, recipe, sweep, tasks
+from results.composition import compare, study, variants
+from s2d_jax import doctor, recipe, rollouts, sweep, tasks
 from tests.configs.test_configs import blocks
 
 
@@ -32,8 +35,8 @@ def test_variants_of_a_study_differ_and_share_the_stages_before():
 
 def test_every_study_has_a_table_with_a_control_of_its_own():
   assert set(compare.STUDIES) == {one.study for one in variants.VARIANTS.values()}
-  for study, one in compare.STUDIES.items():
-    assert variants.VARIANTS[one.control].study == study
+  for name, one in compare.STUDIES.items():
+    assert variants.VARIANTS[one.control].study == name
 
 
 def test_a_variant_changes_only_its_own_keys():
@@ -57,3 +60,21 @@ def test_a_ratio_of_costs_by_hand():
   value, low, high = compare.ratio(np.array([1.0, 2, 4]), np.array([1.0, 1, 1]))
   assert value == pytest.approx(2)
   assert high / value == pytest.approx(value / low) == pytest.approx(2 ** (4.3027 / 3 ** 0.5), 1e-4)
+
+
+def test_the_refused_loss_takes_probability_off_its_support_even_at_the_teacher():
+  # One position, features 1: the logits are the unembedding. p = q, and the top two have mass 0.8.
+  q_V = np.array([0.5, 0.3, 0.15, 0.05])
+  logits_V1 = jnp.log(q_V)[:, None].astype(jnp.float32)
+  ones_BT = jnp.ones((1, 1))
+  batch = rollouts.Batch(*[None] * 11)._replace(weight_BT=ones_BT, count_BT=ones_BT)
+  hp = ConfigDict({"top_k": 2, "block": 4})
+
+  def loss(weight_V1):
+    head = (jnp.ones((1, 1, 1)), weight_V1)
+    return study.unnormalised(head, (jnp.ones((1, 1, 1)), logits_V1), batch, hp)["loss"][0]
+
+  value, grad_V1 = jax.value_and_grad(loss)(logits_V1)
+  # Σ_S p (log p/q + 1) ∇ log p = p_v (1_S − 0.8) at p = q.
+  assert value == pytest.approx(0, abs=1e-6)
+  np.testing.assert_allclose(grad_V1[:, 0], q_V * (np.array([1, 1, 0, 0]) - 0.8), atol=1e-6)

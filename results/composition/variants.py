@@ -4,7 +4,7 @@
     --workdir=runs/methods [--plan]
 
 A variant is a name of VARIANTS. All variants of a study begin with the same stages, which a common
-work folder trains once. results/composition/study.sh runs all of them, and compare.py beside it
+work folder trains once. study.py beside this file trains all of them, and compare.py
 compares them.
 """
 
@@ -152,6 +152,7 @@ def get_config(arg: str = "") -> ConfigDict:
   variant = VARIANTS[parsed.variant]
   config = composition.get_config(f"seed={parsed.seed}")
   with config.unlocked():
+    config.probe.problems = 0  # the comparisons read no probe
     _STUDIES[variant.study](config)
     for key, value in variant.changes.items():
       block, _, name = key.rpartition(".")

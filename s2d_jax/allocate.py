@@ -178,6 +178,9 @@ class Order:
   def _counted(self, step: int) -> tuple[np.ndarray, list[int]]:
     """Of each family, the draws before a step, and those of the step."""
     before = [row for row in self.decisions if row["step"] <= step]
+    # A sampler's cache is checked on prompts of step 0 before anything is decided.
+    equal = dict.fromkeys(self.families, 1 / len(self.families))
+    before = before or [{"step": step, "shares": equal}]
     drawn_F = np.zeros(len(self.families), int)
     for i, row in enumerate(before):
       count_F = counts([row["shares"][name] for name in self.families], self._size)

@@ -59,6 +59,12 @@ def test_a_family_is_drawn_whole_before_a_problem_repeats_also_when_shares_chang
     assert len(times) == size and max(times) - min(times) <= 1
 
 
+def test_before_the_first_decision_shares_are_equal():
+  order = allocate.Order([Prompt(i, (i,)) for i in range(8)], lambda i: "odd" if i % 2 else "even",
+                         seed=0, stage="sft", size=4)
+  assert sorted(p.id % 2 for p in order(0, 0)) == [0, 0, 1, 1]
+
+
 def test_actions_are_single_families_pairs_and_all():
   action_AF = allocate.actions(3)
   assert len(action_AF) == 3 + 3 * 3 + 1

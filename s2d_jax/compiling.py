@@ -11,7 +11,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from s2d_jax import allocate, foresee, hosts, program_cache, rollouts, sampler, sharding, training
+from s2d_jax import (
+  allocate,
+  foresee,
+  hints,
+  hosts,
+  program_cache,
+  rollouts,
+  sampler,
+  sharding,
+  training,
+)
 from s2d_jax.chat import Chat
 from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Batch
@@ -173,7 +183,8 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
   guide = models.guide and models.guide.model
   # A minibatch has old log-probabilities, or those of the sampler alone, or, given, none.
   batch = abstract_batch(samples // hp.minibatches, width, mesh, old_logps=scores_first,
-                         sampled=models.actor is not None)
+                         sampled=models.actor is not None,
+                         guide_width=hints.width(hp, hp.sampling.max_tokens))
   guide_params = models.guide and sharding.abstract(models.guide.params)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   update = _compile(
@@ -229,7 +240,8 @@ def _search_programs(models: StageModels, hp: ConfigDict, params: Params,
   if ahead.signal == "kl":
     rows = ahead.problems * ahead.samples
     split = _sliced(hp, rows)
-    batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1, mesh)
+    batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1, mesh,
+                           guide_width=hints.width(hp, hp.sampling.max_tokens))
     compare = _compile(
         ("foresee", models.learner.model, models.guide.model), split,
         lambda: training.compare(models.learner.model, models.guide.model, foresee.reverse_kl,
@@ -275,23 +287,28 @@ def needs_old_logps(models: StageModels, hp: ConfigDict) -> bool:
 
 
 def abstract_batch(rows: int, width: int, mesh: Mesh, old_logps: bool = False,
-                   sampled: bool = True) -> Batch:
+                   sampled: bool = True, guide_width: int = 0) -> Batch:
   """A `rollouts.Batch` of shapes, laid out on the mesh, for which a program is compiled.
 
   Args:
     old_logps: whether the batch has old log-probabilities; sampled: whether it has the sampler's.
+    guide_width: of the rows that a guide reads in place of the learner's; 0: it reads the same.
   """
-  layout = sharding.batch_sharding(mesh, (rows, width))
   # An absent field is not an argument of the program that is compiled.
   absent = set() if old_logps else {"old_logp_BT"}
   if not sampled:
     absent |= {"sampler_logp_BT", "behaviour_logp_BT"}
-  integers = {"inputs_BT", "targets_BT", "positions_BT", "segments_BT", "sequence_BT"}
+  guide_rows = {name for name in Batch._fields if name.endswith("_BG")}
+  if not guide_width:
+    absent |= guide_rows | {"guide_index_BT"}
+  integers = guide_rows | {"inputs_BT", "targets_BT", "positions_BT", "segments_BT", "sequence_BT",
+                           "guide_index_BT"}
 
   def shape(name: str) -> jax.ShapeDtypeStruct | None:
     if name in absent:
       return None
     dtype = np.int32 if name in integers else np.float32
-    return jax.ShapeDtypeStruct((rows, width), dtype, sharding=layout)
+    full = (rows, guide_width if name in guide_rows else width)
+    return jax.ShapeDtypeStruct(full, dtype, sharding=sharding.batch_sharding(mesh, full))
 
   return Batch(*(shape(name) for name in Batch._fields))

@@ -19,6 +19,7 @@ from s2d_jax import (
   chat,
   evals,
   foresee,
+  hints,
   keys,
   loop,
   models,
@@ -84,8 +85,7 @@ def stage_keys(stage: Stage) -> Record:
     raise InputError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
-  record = {**loop.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
-            "foresee": keys.Optional(foresee.KEYS), "allocate": keys.Optional(allocate.KEYS),
+  record = {**loop.KEYS, **hints.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
             **stage.objective.keys}
   if stage.reward:
     record |= objectives.REWARD_KEYS
@@ -183,6 +183,7 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
     guided = stage.guide is not None and stage.objective.uses_guide(hp)
     foresee.check(hp, stage.source.model == stage.learner, guided)
     allocate.check(hp, guided or stage.source.model not in (None, stage.learner))
+    hints.check(hp, guided)
     if stage.reward:
       objectives.check_rewards(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.

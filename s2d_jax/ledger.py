@@ -89,7 +89,8 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
 
 def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,
                models: StageModels, pass_rate_rollout: Rollout | None,
-               scored_first: bool) -> _Entry:
+               scored_first: bool,
+               hint_of: Mapping[int, Sequence[int]] | None = None) -> _Entry:
   """The entry of a step.
 
   Args:
@@ -98,6 +99,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
     models: the stage's models, whose configs the FLOPs are counted from.
     pass_rate_rollout: what was sampled in this step to measure pass rates, or None.
     scored_first: whether a pass of its own took the actor's log-probabilities before the update.
+    hint_of: the guide's own prompt of each problem id; None: it reads the learner's.
   """
   rollout = rollouts.rollout
   response_B = rollout.response_length_B
@@ -117,8 +119,9 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
   guide_tokens = 0
   if models.guide is not None:
     # A frozen guide runs forward alone.
-    update_flops += forward_flops(models.guide.model.config, length_B, learned_B)
-    guide_tokens = hp.epochs * int(length_B.sum())
+    guide_B = _guide_length_B(rollout, hint_of)
+    update_flops += forward_flops(models.guide.model.config, guide_B, learned_B)
+    guide_tokens = hp.epochs * int(guide_B.sum())
   if scored_first:
     flops += forward_flops(models.actor.model.config, length_B, response_B)
   flops += hp.epochs * update_flops
@@ -129,15 +132,25 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
       tokens_guide=guide_tokens, flops=flops, flops_reused=flops_reused)
 
 
-def with_search(found: _Entry, search: Found, signal: str, models: StageModels) -> _Entry:
+def _guide_length_B(rollout: Rollout, hint_of: Mapping[int, Sequence[int]] | None) -> np.ndarray:
+  """Tokens that a guide reads of each row: its own prompt where it has one, and the response."""
+  prompt_B = rollout.prompt_length_B
+  if hint_of is not None:
+    prompt_B = np.array([len(hint_of[int(i)]) for i in rollout.prompt_id_B], np.int32)
+  return prompt_B + rollout.response_length_B
+
+
+def with_search(found: _Entry, search: Found, signal: str, models: StageModels,
+                hint_of: Mapping[int, Sequence[int]] | None = None) -> _Entry:
   """The entry of a step that a search followed, with the search's counts as the part `foresee`.
 
   Args:
     signal: "reward", which spends the labels of the search's problems for each score, or "kl".
+    hint_of: as `step_entry` has it; hints spend labels too.
   """
   rollout_of = [scored.rollout for scored in search.scored]
   ids = sorted({int(i) for rollout in rollout_of for i in rollout.prompt_id_B})
-  labels = ids if signal == "reward" else []
+  labels = ids if signal == "reward" or hint_of is not None else []
   tokens = 0
   guide_tokens = 0
   flops = 0.0
@@ -148,9 +161,10 @@ def with_search(found: _Entry, search: Found, signal: str, models: StageModels) 
     flops += forward_flops(models.learner.model.config, length_B, response_B)
     if signal == "kl":
       # Both models run forward once more on the samples.
-      guide_tokens += int(length_B.sum())
-      flops += sum(forward_flops(role.model.config, length_B, response_B)
-                   for role in (models.learner, models.guide))
+      guide_B = _guide_length_B(rollout, hint_of)
+      guide_tokens += int(guide_B.sum())
+      flops += forward_flops(models.learner.model.config, length_B, response_B)
+      flops += forward_flops(models.guide.model.config, guide_B, response_B)
   part = {"sequences": sum(len(rollout.prompt_id_B) for rollout in rollout_of),
           "tokens_sampled": tokens, "tokens_guide": guide_tokens, "flops": flops,
           "label_uses": len(labels) * len(rollout_of)}

@@ -8,7 +8,7 @@ so that a killed stage continues as if it had not been interrupted.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from s2d_jax import (
+  allocate,
   checkpoint,
   foresee,
   hosts,
@@ -49,7 +50,8 @@ KEYS = training.KEYS | {
     "epochs": keys.at_least(1, neutral=1),
     "minibatches": keys.at_least(1, neutral=1),
     "save_every": keys.at_least(1, hashed=False),
-    "log_samples": keys.at_least(0, hashed=False)}
+    "log_samples": keys.at_least(0, hashed=False),
+    "foresee": keys.Optional(foresee.KEYS), "allocate": keys.Optional(allocate.KEYS)}
 
 MAX_LOGP_GAP_NATS = 0.01  # root mean square of sampler and trainer, allowed of a narrow cache
 
@@ -79,6 +81,8 @@ class StageRun(NamedTuple):
   check: rollouts.Reward | None = None  # of samples, for `selection` and `foresee`
   ahead: list[Prompt] | None = None  # on which `foresee` scores weights; None: no searches
   allocation: Allocation | None = None  # decides the families of prompts; None: no family does
+  # the guide's own prompt of each problem id, as token ids; None: it reads the learner's
+  hint_of: Mapping[int, Sequence[int]] | None = None
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -232,6 +236,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
       logp_BT, gap_values = _sampler_gap(programs, params, batch)
     batch = batch._replace(old_logp_BT=logp_BT)
     values |= gap_values
+  batch = _hinted(stage, batch, step_rollouts.rollout)
   with clock.phase("update"):
     state, losses = _updates(stage, programs, state, step, batch)
   # The mean of squares is averaged over minibatches; only then is the root taken.
@@ -246,18 +251,25 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   # Labels bought in earlier steps are in the log's entries, those of killed steps are not.
   spent = ledger.labels(stage.label_use, step_rollouts.prompts, logs["ledger"].rows)
   entry = ledger.step_entry(step, step_rollouts, spent, hp, stage.models, pass_rate_rollout,
-                            programs.scores_first)
+                            programs.scores_first, stage.hint_of)
   if stage.ahead is not None and foresee.due(step + 1):
     # The evaluations that only watch a run are counted apart; this one shapes it.
     with clock.phase("draw"):
       state, found = _search(stage, programs, state, step)
     values |= found.metrics()
-    entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models)
+    entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models, stage.hint_of)
   if probe_cost is not None:
     entry = ledger.with_part(entry, "allocate", probe_cost)
   logs["ledger"].add(entry)
   _log_samples(stage, step_rollouts, step, logs["samples"])
   return state, values, step_rollouts.stats
+
+
+def _hinted(stage: StageRun, batch: Batch, rollout: rollouts.Rollout) -> Batch:
+  """The batch with the guide's own rows, where the stage's guide has prompts of its own."""
+  if stage.hint_of is None:
+    return batch
+  return rollouts.with_hints(batch, rollout, stage.hint_of, stage.hp.hint_tokens)
 
 
 def _search(stage: StageRun, programs: Programs, state: TrainState,
@@ -277,7 +289,7 @@ def _search(stage: StageRun, programs: Programs, state: TrainState,
     rollout, _ = search.sampler(params, stage.ahead, seed)
     if hp.signal == "reward":
       return foresee.Scored(float(rollouts.score(stage.check, rollout).mean()), rollout)
-    batch = rollouts.batch(rollout)
+    batch = _hinted(stage, rollouts.batch(rollout), rollout)
     kl_BT = jax.device_get(search.compare(params, stage.models.guide.params,
                                           sharding.put_batch(batch, mesh)))["reverse_kl"]
     return foresee.Scored(-float(kl_BT[batch.weight_BT > 0].mean(dtype=np.float64)), rollout)

@@ -17,6 +17,7 @@ from s2d_jax import (
   allocate,
   chat,
   doctor,
+  hints,
   keys,
   manifest,
   models,
@@ -87,6 +88,8 @@ class Task(NamedTuple):
   # answer -> a response of reward 1, by which the answers of all problems are checked; None: not
   respond: Callable[[str], str] | None = None
   family: Callable[[Mapping], str] | None = None  # problem -> its kind, where problems have kinds
+  # problem -> the chat messages that a guide reads in place of `messages` (`hints`)
+  hint: Callable[[dict], list[dict]] | None = None
 
   def checker(self) -> dict[str, Any]:
     """Names what checks and reads answers, with versions: scores of two checkers are unlike.
@@ -109,6 +112,7 @@ class Node(NamedTuple):
   guide: str | None    # role
   hp: ConfigDict       # the stage's config, its steps as the arm has them
   inputs: dict         # all that determines its result
+  hint_of: Mapping[int, tuple[int, ...]] | None = None  # the guide's own prompts, by problem id
 
 
 class Plan(NamedTuple):
@@ -263,13 +267,17 @@ def _checked_pair(config: ConfigDict,
   teacher, student = (read(config[role], dict(config.template), run)
                       for role in ("teacher", "student"))
   doctor.check_pair(config, teacher, student)
+  hints.check_windows(config)
   return teacher[1]
 
 
 def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
-  """The arms of config.arms, each once, or of the table where it is "all"; their stages exist."""
+  """The arms of config.arms, each once; "all" is every arm whose stages the config has."""
   # An arm that is named twice is trained once.
-  names = arms if config.arms == "all" else config.arms.split(",")
+  names = config.arms.split(",")
+  if config.arms == "all":
+    # A stage that no shipped config has, such as self_distillation, is an option of one's own.
+    names = [arm for arm, uses in arms.items() if all(use.stage in config.stages for use in uses)]
   chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
   for arm in chosen:
     if arm not in arms:
@@ -318,12 +326,16 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
   if hp.steps == 0:
     return None
   doctor.check_profile(config, stage.name, hp.steps)
+  hint_of = None
   if plan.prompts:
     _check_problems(plan, stage, hp, use.labels)
+    hint_of = hints.rendered(f"config.stages.{stage.name}", hp, plan.task,
+                             plan.prompts[use.labels], plan.problems, plan.chat)
   roles = parents(stage, hp, current)
-  inputs = _inputs(plan, stage, use.labels, hp, roles)
+  inputs = _inputs(plan, stage, use.labels, hp, roles, hint_of)
   name = manifest.name(stage.name, inputs)
-  return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs)
+  return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs,
+              hint_of)
 
 
 def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> None:
@@ -344,7 +356,8 @@ def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> Non
 
 
 def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
-            roles: Mapping[str, str | None]) -> dict:
+            roles: Mapping[str, str | None],
+            hint_of: Mapping[int, tuple[int, ...]] | None) -> dict:
   """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
   # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
   # them: others must not rename it.
@@ -359,7 +372,8 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   for p in plan.prompts.get(split, ()):
     problem = plan.problems[p.id]
     texts = [problem[key] for key in stage.source.texts] or [None]
-    facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts))
+    hint = [] if hint_of is None else [hint_of[p.id]]
+    facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts, *hint))
   families = None
   if "allocate" in hp and plan.prompts:
     # The shares depend on each problem's family, and on the problems that are probed.

@@ -25,6 +25,8 @@ STAGES = (
     Stage("reverse_kl", "student", "student", "teacher", objectives.REVERSE_KL),
     Stage("student_grpo", "student", "student", "reference", objectives.GRPO,
           reward=True),
+    # Its block has `hint_tokens`: the guide is the student's start, which reads more than it does.
+    Stage("self_distillation", "student", "student", "reference", objectives.REVERSE_KL),
 )
 
 # The two stages of a bridge. An arm that leaves one out makes as many updates as both.
@@ -66,11 +68,12 @@ ARMS: dict[str, Arm] = {
                      Use("reverse_kl", "2h")),
     "half_sft_grpo_2h": (Use("teacher_grpo", "1h"), Use("sft", "1h", _BRIDGE),
                          Use("student_grpo", "2h")),
+    "self_distilled": (Use("self_distillation", "all"),),
 }
 
-# Arms whose students must train by equal budgets, `budget.Budget`: here all of them. An exploratory
-# arm that is left out of this list may make any number of updates.
-COMPARED = tuple(ARMS)
+# Arms whose students must train by equal budgets, `budget.Budget`. An exploratory arm that is left
+# out of this list may make any number of updates.
+COMPARED = tuple(arm for arm in ARMS if arm != "self_distilled")
 
 
 def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,

@@ -26,6 +26,7 @@ from s2d_jax import (
   evals,
   files,
   foresee,
+  hints,
   hosts,
   keys,
   loop,
@@ -183,14 +184,16 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
       objective=stage.objective, logp=objectives.logp,
       optimizer=stage_optimizer,
       source=_source(plan, node, stage_models, order, workdir),
-      label_use="each_step" if selection.reads_labels(hp) else stage.label_use,
+      label_use=("each_step" if selection.reads_labels(hp) or hints.used(hp)
+                 else stage.label_use),
       rewards=rewards, pass_rates=_pass_rates(plan, node, stage_models, workdir),
       evaluations=_evaluations(plan, samplers, whole, stage.name),
       profiled=timing.steps_of(plan.config.profile), check=plan.reward,
       ahead=(foresee.problems(plan.prompts[node.split], hp.foresee, seed)
              if "foresee" in hp else None),
       allocation=(_allocation(plan, node, stage_models, order, workdir)
-                  if "allocate" in hp else None))
+                  if "allocate" in hp else None),
+      hint_of=node.hint_of)
 
 
 def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: allocate.Order,

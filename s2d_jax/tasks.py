@@ -28,6 +28,20 @@ EXAMPLES = (
     {"role": "assistant", "content": "2 * 4 = \\boxed{8}"})
 
 
+def _solved_before(problem: dict) -> list[dict]:
+  """The problem, its solution as an answered turn, and the problem again."""
+  ask = {"role": "user", "content": problem["problem"]}
+  return [ask, {"role": "assistant", "content": problem["solution"]}, ask]
+
+
+def _with_solution(problem: dict) -> str:
+  """The problem with its solution, or its answer where it has none, and what to do with it."""
+  found = f"The answer is {problem['answer']}."
+  if "solution" in problem:
+    found = f"Here is a solution:\n\n{problem['solution']}"
+  return f"{problem['problem']}\n\n{found}\n\nSolve the problem in your own words."
+
+
 def arithmetic(config: ConfigDict) -> Task:
   """Chained addition modulo 100, prepared under config.data.dir the first time."""
   keys.check_names("config.data", config.data, ("dir",))
@@ -39,7 +53,7 @@ def arithmetic(config: ConfigDict) -> Task:
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
               arithmetic_reward.reward, arithmetic_reward.answer,
-              family=arithmetic_problems.family)
+              family=arithmetic_problems.family, hint=_solved_before)
 
 
 def composition(config: ConfigDict) -> Task:
@@ -86,7 +100,8 @@ def math(config: ConfigDict) -> Task:
                             getattr(problems, "origin", None))
   reward, answer = _CHECKERS[checker, order]
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
-              reward, answer, lambda text: f"\\boxed{{{text}}}")
+              reward, answer, lambda text: f"\\boxed{{{text}}}",
+              hint=lambda problem: [{"role": "user", "content": _with_solution(problem) + ask}])
 
 
 # (config.checker, config.list_order) -> (reward, answer)
@@ -111,7 +126,8 @@ def word_problems(config: ConfigDict) -> Task:
                         "list_order": config.get("list_order", "any")})
   return math(checked)._replace(
       source=lambda split: sources.word_problems(split, folder),
-      messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}])
+      messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}],
+      hint=lambda problem: [*EXAMPLES, {"role": "user", "content": _with_solution(problem)}])
 
 
 TASKS: dict[str, Callable[[ConfigDict], Task]] = {"arithmetic": arithmetic, "math": math,

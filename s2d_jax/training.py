@@ -172,7 +172,7 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
 
   def gradients(params, non_trainable, guide_params, batch):
     # Outside the differentiated function: the guide gets no gradient and keeps no activations.
-    guide_head = None if guide_model is None else _head(guide_model, guide_params, batch)
+    guide_head = None if guide_model is None else _guide_head(guide_model, guide_params, batch)
 
     def loss(params):
       sums = objective(_head(model, join(params, non_trainable), batch), guide_head, batch, hp)
@@ -268,7 +268,7 @@ def compare(model: Model, guide_model: Model, measure: Callable[..., dict[str, j
   """
   def on_microbatch(params, guide_params, batch):
     head = _head(model, params, batch)
-    return measure(head, _head(guide_model, guide_params, batch), batch, hp)
+    return measure(head, _guide_head(guide_model, guide_params, batch), batch, hp)
 
   return _jit_per_token(on_microbatch, hp.microbatches)
 
@@ -304,12 +304,12 @@ def _padded(batch: Batch, multiple: int) -> Batch:
 
   Padding is of segment 0, weight 0, count 0 and no sequence: it changes no sum and no gradient.
   """
-  width = batch.inputs_BT.shape[1]
-  if width % multiple == 0:
+  # The guide's rows may have another width than the learner's.
+  if not any(x.shape[1] % multiple for x in jax.tree.leaves(batch)):
     return batch
 
   def pad(x: jax.Array, value: int = 0) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, -width % multiple)), constant_values=value)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)), constant_values=value)
 
   # A token of a sequence would be scored, so here 0 would be work in vain.
   return jax.tree.map(pad, batch)._replace(sequence_BT=pad(batch.sequence_BT, -1))
@@ -319,6 +319,17 @@ def _head(model: Model, params: Params, batch: Batch) -> _Head:
   # Features and the unembedding, not logits: [tokens, vocabulary] is too large to form at once.
   features_BTD, _ = model.apply(params, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
   return features_BTD, model.unembed(params)
+
+
+def _guide_head(model: Model, params: Params, batch: Batch) -> _Head:
+  """A guide's head at the learner's tokens; where it has rows of its own, it reads those."""
+  if batch.guide_inputs_BG is None:
+    return _head(model, params, batch)
+  features_BGD, _ = model.apply(params, batch.guide_inputs_BG, batch.guide_positions_BG,
+                                batch.guide_segments_BG)
+  # Gathered before the unembedding, so that the loss has one row of features for each token.
+  features_BTD = jnp.take_along_axis(features_BGD, batch.guide_index_BT[..., None], axis=1)
+  return sharding.constrain(features_BTD, "batch", "time", "embed"), model.unembed(params)
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:

@@ -3,7 +3,15 @@
 Token ids stay ids from the sampler to the loss: text is never tokenized a second time.
 """
 
-from s2d_jax.rollouts.batches import MEANS, Batch, batch, minibatches, pack, token_weights
+from s2d_jax.rollouts.batches import (
+  MEANS,
+  Batch,
+  batch,
+  minibatches,
+  pack,
+  token_weights,
+  with_hints,
+)
 from s2d_jax.rollouts.records import (
   FINISHED,
   Prompt,
@@ -49,5 +57,5 @@ __all__ = [
   "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
   "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "repeated",
   "repetition", "resolved", "row_key", "sample_step", "score", "take", "to_bytes", "token_weights",
-  "unchecked_since",
+  "unchecked_since", "with_hints",
 ]

@@ -3,7 +3,7 @@
 Nothing outside this file aligns inputs with targets or decides which tokens count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,11 @@ class Batch(NamedTuple):
   sampler_logp_BT: np.ndarray | None  # float32 nats, of the sampler; None: nothing was sampled
   behaviour_logp_BT: np.ndarray | None  # float32 nats, under the tempered, truncated distribution
   sequence_BT: np.ndarray      # int32 row of the rollout, -1 on prompt and padding
+  # The guide's own rows of G tokens, where it reads another prompt (`with_hints`); else None.
+  guide_inputs_BG: np.ndarray | None = None     # int32 token ids
+  guide_positions_BG: np.ndarray | None = None  # int32, from 0
+  guide_segments_BG: np.ndarray | None = None   # int32; 0 is padding
+  guide_index_BT: np.ndarray | None = None  # int32 index g at which the guide predicts targets[t]
 
 
 def token_weights(length_B: np.ndarray, mean: str, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +116,33 @@ def batch(rollout: Rollout, mean: str = "token", advantage_B: np.ndarray | None 
       sequence_BT=np.where(response_BT, np.arange(B, dtype=np.int32)[:, None], np.int32(-1)))
 
 
+def with_hints(batch: Batch, rollout: Rollout, hint_of: Mapping[int, Sequence[int]],
+               width: int) -> Batch:
+  """The batch of a rollout, in which the guide reads each response behind a prompt of its own.
+
+  Args:
+    hint_of: the guide's prompt of each problem id, as token ids; width: of its window, in tokens.
+  """
+  response_B = rollout.response_length_B
+  hints = [hint_of[int(i)] for i in rollout.prompt_id_B]
+  B = len(hints)
+  tokens_BG = np.zeros((B, width + rollout.response_BT.shape[1]), np.int32)
+  hint_B = np.array([len(hint) for hint in hints], np.int32)
+  for b, hint in enumerate(hints):
+    tokens_BG[b, : hint_B[b]] = hint
+    tokens_BG[b, hint_B[b]: hint_B[b] + response_B[b]] = rollout.response(b)
+  index_G = np.arange(tokens_BG.shape[1] - 1, dtype=np.int32)
+  inside_BG = index_G[None] < (hint_B + response_B)[:, None] - 1
+  # A response begins at another index in the guide's row: it moves by the difference of prompts.
+  index_T = np.arange(batch.inputs_BT.shape[1], dtype=np.int32)
+  moved_BT = index_T[None] + (hint_B - rollout.prompt_length_B)[:, None]
+  return batch._replace(
+      guide_inputs_BG=np.where(inside_BG, tokens_BG[:, :-1], 0),
+      guide_positions_BG=np.where(inside_BG, index_G[None], 0),
+      guide_segments_BG=inside_BG.astype(np.int32),
+      guide_index_BT=np.where(batch.sequence_BT >= 0, moved_BT, 0).astype(np.int32))
+
+
 def pack(batch: Batch, width: int) -> Batch:
   """Puts several sequences in a row of `width` tokens, longest first, each in the first that fits.
 
@@ -118,8 +150,11 @@ def pack(batch: Batch, width: int) -> Batch:
   Each sequence is a segment of its own, and attention does not cross from one to the next.
 
   Raises:
-    InputError: a sequence is longer than `width`.
+    InputError: a sequence is longer than `width`, or the guide has rows of its own.
   """
+  if batch.guide_inputs_BG is not None:
+    raise InputError("a batch whose guide reads prompts of its own cannot be packed: leave "
+                     "the hints out.")
   length_B = (batch.segments_BT > 0).sum(axis=1)
   if length_B.max(initial=0) > width:
     raise InputError(f"a sequence of {length_B.max()} tokens does not fit a packed row of {width}: "

@@ -194,7 +194,7 @@ def test_the_papers_teachers_and_the_small_cards(arg, pair, arms):
 
 def test_one_card_trains_one_row_at_a_time_and_adapters_where_weights_do_not_fit():
   for arg, adapted in (("one_gpu", {"teacher_grpo", "teacher_sft"}),
-                       ("colab", {row.name for row in recipe.STAGES})):
+                       ("colab", {row.name for row in recipe.STAGES} - {"self_distillation"})):
     config = build("qwen3_math", arg)
     assert config.mesh == (1, 1, 1)
     assert {name for name, hp in config.stages.items() if hp.lora.rank} == adapted

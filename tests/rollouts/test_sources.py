@@ -90,4 +90,5 @@ def test_given_solutions_have_no_log_probabilities_and_are_not_fresh():
 def test_label_use_of_each_stage():
   assert {stage.name: stage.label_use for stage in recipe.STAGES} == {
       "teacher_grpo": "each_step", "teacher_sft": "each_step", "student_grpo": "each_step",
-      "forward_kl": "none", "sft": "none", "reverse_kl": "none", "weighted_fkl": "once"}
+      "forward_kl": "none", "sft": "none", "reverse_kl": "none", "weighted_fkl": "once",
+      "self_distillation": "none"}

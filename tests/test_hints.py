@@ -157,8 +157,8 @@ def test_gradient_and_loss_equal_transformers_in_float64_aligned_by_hand(tmp_pat
 @pytest.mark.medium
 def test_a_hint_that_is_the_prompt_changes_nothing():
   rows = rollout()
-  same = {b: tuple(rows.prompt_BT[b, : rows.prompt_length_B[b]].tolist()) for b in range(8)}
-  close(gradient(hinted(rows, same)), gradient(rollouts.batch(rows)))
+  unchanged = {b: tuple(rows.prompt_BT[b, : rows.prompt_length_B[b]].tolist()) for b in range(8)}
+  close(gradient(hinted(rows, unchanged)), gradient(rollouts.batch(rows)))
   assert abs(gradient(hinted(rows, hint_of()))[1]["loss"]
              - gradient(rollouts.batch(rows))[1]["loss"]) > 1e-3
 
@@ -191,14 +191,14 @@ def test_a_gradient_is_equal_on_every_mesh(shape):
 
 def test_an_abstract_batch_has_the_shapes_of_a_batch():
   mesh = sharding.make_mesh()
-  made = hinted(rollout(), hint_of())
+  real = hinted(rollout(), hint_of())
   abstract = compiling.abstract_batch(8, 9, mesh, sampled=False, guide_width=12)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert shapes(abstract) == shapes(made)
+  assert shapes(abstract) == shapes(real)
   plain = compiling.abstract_batch(8, 9, mesh, sampled=False)
-  assert len(jax.tree.leaves(plain)) == len(jax.tree.leaves(made)) - 4
+  assert len(jax.tree.leaves(plain)) == len(jax.tree.leaves(real)) - 4
   hp = ml_collections.ConfigDict({"hint_tokens": WIDTH})
-  assert hints.width(hp, 6) == made.guide_inputs_BG.shape[1]
+  assert hints.width(hp, 6) == real.guide_inputs_BG.shape[1]
 
 
 # The loop.
@@ -258,11 +258,11 @@ def test_flops_of_a_guide_by_its_own_lengths():
   role = Role(models.get(TINY), None)
   hp = ml_collections.ConfigDict({"epochs": 1, "minibatches": 1})
   stage_models = StageModels(role, None, None, on_policy=False, guide=role)
-  plain, own = (ledger.step_entry(0, step, [], hp, stage_models, None, False, hint)
+  plain, with_hint = (ledger.step_entry(0, step, [], hp, stage_models, None, False, hint)
                 for hint in (None, {0: (9,) * 5, 1: (9,) * 4}))
-  assert plain["tokens_guide"] == 4 + 4 and own["tokens_guide"] == 7 + 7
+  assert plain["tokens_guide"] == 4 + 4 and with_hint["tokens_guide"] == 7 + 7
   config = role.model.config
-  assert own["flops"] - plain["flops"] == pytest.approx(
+  assert with_hint["flops"] - plain["flops"] == pytest.approx(
       ledger.forward_flops(config, [7, 7], [2, 3]) - ledger.forward_flops(config, [4, 4], [2, 3]))
 
 
@@ -303,7 +303,7 @@ def test_a_plan_has_the_hints_and_the_name_of_the_stage_depends_on_their_text():
   assert all(n.hint_of is None for n in planned.nodes.values() if n is not node)
 
 
-def test_all_is_every_arm_whose_stages_the_config_has():
+def test_the_word_all_chooses_arms_with_stages():
   config = names.shipped()
   config.arms = "all"
   assert list(plan(config).arms) == list(recipe.COMPARED)
@@ -316,13 +316,13 @@ def test_all_is_every_arm_whose_stages_the_config_has():
 def test_hints_of_the_text_tasks(task, solution, said):
   config = ml_collections.ConfigDict({"task": task, "data": {"dir": "unused"},
                                       "checker": "string", "list_order": "any"})
-  made = tasks.TASKS[task](config)
+  task_of_config = tasks.TASKS[task](config)
   problem = {"id": 0, "problem": "Compute 3 + 4.", "answer": "7"}
   if solution:
     problem["solution"] = solution
-  last = made.hint(problem)[-1]["content"]
+  last = task_of_config.hint(problem)[-1]["content"]
   assert last.startswith("Compute 3 + 4.\n\n") and said in last
-  assert made.messages(problem)[:-1] == made.hint(problem)[:-1]
+  assert task_of_config.messages(problem)[:-1] == task_of_config.hint(problem)[:-1]
 
 
 @pytest.mark.parametrize("config, change, of_task, said", [

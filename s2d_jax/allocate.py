@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import keys
+from s2d_jax import keys, manifest
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.rollouts import Prompt
@@ -112,6 +112,19 @@ def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] |
       if there < needed:
         raise InputError(f"allocate.problems takes {needed} probed problems of the family {name!r} "
                          f"and the probe's split has {there}: lower it.")
+
+
+def inputs(hp: ConfigDict, prompts: Sequence[Prompt] | None, scored: Sequence[Prompt] | None,
+           family_of: Callable[[int], str] | None) -> dict[str, str]:
+  """All that shares depend on beside the config, for the name of a stage; {} where it has none.
+
+  Args:
+    prompts: of the stage; scored: of the probe's split; None in a plan without problems.
+  """
+  if "allocate" not in hp or prompts is None:
+    return {}
+  read = (*prompts, *(scored if probes(hp) else ()))
+  return {"families": manifest.digest([(p.id, p.tokens, family_of(p.id)) for p in read])}
 
 
 def probed(prompts: Sequence[Prompt], family_of: Callable[[int], str], families: Sequence[str],

@@ -43,6 +43,7 @@ class StageModels(NamedTuple):
   guide: Role | None          # scored on the same tokens
   pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts
   anchored: bool = False      # whether the state keeps an anchor, for `foresee`
+  guides: dict[str, Role] | None = None  # by role, weights on the host (`guides`); None: one guide
 
   def full(self, params: Params) -> Params:
     """All leaves of the learner, given those that are trained."""
@@ -90,10 +91,11 @@ class Programs(NamedTuple):
   sampler: sampler.Sampler | None
   pass_rate_sampler: sampler.Sampler | None
   token_logps: jax.stages.Compiled | None
-  update: jax.stages.Compiled
+  update: jax.stages.Compiled | None  # None: several guides score the rows
   scores_first: bool          # whether `token_logps` runs before the updates of each step
   search: "Search | None" = None
   probe: "Probe | None" = None
+  routed: "RoutedUpdate | None" = None
 
 
 class Search(NamedTuple):
@@ -101,6 +103,14 @@ class Search(NamedTuple):
   sampler: sampler.Sampler    # of the problems that score candidates
   jump: jax.stages.Compiled   # (params, anchor, multiple) -> candidate
   compare: jax.stages.Compiled | None  # (params, guide_params, batch) -> reverse KL_BT; signal "kl"
+
+
+class RoutedUpdate(NamedTuple):
+  """The programs of an update that several guides share (`guides`)."""
+  gradients: dict[str, jax.stages.Compiled]  # by the guide's role
+  add: jax.stages.Compiled
+  apply: jax.stages.Compiled
+  rows: int                                  # of a batch of `gradients`
 
 
 class Probe(NamedTuple):
@@ -133,7 +143,10 @@ def resident(stage_models: StageModels, optimizer: optax.GradientTransformation)
     found["anchor and candidate"] = 2 * sharding.device_bytes(state.anchor)
   # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
   guide = stage_models.guide
-  if guide is not None:
+  if stage_models.guides is not None:
+    # The largest: one of them is on the devices at a time.
+    found["guide"] = max(sharding.device_bytes(one.params) for one in stage_models.guides.values())
+  elif guide is not None:
     found["guide"] = sharding.device_bytes(guide.params)
   actor = stage_models.actor
   if actor is not None and not stage_models.on_policy and actor is not guide:
@@ -187,15 +200,49 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
                          guide_width=hints.width(hp, hp.sampling.max_tokens))
   guide_params = models.guide and sharding.abstract(models.guide.params)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
-  update = _compile(
-      ("update", models.learner.model, guide, objective, optimizer), hp,
-      lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
-                                  training.shardings(state)),
-      (state, guide_params, batch, non_trainable), samplers.compiler)
+  update = routed = None
+  if models.guides is not None:
+    routed = _routed_update(models, hp, objective, optimizer, state, batch, samplers)
+  else:
+    update = _compile(
+        ("update", models.learner.model, guide, objective, optimizer), hp,
+        lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
+                                    training.shardings(state)),
+        (state, guide_params, batch, non_trainable), samplers.compiler)
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
   probe = _probe_programs(models, hp, logp, samplers) if allocate.probes(hp) else None
   return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search,
-                  probe)
+                  probe, routed)
+
+
+def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss,
+                   optimizer: optax.GradientTransformation, state: training.TrainState,
+                   batch: Batch, samplers: Samplers) -> RoutedUpdate:
+  """The programs of an update under several guides; `state` and `batch` are shapes, of a minibatch.
+  """
+  layout = training.shardings(state)
+  learner = models.learner.model
+  rows = batch.inputs_BT.shape[0] // hp.microbatches
+  mesh = sharding.current_mesh()
+  part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      (rows, x.shape[1]), x.dtype, sharding=sharding.batch_sharding(mesh, (rows, x.shape[1]))),
+                      batch)
+  non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
+  gradients = {}
+  for role, guide in models.guides.items():
+    jitted = training.jit_gradients(learner, guide.model, objective, hp, layout)
+    arguments = (state.params, non_trainable, sharding.abstract(guide.params), part)
+    gradients[role] = _compile(("gradients", learner, guide.model, objective), hp,
+                               lambda jitted=jitted: jitted, arguments, samplers.compiler)
+    # All have one learner and one objective, so their results have one shape.
+    grads, sums = jax.eval_shape(jitted, *arguments)
+  total = (sharding.laid_out(grads, layout.params),
+           sharding.laid_out(sums, jax.tree.map(lambda _: layout.step, sums)))
+  add = _compile(("add", learner, objective), hp, lambda: training.jit_add(layout), (total, total),
+                 samplers.compiler)
+  apply = _compile(("apply", optimizer), hp, lambda: training.jit_apply(optimizer, layout),
+                   (state, total), samplers.compiler)
+  return RoutedUpdate(gradients, add, apply, rows)
 
 
 def _probe_programs(models: StageModels, hp: ConfigDict, logp: training.Logp,

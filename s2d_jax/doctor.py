@@ -14,17 +14,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import (
-  allocate,
   bases,
   chat,
   evals,
-  foresee,
-  hints,
   keys,
   loop,
   models,
   objectives,
   optim,
+  options,
   program_cache,
   rollouts,
   sampler,
@@ -85,7 +83,7 @@ def stage_keys(stage: Stage) -> Record:
     raise InputError(f"the objective of the stage {stage.name} is {stage.objective!r}: make it an "
                      "objectives.Objective, which declares the config keys that it reads.")
   # The keys of one stage are read in several places: each contributes its own record.
-  record = {**loop.KEYS, **hints.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
+  record = {**loop.KEYS, **options.KEYS, "lora": models.LORA_KEYS, "optim": optim.KEYS,
             **stage.objective.keys}
   if stage.reward:
     record |= objectives.REWARD_KEYS
@@ -180,10 +178,7 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
   with keys.prefixed(f"{path}."):
     models.lora(hp.lora)
     selection.check(hp)
-    guided = stage.guide is not None and stage.objective.uses_guide(hp)
-    foresee.check(hp, stage.source.model == stage.learner, guided)
-    allocate.check(hp, guided or stage.source.model not in (None, stage.learner))
-    hints.check(hp, guided)
+    options.check(hp, stage)
     if stage.reward:
       objectives.check_rewards(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.

@@ -90,7 +90,8 @@ def labels(use: LabelUse, prompts: Sequence[Prompt], before: Iterable[Mapping]) 
 def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], hp: ConfigDict,
                models: StageModels, pass_rate_rollout: Rollout | None,
                scored_first: bool,
-               hint_of: Mapping[int, Sequence[int]] | None = None) -> _Entry:
+               hint_of: Mapping[int, Sequence[int]] | None = None,
+               guide_of: Mapping[int, str] | None = None) -> _Entry:
   """The entry of a step.
 
   Args:
@@ -100,6 +101,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
     pass_rate_rollout: what was sampled in this step to measure pass rates, or None.
     scored_first: whether a pass of its own took the actor's log-probabilities before the update.
     hint_of: the guide's own prompt of each problem id; None: it reads the learner's.
+    guide_of: the role that guides each problem id; None: the one guide.
   """
   rollout = rollouts.rollout
   response_B = rollout.response_length_B
@@ -120,7 +122,7 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
   if models.guide is not None:
     # A frozen guide runs forward alone.
     guide_B = _guide_length_B(rollout, hint_of)
-    update_flops += forward_flops(models.guide.model.config, guide_B, learned_B)
+    update_flops += _guide_flops(models, rollout, guide_of, guide_B, learned_B)
     guide_tokens = hp.epochs * int(guide_B.sum())
   if scored_first:
     flops += forward_flops(models.actor.model.config, length_B, response_B)
@@ -130,6 +132,16 @@ def step_entry(step: int, rollouts: StepRollouts, spent_labels: Sequence[int], h
       updates=hp.epochs * hp.minibatches, tokens_sampled=sampled, tokens_reused=reused,
       tokens_discarded=discarded, tokens_trained=hp.epochs * learned,
       tokens_guide=guide_tokens, flops=flops, flops_reused=flops_reused)
+
+
+def _guide_flops(models: StageModels, rollout: Rollout, guide_of: Mapping[int, str] | None,
+                 length_B: np.ndarray, headed_B: np.ndarray) -> float:
+  """FLOPs of the guides' forward passes, each over its rows."""
+  if guide_of is None:
+    return forward_flops(models.guide.model.config, length_B, headed_B)
+  role_B = np.array([guide_of[int(i)] for i in rollout.prompt_id_B])
+  return sum(forward_flops(guide.model.config, length_B[role_B == role], headed_B[role_B == role])
+             for role, guide in models.guides.items())
 
 
 def _guide_length_B(rollout: Rollout, hint_of: Mapping[int, Sequence[int]] | None) -> np.ndarray:

@@ -18,9 +18,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from s2d_jax import (
-  allocate,
   checkpoint,
   foresee,
+  guides,
   hosts,
   keys,
   ledger,
@@ -50,8 +50,7 @@ KEYS = training.KEYS | {
     "epochs": keys.at_least(1, neutral=1),
     "minibatches": keys.at_least(1, neutral=1),
     "save_every": keys.at_least(1, hashed=False),
-    "log_samples": keys.at_least(0, hashed=False),
-    "foresee": keys.Optional(foresee.KEYS), "allocate": keys.Optional(allocate.KEYS)}
+    "log_samples": keys.at_least(0, hashed=False)}
 
 MAX_LOGP_GAP_NATS = 0.01  # root mean square of sampler and trainer, allowed of a narrow cache
 
@@ -81,6 +80,7 @@ class StageRun(NamedTuple):
   check: rollouts.Reward | None = None  # of samples, for `selection` and `foresee`
   ahead: list[Prompt] | None = None  # on which `foresee` scores weights; None: no searches
   allocation: Allocation | None = None  # decides the families of prompts; None: no family does
+  guide_of: Mapping[int, str] | None = None  # the role that guides a problem id; None: the guide
   # the guide's own prompt of each problem id, as token ids; None: it reads the learner's
   hint_of: Mapping[int, Sequence[int]] | None = None
 
@@ -238,7 +238,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
     values |= gap_values
   batch = _hinted(stage, batch, step_rollouts.rollout)
   with clock.phase("update"):
-    state, losses = _updates(stage, programs, state, step, batch)
+    state, losses = _updates(stage, programs, state, step, batch, step_rollouts.rollout)
   # The mean of squares is averaged over minibatches; only then is the root taken.
   if "logp_gap_square" in losses:
     losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))
@@ -251,7 +251,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   # Labels bought in earlier steps are in the log's entries, those of killed steps are not.
   spent = ledger.labels(stage.label_use, step_rollouts.prompts, logs["ledger"].rows)
   entry = ledger.step_entry(step, step_rollouts, spent, hp, stage.models, pass_rate_rollout,
-                            programs.scores_first, stage.hint_of)
+                            programs.scores_first, stage.hint_of, stage.guide_of)
   if stage.ahead is not None and foresee.due(step + 1):
     # The evaluations that only watch a run are counted apart; this one shapes it.
     with clock.phase("draw"):
@@ -317,7 +317,7 @@ def _log_samples(stage: StageRun, step_rollouts: StepRollouts, step: int, log: m
 
 
 def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
-             batch: Batch) -> tuple[TrainState, _Values]:
+             batch: Batch, rollout: rollouts.Rollout) -> tuple[TrainState, _Values]:
   """epochs × minibatches optimizer updates: the state and the means of their metrics."""
   hp = stage.hp
   mesh = sharding.current_mesh()
@@ -326,9 +326,16 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   for epoch in range(hp.epochs):
     # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
     seed = (stage.seed, zlib.crc32(stage.name.encode()), step, epoch)
-    for part in rollouts.minibatches(batch, hp.minibatches, seed):
-      state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
-                                      stage.models.non_trainable)
+    rows_of = rollouts.minibatch_rows(len(batch.inputs_BT), hp.minibatches, seed)
+    parts = rollouts.minibatches(batch, hp.minibatches, seed)
+    for rows, part in zip(rows_of, parts, strict=True):
+      if stage.guide_of is None:
+        state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
+                                        stage.models.non_trainable)
+      else:
+        role_B = np.array([stage.guide_of[int(i)] for i in rollout.prompt_id_B[rows]])
+        state, values = guides.update(programs.routed, stage.models.guides, state,
+                                      stage.models.non_trainable, part, role_B)
       update_metrics.append({k: float(v) for k, v in jax.device_get(values).items()})
   # `finite` is a flag: one bad update makes the step bad.
   means = {k: float(np.mean([values[k] for values in update_metrics])) for k in update_metrics[0]}

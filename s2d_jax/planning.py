@@ -17,6 +17,7 @@ from s2d_jax import (
   allocate,
   chat,
   doctor,
+  guides,
   hints,
   keys,
   manifest,
@@ -113,6 +114,7 @@ class Node(NamedTuple):
   hp: ConfigDict       # the stage's config, its steps as the arm has them
   inputs: dict         # all that determines its result
   hint_of: Mapping[int, tuple[int, ...]] | None = None  # the guide's own prompts, by problem id
+  guide_of: Mapping[int, str] | None = None  # of several guides the role, by problem id
 
 
 class Plan(NamedTuple):
@@ -140,7 +142,7 @@ class Plan(NamedTuple):
   @property
   def family(self) -> Callable[[int], str] | None:
     """The kind of a problem, from its id; None where the task has no kinds."""
-    if self.task.family is None:
+    if self.task is None or self.task.family is None:
       return None
     return lambda prompt_id: self.task.family(self.problems[prompt_id])
 
@@ -219,8 +221,8 @@ def without_problems(config: ConfigDict, stages: Sequence[Stage],
   doctor.check_config(config, table)
   chosen = _chosen_arms(config, arms)
   tokenizer = _checked_pair(config, sampler.read_description)
-  bases = {role: {"folder": str(config[role]), "identity": str(config[role])}
-           for role in ("teacher", "student")}
+  bases = {role: {"folder": folder, "identity": folder}
+           for role, folder in guides.folders(config).items()}
   empty = Plan(config, None, tokenizer, {}, {}, bases, (), {}, {}, {})
   return _laid_out(empty, table, arms, chosen)
 
@@ -255,8 +257,8 @@ def _laid_out(empty: Plan, table: Mapping[str, Stage], arms: Mapping[str, Arm],
 def _load_pair(config: ConfigDict) -> tuple[chat.Chat, dict[str, dict[str, str]]]:
   """The tokenizer that teacher and student share, and each base's folder and identity, checked."""
   base_folders.prepare(config)
-  bases = {role: {"folder": str(config[role]), "identity": hf.identity(config[role])}
-           for role in ("teacher", "student")}
+  bases = {role: {"folder": folder, "identity": hf.identity(folder)}
+           for role, folder in guides.folders(config).items()}
   return _checked_pair(config, sampler.read_folder), bases
 
 
@@ -268,6 +270,7 @@ def _checked_pair(config: ConfigDict,
                       for role in ("teacher", "student"))
   doctor.check_pair(config, teacher, student)
   hints.check_windows(config)
+  guides.check_models(config, student, lambda folder: read(folder, dict(config.template), run))
   return teacher[1]
 
 
@@ -326,16 +329,21 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
   if hp.steps == 0:
     return None
   doctor.check_profile(config, stage.name, hp.steps)
-  hint_of = None
+  hint_of = guide_of = None
   if plan.prompts:
     _check_problems(plan, stage, hp, use.labels)
+    guide_of = guides.chosen(f"config.stages.{stage.name}", hp, plan.task, plan.prompts[use.labels],
+                             plan.problems)
     hint_of = hints.rendered(f"config.stages.{stage.name}", hp, plan.task,
                              plan.prompts[use.labels], plan.problems, plan.chat)
   roles = parents(stage, hp, current)
   inputs = _inputs(plan, stage, use.labels, hp, roles, hint_of)
+  if guide_of is not None:
+    inputs["guides"] = manifest.digest([(i, role and plan.identity(role))
+                                        for i, role in guide_of.items()])
   name = manifest.name(stage.name, inputs)
   return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs,
-              hint_of)
+              hint_of, guide_of)
 
 
 def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> None:
@@ -374,17 +382,12 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
     texts = [problem[key] for key in stage.source.texts] or [None]
     hint = [] if hint_of is None else [hint_of[p.id]]
     facts.append((p.id, p.tokens, problem["answer"] if checked else None, *texts, *hint))
-  families = None
-  if "allocate" in hp and plan.prompts:
-    # The shares depend on each problem's family, and on the problems that are probed.
-    probed = plan.prompts[plan.config.probe.split] if allocate.probes(hp) else []
-    families = manifest.digest([(p.id, p.tokens, plan.family(p.id))
-                                for p in (*plan.prompts[split], *probed)])
   # A source of our own at its first version is named by the row alone.
   source = identity_of(getattr(stage.source.make, "__self__", stage.source.make))
   return {
       **({} if source[2] == 1 else {"source": source}),
-      **({} if families is None else {"families": families}),
+      **allocate.inputs(hp, plan.prompts.get(split), plan.prompts.get(plan.config.probe.split),
+                        plan.family),
       "row": {field: getattr(stage, field) for field in manifest.ROW},
       "objective": [identity_of(stage.objective.loss), stage.objective.version],
       "prompt_weights": stage.prompt_weights and identity_of(stage.prompt_weights),

@@ -26,6 +26,7 @@ from s2d_jax import (
   evals,
   files,
   foresee,
+  guides,
   hints,
   hosts,
   keys,
@@ -139,6 +140,15 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
   for role in (roles["actor"], roles["guide"]):
     if role is not None and role not in frozen:
       frozen[role] = load_role(role, models.frozen_shapes)
+  several = None
+  guide = frozen.get(roles["guide"])
+  if "guides" in hp:
+    # The arm's own teacher waits on the host like the others; as an actor it stays on the devices.
+    guide = Role(guide.model, guides.to_host(guide.params))
+    several = {guides.TEACHER: guide}
+    for folder in dict.fromkeys(hp.guides.folders.values()):
+      role = load_role(folder, models.frozen_shapes)
+      several[folder] = Role(role.model, guides.to_host(role.params))
   start = None
   # Pass rates are the start's in every step, and the learner's own weights move.
   if stage.prompt_weights is not None:
@@ -147,8 +157,8 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
   if stage.on_policy:
     # The learner's own weights change and are donated: only their shapes can be kept.
     actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
-  return StageModels(learner, non_trainable, actor, stage.on_policy, frozen.get(roles["guide"]),
-                     start, anchored="foresee" in hp)
+  return StageModels(learner, non_trainable, actor, stage.on_policy, guide, start,
+                     anchored="foresee" in hp, guides=several)
 
 
 def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
@@ -193,7 +203,7 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
              if "foresee" in hp else None),
       allocation=(_allocation(plan, node, stage_models, order, workdir)
                   if "allocate" in hp else None),
-      hint_of=node.hint_of)
+      hint_of=node.hint_of, guide_of=node.guide_of)
 
 
 def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: allocate.Order,

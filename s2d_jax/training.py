@@ -5,7 +5,7 @@ pair (features_BTD, weight_VD). A batch is a `rollouts.Batch`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,8 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from s2d_jax import keys, program_cache, sharding
-from s2d_jax.errors import InputError
+from s2d_jax import keys, microbatches, program_cache, sharding
 from s2d_jax.keys import Key
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
@@ -169,7 +168,33 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     update_norm, and finite. `finite` is 0 where the loss or the gradient is not finite; the state
     is then returned unchanged.
   """
+  gradients = _gradients(model, guide_model, objective, hp)
 
+  def accumulated(params, non_trainable, guide_params, batch):
+    def body(total, microbatch):
+      grads, sums = gradients(params, non_trainable, guide_params, microbatches.spread(microbatch))
+      total = jax.tree.map(jnp.add, total, grads)
+      # Without the constraint XLA may gather the gradients whole on every device.
+      return jax.lax.with_sharding_constraint(total, layout.params), sums
+
+    # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    total, sums = jax.lax.scan(body, zeros, microbatches.split(batch, hp.microbatches))
+    return total, {name: _over_microbatches(pair) for name, pair in sums.items()}
+
+  # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
+  def update(state, guide_params, batch, non_trainable=None):
+    batch = microbatches.padded(batch, microbatches.time_multiple())
+    return _apply(optimizer, state,
+                  *accumulated(state.params, non_trainable, guide_params, batch))
+
+  return update
+
+
+def _gradients(model: Model, guide_model: Model | None, objective: Loss, hp: ConfigDict,
+               ) -> Callable[..., tuple[Params, dict[str, tuple[jax.Array, ...]]]]:
+  """(params, non_trainable, guide_params, batch) -> gradients of the loss's sum, and the sums."""
   def gradients(params, non_trainable, guide_params, batch):
     # Outside the differentiated function: the guide gets no gradient and keeps no activations.
     guide_head = None if guide_model is None else _guide_head(guide_model, guide_params, batch)
@@ -182,30 +207,48 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     grads, sums = jax.grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
-  def accumulated(params, non_trainable, guide_params, batch):
-    def body(total, microbatch):
-      grads, sums = gradients(params, non_trainable, guide_params, _spread(microbatch))
-      total = jax.tree.map(jnp.add, total, grads)
-      # Without the constraint XLA may gather the gradients whole on every device.
-      return jax.lax.with_sharding_constraint(total, layout.params), sums
+  return gradients
 
-    # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    total, sums = jax.lax.scan(body, zeros, _split(batch, hp.microbatches))
-    return total, {name: _over_microbatches(pair) for name, pair in sums.items()}
 
-  # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
+def jit_gradients(model: Model, guide_model: Model, objective: Loss, hp: ConfigDict,
+                  layout: TrainState) -> Callable[..., Any]:
+  """Jitted part of an update that several guides share: sums of one microbatch, under one guide.
+
+  (params, non_trainable, guide_params, batch) -> (gradients, {name: sums}), to be added by
+  `jit_add` and applied by `jit_apply`. Arguments as `jit_update`; the batch is not split.
+  """
+  gradients = _gradients(model, guide_model, objective, hp)
+
+  # Layouts of our choice, so that the results of several guides can be added.
+  @functools.partial(jax.jit, out_shardings=(layout.params, layout.step))
+  def of_microbatch(params, non_trainable, guide_params, batch):
+    batch = microbatches.padded(batch, microbatches.time_multiple())
+    return gradients(params, non_trainable, guide_params, microbatches.spread(batch))
+
+  return of_microbatch
+
+
+def jit_add(layout: TrainState) -> Callable[..., Any]:
+  """Jitted (total, found) -> their sum, of two results of `jit_gradients`; the total is donated."""
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout.params, layout.step))
+  def add(total, found):
+    def added(name: str) -> tuple[jax.Array, ...]:
+      # As over microbatches: sums and counts are added, of one value the largest is taken.
+      pairs = jax.tree.map(lambda *x: jnp.stack(x), total[1][name], found[1][name])
+      return tuple(_over_microbatches(pairs))
+
+    return jax.tree.map(jnp.add, total[0], found[0]), {name: added(name) for name in total[1]}
+
+  return add
+
+
+def jit_apply(optimizer: optax.GradientTransformation, layout: TrainState) -> Callable[..., Any]:
+  """Jitted (state, total) -> (state, metrics): the end of `jit_update`; the state is donated."""
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
-  def update(state, guide_params, batch, non_trainable=None):
-    batch = _padded(batch, _time_multiple())
-    total, sums = accumulated(state.params, non_trainable, guide_params, batch)
-    metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
-    # The one division: sums over all microbatches by the count over all of them.
-    grads = jax.tree.map(
-        lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
-    return _apply(optimizer, state, grads, metrics)
+  def apply(state, total):
+    return _apply(optimizer, state, *total)
 
-  return update
+  return apply
 
 
 def _over_microbatches(pair: tuple[jax.Array, ...]) -> list[jax.Array]:
@@ -214,9 +257,13 @@ def _over_microbatches(pair: tuple[jax.Array, ...]) -> list[jax.Array]:
   return [reduce(x, axis=0) for x in pair]
 
 
-def _apply(optimizer: optax.GradientTransformation, state: TrainState, grads: Params,
-           metrics: _Metrics) -> tuple[TrainState, _Metrics]:
+def _apply(optimizer: optax.GradientTransformation, state: TrainState, total: Params,
+           sums: Mapping[str, Sequence[jax.Array]]) -> tuple[TrainState, _Metrics]:
   """One optimizer update and its metrics; the state is unchanged where a value is not finite."""
+  metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
+  # The one division: sums over all microbatches by the count over all of them.
+  grads = jax.tree.map(
+      lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["update_norm"] = optax.tree.norm(updates)
@@ -273,7 +320,7 @@ def compare(model: Model, guide_model: Model, measure: Callable[..., dict[str, j
   return _jit_per_token(on_microbatch, hp.microbatches)
 
 
-def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
+def _jit_per_token(f: Callable[..., Any], slices: int) -> Callable[..., Any]:
   """Jitted (*params, batch) -> f(*params, microbatch), its [B, T] results in the rows' order.
 
   The results are replicated, so that every host reads all of them.
@@ -284,35 +331,13 @@ def _jit_per_token(f: Callable[..., Any], microbatches: int) -> Callable[..., An
   def per_token(*args):
     *params, batch = args
     width = jax.tree.leaves(batch)[0].shape[1]
-    batch = _padded(batch, _time_multiple())
+    batch = microbatches.padded(batch, microbatches.time_multiple())
     # One microbatch at a time bounds the memory of activations.
-    microbatched = jax.lax.map(lambda part: f(*params, _spread(part)), _split(batch, microbatches))
-    return jax.tree.map(lambda x: x[:, :width], _spread(_join(microbatched)))
+    sliced = jax.lax.map(lambda part: f(*params, microbatches.spread(part)),
+                         microbatches.split(batch, slices))
+    return jax.tree.map(lambda x: x[:, :width], microbatches.spread(microbatches.join(sliced)))
 
   return per_token
-
-
-def _time_multiple() -> int:
-  """Of this many tokens a row's length should be a multiple."""
-  # A TPU keeps features in tiles. Where a device has several rows of another length, folding rows
-  # and times to one axis moves every tile. It costs time, and minutes of compilation.
-  return 128 if sharding.platform() == "tpu" else 1
-
-
-def _padded(batch: Batch, multiple: int) -> Batch:
-  """The batch with padding after its tokens, so that rows become multiples of `multiple`.
-
-  Padding is of segment 0, weight 0, count 0 and no sequence: it changes no sum and no gradient.
-  """
-  # The guide's rows may have another width than the learner's.
-  if not any(x.shape[1] % multiple for x in jax.tree.leaves(batch)):
-    return batch
-
-  def pad(x: jax.Array, value: int = 0) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)), constant_values=value)
-
-  # A token of a sequence would be scored, so here 0 would be work in vain.
-  return jax.tree.map(pad, batch)._replace(sequence_BT=pad(batch.sequence_BT, -1))
 
 
 def _head(model: Model, params: Params, batch: Batch) -> _Head:
@@ -335,31 +360,3 @@ def _guide_head(model: Model, params: Params, batch: Batch) -> _Head:
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
   """Sum over count; a batch without any weight has mean 0 and gradient 0."""
   return total / jnp.where(count > 0, count, 1.0)
-
-
-def _split(batch: Batch, k: int) -> Batch:
-  """[rows, ...] -> [k, rows / k, ...], every k-th row together.
-
-  Each device then finds its share of a microbatch among its own rows.
-  """
-  rows = jax.tree.leaves(batch)[0].shape[0]
-  if rows % k:
-    raise InputError(f"a batch of {rows} rows does not split into microbatches = {k}: "
-                     "choose a divisor of the rows.")
-  return jax.tree.map(
-      lambda x: jnp.swapaxes(x.reshape(rows // k, k, *x.shape[1:]), 0, 1), batch)
-
-
-def _join(tree: Any) -> Any:
-  """The inverse of `_split`."""
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def _spread(tree: Any) -> Any:
-  """Splits the rows over the devices that share the batch; further axes are whole on each."""
-  # XLA may lay out a microbatch as it likes, and could let every device compute all of its rows.
-  def spread(x: jax.Array) -> jax.Array:
-    further_axes = ["time"] * (x.ndim - 1)
-    return sharding.constrain(x, "batch", *further_axes)
-
-  return jax.tree.map(spread, tree)

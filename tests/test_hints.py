@@ -15,6 +15,7 @@ from s2d_jax import (
   ledger,
   loop,
   metrics,
+  microbatches,
   models,
   objectives,
   optim,
@@ -175,7 +176,7 @@ def test_neither_padding_nor_the_order_of_rows_changes_a_gradient():
 @pytest.mark.medium
 def test_rows_of_either_width_are_padded_to_the_multiple():
   batch = hinted(rollout(), hint_of())
-  padded = training._padded(batch, 8)
+  padded = microbatches.padded(batch, 8)
   assert padded.inputs_BT.shape == (8, 16) and padded.guide_inputs_BG.shape == (8, 16)
   assert batch.inputs_BT.shape == (8, 9) and batch.guide_inputs_BG.shape == (8, 12)
   assert np.all(padded.sequence_BT[:, 9:] == -1) and not np.any(padded.guide_segments_BG[:, 12:])

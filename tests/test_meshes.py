@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import common
-from s2d_jax import models, objectives, rollouts, sharding, training
+from s2d_jax import microbatches, models, objectives, rollouts, sharding, training
 from s2d_jax.errors import InputError
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
@@ -85,7 +85,7 @@ def test_one_step_on_every_mesh(objective, guided, quick_compiles):
 def test_padding_to_whole_tiles_changes_no_update_of_a_decoder(monkeypatch):
   metrics, params = step((1, 1, 1), objectives.REVERSE_KL, True)
   # As on a TPU, but for the number: rows of 11 tokens get five more, which attention must not read.
-  monkeypatch.setattr(training, "_time_multiple", lambda: 16)
+  monkeypatch.setattr(microbatches, "time_multiple", lambda: 16)
   others, new = step((1, 1, 1), objectives.REVERSE_KL, True)
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=2e-5, atol=1e-6, err_msg=name)

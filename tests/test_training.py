@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from s2d_jax import objectives, optim, rollouts, sharding, training
+from s2d_jax import microbatches, objectives, optim, rollouts, sharding, training
 from s2d_jax.losses import kl, tokens
 
 B, T, D, V = 16, 5, 8, 12
@@ -303,7 +303,7 @@ def test_padding_after_the_tokens_changes_no_update(objective, changes, mesh, mo
 
   want, expected = updated(T)
   # As on a TPU, but for the number: rows of T = 5 tokens get three more.
-  monkeypatch.setattr(training, "_time_multiple", lambda: 8)
+  monkeypatch.setattr(microbatches, "time_multiple", lambda: 8)
   got, metrics = updated(8)
   close(got, want)
   close(metrics, expected)
@@ -323,13 +323,13 @@ def test_token_logps_are_those_of_rows_with_padding_after_them(monkeypatch):
       arguments = put(host_params(0), mesh), sharding.put_batch(make_batch(), mesh)
       score = training.token_logps(MODEL, objectives.logp, hp)
       # The features of a microbatch, by which the loss is computed.
-      width = T + -T % training._time_multiple()
+      width = T + -T % microbatches.time_multiple()
       assert f"{B // 2}x{width}x{D}x" in score.lower(*arguments).as_text()
       return jax.device_get(score(*arguments))
   want = scored()
   assert want[0].shape == want[1].shape == (B, T)
   # As on a TPU, but for the number: rows of T = 5 tokens get three more.
-  monkeypatch.setattr(training, "_time_multiple", lambda: 8)
+  monkeypatch.setattr(microbatches, "time_multiple", lambda: 8)
   close(scored(), want)
 
 

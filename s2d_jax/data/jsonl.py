@@ -144,7 +144,7 @@ def _solution(samples: dict[int, str | None]) -> dict[str, str]:
 
 
 def row(line_name: str, line: dict[str, Any]) -> dict[str, Any]:
-  """A problem's row with its id, without keys that nothing reads.
+  """A problem's row with its id, and with its other texts, by which guides may be chosen.
 
   Raises:
     InputError: the problem is not a text, the answer neither a text nor an integer, the solution
@@ -164,7 +164,9 @@ def row(line_name: str, line: dict[str, Any]) -> dict[str, Any]:
   solution = {"solution": line["solution"]} if "solution" in line else {}
   if not all(isinstance(text, str) for text in solution.values()):
     raise InputError(f"{line_name} has a solution that is not text: write it as a string.")
-  return {"id": number, **texts} | solution
+  columns = {key: x for key, x in line.items()
+             if isinstance(x, str) and key not in ("id", *texts, *solution)}
+  return {"id": number, **texts} | solution | columns
 
 
 def answer_text(answer: str | float | list | dict | None) -> str | None:

@@ -7,6 +7,7 @@ from s2d_jax.rollouts.batches import (
   MEANS,
   Batch,
   batch,
+  minibatch_rows,
   minibatches,
   pack,
   token_weights,
@@ -52,10 +53,10 @@ from s2d_jax.rollouts.steps import (
 )
 
 __all__ = [
-  "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse", "OnFinish",
-  "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout", "RolloutSource",
-  "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats", "batch",
-  "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches", "pack", "repeated",
-  "repetition", "resolved", "row_key", "sample_step", "score", "take", "to_bytes", "token_weights",
-  "unchecked_since", "with_hints",
+  "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse",
+  "OnFinish", "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout",
+  "RolloutSource", "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats",
+  "batch", "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatch_rows",
+  "minibatches", "pack", "repeated", "repetition", "resolved", "row_key", "sample_step", "score",
+  "take", "to_bytes", "token_weights", "unchecked_since", "with_hints",
 ]

@@ -1,0 +1,171 @@
+"""Several guides of one stage: the family of a problem, or a column of it, chooses who scores it.
+
+A loss is a sum over rows, and so is its gradient. An update therefore scores the rows of one guide
+after another, adds up sums and gradients, and divides once. On the devices is one guide at a time;
+the others wait in the host's memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2d_jax import chat, keys, sharding
+from s2d_jax.compiling import Role, RoutedUpdate
+from s2d_jax.errors import InputError
+from s2d_jax.rollouts import Batch, Prompt
+from s2d_jax.sharding import Params
+from s2d_jax.training import TrainState
+
+
+def _is_block(block: Any) -> bool:
+  names = block.folders
+  return set(block) == {"by", "folders"} and isinstance(block.by, str) and bool(names) and all(
+      isinstance(folder, str) for folder in names.values())
+
+
+# Not hashed: a stage's name has the identities of the folders and each problem's guide instead.
+KEYS = {"guides": keys.Key(
+    _is_block, "write {'by': 'family' or a column of the problems, 'folders': {value: folder}}",
+    neutral=None, hashed=False, optional=True)}
+TEACHER = ""  # the arm's own teacher, which guides the problems that no folder is for
+
+
+class Task(Protocol):
+  """The field of a `planning.Task` that is read; planning imports this file."""
+  family: Callable[[Mapping], str] | None
+
+
+def check(hp: ConfigDict, taught: bool) -> None:
+  """Refuses guides that a stage cannot have; a message begins with the key's name.
+
+  Args:
+    hp: the stage's config; taught: whether the arm's teacher guides the stage.
+  """
+  if "guides" not in hp:
+    return
+  if not taught:
+    raise InputError("guides stand beside the arm's teacher and this stage does not read one: take "
+                     "it out, or choose a stage such as reverse_kl.")
+  if "foresee" in hp and hp.foresee.signal == "kl":
+    raise InputError("guides are several and foresee.signal \"kl\" compares with one: set it to "
+                     "\"reward\".")
+  if "allocate" in hp:
+    raise InputError("guides are several and allocate probes with one: take one of the two out.")
+
+
+def folders(config: ConfigDict) -> dict[str, str]:
+  """{role: folder} of the base models and of every further guide, whose role is its folder."""
+  further = {folder: folder for hp in config.stages.values() if "guides" in hp
+             for folder in hp.guides.folders.values()}
+  return {role: str(config[role]) for role in ("teacher", "student")} | further
+
+
+def check_models(config: ConfigDict, student: tuple[Any, chat.Chat],
+                 read: Callable[[str], tuple[Any, chat.Chat]]) -> None:
+  """Refuses a guide whose tokenizer, vocabulary or positions do not fit the student.
+
+  Args:
+    student: as `sampler.read_folder` returns it; read: the same of a folder.
+  """
+  for name, hp in config.stages.items():
+    for folder in (hp.guides.folders if "guides" in hp else {}).values():
+      path = f"config.stages.{name}.guides: the guide {folder}"
+      model_config, tokenizer = read(folder)
+      with keys.prefixed(f"{path}: "):
+        chat.same_tokenizer(tokenizer, student[1])
+      if model_config.vocab_size != student[0].vocab_size:
+        raise InputError(f"{path} embeds {model_config.vocab_size} tokens and the student "
+                         f"{student[0].vocab_size}: pad the smaller vocabulary to the larger.")
+      tokens = hp.get("hint_tokens", config.prompt_tokens) + hp.sampling.max_tokens
+      if tokens > model_config.max_positions:
+        raise InputError(f"{path} has {model_config.max_positions} positions and a prompt with its "
+                         f"response takes up to {tokens}: lower sampling.max_tokens.")
+
+
+def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
+           problems: Mapping[int, dict]) -> dict[int, str] | None:
+  """{problem id: the role that guides it}; None for a stage with one guide.
+
+  Args:
+    path: names the stage's config; prompts: of the stage's split; problems: by id.
+
+  Raises:
+    InputError: a problem has no such value, or no problem has a value that a folder is for.
+  """
+  if "guides" not in hp:
+    return None
+  by = hp.guides.by
+  of_folder = hp.guides.folders.to_dict()
+  found = {}
+  values = set()
+  for prompt in prompts:
+    problem = problems[prompt.id]
+    value = problem.get(by)
+    if by == "family" and task.family is not None:
+      value = task.family(problem)
+    if value is None:
+      raise InputError(f"{path}.guides.by is {by!r} and problem {prompt.id} has none: name a "
+                       "column that all problems have, or give the Task a `family`.")
+    values.add(value)
+    found[prompt.id] = of_folder.get(value, TEACHER)
+  for value in of_folder:
+    if value not in values:
+      raise InputError(f"{path}.guides.folders has a guide for {value!r} and no problem has that "
+                       f"{by}: choose from {', '.join(sorted(map(str, values)))}.")
+  return found
+
+
+def to_host(params: Params) -> Params:
+  """The weights in the memory of each device's host; on a CPU they are there already."""
+  if sharding.platform() == "cpu":
+    return params
+  return jax.device_put(params, jax.tree.map(
+      lambda x: x.sharding.with_memory_kind("pinned_host"), params))
+
+
+def _to_device(params: Params) -> Params:
+  """The weights of one guide on the devices, in the layout that its program has."""
+  if sharding.platform() == "cpu":
+    return params
+  return jax.device_put(params, jax.tree.map(
+      lambda x: x.sharding.with_memory_kind("device"), params))
+
+
+def _microbatches(batch: Batch, role_B: np.ndarray, role: str, rows: int) -> Iterator[Batch]:
+  """The rows of one guide in batches of `rows`, the last one filled with rows of weight 0."""
+  mine_B = np.flatnonzero(role_B == role)
+  for start in range(0, len(mine_B), rows):
+    index_B = mine_B[start : start + rows]
+    filled = np.concatenate([index_B, np.full(rows - len(index_B), index_B[0])])
+    part = Batch(*(None if x is None else x[filled] for x in batch))
+    real_B1 = (np.arange(rows) < len(index_B))[:, None]
+    yield part._replace(weight_BT=part.weight_BT * real_B1, count_BT=part.count_BT * real_B1)
+
+
+def update(programs: RoutedUpdate, guides: Mapping[str, Role], state: TrainState,
+           non_trainable: Params | None, batch: Batch,
+           role_B: np.ndarray) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer update in which each row of the batch is scored by its own guide.
+
+  Args:
+    guides: by role, their weights in the host's memory.
+    state, non_trainable: as `training.jit_update` takes them.
+    batch: of the host; role_B: the role that guides each row.
+
+  Returns:
+    The state and metrics, as `training.jit_update`.
+  """
+  mesh = sharding.current_mesh()
+  total = None
+  for role in sorted(guides):
+    params = None
+    for part in _microbatches(batch, role_B, role, programs.rows):
+      # Placed where it has a row, and let go before the next one.
+      params = _to_device(guides[role].params) if params is None else params
+      found = programs.gradients[role](state.params, non_trainable, params,
+                                       sharding.put_batch(part, mesh))
+      total = found if total is None else programs.add(total, found)
+  return programs.apply(state, total)

@@ -1,0 +1,247 @@
+"""Several guides of one stage: updates against single guides, routes, refusals, a killed run."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import common, composition
+from s2d_jax import (
+  compiling,
+  files,
+  guides,
+  metrics,
+  models,
+  objectives,
+  options,
+  recipe,
+  rollouts,
+  sampler,
+  sharding,
+  tasks,
+  training,
+)
+from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.errors import InputError
+from s2d_jax.rollouts import Prompt
+from tests import test_hints
+from tests.test_hints import TINY
+from tests.test_loop import params_of
+
+HP = ConfigDict(common.stage(
+    steps=1, prompts=8, microbatches=2, block=5, optim=common.adamw(lr=1.0),
+    sampling=common.sampling(samples_per_prompt=1, max_tokens=6)) | common.reverse_kl())
+SGD = optax.sgd(1.0)
+WIDER = TINY | {"intermediate_size": 48}
+
+
+def updated(mesh, role_B, guide_of_role, batch):
+  """The weights and metrics after one update under several guides."""
+  model = models.get(TINY)
+  learner = Role(model, params_of(model, 0, mesh))
+  stage_models = StageModels(learner, None, Role(model, sharding.abstract(learner.params)), True,
+                             guide_of_role[guides.TEACHER], guides=guide_of_role)
+  samplers = Samplers(sampler.SamplerConfig(), 4, (1,), str)
+  programs = compiling.compile_programs(stage_models, HP, objectives.REVERSE_KL, objectives.logp,
+                                        SGD, samplers)
+  assert programs.update is None and programs.routed.rows == 4
+  state = training.init(SGD, mesh, learner.params)
+  return guides.update(programs.routed, guide_of_role, state, None, batch, np.array(role_B))
+
+
+def single(mesh, guide, batch):
+  """The weights and metrics after the update of one guide."""
+  model = models.get(TINY)
+  params = params_of(model, 0, mesh)
+  state = training.init(SGD, mesh, params)
+  update = training.jit_update(model, guide.model, objectives.REVERSE_KL, SGD, HP,
+                               training.shardings(state))
+  return update(state, guide.params, sharding.put_batch(batch, mesh))
+
+
+def a_batch():
+  batch = rollouts.batch(test_hints.rollout())
+  zeros_BT = np.zeros(batch.weight_BT.shape, np.float32)
+  # As the compiled program has them: an on-policy batch of one update.
+  return batch._replace(sampler_logp_BT=zeros_BT, behaviour_logp_BT=zeros_BT)
+
+
+def close(a, b, atol=2e-6):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=atol), a, b)
+
+
+@pytest.fixture(params=[(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.medium)])
+def mesh(request):
+  with jax.set_mesh(sharding.make_mesh(request.param)):
+    yield sharding.current_mesh()
+
+
+def test_equal_guides_give_the_update_of_one(mesh):
+  guide = Role(models.get(TINY), params_of(models.get(TINY), 1, mesh))
+  batch = a_batch()
+  # Five rows and three: both need filling up to batches of four.
+  state, values = updated(mesh, ["", "", "b", "", "b", "", "b", ""], {"": guide, "b": guide}, batch)
+  want, want_values = single(mesh, guide, batch)
+  close(jax.device_get(state.params), jax.device_get(want.params))
+  assert set(values) == set(want_values)
+  close({k: values[k] for k in values}, {k: want_values[k] for k in values}, 1e-5)
+
+
+def test_unlike_guides_give_the_weighted_sum_of_their_updates(mesh):
+  # Guides of two sizes. A gradient is a mean over tokens, so each part counts by its tokens.
+  one = Role(models.get(TINY), params_of(models.get(TINY), 1, mesh))
+  other = Role(models.get(WIDER), params_of(models.get(WIDER), 2, mesh))
+  batch = a_batch()
+  role_B = np.array(["b", "", "", "b", "b", "", "b", "b"])
+  state, values = updated(mesh, role_B, {"": one, "b": other}, batch)
+  start = jax.device_get(params_of(models.get(TINY), 0, mesh))
+  total = jax.tree.map(np.zeros_like, start)
+  loss = tokens = 0.0
+  for role, guide in (("", one), ("b", other)):
+    is_own_B1 = (role_B == role)[:, None]
+    part = batch._replace(weight_BT=batch.weight_BT * is_own_B1,
+                          count_BT=batch.count_BT * is_own_B1)
+    found, part_values = single(mesh, guide, part)
+    count = part.count_BT.sum()
+    total = jax.tree.map(lambda sum, after, before, n=count: sum + n * (before - after), total,
+                         jax.device_get(found.params), start)
+    loss += count * float(part_values["loss"])
+    tokens += count
+  want = jax.tree.map(lambda before, step: before - step / tokens, start, total)
+  close(jax.device_get(state.params), want, 1e-5)
+  assert float(values["loss"]) == pytest.approx(loss / tokens, rel=1e-5)
+
+
+def block(**folders):
+  return {"by": "family", "folders": folders}
+
+
+@pytest.mark.parametrize("changes, guided, message", [
+    ({}, False, "does not read one: take it out, or choose a stage such as reverse_kl"),
+    ({"foresee": {"signal": "kl"}}, True, "foresee.signal \"kl\" compares with one"),
+    ({"allocate": {}}, True, "allocate probes with one: take one of the two out"),
+])
+def test_stages_that_cannot_have_several_guides_are_refused(changes, guided, message):
+  with pytest.raises(InputError, match=message):
+    guides.check(ConfigDict({"guides": block(a="x")} | changes), guided)
+
+
+@pytest.mark.parametrize("value", [{}, {"by": "family", "folders": {}}, {"by": "family"},
+                                   {"by": 3, "folders": {"a": "x"}},
+                                   {"by": "family", "folders": {"a": 3}}])
+def test_a_block_is_refused_by_its_shape(value):
+  with pytest.raises(InputError, match="write {'by': 'family' or a column of the problems"):
+    guides.keys.check_value("guides", ConfigDict(value), options.KEYS["guides"])
+
+
+def test_a_problem_has_the_guide_of_its_value_or_the_teacher():
+  prompts = [Prompt(i, (i,)) for i in range(3)]
+  problems = {i: {"subject": subject} for i, subject in enumerate(("algebra", "sets", "algebra"))}
+  task = ConfigDict({"family": None})
+
+  def chosen(by="subject", **folders):
+    hp = ConfigDict({"guides": {"by": by, "folders": folders}})
+    return guides.chosen("config.stages.reverse_kl", hp, task, prompts, problems)
+
+  assert chosen(algebra="/a") == {0: "/a", 1: guides.TEACHER, 2: "/a"}
+  with pytest.raises(InputError, match="for 'logic' and no problem has that subject: choose from "
+                                       "algebra, sets"):
+    chosen(logic="/a")
+  with pytest.raises(InputError, match="by is 'level' and problem 0 has none: name a column"):
+    chosen(by="level", algebra="/a")
+  with pytest.raises(InputError, match="by is 'family' and problem 0 has none"):
+    chosen(by="family", algebra="/a")
+
+
+def config_of(tmp_path, **folders):
+  config = composition.get_config("tiny")
+  with config.unlocked():
+    config.arms = "raw_bridge"
+    config.probe.problems = 0
+    config.stages.forward_kl.steps = 0
+    config.stages.reverse_kl.update({"save_every": 2, "minibatches": 2})
+    config.stages.reverse_kl.guides = block(**folders)
+  return config.lock()
+
+
+def run(config, workdir):
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    plan = recipe.run(config, workdir, tasks.get(config))
+  (node,) = plan.nodes.values()
+  return node, epath.Path(workdir) / node.name
+
+
+@pytest.mark.medium
+def test_a_killed_run_under_several_guides_ends_in_the_same_bytes(tmp_path, monkeypatch):
+  # The student's own base guides two families, and the teacher the others.
+  config = config_of(tmp_path, left=composition.get_config().student, right="again")
+  shutil.copytree(config.student, tmp_path / "again")
+  with config.unlocked():
+    config.stages.reverse_kl.guides.folders.right = str(tmp_path / "again")
+  node, whole = run(config, tmp_path / "whole")
+  assert set(node.guide_of.values()) == {"", config.student, str(tmp_path / "again")}
+
+  update = guides.update
+  calls = []
+
+  def killed(*args):
+    calls.append(args)
+    if len(calls) == 6:  # in the middle of the third of four steps, behind a checkpoint
+      raise SystemExit(137)
+    return update(*args)
+
+  monkeypatch.setattr(guides, "update", killed)
+  with pytest.raises(SystemExit):
+    run(config, tmp_path / "killed")
+  monkeypatch.setattr(guides, "update", update)
+  _, again = run(config, tmp_path / "killed")
+  for name in ("ledger", "metrics"):
+    assert metrics.read(again, name) == metrics.read(whole, name)
+  assert ((again / "hf" / "model.safetensors").read_bytes()
+          == (whole / "hf" / "model.safetensors").read_bytes())
+
+
+def test_a_stage_is_named_by_its_guides_and_not_by_their_folders(tmp_path):
+  def name(**folders):
+    config = config_of(tmp_path, **folders)
+    return set(recipe.plan(config, tasks.get(config)).nodes)
+
+  student = composition.get_config().student
+  shutil.copytree(student, tmp_path / "copy")
+  assert name(left=student) == name(left=str(tmp_path / "copy"))
+  assert name(left=student) != name(right=student)
+  plain = config_of(tmp_path, left=student)
+  with plain.unlocked():
+    del plain.stages.reverse_kl.guides
+  assert set(recipe.plan(plain, tasks.get(plain)).nodes) != name(left=student)
+
+
+def test_a_guide_of_another_tokenizer_is_refused(tmp_path):
+  shutil.copytree(composition.get_config().student, tmp_path / "swapped")
+  (tmp_path / "swapped" / "SHA256SUMS").unlink()
+  tokenizer = tmp_path / "swapped" / "tokenizer.json"
+  read = json.loads(tokenizer.read_text())
+  vocabulary = read["model"]["vocab"]
+  vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+  tokenizer.write_text(json.dumps(read))
+  config = config_of(tmp_path, left=str(tmp_path / "swapped"))
+  with pytest.raises(InputError, match="config.stages.reverse_kl.guides: the guide .*swapped: "):
+    recipe.plan(config, tasks.get(config))
+
+
+@pytest.mark.medium
+def test_the_ledger_counts_each_guide_by_its_size(tmp_path):
+  student = composition.get_config().student
+  config = config_of(tmp_path, left=student, right=student, sum=student, product=student,
+                     long=student)
+  _, small = run(config, tmp_path / "small")
+  with config.unlocked():
+    del config.stages.reverse_kl.guides
+  _, large = run(config, tmp_path / "large")
+  totals = [files.read_json(folder / "ledger.json") for folder in (small, large)]
+  assert totals[0]["flops"] < totals[1]["flops"]

@@ -61,7 +61,9 @@ def check(hp: ConfigDict, has_teacher: bool) -> None:
   """Refuses shares that a stage cannot take; a message begins with the key's name.
 
   Args:
-    hp: the stage's config; has_teacher: whether it has a frozen actor or a guide.
+    hp: the stage's config.
+    has_teacher: whether a frozen model samples, or the teacher guides. A reference does not count:
+      it is the learner's own start.
 
   Raises:
     InputError: see the messages.
@@ -260,7 +262,7 @@ def decide(history: Sequence[Mapping[str, Any]], step: int, score_F: np.ndarray 
   share_NF = np.array([_vector(row["shares"], families) for row in history])
   step_N = np.array([*(row["step"] for row in history), step])
   evidence = _Evidence(score_NF, teacher_F, share_NF, 1 - step_N / hp.steps, requirement_F,
-                 hp.allocate.beta)
+                       hp.allocate.beta)
   rng = np.random.default_rng((*seed, len(history)))
   # The paper's five models, each of a bootstrap sample of the decisions.
   predicted_MA = [_MODELS[rule](evidence, rng.integers(len(history), size=len(history)), action_AF,

@@ -49,6 +49,11 @@ class StageModels(NamedTuple):
     """All leaves of the learner, given those that are trained."""
     return training.join(params, self.non_trainable)
 
+  @property
+  def teacher(self) -> Role | None:
+    """The model whose responses `allocate` scores: the frozen actor, or else the guide."""
+    return self.guide if self.on_policy or self.actor is None else self.actor
+
 
 class Samplers(NamedTuple):
   """The settings that all samplers of a run share."""
@@ -249,8 +254,8 @@ def _probe_programs(models: StageModels, hp: ConfigDict, logp: training.Logp,
                     samplers: Samplers) -> Probe:
   """The programs of the stage's probes."""
   rows = hp.allocate.problems
-  teacher = models.guide or models.actor
-  sampled = samplers.compile(teacher, hp.sampling, min(hp.prompts, rows), samples_per_prompt=1)
+  sampled = samplers.compile(models.teacher, hp.sampling, min(hp.prompts, rows),
+                             samples_per_prompt=1)
   whole = sharding.abstract(models.full(models.learner.params))
   batch = abstract_batch(rows, samplers.prompt_tokens + hp.sampling.max_tokens - 1,
                          sharding.current_mesh())

@@ -192,15 +192,23 @@ def with_part(found: _Entry, name: str, part: Mapping[str, float]) -> _Entry:
   return found | sums | {name: dict(part)}
 
 
-def probe_part(rollout: Rollout, fresh_B: np.ndarray, models: StageModels) -> dict[str, float]:
-  """The counts of a probe of `allocate`: fresh responses of the teacher, and the learner's scores.
+def probe_part(rollout: Rollout, fresh_B: np.ndarray, first: bool,
+               models: StageModels) -> dict[str, float]:
+  """The counts of a probe of `allocate`: the teacher's responses, and the learner's scores of them.
+
+  Args:
+    fresh_B: True for the responses that were sampled for this probe.
+    first: whether it is the stage's first probe. The others that it finds are another stage's.
   """
-  teacher = models.guide or models.actor
+  config = models.teacher.model.config
   response_B = rollout.response_length_B
   length_B = rollout.prompt_length_B + response_B
-  flops = forward_flops(teacher.model.config, length_B[fresh_B], response_B[fresh_B])
+  reused_B = ~fresh_B & first
+  flops = forward_flops(config, length_B[fresh_B], response_B[fresh_B])
   return {"sequences": int(fresh_B.sum()), "tokens_sampled": int(response_B[fresh_B].sum()),
-          "flops": flops + forward_flops(models.learner.model.config, length_B, response_B)}
+          "tokens_reused": int(response_B[reused_B].sum()),
+          "flops": flops + forward_flops(models.learner.model.config, length_B, response_B),
+          "flops_reused": forward_flops(config, length_B[reused_B], response_B[reused_B])}
 
 
 def _sampling(models: StageModels, rollouts: StepRollouts, pass_rate_rollout: Rollout | None,

@@ -30,6 +30,7 @@ def check(hp: ConfigDict, stage: Stage) -> None:
   """
   guided = stage.guide is not None and stage.objective.uses_guide(hp)
   foresee.check(hp, stage.source.model == stage.learner, guided)
-  allocate.check(hp, guided or stage.source.model not in (None, stage.learner))
+  taught = guided and stage.guide == "teacher"
+  allocate.check(hp, taught or stage.source.model not in (None, stage.learner))
   hints.check(hp, guided)
-  guides.check(hp, guided and stage.guide == "teacher")
+  guides.check(hp, taught)

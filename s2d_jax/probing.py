@@ -45,7 +45,7 @@ class Allocation(NamedTuple):
       sizes = [len(self.probed[name]) for name in families]
       score_F, teacher_F = (allocate.means(x_BT, batch.weight_BT, sizes)
                             for x_BT in (logp_BT, batch.sampler_logp_BT))
-      cost = ledger.probe_part(rollout, fresh_B, self.models)
+      cost = ledger.probe_part(rollout, fresh_B, not log.rows, self.models)
     found = allocate.decide(log.rows, step, score_F, teacher_F, families, self.hp,
                             (*self.seed, zlib.crc32(b"allocate")))
     row = {"step": step, "shares": dict(zip(families, found.share_F, strict=True))}

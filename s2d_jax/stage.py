@@ -209,19 +209,19 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
 def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: allocate.Order,
                 workdir: epath.Path) -> Allocation:
   """The decisions of a stage's shares, and the problems that its learner is probed on."""
-  teacher = stage_models.guide or stage_models.actor
-  role = node.guide or node.actor
+  role = node.actor or node.guide  # of `StageModels.teacher`: a learner that samples has no actor
+  split = plan.config.probe.split
   seed = plan.config.seed
 
   def source(compiled: Sampler) -> rollouts.FrozenActor:
     # The salt keeps these samples apart from those that a stage learns from.
     return rollouts.FrozenActor(
-        compiled, teacher.params, _store(plan, role, node.hp, workdir, "probed"),
+        compiled, stage_models.teacher.params,
+        _store(plan, role, node.hp, workdir, "probed", split),
         (seed, zlib.crc32(b"allocate")), node.name, samples_per_prompt=1,
         epoch=lambda step, prompt: 0)
 
-  probed = allocate.probed(plan.prompts[plan.config.probe.split], plan.family, order.families,
-                           node.hp)
+  probed = allocate.probed(plan.prompts[split], plan.family, order.families, node.hp)
   return Allocation(order, probed, source, stage_models, node.hp,
                     (seed, zlib.crc32(node.stage.name.encode())))
 
@@ -283,8 +283,8 @@ def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
 
 
 def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
-           kind: str = "rollouts") -> rollouts.Store:
-  """The store of a frozen actor's rollouts, opened; its folder's name says what is in it.
+           kind: str = "rollouts", split: str = "all") -> rollouts.Store:
+  """The store of a frozen actor's responses to a split, opened; its name says what is in it.
 
   samples_per_prompt is left out: it does not change what a row is.
   """
@@ -294,7 +294,7 @@ def _store(plan: Plan, actor: str, hp: ConfigDict, workdir: epath.Path,
   name = manifest.name(kind, {
       "actor": plan.identity(actor), "sampling": keys.hashed(hp.sampling, record),
       "seed": plan.config.seed,
-      "prompts": manifest.digest(plan.prompts["all"]), "width": plan.config.prompt_tokens,
+      "prompts": manifest.digest(plan.prompts[split]), "width": plan.config.prompt_tokens,
       "tokenizer": plan.chat.fingerprint(), "dtype": plan.config.dtype,
       "cache": plan.config.sampler.cache, "drawn by": "one uniform number a token"})
   return rollouts.Store(workdir / name)

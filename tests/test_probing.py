@@ -1,13 +1,34 @@
 """Decisions of a stage's shares in tiny runs of the composition world."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
 from configs import composition
-from s2d_jax import allocate, files, metrics, recipe, sharding, tasks
+from s2d_jax import (
+  allocate,
+  compiling,
+  files,
+  ledger,
+  metrics,
+  models,
+  recipe,
+  rollouts,
+  sharding,
+  stage,
+  tasks,
+)
 from s2d_jax.errors import InputError
+from s2d_jax.rollouts import Prompt
+
+CONFIG = models.get({
+    "model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
+    "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": True, "max_position_embeddings": 64}).config
 
 BLOCK = {"interval": 2, "rule": "transfer", "weights": "", "requirement": "", "kappa": 1.0,
          "beta": 0.5, "explore": 1, "problems": 10}
@@ -113,3 +134,60 @@ def test_shares_rename_their_stage_alone():
   with other.unlocked():
     other.stages.reverse_kl.allocate = BLOCK
   assert names(other) == names(config_of("forward_kl"))
+
+
+def a_role(name):
+  return compiling.Role(types.SimpleNamespace(name=name, config=CONFIG), None)
+
+
+# The frozen actor, whether the learner samples, the guide; whose responses are scored.
+@pytest.mark.parametrize("actor, on_policy, guide, want", [
+    ("teacher", False, None, "teacher"), ("teacher", False, "start", "teacher"),
+    ("learner", True, "teacher", "teacher"), (None, False, "teacher", "teacher")])
+def test_the_teacher_is_the_frozen_actor_or_else_the_guide(actor, on_policy, guide, want):
+  role = lambda name: name and a_role(name)
+  models = compiling.StageModels(a_role("learner"), None, role(actor), on_policy, role(guide))
+  assert models.teacher.model.name == want
+
+
+def test_a_learners_own_start_is_no_teacher(tmp_path):
+  config = composition.get_config("tiny")
+  with config.unlocked():
+    config.arms = "cold_grpo"
+    # With a penalty it has a guide, which is its own start.
+    config.stages.student_grpo.update(kl="k3", kl_coef=0.1)
+    config.stages.student_grpo.allocate = BLOCK
+  with pytest.raises(InputError, match="compares with a teacher, and this stage has none"):
+    run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_responses_that_another_stage_sampled_are_counted_as_reused_once():
+  # Responses of two tokens and of one, after prompts of one; the second row is another stage's.
+  rollout = rollouts.given_solutions([Prompt(0, (1,)), Prompt(1, (1,))], [[1, 2], [3]], 3, 2)
+  models = compiling.StageModels(a_role("learner"), None, a_role("teacher"), False, None)
+  flops = ledger.forward_flops
+  scored = flops(CONFIG, [3, 2], [2, 1])
+  assert ledger.probe_part(rollout, np.array([True, False]), True, models) == {
+      "sequences": 1, "tokens_sampled": 2, "tokens_reused": 1,
+      "flops": flops(CONFIG, [3], [2]) + scored, "flops_reused": flops(CONFIG, [2], [1])}
+  # A later probe samples nothing and finds what was counted before.
+  assert ledger.probe_part(rollout, np.array([False, False]), False, models) == {
+      "sequences": 0, "tokens_sampled": 0, "tokens_reused": 0, "flops": scored, "flops_reused": 0}
+
+
+def test_responses_to_other_probed_problems_have_a_store_of_their_own(monkeypatch):
+  config = config_of("forward_kl")
+  plan = recipe.plan(config, tasks.get(config))
+  (node,) = plan.nodes.values()
+  monkeypatch.setattr(rollouts, "Store", lambda folder: folder.name)
+
+  def store(plan):
+    order = types.SimpleNamespace(families=["left"])
+    models = types.SimpleNamespace(teacher=a_role("teacher"), guide=a_role("teacher"))
+    return stage._allocation(plan, node, models, order, epath.Path("w")).teacher(None).store
+
+  prompts = plan.prompts["validation"]
+  others = [prompts[0]._replace(tokens=(*prompts[0].tokens, 5)), *prompts[1:]]
+  assert store(plan) == store(plan._replace(prompts=dict(plan.prompts)))
+  assert store(plan) != store(plan._replace(prompts=plan.prompts | {"validation": others}))

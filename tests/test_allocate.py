@@ -118,6 +118,48 @@ def test_without_transfer_it_comes_near_the_best_rule():
   assert mean["uniform"] + 0.04 < mean["transfer"] <= mean["greedy"]
 
 
+def regrets(transfer_FF, seed, rule, requirement="", decisions=20):
+  """(the mean of what each choice earns less than the best, the shares [N, F], the first gaps).
+
+  Help is in proportion to the gap, harm is not. Worlds differ in their gaps, by the seed.
+  """
+  hp = config(rule=rule, requirement=requirement)
+  hp.steps = 3 * decisions
+  weight_of = allocate.parse(requirement) or dict.fromkeys(FAMILIES, 0.25)
+  requirement_F = np.array([weight_of[name] for name in FAMILIES])
+  gap_F = np.random.default_rng((1, seed)).uniform(0.5, 2, 4)
+  first_F, history, lost = gap_F, [], []
+  for n in range(decisions):
+    share_F = allocate.decide(history, 3 * n, -gap_F, np.zeros(4), FAMILIES, hp, (seed,)).share_F
+    history.append({"step": 3 * n, "shares": dict(zip(FAMILIES, share_F, strict=True)),
+                    "scores": dict(zip(FAMILIES, -gap_F, strict=True))})
+    # Row by row what a share of each action, and last of the choice, changes.
+    choice_AF = np.array([*allocate.actions(4), share_F])
+    change_AF = (choice_AF @ np.maximum(transfer_FF, 0)) * gap_F + choice_AF @ np.minimum(
+        transfer_FF, 0)
+    worth_A = change_AF @ requirement_F - 0.5 * np.maximum(-change_AF, 0) @ requirement_F
+    lost.append(worth_A.max() - worth_A[-1])
+    gap_F = gap_F - change_AF[-1]
+  return np.mean(lost), np.array([list(row["shares"].values()) for row in history]), first_F
+
+
+@pytest.mark.medium
+def test_the_regret_of_the_transfer_model_is_far_below_those_of_uniform_and_greedy():
+  # "d" teaches itself less than the others do, and harms "a".
+  transfer_FF = 0.25 * np.array([[1, .3, 0, 0], [.3, 1, 0, 0], [0, 0, 1, 0], [-.8, 0, 0, .6]])
+  mean = {rule: np.mean([regrets(transfer_FF, seed, rule)[0] for seed in range(200)])
+          for rule in ("uniform", "greedy", "transfer")}
+  assert mean["transfer"] < 0.6 * min(mean["uniform"], mean["greedy"])
+
+
+def test_without_transfer_shares_follow_requirement_times_gap():
+  written = "a=0.1,b=0.2,c=0.3,d=0.4"
+  for seed in range(10):
+    _, share_NF, gap_F = regrets(0.1 * np.eye(4), seed, "transfer", written, decisions=40)
+    wanted_F = gap_F * [0.1, 0.2, 0.3, 0.4]
+    assert np.corrcoef(share_NF[5:].mean(axis=0), wanted_F)[0, 1] > 0.9
+
+
 @pytest.mark.parametrize("rule", ["transfer", "ensemble"])
 def test_a_history_gives_the_same_decisions_again(rule):
   _, history = run(np.eye(4), 3, rule=rule)

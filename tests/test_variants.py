@@ -78,3 +78,11 @@ def test_the_refused_loss_takes_probability_off_its_support_even_at_the_teacher(
   # Σ_S p (log p/q + 1) ∇ log p = p_v (1_S − 0.8) at p = q.
   assert value == pytest.approx(0, abs=1e-6)
   np.testing.assert_allclose(grad_V1[:, 0], q_V * (np.array([1, 1, 0, 0]) - 0.8), atol=1e-6)
+
+
+def test_the_cost_of_probes_is_that_of_a_stage_alone():
+  # Sampled here or found: 2 of scores and 6 of responses, in a stage that alone would spend 100.
+  sampled = {"flops": 100.0, "flops_reused": 0.0, "allocate": {"flops": 8.0, "flops_reused": 0.0}}
+  found = {"flops": 94.0, "flops_reused": 6.0, "allocate": {"flops": 2.0, "flops_reused": 6.0}}
+  assert compare.probe_cost(sampled) == compare.probe_cost(found) == 0.08
+  assert compare.probe_cost({"flops": 100.0, "flops_reused": 0.0}) == 0

@@ -10,7 +10,7 @@ out.
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as distributions
@@ -132,6 +132,14 @@ def study_of(name: str) -> str:
   return variants.VARIANTS[name.replace("unnormalised", "generalised")].study
 
 
+def probe_cost(totals: Mapping[str, Any]) -> float:
+  """The probes' share of a stage's FLOPs, as if no other stage had sampled any of its responses."""
+  part = totals.get("allocate")
+  if part is None:
+    return 0.0
+  return (part["flops"] + part["flops_reused"]) / (totals["flops"] + totals["flops_reused"])
+
+
 def share_cells(group: Group, control: Group) -> list[str]:
   """The difference on "long", the largest loss of another family, and the cost of the probes."""
   config = composition.get_config()
@@ -143,8 +151,7 @@ def share_cells(group: Group, control: Group) -> list[str]:
   long = intervals.gap_over_seeds(gap_of.pop("long"))
   lost = min(100 * part_SP.mean() for part_SP in gap_of.values())
   totals = [files.read_json(run.stages[-1] / "ledger.json") for run in group.runs.values()]
-  cost = np.mean([t["allocate"]["flops"] / (t["flops"] + t["flops_reused"])
-                  if "allocate" in t else 0.0 for t in totals])
+  cost = np.mean([probe_cost(t) for t in totals])
   return [report.interval(long), f"{lost:+.1f}", f"{100 * cost:.1f} %"]
 
 

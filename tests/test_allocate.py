@@ -171,6 +171,38 @@ def test_a_history_gives_the_same_decisions_again(rule):
     assert dict(zip(FAMILIES, again.share_F, strict=True)) == history[n]["shares"]
 
 
+@pytest.mark.parametrize("rule", ["transfer", "ensemble"])
+@pytest.mark.parametrize("beta, want", [(0.0, [1, 0]), (8.0, [0, 1])])
+def test_a_family_that_harms_is_not_taken_where_losses_weigh_much(rule, beta, want):
+  # "a" gains 0.1 and takes 0.06 from "b", which is worth 0.02; "b" gains 0.01, worth 0.005.
+  score_F, history = np.zeros(2), []
+  for share_F in [*allocate.actions(2)] * 4:
+    history.append({"step": 0, "shares": dict(zip("ab", share_F, strict=True)),
+                    "scores": dict(zip("ab", score_F, strict=True))})
+    score_F = score_F + share_F @ [[0.1, -0.06], [0.0, 0.01]]
+  found = allocate.decide(history, 3, score_F, np.full(2, 5.0), "ab",
+                          config(rule=rule, kappa=0.0, beta=beta), (0,))
+  assert found.share_F.tolist() == want
+
+
+def test_tenths_of_the_stage_that_begin_without_a_gain_by_hand():
+  # Of sixty steps, tenths begin at 0, 6, 12 and 18 with 0, 1, 1 and 2: one did not rise.
+  step_N = np.array([0, 3, 6, 9, 12, 15, 18])
+  assert allocate._stalls(np.array([0.0, 9, 1, 9, 1, 9, 2]), step_N, 60) == 1
+
+
+def test_a_tenth_without_a_gain_lowers_the_weight_of_the_spread(monkeypatch):
+  _, history = run(np.eye(4), 0)
+
+  def chosen(stalls, kappa):
+    monkeypatch.setattr(allocate, "_stalls", lambda *args: stalls)
+    return [allocate.decide(history[:n], 3 * n, np.full(4, -1.0), np.zeros(4), FAMILIES,
+                            config(kappa=kappa), (seed,)).share_F.tolist()
+            for n in (5, 6, 8) for seed in range(6)]
+
+  assert chosen(2, 8.0) == chosen(0, 8.0 * 0.7**2) != chosen(0, 8.0)
+
+
 def test_first_decisions_are_random_without_repeats():
   _, history = run(np.eye(4), 1, explore=20)
   assert len({tuple(row["shares"].values()) for row in history}) == 20

@@ -156,8 +156,8 @@ def test_without_transfer_shares_follow_requirement_times_gap():
   written = "a=0.1,b=0.2,c=0.3,d=0.4"
   for seed in range(10):
     _, share_NF, gap_F = regrets(0.1 * np.eye(4), seed, "transfer", written, decisions=40)
-    wanted_F = gap_F * [0.1, 0.2, 0.3, 0.4]
-    assert np.corrcoef(share_NF[5:].mean(axis=0), wanted_F)[0, 1] > 0.9
+    target_F = gap_F * [0.1, 0.2, 0.3, 0.4]
+    assert np.corrcoef(share_NF[5:].mean(axis=0), target_F)[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("rule", ["transfer", "ensemble"])
@@ -173,7 +173,7 @@ def test_a_history_gives_the_same_decisions_again(rule):
 
 @pytest.mark.parametrize("rule", ["transfer", "ensemble"])
 @pytest.mark.parametrize("beta, want", [(0.0, [1, 0]), (8.0, [0, 1])])
-def test_a_family_that_harms_is_not_taken_where_losses_weigh_much(rule, beta, want):
+def test_a_harmful_family_is_left_out_where_beta_is_large(rule, beta, want):
   # "a" gains 0.1 and takes 0.06 from "b", which is worth 0.02; "b" gains 0.01, worth 0.005.
   score_F, history = np.zeros(2), []
   for share_F in [*allocate.actions(2)] * 4:

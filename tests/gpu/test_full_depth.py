@@ -42,7 +42,9 @@ def test_the_readmes_line_fits(tmp_path, capsys):
   found = capsys.readouterr().out
   check(found, "reverse_kl", 1_720_574_976, 8_190_735_360, cards=8)
   assert "no formula has" not in found
-  for name in (*(stage.name for stage in recipe.STAGES), "the whole"):
+  # No shipped config has self_distillation.
+  stages = {stage.name for stage in recipe.STAGES} - {"self_distillation"}
+  for name in (*sorted(stages), "the whole"):
     assert re.search(rf"^{name}: fits: [\d.]+ GB of 78.15 GB", found, re.M), name
 
 

@@ -28,10 +28,11 @@ EXAMPLES = (
     {"role": "assistant", "content": "2 * 4 = \\boxed{8}"})
 
 
-def _solved_before(problem: dict) -> list[dict]:
-  """The problem, its solution as an answered turn, and the problem again."""
+def _answered_before(problem: dict) -> list[dict]:
+  """The problem, its answer as a turn, and the problem again."""
+  # With the whole solution a response would exceed the positions of the embedded models.
   ask = {"role": "user", "content": problem["problem"]}
-  return [ask, {"role": "assistant", "content": problem["solution"]}, ask]
+  return [ask, {"role": "assistant", "content": problem["answer"]}, ask]
 
 
 def _with_solution(problem: dict) -> str:
@@ -53,7 +54,7 @@ def arithmetic(config: ConfigDict) -> Task:
   return Task(lambda split: sources.arithmetic(split, folder),
               lambda problem: [{"role": "user", "content": problem["problem"]}],
               arithmetic_reward.reward, arithmetic_reward.answer,
-              family=arithmetic_problems.family, hint=_solved_before)
+              family=arithmetic_problems.family, hint=_answered_before)
 
 
 def composition(config: ConfigDict) -> Task:

@@ -108,6 +108,9 @@ def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] |
     raise InputError(f"allocate may draw all {hp.prompts} prompts of a step from one family and "
                      f"{least!r} has {names.count(least)} problems: lower prompts.")
   if probes(hp):
+    if hp.allocate.problems < len(found):
+      raise InputError(f"allocate.problems is {hp.allocate.problems} and there are {len(found)} "
+                       "families, of which each is probed: raise it.")
     for name, needed in zip(found, counts(np.ones(len(found)) / len(found), hp.allocate.problems),
                             strict=True):
       there = sum(family_of(p.id) == name for p in probed)

@@ -5,6 +5,7 @@ after another, adds up sums and gradients, and divides once. On the devices is o
 the others wait in the host's memory.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,16 +20,22 @@ from s2d_jax.rollouts import Batch, Prompt
 from s2d_jax.sharding import Params
 from s2d_jax.training import TrainState
 
+# Their values are spent labels, or unlike for each problem.
+_NO_COLUMNS = ("answer", "solution", "problem", "id")
+
 
 def _is_block(block: Any) -> bool:
   names = block.folders
-  return set(block) == {"by", "folders"} and isinstance(block.by, str) and bool(names) and all(
-      isinstance(folder, str) for folder in names.values())
+  if set(block) != {"by", "folders"} or not names or block.by in _NO_COLUMNS:
+    return False
+  return isinstance(block.by, str) and all(isinstance(folder, str) and folder
+                                           for folder in names.values())
 
 
 # Not hashed: a stage's name has the identities of the folders and each problem's guide instead.
 KEYS = {"guides": keys.Key(
-    _is_block, "write {'by': 'family' or a column of the problems, 'folders': {value: folder}}",
+    _is_block, "write {'by': 'family' or a text column that is no answer, 'folders': {value: "
+    "folder}}",
     neutral=None, hashed=False, optional=True)}
 TEACHER = ""  # the arm's own teacher, which guides the problems that no folder is for
 
@@ -48,7 +55,7 @@ def check(hp: ConfigDict, taught: bool) -> None:
     return
   if not taught:
     raise InputError("guides stand beside the arm's teacher and this stage does not read one: take "
-                     "it out, or choose a stage such as reverse_kl.")
+                     "guides out, or choose a stage such as reverse_kl.")
   if "foresee" in hp and hp.foresee.signal == "kl":
     raise InputError("guides are several and foresee.signal \"kl\" compares with one: set it to "
                      "\"reward\".")
@@ -56,9 +63,14 @@ def check(hp: ConfigDict, taught: bool) -> None:
     raise InputError("guides are several and allocate probes with one: take one of the two out.")
 
 
+def role(folder: str) -> str:
+  """The name of a further guide's role, unlike that of any other role."""
+  return f"guide {folder}"
+
+
 def folders(config: ConfigDict) -> dict[str, str]:
-  """{role: folder} of the base models and of every further guide, whose role is its folder."""
-  further = {folder: folder for hp in config.stages.values() if "guides" in hp
+  """{role: folder} of the base models and of every further guide."""
+  further = {role(folder): folder for hp in config.stages.values() if "guides" in hp
              for folder in hp.guides.folders.values()}
   return {role: str(config[role]) for role in ("teacher", "student")} | further
 
@@ -98,7 +110,7 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
   if "guides" not in hp:
     return None
   by = hp.guides.by
-  of_folder = hp.guides.folders.to_dict()
+  of_folder = {value: role(folder) for value, folder in hp.guides.folders.items()}
   found = {}
   values = set()
   for prompt in prompts:
@@ -106,9 +118,9 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
     value = problem.get(by)
     if by == "family" and task.family is not None:
       value = task.family(problem)
-    if value is None:
-      raise InputError(f"{path}.guides.by is {by!r} and problem {prompt.id} has none: name a "
-                       "column that all problems have, or give the Task a `family`.")
+    if not isinstance(value, str):
+      raise InputError(f"{path}.guides.by is {by!r} and problem {prompt.id} has no such text: name "
+                       "a text column that all problems have, or give the Task a `family`.")
     values.add(value)
     found[prompt.id] = of_folder.get(value, TEACHER)
   for value in of_folder:
@@ -118,20 +130,40 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
   return found
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shards:
+  """One array in the memory of this process's host: the parts that its devices hold.
+
+  No pytree, so that a tree of weights has one leaf for each, as a tree of arrays has.
+  """
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  sharding: jax.sharding.Sharding
+  parts: dict[tuple, np.ndarray]   # by `_key`
+
+
+def _key(index: tuple[slice, ...]) -> tuple:
+  """An array's index in a form that can be a key of a dict."""
+  return tuple((one.start, one.stop) for one in index)
+
+
 def to_host(params: Params) -> Params:
-  """The weights in the memory of each device's host; on a CPU they are there already."""
-  if sharding.platform() == "cpu":
-    return params
-  return jax.device_put(params, jax.tree.map(
-      lambda x: x.sharding.with_memory_kind("pinned_host"), params))
+  """The weights as `_Shards`, with shapes and layouts; shapes without weights stay as they are."""
+  def moved(x: jax.Array | jax.ShapeDtypeStruct) -> _Shards | jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x
+    # A copy: on a CPU the part is the device's own buffer.
+    parts = {_key(part.index): np.array(part.data) for part in x.addressable_shards}
+    return _Shards(x.shape, x.dtype, x.sharding, parts)
+
+  return jax.tree.map(moved, params)
 
 
 def _to_device(params: Params) -> Params:
-  """The weights of one guide on the devices, in the layout that its program has."""
-  if sharding.platform() == "cpu":
-    return params
-  return jax.device_put(params, jax.tree.map(
-      lambda x: x.sharding.with_memory_kind("device"), params))
+  """The weights of one guide on the devices, as they were before `to_host`."""
+  return jax.tree.map(
+      lambda x: jax.make_array_from_callback(x.shape, x.sharding, lambda i: x.parts[_key(i)]),
+      params)
 
 
 def _microbatches(batch: Batch, role_B: np.ndarray, role: str, rows: int) -> Iterator[Batch]:
@@ -160,12 +192,13 @@ def update(programs: RoutedUpdate, guides: Mapping[str, Role], state: TrainState
   """
   mesh = sharding.current_mesh()
   total = None
-  for role in sorted(guides):
-    params = None
+  for role in sorted(set(role_B)):
+    params = _to_device(guides[role].params)
     for part in _microbatches(batch, role_B, role, programs.rows):
-      # Placed where it has a row, and let go before the next one.
-      params = _to_device(guides[role].params) if params is None else params
       found = programs.gradients[role](state.params, non_trainable, params,
                                        sharding.put_batch(part, mesh))
       total = found if total is None else programs.add(total, found)
+    # The next guide is placed after the last program that reads this one.
+    jax.block_until_ready(total)
+    del params
   return programs.apply(state, total)

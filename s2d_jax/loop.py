@@ -282,7 +282,7 @@ def _search(stage: StageRun, programs: Programs, state: TrainState,
   seed = (stage.seed, zlib.crc32(stage.name.encode()), step, zlib.crc32(b"foresee"))
 
   def jump(params: Params, anchor: Params, multiple: float) -> Params:
-    placed = jax.device_put(np.float32(multiple), sharding.replicated(mesh))
+    placed = sharding.put(np.float32(multiple), sharding.replicated(mesh))
     return search.jump(params, anchor, placed)
 
   def score(params: Params) -> foresee.Scored:

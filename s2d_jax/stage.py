@@ -144,11 +144,12 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
   guide = frozen.get(roles["guide"])
   if "guides" in hp:
     # The arm's own teacher waits on the host like the others; as an actor it stays on the devices.
-    guide = Role(guide.model, guides.to_host(guide.params))
-    several = {guides.TEACHER: guide}
-    for folder in dict.fromkeys(hp.guides.folders.values()):
-      role = load_role(folder, models.frozen_shapes)
-      several[folder] = Role(role.model, guides.to_host(role.params))
+    guide = _on_host(guide)
+    if roles["guide"] != roles["actor"]:
+      del frozen[roles["guide"]]
+    several = {guides.TEACHER: guide} | {
+        role: _on_host(load_role(role, models.frozen_shapes))
+        for role in map(guides.role, dict.fromkeys(hp.guides.folders.values()))}
   start = None
   # Pass rates are the start's in every step, and the learner's own weights move.
   if stage.prompt_weights is not None:
@@ -159,6 +160,10 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
     actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
   return StageModels(learner, non_trainable, actor, stage.on_policy, guide, start,
                      anchored="foresee" in hp, guides=several)
+
+
+def _on_host(role: Role) -> Role:
+  return Role(role.model, guides.to_host(role.params))
 
 
 def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:

@@ -28,6 +28,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.errors import InputError
+from s2d_jax.preflight import programs
 from s2d_jax.rollouts import Prompt
 from tests import test_hints
 from tests.test_hints import TINY
@@ -41,17 +42,19 @@ WIDER = TINY | {"intermediate_size": 48}
 
 
 def updated(mesh, role_B, guide_of_role, batch):
-  """The weights and metrics after one update under several guides."""
+  """The weights and metrics after one update under several guides, which wait on the host."""
+  guide_of_role = {role: Role(guide.model, guides.to_host(guide.params))
+                   for role, guide in guide_of_role.items()}
   model = models.get(TINY)
   learner = Role(model, params_of(model, 0, mesh))
   stage_models = StageModels(learner, None, Role(model, sharding.abstract(learner.params)), True,
                              guide_of_role[guides.TEACHER], guides=guide_of_role)
   samplers = Samplers(sampler.SamplerConfig(), 4, (1,), str)
-  programs = compiling.compile_programs(stage_models, HP, objectives.REVERSE_KL, objectives.logp,
+  compiled = compiling.compile_programs(stage_models, HP, objectives.REVERSE_KL, objectives.logp,
                                         SGD, samplers)
-  assert programs.update is None and programs.routed.rows == 4
+  assert compiled.update is None and compiled.routed.rows == 4
   state = training.init(SGD, mesh, learner.params)
-  return guides.update(programs.routed, guide_of_role, state, None, batch, np.array(role_B))
+  return guides.update(compiled.routed, guide_of_role, state, None, batch, np.array(role_B))
 
 
 def single(mesh, guide, batch):
@@ -122,7 +125,7 @@ def block(**folders):
 
 
 @pytest.mark.parametrize("changes, guided, message", [
-    ({}, False, "does not read one: take it out, or choose a stage such as reverse_kl"),
+    ({}, False, "does not read one: take guides out, or choose a stage such as reverse_kl"),
     ({"foresee": {"signal": "kl"}}, True, "foresee.signal \"kl\" compares with one"),
     ({"allocate": {}}, True, "allocate probes with one: take one of the two out"),
 ])
@@ -133,9 +136,11 @@ def test_stages_that_cannot_have_several_guides_are_refused(changes, guided, mes
 
 @pytest.mark.parametrize("value", [{}, {"by": "family", "folders": {}}, {"by": "family"},
                                    {"by": 3, "folders": {"a": "x"}},
+                                   {"by": "answer", "folders": {"a": "x"}},
+                                   {"by": "family", "folders": {"a": ""}},
                                    {"by": "family", "folders": {"a": 3}}])
 def test_a_block_is_refused_by_its_shape(value):
-  with pytest.raises(InputError, match="write {'by': 'family' or a column of the problems"):
+  with pytest.raises(InputError, match="write {'by': 'family' or a text column that is no answer"):
     guides.keys.check_value("guides", ConfigDict(value), options.KEYS["guides"])
 
 
@@ -148,13 +153,13 @@ def test_a_problem_has_the_guide_of_its_value_or_the_teacher():
     hp = ConfigDict({"guides": {"by": by, "folders": folders}})
     return guides.chosen("config.stages.reverse_kl", hp, task, prompts, problems)
 
-  assert chosen(algebra="/a") == {0: "/a", 1: guides.TEACHER, 2: "/a"}
+  assert chosen(algebra="/a") == {0: "guide /a", 1: guides.TEACHER, 2: "guide /a"}
   with pytest.raises(InputError, match="for 'logic' and no problem has that subject: choose from "
                                        "algebra, sets"):
     chosen(logic="/a")
-  with pytest.raises(InputError, match="by is 'level' and problem 0 has none: name a column"):
+  with pytest.raises(InputError, match="by is 'level' and problem 0 has no such text: name"):
     chosen(by="level", algebra="/a")
-  with pytest.raises(InputError, match="by is 'family' and problem 0 has none"):
+  with pytest.raises(InputError, match="by is 'family' and problem 0 has no such text"):
     chosen(by="family", algebra="/a")
 
 
@@ -184,7 +189,8 @@ def test_a_killed_run_under_several_guides_ends_in_the_same_bytes(tmp_path, monk
   with config.unlocked():
     config.stages.reverse_kl.guides.folders.right = str(tmp_path / "again")
   node, whole = run(config, tmp_path / "whole")
-  assert set(node.guide_of.values()) == {"", config.student, str(tmp_path / "again")}
+  assert set(node.guide_of.values()) == {
+      "", f"guide {config.student}", f"guide {tmp_path / 'again'}"}
 
   update = guides.update
   calls = []
@@ -245,3 +251,12 @@ def test_the_ledger_counts_each_guide_by_its_size(tmp_path):
   _, large = run(config, tmp_path / "large")
   totals = [files.read_json(folder / "ledger.json") for folder in (small, large)]
   assert totals[0]["flops"] < totals[1]["flops"]
+
+
+def test_preflight_compiles_the_update_of_the_largest_guide(tmp_path):
+  student = composition.get_config().student
+  config = config_of(tmp_path, left=student)
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    found = {cost.program: cost for cost in programs.costs_of(config, programs.Target(fast=True))
+             if cost.stage == "reverse_kl"}
+  assert {"gradients", "apply"} < set(found) and "update" not in found

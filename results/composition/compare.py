@@ -86,13 +86,17 @@ def stage_costs(group: Group, target_of: Mapping[int, float]) -> dict[int, np.nd
 
 
 def cost_cells(group: Group, control: Group) -> list[str]:
-  """Ratios of steps and FLOPs, and label uses, until the control's last score − 1 point."""
+  """Ratios of steps and FLOPs, and label uses, until the control's last score − 1 point.
+
+  The mean over seeds is geometric and its interval Student's: a bootstrap of three seeds covers
+  too little (`intervals.over_seeds`).
+  """
   target_of = {seed: targets.curve(run, _SCORE).score_N[-1] - 0.01
                for seed, run in control.runs.items()}
   costs, base = (stage_costs(one, target_of) for one in (group, control))
   reached = [seed for seed in costs if costs[seed] is not None]
   if len(reached) < len(costs) or len(costs) < 2:
-    return [f"reached by {len(reached)} of {len(costs)}", "–", "–"]
+    return [f"reached by {len(reached)} of {len(costs)} seeds", "–", "–"]
   cells = []
   for name in ("steps", "flops"):
     index = targets.COSTS.index(name)
@@ -103,9 +107,8 @@ def cost_cells(group: Group, control: Group) -> list[str]:
     else:
       value, low, high = ratio(*pair)
       cells.append(f"{value:.2f} [{low:.2f}, {high:.2f}]")
-  uses = np.mean([run.spent["label_uses"] for run in group.runs.values()])
-  base_uses = np.mean([run.spent["label_uses"] for run in control.runs.values()])
-  return [*cells, f"{uses - base_uses:,.0f}"]
+  uses = targets.COSTS.index("label_uses")
+  return [*cells, f"{np.mean([costs[seed][uses] for seed in costs]):,.0f}"]
 
 
 def difference_cell(found: Contrast | None) -> str:
@@ -120,10 +123,12 @@ def last_values(group: Group, name: str) -> list[float]:
 
 
 def control_of(name: str) -> str:
-  """The variant that a variant is compared with."""
+  """The variant that a variant is compared with: of the same budget, and of the same rate."""
   study = study_of(name)
   if study == "shares":
     return "uniform_" + name.rpartition("_")[2]
+  if name.startswith("search") and name.endswith("_tenth"):
+    return "plain_tenth"
   return STUDIES[study].control
 
 
@@ -161,7 +166,7 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
   names = [name for name in found if study_of(name) == study]
   if one.control not in names:
     return []
-  extra = {"search": ["steps", "FLOPs", "label uses"],
+  extra = {"search": ["control's steps / own", "control's FLOPs / own", "label uses until then"],
            "shares": ["on \"long\"", "largest loss of another family", "cost of probes"],
            }.get(study, ["student's mass", "response tokens"])
   head = ["variant", "seeds", "avg@16", "− control", *extra]
@@ -170,6 +175,8 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
            "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for name in names:
     group = found[name]
+    if control_of(name) not in found:
+      continue
     control = found[control_of(name)]
     compared = None if group is control else ladder.compare(group, control)
     if study == "shares":

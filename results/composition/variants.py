@@ -36,9 +36,9 @@ def _rate(factor: float) -> dict[str, Any]:
   return {"stages.reverse_kl.optim.lr": 2e-3 * factor}
 
 
-def _form(form: str, top_k: int, **changes: Any) -> dict[str, Any]:
-  """The change of the divergence of on-policy distillation."""
-  changes = {"form": form, "top_k": top_k} | changes
+def _form(form: str, top_k: int, support: str = "student") -> dict[str, Any]:
+  """The change of the divergence of on-policy distillation; a top k is the student's."""
+  changes = {"form": form, "top_k": top_k, "support": support}
   return {f"stages.reverse_kl.{key}": value for key, value in changes.items()}
 
 

@@ -14,6 +14,7 @@ from s2d_jax import (
   compiling,
   doctor,
   evals,
+  guides,
   models,
   objectives,
   planning,
@@ -52,7 +53,8 @@ LOCAL = Target()
 def abstract_role(config: ConfigDict, role: str, mesh: Mesh,
                   shapes: Callable[[Config], Params] = models.frozen_shapes) -> Role:
   """A base model with the types, shapes and layouts of its weights, from its config.json alone."""
-  model = models.build(hf.read_config(config[role], **{key: config[key] for key in models.RUN}))
+  run = {key: config[key] for key in models.RUN}
+  model = models.build(hf.read_config(guides.folders(config)[role], **run))
   return Role(model, models.laid_out(model.config, mesh, shapes))
 
 
@@ -140,8 +142,18 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
                   float(programs.scores_first), _blocks(hp, rows // hp.microbatches))
   # The update takes everything but a separate actor and the model behind pass rates.
   others = held.get("actor", 0) + held.get("pass rate model", 0)
-  yield Request(name, "update", programs.update, others, hp.epochs * hp.minibatches,
-                _blocks(hp, rows // (hp.minibatches * hp.microbatches)))
+  updates = hp.epochs * hp.minibatches
+  blocks = _blocks(hp, rows // (hp.minibatches * hp.microbatches))
+  if programs.routed is None:
+    yield Request(name, "update", programs.update, others, updates, blocks)
+    return
+  # All rows under the guide whose program is the largest: the runs of each are not known here.
+  routed = programs.routed
+  largest = max(routed.gradients, key=lambda role: sharding.device_bytes(
+      stage_models.guides[role].params))
+  yield Request(name, "gradients", routed.gradients[largest], others + held["optimizer"],
+                updates * hp.microbatches, blocks)
+  yield Request(name, "apply", routed.apply, others + held["guide"], updates)
 
 
 def _blocks(hp: ConfigDict, rows: int) -> int:

@@ -38,6 +38,7 @@ def _are_shares(text: str) -> bool:
 _SHARES = Key(_are_shares, "write families with shares that sum to one, as in left=0.25,right=0.75")
 # "greedy" takes the family whose teacher is farthest ahead, weighted by the requirement.
 _PROBING = ("ensemble", "transfer", "greedy")
+VERSION = 1  # raised when a rule decides otherwise: it is in the names of stages
 KEYS = {
   "interval": keys.at_least(1),   # steps between decisions
   "rule": keys.one_of((*_PROBING, "uniform", "fixed")),
@@ -97,6 +98,10 @@ def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] |
     raise InputError("allocate chooses families and the task has none: give planning.Task a "
                      "`family`, or take it out.")
   names = [family_of(p.id) for p in prompts]
+  for prompt, name in zip(prompts, names, strict=True):
+    if not isinstance(name, str):
+      raise InputError(f"allocate reads families and that of problem {prompt.id} is {name!r}: let "
+                       "the task's `family` return a text.")
   found = sorted(set(names))
   for key in ("weights", "requirement"):
     for name in parse(hp.allocate[key]):
@@ -129,7 +134,8 @@ def inputs(hp: ConfigDict, prompts: Sequence[Prompt] | None, scored: Sequence[Pr
   if "allocate" not in hp or prompts is None:
     return {}
   read = (*prompts, *(scored if probes(hp) else ()))
-  return {"families": manifest.digest([(p.id, p.tokens, family_of(p.id)) for p in read])}
+  return {"families": manifest.digest([VERSION, *((p.id, p.tokens, family_of(p.id))
+                                                  for p in read)])}
 
 
 def probed(prompts: Sequence[Prompt], family_of: Callable[[int], str], families: Sequence[str],

@@ -144,8 +144,9 @@ def resident(stage_models: StageModels, optimizer: optax.GradientTransformation)
   found = {"learner": sharding.device_bytes((state.params, stage_models.non_trainable)),
            "optimizer": sharding.device_bytes(state.opt_state)}
   if stage_models.anchored:
-    # Beside the anchor, the candidate that is scored.
-    found["anchor and candidate"] = 2 * sharding.device_bytes(state.anchor)
+    # At the end of a search that moved the weights: the old anchor and the new one, and the new
+    # weights beside the old ones.
+    found["anchors and candidate"] = 3 * sharding.device_bytes(state.anchor)
   # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
   guide = stage_models.guide
   if stage_models.guides is not None:

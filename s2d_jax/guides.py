@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import chat, keys, sharding
+from s2d_jax import chat, keys, manifest, sharding
 from s2d_jax.compiling import Role, RoutedUpdate
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Batch, Prompt
@@ -128,6 +128,22 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
       raise InputError(f"{path}.guides.folders has a guide for {value!r} and no problem has that "
                        f"{by}: choose from {', '.join(sorted(map(str, values)))}.")
   return found
+
+
+def inputs(hp: ConfigDict, guide_of: Mapping[int, str] | None,
+           identity: Callable[[str], str]) -> dict[str, str]:
+  """All that guides add to the inputs of a stage's name; {} for a stage with one guide.
+
+  Args:
+    guide_of: as `chosen` returns it; None where the problems are not at hand.
+    identity: role -> the name of its weights.
+  """
+  if "guides" not in hp:
+    return {}
+  if guide_of is None:
+    return {"guides": manifest.digest(hp.guides.to_dict())}
+  return {"guides": manifest.digest([(i, role and identity(role))
+                                     for i, role in guide_of.items()])}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

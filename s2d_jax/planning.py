@@ -338,9 +338,7 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
                              plan.prompts[use.labels], plan.problems, plan.chat)
   roles = parents(stage, hp, current)
   inputs = _inputs(plan, stage, use.labels, hp, roles, hint_of)
-  if guide_of is not None:
-    inputs["guides"] = manifest.digest([(i, role and plan.identity(role))
-                                        for i, role in guide_of.items()])
+  inputs |= guides.inputs(hp, guide_of, plan.identity)
   name = manifest.name(stage.name, inputs)
   return Node(name, stage, use.labels, roles["actor"], roles["learner"], roles["guide"], hp, inputs,
               hint_of, guide_of)

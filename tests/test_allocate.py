@@ -236,6 +236,8 @@ def test_a_stage_that_cannot_take_shares_is_refused(changes, has_teacher, messag
      "names the family 'left' and no problem of the split all is of it: choose from even, odd"),
     ({"requirement": "long=1"}, lambda i: "even", "allocate.requirement names the family 'long'"),
     ({}, lambda i: "few" if i < 2 else "many", "'few' has 2 problems: lower prompts"),
+    ({}, lambda i: i % 2, "that of problem 0 is 0: let the task's `family` return a text"),
+    ({"problems": 1}, lambda i: "even" if i % 2 else "odd", "is 1 and there are 2 families"),
     ({"problems": 40}, lambda i: "even" if i % 2 else "odd", "split has 6: lower it"),
 ])
 def test_problems_without_the_families_are_refused(changes, family_of, message):

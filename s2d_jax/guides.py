@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from s2d_jax import chat, keys, manifest, sharding
 from s2d_jax.compiling import Role, RoutedUpdate
 from s2d_jax.errors import InputError
-from s2d_jax.rollouts import Batch, Prompt
+from s2d_jax.rollouts import Batch, Prompt, batch_rows
 from s2d_jax.sharding import Params
 from s2d_jax.training import TrainState
 
@@ -188,7 +188,7 @@ def _microbatches(batch: Batch, role_B: np.ndarray, role: str, rows: int) -> Ite
   for start in range(0, len(mine_B), rows):
     index_B = mine_B[start : start + rows]
     filled = np.concatenate([index_B, np.full(rows - len(index_B), index_B[0])])
-    part = Batch(*(None if x is None else x[filled] for x in batch))
+    part = batch_rows(batch, filled)
     real_B1 = (np.arange(rows) < len(index_B))[:, None]
     yield part._replace(weight_BT=part.weight_BT * real_B1, count_BT=part.count_BT * real_B1)
 

@@ -326,14 +326,14 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   for epoch in range(hp.epochs):
     # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
     seed = (stage.seed, zlib.crc32(stage.name.encode()), step, epoch)
-    rows_of = rollouts.minibatch_rows(len(batch.inputs_BT), hp.minibatches, seed)
-    parts = rollouts.minibatches(batch, hp.minibatches, seed)
-    for rows, part in zip(rows_of, parts, strict=True):
+    for part in rollouts.minibatches(batch, hp.minibatches, seed):
       if stage.guide_of is None:
         state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
                                         stage.models.non_trainable)
       else:
-        role_B = np.array([stage.guide_of[int(i)] for i in rollout.prompt_id_B[rows]])
+        # The row of the rollout; an empty response has none, and no weight under any guide.
+        row_B = part.sequence_BT.max(axis=1)
+        role_B = np.array([stage.guide_of[int(i)] for i in rollout.prompt_id_B[row_B]])
         state, values = guides.update(programs.routed, stage.models.guides, state,
                                       stage.models.non_trainable, part, role_B)
       update_metrics.append({k: float(v) for k, v in jax.device_get(values).items()})

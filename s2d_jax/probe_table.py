@@ -1,6 +1,6 @@
 """The report's table of what probes say of samples: repetition, the teacher's view, prefixes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,16 @@ def stage_name(probe: Sequence[Mapping[str, Any]]) -> str:
   return probe[0]["stage"].rpartition("-")[0]
 
 
+def samples(groups: Sequence[Group]) -> Iterator[tuple[Group, tuple, int, str, str]]:
+  """Yields (group, probes of a stage over seeds, index of the stage, when, whose samples)."""
+  for group in groups:
+    for index, probe in enumerate(group.distilling()):
+      # Before a second distilling stage is after the first.
+      for when in ("before", "after") if index == 0 else ("after",):
+        for text in ("teacher", "student"):
+          yield group, probe, index, when, text
+
+
 def section(groups: Sequence[Group], escaped: Callable[[str], str]) -> list[str]:
   """The table before and after each stage that distils, as lines; none without such numbers.
 
@@ -52,20 +62,16 @@ def section(groups: Sequence[Group], escaped: Callable[[str], str]) -> list[str]
   columns = len(SAMPLES) + len(PREFIXES) * prefixed
   lines: list[str] = []
   shown = set()
-  for group in groups:
-    for index, probe in enumerate(group.distilling()):
-      # Before a second distilling stage is after the first.
-      for when in ("before", "after") if index == 0 else ("after",):
-        for text in ("teacher", "student"):
-          found = [p[when][text] for p in probe]
-          # It is the student's responses that are cut.
-          of_prefixes = [p[when].get("prefixes", {}) for p in probe] if text == "student" else []
-          cells = [*_cells(found, SAMPLES), *_cells(of_prefixes, PREFIXES)][:columns]
-          key = (stage_name(probe), index, when, text, *cells)
-          if {*cells} != {"–"} and key not in shown:  # arms that share the stage show it once
-            shown.add(key)
-            lines.append(f"| {escaped(group.name)} | {stage_name(probe)} | {when} | {text}'s | "
-                         + " | ".join(cells) + " |")
+  for group, probe, index, when, text in samples(groups):
+    found = [p[when][text] for p in probe]
+    # It is the student's responses that are cut.
+    of_prefixes = [p[when].get("prefixes", {}) for p in probe] if text == "student" else []
+    cells = [*_cells(found, SAMPLES), *_cells(of_prefixes, PREFIXES)][:columns]
+    key = (stage_name(probe), index, when, text, *cells)
+    if {*cells} != {"–"} and key not in shown:  # arms that share the stage show it once
+      shown.add(key)
+      lines.append(f"| {escaped(group.name)} | {stage_name(probe)} | {when} | {text}'s | "
+                   + " | ".join(cells) + " |")
   if not lines:
     return []
   head = ["arm", "stage", "when", "text",

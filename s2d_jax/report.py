@@ -221,19 +221,15 @@ def conditions(groups: Sequence[Group]) -> list[str]:
   """Condition C2 before and after each stage that distils, means over seeds, as lines."""
   lines = []
   shown = set()
-  for group in groups:
-    for index, probe in enumerate(group.distilling()):
-      # Before a second distilling stage is after the first.
-      for when in ("before", "after") if index == 0 else ("after",):
-        for text in ("teacher", "student"):
-          found = [p[when][text] for p in probe]
-          values = [fmt.format(np.mean([f[key] for f in found])) for _, key, fmt in PROBED]
-          stage = probe_table.stage_name(probe)
-          key = (stage, index, when, text, *values)
-          if key not in shown:  # arms that share the stage show it once
-            shown.add(key)
-            lines.append(f"| {escaped(group.name)} | {stage} | {when} | {text}'s | "
-                         + " | ".join(values) + " |")
+  for group, probe, index, when, text in probe_table.samples(groups):
+    found = [p[when][text] for p in probe]
+    values = [fmt.format(np.mean([f[key] for f in found])) for _, key, fmt in PROBED]
+    stage = probe_table.stage_name(probe)
+    key = (stage, index, when, text, *values)
+    if key not in shown:  # arms that share the stage show it once
+      shown.add(key)
+      lines.append(f"| {escaped(group.name)} | {stage} | {when} | {text}'s | "
+                   + " | ".join(values) + " |")
   if not lines:
     return []
   return ["### Condition C2: how near student and teacher are", "",

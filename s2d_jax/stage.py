@@ -218,6 +218,8 @@ def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: alloca
   split = plan.config.probe.split
   seed = plan.config.seed
 
+  # Once a stage: opening the store reads all of it.
+  @functools.cache
   def source(compiled: Sampler) -> rollouts.FrozenActor:
     # The salt keeps these samples apart from those that a stage learns from.
     return rollouts.FrozenActor(

@@ -184,15 +184,16 @@ def minibatches(batch: Batch, count: int, seed: Sequence[int]) -> Iterator[Batch
   Raises:
     InputError: `count` does not divide the rows.
   """
-  for rows in minibatch_rows(len(batch.inputs_BT), count, seed):
-    yield Batch(*(None if x is None else x[rows] for x in batch))
-
-
-def minibatch_rows(B: int, count: int, seed: Sequence[int]) -> list[np.ndarray]:
-  """The indices of the rows of each of the `minibatches` of B rows; raises as they do."""
+  B = len(batch.inputs_BT)
   if B % count:
     raise InputError(f"{B} rows do not split into {count} minibatches: "
                      "choose prompts x samples_per_prompt as a multiple of minibatches.")
   # A single minibatch needs no shuffle: its sums do not depend on the rows' order.
   order_B = np.random.default_rng(seed).permutation(B) if count > 1 else np.arange(B)
-  return np.split(order_B, count)
+  for rows in np.split(order_B, count):
+    yield batch_rows(batch, rows)
+
+
+def batch_rows(batch: Batch, rows: np.ndarray) -> Batch:
+  """The rows of a batch that an index selects, in its order."""
+  return Batch(*(None if x is None else x[rows] for x in batch))

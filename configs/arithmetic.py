@@ -53,6 +53,8 @@ def set_control(config: ml_collections.ConfigDict, arg: ml_collections.ConfigDic
   if arg.same_size:
     config.arms = "untrained,bridge"
     config.teacher = config.student
+    # The rate that suits a model of this size: the larger teacher's may make it collapse.
+    config.stages.teacher_grpo.optim.lr = config.stages.student_grpo.optim.lr
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

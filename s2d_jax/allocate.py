@@ -36,14 +36,13 @@ def _are_shares(text: str) -> bool:
 
 
 _SHARES = Key(_are_shares, "write families with shares that sum to one, as in left=0.25,right=0.75")
-# "greedy" takes the family whose teacher is farthest ahead, weighted by the requirement.
-_PROBING = ("ensemble", "transfer", "greedy")
+_PROBING = ("ensemble", "transfer", "largest_gap")
 VERSION = 1  # raised when a rule decides otherwise: it is in the names of stages
 KEYS = {
   "interval": keys.at_least(1),   # steps between decisions
   "rule": keys.one_of((*_PROBING, "uniform", "fixed")),
   "weights": _SHARES,             # of the rule "fixed"; empty for the others
-  "requirement": _SHARES,         # how much each family counts; empty: all the same
+  "requirement": _SHARES,         # how much each family counts; empty: equally
   # of a model's spread, added to its mean; 30 % less after each tenth of the stage without a gain
   "kappa": Key(lambda weight: weight >= 0, "choose 0 or more; the paper has 1"),
   # of families that become worse
@@ -84,6 +83,9 @@ def check(hp: ConfigDict, has_teacher: bool) -> None:
   if (rule == "fixed") != bool(hp.allocate.weights):
     raise InputError(f"allocate.weights is {hp.allocate.weights!r} and the rule {rule!r}: the rule "
                      "'fixed' needs weights, and no other reads them.")
+  if hp.allocate.requirement and rule not in _PROBING:
+    raise InputError(f"allocate.requirement is {hp.allocate.requirement!r} and the rule {rule!r} "
+                     "does not read it: leave it empty.")
 
 
 def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] | None,
@@ -261,7 +263,7 @@ def decide(history: Sequence[Mapping[str, Any]], step: int, score_F: np.ndarray 
   requirement_F = np.ones(F) / F
   if hp.allocate.requirement:
     requirement_F = _vector(parse(hp.allocate.requirement), families)
-  if rule == "greedy":
+  if rule == "largest_gap":
     return Decision(np.eye(F)[np.argmax(requirement_F * (teacher_F - score_F))])
   action_AF = actions(F)
   if len(history) < hp.allocate.explore:

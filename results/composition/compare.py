@@ -47,6 +47,12 @@ STUDIES = {
         "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, "
         "no other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
         "FLOPs.")),
+    "prefixes": Study("Finishing the student's responses", "prefixes", (
+        "the teacher solves fewer problems after the beginning of a student's response than alone, "
+        "with an interval above 0; the drop is smaller after the warmup, and smaller again after "
+        "on-policy distillation.")),
+    "hints": Study("A guide that reads the answer", "untrained", (
+        "none was set; the paper finds that hints which differ by problem do not help.")),
     "warmups": Study("Learning from the teacher's samples first", "opd_only", (
         "`sft_bridge` is at least 30 points above `opd_only`.")),
 }
@@ -55,13 +61,13 @@ STUDIES = {
 def variants_of(rows: Sequence[ladder.Run]) -> dict[str, Group]:
   """The finished runs of each variant, by its name."""
   found = {}
-  trained = [group for group in ladder.groups(rows) if group.label != "untrained"]
+  groups = ladder.groups(rows)
   for name in variants.VARIANTS:
     config = sweep.expand(variants.get_config(f"variant={name}"))[0]
     # As an arm's file has it.
     context = ladder.flat({key: value for key, value in files.plain(config.to_dict()).items()
                            if key not in walk.NO_RESULT})
-    for group in trained:
+    for group in groups:
       if context in group.contexts() and group.label in config.arms.split(","):
         found[name] = group
   return found

@@ -1,11 +1,12 @@
 """Trains the variants of variants.py, each under its seeds; started again, it skips finished ones.
 
-  python results/composition/study.py --workdir runs/methods [STUDY ...]
+  python results/composition/study.py --workdir runs/methods [NAME ...]
   python results/composition/compare.py runs/methods runs/methods-unnormalised
 
-By default all studies. Beside the work folder, one whose name ends in "-unnormalised" has the loss
-that s2d_jax refuses: Σ p log p/q over the student's top k, p student and q teacher. Its minimum on
-a support S is p = q/e, so it moves probability off S even where p = q (`kl.UNNORMALISED`).
+A name is that of a study or of a variant; by default all are trained. Beside the work folder, one
+whose name ends in "-unnormalised" has the loss that s2d_jax refuses: Σ p log p/q over the student's
+top k, p student and q teacher. Its minimum on a support S is p = q/e, so it moves probability off S
+even where p = q (`kl.UNNORMALISED`).
 """
 
 import argparse
@@ -44,13 +45,13 @@ def main() -> None:
   """Trains the variants of the studies that the command names."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", required=True)
-  parser.add_argument("studies", nargs="*", metavar="STUDY", help="a study of variants.py")
+  parser.add_argument("names", nargs="*", metavar="NAME", help="a study or variant of variants.py")
   args = parser.parse_args()
   objective = Objective(unnormalised, objectives.REVERSE_KL.keys)
   refused = tuple(row._replace(objective=objective) if row.name == "reverse_kl" else row
                   for row in recipe.STAGES)
   for name, variant in variants.VARIANTS.items():
-    if args.studies and variant.study not in args.studies:
+    if args.names and not {name, variant.study} & set(args.names):
       continue
     train(name, args.workdir)
     if name.startswith("generalised"):

@@ -42,12 +42,18 @@ def _form(form: str, top_k: int, support: str = "student") -> dict[str, Any]:
   return {f"stages.reverse_kl.{key}": value for key, value in changes.items()}
 
 
-def _shares(interval: int, rule: str, weights: str = "", requirement: str = "") -> dict[str, Any]:
+def _shares(interval: int, rule: str, **changes: Any) -> dict[str, Any]:
   """The change that decides the shares of families, about twenty times a stage."""
   return {"stages.forward_kl.allocate": {
-      "interval": interval, "rule": rule, "weights": weights, "requirement": requirement,
-      "kappa": 1.0, "beta": 0.5, "explore": 5, "problems": 160}}
+      "interval": interval, "rule": rule, "weights": "", "requirement": "",
+      "kappa": 1.0, "beta": 0.5, "explore": 5, "problems": 160} | changes}
 
+
+# The world's own schedule of on-policy distillation; the study of searches has a constant rate.
+_DECAY = {"stages.reverse_kl.optim.warmup": 5, "stages.reverse_kl.optim.decay": "linear"}
+# Chances to accept a candidate without a score: the share that `search_reward` accepted.
+_CHANCE = 0.5
+_CHANCE_TENTH = 0.5
 
 VARIANTS = {
     # Searches at the world's learning rate and at a tenth, each with plain on-policy distillation.
@@ -55,14 +61,18 @@ VARIANTS = {
     "search_reward": Variant("search", _search()),
     "search_kl": Variant("search", _search(signal="kl")),
     "search_jump": Variant("search", _search(accept=1.0, candidates=1)),
-    "search_chance": Variant("search", _search(accept=0.5)),
+    "search_chance": Variant("search", _search(accept=_CHANCE)),
     "plain_third": Variant("search", _rate(1 / 3)),
     "plain_triple": Variant("search", _rate(3)),
+    "plain_tenfold": Variant("search", _rate(10)),
     "plain_tenth": Variant("search", _rate(0.1)),
     "search_reward_tenth": Variant("search", _rate(0.1) | _search()),
     "search_kl_tenth": Variant("search", _rate(0.1) | _search(signal="kl")),
     "search_jump_tenth": Variant("search", _rate(0.1) | _search(accept=1.0, candidates=1)),
-    "search_chance_tenth": Variant("search", _rate(0.1) | _search(accept=0.5)),
+    "search_chance_tenth": Variant("search", _rate(0.1) | _search(accept=_CHANCE_TENTH)),
+    "plain_decay": Variant("search", _DECAY),
+    "search_reward_decay": Variant("search", _DECAY | _search()),
+    "search_kl_decay": Variant("search", _DECAY | _search(signal="kl")),
     # Forms of the reverse KL, after a warmup and without one.
     **{f"{name}{suffix}": Variant(study, form)
        for study, suffix in (("forms", ""), ("cold_forms", "_cold"))
@@ -81,18 +91,27 @@ VARIANTS = {
     "half_sft_opd": Variant("warmups", {"arms": "half_sft_opd"}),
     # Shares of families, in a quarter and in a half of the steps of `fkl_only`.
     **{f"{name}_{budget}": Variant(
-           "shares", {"stages.forward_kl.steps": steps} | _shares(interval, *changes), seeds=5)
+           "shares", {"stages.forward_kl.steps": steps} | _shares(interval, **changes), seeds=5)
        for budget, steps, interval in (("quarter", 22, 1), ("half", 45, 2))
        for name, changes in {
-           "uniform": ("uniform",), "greedy": ("greedy",), "ensemble": ("ensemble",),
-           "transfer": ("transfer",), "transfer_for_long": ("transfer", "", "long=1"),
+           "uniform": {"rule": "uniform"}, "largest_gap": {"rule": "largest_gap"},
+           "ensemble": {"rule": "ensemble"}, "transfer": {"rule": "transfer"},
+           # The paper's control "greedy": its models without a bonus for their spread.
+           "ensemble_greedy": {"rule": "ensemble", "kappa": 0.0},
+           "transfer_for_long": {"rule": "transfer", "requirement": "long=1"},
            # Shares that do not change: a small grid.
-           "fixed_long": ("fixed", "long=1"),
-           "fixed_hard": ("fixed", "long=0.5,right=0.25,product=0.25"),
-           "fixed_graded": ("fixed", "sum=0.1,left=0.1,product=0.2,right=0.2,long=0.4"),
+           "fixed_long": {"rule": "fixed", "weights": "long=1"},
+           "fixed_hard": {"rule": "fixed", "weights": "long=0.5,right=0.25,product=0.25"},
+           "fixed_graded": {"rule": "fixed",
+                            "weights": "sum=0.1,left=0.1,product=0.2,right=0.2,long=0.4"},
        }.items()},
     "as_drawn_quarter": Variant("shares", {"stages.forward_kl.steps": 22}, seeds=5),
     "as_drawn_half": Variant("shares", {"stages.forward_kl.steps": 45}, seeds=5),
+    # Whether the teacher can finish the student's responses, along a bridge.
+    "prefixes": Variant("prefixes", {}),
+    # The student's start as a guide that reads the answer, against no training at all.
+    "untrained": Variant("hints", {"arms": "untrained"}),
+    "self_distilled": Variant("hints", {"arms": "self_distilled"}),
 }
 
 
@@ -135,8 +154,23 @@ def _set_shares(config: ConfigDict) -> None:
   config.stages.reverse_kl.steps = 0
 
 
+def _set_prefixes(config: ConfigDict) -> None:
+  """The bridge as the ladder has it, probed on all problems of `validation`."""
+  config.arms = "bridge"
+  config.probe.problems = 256
+  config.probe.prefixes = 256
+
+
+def _set_hints(config: ConfigDict) -> None:
+  """On-policy distillation of the student from its own start, as long as a bridge."""
+  steps = config.stages.forward_kl.steps + config.stages.reverse_kl.steps
+  config.stages.self_distillation = ConfigDict(
+      config.stages.reverse_kl.to_dict() | {"steps": steps, "hint_tokens": 29})
+
+
 _STUDIES = {"search": _set_search, "forms": _set_forms, "cold_forms": _set_cold_forms,
-            "warmups": _set_warmups, "shares": _set_shares}
+            "warmups": _set_warmups, "shares": _set_shares, "prefixes": _set_prefixes,
+            "hints": _set_hints}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -162,6 +196,8 @@ def get_config(arg: str = "") -> ConfigDict:
       target[name] = value
     if parsed.tiny:
       common.shrink(config)
+      if "prefixes" in config.probe:
+        config.probe.prefixes = config.probe.problems
       config.stages.teacher_sft.sampling.samples_per_prompt = 1
     config.sweep = tuple({"seed": config.seed + i} for i in range(variant.seeds))
   return config.lock()

@@ -169,7 +169,8 @@ def to_host(params: Params) -> Params:
     if isinstance(x, jax.ShapeDtypeStruct):
       return x
     # A copy: on a CPU the part is the device's own buffer.
-    parts = {_key(part.index): np.array(part.data) for part in x.addressable_shards}
+    parts = {_key(part.index): np.array(jax.device_get(part.data))
+             for part in x.addressable_shards}
     return _Shards(x.shape, x.dtype, x.sharding, parts)
 
   return jax.tree.map(moved, params)
@@ -178,7 +179,8 @@ def to_host(params: Params) -> Params:
 def _to_device(params: Params) -> Params:
   """The weights of one guide on the devices, as they were before `to_host`."""
   return jax.tree.map(
-      lambda x: jax.make_array_from_callback(x.shape, x.sharding, lambda i: x.parts[_key(i)]),
+      lambda x: sharding.from_callback(x.shape, x.sharding,
+                                       lambda index: (x.parts[_key(index)], lambda shard: shard)),
       params)
 
 

@@ -295,6 +295,7 @@ def _search(stage: StageRun, programs: Programs, state: TrainState,
     return foresee.Scored(-float(kl_BT[batch.weight_BT > 0].mean(dtype=np.float64)), rollout)
 
   found = foresee.search(state.params, state.anchor, score, jump, hp, seed)
+  hosts.agree("search", repr(found.metrics()))
   # A copy: the next update donates the state, and one buffer cannot be donated twice.
   anchor = jump(found.params, found.params, 0.0)
   return state._replace(params=found.params, anchor=anchor), found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from s2d_jax import allocate, ledger, metrics, rollouts, sampler, sharding
+from s2d_jax import allocate, hosts, ledger, manifest, metrics, rollouts, sampler, sharding
 from s2d_jax.compiling import Probe, StageModels
 from s2d_jax.rollouts import Prompt, RolloutSource
 from s2d_jax.sharding import Params
@@ -53,5 +53,7 @@ class Allocation(NamedTuple):
       row |= {"scores": dict(zip(families, score_F, strict=True)),
               "teacher": dict(zip(families, teacher_F, strict=True)),
               "mean": found.mean, "spread": found.spread}
+    # Processes whose last bits differ would choose other prompts, and wait for each other for ever.
+    hosts.agree("shares of families", manifest.digest(row))
     log.add(row)
     return cost

@@ -6,6 +6,7 @@ first one ended. A folder is finished when it has a manifest, which is written l
 
 from collections.abc import Callable
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -37,8 +38,9 @@ def run(plan: Plan, workdir: epath.PathLike) -> None:
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   workdir = epath.Path(workdir)
-  # A stop is acted on between folders, where all that was done is already on disk.
-  with hosts.stop_signal() as stop:
+  # A stop is acted on between folders, where all that was done is already on disk. An array that
+  # moved between host and devices unnoticed could cost more than a step.
+  with hosts.stop_signal() as stop, jax.transfer_guard("disallow"):
     probes = {name: _train(plan, node, workdir, stop) for name, node in plan.nodes.items()}
     # The configured budgets are equal; the ledgers show what was in fact spent.
     budget.check_equal(budget.spent(plan, workdir), plan.compared,

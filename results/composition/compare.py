@@ -65,12 +65,19 @@ def variants_of(rows: Sequence[ladder.Run]) -> dict[str, Group]:
   for name in variants.VARIANTS:
     config = sweep.expand(variants.get_config(f"variant={name}"))[0]
     # As an arm's file has it.
-    context = ladder.flat({key: value for key, value in files.plain(config.to_dict()).items()
-                           if key not in walk.NO_RESULT})
+    context = _comparable(ladder.flat({
+        key: value for key, value in files.plain(config.to_dict()).items()
+        if key not in walk.NO_RESULT}))
     for group in groups:
-      if context in group.contexts() and group.label in config.arms.split(","):
+      contexts = [_comparable(one) for one in group.contexts()]
+      if context in contexts and group.label in config.arms.split(","):
         found[name] = group
   return found
+
+
+def _comparable(context: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+  """A context without the folders of the base models, which depend on where the package is."""
+  return frozenset(item for item in context if item[0] not in ("teacher", "student"))
 
 
 def ratio(control: np.ndarray, variant: np.ndarray) -> tuple[float, float, float]:
@@ -133,8 +140,10 @@ def control_of(name: str) -> str:
   study = study_of(name)
   if study == "shares":
     return "uniform_" + name.rpartition("_")[2]
-  if name.startswith("search") and name.endswith("_tenth"):
-    return "plain_tenth"
+  for rate in ("tenth", "hundredth", "decay"):
+    # A learning rate is judged against the world's, and a search against its own rate.
+    if name.startswith("search") and name.endswith(f"_{rate}"):
+      return f"plain_{rate}"
   return STUDIES[study].control
 
 

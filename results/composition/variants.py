@@ -51,17 +51,15 @@ def _shares(interval: int, rule: str, **changes: Any) -> dict[str, Any]:
 
 # The world's own schedule of on-policy distillation; the study of searches has a constant rate.
 _DECAY = {"stages.reverse_kl.optim.warmup": 5, "stages.reverse_kl.optim.decay": "linear"}
-# Chances to accept a candidate without a score: the share that `search_reward` accepted.
-_CHANCE = 0.5
-_CHANCE_TENTH = 0.5
 
 VARIANTS = {
-    # Searches at the world's learning rate and at a tenth, each with plain on-policy distillation.
+    # Searches at the world's learning rate, a tenth and a hundredth, each with plain on-policy
+    # distillation. `chance` accepts as often as `reward` did, whose candidates were all refused at
+    # the world's rate: there its chance would be 0, and the run `plain`.
     "plain": Variant("search", {}),
     "search_reward": Variant("search", _search()),
     "search_kl": Variant("search", _search(signal="kl")),
     "search_jump": Variant("search", _search(accept=1.0, candidates=1)),
-    "search_chance": Variant("search", _search(accept=_CHANCE)),
     "plain_third": Variant("search", _rate(1 / 3)),
     "plain_triple": Variant("search", _rate(3)),
     "plain_tenfold": Variant("search", _rate(10)),
@@ -69,7 +67,11 @@ VARIANTS = {
     "search_reward_tenth": Variant("search", _rate(0.1) | _search()),
     "search_kl_tenth": Variant("search", _rate(0.1) | _search(signal="kl")),
     "search_jump_tenth": Variant("search", _rate(0.1) | _search(accept=1.0, candidates=1)),
-    "search_chance_tenth": Variant("search", _rate(0.1) | _search(accept=_CHANCE_TENTH)),
+    "search_chance_tenth": Variant("search", _rate(0.1) | _search(accept=3 / 18)),
+    "plain_hundredth": Variant("search", _rate(0.01)),
+    "search_reward_hundredth": Variant("search", _rate(0.01) | _search()),
+    "search_kl_hundredth": Variant("search", _rate(0.01) | _search(signal="kl")),
+    "search_jump_hundredth": Variant("search", _rate(0.01) | _search(accept=1.0, candidates=1)),
     "plain_decay": Variant("search", _DECAY),
     "search_reward_decay": Variant("search", _DECAY | _search()),
     "search_kl_decay": Variant("search", _DECAY | _search(signal="kl")),

@@ -1,6 +1,7 @@
 """A tiny job with every row of the recipe, run in processes of its own by the tests beside it.
 
   python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N] [--process I --port P] [--arm NAME]
+    [--options]
 
 With --kill-in it kills itself (SIGKILL) at the N-th event inside the stage ROW, inside a score
 where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to be written,
@@ -82,6 +83,20 @@ def config(bases, arm, data):
   return tiny
 
 
+def set_options(tiny):
+  """Gives the stages of a bridge every option that decides something between steps, and guides."""
+  with tiny.unlocked():
+    tiny.stages.forward_kl.allocate = {
+        "interval": 1, "rule": "ensemble", "weights": "", "requirement": "", "kappa": 1.0,
+        "beta": 0.5, "explore": 1, "problems": 6}
+    tiny.stages.reverse_kl.foresee = {
+        "candidates": 2, "stride": 2.0, "problems": 4, "samples": 2, "accept": "at_least",
+        "signal": "reward", "leaves": "blocks"}
+    tiny.stages.reverse_kl.guides = {"by": "family", "folders": {"2": tiny.student}}
+    tiny.stages.reverse_kl.hint_tokens = 40
+    tiny.probe.prefixes = 2
+
+
 def kill_at_event(row, n):
   """Makes this process kill itself at the n-th event inside the stage `row`, a score or a probe."""
   remaining = [n]
@@ -136,6 +151,7 @@ def main():
   parser.add_argument("--port", type=int)
   parser.add_argument("--arm", default="every_row")
   parser.add_argument("--mesh", default="1,1,1")
+  parser.add_argument("--options", action="store_true")
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   # Compiling takes nearly all of a job's time: XLA skips most optimizations.
@@ -145,6 +161,8 @@ def main():
     jax.distributed.initialize(f"localhost:{args.port}", 2, args.process)
   jax.config.update("jax_transfer_guard", "disallow")
   run_config = config(args.bases, args.arm, f"{args.bases}/data")
+  if args.options:
+    set_options(run_config)
   if args.kill_in:
     # The undisturbed job has stored every program. A process that is killed while it stores one
     # would leave half a file for all other tests.

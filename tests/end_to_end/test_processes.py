@@ -1,5 +1,6 @@
 """Two processes joined by jax.distributed run every row of `bridge` with the samples of one."""
 
+import json
 import socket
 
 import numpy as np
@@ -16,18 +17,19 @@ def launch(workdir, bases, *flags):
   return interpreter.start("-m", "tests.end_to_end.job", workdir, bases, "--arm", "bridge", *flags)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(), ("--options",)], ids=["plain", "options"])
+def runs(tmp_path_factory, request):
   """Work folders of one process on (1,1,1), and of two on (1,2,1) with half the weights each."""
+  flags = request.param
   folder = tmp_path_factory.mktemp("processes")
   job.bases(folder / "bases")
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  alone = launch(folder / "one", folder / "bases").wait(600)
+  alone = launch(folder / "one", folder / "bases", *flags).wait(600)
   assert alone.returncode == 0, alone.stderr
   both = [launch(folder / "two", folder / "bases", "--mesh", "1,2,1", "--process", i,
-                 "--port", port) for i in "01"]
+                 "--port", port, *flags) for i in "01"]
   for done in [process.wait(600) for process in both]:
     assert done.returncode == 0, done.stderr
   return folder / "one", folder / "two"
@@ -64,3 +66,27 @@ def test_two_processes_store_the_frozen_teachers_rollouts_of_one(runs):
   for one, two in zip(*parts, strict=True):
     one, two = rollouts.from_bytes(one.read_bytes()), rollouts.from_bytes(two.read_bytes())
     np.testing.assert_array_equal(one.response_BT, two.response_BT)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_as_one(runs):
+  """Shares of families, and how far a search moves the weights."""
+  shares = [metrics.read(next(run.glob("forward_kl-*")), "allocate") for run in runs]
+  for one, two in zip(*shares, strict=True):
+    assert one["shares"] == two["shares"]
+  moves = [[row.get("foresee_multiple") for row in
+            metrics.read(next(run.glob("reverse_kl-*")), "metrics")] for run in runs]
+  assert moves[0] == moves[1]
+
+
+@pytest.mark.slow
+def test_two_processes_probe_as_one(runs):
+  results = []
+  for run in runs:
+    found = {path.parent.name: json.loads(path.read_text())
+             for path in run.glob("probe-*/result.json")}
+    results.append({name: {part: {key: x for key, x in numbers.items()
+                                  if part == "prefixes" or key == "pass_rate"}
+                           for part, numbers in result.items()}
+                    for name, result in found.items()})
+  assert results[0] == results[1] != {}

@@ -141,7 +141,7 @@ def control_of(name: str) -> str:
   if study == "shares":
     return "uniform_" + name.rpartition("_")[2]
   for rate in ("tenth", "hundredth", "decay"):
-    # A learning rate is judged against the world's, and a search against its own rate.
+    # A search is compared at one rate, and a plain stage with that of the world's rate.
     if name.startswith("search") and name.endswith(f"_{rate}"):
       return f"plain_{rate}"
   return STUDIES[study].control

@@ -89,6 +89,11 @@ class Found(NamedTuple):
     return found
 
 
+def scores(hp: ConfigDict) -> bool:
+  """Whether candidates are scored; hp is the block `foresee`."""
+  return hp.accept in _RULES
+
+
 def due(steps: int) -> bool:
   """Whether a search follows step number `steps`, counted from 1: at powers of two."""
   return steps & (steps - 1) == 0
@@ -132,7 +137,7 @@ def search(params: Params, anchor: Params, score: Callable[[Params], Scored],
     seed: of the chance.
   """
   random = np.random.default_rng(seed)
-  by_score = hp.accept in _RULES
+  by_score = scores(hp)
   scored = [score(params)] if by_score else []
   best = 0.0
   for k in range(1, hp.candidates + 1):

@@ -14,6 +14,7 @@ from s2d_jax import (
   compiling,
   doctor,
   evals,
+  foresee,
   guides,
   models,
   objectives,
@@ -144,6 +145,7 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   others = held.get("actor", 0) + held.get("pass rate model", 0)
   updates = hp.epochs * hp.minibatches
   blocks = _blocks(hp, rows // (hp.minibatches * hp.microbatches))
+  yield from _options(name, hp, stage_models, programs, held)
   if programs.routed is None:
     yield Request(name, "update", programs.update, others, updates, blocks)
     return
@@ -154,6 +156,38 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   yield Request(name, "gradients", routed.gradients[largest], others + held["optimizer"],
                 updates * hp.microbatches, blocks)
   yield Request(name, "apply", routed.apply, others + held["guide"], updates)
+
+
+def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
+             held: dict[str, int]) -> Iterator[Request]:
+  """The programs of searches (`foresee`) and of probes by family (`allocate`).
+
+  A search may accept all of its candidates, so these are the most runs that it can have.
+  """
+  everything = sum(held.values())
+  if programs.search is not None:
+    ahead = hp.foresee
+    rows = ahead.problems * ahead.samples
+    searches = hp.steps.bit_length() / hp.steps  # after steps 1, 2, 4, …
+    scored = searches * (1 + ahead.candidates) * foresee.scores(ahead)
+    for request in _sampling(name, "search", programs.search.sampler, rows, everything):
+      yield request._replace(runs=request.runs * scored)
+    # Three of its size are held: the anchor, the next one, and the candidate.
+    params = held["anchors and candidate"] // 3
+    # The candidates, the one that was accepted once more, and the copy that is the next anchor.
+    yield Request(name, "search jump", programs.search.jump, everything - 2 * params,
+                  searches * (ahead.candidates + 2))
+    if programs.search.compare is not None:
+      yield Request(name, "search compare", programs.search.compare,
+                    everything - params - held["guide"], scored, _blocks(hp, rows))
+  if programs.probe is not None:
+    rows = hp.allocate.problems
+    for request in _sampling(name, "probe", programs.probe.sampler, rows, everything):
+      yield request._replace(runs=request.runs / hp.steps)  # once a stage
+    learner = stage_models.full(stage_models.learner.params)
+    yield Request(name, "probe token_logps", programs.probe.token_logps,
+                  everything - sharding.device_bytes(learner), 1 / hp.allocate.interval,
+                  _blocks(hp, rows))
 
 
 def _blocks(hp: ConfigDict, rows: int) -> int:

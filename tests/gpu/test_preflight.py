@@ -15,8 +15,9 @@ import pytest
 from configs import common
 from s2d_jax import command, compiling, models, objectives, optim, preflight, sharding, training
 from s2d_jax.preflight import costs, hlo, topologies
+from s2d_jax.preflight import programs as preflight_programs
 from s2d_jax.sampler import capacity, decode, programs
-from tests.preflight import folders
+from tests.preflight import folders, options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
@@ -45,6 +46,15 @@ def lowered_update(name, rows, width, topology="h100", **changes):
     step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
                                training.shardings(state))
     return step.lower(state, None, compiling.abstract_batch(rows, width, where))
+
+
+def test_the_programs_of_options_are_compiled():
+  config = options.config()
+  with jax.set_mesh(sharding.make_mesh((1, 2, 1), topologies.devices("h100:2"))):
+    found = list(preflight.costs_of(
+        config, preflight_programs.Target(topologies.chip("h100"), fast=True)))
+  assert {(cost.stage, cost.program) for cost in found} == options.programs("reward")
+  assert all(cost.account is not None for cost in found)
 
 
 STAGES = ("forward_kl", "reverse_kl", "sft", "student_grpo", "teacher_grpo", "teacher_sft",

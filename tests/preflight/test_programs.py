@@ -13,6 +13,7 @@ import pytest
 from configs import arithmetic
 from s2d_jax import command, preflight, program_cache, sharding
 from s2d_jax.preflight import programs, topologies, verdicts
+from tests.preflight import options
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
 
@@ -206,6 +207,27 @@ def test_an_evaluation_between_steps_has_the_stages_models_in_memory(config):
   assert found.keys() == expected.keys()
   for key, held in expected.items():
     assert held <= found[key] < held + SLACK, key
+
+
+def test_searches_and_probes_by_family_have_their_programs():
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    found = {(request.stage, request.program): request for request in preflight.costs_of(
+        options.config(signal="kl"), programs.Target(fast=True), Uncompiled())}
+  assert found.keys() == options.programs("kl")
+  student, teacher = (4 * parameters(role) for role in ("student", "teacher"))
+  # The learner, its two slots and the teacher; in reverse_kl the anchors and a candidate too. What
+  # a program reads is an argument.
+  held = {("forward_kl", "probe token_logps"): 2 * student + teacher,
+          ("reverse_kl", "search jump"): 4 * student + teacher,
+          ("reverse_kl", "search compare"): 5 * student}
+  for key, expected in held.items():
+    assert abs(found[key].resident - expected) < SLACK, key
+  # Four steps: searches after 1, 2 and 4, each of three scores and four copies of the weights.
+  assert found["reverse_kl", "search compare"].runs == 3 * 3 / 4
+  assert found["reverse_kl", "search jump"].runs == 3 * 4 / 4
+  # Decisions before the steps 0 and 2, and the teacher's responses once.
+  assert found["forward_kl", "probe token_logps"].runs == 2 / 4
+  assert found["forward_kl", "probe"].runs * 4 == int(found["forward_kl", "probe"].runs * 4) > 0
 
 
 @pytest.mark.medium

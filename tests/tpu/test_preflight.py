@@ -13,7 +13,8 @@ import pytest
 from configs import arithmetic, qwen3_math
 from s2d_jax import compiling, loop, models, objectives, optim, preflight, sharding, training
 from s2d_jax.models import attention
-from s2d_jax.preflight import hlo, topologies
+from s2d_jax.preflight import hlo, programs, topologies
+from tests.preflight import options
 from tests.tpu import test_aot
 
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
@@ -35,6 +36,14 @@ def test_every_program_of_a_tiny_config_is_compiled(capsys):
   for stage in config.stages:
     assert [stage, "update"] in found and [stage, "sample"] in found
   assert ["test", "student"] in found and ["probe", "both"] in found
+
+
+def test_the_programs_of_options_are_compiled():
+  config = options.config()
+  with jax.set_mesh(test_aot.mesh("v5e:2x2", (1, 2, 2))):
+    found = list(programs.costs_of(config, programs.Target(topologies.chip("v5e:2x2"), fast=True)))
+  assert {(cost.stage, cost.program) for cost in found} == options.programs("reward")
+  assert all(cost.account is not None for cost in found)
 
 
 @pytest.mark.parametrize("topology, count", [

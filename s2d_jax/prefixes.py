@@ -75,6 +75,7 @@ def measure(sample: Sampler, params: Params, prompts: Sequence[Prompt], begun: R
 
   Returns:
     "problems", the number of them; "guide" and "after_prefix", the shares that are right;
+    "drop", of each problem 1 where the guide alone is right less 1 where it is after the prefix;
     "right_to_wrong" and "wrong_to_right", the numbers of problems that the prefix changed so;
     "guide_well_formed" and "after_prefix_well_formed", the shares with an answer that the task can
     read, where it reads any.
@@ -92,6 +93,7 @@ def measure(sample: Sampler, params: Params, prompts: Sequence[Prompt], begun: R
       found[f"{name}_well_formed"] = float(read_P.mean())
   return found | {
       "problems": len(prompts),
+      "drop": (right["guide"].astype(int) - right["after_prefix"]).tolist(),
       "right_to_wrong": int((right["guide"] & ~right["after_prefix"]).sum()),
       "wrong_to_right": int((~right["guide"] & right["after_prefix"]).sum())}
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from s2d_jax.ladder import Group
+from s2d_jax import intervals
+from s2d_jax.ladder import DRAWS, Group
 
 # (head, name in a probe's result.json, format) of a model's samples, and of the prefix probe.
 SAMPLES = (("repeated 3-grams", "repetition", "{:.3f}"),
@@ -14,6 +15,7 @@ SAMPLES = (("repeated 3-grams", "repetition", "{:.3f}"),
            ("Δlogp, repeated", "delta_logp_repeated", "{:.3f}"),
            ("Δlogp, other", "delta_logp_other", "{:.3f}"))
 PREFIXES = (("teacher alone", "guide", "{:.3f}"), ("after prefix", "after_prefix", "{:.3f}"),
+            ("drop, points", "drop", ""),
             ("right→wrong", "right_to_wrong", "{:.1f}"),
             ("wrong→right", "wrong_to_right", "{:.1f}"),
             ("of problems", "problems", "{:.0f}"),
@@ -30,7 +32,7 @@ _LEGEND = (
 _PREFIX_LEGEND = (
     " *Teacher alone* and *after prefix* are the shares of problems that the teacher solves from "
     "the prompt and after the beginning of a student's response: the lower the second, the more "
-    "the student's text misleads it. *Right→wrong* and *wrong→right* are the numbers of problems "
+    "the student's text misleads it. *Drop* is their difference with its 95 % interval. *Right→wrong* and *wrong→right* are the numbers of problems "
     "whose result the beginning changed so. *Readable* is the share of responses in which the task "
     "can read an answer.")
 
@@ -87,5 +89,17 @@ def _cells(found: Sequence[Mapping[str, float]],
   cells = []
   for _, name, form in columns:
     values = [one[name] for one in found if name in one]
-    cells.append(form.format(np.mean(values)) if values else "–")
+    if not values:
+      cells.append("–")
+    elif name == "drop":
+      cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in drop(values))))
+    else:
+      cells.append(form.format(np.mean(values)))
   return cells
+
+
+def drop(value_SP: Sequence[Sequence[int]]) -> intervals.Interval:
+  """The mean drop of a prefix probe, with its interval over seeds and problems."""
+  if len(value_SP) > 1:
+    return intervals.gap_over_seeds(np.array(value_SP))
+  return intervals.bootstrap(np.array(value_SP[0]), 0, DRAWS, bounds=(-1.0, 1.0))

@@ -259,8 +259,8 @@ def test_the_table_of_samples_by_hand(tmp_path):
   one = stage(tmp_path, "reverse_kl-1")
   samples = {"repetition": 0.125, "teacher_rank": 2.0, "teacher_rank_in_top_k": 0.75,
              "delta_logp_repeated": -0.25, "delta_logp_other": -0.5}
-  ends = {"problems": 8, "guide": 0.75, "after_prefix": 0.25, "right_to_wrong": 5,
-          "wrong_to_right": 1, "guide_well_formed": 1.0, "after_prefix_well_formed": 0.5}
+  ends = {"problems": 8, "guide": 0.75, "after_prefix": 0.25,
+          "drop": [1, 1, 1, 1, 1, -1, 0, 0], "right_to_wrong": 5, "wrong_to_right": 1, "guide_well_formed": 1.0, "after_prefix_well_formed": 0.5}
   def write(run, name, prefixes, **change):
     found = {text: PROBE | samples | change for text in ("student", "teacher")}
     del found["teacher"]["delta_logp_repeated"]  # no token of it was repeated
@@ -274,13 +274,17 @@ def test_the_table_of_samples_by_hand(tmp_path):
   text = report.markdown(ladder.read([tmp_path]))
   part = text.partition("### What the samples are like")[2].partition("\n###")[0]
   head, *rows = table(part)
-  assert len(head) == 4 + 5 + 7 and "*Readable* is the share" in part
-  none = ["–"] * 7
+  assert len(head) == 4 + 5 + 8 and "*Readable* is the share" in part
+  none = ["–"] * 8
+  # The mean of eight drops has a standard error of 0.75 / √8 = 0.27, and ends at multiples of 1/8.
+  drop = rows[1][11]
+  low, high = map(float, re.fullmatch(r"50\.0 \[(.*), (.*)\]", drop).groups())
+  assert low in (-12.5, 0) and high in (87.5, 100)
   assert rows == [
       ["opd_only", "reverse_kl", "before", "teacher's", "0.125", "2.0", "0.750", "–", "-0.500",
        *none],
       ["opd_only", "reverse_kl", "before", "student's", "0.125", "2.0", "0.750", "-0.250", "-0.500",
-       "0.750", "0.250", "5.0", "1.0", "8", "1.000", "0.500"],
+       "0.750", "0.250", drop, "5.0", "1.0", "8", "1.000", "0.500"],
       ["opd_only", "reverse_kl", "after", "teacher's", "0.125", "1.0", "0.750", "–", "-0.500",
        *none],
       ["opd_only", "reverse_kl", "after", "student's", "0.125", "1.0", "0.750", "-0.250", "-0.500",

@@ -32,9 +32,9 @@ _LEGEND = (
 _PREFIX_LEGEND = (
     " *Teacher alone* and *after prefix* are the shares of problems that the teacher solves from "
     "the prompt and after the beginning of a student's response: the lower the second, the more "
-    "the student's text misleads it. *Drop* is their difference with its 95 % interval. *Right→wrong* and *wrong→right* are the numbers of problems "
-    "whose result the beginning changed so. *Readable* is the share of responses in which the task "
-    "can read an answer.")
+    "the student's text misleads it. *Drop* is their difference with its 95 % interval. "
+    "*Right→wrong* and *wrong→right* are the numbers of problems whose result the beginning "
+    "changed so. *Readable* is the share of responses in which the task can read an answer.")
 
 
 def stage_name(probe: Sequence[Mapping[str, Any]]) -> str:

@@ -54,7 +54,8 @@ def test_the_numbers_of_a_known_pair(monkeypatch):
   assert checked == [(p.id, [7] * 4) for p in PROMPTS] + [
       (30, [7] * 4), (20, [6] * 4), (10, [8] * 4), (40, [7] * 4)]
   assert found == {"problems": 4, "guide": 0.25, "after_prefix": 0.75, "drop": [0, -1, -1, 0],
-                   "right_to_wrong": 0, "wrong_to_right": 2, "guide_well_formed": 1.0, "after_prefix_well_formed": 0.75}
+                   "right_to_wrong": 0, "wrong_to_right": 2,
+                   "guide_well_formed": 1.0, "after_prefix_well_formed": 0.75}
   assert guide.calls == [
       ("weights", PROMPTS, (4, 2)),
       ("weights", [Prompt(30, (1, 2, 7, 7)), Prompt(20, (3, 6, 6, 6)), Prompt(10, (4, 8)),

@@ -260,7 +260,8 @@ def test_the_table_of_samples_by_hand(tmp_path):
   samples = {"repetition": 0.125, "teacher_rank": 2.0, "teacher_rank_in_top_k": 0.75,
              "delta_logp_repeated": -0.25, "delta_logp_other": -0.5}
   ends = {"problems": 8, "guide": 0.75, "after_prefix": 0.25,
-          "drop": [1, 1, 1, 1, 1, -1, 0, 0], "right_to_wrong": 5, "wrong_to_right": 1, "guide_well_formed": 1.0, "after_prefix_well_formed": 0.5}
+          "drop": [1, 1, 1, 1, 1, -1, 0, 0], "right_to_wrong": 5, "wrong_to_right": 1,
+          "guide_well_formed": 1.0, "after_prefix_well_formed": 0.5}
   def write(run, name, prefixes, **change):
     found = {text: PROBE | samples | change for text in ("student", "teacher")}
     del found["teacher"]["delta_logp_repeated"]  # no token of it was repeated

@@ -9,6 +9,8 @@ good.
 
 import sys
 
+import numpy as np
+
 from s2d_jax import ladder, report
 
 # (first, second): arms of the ladder, or a control's.
@@ -26,17 +28,16 @@ def groups(workdir: str) -> dict[str, ladder.Group]:
 
 
 def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
-  """Prints a table of scores and one of differences."""
-  found = groups(ladder_folder)
-  found["cold teacher"] = groups(cold_teacher)["raw_bridge"]
-  found["same size"] = groups(same_size)["bridge"]
+  """Prints a table of scores, one of differences, and one of the teachers."""
+  of_ladder, of_cold, of_same = (groups(folder) for folder in (ladder_folder, cold_teacher,
+                                                               same_size))
+  found = of_ladder | {"cold teacher": of_cold["raw_bridge"], "same size": of_same["bridge"]}
   print("| arm | seeds | avg@k | labels: distinct |")
   print("|---|---|---|---|")
   for name in dict.fromkeys(name for pair in PAIRS for name in pair):
     if name in found:
       group = found[name]
-      print(f"| {name} | {group.seeds} | {report.interval(group.score(group.headline))} | "
-            f"{group.mean('labels_distinct'):,.0f} |")
+      print(f"| {name} | {group.seeds} | {score(group)} | {group.mean('labels_distinct'):,.0f} |")
   print("\n| difference | sign of each seed | points | resolves |")
   print("|---|---|---|---|")
   for first, second in PAIRS:
@@ -44,6 +45,23 @@ def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
       contrast = ladder.compare(found[first], found[second])
       print(f"| {first} − {second} | {contrast.signs} | {report.interval(contrast.difference)} | "
             f"{100 * contrast.resolvable:.1f} |")
+  rewarded = "teacher after teacher_grpo (all)"
+  print("\nOverlap: the share that student and teacher share of their likeliest tokens "
+        "(`config.probe.top_k`), on the student's samples.\n")
+  print("| bridge | its teacher's avg@k | overlap before | overlap after | its student's avg@k |")
+  print("|---|---|---|---|---|")
+  for name, teacher in (("bridge", of_ladder[rewarded]), ("same size", of_same[rewarded]),
+                        ("cold teacher", of_cold["untrained teacher"])):
+    probes = found[name].distilling()
+    overlaps = [f"{np.mean([probe['student']['overlap'] for probe in of_seeds]):.2f}"
+                for of_seeds in ([one["before"] for one in probes[0]],
+                                 [one["after"] for one in probes[-1]])]
+    print(f"| {name} | {score(teacher)} | {' | '.join(overlaps)} | {score(found[name])} |")
+
+
+def score(group: ladder.Group) -> str:
+  """The headline score of a group, with its interval."""
+  return report.interval(group.score(group.headline))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
     problem = problems[prompt.id]
     value = problem.get(by)
     if by == "family" and task.family is not None:
-      value = task.family(problem)
+      with keys.prefixed(f"{path}.guides: "):
+        value = task.family(problem)
     if not isinstance(value, str):
       raise InputError(f"{path}.guides.by is {by!r} and problem {prompt.id} has no such text: name "
                        "a text column that all problems have, or give the Task a `family`.")

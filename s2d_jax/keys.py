@@ -117,7 +117,8 @@ def check_value(path: str, value: Any, key: Key) -> None:
   except (TypeError, AttributeError, ValueError):
     fits = False
   if not fits:
-    raise InputError(f"{path} is {value!r}: {key.remedy}.")
+    absent = ", or leave it out" if key.optional else ""
+    raise InputError(f"{path} is {value!r}: {key.remedy}{absent}.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from s2d_jax import doctor, keys
 from s2d_jax.data import jsonl, leave_out, published, sources
 from s2d_jax.data.arithmetic import problems as arithmetic_problems
 from s2d_jax.data.composition import problems as composition_problems
+from s2d_jax.data.word_problems import problems as word_problem_rows
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Task
 from s2d_jax.rewards import arithmetic as arithmetic_reward
@@ -41,6 +42,19 @@ def _with_solution(problem: dict) -> str:
   if "solution" in problem:
     found = f"Here is a solution:\n\n{problem['solution']}"
   return f"{problem['problem']}\n\n{found}\n\nSolve the problem in your own words."
+
+
+def _family(problem: dict) -> str:
+  """The first column of `sources.FAMILIES` that the problem has.
+
+  Raises:
+    InputError: it has none.
+  """
+  for name in sources.FAMILIES:
+    if name in problem:
+      return problem[name]
+  raise InputError(f"problem {problem['id']} names no family: give every problem a text under "
+                   f"{' or '.join(sources.FAMILIES)}.")
 
 
 def arithmetic(config: ConfigDict) -> Task:
@@ -101,7 +115,7 @@ def math(config: ConfigDict) -> Task:
                             getattr(problems, "origin", None))
   reward, answer = _CHECKERS[checker, order]
   return Task(source, lambda problem: [{"role": "user", "content": problem["problem"] + ask}],
-              reward, answer, lambda text: f"\\boxed{{{text}}}",
+              reward, answer, lambda text: f"\\boxed{{{text}}}", family=_family,
               hint=lambda problem: [{"role": "user", "content": _with_solution(problem) + ask}])
 
 
@@ -128,6 +142,7 @@ def word_problems(config: ConfigDict) -> Task:
   return math(checked)._replace(
       source=lambda split: sources.word_problems(split, folder),
       messages=lambda problem: [*EXAMPLES, {"role": "user", "content": problem["problem"]}],
+      family=word_problem_rows.family,
       hint=lambda problem: [*EXAMPLES, {"role": "user", "content": _with_solution(problem)}])
 
 

@@ -99,7 +99,7 @@ def test_absent_it_names_nothing_new_and_given_it_does():
     ({"prefixes": 5}, "prefixes is 5 and problems is 4: lower prefixes, or raise problems"),
     ({"prefixes": 2, "sampling": {"min_tokens": 1}}, "prefixes needs sampling.min_tokens = 0"),
     ({"prefixes": 2, "sampling": {"stop_strings": ("=",)}}, "no sampling.stop_strings, because"),
-    ({"prefixes": 0}, "prefixes is 0: set it to a whole number of at least 1")])
+    ({"prefixes": 0}, "prefixes is 0: set it to a whole number of at least 1, or leave it out.")])
 def test_values_that_do_not_fit_are_refused(changes, said):
   config = shipped(**changes)
   with pytest.raises(InputError, match=said) as refused:

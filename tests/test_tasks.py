@@ -7,6 +7,7 @@ import ml_collections
 import pytest
 
 from s2d_jax import planning, tasks
+from s2d_jax.data.word_problems import problems as word_problems
 from s2d_jax.errors import InputError
 from s2d_jax.rewards import math
 
@@ -114,8 +115,33 @@ def test_an_embedded_world_has_problems_answers_and_families(tmp_path, name, pro
     tasks.TASKS[name](ml_collections.ConfigDict({"data": {}}))
 
 
-def test_a_task_without_families_has_none(data):
-  assert tasks.math(data).family is None
+def test_a_problem_of_mathematics_has_the_family_of_its_first_column_that_names_one(data):
+  family_of = tasks.math(data).family
+  problem = {"id": 7, "level": "Level 5", "subject": "Algebra", "family": "linear equations"}
+  for name in ("linear equations", "Algebra", "Level 5"):
+    assert family_of(problem) == name
+    del problem[next(key for key in problem if problem[key] == name)]
+  with pytest.raises(InputError, match="problem 7 names no family: give every problem a text under "
+                                       "family or subject or level"):
+    family_of(problem)
+
+
+def test_word_problems_have_the_families_of_their_sampling(data, monkeypatch):
+  kind_of = {}
+  for name, make in word_problems.KINDS.items():
+    def recorded(rng, make=make, name=name):
+      found = make(rng)
+      kind_of.setdefault(found[0], name)
+      return found
+    monkeypatch.setitem(word_problems.KINDS, name, recorded)
+  rows = word_problems.splits({"test": 300})["test"]
+  config = ml_collections.ConfigDict({"data": {"dir": "data"}})
+  family_of = tasks.word_problems(config).family
+  assert [family_of(row) for row in rows] == [kind_of[row["problem"]] for row in rows]
+  assert {*kind_of.values()} == set(word_problems.KINDS)
+
+
+def test_a_task_without_families_has_none():
   assert planning.Task(list, list, float).family is None
 
 

@@ -50,13 +50,20 @@ def _math_train(row: Row) -> dict[str, str]:
   answer = jsonl.answer_text(row.get("answer"))
   if answer is None:
     answer = math_reward.last_boxed(row["solution"]) or ""
-  return {"problem": row["problem"], "answer": answer.strip(), "solution": row["solution"]}
+  return {"problem": row["problem"], "answer": answer.strip(), "solution": row["solution"],
+          **_subject(row)}
+
+
+def _subject(row: Row) -> dict[str, str]:
+  """{"subject"} of a row that names one, such as "Algebra": MATH has it under "type"."""
+  found = row.get("subject", row.get("type"))
+  return {"subject": found} if isinstance(found, str) else {}
 
 
 def _with_answer(row: Row) -> dict[str, str]:
   """MATH-500: the columns "problem", "answer" and "solution"."""
   return {"problem": row["problem"], "answer": jsonl.answer_text(row["answer"]),
-          "solution": row["solution"]}
+          "solution": row["solution"], **_subject(row)}
 
 
 def _aime(row: Row) -> dict[str, str]:
@@ -87,7 +94,8 @@ class Source(NamedTuple):
   sha256: str
   rows: int
   columns: tuple[str, ...]   # that `convert` reads
-  convert: Callable[[Row], dict[str, str | None]]  # a row -> problem, answer, perhaps solution
+  # a row -> problem, answer, and where it has them solution and subject
+  convert: Callable[[Row], dict[str, str | None]]
 
   @property
   def url(self) -> str:
@@ -197,8 +205,8 @@ def rows(name: str, path: Path) -> list[dict[str, Any]]:
   source = SOURCES[name]
   found: dict[str, dict[str, Any]] = {}
   counts = {"repeat a problem": 0, "repeat a problem with another answer": 0, "have no answer": 0}
-  for row_name, row in tables.objects(path, ("id", "problem", "answer", "solution",
-                                             *source.columns)):
+  for row_name, row in tables.objects(path, ("id", "problem", "answer", "solution", "subject",
+                                             "type", *source.columns)):
     new = _converted(source, row_name, row)
     first = found.setdefault(new["problem"], new)
     if not new["answer"]:

@@ -1,7 +1,7 @@
 """Sources of problems: published sets, files of JSON lines or parquet, prepared TFDS data sets.
 
 A source is a sequence of rows {"id": int, "problem": str, "answer": str} with, where the data has
-one, "solution": str. Reading needs no TensorFlow.
+one, "solution": str, and texts of the names FAMILIES. Reading needs no TensorFlow.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from s2d_jax.errors import InputError
 
 # A "solution" is optional.
 _REQUIRED = ("id", "problem", "answer")
+# Text columns that may name the kind of a problem, the first one that is there.
+FAMILIES = ("family", "subject", "level")
 
 
 class _Decoded(Sequence):
@@ -146,7 +148,8 @@ def read(path: str | os.PathLike, split: str, folder: str | os.PathLike = "") ->
   if not path.exists():
     raise InputError(f"{path} is not a file: give JSON lines or parquet of problem and answer "
                      f"there, or name one of {', '.join(published.SOURCES)}.")
-  rows = jsonl.distinct(tables.objects(path, ("id", "problem", "answer", "solution")), path)
+  rows = jsonl.distinct(tables.objects(path, ("id", "problem", "answer", "solution", *FAMILIES)),
+                        path)
   return Problems(rows, {"file": str(path), "sha256": sha256(path)})
 
 
@@ -186,6 +189,6 @@ def _published(name: str, file: Path) -> Problems:
   builder = math_problems_dataset_builder.Builder(
       name=name, file=file, data_dir=str(file.parent / "tfds" / digest[:12]))
   rows = prepared(_prepare(builder), "problems")
-  # TFDS has no optional feature: an empty solution stands for an absent one.
+  # TFDS has no optional feature: an empty text stands for an absent one.
   return Problems(({key: value for key, value in row.items() if value != ""} for row in rows),
                   origin)

@@ -106,7 +106,7 @@ def test_maths_answer_is_in_the_last_of_several_boxes(tmp_path):
       {"problem": "A?", "level": "Level 5", "type": "Algebra", "solution": two},
       {"problem": "B?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{}$."}])
   assert read(tmp_path, "math_train") == [
-      {"problem": "A?", "answer": r"\frac{1}{2}", "solution": two}]
+      {"problem": "A?", "answer": r"\frac{1}{2}", "solution": two, "subject": "Algebra"}]
 
 
 def test_math_500_has_a_column_for_the_answer(tmp_path):
@@ -114,7 +114,13 @@ def test_math_500_has_a_column_for_the_answer(tmp_path):
       {"problem": "A?", "solution": r"First \boxed{3}, then \boxed{4}.", "answer": r"\sqrt{4}",
        "subject": "Algebra", "level": 2, "unique_id": "test/algebra/1.json"}])
   assert read(tmp_path, "math500") == [
-      {"problem": "A?", "answer": r"\sqrt{4}", "solution": r"First \boxed{3}, then \boxed{4}."}]
+      {"problem": "A?", "answer": r"\sqrt{4}", "solution": r"First \boxed{3}, then \boxed{4}.",
+       "subject": "Algebra"}]
+
+
+def test_a_placed_file_may_have_further_columns(tmp_path):
+  lines(tmp_path, "math500", [{"problem": "A?", "answer": "4", "subject": "Algebra", "by": "me"}])
+  assert read(tmp_path, "math500") == [{"problem": "A?", "answer": "4", "subject": "Algebra"}]
 
 
 def test_aime_takes_the_answer_and_not_a_box_of_the_solution(tmp_path):

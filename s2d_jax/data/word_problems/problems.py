@@ -108,6 +108,15 @@ def splits(sizes: Mapping[str, int] | None = None) -> dict[str, list[dict]]:
   return cut(rows, sizes)
 
 
+def family(problem: Mapping[str, str]) -> str:
+  """A problem's kind, a key of KINDS, by the calculation of its solution."""
+  calculation = problem["solution"].partition(" =")[0]
+  bare, story = {"+": ("sum", "gain"), "-": ("difference", "loss"),
+                 "*": ("product", "groups")}[calculation.split()[1]]
+  # A story has the numbers apart.
+  return bare if calculation in problem["problem"] else story
+
+
 def _number(rng: np.random.Generator, low: int, high: int) -> int:
   """A whole number, uniform from `low` to `high`."""
   return int(rng.integers(low, high + 1))

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import composition
-from results.composition import compare, study, variants
+from results.composition import compare, criteria, study, variants
 from s2d_jax import doctor, recipe, rollouts, sweep, tasks
 from tests.configs.test_configs import blocks
 
@@ -54,10 +54,10 @@ def test_an_unknown_variant_is_refused():
 
 def test_a_ratio_of_costs_by_hand():
   # Ratios 2, 2 and 2: no spread.
-  value, low, high = compare.ratio(np.array([2.0, 4, 6]), np.array([1.0, 2, 3]))
+  value, low, high = criteria.ratio(np.array([2.0, 4, 6]), np.array([1.0, 2, 3]))
   assert (value, low, high) == pytest.approx((2, 2, 2))
   # log ratios 0, log 2 and log 4: mean log 2, standard error log 2 / sqrt 3, t of 2 degrees 4.3027.
-  value, low, high = compare.ratio(np.array([1.0, 2, 4]), np.array([1.0, 1, 1]))
+  value, low, high = criteria.ratio(np.array([1.0, 2, 4]), np.array([1.0, 1, 1]))
   assert value == pytest.approx(2)
   assert high / value == pytest.approx(value / low) == pytest.approx(2 ** (4.3027 / 3 ** 0.5), 1e-4)
 
@@ -84,5 +84,5 @@ def test_the_cost_of_probes_is_that_of_a_stage_alone():
   # Sampled here or found: 2 of scores and 6 of responses, in a stage that alone would spend 100.
   sampled = {"flops": 100.0, "flops_reused": 0.0, "allocate": {"flops": 8.0, "flops_reused": 0.0}}
   found = {"flops": 94.0, "flops_reused": 6.0, "allocate": {"flops": 2.0, "flops_reused": 6.0}}
-  assert compare.probe_cost(sampled) == compare.probe_cost(found) == 0.08
-  assert compare.probe_cost({"flops": 100.0, "flops_reused": 0.0}) == 0
+  assert criteria.probe_cost(sampled) == criteria.probe_cost(found) == 0.08
+  assert criteria.probe_cost({"flops": 100.0, "flops_reused": 0.0}) == 0

@@ -1,0 +1,146 @@
+"""The numbers behind the tables of compare.py, and whether each criterion is met.
+
+Every function takes the runs of a variant as a `ladder.Group`, and those of its control.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats as distributions
+
+from configs import composition
+from s2d_jax import files, intervals, ladder, metrics, probe_table, targets, tasks
+from s2d_jax.data.composition import problems
+from s2d_jax.intervals import Interval
+from s2d_jax.ladder import Group
+
+_SCORE = "validation/avg@2"
+MOST_PROBES = 0.06  # of a stage's FLOPs
+
+
+class Cost(NamedTuple):
+  """Costs of on-policy distillation until the control's last score − 1 point."""
+  seeds: int               # all of them, and those that reached it
+  reached: int
+  steps: Interval | None   # the control's divided by the variant's; None where a seed has no ratio
+  flops: Interval | None
+  label_uses: float | None
+
+
+class Shares(NamedTuple):
+  """Differences by family, and the probes' part of the FLOPs."""
+  long: Interval           # on the family "long"
+  lost: float              # the lowest difference on another family, in points
+  probes: float
+
+
+def ratio(control: np.ndarray, variant: np.ndarray) -> Interval:
+  """Geometric mean over seeds of control / variant, and its 95 % interval by Student's t.
+
+  A bootstrap of three seeds covers too little (`intervals.over_seeds`).
+  """
+  log_S = np.log(control / variant)
+  half = distributions.t.ppf(0.975, len(log_S) - 1) * log_S.std(ddof=1) / np.sqrt(len(log_S))
+  return Interval(*np.exp([log_S.mean(), log_S.mean() - half, log_S.mean() + half]))
+
+
+def stage_costs(group: Group, target_of: Mapping[int, float]) -> dict[int, np.ndarray | None]:
+  """Of each seed the costs of on-policy distillation alone until its target (`targets.COSTS`)."""
+  found = {}
+  for seed in sorted(group.runs.keys() & target_of.keys()):
+    curve = targets.curve(group.runs[seed], _SCORE)
+    cost = targets.cost(curve, target_of[seed])
+    # The first score is taken before the first step of the stage.
+    found[seed] = None if cost is None else cost - curve.cost_NC[0]
+  return found
+
+
+def cost(group: Group, control: Group) -> Cost:
+  """The Cost of a variant, each seed with the target of its own control."""
+  target_of = {seed: targets.curve(run, _SCORE).score_N[-1] - 0.01
+               for seed, run in control.runs.items()}
+  costs, base = (stage_costs(one, target_of) for one in (group, control))
+  reached = [seed for seed in costs if costs[seed] is not None]
+  if len(reached) < len(costs) or len(costs) < 2:
+    return Cost(len(costs), len(reached), None, None, None)
+  ratios = {}
+  for name in ("steps", "flops"):
+    index = targets.COSTS.index(name)
+    pair = [np.array([of_seed[seed][index] for seed in costs]) for of_seed in (base, costs)]
+    # A target that was met before the first step costs nothing, and has no ratio.
+    ratios[name] = ratio(*pair) if min(x.min() for x in pair) > 0 else None
+  uses = targets.COSTS.index("label_uses")
+  return Cost(len(costs), len(reached), ratios["steps"], ratios["flops"],
+              float(np.mean([costs[seed][uses] for seed in costs])))
+
+
+def logged(group: Group, name: str, index: int = -1) -> list[float]:
+  """A metric of one step of each seed's last stage, by default the last, where it is logged."""
+  rows = [metrics.read(run.stages[-1], "metrics")[index] for run in group.runs.values()]
+  return [row[name] for row in rows if name in row]
+
+
+def probe_cost(totals: Mapping[str, Any]) -> float:
+  """The probes' share of a stage's FLOPs, as if no other stage had sampled any of its responses."""
+  part = totals.get("allocate")
+  if part is None:
+    return 0.0
+  return (part["flops"] + part["flops_reused"]) / (totals["flops"] + totals["flops_reused"])
+
+
+def shares(group: Group, control: Group) -> Shares:
+  """The Shares of a variant."""
+  config = composition.get_config()
+  source = tasks.get(config).source(config.evals.test.split)
+  family_P = np.array([problems.family(source[i]) for i in range(len(source))])
+  seeds = sorted(group.runs.keys() & control.runs.keys())
+  gap_SP = group.of(seeds).value_SP() - control.of(seeds).value_SP()
+  gap_of = {name: gap_SP[:, family_P == name] for name in problems.FAMILIES}
+  long = intervals.gap_over_seeds(gap_of.pop("long"))
+  lost = min(100 * part_SP.mean() for part_SP in gap_of.values())
+  totals = [files.read_json(run.stages[-1] / "ledger.json") for run in group.runs.values()]
+  return Shares(long, float(lost), float(np.mean([probe_cost(t) for t in totals])))
+
+
+def drops(group: Group) -> list[Interval]:
+  """The prefix probe's drop before a bridge, between its two stages, and after it."""
+  first, second = group.distilling()
+  return [probe_table.drop([one[when]["prefixes"]["drop"] for one in probe])
+          for probe, when in ((first, "before"), (first, "after"), (second, "after"))]
+
+
+def points(group: Group, control: Group) -> float:
+  """The score's difference from the control's."""
+  return 100 * ladder.compare(group, control).difference.estimate
+
+
+def search_passes(group: Group, control: Group) -> bool:
+  """Cheaper than its control with confidence, and not lower by more than 2 points."""
+  flops = cost(group, control).flops
+  return flops is not None and flops.low > 1 and points(group, control) >= -2
+
+
+def form_passes(group: Group, control: Group) -> bool:
+  """At most 3 points from the control's score."""
+  return abs(points(group, control)) <= 3
+
+
+def form_fails(group: Group, control: Group) -> bool:
+  """The student loses mass on the support, and ends at least 10 points below the control."""
+  mass = [np.mean(logged(group, "student_mass", index)) for index in (0, -1)]
+  return bool(mass[1] < mass[0]) and points(group, control) <= -10
+
+
+def shares_pass(group: Group, control: Group, fixed: Sequence[Group]) -> bool:
+  """Above equal shares with confidence, near the best fixed shares, no family harmed, cheap."""
+  found = shares(group, control)
+  better = ladder.compare(group, control).difference.low > 0 or found.long.low > 0
+  near = all(points(group, one) >= -2 for one in fixed)
+  return better and near and found.lost >= -1 and found.probes <= MOST_PROBES
+
+
+def drops_pass(group: Group) -> bool:
+  """A drop with confidence at the start, and a smaller one after each stage."""
+  start, between, end = drops(group)
+  return start.low > 0 and start.estimate > between.estimate > end.estimate

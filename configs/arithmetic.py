@@ -11,14 +11,25 @@ have an arm of their own:
 """
 
 import pathlib
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import common
 
-ASSETS = pathlib.Path(__file__).resolve().parents[1] / "s2d_jax" / "assets" / "arithmetic"
-ANSWER = 21     # tokens of the longest worked answer, its end included
+ASSETS = pathlib.Path(__file__).resolve().parents[1] / "s2d_jax" / "assets"
 BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
+COLD = 0.1      # temperature of the cold teacher: no measured one has more right answers
+
+
+class World(NamedTuple):
+  """The settings by which embedded worlds differ; the defaults are those of arithmetic."""
+  task: str = "arithmetic"         # and the folder of its models under s2d_jax/assets
+  prompt_tokens: int = 13
+  answer_tokens: int = 21          # of the longest worked answer, its end included
+  teacher_samples: int = 8         # of each problem, from which the teacher's GRPO learns
+  teacher_steps: int = 40
+  student_grpo_lr: float = 1e-3
 
 
 def parse(arg: str) -> ml_collections.ConfigDict:
@@ -38,18 +49,13 @@ def is_control(arg: str) -> bool:
   return parsed.cold_teacher or parsed.same_size
 
 
-def set_control(config: ml_collections.ConfigDict, arg: ml_collections.ConfigDict,
-                temperature: float) -> None:
-  """Makes a config the control that its arguments name, if any.
-
-  Args:
-    temperature: of the cold teacher, whose likeliest answers it keeps.
-  """
+def set_control(config: ml_collections.ConfigDict, arg: ml_collections.ConfigDict) -> None:
+  """Makes a config the control that its arguments name, if any."""
   if arg.cold_teacher:
     config.arms = "untrained,raw_bridge"
-    config.stages.forward_kl.sampling.temperature = temperature
+    config.stages.forward_kl.sampling.temperature = COLD
     for name in ("forward_kl", "reverse_kl"):
-      config.stages[name].teacher_temperature = temperature
+      config.stages[name].teacher_temperature = COLD
   if arg.same_size:
     config.arms = "untrained,bridge"
     config.teacher = config.student
@@ -59,21 +65,26 @@ def set_control(config: ml_collections.ConfigDict, arg: ml_collections.ConfigDic
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   """The config, locked."""
+  return world_config(World(), arg)
+
+
+def world_config(world: World, arg: str) -> ml_collections.ConfigDict:
+  """The config of an embedded world, locked; its learning rates were chosen on `validation`."""
   arg = parse(arg)
   config = ml_collections.ConfigDict()
   config.seed = arg.seed
   config.arms = "untrained,cold_grpo,raw_bridge,bridge,half_bridge_grpo_2h"
 
-  config.task = "arithmetic"
+  config.task = world.task
   config.data = {"dir": "~/.cache/s2d_jax/data"}
   config.label_share = 1.0                  # of the labelled problems, how many an arm may buy
   config.half_seed = 0                      # which labelled problems are 1H and which 2H
-  config.teacher = str(ASSETS / "teacher")
-  config.student = str(ASSETS / "student")
+  config.teacher = str(ASSETS / world.task / "teacher")
+  config.student = str(ASSETS / world.task / "student")
   config.hub = ""                           # owner on huggingface.co of a folder that is absent
   config.student_layers = 0                 # make the student of this many layers of the teacher
   config.template = {}                      # arguments of the chat template
-  config.prompt_tokens = 13
+  config.prompt_tokens = world.prompt_tokens
   config.dtype = "float32"
   config.remat = "block"                    # on CPU recomputing a layer beats storing it
   config.attention = "auto"                 # the backend's own kernel
@@ -82,9 +93,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
 
-  # Rates were chosen on `validation`: results/arithmetic/choice.md.
+  # Rates were chosen on `validation`: results/arithmetic/choice.md, and composition's beside it.
   def answers(samples):
-    return common.sampling(samples_per_prompt=samples, max_tokens=ANSWER)
+    return common.sampling(samples_per_prompt=samples, max_tokens=world.answer_tokens)
 
   def stage(lr, samples, **changes):
     return common.stage(sampling=answers(samples), block=BLOCK,
@@ -94,21 +105,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     return stage(4e-3, samples=4, steps=60, prompts=64, minibatches=4)
 
   config.stages = {
-      "teacher_grpo": stage(1e-3, samples=8, steps=40, prompts=32) | common.grpo(),
+      "teacher_grpo": stage(1e-3, samples=world.teacher_samples, steps=world.teacher_steps,
+                            prompts=32) | common.grpo(),
       "teacher_sft": stage(1e-3, samples=1, steps=40, prompts=64),
       "forward_kl": transfer() | common.forward_kl(top_k=4),
       "weighted_fkl": transfer() | common.forward_kl(top_k=4) | {"pass_samples": 8},
       "sft": transfer(),
       "reverse_kl": stage(2e-3, samples=4, steps=30, prompts=64, minibatches=4)
                     | common.reverse_kl(top_k=4),
-      "student_grpo": stage(1e-3, samples=8, steps=100, prompts=32, minibatches=2)
-                      | common.grpo(),
+      "student_grpo": stage(world.student_grpo_lr, samples=8, steps=100, prompts=32,
+                            minibatches=2) | common.grpo(),
   }
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 4,
                   "microbatches": 1, "block": BLOCK, "sampling": answers(16)}
   config.evals = {"test": common.evaluation(split="test", sampling=answers(16), ks=(1, 4, 16))}
-  # Of its likeliest answers all are right, so this is nearly a teacher without an error.
-  set_control(config, arg, temperature=0.1)
+  set_control(config, arg)
   if arg.tiny:
     common.shrink(config)
     config.stages.teacher_sft.sampling.samples_per_prompt = 1

@@ -6,21 +6,9 @@
 # Stages are shared through runs/choice, so a rate is trained once; about 10 minutes on two CPU cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PYTHON="${PYTHON:-python}"
+CONFIG=configs/arithmetic.py
 WORKDIR="${WORKDIR:-runs/choice}"
-
-# score ARM FLAGS...: the scores of a run of ARM with those flags. The report lists every arm of a
-# workdir: those of earlier calls are forgotten, their stages and scores kept.
-# The first table of a report has the scores; a later one may name the arm too.
-score() {
-  local arm="$1"
-  shift
-  rm -rf "$WORKDIR/arms"
-  "$PYTHON" -m s2d_jax.main --config=configs/arithmetic.py --workdir="$WORKDIR" \
-    --config.arms="$arm" --config.evals.test.split=validation --config.probe.problems=0 \
-    "$@" 2>> "$WORKDIR.log" |
-    grep -F "| ${ROW:-$arm} |" | sed -n 1p | cut -d '|' -f 4,5,8
-}
+source results/score.sh
 
 # teacher_sft RATE: the teacher alone, of an arm whose bridge has no steps
 teacher_sft() {

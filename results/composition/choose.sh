@@ -7,21 +7,9 @@
 # two CPU cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PYTHON="${PYTHON:-python}"
+CONFIG=configs/composition.py
 WORKDIR="${WORKDIR:-runs/choice-composition}"
-
-# score ARM FLAGS...: the scores of a run of ARM with those flags. The report lists every arm of a
-# workdir: those of earlier calls are forgotten, their stages and scores kept.
-# The first table of a report has the scores; a later one may name the arm too.
-score() {
-  local arm="$1"
-  shift
-  rm -rf "$WORKDIR/arms"
-  "$PYTHON" -m s2d_jax.main --config=configs/composition.py --workdir="$WORKDIR" \
-    --config.arms="$arm" --config.evals.test.split=validation --config.probe.problems=0 \
-    "$@" 2>> "$WORKDIR.log" |
-    grep -F "| ${ROW:-$arm} |" | sed -n 1p | cut -d '|' -f 4,5,8
-}
+source results/score.sh
 
 mkdir -p "$(dirname "$WORKDIR")"
 echo "| row | learning rate | greedy | avg@16 | pass@16 |"

@@ -121,7 +121,7 @@ def _curve(every: int) -> dict[str, Any]:
   """Scores on `validation` between steps of on-policy distillation, for costs until a score."""
   return common.evaluation(
       split="validation", prompts=256, statistics="avg,response_length",
-      sampling=common.sampling(samples_per_prompt=2, max_tokens=composition.ANSWER),
+      sampling=common.sampling(samples_per_prompt=2, max_tokens=composition.WORLD.answer_tokens),
       when=f"every {every}", stages="reverse_kl")
 
 

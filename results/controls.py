@@ -21,16 +21,16 @@ PAIRS = (("bridge", "cold teacher"), ("bridge", "same size"), ("cold teacher", "
          ("bridge", "cold_grpo"))
 
 
-def groups(workdir: str) -> dict[str, ladder.Group]:
+def groups(runs: list[ladder.Run]) -> dict[str, ladder.Group]:
   """The groups of a work folder that were configured first, by their arm."""
-  runs = [run for run in ladder.read([workdir]) if run.settings["evaluation"]["split"] == "test"]
   return {group.label: group for group in ladder.groups(runs) if group.name == group.label}
 
 
 def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
   """Prints a table of scores, one of differences, and one of the teachers."""
-  of_ladder, of_cold, of_same = (groups(folder) for folder in (ladder_folder, cold_teacher,
-                                                               same_size))
+  runs = [[run for run in ladder.read([folder]) if run.settings["evaluation"]["split"] == "test"]
+          for folder in (ladder_folder, cold_teacher, same_size)]
+  of_ladder, of_cold, of_same = map(groups, runs)
   found = of_ladder | {"cold teacher": of_cold["raw_bridge"], "same size": of_same["bridge"]}
   print("| arm | seeds | avg@k | labels: distinct |")
   print("|---|---|---|---|")
@@ -57,6 +57,7 @@ def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
                 for of_seeds in ([one["before"] for one in probes[0]],
                                  [one["after"] for one in probes[-1]])]
     print(f"| {name} | {score(teacher)} | {' | '.join(overlaps)} | {score(found[name])} |")
+  print(f"\n{report.revisions([run for of_folder in runs for run in of_folder])}")
 
 
 def score(group: ladder.Group) -> str:

@@ -94,6 +94,11 @@ def scores(hp: ConfigDict) -> bool:
   return hp.accept in _RULES
 
 
+def reads_labels(hp: ConfigDict) -> bool:
+  """Whether a stage's searches check samples against answers, which spends labels."""
+  return "foresee" in hp and hp.foresee.signal == "reward" and scores(hp.foresee)
+
+
 def due(steps: int) -> bool:
   """Whether a search follows step number `steps`, counted from 1: at powers of two."""
   return steps & (steps - 1) == 0

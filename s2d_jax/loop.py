@@ -178,7 +178,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
       if (stage.rewards is not None or pass_rates is not None
-          or selection.reads_labels(stage.hp)):
+          or selection.reads_labels(stage.hp) or foresee.reads_labels(stage.hp)):
         counts = rollouts.unchecked_since(unchecked)._asdict()
         entry |= {name: float(count) for name, count in counts.items()}
       _check(stage, step, checkpoints, entry, clock.compiled().count - before)

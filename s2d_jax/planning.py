@@ -17,6 +17,7 @@ from s2d_jax import (
   allocate,
   chat,
   doctor,
+  foresee,
   guides,
   hints,
   keys,
@@ -367,7 +368,8 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   """All that determines a stage's result up to rounding; its folder's name is a hash of it."""
   # The hash holds answers only where the stage reads rewards, and solutions only where it trains on
   # them: others must not rename it.
-  checked = stage.reward or stage.prompt_weights is not None or selection.reads_labels(hp)
+  checked = (stage.reward or stage.prompt_weights is not None or selection.reads_labels(hp)
+             or foresee.reads_labels(hp))
   facts: list[Any] = []
   if not plan.prompts:
     # In place of the problems stands all of the config that chooses them.

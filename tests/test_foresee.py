@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import foresee
 from s2d_jax.errors import InputError
+from tests.configs import test_stage_names as names
 
 HP = {"candidates": 5, "stride": 2.0, "problems": 4, "samples": 1, "accept": "above",
       "signal": "reward", "leaves": "all"}
@@ -126,3 +127,24 @@ def test_searches_that_a_stage_cannot_make_are_refused(changes, on_policy, guide
   hp = ConfigDict({"lora": {"rank": changes.pop("rank", 0)}, "foresee": HP | changes})
   with pytest.raises(InputError, match=message):
     foresee.check(hp, on_policy, guided)
+
+
+def plan_of(reward=lambda problem, text: 1.0, **changes):
+  config = names.shipped()
+  config.stages.reverse_kl.foresee = HP | changes
+  return names.plan(config, reward=reward)
+
+
+def test_a_search_by_reward_reads_the_answers_of_its_stage_and_others_do_not():
+  def inputs(**changes):
+    planned = plan_of(**changes)
+    return next(node.inputs for name, node in planned.nodes.items() if name.startswith("reverse"))
+  by_reward, by_kl, by_chance = inputs(), inputs(signal="kl"), inputs(accept=0.5)
+  assert by_reward["task"] is not None and by_kl["task"] is by_chance["task"] is None
+  assert by_reward["split"] != by_kl["split"] == by_chance["split"]
+
+
+def test_a_search_by_reward_without_a_reward_is_refused():
+  with pytest.raises(InputError, match="config.stages.reverse_kl.foresee has the signal .reward. "
+                                       "and the task has no reward: set it to .kl."):
+    plan_of(reward=None)

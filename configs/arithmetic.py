@@ -19,7 +19,10 @@ from configs import common
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "s2d_jax" / "assets"
 BLOCK = 16_384  # tokens whose logits exist at once: all of a step's, for the vocabulary is 24
-COLD = 0.1      # temperature of the cold teacher: no measured one has more right answers
+# Temperature of the cold teacher. Greedily it is best, but then all of its samples of a problem are
+# equal, and no divergence has the temperature 0. In the composition world it is right in 36.7 %
+# greedily, in 35.6 at 0.1 and in 29.1 at 0.3 (s2d_jax/assets/composition/record.json).
+COLD = 0.1
 
 
 class World(NamedTuple):

@@ -32,7 +32,9 @@ def parse(text: str) -> dict[str, float]:
 
 def _are_shares(text: str) -> bool:
   shares = parse(text).values()
-  return not shares or min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+  # A name that stands twice would count once.
+  return not text or (len(shares) == len([*filter(None, text.split(","))]) and min(shares) >= 0
+                      and abs(sum(shares) - 1) < 1e-6)
 
 
 _SHARES = Key(_are_shares, "write families with shares that sum to one, as in left=0.25,right=0.75")
@@ -110,10 +112,10 @@ def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] |
       if name not in found:
         raise InputError(f"allocate.{key} names the family {name!r} and no problem of the split "
                          f"{split} is of it: choose from {', '.join(found)}.")
-  least = min(found, key=names.count)
-  if names.count(least) < hp.prompts:
-    raise InputError(f"allocate may draw all {hp.prompts} prompts of a step from one family and "
-                     f"{least!r} has {names.count(least)} problems: lower prompts.")
+  for name, most in zip(found, _most(hp, found), strict=True):
+    if names.count(name) < most:
+      raise InputError(f"allocate may draw {most} prompts of a step from the family {name!r}, "
+                       f"which has {names.count(name)} problems: lower prompts.")
   if probes(hp):
     if hp.allocate.problems < len(found):
       raise InputError(f"allocate.problems is {hp.allocate.problems} and there are {len(found)} "
@@ -124,6 +126,13 @@ def check_families(hp: ConfigDict, split: str, family_of: Callable[[int], str] |
       if there < needed:
         raise InputError(f"allocate.problems takes {needed} probed problems of the family {name!r} "
                          f"and the probe's split has {there}: lower it.")
+
+
+def _most(hp: ConfigDict, families: Sequence[str]) -> list[int]:
+  """The most prompts of a step that each family may give."""
+  if probes(hp):
+    return [hp.prompts] * len(families)
+  return counts(decide([], 0, None, None, families, hp, ()).share_F, hp.prompts)
 
 
 def inputs(hp: ConfigDict, prompts: Sequence[Prompt] | None, scored: Sequence[Prompt] | None,

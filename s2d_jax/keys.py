@@ -54,23 +54,27 @@ def one_of(choices: Iterable[str], **fields: Any) -> Key:
   return Key(lambda value: value in names, f"choose it from {', '.join(names)}", **fields)
 
 
-def check_block(path: str, block: ConfigDict, record: Record) -> None:
+def check_block(path: str, block: ConfigDict, record: Record,
+                example: str = "configs/arithmetic.py has them all") -> None:
   """Checks that a block has exactly the keys of its record, each in range.
 
   Args:
     path: names the block in messages, such as "config.stages.sft".
+    example: says where its keys stand.
 
   Raises:
     InputError: a key is missing, unknown or out of range.
   """
   # A loop over the record's names would neither see an unknown key nor explain a missing one.
+  if not isinstance(block, ConfigDict | Mapping):
+    raise InputError(f"{path} is {block!r}: write a block of settings ({example}).")
   record = _present(block, record)
-  check_names(path, block, record)
+  check_names(path, block, record, example)
   for name, key in record.items():
     if isinstance(key, Key):
       check_value(f"{path}.{name}", block[name], key)
     elif isinstance(key, Optional):
-      check_block(f"{path}.{name}", block[name], key.record)
+      check_block(f"{path}.{name}", block[name], key.record, "docs/losses.md has one")
     else:
       check_block(f"{path}.{name}", block[name], key)
 
@@ -83,13 +87,13 @@ def _present(block: Mapping[str, Any], record: Record) -> Record:
   return {name: key for name, key in record.items() if name in block or not is_optional(key)}
 
 
-def check_names(path: str, names: Iterable[str], expected: Iterable[str]) -> None:
+def check_names(path: str, names: Iterable[str], expected: Iterable[str],
+                example: str = "configs/arithmetic.py has them all") -> None:
   """Raises InputError unless a block at `path` has exactly the expected names."""
   missing = sorted(set(expected) - set(names))
   unknown = sorted(set(names) - set(expected))
   if missing:
-    raise InputError(f"{path} lacks the key {missing[0]!r}: add it (configs/arithmetic.py has "
-                     "them all).")
+    raise InputError(f"{path} lacks the key {missing[0]!r}: add it ({example}).")
   if unknown:
     raise InputError(f"{path} has the key {unknown[0]!r}, which nothing reads: remove it, or "
                      "correct its spelling.")
@@ -118,7 +122,9 @@ def check_value(path: str, value: Any, key: Key) -> None:
     fits = False
   if not fits:
     absent = ", or leave it out" if key.optional else ""
-    raise InputError(f"{path} is {value!r}: {key.remedy}{absent}.")
+    # A block as one line.
+    shown = value.to_dict() if isinstance(value, ConfigDict) else value
+    raise InputError(f"{path} is {shown!r}: {key.remedy}{absent}.")
 
 
 @contextlib.contextmanager

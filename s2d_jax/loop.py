@@ -1,10 +1,11 @@
 """One stage's loop, and the only `for step`: evaluate, save, sample, score, update, account.
 
 A step is one rollout batch. In order: evaluate the old state when due, save *before* sampling,
-sample, score the text, build the batch, then epochs × minibatches optimizer updates. Where the
-update cannot compute the old log-probabilities itself, a separate pass before it does
-(`compiling.needs_old_logps`). Everything but the TrainState is a function of (seed, stage, step),
-so that a killed stage continues as if it had not been interrupted.
+decide the shares of families when due, sample, score the text, build the batch, then epochs ×
+minibatches optimizer updates, and a search when due. Where the update cannot compute the old
+log-probabilities itself, a separate pass before it does (`compiling.needs_old_logps`). Everything
+but the TrainState is a function of (seed, stage, step) and of the logged decisions, so that a
+killed stage continues as if it had not been interrupted.
 """
 
 import zlib

@@ -6,6 +6,7 @@ from typing import Protocol
 from ml_collections import ConfigDict
 
 from s2d_jax import allocate, foresee, guides, hints, keys, objectives, rollouts
+from s2d_jax.errors import InputError
 
 KEYS: keys.Record = {"foresee": keys.Optional(foresee.KEYS),
                      "allocate": keys.Optional(allocate.KEYS), **hints.KEYS, **guides.KEYS}
@@ -33,4 +34,8 @@ def check(hp: ConfigDict, stage: Stage) -> None:
   taught = guided and stage.guide == "teacher"
   allocate.check(hp, taught or stage.source.model not in (None, stage.learner))
   hints.check(hp, guided)
+  if (stage.objective is objectives.REVERSE_KL and stage.guide == "reference"
+      and not hints.used(hp)):
+    raise InputError("hint_tokens is absent and the guide is the learner's own start, which has "
+                     "nothing to teach without hints: add hint_tokens.")
   guides.check(hp, taught)

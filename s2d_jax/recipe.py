@@ -91,7 +91,9 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
   """
   for name, hp in config.stages.items() if task.reward is None else ():
     # Before the plan, which names the reward in the stage's hash.
-    if "foresee" in hp and hp.foresee.get("signal") == "reward":
+    ahead = hp.get("foresee") or {}
+    # With a chance in place of a rule nothing is scored.
+    if ahead.get("signal") == "reward" and isinstance(ahead.get("accept"), str):
       raise InputError(f"config.stages.{name}.foresee has the signal 'reward' and the task has no "
                        "reward: set it to 'kl', or give the task one.")
     if "right" in str(hp.get("keep", "")):

@@ -16,18 +16,25 @@ from s2d_jax.rollouts import Reward, StepRollouts
 # Between 0.1 of sound responses and 0.5 of collapsed ones, as the paper's figures show them.
 REPETITION_LIMIT = 0.3
 CONDITIONS = ("right", "stopped", "unrepetitive")
+
+
+def _split(names: str) -> tuple[str, ...]:
+  """The names in a text with commas between them."""
+  return tuple(filter(None, (name.strip() for name in names.split(","))))
+
+
 # Of a stage that reads no rewards.
 LENGTH_KEYS = {"longest": keys.at_least(1, neutral=0, optional=True)}
 # Of such a stage whose samples come from a frozen model and are stored.
 KEEP_KEYS = {"keep": Key(
-    lambda names: {*filter(None, names.split(","))} <= {*CONDITIONS},
-    f"choose several of {','.join(CONDITIONS)} with commas between, or leave it out",
+    lambda names: {*_split(names)} <= {*CONDITIONS},
+    f"choose several of {','.join(CONDITIONS)} with commas between",
     neutral="", optional=True)}
 
 
 def conditions(hp: ConfigDict) -> tuple[str, ...]:
   """The names in `CONDITIONS` that a stored sample must meet; none where all are learned from."""
-  return tuple(filter(None, hp.get("keep", "").split(",")))
+  return _split(hp.get("keep", ""))
 
 
 def reads_labels(hp: ConfigDict) -> bool:

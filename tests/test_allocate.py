@@ -236,7 +236,10 @@ def test_a_stage_that_cannot_take_shares_is_refused(changes, has_teacher, messag
     ({"weights": "even=0.5,left=0.5", "rule": "fixed"}, lambda i: "even" if i % 2 else "odd",
      "names the family 'left' and no problem of the split all is of it: choose from even, odd"),
     ({"requirement": "long=1"}, lambda i: "even", "allocate.requirement names the family 'long'"),
-    ({}, lambda i: "few" if i < 2 else "many", "'few' has 2 problems: lower prompts"),
+    ({}, lambda i: "few" if i < 2 else "many",
+     "may draw 4 prompts of a step from the family 'few', which has 2 problems: lower prompts"),
+    ({"rule": "uniform"}, lambda i: "one" if i < 1 else "many",
+     "may draw 2 prompts of a step from the family 'one', which has 1 problems: lower prompts"),
     ({}, lambda i: i % 2, "that of problem 0 is 0: let the task's `family` return a text"),
     ({"problems": 1}, lambda i: "even" if i % 2 else "odd", "is 1 and there are 2 families"),
     ({"problems": 40}, lambda i: "even" if i % 2 else "odd", "split has 6: lower it"),
@@ -245,6 +248,22 @@ def test_problems_without_the_families_are_refused(changes, family_of, message):
   prompts = [Prompt(i, (i,)) for i in range(12)]
   with pytest.raises(InputError, match=message):
     allocate.check_families(config(**changes), "all", family_of, prompts, prompts)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rule": "uniform"}, {"rule": "fixed", "weights": "few=0.5,many=0.5"},
+    {"rule": "fixed", "weights": "many=1"}])
+def test_a_small_family_fits_shares_that_do_not_change(changes):
+  prompts = [Prompt(i, (i,)) for i in range(12)]
+  allocate.check_families(config(**changes), "all", lambda i: "few" if i < 2 else "many", prompts,
+                          prompts)
+
+
+@pytest.mark.parametrize("text, fits", [
+    ("", True), ("a=1", True), ("a=0.5, b=0.5", True), ("a=0.5,a=1", False), ("a=0.5,a=0.5", False),
+    ("a=0.7", False), ("a=-1,b=2", False)])
+def test_shares_are_of_distinct_families_and_sum_to_one(text, fits):
+  assert allocate.KEYS["weights"].check(text) is fits
 
 
 def test_means_are_over_the_tokens_of_each_group():

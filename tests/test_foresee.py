@@ -145,6 +145,17 @@ def test_a_search_by_reward_reads_the_answers_of_its_stage_and_others_do_not():
 
 
 def test_a_search_by_reward_without_a_reward_is_refused():
+  assert plan_of(reward=None, accept=0.5)  # a chance scores nothing
   with pytest.raises(InputError, match="config.stages.reverse_kl.foresee has the signal .reward. "
                                        "and the task has no reward: set it to .kl."):
     plan_of(reward=None)
+
+
+@pytest.mark.parametrize("value", [None, 5, "read"])
+def test_an_option_that_is_no_block_is_one_sentence(value):
+  config = names.shipped()
+  with config.ignore_type():
+    config.stages.reverse_kl.foresee = value
+  said = "config.stages.reverse_kl.foresee is .*: write a block of settings .docs/losses.md has one"
+  with pytest.raises(InputError, match=said):
+    names.plan(config)

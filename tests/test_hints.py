@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from configs import arithmetic, common
 from s2d_jax import (
   compiling,
   hints,
@@ -27,6 +27,7 @@ from s2d_jax import (
 )
 from s2d_jax.compiling import Role, StageModels
 from s2d_jax.data.arithmetic import problems
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Use
 from s2d_jax.rollouts import Prompt
@@ -358,3 +359,12 @@ def test_a_stage_without_a_guide_has_no_use_for_hints():
 
 def test_the_arm_is_that_stage_alone():
   assert recipe.ARMS["self_distilled"] == (Use("self_distillation", "all"),)
+
+
+def test_self_distillation_without_hints_is_refused(tmp_path):
+  config = arithmetic.get_config("tiny").unlock()
+  config.stages.self_distillation = config.stages.reverse_kl.copy_and_resolve_references()
+  config.arms = "self_distilled"
+  with pytest.raises(InputError, match="self_distillation.hint_tokens is absent and the guide is "
+                                       "the learner's own start, which has nothing to teach"):
+    recipe.plan(config, tasks.get(config))

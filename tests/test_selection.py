@@ -98,6 +98,13 @@ def test_values_that_do_not_fit_are_refused(stage, key, value, said):
     doctor.check_config(config, names.STAGES)
 
 
+def test_names_may_have_blanks_between():
+  config = names.shipped()
+  config.stages.sft.keep = "right, stopped"
+  assert selection.conditions(config.stages.sft) == ("right", "stopped")
+  doctor.check_config(config, names.STAGES)
+
+
 def test_right_without_a_reward_is_refused():
   config = names.shipped()
   config.stages.sft.keep = "right"

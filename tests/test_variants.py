@@ -86,3 +86,64 @@ def test_the_cost_of_probes_is_that_of_a_stage_alone():
   found = {"flops": 94.0, "flops_reused": 6.0, "allocate": {"flops": 2.0, "flops_reused": 6.0}}
   assert criteria.probe_cost(sampled) == criteria.probe_cost(found) == 0.08
   assert criteria.probe_cost({"flops": 100.0, "flops_reused": 0.0}) == 0
+
+
+def interval(low, estimate, high):
+  return criteria.Interval(estimate, low, high)
+
+
+@pytest.mark.parametrize("found, met", [
+    (interval(-0.029, 0.0, 0.1), True), (interval(0.01, 0.05, 0.1), True),
+    (interval(-0.2, -0.1, -0.031), False), (interval(-0.1, 0.0, 0.1), None)])
+def test_the_verdict_of_a_form(found, met):
+  assert criteria.form_verdict(found).met is met
+
+
+@pytest.mark.parametrize("cost, points, met, why", [
+    (criteria.Cost(3, 3, None, interval(1.01, 1.5, 2), 9.0), -0.02, True, "score"),
+    (criteria.Cost(3, 3, None, interval(1.01, 1.5, 2), 9.0), -0.021, False, "score"),
+    (criteria.Cost(3, 3, None, interval(0.99, 1.5, 2), 9.0), 0.1, False, "cost"),
+    (criteria.Cost(3, 2, None, None, None), 0.1, False, "cost"),
+    # A target below the first score costs nothing, and says nothing.
+    (criteria.Cost(3, 3, None, None, 0.0), 0.1, None, "met before the first step")])
+def test_the_verdict_of_a_search(monkeypatch, cost, points, met, why):
+  monkeypatch.setattr(criteria, "cost", lambda *_: cost)
+  monkeypatch.setattr(criteria, "difference", lambda *_: interval(-1, points, 1))
+  assert criteria.search_verdict(None, None) == (met, why)
+
+
+def test_the_verdict_of_shares_has_four_parts(monkeypatch):
+  found = {"long": interval(-0.1, 0.0, 0.1), "lost": -1.0, "probes": 0.06}
+  gaps = {"control": interval(0.001, 0.1, 0.2), "fixed": interval(-1, -0.02, 1)}
+  monkeypatch.setattr(criteria, "shares", lambda *_: criteria.Shares(**found))
+  monkeypatch.setattr(criteria, "difference", lambda _, other: gaps[other])
+  def verdict():
+    return criteria.shares_verdict("rule", "control", ["fixed"])
+  assert verdict() == (True, "")
+  gaps["control"] = interval(-0.001, 0.1, 0.2)
+  assert verdict() == (False, "no gain")
+  found["long"] = interval(0.001, 0.1, 0.2)
+  assert verdict() == (True, "")
+  gaps["fixed"] = interval(-1, -0.021, 1)
+  found |= {"lost": -1.1, "probes": 0.061}
+  assert verdict() == (False, "below fixed, harm, cost")
+
+
+@pytest.mark.parametrize("estimates, low, met", [
+    ((0.6, 0.06, 0.0), 0.5, True), ((0.6, 0.06, 0.07), 0.5, False), ((0.6, 0.7, 0.0), 0.5, False),
+    ((0.6, 0.06, 0.0), -0.1, False)])
+def test_the_verdict_of_a_prefix_probe(monkeypatch, estimates, low, met):
+  drops = [interval(low, estimate, 1.0) for estimate in estimates]
+  monkeypatch.setattr(criteria, "drops", lambda _: drops)
+  assert criteria.drops_verdict(None).met is met
+
+
+def test_the_verdict_of_the_refused_form(monkeypatch):
+  masses, points = {0: [0.9], -1: [0.8]}, [-0.1]
+  monkeypatch.setattr(criteria, "logged", lambda _, name, index: masses[index])
+  monkeypatch.setattr(criteria, "difference", lambda *_: interval(-1, points[0], 1))
+  assert criteria.refused_form_verdict(None, None).met
+  points[0] = -0.09
+  assert criteria.refused_form_verdict(None, None) == (False, "score")
+  masses[-1] = [0.95]
+  assert criteria.refused_form_verdict(None, None) == (False, "mass")

@@ -35,6 +35,12 @@ class Shares(NamedTuple):
   probes: float
 
 
+class Verdict(NamedTuple):
+  """Whether a criterion is met; None: not resolved, or it does not apply. `why` names the part."""
+  met: bool | None
+  why: str = ""
+
+
 def ratio(control: np.ndarray, variant: np.ndarray) -> Interval:
   """Geometric mean over seeds of control / variant, and its 95 % interval by Student's t.
 
@@ -89,18 +95,23 @@ def probe_cost(totals: Mapping[str, Any]) -> float:
   return (part["flops"] + part["flops_reused"]) / (totals["flops"] + totals["flops_reused"])
 
 
-def shares(group: Group, control: Group) -> Shares:
-  """The Shares of a variant."""
+def family_difference(group: Group, control: Group, families: Sequence[str]) -> Interval:
+  """The difference of two variants on problems of some families, over the seeds of both."""
   config = composition.get_config()
   source = tasks.get(config).source(config.evals.test.split)
-  family_P = np.array([problems.family(source[i]) for i in range(len(source))])
+  is_of_P = np.array([problems.family(source[i]) in families for i in range(len(source))])
   seeds = sorted(group.runs.keys() & control.runs.keys())
   gap_SP = group.of(seeds).value_SP() - control.of(seeds).value_SP()
-  gap_of = {name: gap_SP[:, family_P == name] for name in problems.FAMILIES}
-  long = intervals.gap_over_seeds(gap_of.pop("long"))
-  lost = min(100 * part_SP.mean() for part_SP in gap_of.values())
+  return intervals.gap_over_seeds(gap_SP[:, is_of_P])
+
+
+def shares(group: Group, control: Group) -> Shares:
+  """The Shares of a variant."""
+  others = [name for name in problems.FAMILIES if name != "long"]
+  lost = min(100 * family_difference(group, control, [name]).estimate for name in others)
   totals = [files.read_json(run.stages[-1] / "ledger.json") for run in group.runs.values()]
-  return Shares(long, float(lost), float(np.mean([probe_cost(t) for t in totals])))
+  return Shares(family_difference(group, control, ["long"]), lost,
+                float(np.mean([probe_cost(t) for t in totals])))
 
 
 def drops(group: Group) -> list[Interval]:
@@ -110,37 +121,47 @@ def drops(group: Group) -> list[Interval]:
           for probe, when in ((first, "before"), (first, "after"), (second, "after"))]
 
 
-def points(group: Group, control: Group) -> float:
+def difference(group: Group, control: Group) -> Interval:
   """The score's difference from the control's."""
-  return 100 * ladder.compare(group, control).difference.estimate
+  return ladder.compare(group, control).difference
 
 
-def search_passes(group: Group, control: Group) -> bool:
+def search_verdict(group: Group, control: Group) -> Verdict:
   """Cheaper than its control with confidence, and not lower by more than 2 points."""
-  flops = cost(group, control).flops
-  return flops is not None and flops.low > 1 and points(group, control) >= -2
+  found = cost(group, control)
+  if found.reached == found.seeds and found.flops is None:
+    return Verdict(None, "met before the first step")
+  if found.flops is None or found.flops.low <= 1:
+    return Verdict(False, "cost")
+  return Verdict(difference(group, control).estimate >= -0.02, "score")
 
 
-def form_passes(group: Group, control: Group) -> bool:
-  """At most 3 points from the control's score."""
-  return abs(points(group, control)) <= 3
+def form_verdict(found: Interval) -> Verdict:
+  """At most 3 points below the control; an interval that holds the bound resolves nothing."""
+  if found.low < -0.03 <= found.high:
+    return Verdict(None, "not resolved")
+  return Verdict(found.low >= -0.03)
 
 
-def form_fails(group: Group, control: Group) -> bool:
+def refused_form_verdict(group: Group, control: Group) -> Verdict:
   """The student loses mass on the support, and ends at least 10 points below the control."""
   mass = [np.mean(logged(group, "student_mass", index)) for index in (0, -1)]
-  return bool(mass[1] < mass[0]) and points(group, control) <= -10
+  if mass[1] >= mass[0]:
+    return Verdict(False, "mass")
+  return Verdict(difference(group, control).estimate <= -0.1, "score")
 
 
-def shares_pass(group: Group, control: Group, fixed: Sequence[Group]) -> bool:
+def shares_verdict(group: Group, control: Group, fixed: Sequence[Group]) -> Verdict:
   """Above equal shares with confidence, near the best fixed shares, no family harmed, cheap."""
   found = shares(group, control)
-  better = ladder.compare(group, control).difference.low > 0 or found.long.low > 0
-  near = all(points(group, one) >= -2 for one in fixed)
-  return better and near and found.lost >= -1 and found.probes <= MOST_PROBES
+  parts = {
+      "no gain": difference(group, control).low > 0 or found.long.low > 0,
+      "below fixed": all(difference(group, one).estimate >= -0.02 for one in fixed),
+      "harm": found.lost >= -1, "cost": found.probes <= MOST_PROBES}
+  return Verdict(all(parts.values()), ", ".join(name for name, fits in parts.items() if not fits))
 
 
-def drops_pass(group: Group) -> bool:
+def drops_verdict(group: Group) -> Verdict:
   """A drop with confidence at the start, and a smaller one after each stage."""
   start, between, end = drops(group)
-  return start.low > 0 and start.estimate > between.estimate > end.estimate
+  return Verdict(start.low > 0 and start.estimate > between.estimate > end.estimate)

@@ -22,6 +22,7 @@ from s2d_jax import (
   intervals,
   ladder,
   metrics,
+  option_costs,
   paper,
   probe_table,
   stats,
@@ -59,7 +60,8 @@ def markdown(rows: Sequence[Run], choice: str = "", command: str = "",
     lines += [scored_as(settings, part), "", *table(groups), "", *differences(groups), ""]
     # Another benchmark of the same runs has the same conditions: they are shown once.
     reached = targets.section(groups, *target) if target else []
-    for section in (sweeps(groups), conditions(groups), probe_table.section(groups, escaped),
+    for section in (option_costs.section(groups, escaped), sweeps(groups), conditions(groups),
+                    probe_table.section(groups, escaped),
                     starts(groups), reached, seconds(groups), warnings(groups)):
       if section and section not in shown:
         shown.append(section)

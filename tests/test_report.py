@@ -505,3 +505,32 @@ def test_results_of_an_earlier_version_are_read():
   np.testing.assert_array_equal(samples["sampled"].correct_PG, [[1, 0], [1, 1]])
   np.testing.assert_array_equal(samples["greedy"].correct_PG, [[1], [0]])
   assert stats.value_P("avg@2", samples).tolist() == [0.5, 1.0]
+
+
+def test_the_costs_of_searches_and_probes_by_hand(tmp_path):
+  part = {"sequences": 50, "tokens_sampled": 400, "tokens_guide": 0, "flops": 2e9, "label_uses": 40}
+  for seed, tokens in ((0, 400), (1, 600)):
+    inputs = {"seed": seed, "row": stage_row("a", "student")}
+    # Of 40 GFLOPs.
+    one = stage(tmp_path, f"reverse_kl-{seed}", flops=30e9, flops_reused=10e9, inputs=inputs,
+                foresee=part | {"tokens_sampled": tokens})
+    # The teacher's responses were sampled by another stage.
+    two = stage(tmp_path, f"forward_kl-{seed}", flops=10e9, inputs=inputs,
+                allocate={"sequences": 0, "tokens_sampled": 0, "tokens_reused": 90, "flops": 5e8,
+                          "flops_reused": 1e8})
+    arm(tmp_path, "bridge", [("bridge", [two, one], score(tmp_path, f"eval-{seed}", RIGHT,
+                                                           seed=seed))], seed=seed)
+  text = report.markdown(ladder.read([tmp_path]))
+  section = text.partition("### What searches and probes by family cost")[2].partition("\n###")[0]
+  assert table(section)[1:] == [
+      ["bridge", "forward_kl", "probes by family", "0", "90", "0.6", "6.0 %", "0"],
+      ["bridge", "reverse_kl", "searches", "50", "500", "2.0", "5.0 %", "40"]]
+  # Without such a stage there is no table.
+  assert "probes by family cost" not in report.markdown(ladder.read([without(tmp_path)]))
+
+
+def without(folder):
+  """A work folder with one arm, whose stage has no option."""
+  run = folder / "plain"
+  arm(run, "bridge", [("bridge", [stage(run, "reverse_kl-2")], score(run, "eval-2", RIGHT))])
+  return run

@@ -157,8 +157,8 @@ def cells(study: str, group: Group, control: Group, found: Mapping[str, Group]) 
     labels = [f"{group.mean(name):,.0f}" for name in ("labels_distinct", "label_uses")]
     if study == "hints":
       return labels
-    return ["–" if group is control else report.interval(criteria.family_difference(group, control, HARD)),
-            *labels]
+    hard = criteria.family_difference(group, control, HARD)
+    return ["–" if group is control else report.interval(hard), *labels]
   masses = criteria.logged(group, "student_mass")
   lengths = criteria.logged(group, "response_length")
   return [f"{np.mean(masses):.3f}" if masses else "–", f"{np.mean(lengths):.1f}"]

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 
+from configs import arithmetic
 from s2d_jax import ladder, report
 
 # (first, second): arms of the ladder, or a control's.
@@ -47,8 +48,10 @@ def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
             f"{100 * contrast.resolvable:.1f} |")
   rewarded = "teacher after teacher_grpo (all)"
   print("\nOverlap: the share that student and teacher share of their likeliest tokens "
-        "(`config.probe.top_k`), on the student's samples.\n")
-  print("| bridge | its teacher's avg@k | overlap before | overlap after | its student's avg@k |")
+        "(`config.probe.top_k`), on the student's samples. The cold teacher samples and guides "
+        f"at {arithmetic.COLD}.\n")
+  print("| bridge | its teacher's avg@k at temperature 1 | overlap before | overlap after | "
+        "its student's avg@k |")
   print("|---|---|---|---|---|")
   for name, teacher in (("bridge", of_ladder[rewarded]), ("same size", of_same[rewarded]),
                         ("cold teacher", of_cold["untrained teacher"])):

@@ -29,7 +29,7 @@ from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.losses import blockwise, kl
 from s2d_jax.losses.blockwise import Head
-from s2d_jax.rollouts import Batch, Prompt, Rollout
+from s2d_jax.rollouts import Batch, Prompt, Rollout, repetition
 from s2d_jax.sharding import Params
 
 _RULES = ("above", "at_least")
@@ -86,6 +86,11 @@ class Found(NamedTuple):
     found = {"foresee_multiple": self.multiple}
     for k, one in enumerate(self.scored):
       found[f"foresee_score_{k}"] = one.score
+      # A low divergence may be that of short or repetitive responses.
+      rollout = one.rollout
+      found[f"foresee_length_{k}"] = float(rollout.response_length_B.mean())
+      found[f"foresee_repetition_{k}"] = float(np.mean(
+          [repetition(rollout.response(b)) for b in range(len(rollout.prompt_id_B))]))
     return found
 
 

@@ -5,12 +5,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from s2d_jax import foresee
+from s2d_jax import foresee, rollouts
 from s2d_jax.errors import InputError
+from s2d_jax.rollouts import Prompt
 from tests.configs import test_stage_names as names
 
 HP = {"candidates": 5, "stride": 2.0, "problems": 4, "samples": 1, "accept": "above",
       "signal": "reward", "leaves": "all"}
+
+
+# Two responses, of two and of three tokens.
+RESPONSES = rollouts.given_solutions([Prompt(0, (1,)), Prompt(1, (1,))], [[2, 3], [4, 5, 6]], 1, 3)
 
 
 def block(**changes):
@@ -24,7 +29,7 @@ def jump(params, anchor, multiple):
 def scores(values):
   """A function that gives one score after the other, whatever the weights."""
   remaining = iter(values)
-  return lambda params: foresee.Scored(next(remaining), rollout=None)
+  return lambda params: foresee.Scored(next(remaining), RESPONSES)
 
 
 def tree(value):
@@ -50,7 +55,9 @@ def test_the_last_accepted_candidate_by_hand(values, rule, multiple, scored):
   assert found.multiple == multiple and len(found.scored) == scored
   # W + c · (W − A) = 3 + c · 2.
   np.testing.assert_array_equal(found.params["embed"], np.full(3, 3 + 2 * multiple))
-  assert found.metrics()["foresee_score_0"] == values[0]
+  logged = found.metrics()
+  assert logged["foresee_score_0"] == values[0]
+  assert logged["foresee_length_0"] == 2.5 and logged["foresee_repetition_0"] == 0
 
 
 def test_a_chance_accepts_as_often_as_it_says_and_asks_for_no_score():

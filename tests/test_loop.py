@@ -636,6 +636,30 @@ def test_a_search_that_is_killed_repeats_to_the_same_end(tmp_path, mesh, monkeyp
 
 
 @pytest.mark.medium
+def test_a_search_by_divergence_reads_no_label_and_runs_both_models_once_more(
+    tmp_path, mesh, monkeypatch):
+  monkeypatch.setattr(loop, "compile_programs", COMPILE)
+  ahead = [Prompt(i, (2, 3 + i)) for i in range(4)]
+  first = {}
+  for scored_by in ("reward", "kl"):
+    stage = searching(tmp_path / scored_by, mesh, ahead, candidates=1, signal=scored_by)
+    guide = Role(stage.models.learner.model, params_of(stage.models.learner.model, 1, mesh))
+    _, totals = run(stage._replace(models=stage.models._replace(guide=guide)))
+    first[scored_by] = metrics.read(tmp_path / scored_by, "ledger")[0]["foresee"]
+    row = metrics.read(tmp_path / scored_by, "metrics")[0]
+    # Two scores of eight responses, whose lengths add up to the tokens.
+    tokens = 8 * (row["foresee_length_0"] + row["foresee_length_1"])
+    assert tokens == first[scored_by]["tokens_sampled"]
+    assert 0 <= row["foresee_repetition_0"] <= 1
+  assert row["foresee_score_0"] < 0 and totals["foresee"]["label_uses"] == 0
+  # The samples of both are the same. Learner and guide have one size, and the prompts two tokens.
+  assert first["kl"]["tokens_sampled"] == first["reward"]["tokens_sampled"]
+  assert first["kl"]["tokens_guide"] == first["kl"]["tokens_sampled"] + 2 * 16
+  assert first["kl"]["flops"] == pytest.approx(3 * first["reward"]["flops"])
+  assert first["reward"]["label_uses"] == 8 and first["kl"]["label_uses"] == 0
+
+
+@pytest.mark.medium
 def test_a_search_is_charged_to_its_own_part(tmp_path, mesh, monkeypatch):
   monkeypatch.setattr(loop, "compile_programs", COMPILE)
   ahead = [Prompt(i, (2, 3 + i)) for i in (1, 9, 10, 11)]  # the stage has 0 to 7

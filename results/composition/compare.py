@@ -45,9 +45,7 @@ STUDIES = {
         "a rule passes where its difference to `uniform` of the same budget has an interval above "
         "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, "
         "no other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
-        "FLOPs. At the quarter budget the shares are decided before each of 22 steps, and the "
-        "probes alone cost more than that."),
-        ("on \"long\"", "lowest of the other families", "cost of probes")),
+        "FLOPs."), ("on \"long\"", "lowest of the other families", "cost of probes")),
     "prefixes": Study("Finishing the student's responses", "prefixes", (
         "the teacher solves fewer problems after the beginning of a student's response than alone, "
         "with an interval above 0; the drop is smaller after the warmup, and smaller again after "
@@ -193,6 +191,13 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
 
 def main(workdir: str, unnormalised: str = "") -> None:
   """Prints Markdown."""
+  print("# Options of a stage against their controls, in the composition world\n\n"
+        "Written by `python results/composition/compare.py runs/methods "
+        "runs/methods-unnormalised`, of runs by `python results/composition/study.py --workdir "
+        "runs/methods`. avg@16 is on the 512 problems of `test`, in percent. 95 % intervals are "
+        "over seeds, problems and samples, and differences in points are paired on seeds and "
+        "problems. Every criterion was set before its runs, but that of the warmups, which was "
+        "corrected before they were seen: over all problems `opd_only` leaves no 30 points.\n")
   rows = ladder.read([workdir])
   found = variants_of(rows)
   if unnormalised:

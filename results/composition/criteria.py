@@ -102,6 +102,8 @@ def family_difference(group: Group, control: Group, families: Sequence[str]) -> 
   is_of_P = np.array([problems.family(source[i]) in families for i in range(len(source))])
   seeds = sorted(group.runs.keys() & control.runs.keys())
   gap_SP = group.of(seeds).value_SP() - control.of(seeds).value_SP()
+  if len(seeds) == 1:  # a run that is not finished
+    return intervals.bootstrap(gap_SP[0, is_of_P], 0, ladder.DRAWS, bounds=(-1.0, 1.0))
   return intervals.gap_over_seeds(gap_SP[:, is_of_P])
 
 

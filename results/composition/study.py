@@ -10,6 +10,8 @@ even where p = q (`kl.UNNORMALISED`).
 """
 
 import argparse
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,18 @@ def train(name: str, workdir: str, stages: tuple[Stage, ...] = recipe.STAGES) ->
       recipe.run(config, workdir, tasks.get(config), stages)
 
 
+def share_parents(workdir: str, other: str) -> None:
+  """Copies the finished teachers and warmups of a work folder to another that lacks them.
+
+  On another number of cores they would differ by rounding, and the two losses would not start alike.
+  """
+  for row in ("teacher_grpo", "forward_kl"):
+    for manifest in pathlib.Path(workdir).glob(f"{row}-*/manifest.json"):
+      target = pathlib.Path(other, manifest.parent.name)
+      if not target.exists():
+        shutil.copytree(manifest.parent, target)
+
+
 def main() -> None:
   """Trains the variants of the studies that the command names."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -55,6 +69,7 @@ def main() -> None:
       continue
     train(name, args.workdir)
     if name.startswith("generalised"):
+      share_parents(args.workdir, f"{args.workdir}-unnormalised")
       train(name, f"{args.workdir}-unnormalised", refused)
 
 

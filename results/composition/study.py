@@ -46,7 +46,7 @@ def train(name: str, workdir: str, stages: tuple[Stage, ...] = recipe.STAGES) ->
 def share_parents(workdir: str, other: str) -> None:
   """Copies the finished teachers and warmups of a work folder to another that lacks them.
 
-  On another number of cores they would differ by rounding, and the two losses would not start alike.
+  On another number of cores they would differ by rounding, and two losses would not start alike.
   """
   for row in ("teacher_grpo", "forward_kl"):
     for manifest in pathlib.Path(workdir).glob(f"{row}-*/manifest.json"):

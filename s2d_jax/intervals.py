@@ -173,6 +173,18 @@ def gap_over_seeds(gap_SP: np.ndarray, level: float = 0.95) -> Interval:
   return found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
+def difference(gap_SP: np.ndarray, seed: int, draws: int, level: float = 0.95) -> Interval:
+  """Interval of a mean difference of two rates: over seeds and problems, or over problems alone.
+
+  Args:
+    gap_SP: a difference of each training seed and problem. One seed has no spread between seeds.
+    seed, draws: of the bootstrap, which one training seed needs; level: of the interval.
+  """
+  if len(gap_SP) > 1:
+    return gap_over_seeds(gap_SP, level)
+  return bootstrap(gap_SP[0], seed, draws, level, (-1.0, 1.0))
+
+
 def resolvable(gap_SP: np.ndarray, level: float = 0.95, power: float = 0.8) -> float:
   """The smallest true difference that an interval of `level` excludes 0 for with chance `power`.
 

@@ -260,11 +260,7 @@ def compare(a: Group, b: Group) -> Contrast | None:
   # Problem by problem and seed by seed: what both arms share cancels in the difference.
   pairs = list(zip(a.of(seeds).value_SP(), b.of(seeds).value_SP(), strict=True))
   gap_SP = np.stack([intervals.gaps(*pair) for pair in pairs])
-  # One seed has no spread between seeds to count, so its interval is over problems and samples.
-  if len(seeds) == 1:
-    difference = intervals.paired_difference(*pairs[0], seeds[0], DRAWS, a.level)
-  else:
-    difference = intervals.gap_over_seeds(gap_SP, a.level)
+  difference = intervals.difference(gap_SP, seeds[0], DRAWS, a.level)
   signs = " ".join("+" if g > 0 else "−" if g < 0 else "0" for g in gap_SP.mean(axis=1))
   return Contrast(difference, intervals.resolvable(gap_SP, a.level), signs, tuple(seeds))
 

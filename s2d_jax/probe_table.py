@@ -100,6 +100,4 @@ def _cells(found: Sequence[Mapping[str, float]],
 
 def drop(value_SP: Sequence[Sequence[int]]) -> intervals.Interval:
   """The mean drop of a prefix probe, with its interval over seeds and problems."""
-  if len(value_SP) > 1:
-    return intervals.gap_over_seeds(np.array(value_SP))
-  return intervals.bootstrap(np.array(value_SP[0]), 0, DRAWS, bounds=(-1.0, 1.0))
+  return intervals.difference(np.array(value_SP), 0, DRAWS)

@@ -3,6 +3,7 @@
 Every function takes the runs of a variant as a `ladder.Group`, and those of its control.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,16 +96,20 @@ def probe_cost(totals: Mapping[str, Any]) -> float:
   return (part["flops"] + part["flops_reused"]) / (totals["flops"] + totals["flops_reused"])
 
 
-def family_difference(group: Group, control: Group, families: Sequence[str]) -> Interval:
-  """The difference of two variants on problems of some families, over the seeds of both."""
+@functools.cache
+def families_of_test() -> np.ndarray:
+  """The family of each problem of `test`, read once for all variants."""
   config = composition.get_config()
   source = tasks.get(config).source(config.evals.test.split)
-  is_of_P = np.array([problems.family(source[i]) in families for i in range(len(source))])
+  return np.array([problems.family(source[i]) for i in range(len(source))])
+
+
+def family_difference(group: Group, control: Group, families: Sequence[str]) -> Interval:
+  """The difference of two variants on problems of some families, over the seeds of both."""
+  is_of_P = np.isin(families_of_test(), families)
   seeds = sorted(group.runs.keys() & control.runs.keys())
   gap_SP = group.of(seeds).value_SP() - control.of(seeds).value_SP()
-  if len(seeds) == 1:  # a run that is not finished
-    return intervals.bootstrap(gap_SP[0, is_of_P], 0, ladder.DRAWS, bounds=(-1.0, 1.0))
-  return intervals.gap_over_seeds(gap_SP[:, is_of_P])
+  return intervals.difference(gap_SP[:, is_of_P], 0, ladder.DRAWS)
 
 
 def shares(group: Group, control: Group) -> Shares:

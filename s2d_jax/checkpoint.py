@@ -1,27 +1,38 @@
-"""Orbax checkpoints that survive a kill. The only file that imports orbax.
+"""Orbax checkpoints that survive a kill, and damaged disks. The only file that imports orbax.
 
 A stage folder holds `checkpoints/<step>` while it runs (weights and optimizer) and
-`checkpoints/final` once it is done (weights alone, in the stored precision).
+`checkpoints/final` once it is done (weights alone, in the stored precision). With each step's goes
+a file of checksums, of the checkpoint and of the logs until then.
 """
 
 import os
 import time
+from collections.abc import Iterable
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import files, hosts
+from s2d_jax import checksums, files, hosts, metrics
+from s2d_jax.errors import InputError
 from s2d_jax.sharding import Params
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
 
 
 class Checkpoints:
-  """A running stage's checkpoints: the newest two, each complete or absent."""
+  """A running stage's checkpoints: the newest two, each complete and undamaged, or absent."""
 
   def __init__(self, folder: epath.PathLike) -> None:
+    """Opens the checkpoints of a stage's folder, and deletes those that are damaged.
+
+    Raises:
+      InputError: a log is damaged that belongs to the newest checkpoint; names both.
+    """
+    self._stage = epath.Path(folder)
     self._folder = _checkpoints(folder)
+    # Of the parts of logs, as they were written.
+    self._logs = _drop_damaged(self._stage, self._folder)
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
@@ -32,11 +43,26 @@ class Checkpoints:
     newest = self._orbax.latest
     return None if newest is None else newest.step
 
-  def save(self, step: int, state: Params) -> None:
-    """Returns once `state` is on disk; a step that is already there stays as it is."""
-    if self.latest() != step:
-      with jax.transfer_guard("allow"):
-        self._orbax.save(step, state, force=True)
+  def save(self, step: int, state: Params, logs: Iterable[str] = ()) -> None:
+    """Returns once `state` is on disk; a step that is already there stays as it is.
+
+    Args:
+      logs: paths, within the stage's folder, of the parts of logs that were written since the last
+        call.
+    """
+    self._logs |= checksums.record(self._stage, logs)
+    if self.latest() == step:
+      return
+    with jax.transfer_guard("allow"):
+      self._orbax.save(step, state, force=True)
+    saved = self._folder / str(step)
+    found = checksums.record(saved, checksums.listed(saved))
+    if hosts.leader():
+      # Written last: a checkpoint without it counts as incomplete.
+      files.write_json(_sums(self._stage, step), {"checkpoint": found, "logs": self._logs})
+      for path in files.finished_files(_sums(self._stage, step).parent):
+        if not (self._folder / str(int(path.stem))).exists():
+          path.unlink()
 
   def load(self, abstract: Params) -> Params:
     """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
@@ -46,6 +72,57 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for unfinished writes."""
     self._orbax.close()
+
+
+def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
+  """Deletes the newest checkpoints until one is undamaged; the record of the logs until it."""
+  there = folder.iterdir() if folder.exists() else ()
+  steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
+  # All processes have listed the folder before one of them changes it.
+  hosts.barrier(f"checkpoints of {stage}")
+  for index, step in enumerate(steps):
+    recorded, reason = _recorded(stage, step)
+    if reason is None:
+      damage = checksums.damage(folder / str(step), recorded["checkpoint"])
+      if damage is None:
+        _check_logs(stage, step, recorded["logs"])
+        return recorded["logs"]
+      reason = damage.text
+    older = steps[index + 1 :]
+    then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
+    metrics.announce(f"{folder / str(step)} is not used ({reason}): {then}.")
+    if hosts.leader():
+      (folder / str(step)).rmtree()
+    hosts.barrier(f"checkpoint {step} of {stage}")
+  return {}
+
+
+def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record], str | None]:
+  """The checksums that belong to a checkpoint, or the reason for which there are none."""
+  path = _sums(stage, step)
+  if not path.exists():
+    return {}, f"{path} is missing, so the process ended while it saved"
+  try:
+    return files.read_json(path), None
+  except InputError as error:
+    return {}, str(error)
+
+
+def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
+  """Raises InputError where a part of a log is damaged that was written before a checkpoint."""
+  damage = checksums.damage(stage, recorded)
+  if damage is not None:
+    log, _, part = damage.name.partition("/")
+    saved = _checkpoints(stage) / str(step)
+    raise InputError(
+        f"{damage.text}; it is the log {log} of {stage} from step {int(part.split('.')[0])} on, "
+        f"and the checkpoint of step {step} counts on it: put the file back, or delete {saved}, "
+        "and the same command goes on from the checkpoint before that.")
+
+
+def _sums(stage: epath.Path, step: int) -> epath.Path:
+  """The file with the checksums of a checkpoint."""
+  return stage / "checksums" / f"{step:08d}.json"
 
 
 def save_final(folder: epath.PathLike, params: Params) -> None:
@@ -67,6 +144,9 @@ def drop_steps(folder: epath.PathLike) -> None:
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":
         path.rmtree()
+    sums = epath.Path(folder) / "checksums"
+    if sums.exists():
+      sums.rmtree()
 
 
 def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | None) -> float:

@@ -5,8 +5,10 @@ On one process every function here returns at once.
 
 import contextlib
 import itertools
+import json
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,12 +21,17 @@ from jax.experimental import multihost_utils
 RETRY = 75  # exit code EX_TEMPFAIL: stopped and saved, so the same command goes on
 AGREE_SECONDS = 60
 START_SECONDS = 600  # where a process may still compile, or load weights
-_ROUNDS: dict[str, int] = {}  # name -> number of its last comparison in `agree`
+_ROUNDS: dict[str, int] = {}  # name -> number of its last round in `gather`
 
 
 def leader() -> bool:
   """True on the one process that writes files."""
   return jax.process_index() == 0
+
+
+def share() -> tuple[int, int]:
+  """(this process's number, the number of processes): it takes items[number::processes]."""
+  return jax.process_index(), jax.process_count()
 
 
 def barrier(name: str) -> None:
@@ -87,26 +94,42 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
     RuntimeError: a process has another text, or sends none in time; the message names it.
       Without this check the processes' collectives would wait for each other for ever.
   """
+  for other, theirs in enumerate(gather(name, digest, seconds)):
+    if theirs != digest:
+      raise RuntimeError(
+          f"processes {jax.process_index()} and {other} differ in round {_ROUNDS[name]} of the "
+          f"{name}: they must run one program on the same data; start again from the checkpoint.")
+
+
+def gather(name: str, value: Any, seconds: int | None = None) -> list[Any]:
+  """The values that all processes give, in the order of the processes; all must call it.
+
+  Args:
+    name: of what is gathered, counted in rounds; value: made of what JSON has.
+    seconds: how long to wait for each process, AGREE_SECONDS where None.
+
+  Raises:
+    RuntimeError: a process sends none in time; the message names it.
+  """
   if jax.process_count() == 1:
-    return
-  # The text goes through the coordinator's key-value store: a device program that compared it would
-  # itself wait for ever where the processes differ.
+    return [value]
+  # The values go through the coordinator's key-value store: a device program that gathered them
+  # would itself wait for ever where the processes differ.
   client = distributed.global_state.client
   seconds = seconds or AGREE_SECONDS
   current = _ROUNDS.get(name, -1) + 1
   _ROUNDS[name] = current
   process = jax.process_index()
-  client.key_value_set(f"{name}/{current}/{process}", digest)
+  client.key_value_set(f"{name}/{current}/{process}", json.dumps(value))
+  found = []
   for other in range(jax.process_count()):
     try:
       theirs = client.blocking_key_value_get(f"{name}/{current}/{other}", 1000 * seconds)
     except jax.errors.JaxRuntimeError as error:
       raise RuntimeError(f"process {other} has not reached round {current} of the {name} within "
                          f"{seconds} s: look for its error, and start again.") from error
-    if theirs != digest:
-      raise RuntimeError(
-          f"processes {process} and {other} differ in round {current} of the {name}: they "
-          "must run one program on the same data; start again from the checkpoint.")
+    found.append(json.loads(theirs))
   # A process that is in this round has read all of the last but one, so its key can go.
   if current > 1:
     client.key_value_delete(f"{name}/{current - 2}/{process}")
+  return found

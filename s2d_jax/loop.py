@@ -355,9 +355,10 @@ def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.n
 
 def _save(checkpoints: checkpoint.Checkpoints, logs: _Logs, step: int, state: TrainState) -> None:
   """Logs first, then the checkpoint that makes them count."""
-  for log in logs.values():
-    log.flush(step)
-  checkpoints.save(step, state)
+  written = [name for log in logs.values() for name in log.flush(step)]
+  # The leader has written them before another process reads its share.
+  hosts.barrier("logs")
+  checkpoints.save(step, state, written)
 
 
 def _check(stage: StageRun, step: int, checkpoints: checkpoint.Checkpoints, entry: _Values,

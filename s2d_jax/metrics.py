@@ -52,8 +52,13 @@ class Log:
     self._new.append(files.plain(entry))
     self.rows.append(self._new[-1])
 
-  def flush(self, step: int) -> None:
-    """Writes the entries since the last flush as one part; the next part starts at `step`."""
+  def flush(self, step: int) -> list[str]:
+    """Writes the entries since the last flush as one part; the next part starts at `step`.
+
+    Returns:
+      The paths of the files of the part, within the log's stage; none without entries.
+    """
+    written = []
     # A part without entries would be a file that a resumed run does not write.
     if self._new and hosts.leader():
       text = "".join(json.dumps(entry, sort_keys=True, allow_nan=False) + "\n"
@@ -61,8 +66,11 @@ class Log:
       files.write(self._folder / f"{self._start:08d}.jsonl", text)
       if self._has_events:
         _write_events(self._events, self._start, self._new)
+    if self._new:
+      written.append(f"{self._folder.name}/{self._start:08d}.jsonl")
     self._start = step
     self._new = []
+    return written
 
 
 def read(folder: epath.PathLike, name: str) -> list[dict]:

@@ -1,8 +1,13 @@
 """Checkpoints are complete or absent, and load on another mesh."""
 
-import numpy as np
+import pathlib
+import shutil
 
-from s2d_jax import checkpoint, sharding
+import numpy as np
+import pytest
+
+from s2d_jax import checkpoint, metrics, sharding
+from s2d_jax.errors import InputError
 
 
 def state(value, mesh):
@@ -41,3 +46,83 @@ def test_a_relative_folder_is_accepted(tmp_path, monkeypatch):
   final = checkpoint.load_final("runs/stage", sharding.abstract(state(0, mesh)))
   np.testing.assert_array_equal(final["w"], np.full((8, 4), 4, np.float32))
   assert sorted(p.name for p in (tmp_path / "runs/stage/checkpoints").iterdir()) == ["1", "final"]
+
+
+def stage_of(folder):
+  """A stage that saved at steps 2 and 4, with a part of a log before each."""
+  steps = checkpoint.Checkpoints(folder)
+  log = metrics.Log(folder, "ledger", 0)
+  for step in (2, 4):
+    log.add({"step": step - 1})
+    steps.save(step, state(step, sharding.make_mesh((1, 1, 1))), log.flush(step))
+  steps.close()
+
+
+def resumed(folder):
+  """The step that a stage goes on from, and the number in its weights."""
+  steps = checkpoint.Checkpoints(folder)
+  latest = steps.latest()
+  value = None
+  if latest is not None:
+    value = float(steps.load(sharding.abstract(state(0, sharding.make_mesh((1, 1, 1)))))["w"][0, 0])
+  steps.close()
+  return latest, value
+
+
+def flip(path, share=0.5):
+  """Turns one bit of a file round."""
+  data = bytearray(path.read_bytes())
+  data[int(share * len(data))] ^= 0x40
+  path.write_bytes(bytes(data))
+
+
+def largest(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def every_file(folder, change):
+  for path in [p for p in folder.rglob("*") if p.is_file()]:
+    change(path)
+
+
+@pytest.mark.parametrize("damage", [
+    *(lambda step, share=share: flip(largest(step), share) for share in (0.1, 0.3, 0.8, 0.95)),
+    lambda step: cut(largest(step)),
+    lambda step: largest(step).unlink(),
+    lambda step: largest(step).write_bytes(b""),
+    lambda step: every_file(step, pathlib.Path.unlink),
+    lambda step: cut(step / "_CHECKPOINT_METADATA"),
+    lambda step: cut(step.parents[1] / "checksums" / f"{int(step.name):08d}.json"),
+    lambda step: (step.parents[1] / "checksums" / f"{int(step.name):08d}.json").unlink()])
+def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage, capsys):
+  stage_of(tmp_path)
+  assert resumed(tmp_path) == (4, 4.0)
+  damage(tmp_path / "checkpoints" / "4")
+  assert resumed(tmp_path) == (2, 2.0)
+  said = capsys.readouterr().err
+  assert said.startswith(f"{tmp_path}/checkpoints/4 is not used (")
+  assert said.endswith("): the stage goes on from step 2.\n") and said.count("\n") == 1
+  damage(tmp_path / "checkpoints" / "2")
+  assert resumed(tmp_path) == (None, None)
+  assert "): the stage starts again.\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [flip, cut, pathlib.Path.unlink, lambda p: p.write_bytes(b"")])
+def test_a_damaged_log_before_a_checkpoint_stops_the_stage_and_is_named(tmp_path, change):
+  stage_of(tmp_path)
+  change(tmp_path / "ledger" / "00000002.jsonl")
+  with pytest.raises(InputError) as refused:
+    resumed(tmp_path)
+  said = str(refused.value)
+  assert said.startswith(f"{tmp_path}/ledger/00000002.jsonl ")
+  assert said.endswith(
+      f"; it is the log ledger of {tmp_path} from step 2 on, and the checkpoint of step 4 counts "
+      f"on it: put the file back, or delete {tmp_path}/checkpoints/4, and the same command goes on "
+      "from the checkpoint before that.")
+  # The remedy works.
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert resumed(tmp_path) == (2, 2.0)

@@ -1,0 +1,90 @@
+"""Checksums of a folder's files: recorded when they are written, compared when they are read back.
+
+A record is {path within the folder: {"bytes": size, "sha256": hex digits}}. The manifest of a
+finished folder has one of all its files. `checkpoint` has one for each checkpoint of a stage that
+runs.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from s2d_jax import hosts
+
+Record = dict[str, dict[str, Any]]
+
+_CHUNK = 1 << 24  # bytes of a file in memory at once
+# Hashing does without the interpreter's lock, and a disk or a store serves several files at once.
+_THREADS = min(16, 2 * (os.cpu_count() or 1))
+
+
+class Damage(NamedTuple):
+  """A file that is not as it was recorded."""
+  name: str   # within its folder
+  text: str   # with the whole path, such as "/runs/a/x has 512 bytes and had 1,024"
+
+
+def listed(folder: epath.PathLike) -> Iterator[str]:
+  """Yields the path of every whole file under a folder, within it, in order of names."""
+  folder = epath.Path(folder)
+  # A killed write leaves its temporary file behind, whose name begins with a dot.
+  for path in sorted(folder.iterdir(), key=lambda p: p.name):
+    if path.is_dir():
+      yield from (f"{path.name}/{name}" for name in listed(path))
+    elif not path.name.startswith("."):
+      yield path.name
+
+
+def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
+  """The record of these files of a folder.
+
+  On several processes it is a collective: each process reads its share of the files.
+  """
+  return _merged(folder, sorted(names))
+
+
+def damage(folder: epath.PathLike, recorded: Record) -> Damage | None:
+  """The first file that is not as it was recorded; None where all are.
+
+  On several processes it is a collective, as `record` is.
+  """
+  there = [name for name in recorded if (epath.Path(folder) / name).exists()]
+  found = _merged(folder, there)
+  for name, wanted in sorted(recorded.items()):
+    path = epath.Path(folder) / name
+    if name not in found:
+      return Damage(name, f"{path} is missing")
+    if found[name]["bytes"] != wanted["bytes"]:
+      return Damage(name, f"{path} has {found[name]['bytes']:,} bytes and had "
+                          f"{wanted['bytes']:,}")
+    if found[name] != wanted:
+      return Damage(name, f"{path} holds other bytes than were written")
+  return None
+
+
+def _merged(folder: epath.PathLike, names: list[str]) -> Record:
+  """The record of the files, of which each process has read its share."""
+  first, processes = hosts.share()
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    own = names[first::processes]
+    of_own = dict(zip(own, pool.map(lambda name: _measured(epath.Path(folder) / name), own),
+                      strict=True))
+  merged: Record = {}
+  for part in hosts.gather("checksums", of_own, hosts.START_SECONDS):
+    merged |= part
+  return merged
+
+
+def _measured(path: epath.Path) -> dict[str, Any]:
+  """Size and SHA-256 of a file."""
+  digest = hashlib.sha256()
+  size = 0
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK):
+      digest.update(chunk)
+      size += len(chunk)
+  return {"bytes": size, "sha256": digest.hexdigest()}

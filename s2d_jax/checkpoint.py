@@ -59,7 +59,8 @@ class Checkpoints:
     found = checksums.record(saved, checksums.listed(saved))
     if hosts.leader():
       # Written last: a checkpoint without it counts as incomplete.
-      files.write_json(_sums(self._stage, step), {"checkpoint": found, "logs": self._logs})
+      files.write_json(_sums(self._stage, step), {"checkpoint": found, "logs": self._logs},
+                       sealed=True)
       for path in files.finished_files(_sums(self._stage, step).parent):
         if not (self._folder / str(int(path.stem))).exists():
           path.unlink()
@@ -122,7 +123,7 @@ def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> Non
 
 def _sums(stage: epath.Path, step: int) -> epath.Path:
   """The file with the checksums of a checkpoint."""
-  return stage / "checksums" / f"{step:08d}.json"
+  return stage / checksums.FOLDER / f"{step:08d}.json"
 
 
 def save_final(folder: epath.PathLike, params: Params) -> None:
@@ -144,7 +145,7 @@ def drop_steps(folder: epath.PathLike) -> None:
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":
         path.rmtree()
-    sums = epath.Path(folder) / "checksums"
+    sums = epath.Path(folder) / checksums.FOLDER
     if sums.exists():
       sums.rmtree()
 
@@ -165,7 +166,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
     files.write_json(folder / "starts" / f"{len(starts):08d}.json",
-                     {"at": time.time(), "step": start, "lost": lost})
+                     {"at": time.time(), "step": start, "lost": lost}, sealed=True)
   return lost + sum(s["lost"] for s in starts)
 
 

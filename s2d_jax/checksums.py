@@ -6,6 +6,7 @@ runs.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -15,11 +16,18 @@ from etils import epath
 
 from s2d_jax import hosts
 
+FOLDER = "checksums"  # of a stage that runs: the records of its checkpoints
 Record = dict[str, dict[str, Any]]
 
 _CHUNK = 1 << 24  # bytes of a file in memory at once
 # Hashing does without the interpreter's lock, and a disk or a store serves several files at once.
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
+
+
+def digest(value: Any) -> str:
+  """SHA-256, in hex, of a value made of dicts, lists, strings and numbers."""
+  # Keys are sorted, so that the order in which a config was written renames nothing.
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Damage(NamedTuple):
@@ -44,16 +52,18 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
 
   On several processes it is a collective: each process reads its share of the files.
   """
-  return _merged(folder, sorted(names))
+  return _merged(folder, sorted(names), together=True)
 
 
-def damage(folder: epath.PathLike, recorded: Record) -> Damage | None:
+def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> Damage | None:
   """The first file that is not as it was recorded; None where all are.
 
-  On several processes it is a collective, as `record` is.
+  Args:
+    together: on several processes it is a collective, as `record` is; False: this process alone
+      reads all files.
   """
   there = [name for name in recorded if (epath.Path(folder) / name).exists()]
-  found = _merged(folder, there)
+  found = _merged(folder, there, together)
   for name, wanted in sorted(recorded.items()):
     path = epath.Path(folder) / name
     if name not in found:
@@ -66,13 +76,15 @@ def damage(folder: epath.PathLike, recorded: Record) -> Damage | None:
   return None
 
 
-def _merged(folder: epath.PathLike, names: list[str]) -> Record:
+def _merged(folder: epath.PathLike, names: list[str], together: bool) -> Record:
   """The record of the files, of which each process has read its share."""
-  first, processes = hosts.share()
+  first, processes = hosts.share() if together else (0, 1)
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     own = names[first::processes]
     of_own = dict(zip(own, pool.map(lambda name: _measured(epath.Path(folder) / name), own),
                       strict=True))
+  if not together:
+    return of_own
   merged: Record = {}
   for part in hosts.gather("checksums", of_own, hosts.START_SECONDS):
     merged |= part

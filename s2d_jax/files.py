@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from s2d_jax import hosts, json_objects
+from s2d_jax import checksums, hosts, json_objects
 from s2d_jax.errors import InputError
 
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
+LOCK = "writer.lock"
 _SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
 
 
@@ -61,23 +62,32 @@ def plain(value: Any) -> Any:
   return value
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
+def write_json(path: epath.PathLike, value: Any, sealed: bool = False) -> None:
   """Writes canonical JSON: sorted keys, a newline at the end.
+
+  Args:
+    sealed: adds to an object its own SHA-256, which `read_json` compares and takes away again.
 
   Raises:
     InputError: the value holds a NaN or an infinity, which JSON cannot represent.
   """
+  if sealed:
+    value = value | {"sha256": checksums.digest(value)}
   write(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: epath.PathLike) -> Any:
+def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
   """The value in a JSON file.
 
   Raises:
-    InputError: the file is damaged; names it.
+    InputError: the file is damaged; names it, with the remedy.
   """
-  return json_objects.value(os.fspath(path), epath.Path(path).read_bytes(),
-                            REMEDY)
+  value = json_objects.value(os.fspath(path), epath.Path(path).read_bytes(), remedy)
+  if isinstance(value, dict) and "sha256" in value:
+    written = value.pop("sha256")
+    if checksums.digest(value) != written:
+      raise InputError(f"{os.fspath(path)} is damaged, or was edited: {remedy}.")
+  return value
 
 
 @contextlib.contextmanager
@@ -95,7 +105,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     InputError: another process that may be alive writes here.
   """
   # Only the leader writes, so only it needs the lock.
-  path = epath.Path(folder) / "writer.lock"
+  path = epath.Path(folder) / LOCK
   if not hosts.leader():
     yield (lambda: None), None
     return

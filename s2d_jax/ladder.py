@@ -3,7 +3,7 @@
 Reads only finished folders. `report` turns the rows into Markdown, `figures` into a picture.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,9 +117,17 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   """Every Run of every arm under the folders, in the order in which they finished.
 
   Raises:
-    InputError: a folder that is not there, or that has no finished arm.
+    InputError: a folder that is not there, or that has no finished arm, or a damaged file.
   """
   rows: dict[tuple, Run] = {}
+  manifests: dict[epath.Path, dict] = {}
+  def checked(folder: epath.Path) -> dict:
+    # Arms share stages, whose files are compared once. The report is the work of one process.
+    if folder not in manifests:
+      manifests[folder] = manifest.load(folder)
+      manifest.check_files(folder, manifests[folder], weights=False, together=False)
+    return manifests[folder]
+
   for workdir in map(epath.Path, workdirs):
     if not workdir.is_dir():
       raise InputError(f"{workdir} is not a folder: name the --workdir of a run.")
@@ -134,7 +142,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
     for path in sorted(found, key=lambda p: (entries[p].get("number", -1), p.stat().mtime, p.name)):
       entry = entries[path]
       for row in entry["rows"]:
-        new = _run(workdir, entry, row)
+        new = _run(workdir, entry, row, checked)
         key = (new.label, new.seed, row["score"], *row["stages"])
         run = rows.setdefault(key, new)
         run.contexts.add(flat(entry["config"]))
@@ -143,10 +151,12 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   return list(rows.values())
 
 
-def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run:
-  """The Run of a row of an arm's file."""
+def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any],
+         checked: Callable[[epath.Path], dict]) -> Run:
+  """The Run of a row of an arm's file; `checked` reads a folder's manifest and compares its files.
+  """
   stages = [workdir / name for name in row["stages"]]
-  manifests = [manifest.load(folder) for folder in (*stages, workdir / row["score"])]
+  manifests = [checked(folder) for folder in (*stages, workdir / row["score"])]
   *inputs, scored = [m["inputs"] for m in manifests]
   names = set(row["stages"])
   # Two seeds of one recipe differ in the names of their parents, which are hashes of the seed too.
@@ -155,7 +165,7 @@ def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run
             for i in inputs]
   base = None if stages else scored["weights"]  # an untrained model's own
   probes = [{"stage": probe["stage"],
-             **{when: probe[when] and files.read_json(workdir / probe[when] / "result.json")
+             **{when: probe[when] and _probe_result(workdir / probe[when], checked)
                 for when in ("before", "after")}}
             for probe in entry["probes"] if probe["stage"] in names]
   return Run(
@@ -166,6 +176,11 @@ def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any]) -> Run
       recipe=manifest.digest([recipe, base]), contexts=set(), probes=probes,
       spent=spent(stages) | _updates(stages, inputs),
       revisions={m["revision"] for m in manifests})
+
+
+def _probe_result(folder: epath.Path, checked: Callable[[epath.Path], dict]) -> dict[str, Any]:
+  checked(folder)
+  return files.read_json(folder / "result.json")
 
 
 def _updates(stages: Sequence[epath.Path], inputs: Sequence[dict[str, Any]]) -> dict[str, int]:

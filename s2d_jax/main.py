@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--workdir", required=True, help="the folder that keeps what is done")
   parser.add_argument("--plan", action="store_true",
                       help="print the runs and count their stages; train nothing")
+  parser.add_argument("--redo", metavar="NAME", action="append", default=[],
+                      help="a folder of the workdir to make again, because its files are damaged")
   parser.add_argument("--distributed", action="store_true",
                       help="this is one process of several, such as a TPU slice's")
   config, args = command.parse_config(parser, argv)
@@ -55,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
   with keys.prefixed("config."):
     mesh = sharding.make_mesh(configs[0].mesh)
+  manifest.set_aside(args.workdir, args.redo)
   # Every run of a sweep is checked before the first one trains.
   for plan in plans:
     walk.check_folders(plan, args.workdir)

@@ -1,29 +1,25 @@
 """Manifests: the hash that names a folder, and the revision, versions and devices of its run."""
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from etils import epath
 
-from s2d_jax import files
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
+NAME = "manifest.json"
 ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
-def digest(value: Any) -> str:
-  """SHA-256, in hex, of a value made of dicts, lists, strings and numbers."""
-  # Keys are sorted, so that the order in which a config was written renames nothing.
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+digest = checksums.digest  # of values that a name or a manifest has
 
 
 def name(stage: str, inputs: dict) -> str:
@@ -70,10 +66,85 @@ def provenance(mesh: jax.sharding.Mesh) -> dict:
       "mesh": dict(mesh.shape)}
 
 
+def write(folder: epath.PathLike, content: dict) -> None:
+  """Marks a folder finished: writes its manifest, with the checksums of all other files.
+
+  On several processes it is a collective, as `checksums.record` is.
+  """
+  folder = epath.Path(folder)
+  # The leader has written all files before another process reads its share.
+  hosts.barrier(f"files of {folder}")
+  names = [name for name in checksums.listed(folder) if not _is_passing(name)]
+  content = files.plain(content) | {"files": checksums.record(folder, names)}
+  if hosts.leader():
+    files.write_json(folder / NAME, content, sealed=True)
+  hosts.barrier(f"manifest of {folder}")
+
+
+def _is_passing(name: str) -> bool:
+  """Whether a file of a finished folder is the manifest, or will be gone soon."""
+  top, _, rest = name.partition("/")
+  return (name in (NAME, files.LOCK) or top == checksums.FOLDER
+          or top == "checkpoints" and rest.partition("/")[0] != "final")
+
+
+def check_files(folder: epath.PathLike, manifest: dict, weights: bool,
+                together: bool = True) -> None:
+  """Compares the files of a finished folder with the checksums of its manifest.
+
+  Args:
+    manifest: of the folder; one of an earlier version has no checksums.
+    weights: compares the final weights alone; False: everything but weights.
+    together: as `checksums.damage` takes it.
+
+  Raises:
+    InputError: a file is damaged; the message has the remedy.
+  """
+  folder = epath.Path(folder)
+  compared = {name: of_file for name, of_file in manifest.get("files", {}).items()
+              if name.startswith("checkpoints/") == weights
+              and (weights or not name.endswith(".safetensors"))}
+  damage = checksums.damage(folder, compared, together)
+  if damage is not None:
+    raise InputError(f"{damage.text}: put the file back, or make {folder.name} again by the "
+                     f"command of its run with --redo={folder.name}.")
+
+
+def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
+  """Moves finished folders out of the way, into `replaced`, so that a run makes them again.
+
+  Raises:
+    InputError: there is no such folder.
+  """
+  workdir = epath.Path(workdir)
+  for name in names:
+    if not (workdir / name).exists() and hosts.leader():
+      there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+      raise InputError(f"--redo={name} names no folder of {workdir}: choose from "
+                       f"{', '.join(there)}.")
+  # All processes have looked before one of them moves a folder.
+  hosts.barrier("redo")
+  if hosts.leader():
+    for name in names:
+      target = workdir / "replaced" / name
+      while target.exists():
+        target = target.with_name(f"{target.name}+")
+      target.parent.mkdir(exist_ok=True)
+      (workdir / name).rename(target)
+  hosts.barrier("set aside")
+
+
 def load(folder: epath.PathLike) -> dict:
   """The manifest of a finished folder, as it stands there; `read` also compares it with the name.
+
+  Raises:
+    InputError: it is damaged.
   """
-  manifest = files.read_json(epath.Path(folder) / "manifest.json")
+  path = epath.Path(folder) / NAME
+  remedy = f"put it back, or make {path.parent.name} again by the command of its run"
+  if not path.exists():
+    raise InputError(f"{path} is missing: {remedy}.")
+  manifest = files.read_json(path, f"{remedy} with --redo={path.parent.name}")
   row = manifest["inputs"].get("row")
   # The first manifests have the values alone.
   if isinstance(row, list):
@@ -87,7 +158,7 @@ def read(folder: epath.PathLike) -> dict | None:
   Raises:
     InputError: the manifest cannot be read, or does not hash to the folder's name.
   """
-  path = epath.Path(folder) / "manifest.json"
+  path = epath.Path(folder) / NAME
   if not path.exists():
     return None
   # The name is a hash of the inputs, so an edited or moved manifest does not match it.

@@ -112,10 +112,8 @@ def _write(folder: epath.Path, inputs: dict[str, Any], contents: Mapping[str, An
   if hosts.leader():
     for name, content in contents.items():
       files.write_json(folder / name, content)
-    files.write_json(folder / "manifest.json",
-                     {"inputs": inputs, **recorded,
-                      **manifest.provenance(sharding.current_mesh())})
-  hosts.barrier(folder.name)
+  manifest.write(folder, {"inputs": inputs, **recorded,
+                          **manifest.provenance(sharding.current_mesh())})
 
 
 def _folder(plan: Plan, role: str) -> str:

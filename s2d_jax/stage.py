@@ -68,11 +68,9 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
     if hosts.leader():
       files.write_json(folder / "ledger.json", totals)
-      files.write_json(folder / "manifest.json", files.plain({
-          "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
-          "sets": dict(plan.sets),
-          **manifest.provenance(mesh)}))
-    hosts.barrier(node.name)
+    manifest.write(folder, {
+        "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
+        "sets": dict(plan.sets), **manifest.provenance(mesh)})
     checkpoint.drop_steps(folder)
 
 
@@ -286,6 +284,7 @@ def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
     return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
   model = models.build(hf.read_config(folder, **run))
   abstract = models.laid_out(model.config, mesh, shapes_of)
+  manifest.check_files(workdir / role, manifest.load(workdir / role), weights=True)
   return Role(model, checkpoint.load_final(workdir / role, abstract))
 
 

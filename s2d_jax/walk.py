@@ -20,14 +20,19 @@ NO_RESULT = ("arms", "seed", "mesh", "compilation_cache", "profile")
 def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
   """Compares every folder of the plan that exists, and every score, with its manifest.
 
+  Weights are compared where a stage loads them.
+
   Raises:
-    InputError: a manifest cannot be read, or does not match its folder's name.
+    InputError: a manifest cannot be read, or does not match its folder's name, or a file differs
+      from its checksum.
   """
   workdir = epath.Path(workdir)
   # The plan has no nodes for scores and probes, so all that exist are checked.
   existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
   for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
-    manifest.read(workdir / name)
+    found = manifest.read(workdir / name)
+    if found is not None:
+      manifest.check_files(workdir / name, found, weights=False)
 
 
 def run(plan: Plan, workdir: epath.PathLike) -> None:
@@ -83,7 +88,8 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.
   if hosts.leader() and not path.exists():
-    files.write_json(path, entry | {"number": len(files.finished_files(path.parent))})
+    number = len(files.finished_files(path.parent))
+    files.write_json(path, files.plain(entry | {"number": number}), sealed=True)
 
 
 def _exit_if_stopped(stop: Callable[[], bool]) -> None:

@@ -71,3 +71,15 @@ def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):
     with files.only_writer(tmp_path):
       raise SystemExit(75)
   assert not (tmp_path / "writer.lock").exists()
+
+
+def test_a_sealed_object_is_read_back_and_any_change_is_named(tmp_path):
+  path = tmp_path / "a.json"
+  value = {"b": [1, 2.5, None], "c": {"é": "x"}}
+  files.write_json(path, value, sealed=True)
+  assert files.read_json(path) == value
+  text = path.read_text()
+  assert "sha256" in json.loads(text)
+  path.write_text(text.replace("2.5", "3.5"))
+  with pytest.raises(InputError, match=f"{path} is damaged, or was edited: buy a new disk."):
+    files.read_json(path, "buy a new disk")

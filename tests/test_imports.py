@@ -59,9 +59,10 @@ ARROWS = {
   # These write files whole or not at all, and by one process.
   "metrics": {"files"},
   "timing": {"metrics", "manifest", "keys", "chips"},
-  "manifest": {"files"},
-  "checkpoint": {"files", "sharding"},
-  "files": {"hosts", "json_objects"},
+  "manifest": {"files", "checksums"},
+  "checkpoint": {"files", "sharding", "checksums", "metrics"},
+  "checksums": {"hosts"},
+  "files": {"hosts", "json_objects", "checksums"},
   "sweep": {"planning", "manifest"},
   "command": {"chips", "writable"},
   "report": {"command", "ladder", "figures", "timing", "paper", "probe_table", "option_costs",

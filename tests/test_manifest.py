@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from s2d_jax import files, manifest, sharding
+from s2d_jax.errors import InputError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
 LIST = ["reverse_kl", "student", "student", "teacher"]  # the row as earlier versions wrote it
@@ -112,3 +113,71 @@ def test_the_revision_is_the_commit_and_marks_changes(tmp_path, monkeypatch):
 def test_the_revision_is_read_once():
   first = manifest.revision()
   assert manifest.revision() is first  # read once: a commit made meanwhile is another's
+
+
+def finished(workdir):
+  """A finished stage's folder, with what a running one leaves behind."""
+  folder = workdir / manifest.name("student_grpo", INPUTS)
+  for name in ("ledger.json", "ledger/00000000.jsonl", "checkpoints/final/d/weights",
+               "hf/model.safetensors", "hf/config.json", "checkpoints/6/d/weights",
+               "checksums/00000006.json", "writer.lock"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"text of {name}")
+  manifest.write(folder, {"inputs": INPUTS, "revision": "abc", "mesh": {"data": 1}})
+  return folder
+
+
+def test_a_manifest_has_the_checksums_of_what_stays(tmp_path):
+  folder = finished(tmp_path)
+  found = manifest.read(folder)
+  assert found["inputs"] == INPUTS and found["revision"] == "abc" and "sha256" not in found
+  assert set(found["files"]) == {
+      "ledger.json", "ledger/00000000.jsonl", "checkpoints/final/d/weights",
+      "hf/model.safetensors", "hf/config.json"}
+  # printf 'text of ledger.json' | sha256sum
+  assert found["files"]["ledger.json"] == {"bytes": 19, "sha256": (
+      "99233a4c7932c3651d78e2f90de676028aaa41a9214b82e0c20971e19b4ae556")}
+  for weights in (False, True):
+    manifest.check_files(folder, found, weights)
+
+
+@pytest.mark.parametrize("name, weights", [
+    ("ledger.json", False), ("ledger/00000000.jsonl", False), ("hf/config.json", False),
+    ("checkpoints/final/d/weights", True)])
+@pytest.mark.parametrize("change", ["flip", "cut", "empty", "unlink"])
+def test_a_damaged_file_of_a_finished_folder_is_named_with_the_remedy(
+    tmp_path, name, weights, change):
+  folder = finished(tmp_path)
+  path = folder / name
+  data = path.read_bytes()
+  if change == "unlink":
+    path.unlink()
+  else:
+    path.write_bytes({"flip": b"T" + data[1:], "cut": data[:5], "empty": b""}[change])
+  found = manifest.read(folder)
+  with pytest.raises(InputError) as refused:
+    manifest.check_files(folder, found, weights)
+  said = str(refused.value)
+  assert said.startswith(f"{path} ") and said.endswith(
+      f": put the file back, or make {folder.name} again by the command of its run with "
+      f"--redo={folder.name}.")
+  manifest.check_files(folder, found, not weights)
+
+
+def test_an_edited_manifest_is_refused_also_where_its_inputs_are_right(tmp_path):
+  folder = finished(tmp_path)
+  path = folder / "manifest.json"
+  path.write_text(path.read_text().replace('"abc"', '"abd"'))
+  with pytest.raises(InputError, match="manifest.json"):
+    manifest.read(folder)
+
+
+def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
+  name = finished(tmp_path).name
+  with pytest.raises(InputError, match=f"--redo=teacher names no folder of .*choose from {name}"):
+    manifest.set_aside(tmp_path, ["teacher"])
+  for kept in (name, f"{name}+"):
+    manifest.set_aside(tmp_path, [name])
+    assert not (tmp_path / name).exists()
+    assert (tmp_path / "replaced" / kept / "ledger.json").exists()
+    finished(tmp_path)

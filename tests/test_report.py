@@ -231,6 +231,7 @@ PROBE = {"forward_kl": 1.25, "reverse_kl": 2.5, "overlap": 0.5, "student_mass": 
 def probe(run, name, **change):
   files.write_json(run / name / "result.json",
                         {text: PROBE | change for text in ("student", "teacher")})
+  files.write_json(run / name / "manifest.json", {"inputs": {}})
   return name
 
 
@@ -267,6 +268,7 @@ def test_the_table_of_samples_by_hand(tmp_path):
     del found["teacher"]["delta_logp_repeated"]  # no token of it was repeated
     files.write_json(run / name / "result.json",
                      found | ({"prefixes": prefixes} if prefixes else {}))
+    files.write_json(run / name / "manifest.json", {"inputs": {}})
     return name
   probes = [{"stage": one, "before": write(tmp_path, "probe-0", ends),
              "after": write(tmp_path, "probe-1", None, teacher_rank=1.0)}]

@@ -90,15 +90,33 @@ def take(rollout: Rollout, rows: np.ndarray | slice | Sequence[int]) -> Rollout:
   return Rollout(*fields, rollout.weight_version)
 
 
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64  # bytes
+
+
 def to_bytes(rollout: Rollout) -> bytes:
-  """A sampled rollout as one compressed .npz; equal rollouts give equal bytes."""
+  """A sampled rollout as one compressed .npz; equal rollouts give equal bytes.
+
+  The comment of the archive, its last bytes, has the SHA-256 of all bytes before it.
+  """
   out = io.BytesIO()
   np.savez_compressed(out, **rollout._asdict())
-  return out.getvalue()
+  # An archive ends in the length of its comment, two bytes, and the comment.
+  before = out.getvalue()[:-2] + _COMMENT.to_bytes(2, "little")
+  return before + _MARK + hashlib.sha256(before).hexdigest().encode()
 
 
 def from_bytes(data: bytes) -> Rollout:
-  """The rollout that `to_bytes` wrote, now or when a field had its old name."""
+  """The rollout that `to_bytes` wrote, now or when a field had its old name.
+
+  Raises:
+    ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile or zlib.error: it is damaged.
+  """
+  before, comment = data[:-_COMMENT], data[-_COMMENT:]
+  # An archive of an earlier version has no comment. One flipped bit leaves the length or the mark.
+  if comment.startswith(_MARK) or before[-2:] == _COMMENT.to_bytes(2, "little"):
+    if comment != _MARK + hashlib.sha256(before).hexdigest().encode():
+      raise ValueError("its bytes are not those of its checksum")
   # Without pickle a store's file can hold arrays only, and reading it runs no code.
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     # Rollouts are expensive: a new field name must not make stored ones unreadable.

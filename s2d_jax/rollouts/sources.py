@@ -5,6 +5,7 @@ new kind of source is one such class and its entry in SOURCES, which a stage's `
 entry says all that planning, the doctor and the walk ask of a source.
 """
 
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -111,7 +112,14 @@ class Store:
     if folder.exists():
       # Sorted, so that every host and every start index the parts in one order.
       for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
-        self._index(path.stem, records.from_bytes(path.read_bytes()))
+        try:
+          part = records.from_bytes(path.read_bytes())
+        # The archive has a checksum of every array.
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError,
+                ValueError) as error:
+          raise InputError(f"{path} is damaged ({error}): delete it, and its responses are sampled "
+                           "again.") from error
+        self._index(path.stem, part)
 
   def _index(self, name: str, part: Rollout) -> None:
     self._parts[name] = part

@@ -1,8 +1,10 @@
 """Where rollouts come from: each source by hand, with a sampler that counts its calls."""
 
 import numpy as np
+import pytest
 
 from s2d_jax import recipe, rollouts
+from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Prompt
 
 STATS = rollouts.SamplerStats(dispatches=3, tokens=8)
@@ -92,3 +94,20 @@ def test_label_use_of_each_stage():
       "teacher_grpo": "each_step", "teacher_sft": "each_step", "student_grpo": "each_step",
       "forward_kl": "none", "sft": "none", "reverse_kl": "none", "weighted_fkl": "once",
       "self_distillation": "none"}
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2], lambda data: b"",
+    *(lambda data, share=share: data[: (n := int(share * len(data)))] + bytes([data[n] ^ 0x40])
+      + data[n + 1 :] for share in (0, 0.01, 0.1, 0.5, 0.9, 0.98, 0.999))])
+def test_a_damaged_part_of_a_store_is_named_and_sampled_again_once_deleted(tmp_path, damage):
+  source = frozen(Sampler(), tmp_path / "store", "a")
+  whole, _, _ = source.sample("live", PROMPTS, 0)
+  path, = (tmp_path / "store").iterdir()
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(InputError, match=f"{path} is damaged .*: delete it, and its responses are"):
+    rollouts.Store(tmp_path / "store")
+  path.unlink()
+  again, fresh_B, _ = frozen(Sampler(), tmp_path / "store", "a").sample("live", PROMPTS, 0)
+  assert fresh_B.all()
+  np.testing.assert_array_equal(again.response_BT, whole.response_BT)

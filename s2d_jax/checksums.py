@@ -64,14 +64,14 @@ def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> D
   """
   there = [name for name in recorded if (epath.Path(folder) / name).exists()]
   found = _merged(folder, there, together)
-  for name, wanted in sorted(recorded.items()):
+  for name, written in sorted(recorded.items()):
     path = epath.Path(folder) / name
     if name not in found:
       return Damage(name, f"{path} is missing")
-    if found[name]["bytes"] != wanted["bytes"]:
+    if found[name]["bytes"] != written["bytes"]:
       return Damage(name, f"{path} has {found[name]['bytes']:,} bytes and had "
-                          f"{wanted['bytes']:,}")
-    if found[name] != wanted:
+                          f"{written['bytes']:,}")
+    if found[name] != written:
       return Damage(name, f"{path} holds other bytes than were written")
   return None
 
@@ -80,13 +80,13 @@ def _merged(folder: epath.PathLike, names: list[str], together: bool) -> Record:
   """The record of the files, of which each process has read its share."""
   first, processes = hosts.share() if together else (0, 1)
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    own = names[first::processes]
-    of_own = dict(zip(own, pool.map(lambda name: _measured(epath.Path(folder) / name), own),
-                      strict=True))
+    share = names[first::processes]
+    measured = pool.map(lambda name: _measured(epath.Path(folder) / name), share)
+    of_share = dict(zip(share, measured, strict=True))
   if not together:
-    return of_own
+    return of_share
   merged: Record = {}
-  for part in hosts.gather("checksums", of_own, hosts.START_SECONDS):
+  for part in hosts.gather("checksums", of_share, hosts.START_SECONDS):
     merged |= part
   return merged
 

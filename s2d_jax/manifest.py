@@ -83,9 +83,9 @@ def write(folder: epath.PathLike, content: dict) -> None:
 
 def _is_passing(name: str) -> bool:
   """Whether a file of a finished folder is the manifest, or will be gone soon."""
-  top, _, rest = name.partition("/")
+  top = name.partition("/")[0]
   return (name in (NAME, files.LOCK) or top == checksums.FOLDER
-          or top == "checkpoints" and rest.partition("/")[0] != "final")
+          or top == "checkpoints" and not name.startswith("checkpoints/final/"))
 
 
 def check_files(folder: epath.PathLike, manifest: dict, weights: bool,

@@ -88,7 +88,8 @@ VAGUE = {
     "s2d_jax/files.py": ["plain(value)", "plain -> ?", "write_json(value)", "read_json -> ?"],
     "s2d_jax/json_objects.py": ["value -> ?", "shown(found)"],
     "s2d_jax/keys.py": ["check_values(values)", "check_value(value)", "Key.neutral", "Key.default"],
-    "s2d_jax/manifest.py": ["digest(value)"],
+    "s2d_jax/checksums.py": ["digest(value)"],
+    "s2d_jax/hosts.py": ["gather(value)"],
     "s2d_jax/report.py": ["escaped(text)"]}
 
 

@@ -127,7 +127,7 @@ def finished(workdir):
   return folder
 
 
-def test_a_manifest_has_the_checksums_of_what_stays(tmp_path):
+def test_a_manifest_has_the_checksums_of_a_finished_folder(tmp_path):
   folder = finished(tmp_path)
   found = manifest.read(folder)
   assert found["inputs"] == INPUTS and found["revision"] == "abc" and "sha256" not in found
@@ -176,8 +176,8 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   name = finished(tmp_path).name
   with pytest.raises(InputError, match=f"--redo=teacher names no folder of .*choose from {name}"):
     manifest.set_aside(tmp_path, ["teacher"])
-  for kept in (name, f"{name}+"):
+  for moved in (name, f"{name}+"):
     manifest.set_aside(tmp_path, [name])
     assert not (tmp_path / name).exists()
-    assert (tmp_path / "replaced" / kept / "ledger.json").exists()
+    assert (tmp_path / "replaced" / moved / "ledger.json").exists()
     finished(tmp_path)

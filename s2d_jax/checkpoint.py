@@ -5,9 +5,12 @@ A stage folder holds `checkpoints/<step>` while it runs (weights and optimizer) 
 a file of checksums, of the checkpoint and of the logs until then.
 """
 
+import contextlib
+import logging
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 from etils import epath
@@ -53,16 +56,16 @@ class Checkpoints:
     self._logs |= checksums.record(self._stage, logs)
     if self.latest() == step:
       return
-    with jax.transfer_guard("allow"):
-      self._orbax.save(step, state, force=True)
     saved = self._folder / str(step)
+    with _writing(saved):
+      self._orbax.save(step, state, force=True)
     found = checksums.record(saved, checksums.listed(saved))
     if hosts.leader():
       # Written last: a checkpoint without it counts as incomplete.
       files.write_json(_sums(self._stage, step), {"checkpoint": found, "logs": self._logs},
                        sealed=True)
       for path in files.finished_files(_sums(self._stage, step).parent):
-        if not (self._folder / str(int(path.stem))).exists():
+        if path.stem.isdigit() and not (self._folder / str(int(path.stem))).exists():
           path.unlink()
 
   def load(self, abstract: Params) -> Params:
@@ -72,7 +75,8 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for unfinished writes."""
-    self._orbax.close()
+    with _writing(self._folder):
+      self._orbax.close()
 
 
 def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
@@ -126,10 +130,29 @@ def _sums(stage: epath.Path, step: int) -> epath.Path:
   return stage / checksums.FOLDER / f"{step:08d}.json"
 
 
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+  """Turns an error of Orbax's into a WriteError, and keeps its tracebacks from the log."""
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.CRITICAL)
+  try:
+    with jax.transfer_guard("allow"):
+      yield
+  # TensorStore's errors are ValueErrors; those of the metadata's files are OSErrors.
+  except (ValueError, OSError) as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    raise files.not_written(
+        path, os.strerror(int(code[1])) if code else str(error).partition("\n")[0]) from error
+  finally:
+    log.setLevel(level)
+
+
 def save_final(folder: epath.PathLike, params: Params) -> None:
   """Writes `checkpoints/final`; a leftover of an interrupted write is replaced."""
-  with jax.transfer_guard("allow"):
-    ocp.save(_checkpoints(folder) / "final", params, overwrite=True)
+  final = _checkpoints(folder) / "final"
+  with _writing(final):
+    ocp.save(final, params, overwrite=True)
 
 
 def load_final(folder: epath.PathLike, abstract: Params) -> Params:
@@ -145,9 +168,9 @@ def drop_steps(folder: epath.PathLike) -> None:
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":
         path.rmtree()
-    sums = epath.Path(folder) / checksums.FOLDER
-    if sums.exists():
-      sums.rmtree()
+    for path in files.finished_files(epath.Path(folder) / checksums.FOLDER):
+      if path.stem.isdigit():
+        path.unlink()
 
 
 def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | None) -> float:

@@ -1,8 +1,8 @@
 """Checksums of a folder's files: recorded when they are written, compared when they are read back.
 
-A record is {path within the folder: {"bytes": size, "sha256": hex digits}}. The manifest of a
-finished folder has one of all its files. `checkpoint` has one for each checkpoint of a stage that
-runs.
+A record is {path within the folder: {"bytes": size, "sha256": hex digits}}. In the folder
+`checksums`, a finished folder has one of all its files, and a stage that runs one of each
+checkpoint.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from etils import epath
 
 from s2d_jax import hosts
 
-FOLDER = "checksums"  # of a stage that runs: the records of its checkpoints
+FOLDER = "checksums"  # with the records of the folder that it is in
 Record = dict[str, dict[str, Any]]
 
 _CHUNK = 1 << 24  # bytes of a file in memory at once

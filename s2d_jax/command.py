@@ -6,6 +6,7 @@ A mistake gives one sentence on standard error and exit code 2. Flags are writte
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -18,8 +19,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from s2d_jax import chips, writable
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
+# Errors of a disk that is full, read-only or broken, or of a quota.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES)
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
 
@@ -156,6 +159,25 @@ def check_output(path: str | os.PathLike) -> None:
                      ) from error
 
 
+def check_workdir(path: str | os.PathLike) -> None:
+  """Checks that files can be written to a --workdir, before anything is loaded.
+
+  Raises:
+    InputError: they cannot; says why.
+  """
+  text = os.fspath(path)
+  if "://" in text:
+    return  # an object store's first file tells
+  folder = pathlib.Path(text).absolute()
+  try:
+    if folder.exists() and not folder.is_dir():
+      raise InputError(f"--workdir={text} is a file: choose a folder.")
+    writable.check_folder(folder)
+  except OSError as error:
+    raise InputError(f"--workdir={text} cannot be written ({error.strerror}): choose another "
+                     "folder.") from error
+
+
 _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX starts its devices
 
 
@@ -171,8 +193,13 @@ def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     main(argv)
   except InputError as error:
     fail(str(error))
-  except FloatingPointError as error:
+  except (FloatingPointError, WriteError) as error:
     fail(str(error), FAILED)
+  except OSError as error:
+    if error.errno not in _DISK:
+      raise
+    fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): free space or mend "
+         "the disk, and the same command goes on from what was saved before.", FAILED)
 
 
 def fail(sentence: str, code: int = WRONG) -> NoReturn:

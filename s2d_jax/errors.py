@@ -7,3 +7,10 @@ class InputError(ValueError):
   Commands print its message and nothing else. Any other error, also a ValueError of a library, is
   a fault of ours and keeps its traceback.
   """
+
+
+class WriteError(RuntimeError):
+  """A file could not be written, so the run stops; its text is one sentence with the remedy.
+
+  All that was saved before holds, and the same command goes on from there.
+  """

@@ -48,7 +48,7 @@ def export(workdir: str | Path, stage: str, out: str | Path, dtype: str | None =
   # The learner's base has the config and the tokenizer.
   base = record["bases"][record["inputs"]["row"]["learner"]]["folder"]
   model = models.build(hf.read_config(base))
-  manifest.check_files(folder, record, weights=True)
+  manifest.check_files(folder, weights=True)
   params = checkpoint.load_final(
       folder, models.laid_out(model.config, sharding.make_mesh((1, 1, 1))))
   lineage = {"stage": folder.name, "revision": record["revision"],

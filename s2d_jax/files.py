@@ -16,26 +16,56 @@ import numpy as np
 from etils import epath
 
 from s2d_jax import checksums, hosts, json_objects
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
+# An object store may fail for a minute: seconds before each further attempt to write.
+_WAITS = (1, 2, 4, 8, 15, 30)
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 LOCK = "writer.lock"
 _SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
-  """Writes a file so that a reader sees all of it, or the file that was there before."""
+  """Writes a file so that a reader sees all of it, or the file that was there before.
+
+  Raises:
+    WriteError: it cannot be written, in an object store after several attempts.
+  """
   path = epath.Path(path)
   data = data.encode() if isinstance(data, str) else data
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # An object store's put is whole as it is, and a store has no rename.
   if "://" in os.fspath(path):
-    path.write_bytes(data)
+    _put(path, data)
     return
   # The process id keeps the temporary files of two processes apart.
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_bytes(data)
-  temporary.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise not_written(path, error.strerror) from error
+
+
+def _put(path: epath.Path, data: bytes) -> None:
+  """Writes a file of an object store, whose put is whole as it is."""
+  for wait in (*_WAITS, None):
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(data)
+      return
+    # Each store's library has exceptions of its own.
+    except Exception as error:
+      if wait is None:
+        raise not_written(path, str(error).partition("\n")[0]) from error
+      time.sleep(wait)
+
+
+def not_written(path: epath.PathLike, reason: str | None) -> WriteError:
+  """The error to raise where a file or a folder cannot be written."""
+  return WriteError(f"{os.fspath(path)} cannot be written ({reason}): free space or mend the disk, "
+                    "and the same command goes on from what was saved before.")
 
 
 def finished_files(folder: epath.PathLike) -> list[epath.Path]:

@@ -125,7 +125,7 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
     # Arms share stages, whose files are compared once. The report is the work of one process.
     if folder not in manifests:
       manifests[folder] = manifest.load(folder)
-      manifest.check_files(folder, manifests[folder], weights=False, together=False)
+      manifest.check_files(folder, weights=False, together=False)
     return manifests[folder]
 
   for workdir in map(epath.Path, workdirs):

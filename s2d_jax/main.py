@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
   if args.distributed:
     jax.distributed.initialize()
   _set_up_process()
+  if hosts.leader() and not args.plan:
+    command.check_workdir(args.workdir)
   configs = sweep.expand(config)
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
   with keys.prefixed("config."):

@@ -16,6 +16,7 @@ from s2d_jax.errors import InputError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 NAME = "manifest.json"
+_FINISHED = "finished.json"
 ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
@@ -67,7 +68,7 @@ def provenance(mesh: jax.sharding.Mesh) -> dict:
 
 
 def write(folder: epath.PathLike, content: dict) -> None:
-  """Marks a folder finished: writes its manifest, with the checksums of all other files.
+  """Marks a folder finished: writes the checksums of its files, and then its manifest.
 
   On several processes it is a collective, as `checksums.record` is.
   """
@@ -75,9 +76,10 @@ def write(folder: epath.PathLike, content: dict) -> None:
   # The leader has written all files before another process reads its share.
   hosts.barrier(f"files of {folder}")
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
-  content = files.plain(content) | {"files": checksums.record(folder, names)}
+  recorded = checksums.record(folder, names)
   if hosts.leader():
-    files.write_json(folder / NAME, content, sealed=True)
+    files.write_json(folder / checksums.FOLDER / _FINISHED, recorded, sealed=True)
+    files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
 
 
@@ -88,12 +90,10 @@ def _is_passing(name: str) -> bool:
           or top == "checkpoints" and not name.startswith("checkpoints/final/"))
 
 
-def check_files(folder: epath.PathLike, manifest: dict, weights: bool,
-                together: bool = True) -> None:
-  """Compares the files of a finished folder with the checksums of its manifest.
+def check_files(folder: epath.PathLike, weights: bool, together: bool = True) -> None:
+  """Compares the files of a finished folder with its checksums; an older folder may have none.
 
   Args:
-    manifest: of the folder; one of an earlier version has no checksums.
     weights: compares the final weights alone; False: everything but weights.
     together: as `checksums.damage` takes it.
 
@@ -101,13 +101,17 @@ def check_files(folder: epath.PathLike, manifest: dict, weights: bool,
     InputError: a file is damaged; the message has the remedy.
   """
   folder = epath.Path(folder)
-  compared = {name: of_file for name, of_file in manifest.get("files", {}).items()
+  path = folder / checksums.FOLDER / _FINISHED
+  remedy = (f"put the file back, or make {folder.name} again by the command of its run with "
+            f"--redo={folder.name}")
+  if not path.exists():
+    return
+  compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
               if name.startswith("checkpoints/") == weights
               and (weights or not name.endswith(".safetensors"))}
   damage = checksums.damage(folder, compared, together)
   if damage is not None:
-    raise InputError(f"{damage.text}: put the file back, or make {folder.name} again by the "
-                     f"command of its run with --redo={folder.name}.")
+    raise InputError(f"{damage.text}: {remedy}.")
 
 
 def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:

@@ -90,9 +90,15 @@ def _export(folder: epath.Path, *saved: Any) -> None:
   """`hf.save(folder, *saved)`, by way of a local folder where `folder` is in an object store.
 
   An object store has no atomic rename of a folder, which `hf.save` relies on.
+
+  Raises:
+    WriteError: the disk is full, or broken.
   """
   if "://" not in os.fspath(folder):
-    hf.save(folder, *saved)
+    try:
+      hf.save(folder, *saved)
+    except OSError as error:
+      raise files.not_written(folder, error.strerror or str(error)) from error
     return
   with tempfile.TemporaryDirectory() as scratch:
     # Every process takes part, since weights are gathered; only the first one writes.
@@ -284,7 +290,7 @@ def load(plan: Plan, role: str, workdir: epath.Path, mesh: Mesh,
     return Role(*hf.load(folder, mesh, run=run, shapes=shapes_of))
   model = models.build(hf.read_config(folder, **run))
   abstract = models.laid_out(model.config, mesh, shapes_of)
-  manifest.check_files(workdir / role, manifest.load(workdir / role), weights=True)
+  manifest.check_files(workdir / role, weights=True)
   return Role(model, checkpoint.load_final(workdir / role, abstract))
 
 

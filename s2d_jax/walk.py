@@ -30,9 +30,8 @@ def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
   # The plan has no nodes for scores and probes, so all that exist are checked.
   existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
   for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
-    found = manifest.read(workdir / name)
-    if found is not None:
-      manifest.check_files(workdir / name, found, weights=False)
+    if manifest.read(workdir / name) is not None:
+      manifest.check_files(workdir / name, weights=False)
 
 
 def run(plan: Plan, workdir: epath.PathLike) -> None:

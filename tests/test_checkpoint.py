@@ -1,13 +1,15 @@
 """Checkpoints are complete or absent, and load on another mesh."""
 
+import contextlib
 import pathlib
+import resource
 import shutil
 
 import numpy as np
 import pytest
 
 from s2d_jax import checkpoint, metrics, sharding
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 
 def state(value, mesh):
@@ -126,3 +128,41 @@ def test_a_damaged_log_before_a_checkpoint_stops_the_stage_and_is_named(tmp_path
   # The remedy works.
   shutil.rmtree(tmp_path / "checkpoints" / "4")
   assert resumed(tmp_path) == (2, 2.0)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """Lets no file of this process grow beyond `size` bytes, as on a disk that is full."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_holds(tmp_path, capfd):
+  mesh = sharding.make_mesh((1, 1, 1))
+  # Random numbers, which no compression makes small.
+  wide = {"w": sharding.put(np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32),
+                            sharding.weight_sharding(mesh, ("embed", "mlp"), (256, 256)))}
+  steps = checkpoint.Checkpoints(tmp_path)
+  steps.save(2, wide)
+  with pytest.raises(WriteError) as refused, files_of_at_most(100_000):
+    steps.save(4, wide)
+  assert str(refused.value) == (
+      f"{tmp_path}/checkpoints/4 cannot be written (File too large): free space or mend the disk, "
+      "and the same command goes on from what was saved before.")
+  with contextlib.suppress(WriteError):  # the error again
+    steps.close()
+  assert capfd.readouterr().err == ""
+  # With space the stage goes on.
+  steps = checkpoint.Checkpoints(tmp_path)
+  assert steps.latest() == 2
+  steps.save(4, wide)
+  steps.close()
+  assert checkpoint.Checkpoints(tmp_path).latest() == 4
+  with pytest.raises(WriteError, match="checkpoints/final cannot be written"):
+    with files_of_at_most(100_000):
+      checkpoint.save_final(tmp_path, wide)
+  checkpoint.save_final(tmp_path, wide)

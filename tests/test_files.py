@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from s2d_jax import files
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -83,3 +84,44 @@ def test_a_sealed_object_is_read_back_and_any_change_is_named(tmp_path):
   path.write_text(text.replace("2.5", "3.5"))
   with pytest.raises(InputError, match=f"{path} is damaged, or was edited: buy a new disk."):
     files.read_json(path, "buy a new disk")
+
+
+def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(WriteError, match="file/a.json cannot be written .File exists.: "):
+    files.write_json(tmp_path / "file" / "a.json", {})
+  path = tmp_path / "a.json"
+  path.write_text("before")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+  try:
+    with pytest.raises(WriteError, match="a.json cannot be written .File too large.: free space"):
+      files.write(path, "x" * 100)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  # The file before holds, and nothing is left behind.
+  assert path.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == [
+      "a.json", "file"]
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch):
+  waits, attempts = [], []
+  class Address:
+    """An address whose first four puts fail."""
+    parent = property(lambda self: self)
+    def __fspath__(self):
+      return "gs://bucket/a"
+    def mkdir(self, **_):
+      pass
+    def write_bytes(self, data):
+      attempts.append(data)
+      if len(attempts) < 5:
+        raise RuntimeError("503 Service Unavailable\nmore")
+  monkeypatch.setattr(files.time, "sleep", waits.append)
+  monkeypatch.setattr(files.epath, "Path", lambda path: path)
+  files.write(Address(), "x")
+  assert attempts == [b"x"] * 5 and waits == [1, 2, 4, 8]
+  Address.write_bytes = lambda self, data: (_ for _ in ()).throw(RuntimeError("403 Forbidden\nmore"))
+  with pytest.raises(WriteError, match="gs://bucket/a cannot be written .403 Forbidden.: free"):
+    files.write(Address(), "x")
+  assert sum(waits[4:]) == 60

@@ -129,16 +129,16 @@ def finished(workdir):
 
 def test_a_manifest_has_the_checksums_of_a_finished_folder(tmp_path):
   folder = finished(tmp_path)
-  found = manifest.read(folder)
-  assert found["inputs"] == INPUTS and found["revision"] == "abc" and "sha256" not in found
-  assert set(found["files"]) == {
+  assert manifest.read(folder) == {"inputs": INPUTS, "revision": "abc", "mesh": {"data": 1}}
+  found = files.read_json(folder / "checksums" / "finished.json")
+  assert set(found) == {
       "ledger.json", "ledger/00000000.jsonl", "checkpoints/final/d/weights",
       "hf/model.safetensors", "hf/config.json"}
   # printf 'text of ledger.json' | sha256sum
-  assert found["files"]["ledger.json"] == {"bytes": 19, "sha256": (
+  assert found["ledger.json"] == {"bytes": 19, "sha256": (
       "99233a4c7932c3651d78e2f90de676028aaa41a9214b82e0c20971e19b4ae556")}
   for weights in (False, True):
-    manifest.check_files(folder, found, weights)
+    manifest.check_files(folder, weights)
 
 
 @pytest.mark.parametrize("name, weights", [
@@ -154,14 +154,13 @@ def test_a_damaged_file_of_a_finished_folder_is_named_with_the_remedy(
     path.unlink()
   else:
     path.write_bytes({"flip": b"T" + data[1:], "cut": data[:5], "empty": b""}[change])
-  found = manifest.read(folder)
   with pytest.raises(InputError) as refused:
-    manifest.check_files(folder, found, weights)
+    manifest.check_files(folder, weights)
   said = str(refused.value)
   assert said.startswith(f"{path} ") and said.endswith(
       f": put the file back, or make {folder.name} again by the command of its run with "
       f"--redo={folder.name}.")
-  manifest.check_files(folder, found, not weights)
+  manifest.check_files(folder, not weights)
 
 
 def test_an_edited_manifest_is_refused_also_where_its_inputs_are_right(tmp_path):

@@ -77,7 +77,11 @@ def save(folder: Path, model: Model, params: Params, source: Path | None = None,
       # Every process takes part in the fetch, whether or not it writes.
       tensors = {name: _fetched(name, params, names[name], types[name]) for name in inside}
       if leader:
-        safetensors.numpy.save_file(tensors, partial / file, {"format": "pt"})
+        try:
+          safetensors.numpy.save_file(tensors, partial / file, {"format": "pt"})
+        # The library has an error of its own for a full disk.
+        except safetensors.SafetensorError as error:
+          raise OSError(f"{partial / file} cannot be written ({error})") from error
     if leader:
       _write_other_files(partial, config, files, total_bytes, inherited, lineage_text)
   # Outside: once the target was moved aside, `partial` may be the only copy in its place.

@@ -12,7 +12,7 @@ from tests.end_to_end import job
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
         "student_grpo")
 # Wall-clock, and what depends on it: kept apart from everything else for this reason.
-CLOCKS = ("timing", "starts", "tensorboard", "writer.lock")
+CLOCKS = ("timing", "starts", "tensorboard", "writer.lock", "checksums")
 
 
 def start(workdir, bases, *flags):

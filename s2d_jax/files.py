@@ -5,6 +5,7 @@ through here, so that a report needs no checkpoint library.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -140,7 +141,6 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     yield (lambda: None), None
     return
   process = {"host": socket.gethostname(), "pid": os.getpid()}
-  last = _take_over(path, process) if path.exists() else None
   written = 0.0
 
   def heartbeat() -> None:
@@ -150,7 +150,9 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
       written = time.time()
       write_json(path, {**process, "beat": written})
 
-  heartbeat()
+  with _one_at_a_time(path.parent):
+    last = _take_over(path, process) if path.exists() else None
+    heartbeat()
   try:
     yield heartbeat, last
   except Exception:
@@ -161,6 +163,24 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     path.unlink(missing_ok=True)
     raise
   path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
+  """Lets one process of several look at a lock and write it; those of an object store do not wait.
+  """
+  if "://" in os.fspath(folder):
+    yield
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    guard = open(folder / ".writer", "w")
+  except OSError as error:
+    raise not_written(folder, error.strerror) from error
+  with guard:
+    # The system lets go of it when the file is closed, also by a kill.
+    fcntl.flock(guard, fcntl.LOCK_EX)
+    yield
 
 
 def _take_over(path: epath.Path, process: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ import pytest
 
 from s2d_jax import files
 from s2d_jax.errors import InputError, WriteError
+from tests import interpreter
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -50,6 +51,30 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
     heartbeat()
   assert "taking over" in capsys.readouterr().out
   assert not path.exists()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_two_writers_that_start_at_once_one_is_refused(tmp_path, stale):
+  if stale:
+    (tmp_path / "writer.lock").write_text(json.dumps(
+        {"host": socket.gethostname(), "pid": 2**22 + 1, "beat": 0.0}))
+  # All of them wait for one moment, hold the lock for a while, and say who had it.
+  script = """
+import sys, time
+from s2d_jax import files
+time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
+try:
+  with files.only_writer(sys.argv[1]):
+    time.sleep(3)
+    print("held")
+except ValueError as error:
+  print("refused", error)
+"""
+  moment = str(time.time() + 20)
+  started = [interpreter.start("-c", script, tmp_path, moment) for _ in range(4)]
+  printed = [process.wait(90).stdout.splitlines()[-1] for process in started]
+  assert sum(line == "held" for line in printed) == 1, printed
+  assert sum("is being written by process" in line for line in printed) == 3, printed
 
 
 def test_a_lock_of_another_host_is_valid_for_an_hour(tmp_path):
@@ -104,7 +129,7 @@ def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path):
       "a.json", "file"]
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch):
+def test_a_store_that_fails_for_a_while_is_tried_again(monkeypatch):
   waits, attempts = [], []
   class Address:
     """An address whose first four puts fail."""
@@ -121,7 +146,9 @@ def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch):
   monkeypatch.setattr(files.epath, "Path", lambda path: path)
   files.write(Address(), "x")
   assert attempts == [b"x"] * 5 and waits == [1, 2, 4, 8]
-  Address.write_bytes = lambda self, data: (_ for _ in ()).throw(RuntimeError("403 Forbidden\nmore"))
+  def refused(self, data):
+    raise RuntimeError("403 Forbidden\nmore")
+  Address.write_bytes = refused
   with pytest.raises(WriteError, match="gs://bucket/a cannot be written .403 Forbidden.: free"):
     files.write(Address(), "x")
   assert sum(waits[4:]) == 60

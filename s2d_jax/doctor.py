@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from s2d_jax import (
   bases,
   chat,
+  combinations,
   evals,
   keys,
   loop,
@@ -180,7 +181,8 @@ def _check_stage(path: str, hp: ConfigDict, stage: Stage) -> None:
     selection.check(hp)
     options.check(hp, stage)
     if stage.reward:
-      objectives.check_rewards(hp)
+      combinations.check_rewards(hp)
+      combinations.check_policy(hp)
   # An optimizer update takes an equal slice of the samples, a microbatch one of the update.
   samples = hp.sampling.samples_per_prompt
   fitting = stage.source.samples_per_prompt

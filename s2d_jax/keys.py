@@ -8,6 +8,7 @@ The doctor checks a config against the records, and a stage's name is hashed fro
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
@@ -120,6 +121,9 @@ def check_value(path: str, value: Any, key: Key) -> None:
     fits = key.check(value)
   except (TypeError, AttributeError, ValueError):
     fits = False
+  # A bound on one side alone lets an infinity pass, which no report could write down.
+  if isinstance(value, float) and not math.isfinite(value) and value != key.neutral:
+    raise InputError(f"{path} is {value}: choose a finite number.")
   if not fits:
     absent = ", or leave it out" if key.optional else ""
     # A block as one line.

@@ -264,13 +264,6 @@ REWARD_KEYS = {
     "overlong_cache": keys.at_least(1, default=1)}
 
 
-def check_rewards(hp: ConfigDict) -> None:
-  """Raises InputError where the penalty for long responses begins before their first token."""
-  if hp.overlong_cache > hp.sampling.max_tokens:
-    raise InputError(f"overlong_cache is {hp.overlong_cache}: choose at most sampling.max_tokens, "
-                     f"{hp.sampling.max_tokens}.")
-
-
 def length_penalty(hp: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
   """The function length_B -> addition_B to the rewards of long responses, or None without one."""
   if hp.overlong != "soft":

@@ -4,7 +4,6 @@ Arms that begin with equal stages share nodes. All is checked here, before anyth
 """
 
 import importlib.metadata
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from s2d_jax import (
   allocate,
   chat,
+  combinations,
   doctor,
   foresee,
   guides,
@@ -293,6 +293,8 @@ def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
       for needed in (use.stage, *use.steps_from):
         if needed not in config.stages:
           raise InputError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
+    combinations.check_arm(arm, [config.stages[name].steps for use in arms[arm]
+                                 for name in (use.stage, *use.steps_from)])
   if not chosen:
     raise InputError(f"config.arms is empty: choose from {', '.join(arms)}.")
   return chosen
@@ -348,13 +350,9 @@ def _node(plan: Plan, stage: Stage, use: Use, current: Mapping[str, str]) -> Nod
 def _check_problems(plan: Plan, stage: Stage, hp: ConfigDict, split: str) -> None:
   """Refuses a split of fewer problems than a step takes, or without the texts of the source."""
   prompts = plan.prompts[split]
-  for key in ("prompts", *(["foresee.problems"] if "foresee" in hp else [])):
-    needed = operator.attrgetter(key)(hp)
-    if needed > len(prompts):
-      raise InputError(f"config.stages.{stage.name}.{key} is {needed} and the split {split} has "
-                       f"{len(prompts)} problems: lower it.")
-  if "allocate" in hp:
-    with keys.prefixed(f"config.stages.{stage.name}."):
+  with keys.prefixed(f"config.stages.{stage.name}."):
+    combinations.check_problems(hp, len(prompts), split)
+    if "allocate" in hp:
       allocate.check_families(hp, split, plan.family, prompts,
                               plan.prompts[plan.config.probe.split])
   for key in stage.source.texts:

@@ -1,6 +1,7 @@
 """Bad input at start: one sentence with the remedy, from `recipe.run`, and nothing is written."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -221,6 +222,36 @@ VALUES = [
     ("stages.sft.steps", "many", "config.stages.sft.steps is 'many': set it to 1 or more"),
     ("stages.cold_grpo", {}, "config.stages.cold_grpo is not a stage of the recipe: remove it"),
     ("stages.teacher_grpo.prompts", 64, "prompts is 64 and the split 1h has .*: lower it."),
+    # No number that a report cannot write, also where a bound is on one side alone.
+    ("stages.sft.optim.lr", math.inf, "sft.optim.lr is inf: choose a finite number."),
+    ("stages.sft.optim.lr", math.nan, "sft.optim.lr is nan: choose a finite number."),
+    ("stages.sft.optim.clip", math.nan, "sft.optim.clip is nan: choose a finite number."),
+    ("stages.sft.optim.clip", -math.inf, "sft.optim.clip is -inf: choose a finite number."),
+    ("stages.sft.optim.weight_decay", math.inf, "weight_decay is inf: choose a finite number."),
+    ("stages.sft.optim.eps", math.inf, "sft.optim.eps is inf: choose a finite number."),
+    ("stages.student_grpo.clip_most", math.nan, "clip_most is nan: choose a finite number."),
+    ("stages.student_grpo.clip_high", math.inf, "clip_high is inf: choose a finite number."),
+    ("stages.student_grpo.kl_coef", math.inf, "kl_coef is inf: choose a finite number."),
+    ("stages.student_grpo.mismatch_most", math.inf, "mismatch_most is inf: choose a finite num"),
+    ("stages.reverse_kl.student_temperature", math.inf, "student_temperature is inf: choose a f"),
+    ("stages.reverse_kl.student_temperature", math.nan, "student_temperature is nan: choose a f"),
+    ("stages.sft.lora.alpha", math.inf, "sft.lora.alpha is inf: choose a finite number."),
+    ("stages.sft.sampling.temperature", math.inf, "temperature is inf: choose a finite number."),
+    ("stages.sft.sampling.temperature", 1e-40, "temperature is 1e-40: choose 0 .greedy., or 0.00"),
+    # Settings that make no sense together.
+    ("stages.teacher_grpo.sampling.samples_per_prompt", 1,
+     "teacher_grpo.sampling.samples_per_prompt is 1 and rewards are compared between .* 2 or more"),
+    ("stages.student_grpo.sampling.temperature", 0.0,
+     "temperature is 0, so all samples of a prompt are equal and their rewards teach nothing"),
+    ("stages.student_grpo.sampling.temperature", 0.6,
+     "temperature is 0.6 and mismatch is 'none', so .*: set mismatch to truncate or mask, or "
+     "sampling.temperature to 1.0."),
+    ("stages.student_grpo.sampling.top_p", 0.8, "top_p is 0.8 and mismatch is 'none', so samples"),
+    ("stages.student_grpo.sampling.top_k", 5, "top_k is 5 and mismatch is 'none', so samples are"),
+    ("stages.student_grpo.sampling.min_p", 0.1, "min_p is 0.1 and mismatch is 'none', so samples"),
+    ("stages.student_grpo.kl_coef", 0.1, "kl_coef is 0.1 and kl is 'none', so nothing reads it"),
+    ("stages.teacher_grpo.rounds", 999,
+     "teacher_grpo.rounds is 999, which takes 3996 problems in a step, and the split all has "),
 ]
 
 
@@ -624,3 +655,10 @@ def test_a_task_without_boxes_may_have_such_answers():
   found = doctor.unmatched(lambda problem, text: float(problem["answer"] == text),
                            lambda answer: answer, {"labelled": rows})
   assert found == []
+
+
+def test_an_arm_that_trains_nothing_is_refused(config, tmp_path):
+  config.arms = "cold_grpo"
+  config.stages.student_grpo.steps = 0
+  said = refused(config, tmp_path)
+  assert "the arm cold_grpo trains nothing, because all of its stages have 0 steps: raise" in said

@@ -47,7 +47,9 @@ class Sampling(NamedTuple):
 
   KEYS = {  # the block of a config that becomes a Sampling; the tokenizer gives the other two
       "samples_per_prompt": keys.at_least(1),
-      "temperature": Key(lambda x: 0 <= x < math.inf, "choose 0 (greedy) or more", neutral=1.0),
+      # Logits that are divided by less than this overflow.
+      "temperature": Key(lambda x: x == 0 or 1e-4 <= x < math.inf,
+                         "choose 0 (greedy), or 0.0001 or more", neutral=1.0),
       "top_p": Key(lambda p: 0 < p <= 1, "choose it above 0, up to 1 (off)", neutral=1.0),
       "top_k": Key(lambda k: k >= 0 and k % 1 == 0, "choose 0 (off) or more", neutral=0),
       "min_p": Key(lambda p: 0 <= p <= 1, "choose it from 0 (off) to 1", neutral=0.0),

@@ -99,7 +99,7 @@ def test_a_key_without_a_neutral_value_renames(monkeypatch):
     ("stages.sft.lora.rank", 2, {"sft"}),
     ("stages.weighted_fkl.top_k", 3, {"weighted_fkl"}),
     ("stages.weighted_fkl.sampling.top_p", 0.9, {"weighted_fkl"}),
-    ("stages.student_grpo.kl_coef", 0.1, {"student_grpo"}),
+    ("stages.student_grpo.clip_high", 0.3, {"student_grpo"}),
 ])
 def test_another_value_renames(key, value, stages):
   config = shipped()

@@ -29,9 +29,7 @@ def group_advantages_centred(reward_PG: np.ndarray) -> np.ndarray:
   Dr. GRPO (https://arxiv.org/abs/2503.20783), which explains why not to divide by the spread.
   Float rewards in, the same shape and type out.
   """
-  # The mean of equal floats need not equal them: without the factor, rounding would give a group of
-  # equal rewards an advantage.
-  return (reward_PG - reward_PG.mean(axis=1, keepdims=True)) * _mixed(reward_PG)
+  return _centred(reward_PG).astype(reward_PG.dtype)
 
 
 def group_advantages(reward_PG: np.ndarray) -> np.ndarray:
@@ -43,16 +41,21 @@ def group_advantages(reward_PG: np.ndarray) -> np.ndarray:
   one, so the mean of A² over a mixed group is 1; with the sample one, as in some libraries, A is
   smaller by √((G − 1)/G). Float rewards in, the same shape and type out.
   """
-  centred_PG = group_advantages_centred(reward_PG)
+  centred_PG = _centred(reward_PG)
+  spread_P1 = np.sqrt(np.square(centred_PG).mean(axis=1, keepdims=True))
   # Groups of equal rewards have spread 0 and advantage 0; dividing them by 1 avoids 0/0.
-  return centred_PG / (reward_PG.std(axis=1, keepdims=True) + (1 - _mixed(reward_PG)))
+  return (centred_PG / np.where(spread_P1 > 0, spread_P1, 1.0)).astype(reward_PG.dtype)
 
 
-def _mixed(reward_PG: np.ndarray) -> np.ndarray:
-  """1 for a group whose rewards differ, else 0: the mean of equal floats need not equal them."""
-  low_P1 = reward_PG.min(axis=1, keepdims=True)
-  high_P1 = reward_PG.max(axis=1, keepdims=True)
-  return (high_P1 > low_P1).astype(reward_PG.dtype)
+def _centred(reward_PG: np.ndarray) -> np.ndarray:
+  """Reward above the group's mean in float64; 0 for a group whose rewards are equal to rounding."""
+  wide_PG = np.asarray(reward_PG, np.float64)
+  # A sum of two rewards may miss its value by rounding. Divided by such a spread, rounding would be
+  # an advantage of full size.
+  largest_P1 = np.abs(wide_PG).max(axis=1, keepdims=True)
+  rounding_P1 = 4 * jnp.finfo(reward_PG.dtype).eps * largest_P1
+  is_mixed_P1 = np.ptp(wide_PG, axis=1, keepdims=True) > rounding_P1
+  return (wide_PG - wide_PG.mean(axis=1, keepdims=True)) * is_mixed_P1
 
 
 class Clip(NamedTuple):
@@ -74,14 +77,15 @@ def clipped_surrogate(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: 
   (https://arxiv.org/abs/2402.03300); low ≠ high as in DAPO (https://arxiv.org/abs/2503.14476).
   """
   del mask_BT, segments_BT
-  ratio_BT = _ratio(logp_BT, old_logp_BT)
+  ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
   is_raised_BT = (advantage_BT > 0) & (ratio_BT > 1 + clip.high)
   is_lowered_BT = (advantage_BT < 0) & (ratio_BT < 1 - clip.low)
   clipped_BT = is_raised_BT | is_lowered_BT
   # One choice instead of a minimum of two products: the gradients of a minimum and of a clip are
   # halved where both arguments are equal.
-  bound_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, 1 - clip.low, 1 + clip.high))
-  return -jnp.where(clipped_BT, bound_BT, ratio_BT) * advantage_BT, clipped_BT
+  bound_BT = jnp.clip(ratio_BT, 1 - clip.low, 1 + clip.high)
+  moving_BT = _ratio(_constant_where(clipped_BT, logp_BT, old_logp_BT), old_logp_BT)
+  return -jnp.where(clipped_BT, bound_BT, moving_BT) * advantage_BT, clipped_BT
 
 
 def dual_clipped_surrogate(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array,
@@ -96,11 +100,13 @@ def dual_clipped_surrogate(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage
   gives a loss as large as its ratio. `clip.most` > 1 is the c of Ye et al. 2020
   (https://arxiv.org/abs/1912.09729, eq. 5).
   """
+  ratio_BT = _ratio(jax.lax.stop_gradient(logp_BT), old_logp_BT)
+  is_bounded_BT = (advantage_BT < 0) & (ratio_BT > clip.most)
   loss_BT, clipped_BT = clipped_surrogate(
-      logp_BT, old_logp_BT, advantage_BT, clip, mask_BT, segments_BT)
-  is_bounded_BT = (advantage_BT < 0) & (_ratio(logp_BT, old_logp_BT) > clip.most)
-  bounded_loss_BT = jnp.minimum(loss_BT, -clip.most * advantage_BT)
-  return jnp.where(advantage_BT < 0, bounded_loss_BT, loss_BT), clipped_BT | is_bounded_BT
+      _constant_where(is_bounded_BT, logp_BT, old_logp_BT), old_logp_BT, advantage_BT, clip,
+      mask_BT, segments_BT)
+  return (jnp.where(is_bounded_BT, -clip.most * advantage_BT, loss_BT),
+          clipped_BT | is_bounded_BT)
 
 
 def gspo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, clip: Clip,
@@ -141,6 +147,15 @@ def cispo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantage_BT: jax.Array, c
 
 SURROGATES = {"clipped": clipped_surrogate, "dual_clipped": dual_clipped_surrogate, "gspo": gspo,
               "cispo": cispo}
+
+
+def _constant_where(clipped_BT: jax.Array, logp_BT: jax.Array,
+                    old_logp_BT: jax.Array) -> jax.Array:
+  """The log-probabilities, and the old ones where a clip replaces the ratio.
+
+  There the exponential may overflow, and its derivative times 0 would be NaN.
+  """
+  return jnp.where(clipped_BT, old_logp_BT, logp_BT)
 
 
 def _ratio(logp_BT: jax.Array, old_logp_BT: jax.Array) -> jax.Array:

@@ -196,8 +196,15 @@ def k3_corrected(logp_BT: jax.Array, reference_logp_BT: jax.Array,
   of k3 alone is not even where π = π_old. DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556).
   Log-probabilities in nats, [B, T].
   """
-  ratio_BT = jnp.exp(logp_BT.astype(jnp.float32) - old_logp_BT.astype(jnp.float32))
-  return ratio_BT * k3(logp_BT, reference_logp_BT)
+  logp_BT = logp_BT.astype(jnp.float32)
+  ratio_BT = jnp.exp(logp_BT - old_logp_BT.astype(jnp.float32))
+  value_BT = ratio_BT * k3(logp_BT, reference_logp_BT)
+  # The derivative in log π is π/π_old · (log π − log π_ref). Differentiated term by term, two terms
+  # of size π_ref/π would cancel and leave rounding alone.
+  slope_BT = jax.lax.stop_gradient(
+      ratio_BT * (logp_BT - reference_logp_BT.astype(jnp.float32)))
+  moving_BT = slope_BT * logp_BT
+  return jax.lax.stop_gradient(value_BT) + moving_BT - jax.lax.stop_gradient(moving_BT)
 
 
 def forward_kl_gradient_norm(student_logits_BTV: jax.Array,

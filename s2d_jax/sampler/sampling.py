@@ -104,7 +104,7 @@ def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     logits_BV = jnp.where(logits_BV < best_Bn[:, -1:], -jnp.inf, logits_BV)
   if sampling.top_p < 1:
     # After top-k the few logits that are left are sorted already, so no search is needed.
-    least_B1 = (_top_p_threshold_of_sorted(best_Bn, sampling.top_p) if narrow
+    least_B1 = (_top_p_threshold_of_sorted(best_Bn, logits_BV, sampling.top_p) if narrow
                 else _top_p_threshold(logits_BV, sampling.top_p))
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   if sampling.min_p > 0:
@@ -114,9 +114,11 @@ def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   return logits_BV
 
 
-def _top_p_threshold_of_sorted(best_Bn: jax.Array, top_p: float) -> jax.Array:
-  """The smallest logit that top-p keeps, of logits in falling order that have all the mass."""
-  p_Bn = jax.nn.softmax(best_Bn, axis=-1)
+def _top_p_threshold_of_sorted(best_Bn: jax.Array, logits_BV: jax.Array,
+                               top_p: float) -> jax.Array:
+  """The smallest logit that top-p keeps, of the largest ones in falling order."""
+  # All that is left has the mass: of several logits equal to the k-th, `best_Bn` has not all.
+  p_Bn = jnp.exp(best_Bn - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True))
   inside_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn < top_p  # the mass before this token
   return jnp.min(jnp.where(inside_Bn, best_Bn, best_Bn[:, :1]), axis=-1, keepdims=True)
 

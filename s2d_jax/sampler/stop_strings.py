@@ -1,8 +1,15 @@
 """Where a stop string ends a response: found on the host, because only text shows it."""
 
+import re
+
 import numpy as np
 
 from s2d_jax.sampler.sampling import Decode
+
+
+def _occurrences(string: str, text: str) -> int:
+  """How often a string occurs; an occurrence may begin inside the one before, as in "aaa"."""
+  return len(re.findall(f"(?={re.escape(string)})", text))
 
 
 class StopDetector:
@@ -25,11 +32,11 @@ class StopDetector:
     if not self.strings or len(ids) <= self.min_tokens or not self._may_contain(ids, start):
       return None
     early = self.decode(ids[: self.min_tokens])
-    before = {string: early.count(string) for string in self.strings}
+    before = {string: _occurrences(string, early) for string in self.strings}
 
     def complete(length: int) -> bool:
       text = self.decode(ids[:length])
-      return any(text.count(string) > count for string, count in before.items())
+      return any(_occurrences(string, text) > count for string, count in before.items())
 
     if not complete(len(ids)):
       return None

@@ -231,3 +231,38 @@ def test_overlong_penalty_by_hand():
   # DAPO's own: 20,480 tokens of which the last 4,096 are penalised.
   got = grpo.overlong_penalty(np.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
+
+
+@pytest.mark.parametrize("advantages", [grpo.group_advantages, grpo.group_advantages_centred])
+def test_rewards_that_are_equal_to_rounding_have_no_advantage(advantages):
+  # In float32 the sum is 0.70000005, and 0.7 is 0.69999999.
+  row = [np.float32(0.3) + np.float32(0.4), 0.7, 0.7, 0.7]
+  reward_PG = np.array([row, row], np.float32)
+  assert len(set(reward_PG[0])) == 2
+  np.testing.assert_array_equal(advantages(reward_PG), np.zeros((2, 4)))
+  # A spread that is small and no rounding counts.
+  assert advantages(np.array([[1.0, 1.0001]], np.float32))[0, 1] > 0
+
+
+def test_advantages_are_those_of_float64():
+  reward_PG = np.random.default_rng(0).normal(1000, 1e-2, (5, 8)).astype(np.float32)
+  wide_PG = reward_PG.astype(np.float64)
+  want_PG = (wide_PG - wide_PG.mean(1, keepdims=True)) / wide_PG.std(1, keepdims=True)
+  got_PG = grpo.group_advantages(reward_PG)
+  assert got_PG.dtype == np.float32
+  np.testing.assert_allclose(got_PG, want_PG, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate, advantage, log_ratio, grad", [
+    # The clipped side of a ratio beyond the largest float32, e^88.7.
+    ("clipped", 1.0, 89.0, 0.0), ("clipped", 1.0, 1000.0, 0.0), ("dual_clipped", 1.0, 89.0, 0.0),
+    ("dual_clipped", -1.0, 89.0, 0.0), ("dual_clipped", -1.0, 1000.0, 0.0),
+    ("clipped", -1.0, -200.0, 0.0), ("gspo", 1.0, 89.0, 0.0), ("cispo", 1.0, 89.0, -1.2)])
+def test_a_gradient_on_the_clipped_side_is_finite(surrogate, advantage, log_ratio, grad):
+  ones = jnp.ones((1, 1))
+  def loss(logp):
+    value_BT, _ = grpo.SURROGATES[surrogate](
+        logp * ones, 0.0 * ones, advantage * ones, grpo.Clip(0.2, 0.2, 3.0), ones > 0,
+        jnp.zeros((1, 1), jnp.int32))
+    return value_BT[0, 0]
+  assert float(jax.grad(loss)(log_ratio)) == pytest.approx(grad)

@@ -689,3 +689,19 @@ def test_corrected_k3_is_unbiased_in_value_and_gradient_off_policy():
   np.testing.assert_allclose(expected(new), kl.reverse_kl(new, ref), rtol=1e-5)
   want = jax.grad(lambda x: kl.reverse_kl(x, ref))(new)
   np.testing.assert_allclose(jax.grad(expected)(new), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("log_ratio", [2**-10, 0.5, -3.0, 18.0, 20.0, 30.0, -40.0])
+def test_the_gradient_of_corrected_k3_is_that_of_float64(log_ratio):
+  # On policy the derivative of π/π_old · k3 in log π is log π − log π_ref, whatever its size.
+  logp, reference = -1.5, -1.5 + log_ratio
+  def value(logp, old):
+    return kl.k3_corrected(jnp.full((1, 1), logp), jnp.full((1, 1), reference),
+                           jnp.full((1, 1), old))[0, 0]
+  assert float(jax.grad(value)(logp, logp)) == pytest.approx(-log_ratio, rel=1e-5, abs=1e-6)
+  # Off policy it is weighted by the ratio.
+  assert float(jax.grad(value)(logp, logp - 0.5)) == pytest.approx(
+      -log_ratio * np.exp(0.5), rel=1e-5, abs=1e-6)
+  # The value is ρ − 1 − log ρ, of two terms that are each rounded to float32.
+  assert float(value(logp, logp)) == pytest.approx(
+      np.expm1(log_ratio) - log_ratio, rel=1e-5, abs=2 * 1.2e-7 * abs(log_ratio))

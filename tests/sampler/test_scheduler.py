@@ -395,7 +395,10 @@ def cut(ids, start=0, min_tokens=0, strings=("bc",), text="".join):
     ("abcd", {}, 3), ("abd", {}, None), ("bcbc", {"min_tokens": 2}, 4),
     ("bcxxx", {"min_tokens": 2}, None), ("bcxxx", {"min_tokens": 1}, 2), ("abc", {"start": 2}, 3),
     ("xyzbc", {"strings": ("zz", "yz")}, 3), (["a", "xb", "cy", "z"], {}, 3),
-    (["abcabc"], {}, 1), ("ab", {"min_tokens": 2}, None)])
+    (["abcabc"], {}, 1), ("ab", {"min_tokens": 2}, None),
+    # Occurrences that begin inside the one before, which is complete by min_tokens.
+    ("aaaa", {"strings": ("aa",), "min_tokens": 2}, 3),
+    ("xababab", {"strings": ("abab",), "min_tokens": 5}, 7)])
 def test_the_token_at_which_a_stop_string_ends_a_response(ids, arguments, want):
   # With the token that completes it, however split; what was complete by min_tokens is not it.
   assert cut(ids, **arguments) == want

@@ -58,7 +58,7 @@ class Checkpoints:
       return
     saved = self._folder / str(step)
     with _writing(saved):
-      self._orbax.save(step, state, force=True)
+      self._orbax.save(step, _named(state), force=True)
     found = checksums.record(saved, checksums.listed(saved))
     if hosts.leader():
       # Written last: a checkpoint without it counts as incomplete.
@@ -71,12 +71,20 @@ class Checkpoints:
   def load(self, abstract: Params) -> Params:
     """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
     with jax.transfer_guard("allow"):
-      return self._orbax.load(self.latest(), abstract)
+      found = self._orbax.load(self.latest(), _named(abstract))
+    return abstract._replace(**found) if hasattr(abstract, "_replace") else found
 
   def close(self) -> None:
     """Waits for unfinished writes."""
     with _writing(self._folder):
       self._orbax.close()
+
+
+def _named(state: Params) -> Params:
+  """A state's fields by name, without absent ones: a later version may have further ones."""
+  if not hasattr(state, "_asdict"):
+    return state
+  return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:

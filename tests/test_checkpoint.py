@@ -4,7 +4,9 @@ import contextlib
 import pathlib
 import resource
 import shutil
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -166,3 +168,30 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_holds(tmp_path, c
     with files_of_at_most(100_000):
       checkpoint.save_final(tmp_path, wide)
   checkpoint.save_final(tmp_path, wide)
+
+
+class Fields(NamedTuple):
+  """The fields that a state has today."""
+  step: jax.Array
+  params: dict
+
+
+class MoreFields(NamedTuple):
+  """Those of a later version, whose new field is absent by default."""
+  step: jax.Array
+  params: dict
+  anchor: dict | None = None
+
+
+def test_a_field_that_is_absent_by_default_leaves_older_checkpoints_readable(tmp_path):
+  mesh = sharding.make_mesh((1, 1, 1))
+  params = state(3, mesh)
+  one = sharding.put(np.float32(7), sharding.replicated(mesh))
+  steps = checkpoint.Checkpoints(tmp_path)
+  steps.save(2, Fields(one, params))
+  steps.close()
+  steps = checkpoint.Checkpoints(tmp_path)
+  found = steps.load(sharding.abstract(MoreFields(one, params)))
+  steps.close()
+  assert isinstance(found, MoreFields) and found.anchor is None and float(found.step) == 7
+  np.testing.assert_array_equal(found.params["w"], params["w"])

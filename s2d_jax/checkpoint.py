@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 
 import jax
 from etils import epath
@@ -34,8 +35,11 @@ class Checkpoints:
     """
     self._stage = epath.Path(folder)
     self._folder = _checkpoints(folder)
-    # Of the parts of logs, as they were written.
+    # Of the parts of logs, as they were written; and the parts that have no checksums yet.
     self._logs = _drop_damaged(self._stage, self._folder)
+    self._new_logs: list[str] = []
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._unfinished: futures.Future | None = None
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
@@ -49,24 +53,38 @@ class Checkpoints:
   def save(self, step: int, state: Params, logs: Iterable[str] = ()) -> None:
     """Returns once `state` is on disk; a step that is already there stays as it is.
 
+    Its checksums are computed while the stage goes on. Until they are written, the checkpoint
+    before this one counts as the newest.
+
     Args:
       logs: paths, within the stage's folder, of the parts of logs that were written since the last
         call.
     """
-    self._logs |= checksums.record(self._stage, logs)
+    self._wait()
+    self._new_logs += logs
     if self.latest() == step:
       return
-    saved = self._folder / str(step)
-    with _writing(saved):
+    with _writing(self._folder / str(step)):
       self._orbax.save(step, _named(state), force=True)
+    self._unfinished = self._thread.submit(self._write_checksums, step)
+
+  def _write_checksums(self, step: int) -> None:
+    saved = self._folder / str(step)
+    self._logs |= checksums.record(self._stage, self._new_logs)
+    self._new_logs = []
     found = checksums.record(saved, checksums.listed(saved))
     if hosts.leader():
-      # Written last: a checkpoint without it counts as incomplete.
       files.write_json(_sums(self._stage, step), {"checkpoint": found, "logs": self._logs},
                        sealed=True)
       for path in files.finished_files(_sums(self._stage, step).parent):
         if path.stem.isdigit() and not (self._folder / str(int(path.stem))).exists():
           path.unlink()
+
+  def _wait(self) -> None:
+    """Returns once the checksums of the last checkpoint are on disk."""
+    unfinished, self._unfinished = self._unfinished, None
+    if unfinished is not None:
+      unfinished.result()
 
   def load(self, abstract: Params) -> Params:
     """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
@@ -76,8 +94,12 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for unfinished writes."""
-    with _writing(self._folder):
-      self._orbax.close()
+    try:
+      self._wait()
+    finally:
+      self._thread.shutdown()
+      with _writing(self._folder):
+        self._orbax.close()
 
 
 def _named(state: Params) -> Params:

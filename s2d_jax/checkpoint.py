@@ -90,7 +90,7 @@ class Checkpoints:
     """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
     with jax.transfer_guard("allow"):
       found = self._orbax.load(self.latest(), _named(abstract))
-    return abstract._replace(**found) if hasattr(abstract, "_replace") else found
+    return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
     """Waits for unfinished writes."""
@@ -104,7 +104,7 @@ class Checkpoints:
 
 def _named(state: Params) -> Params:
   """A state's fields by name, without absent ones: a later version may have further ones."""
-  if not hasattr(state, "_asdict"):
+  if not isinstance(state, tuple):
     return state
   return {name: value for name, value in state._asdict().items() if value is not None}
 

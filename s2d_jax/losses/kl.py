@@ -178,7 +178,7 @@ def k3(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> jax.Array:
     k3 = ρ − 1 − log ρ,   ρ = π_ref(a) / π(a),   a sampled from π.
 
   The value is unbiased; as a loss, E_a[∇k3] is the gradient of KL(π_ref ‖ π), the other direction.
-  Schulman's third estimator (http://joschu.net/blog/kl-approx.html), the penalty of GRPO
+  Schulman's third estimator (http://joschu.net/blog/kl-approx.html), GRPO's penalty
   (https://arxiv.org/abs/2402.03300, eq. 4). Log-probabilities in nats, [B, T].
   """
   log_ratio_BT = reference_logp_BT.astype(jnp.float32) - logp_BT.astype(jnp.float32)
@@ -188,23 +188,19 @@ def k3(logp_BT: jax.Array, reference_logp_BT: jax.Array) -> jax.Array:
 
 def k3_corrected(logp_BT: jax.Array, reference_logp_BT: jax.Array,
                  old_logp_BT: jax.Array) -> jax.Array:
-  """k3 of samples of an older policy, weighted by the importance ratio, in nats.
+  """k3 of samples of an older policy, weighted by the importance ratio, in nats; [B, T].
 
     π(a)/π_old(a) · k3(π, π_ref),   a sampled from π_old.
 
   The value is unbiased for KL(π ‖ π_ref) whatever π has become, and so is the gradient, which that
   of k3 alone is not even where π = π_old. DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556).
-  Log-probabilities in nats, [B, T].
   """
   logp_BT = logp_BT.astype(jnp.float32)
   ratio_BT = jnp.exp(logp_BT - old_logp_BT.astype(jnp.float32))
-  value_BT = ratio_BT * k3(logp_BT, reference_logp_BT)
-  # The derivative in log π is π/π_old · (log π − log π_ref). Differentiated term by term, two terms
-  # of size π_ref/π would cancel and leave rounding alone.
-  slope_BT = jax.lax.stop_gradient(
-      ratio_BT * (logp_BT - reference_logp_BT.astype(jnp.float32)))
-  moving_BT = slope_BT * logp_BT
-  return jax.lax.stop_gradient(value_BT) + moving_BT - jax.lax.stop_gradient(moving_BT)
+  # The derivative in log π is π/π_old · (log π − log π_ref); term by term it would be rounding.
+  linear_BT = jax.lax.stop_gradient(ratio_BT * (logp_BT - reference_logp_BT)) * logp_BT
+  value_BT = jax.lax.stop_gradient(ratio_BT * k3(logp_BT, reference_logp_BT))
+  return value_BT + (linear_BT - jax.lax.stop_gradient(linear_BT))
 
 
 def forward_kl_gradient_norm(student_logits_BTV: jax.Array,

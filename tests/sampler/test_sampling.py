@@ -197,8 +197,9 @@ def test_a_vocabulary_that_is_not_padded_changes_no_program(vocabulary):
 def test_top_p_after_top_k_reaches_its_mass_also_where_logits_are_equal():
   # Top-k keeps both and all that equal the second. Of these four the first has mass
   # e / (e + 3) = 0.475, and 0.7 is reached with the equal ones alone.
-  kept = sampling.truncate(jnp.array([[1.0, 0, 0, 0]]), sampling.Sampling(4, top_k=2, top_p=0.7))
-  np.testing.assert_array_equal(kept, [[1, 0, 0, 0]])
+  both = sampling.Sampling(4, top_k=2, top_p=0.7)
+  truncated = sampling.truncate(jnp.array([[1.0, 0, 0, 0]]), both)
+  np.testing.assert_array_equal(truncated, [[1, 0, 0, 0]])
   # Without equal ones: masses 0.665, 0.245 and 0.09 of three.
-  kept = sampling.truncate(jnp.array([[3.0, 2, 1, 0]]), sampling.Sampling(4, top_k=3, top_p=0.7))
-  np.testing.assert_array_equal(kept, [[3, 2, -np.inf, -np.inf]])
+  truncated = sampling.truncate(jnp.array([[3.0, 2, 1, 0]]), sampling.Sampling(4, top_k=3, top_p=0.7))
+  np.testing.assert_array_equal(truncated, [[3, 2, -np.inf, -np.inf]])

@@ -137,8 +137,7 @@ class Plan(NamedTuple):
   def reward(self, prompt_id: int, ids: Sequence[int]) -> float | Future[float]:
     """The task's reward of a response or a future of it, from a problem's id and the tokens."""
     submit = getattr(self.task.reward, "submit", self.task.reward)
-    found = submit(self.problems[prompt_id], self.chat.decode(ids))
-    return found if isinstance(found, Future) else float(found)
+    return rollouts.checked_reward(submit, self.problems[prompt_id], self.chat.decode(ids))
 
   @property
   def family(self) -> Callable[[int], str] | None:

@@ -46,6 +46,7 @@ from s2d_jax.rollouts.steps import (
   Reward,
   Rewards,
   StepRollouts,
+  checked_reward,
   resolved,
   sample_step,
   score,
@@ -56,7 +57,7 @@ __all__ = [
   "FINISHED", "MEANS", "SOURCES", "Batch", "FrozenActor", "GivenSolutions", "LabelUse",
   "OnFinish", "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout",
   "RolloutSource", "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats",
-  "batch", "batch_rows", "concatenate", "from_bytes", "given_solutions", "keys_of", "minibatches",
-  "pack", "repeated", "repetition", "resolved", "row_key", "sample_step", "score", "take",
-  "to_bytes", "token_weights", "unchecked_since", "with_hints",
+  "batch", "batch_rows", "checked_reward", "concatenate", "from_bytes", "given_solutions",
+  "keys_of", "minibatches", "pack", "repeated", "repetition", "resolved", "row_key",
+  "sample_step", "score", "take", "to_bytes", "token_weights", "unchecked_since", "with_hints",
 ]

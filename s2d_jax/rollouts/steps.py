@@ -3,6 +3,7 @@
 Every host has the same rollouts and scores its share of the responses.
 """
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -192,6 +193,31 @@ def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
     if index % jax.process_count() == jax.process_index():
       early[index] = reward(prompts[index // G].id, rollout.response(index))
   return on_finish
+
+
+def checked_reward(reward: Callable[[dict, str], Any], problem: dict,
+                   text: str) -> float | Future[float]:
+  """The reward of a text, or a future of it.
+
+  Raises:
+    InputError: the reward fails, or is not a finite number; names the problem, shows the text.
+  """
+  name = f"the task's reward of problem {problem['id']}"
+  shown = repr(text if len(text) <= 100 else f"…{text[-100:]}")
+  try:
+    found = reward(problem, text)
+  except InputError:
+    raise
+  # A function of the user's may raise anything.
+  except Exception as error:
+    raise InputError(f"{name} failed on {shown} ({type(error).__name__}: {error}): mend it."
+                     ) from error
+  if isinstance(found, Future):
+    return found
+  if not isinstance(found, numbers.Real | np.ndarray | jax.Array) or np.ndim(found) or (
+      not np.isfinite(float(found))):
+    raise InputError(f"{name} is {found!r} on {shown}: return a finite number.")
+  return float(found)
 
 
 def resolved(reward: float | Future[float]) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import rollouts
+from s2d_jax.errors import InputError
 
 
 def two_rows():
@@ -186,3 +187,20 @@ def test_statistics_of_several_calls_are_added():
   assert rollouts.add_stats([first, None, second]) == (5, 3, 35, 48, 1, 200, 0.75)
   # A step that sampled nothing has no statistics, which are not those of zero tokens.
   assert rollouts.add_stats([None, None]) is None
+
+
+@pytest.mark.parametrize("reward, said", [
+    (lambda problem, text: None, "is None on '42': return a finite number."),
+    (lambda problem, text: "1", "is '1' on '42': return a finite number."),
+    (lambda problem, text: np.ones(2), r"is array\(\[1., 1.\]\) on '42': return a finite number."),
+    (lambda problem, text: float("nan"), "is nan on '42': return a finite number."),
+    (lambda problem, text: float("inf"), "is inf on '42': return a finite number."),
+    (lambda problem, text: problem["key"], r"failed on '42' \(KeyError: 'key'\): mend it.")])
+def test_a_reward_that_is_no_number_is_one_sentence_with_the_problem(reward, said):
+  with pytest.raises(InputError, match=f"^the task's reward of problem 7 {said}$"):
+    rollouts.checked_reward(reward, {"id": 7}, "42")
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.float32(1), np.array(1.0), np.int64(1)])
+def test_a_reward_may_be_any_kind_of_number(value):
+  assert rollouts.checked_reward(lambda problem, text: value, {"id": 7}, "x" * 999) == value

@@ -201,5 +201,6 @@ def test_top_p_after_top_k_reaches_its_mass_also_where_logits_are_equal():
   truncated = sampling.truncate(jnp.array([[1.0, 0, 0, 0]]), both)
   np.testing.assert_array_equal(truncated, [[1, 0, 0, 0]])
   # Without equal ones: masses 0.665, 0.245 and 0.09 of three.
-  truncated = sampling.truncate(jnp.array([[3.0, 2, 1, 0]]), sampling.Sampling(4, top_k=3, top_p=0.7))
+  both = sampling.Sampling(4, top_k=3, top_p=0.7)
+  truncated = sampling.truncate(jnp.array([[3.0, 2, 1, 0]]), both)
   np.testing.assert_array_equal(truncated, [[3, 2, -np.inf, -np.inf]])

@@ -7,13 +7,15 @@ import contextlib
 import itertools
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
 from jax.experimental import multihost_utils
+
+from s2d_jax.errors import InputError
 
 # Collectives go through the devices, so the functions that make them allow the transfers that the
 # rest of a run forbids.
@@ -99,6 +101,24 @@ def agree(name: str, digest: str, seconds: int | None = None) -> None:
       raise RuntimeError(
           f"processes {jax.process_index()} and {other} differ in round {_ROUNDS[name]} of the "
           f"{name}: they must run one program on the same data; start again from the checkpoint.")
+
+
+def check_start(facts: Mapping[str, Any]) -> None:
+  """Compares the facts that all processes were started with, before any of them does work.
+
+  Args:
+    facts: by name, made of what JSON has.
+
+  Raises:
+    InputError: two processes differ; names the first fact, the processes, and both values.
+  """
+  process = jax.process_index()
+  for other, theirs in enumerate(gather("start", dict(facts), START_SECONDS)):
+    for name in sorted(facts.keys() | theirs.keys()):
+      if facts.get(name) != theirs.get(name):
+        raise InputError(
+            f"process {process} has {name} = {facts.get(name)!r} and process {other} has "
+            f"{theirs.get(name)!r}: start all processes with one command, code and data.")
 
 
 def gather(name: str, value: Any, seconds: int | None = None) -> list[Any]:

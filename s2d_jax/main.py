@@ -8,6 +8,7 @@
   75: stopped and saved; the same command continues.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from s2d_jax import (
   tasks,
   walk,
 )
+from s2d_jax.planning import Plan
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
   with keys.prefixed("config."):
     mesh = sharding.make_mesh(configs[0].mesh)
+  hosts.check_start(_facts(config, plans))
   manifest.set_aside(args.workdir, args.redo)
   # Every run of a sweep is checked before the first one trains.
   for plan in plans:
@@ -72,6 +75,18 @@ def main(argv: Sequence[str]) -> None:
       walk.run(plan, args.workdir)
   if hosts.leader():
     print(report.write([args.workdir]))
+
+
+def _facts(config: ConfigDict, plans: Sequence[Plan]) -> dict[str, str]:
+  """All that must be equal on every process, by name, as texts."""
+  facts = {key: str(value) for key, value in config.to_dict().items() if key != "stages"}
+  for name, hp in config.stages.items():
+    facts |= {f"stages.{name}.{key}": str(value) for key, value in hp.to_dict().items()}
+  # A stage's name is a hash of its problems and models too.
+  return {f"config.{key}": text for key, text in facts.items()} | {
+      "revision": manifest.revision(), "stages": ", ".join(name for plan in plans
+                                                           for name in plan.nodes),
+      "packages": str({name: importlib.metadata.version(name) for name in manifest.PACKAGES})}
 
 
 def _set_up_process() -> None:

@@ -32,12 +32,17 @@ try:
       texts = [str(rows.response_length_B.sum())]
     print("drew", *texts)
     texts = []
+  if texts[0] == "start":
+    rate, microbatches = texts[1:]
+    hosts.check_start({"stages.sft.optim": {"lr": float(rate)},
+                       "stages.sft.microbatches": int(microbatches), "revision": "abc"})
+    texts = []
   for text in texts:
     if text == "dead":
       time.sleep(20)
     hosts.agree("sampler", text)
   print("agreed", len(texts))
-except RuntimeError as error:
+except (RuntimeError, ValueError) as error:
   print("refused:", error)
 time.sleep(6 if process == "0" else 0)  # process 0 serves the other
 """
@@ -79,3 +84,19 @@ def test_samplers_of_other_prompts_or_settings_do_not_start():
   for other in (["sample", "6", "1.0"], ["sample", "5", "0.9"]):
     for text in outputs(one, other):
       assert "differ in round 0 of the sampler" in text and "drew" not in text
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("other, said", [
+    (("0.1", "2"), "stages.sft.microbatches = 1 and process 1 has 2"),
+    (("0.2", "1"), "stages.sft.optim = {'lr': 0.1} and process 1 has {'lr': 0.2}")])
+def test_processes_that_were_started_differently_name_the_difference(other, said):
+  first, second = outputs(["start", "0.1", "1"], ["start", *other])
+  assert first == (f"refused: process 0 has {said}: start all processes with one command, code and "
+                   "data.")
+  assert second.startswith("refused: process 1 has stages.sft.") and "process 0 has" in second
+
+
+@pytest.mark.medium
+def test_processes_that_were_started_alike_go_on():
+  assert outputs(["start", "0.1", "1"], ["start", "0.1", "1"]) == ["agreed 0"] * 2

@@ -121,14 +121,14 @@ def check_value(path: str, value: Any, key: Key) -> None:
     fits = key.check(value)
   except (TypeError, AttributeError, ValueError):
     fits = False
-  # A bound on one side alone lets an infinity pass, which no report could write down.
-  if isinstance(value, float) and not math.isfinite(value) and value != key.neutral:
-    raise InputError(f"{path} is {value}: choose a finite number.")
   if not fits:
     absent = ", or leave it out" if key.optional else ""
     # A block as one line.
     shown = value.to_dict() if isinstance(value, ConfigDict) else value
     raise InputError(f"{path} is {shown!r}: {key.remedy}{absent}.")
+  # A bound on one side alone lets an infinity pass, which no report could write down.
+  if isinstance(value, float) and not math.isfinite(value) and value != key.neutral:
+    raise InputError(f"{path} is {value}: choose a finite number.")
 
 
 @contextlib.contextmanager

@@ -68,10 +68,10 @@ def test_arithmetic_is_read_where_a_run_reads_it(monkeypatch):
     (["--k=0"], "--k is 0: set it to a whole number of at least 1."),
     (["--max-tokens=0"], "--max-tokens is 0: set it to a whole number"),
     (["--batch=0"], "--batch is 0: set it to a whole number"),
-    (["--temperature=-1"], "--temperature is -1.0: choose 0 (greedy) or more."),
+    (["--temperature=-1"], "--temperature is -1.0: choose 0 (greedy), or 0.0001 or more."),
     (["--temperature=0", "--k=4"], "--k is 4 and --temperature 0 gives the same answer 4 times: "
                                    "set --k 1, or a temperature above 0."),
-    (["--temperature=nan"], "--temperature is nan: choose 0 (greedy) or more."),
+    (["--temperature=nan"], "--temperature is nan: choose 0 (greedy), or 0.0001 or more."),
     (["--top-p=2"], "--top-p is 2.0: choose it above 0, up to 1 (off)."),
     (["--seed=-1"], "--seed is -1: set it to a whole number"),
     (["--cache-gib=-1"], "--cache-gib is -1.0: choose a number above 0, or 0 for what the device "),

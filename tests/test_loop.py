@@ -401,8 +401,8 @@ def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path, mesh, value):
 def test_a_step_evaluates_then_saves_then_samples(tmp_path, mesh, monkeypatch):
   events = []
   save, step = checkpoint.Checkpoints.save, loop._step
-  monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, at, state: (
-      events.append(("save", at)), save(self, at, state)))
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, at, state, logs: (
+      events.append(("save", at)), save(self, at, state, logs)))
   monkeypatch.setattr(loop, "_step", lambda *args: (events.append(("draw", args[5])),
                                                      step(*args))[1])
   run(make(tmp_path, mesh, evaluations={"validation": (

@@ -42,19 +42,24 @@ def group_advantages(reward_PG: np.ndarray) -> np.ndarray:
   smaller by √((G − 1)/G). Float rewards in, the same shape and type out.
   """
   centred_PG = _centred(reward_PG)
-  spread_P1 = np.sqrt(np.square(centred_PG).mean(axis=1, keepdims=True))
+  spread_P1 = (centred_PG**2).mean(axis=1, keepdims=True) ** 0.5
   # Groups of equal rewards have spread 0 and advantage 0; dividing them by 1 avoids 0/0.
-  return (centred_PG / np.where(spread_P1 > 0, spread_P1, 1.0)).astype(reward_PG.dtype)
+  divisor_P1 = spread_P1 + (spread_P1 == 0).astype(spread_P1.dtype)
+  return (centred_PG / divisor_P1).astype(reward_PG.dtype)
 
 
 def _centred(reward_PG: np.ndarray) -> np.ndarray:
-  """Reward above the group's mean in float64; 0 for a group whose rewards are equal to rounding."""
-  wide_PG = np.asarray(reward_PG, np.float64)
+  """Reward above the group's mean; 0 for a group whose rewards are equal to rounding.
+
+  In float64 on the host; a JAX array keeps its type.
+  """
+  wide_PG = reward_PG.astype(np.float64) if isinstance(reward_PG, np.ndarray) else reward_PG
   # A sum of two rewards may miss its value by rounding. Divided by such a spread, rounding would be
   # an advantage of full size.
-  largest_P1 = np.abs(wide_PG).max(axis=1, keepdims=True)
+  largest_P1 = abs(wide_PG).max(axis=1, keepdims=True)
   rounding_P1 = 4 * jnp.finfo(reward_PG.dtype).eps * largest_P1
-  is_mixed_P1 = np.ptp(wide_PG, axis=1, keepdims=True) > rounding_P1
+  spread_P1 = wide_PG.max(axis=1, keepdims=True) - wide_PG.min(axis=1, keepdims=True)
+  is_mixed_P1 = (spread_P1 > rounding_P1).astype(wide_PG.dtype)
   return (wide_PG - wide_PG.mean(axis=1, keepdims=True)) * is_mixed_P1
 
 

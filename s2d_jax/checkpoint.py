@@ -40,6 +40,7 @@ class Checkpoints:
     self._new_logs: list[str] = []
     self._thread = futures.ThreadPoolExecutor(1)
     self._unfinished: futures.Future | None = None
+    self._closed = False
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
@@ -93,7 +94,10 @@ class Checkpoints:
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
-    """Waits for unfinished writes."""
+    """Waits for unfinished writes; a second call does nothing."""
+    if self._closed:
+      return
+    self._closed = True
     try:
       self._wait()
     finally:

@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +27,7 @@ from s2d_jax.errors import InputError, WriteError
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES)
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
+_INTERRUPTED = 130  # exit code: Ctrl-C, as of a shell
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,22 +187,50 @@ _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX st
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
   """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed.
 
+  With --debug an error keeps its traceback.
+
   JAX then takes `chips.GPU_SHARE` of a GPU, unless the environment has another share.
   """
   # JAX refuses an environment that has both of its names.
   if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
     os.environ.setdefault(_SHARE, str(chips.GPU_SHARE))
+  debug = "--debug" in argv
   try:
-    main(argv)
-  except InputError as error:
-    fail(str(error))
-  except (FloatingPointError, WriteError) as error:
-    fail(str(error), FAILED)
-  except OSError as error:
-    if error.errno not in _DISK:
+    main([word for word in argv if word != "--debug"])
+  except (Exception, KeyboardInterrupt) as error:
+    if debug:
       raise
-    fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): free space or mend "
-         "the disk, and the same command goes on from what was saved before.", FAILED)
+    code, sentence = outcome(error)
+    fail(sentence, code)
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+  """(exit code, sentence) of what ended a command."""
+  match error:
+    case SystemExit():
+      # `fail` has printed a sentence; a stop has saved.
+      return error.code or 0, "it stopped"
+    case InputError():
+      return WRONG, str(error)
+    case FloatingPointError() | WriteError():
+      return FAILED, str(error)
+    case KeyboardInterrupt():
+      return _INTERRUPTED, "stopped by Ctrl-C: the same command goes on from what was finished."
+    case OSError() if error.errno in _DISK:
+      return FAILED, (f"{error.filename or 'a file'} cannot be written ({error.strerror}): free "
+                      "space or mend the disk, and the same command goes on from what was saved "
+                      "before.")
+  return FAILED, _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> str:
+  """The sentence of an error that is not the user's, whose traceback goes to a file."""
+  # A long run may not meet it again, so the traceback is stored and not only shown on request.
+  with tempfile.NamedTemporaryFile("w", prefix="s2d_jax-", suffix=".txt", delete=False) as file:
+    traceback.print_exception(error, file=file)
+  first = str(error).strip().partition("\n")[0]
+  return (f"an unexpected {type(error).__name__} ended the command ({first}): its traceback is in "
+          f"{file.name}, and --debug prints it. What was saved holds.")
 
 
 def fail(sentence: str, code: int = WRONG) -> NoReturn:

@@ -8,8 +8,9 @@ but the TrainState is a function of (seed, stage, step) and of the logged decisi
 killed stage continues as if it had not been interrupted.
 """
 
+import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from s2d_jax import (
   sampler,
   selection,
   sharding,
+  stops,
   timing,
   training,
 )
@@ -37,7 +39,7 @@ from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs,
 from s2d_jax.errors import InputError
 from s2d_jax.probing import Allocation
 from s2d_jax.rewards import pool
-from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource, StepRollouts
+from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource
 from s2d_jax.sharding import Params
 from s2d_jax.timing import Clock
 from s2d_jax.training import TrainState
@@ -133,7 +135,9 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
                                 stage.optimizer, stage.samplers)
     _check_cache(stage, programs, state)
     logs["timing"].add(timing.start_entry(start, clock))
-    state = _loop(stage, programs, state, start, checkpoints, logs, clock, heartbeat, stop)
+    with stops.deferred():  # steps are saved before a signal ends the process
+      state = _loop(stage, programs, state, start, checkpoints, logs, clock, heartbeat, stop)
+      checkpoints.close()
   finally:
     # After an error too: Orbax finishes unfinished writes when it is closed.
     checkpoints.close()
@@ -148,6 +152,20 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
   hp = stage.hp
   stage = _timed(stage, clock)
   source = stage.source(programs.sampler)
+
+  @contextlib.contextmanager
+  def stop_here(step: int, state: TrainState) -> Iterator[None]:
+    """Sampling within ends early on a signal, and `state` is saved as that before `step`."""
+    try:
+      with sampler.stopping(stop):
+        yield
+    except sampler.Stopped:
+      logs["timing"].add(timing.cut_entry(step, clock))
+      # Where this step was loaded or saved already, a second save writes nothing.
+      if step != start:
+        _save(checkpoints, logs, step, state)
+      raise SystemExit(hosts.RETRY) from None
+
   pass_rates = stage.pass_rates and stage.pass_rates(programs.pass_rate_sampler)
   if pass_rates is not None:
     pass_rates = pass_rates._replace(reward=clock.timed("reward", pass_rates.reward))
@@ -160,22 +178,23 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       entry = {"step": step}
       for name, (every, evaluate) in stage.evaluations.items():
         if step % every == 0:
-          with sampler.naming(f"{stage.name}, {name} at step {step}"), clock.phase("evaluate"):
+          with (sampler.naming(f"{stage.name}, {name} at step {step}"), clock.phase("evaluate"),
+                stop_here(step, state)):
             entry |= dict(evaluate(stage.models.full(state.params)))
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
       if step % hp.save_every == 0 and step != start:
         with clock.phase("save"):
           _save(checkpoints, logs, step, state)
-      # The signal is read once a step, on all hosts at the same step.
-      if stop():
-        # Where this step was saved just now, a second save writes nothing.
-        if step != start:
-          _save(checkpoints, logs, step, state)
-        raise SystemExit(hosts.RETRY)
+      # The signal is read on all hosts at the same step.
+      with stop_here(step, state):
+        if stop():
+          raise sampler.Stopped
       # On several hosts the checkpointer compiles its own barriers, so it counts from here on.
       before = clock.compiled().count
-      with sampler.naming(f"{stage.name}, step {step}"):
+      # A decision about families is in the log already, so that its step goes on to the end.
+      cut = stop_here(step, state) if stage.allocation is None else contextlib.nullcontext()
+      with sampler.naming(f"{stage.name}, step {step}"), cut:
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
       if (stage.rewards is not None or pass_rates is not None
@@ -255,14 +274,15 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
                             programs.scores_first, stage.hint_of, stage.guide_of)
   if stage.ahead is not None and foresee.due(step + 1):
     # The evaluations that only watch a run are counted apart; this one shapes it.
-    with clock.phase("draw"):
+    with clock.phase("draw"), sampler.stopping(None):  # the update is already in the state
       state, found = _search(stage, programs, state, step)
     values |= found.metrics()
     entry = ledger.with_search(entry, found, hp.foresee.signal, stage.models, stage.hint_of)
   if probe_cost is not None:
     entry = ledger.with_part(entry, "allocate", probe_cost)
   logs["ledger"].add(entry)
-  _log_samples(stage, step_rollouts, step, logs["samples"])
+  for sample in rollouts.logged(step_rollouts, stage.samplers.decode, hp.log_samples):
+    logs["samples"].add({"step": step, **sample})
   return state, values, step_rollouts.stats
 
 
@@ -300,22 +320,6 @@ def _search(stage: StageRun, programs: Programs, state: TrainState,
   # A copy: the next update donates the state, and one buffer cannot be donated twice.
   anchor = jump(found.params, found.params, 0.0)
   return state._replace(params=found.params, anchor=anchor), found
-
-
-def _log_samples(stage: StageRun, step_rollouts: StepRollouts, step: int, log: metrics.Log) -> None:
-  """Adds the step's first hp.log_samples responses to the samples log."""
-  rollout = step_rollouts.rollout
-  reward_B = step_rollouts.reward_B
-  for b in range(min(stage.hp.log_samples, len(rollout.prompt_id_B))):
-    ids = rollout.response(b)
-    logp_BT = rollout.sampler_logp_BT
-    log.add({
-        "step": step, "prompt_id": rollout.prompt_id_B[b],
-        "sample_index": rollout.sample_index_B[b], "tokens": ids,
-        "text": stage.samplers.decode(ids),
-        "logp": None if logp_BT is None else logp_BT[b, : len(ids)],
-        "finish_reason": rollouts.FINISHED[rollout.finish_reason_B[b]],
-        "reward": None if reward_B is None else reward_B[b]})
 
 
 def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,

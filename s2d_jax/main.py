@@ -8,6 +8,7 @@
   75: stopped and saved; the same command continues.
 """
 
+import argparse
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from s2d_jax import (
   recipe,
   report,
   sharding,
+  stops,
   sweep,
   tasks,
   walk,
@@ -53,7 +55,13 @@ def main(argv: Sequence[str]) -> None:
   config, args = command.parse_config(parser, argv)
   # First, because most calls of jax start the devices, and then of this process alone.
   if args.distributed:
-    jax.distributed.initialize()
+    stops.connect()
+  with stops.watch(command.outcome):
+    _run(config, args)
+
+
+def _run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """`main` behind its flags, while signals and the other processes are watched."""
   _set_up_process()
   if hosts.leader() and not args.plan:
     command.check_workdir(args.workdir)

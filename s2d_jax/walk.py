@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, scoring, stage
+from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, scoring, stage, stops
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
@@ -44,7 +44,7 @@ def run(plan: Plan, workdir: epath.PathLike) -> None:
   workdir = epath.Path(workdir)
   # A stop is acted on between folders, where all that was done is already on disk. An array that
   # moved between host and devices unnoticed could cost more than a step.
-  with hosts.stop_signal() as stop, jax.transfer_guard("disallow"):
+  with stops.requests() as stop, jax.transfer_guard("disallow"):
     probes = {name: _train(plan, node, workdir, stop) for name, node in plan.nodes.items()}
     # The configured budgets are equal; the ledgers show what was in fact spent.
     budget.check_equal(budget.spent(plan, workdir), plan.compared,

@@ -5,6 +5,7 @@ fork server of `multiprocessing` imports them once for each of pytest's workers.
 of this repository, so a program imports the package afresh, or a changed copy of it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -61,6 +62,12 @@ class Running:
     if status is None:
       raise subprocess.TimeoutExpired(self._words, seconds, *printed)
     return subprocess.CompletedProcess(self._words, status, *printed)
+
+  def close(self) -> None:
+    """Kills it where nobody has waited for it."""
+    with contextlib.suppress(ValueError):  # `wait` has closed it
+      self.process.kill()
+      self.wait(60)
 
 
 def start(*words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Running:

@@ -47,6 +47,7 @@ from s2d_jax.rollouts.steps import (
   Rewards,
   StepRollouts,
   checked_reward,
+  logged,
   resolved,
   sample_step,
   score,
@@ -58,6 +59,6 @@ __all__ = [
   "OnFinish", "OnPolicy", "PassRates", "Prompt", "PromptOrder", "Reward", "Rewards", "Rollout",
   "RolloutSource", "SamplerStats", "Source", "StageInputs", "StepRollouts", "Store", "add_stats",
   "batch", "batch_rows", "checked_reward", "concatenate", "from_bytes", "given_solutions",
-  "keys_of", "minibatches", "pack", "repeated", "repetition", "resolved", "row_key",
+  "keys_of", "logged", "minibatches", "pack", "repeated", "repetition", "resolved", "row_key",
   "sample_step", "score", "take", "to_bytes", "token_weights", "unchecked_since", "with_hints",
 ]

@@ -4,7 +4,7 @@ Every host has the same rollouts and scores its share of the responses.
 """
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -193,6 +193,20 @@ def _scorer(reward: Reward, prompts: Sequence[Prompt], G: int,
     if index % jax.process_count() == jax.process_index():
       early[index] = reward(prompts[index // G].id, rollout.response(index))
   return on_finish
+
+
+def logged(step: StepRollouts, decode: Callable[[np.ndarray], str],
+           count: int) -> Iterator[dict[str, Any]]:
+  """The first `count` responses of a step, as entries of the samples log without their step."""
+  rollout = step.rollout
+  logp_BT = rollout.sampler_logp_BT
+  for b in range(min(count, len(rollout.prompt_id_B))):
+    ids = rollout.response(b)
+    yield {"prompt_id": rollout.prompt_id_B[b], "sample_index": rollout.sample_index_B[b],
+           "tokens": ids, "text": decode(ids),
+           "logp": None if logp_BT is None else logp_BT[b, : len(ids)],
+           "finish_reason": FINISHED[rollout.finish_reason_B[b]],
+           "reward": None if step.reward_B is None else step.reward_B[b]}
 
 
 def checked_reward(reward: Callable[[dict, str], Any], problem: dict,

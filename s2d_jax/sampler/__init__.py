@@ -11,7 +11,8 @@ from s2d_jax.sampler.folder import read_description
 from s2d_jax.sampler.programs import RUN_COMPILER, Compiler, fitted
 from s2d_jax.sampler.sampler import Sampler, check_memory, naming
 from s2d_jax.sampler.sampling import Sampling, check_sampling
+from s2d_jax.sampler.scheduler import Stopped, stopping
 
 __all__ = ["RUN_COMPILER", "Compiler", "Sampler", "SamplerConfig", "SamplerStats", "Sampling",
-           "Unfit", "check_config", "check_memory", "check_sampling", "fitted", "naming",
-           "read_description", "read_folder"]
+           "Stopped", "Unfit", "check_config", "check_memory", "check_sampling", "fitted", "naming",
+           "read_description", "read_folder", "stopping"]

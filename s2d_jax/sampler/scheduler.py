@@ -6,8 +6,9 @@ the tokens alone, so several hosts schedule alike, and they compare before each 
 """
 
 import collections
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,28 @@ REFILL_FRACTION = 8  # decoding stops to admit waiting rows when 1/8 of the slot
 
 # (prompt, sample index) of a row that is to be sampled.
 Request = tuple[Prompt, int]
+
+
+class Stopped(Exception):
+  """The run stops, so a call of a sampler ended early. The weights are as they were."""
+
+
+_stop: Callable[[], bool] | None = None  # read between dispatches
+
+
+@contextlib.contextmanager
+def stopping(stop: Callable[[], bool] | None) -> Iterator[None]:
+  """Within, sampling raises Stopped once `stop()` is true; with None it goes on to its end.
+
+  A dispatch takes well under a second, and the answers of a step may take minutes.
+  """
+  global _stop
+  before = _stop
+  _stop = stop
+  try:
+    yield
+  finally:
+    _stop = before
 
 
 class Row(NamedTuple):
@@ -69,6 +92,9 @@ class Schedule:
     self.owners: list[Row | None] = [None] * self.memory.batch
     finished: list[int] = []
     while self.rows or any(self.owners):
+      # The processes make equal dispatches, so they call this equally often.
+      if _stop is not None and _stop():
+        raise Stopped
       # All that this iteration sends to the devices is a function of what is compared here.
       self._agree([row and row.index for row in self.owners], self.memory.batch, self.memory.length,
                   len(self.rows))

@@ -1,0 +1,162 @@
+"""Signals and lost processes, each in processes of a small program that does nothing else."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from tests import interpreter
+
+# A run without models: about twenty calls of `stop` a second.
+PROGRAM = """
+import os, pathlib, sys, time
+import jax
+from s2d_jax import command, stops
+
+process, count, port, kind, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
+jax.config.update("jax_platforms", "cpu")
+stops.LOST_SECONDS = 4.0
+stops._GRACE_SECONDS = 2.0
+stops.START_SECONDS = 6.0
+if count > 1:
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  initialize = jax.distributed.initialize
+  jax.distributed.initialize = lambda **seconds: initialize(
+      f"localhost:{port}", count, process, **seconds)
+  stops.connect()
+
+def work(argv):
+  with stops.watch(command.outcome), stops.requests() as stop:
+    if kind == "starts":
+      pathlib.Path(folder, f"ready-{process}").touch()
+      time.sleep(60)  # as a compilation, which a signal handler of Python does not end
+    with stops.deferred():
+      for step in range(1200):
+        if stop():
+          print("saved", step)
+          raise SystemExit(75)
+        if step == 5:
+          pathlib.Path(folder, f"ready-{process}").touch()
+        if step == 10 and kind == f"{process} fails":
+          raise ValueError("a fault of the code")
+        # They do not run in step.
+        time.sleep(60 if step == 10 and kind == "hangs" else 0.05 + 0.02 * process)
+
+command.call(work, [])
+"""
+
+
+@pytest.fixture
+def begin(tmp_path):
+  """begin(count, kind): starts the processes of a run; returns them once each works."""
+  started = []
+
+  def begin(count, kind, missing=()):
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    processes = [p for p in range(count) if p not in missing]
+    started.extend(interpreter.start("-c", PROGRAM, p, count, port, kind, tmp_path)
+                   for p in processes)
+    deadline = time.monotonic() + 60
+    while not missing and time.monotonic() < deadline and any(
+        not (tmp_path / f"ready-{p}").exists() for p in processes):
+      time.sleep(0.02)
+    return list(started)
+
+  yield begin
+  for process in started:
+    process.close()
+
+
+def send(process, number):
+  os.kill(process.process.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_saves_and_says_how_to_go_on(begin, number):
+  (process,) = begin(1, "steps")
+  send(process, number)
+  done = process.wait(10)
+  assert done.returncode == 75 and "saved" in done.stdout
+  assert f"{number.name} came to process 0" in done.stderr and "A second signal" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_second_signal_exits_at_once(begin):
+  (process,) = begin(1, "hangs")
+  time.sleep(1)
+  send(process, signal.SIGTERM)
+  time.sleep(1.5)
+  assert process.process.exitcode is None  # it waits for a moment to save
+  send(process, signal.SIGTERM)
+  done = process.wait(5)
+  assert done.returncode == 128 + signal.SIGTERM
+  assert "without saving" in done.stderr
+
+
+def test_a_signal_where_nothing_is_unsaved_does_not_wait_for_the_main_thread(begin):
+  (process,) = begin(1, "starts")
+  send(process, signal.SIGTERM)
+  done = process.wait(5)
+  assert done.returncode == 75 and "the same command goes on" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_one_call(begin, signalled):
+  processes = begin(3, "steps")
+  send(processes[signalled], signal.SIGTERM)
+  done = [process.wait(20) for process in processes]
+  assert [d.returncode for d in done] == [75, 75, 75], [d.stderr for d in done]
+  (step,) = {d.stdout for d in done}
+  assert step.startswith("saved")
+  assert all(f"came to process {signalled} on {socket.gethostname()}" in d.stderr for d in done)
+
+
+@pytest.mark.slow
+def test_signals_to_all_processes_are_one_stop(begin):
+  processes = begin(3, "steps")
+  # The last one hears of the first one's before it gets a signal.
+  for process in processes[1:]:
+    send(process, signal.SIGTERM)
+    send(process, signal.SIGTERM)
+  time.sleep(1.5)
+  send(processes[0], signal.SIGTERM)
+  done = [process.wait(20) for process in processes]
+  assert [d.returncode for d in done] == [75, 75, 75], [d.stderr for d in done]
+  assert len({d.stdout for d in done}) == 1 and "saved" in done[0].stdout
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_with_its_name(begin):
+  processes = begin(3, "steps")
+  send(processes[1], signal.SIGKILL)
+  start = time.monotonic()
+  done = [processes[p].wait(30) for p in (0, 2)]
+  assert time.monotonic() - start < 15  # four seconds of silence, and two of grace
+  assert [d.returncode for d in done] == [1, 1]
+  for d in done:
+    assert f"process 1 on {socket.gethostname()} has been silent for 4 s" in d.stderr
+    assert "Check failure" not in d.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_ends_the_others_with_its_reason(begin, failing):
+  processes = begin(2, f"{failing} fails")
+  done = [process.wait(30) for process in processes]
+  assert [d.returncode for d in done] == [1, 1], [d.stderr for d in done]
+  assert "an unexpected ValueError" in done[failing].stderr
+  assert f"process {failing} on" in done[1 - failing].stderr
+  assert "a fault of the code" in done[1 - failing].stderr
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_all_started_end_with_a_sentence(begin):
+  for process in begin(3, "steps", missing=(1,)):
+    done = process.wait(30)
+    assert done.returncode == 1
+    assert "not all processes were started within 6 s" in done.stderr

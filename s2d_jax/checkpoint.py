@@ -224,7 +224,14 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   if hosts.leader():
     files.write_json(folder / "starts" / f"{len(starts):08d}.json",
                      {"at": time.time(), "step": start, "lost": lost}, sealed=True)
-  return lost + sum(s["lost"] for s in starts)
+  return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
+
+
+def add_lost(folder: epath.PathLike, seconds: float) -> None:
+  """Notes the seconds of a step that a stop cut, with the start that they belong to."""
+  if hosts.leader():
+    path = files.finished_files(epath.Path(folder) / "starts")[-1]
+    files.write_json(path, files.read_json(path) | {"cut": seconds}, sealed=True)
 
 
 def _checkpoints(folder: epath.PathLike) -> epath.Path:

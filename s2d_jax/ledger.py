@@ -250,8 +250,6 @@ def total(entries: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def seconds(timing: Iterable[Mapping], lost: float, devices: int) -> dict[str, float]:
-  """Device-seconds used (stage start and kept steps) and lost (done again after a kill or stop)."""
-  timing = list(timing)
-  lost += sum(t.get("cut_seconds", 0.0) for t in timing)
+  """Device-seconds used (stage start and kept steps) and lost (done again after a kill)."""
   return {"device_seconds_used": devices * sum(t["seconds"] for t in timing),
           "device_seconds_lost": devices * lost}

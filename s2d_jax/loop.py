@@ -160,7 +160,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       with sampler.stopping(stop):
         yield
     except sampler.Stopped:
-      logs["timing"].add(timing.cut_entry(step, clock))
+      checkpoint.add_lost(stage.folder, sum(clock.read().values()))
       # Where this step was loaded or saved already, a second save writes nothing.
       if step != start:
         _save(checkpoints, logs, step, state)

@@ -100,11 +100,6 @@ def step_entry(step: int, reading: Clock) -> dict[str, float]:
           **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES}}
 
 
-def cut_entry(step: int, reading: Clock) -> dict[str, float]:
-  """The entry of the timing log for a step that a signal cut; its seconds are lost."""
-  return {"step": step, "seconds": 0.0, "cut_seconds": sum(reading.read().values())}
-
-
 def steps_of(text: str) -> range:
   """The steps that config.profile names: "10:13" is 10, 11 and 12, and "" is an empty range."""
   first, _, end = text.partition(":")

@@ -33,6 +33,7 @@ from s2d_jax.compiling import Role, Samplers, StageModels
 from s2d_jax.losses import grpo
 from s2d_jax.rewards import pool
 from s2d_jax.rollouts import Prompt
+from s2d_jax.sampler import scheduler
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 8, "head_dim": 4,
           "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -411,6 +412,39 @@ def test_a_step_evaluates_then_saves_then_samples(tmp_path, mesh, monkeypatch):
                     ("draw", 2), ("draw", 3), ("save", 4)]
   assert [("validation/x" in r) for r in metrics.read(tmp_path, "metrics")] == [
       True, False, True, False]
+
+
+@pytest.mark.medium
+def test_a_stop_within_an_evaluation_or_a_steps_samples_is_saved(tmp_path, mesh):
+  """`stop` is called before each dispatch of a sampler and before each step."""
+  def evaluate(params):
+    del params
+    for _ in range(2):  # as a sampler with two dispatches
+      if scheduler._stop():
+        raise sampler.Stopped
+    return [("validation/x", 1.0)]
+
+  evaluations = {"validation": (2, evaluate)}
+  whole, _ = run(make(tmp_path / "whole", mesh, evaluations=evaluations))
+  saved = set()
+  for call in range(1, 10):
+    folder = tmp_path / f"cut at {call}"
+    calls = iter(range(1, 1000))
+    stage = make(folder, mesh, evaluations=evaluations)
+    with files.only_writer(folder) as (heartbeat, last), timing.clock() as clock:
+      with pytest.raises(SystemExit) as stopped:
+        loop.run(stage, clock, heartbeat, last, lambda calls=calls, call=call: next(calls) >= call)
+    assert stopped.value.code == 75
+    saved.add(len(metrics.read(folder, "metrics")))
+    again, _ = run(make(folder, mesh, evaluations=evaluations))
+    equal(whole, again)
+    for log in ("metrics", "ledger", "samples"):
+      assert metrics.read(tmp_path / "whole", log) == metrics.read(folder, log), call
+  assert saved == {0, 1, 2}
+  # The seconds of the step that was given up are lost.
+  starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
+  assert [s.get("cut", 0.0) > 0 for s in starts] == [True, False]
+  assert checkpoint.lost_seconds(folder, 4, None) == starts[0]["cut"]
 
 
 @pytest.mark.medium

@@ -82,9 +82,9 @@ class Chat:
     Raises:
       InputError: a message is not of texts, holds a special token, or is left out by the template.
     """
-    texts = (isinstance(message, Mapping) and isinstance(message.get(key), str)
-             for message in messages for key in ("role", "content"))
-    if not messages or not all(texts):
+    if not isinstance(messages, Sequence) or not messages or not all(
+        isinstance(message, Mapping) and isinstance(message.get(key), str)
+        for message in messages for key in ("role", "content")):
       raise InputError(f"{name} is not a list of messages: give each a role and a content, texts.")
     for text in _texts(messages):
       self._check_text(text, name)

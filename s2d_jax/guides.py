@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import chat, keys, manifest, sharding
 from s2d_jax.compiling import Role, RoutedUpdate
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, from_user_code
 from s2d_jax.rollouts import Batch, Prompt, batch_rows
 from s2d_jax.sharding import Params
 from s2d_jax.training import TrainState
@@ -117,7 +117,8 @@ def chosen(path: str, hp: ConfigDict, task: Task, prompts: Sequence[Prompt],
     problem = problems[prompt.id]
     value = problem.get(by)
     if by == "family" and task.family is not None:
-      with keys.prefixed(f"{path}.guides: "):
+      with (keys.prefixed(f"{path}.guides: "),
+            from_user_code(f"the task's family of problem {prompt.id}")):
         value = task.family(problem)
     if not isinstance(value, str):
       raise InputError(f"{path}.guides.by is {by!r} and problem {prompt.id} has no such text: name "

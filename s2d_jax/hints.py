@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import keys
 from s2d_jax.chat import Chat
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, from_user_code
 from s2d_jax.models import hf
 from s2d_jax.rollouts import Prompt
 
@@ -77,11 +77,12 @@ def rendered(path: str, hp: ConfigDict, task: Task, prompts: Iterable[Prompt],
   for prompt in prompts:
     # Without the texts that are None, so that a hint fails on those in the way of a missing key.
     problem = {key: x for key, x in problems[prompt.id].items() if x is not None}
-    try:
-      messages = task.hint(problem)
-    except KeyError as error:
-      raise InputError(f"problem {prompt.id} has no {error.args[0]} and the hints of {path} need "
-                       "it: add one, or leave hint_tokens out.") from error
+    with from_user_code(f"the task's hint of problem {prompt.id}"):
+      try:
+        messages = task.hint(problem)
+      except KeyError as error:
+        raise InputError(f"problem {prompt.id} has no {error.args[0]} and the hints of {path} need "
+                         "it: add one, or leave hint_tokens out.") from error
     ids = tuple(chat.render(messages, f"the hint of problem {prompt.id}"))
     if len(ids) > hp.hint_tokens:
       raise InputError(f"the hint of problem {prompt.id} takes {len(ids)} tokens and {path}."

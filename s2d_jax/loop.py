@@ -9,6 +9,7 @@ killed stage continues as if it had not been interrupted.
 """
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     state = training.init(stage.optimizer, mesh, stage.models.learner.params,
                           stage.models.anchored)
     start = checkpoints.latest() or 0
-    # Before anything is compiled: a kill during the compilation costs seconds too.
+    # Before the compilation, whose seconds a kill costs too.
     lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
@@ -152,20 +153,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
   hp = stage.hp
   stage = _timed(stage, clock)
   source = stage.source(programs.sampler)
-
-  @contextlib.contextmanager
-  def stop_here(step: int, state: TrainState) -> Iterator[None]:
-    """Sampling within ends early on a signal, and `state` is saved as that before `step`."""
-    try:
-      with sampler.stopping(stop):
-        yield
-    except sampler.Stopped:
-      checkpoint.add_lost(stage.folder, sum(clock.read().values()))
-      # Where this step was loaded or saved already, a second save writes nothing.
-      if step != start:
-        _save(checkpoints, logs, step, state)
-      raise SystemExit(hosts.RETRY) from None
-
+  cut_here = functools.partial(_saved_when_cut, stage, start, checkpoints, logs, clock, stop)
   pass_rates = stage.pass_rates and stage.pass_rates(programs.pass_rate_sampler)
   if pass_rates is not None:
     pass_rates = pass_rates._replace(reward=clock.timed("reward", pass_rates.reward))
@@ -179,7 +167,7 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       for name, (every, evaluate) in stage.evaluations.items():
         if step % every == 0:
           with (sampler.naming(f"{stage.name}, {name} at step {step}"), clock.phase("evaluate"),
-                stop_here(step, state)):
+                cut_here(step, state)):
             entry |= dict(evaluate(stage.models.full(state.params)))
       # Save before sampling, so that a resumed step samples what the killed one sampled. The step
       # that was loaded is on disk already.
@@ -187,13 +175,13 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
         with clock.phase("save"):
           _save(checkpoints, logs, step, state)
       # The signal is read on all hosts at the same step.
-      with stop_here(step, state):
+      with cut_here(step, state):
         if stop():
           raise sampler.Stopped
       # On several hosts the checkpointer compiles its own barriers, so it counts from here on.
       before = clock.compiled().count
       # A decision about families is in the log already, so that its step goes on to the end.
-      cut = stop_here(step, state) if stage.allocation is None else contextlib.nullcontext()
+      cut = cut_here(step, state) if stage.allocation is None else contextlib.nullcontext()
       with sampler.naming(f"{stage.name}, step {step}"), cut:
         state, values, stats = _step(stage, programs, source, pass_rates, state, step, logs, clock)
       entry |= values
@@ -205,14 +193,29 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       logs["metrics"].add(entry)
       seconds = timing.step_entry(step, clock)
       tokens_per_second = entry["tokens"] / seconds["seconds"]
-      sampled = {} if stats is None else stats._asdict()
-      logs["timing"].add({**seconds, "tokens_per_second": tokens_per_second,
-                          **{f"sampler_{name}": value for name, value in sampled.items()}})
+      sampled = {} if stats is None else {f"sampler_{k}": x for k, x in stats._asdict().items()}
+      logs["timing"].add({**seconds, "tokens_per_second": tokens_per_second, **sampled})
       shown = {key: f"{entry[key]:.3f}" for key in ("reward", "kl", "loss") if key in entry}
       bar.set_postfix(shown | {"tokens/s": f"{tokens_per_second:.0f}"}, refresh=False)
       bar.update()
   _save(checkpoints, logs, hp.steps, state)
   return state
+
+
+@contextlib.contextmanager
+def _saved_when_cut(stage: StageRun, start: int, checkpoints: checkpoint.Checkpoints, logs: _Logs,
+                    clock: Clock, stop: Callable[[], bool], step: int,
+                    state: TrainState) -> Iterator[None]:
+  """Within, sampling ends early on a signal, and `state` is saved as that before `step`."""
+  try:
+    with sampler.stopping(stop):
+      yield
+  except sampler.Stopped:
+    checkpoint.add_lost(stage.folder, sum(clock.read().values()))
+    # A step that was loaded is on disk; one that was saved just now is not written again.
+    if step != start:
+      _save(checkpoints, logs, step, state)
+    raise SystemExit(hosts.RETRY) from None
 
 
 def _timed(stage: StageRun, clock: Clock) -> StageRun:
@@ -259,11 +262,6 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
   batch = _hinted(stage, batch, step_rollouts.rollout)
   with clock.phase("update"):
     state, losses = _updates(stage, programs, state, step, batch, step_rollouts.rollout)
-  # The mean of squares is averaged over minibatches; only then is the root taken.
-  if "logp_gap_square" in losses:
-    losses["logp_gap_rms"] = np.sqrt(losses.pop("logp_gap_square"))
-  if not np.any(batch.weight_BT > 0):  # no token was compared
-    losses = {name: x for name, x in losses.items() if not name.startswith("logp_gap")}
   rollout = step_rollouts.rollout
   length_B = rollout.response_length_B
   values |= losses | {"tokens": int(length_B.sum()), "response_length": length_B.mean(),
@@ -288,9 +286,8 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
 
 def _hinted(stage: StageRun, batch: Batch, rollout: rollouts.Rollout) -> Batch:
   """The batch with the guide's own rows, where the stage's guide has prompts of its own."""
-  if stage.hint_of is None:
-    return batch
-  return rollouts.with_hints(batch, rollout, stage.hint_of, stage.hp.hint_tokens)
+  return batch if stage.hint_of is None else rollouts.with_hints(
+      batch, rollout, stage.hint_of, stage.hp.hint_tokens)
 
 
 def _search(stage: StageRun, programs: Programs, state: TrainState,
@@ -345,6 +342,11 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
       update_metrics.append({k: float(v) for k, v in jax.device_get(values).items()})
   # `finite` is a flag: one bad update makes the step bad.
   means = {k: float(np.mean([values[k] for values in update_metrics])) for k in update_metrics[0]}
+  # The mean of squares is averaged over minibatches; only then is the root taken.
+  if "logp_gap_square" in means:
+    means["logp_gap_rms"] = np.sqrt(means.pop("logp_gap_square"))
+  if not np.any(batch.weight_BT > 0):  # no token was compared
+    means = {k: x for k, x in means.items() if not k.startswith("logp_gap")}
   return state, means | {"finite": min(values["finite"] for values in update_metrics)}
 
 
@@ -370,10 +372,8 @@ def _check(stage: StageRun, step: int, checkpoints: checkpoint.Checkpoints, entr
   """Raises where a step's numbers are not finite, or it compiled a program."""
   if not entry["finite"]:
     saved = checkpoints.latest()
-    if saved is None:
-      checkpoint_note = f"no checkpoint was due yet in {stage.folder}"
-    else:
-      checkpoint_note = f"the checkpoint of step {saved} in {stage.folder} is kept"
+    checkpoint_note = (f"no checkpoint was due yet in {stage.folder}" if saved is None else
+                       f"the checkpoint of step {saved} in {stage.folder} is kept")
     raise FloatingPointError(
         f"{stage.name} met a loss or gradient that is not finite at step {step}; "
         f"{checkpoint_note}: lower the learning rate or look at its samples.")

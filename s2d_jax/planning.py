@@ -30,7 +30,7 @@ from s2d_jax import (
 )
 from s2d_jax import bases as base_folders
 from s2d_jax.data import prompts as data_prompts
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, from_user_code
 from s2d_jax.identity import identity_of
 from s2d_jax.models import hf
 from s2d_jax.objectives import Objective
@@ -144,7 +144,10 @@ class Plan(NamedTuple):
     """The kind of a problem, from its id; None where the task has no kinds."""
     if self.task is None or self.task.family is None:
       return None
-    return lambda prompt_id: self.task.family(self.problems[prompt_id])
+    def family(prompt_id: int) -> str:
+      with from_user_code(f"the task's family of problem {prompt_id}"):
+        return self.task.family(self.problems[prompt_id])
+    return family
 
   @property
   def answer(self) -> Callable[[Sequence[int]], str | None] | None:

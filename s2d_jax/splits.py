@@ -10,7 +10,7 @@ from s2d_jax import doctor, manifest
 from s2d_jax.chat import Chat
 from s2d_jax.data import leave_out
 from s2d_jax.data import prompts as data_prompts
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, from_user_code
 from s2d_jax.rollouts import Prompt
 
 
@@ -39,12 +39,19 @@ def load(config: ConfigDict, task: Task, tokenizer: Chat,
     doctor.check_answers(task.reward, task.respond, splits, config.data.get("leave_out", ""))
   # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
   # a remedy of its own.
-  prompts = {split: [Prompt(problem["id"], tuple(tokenizer.render(
-      task.messages(problem), f"problem {problem['id']} of {split}")))
-                     for problem in problems] for split, problems in splits.items()}
+  prompts = {split: [_prompt(task, tokenizer, split, problem) for problem in problems]
+             for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
   by_id = {problem["id"]: problem for problems in splits.values() for problem in problems}
   return prompts, by_id, _sets(sources, splits, shared)
+
+
+def _prompt(task: Task, tokenizer: Chat, split: str, problem: dict) -> Prompt:
+  """The rendered prompt of a problem."""
+  name = f"problem {problem['id']} of {split}"
+  with from_user_code(f"the task's messages of {name}"):
+    messages = task.messages(problem)
+  return Prompt(problem["id"], tuple(tokenizer.render(messages, name)))
 
 
 def _sets(sources: Mapping[str, Sequence[dict]], splits: Mapping[str, list[dict]],

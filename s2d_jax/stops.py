@@ -1,4 +1,4 @@
-"""What ends a run before its end: a signal, and a process of the run that fails or vanishes.
+"""Early ends of a run: by a signal, or by a process of the run that fails or vanishes.
 
 A thread watches, because the main thread may be inside a compilation, or wait for another process.
 
@@ -8,7 +8,7 @@ A thread watches, because the main thread may be inside a compilation, or wait f
 - A process that fails, or says nothing for LOST_SECONDS, ends all others with a sentence.
 
 JAX's coordinator is in process 0. Where that process is killed, JAX ends the others within a
-second, by SIGABRT and with a message of JAX. An error of process 0 is told to the others first.
+second, by SIGABRT and with a message of JAX. An error of process 0 reaches the others first.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ _GOES_ON = "the same command goes on from what was saved"
 
 
 class _Peer(NamedTuple):
-  """What a process tells the others, once a second."""
-  beat: int                     # counts up while the process lives
+  """The state of a process, which it publishes once a second."""
+  alive: int                     # counts up while the process lives
   host: str
   # Calls of `stop` before the process heard of a signal; None: it has heard of none.
   calls: int | None = None
@@ -60,7 +60,7 @@ class Watch:
     self._stop_at: int | None = None  # the call of `stop` at which all processes stop
     self._me = _Peer(0, socket.gethostname())
     self._peers: dict[int, _Peer] = {}
-    self._silent = dict.fromkeys(range(self._processes), 0.0)  # seconds without a new beat
+    self._silent = dict.fromkeys(range(self._processes), 0.0)  # seconds without a new count
     self._failed_seconds = 0.0       # since another process failed
     self._closed = threading.Event()
     self._reader, self._writer = os.pipe()
@@ -147,8 +147,8 @@ class Watch:
       # Also after the last answer, because a process has some work left when it says that it ends.
       time.sleep(_TICK_SECONDS)
       with contextlib.suppress(jax.errors.JaxRuntimeError):
-        ended = [peer for peer in self._hear().values() if peer.code is not None]
-        if len(ended) == self._processes:
+        finished = [peer for peer in self._hear().values() if peer.code is not None]
+        if len(finished) == self._processes:
           time.sleep(_TICK_SECONDS)
           return
 
@@ -190,7 +190,7 @@ class Watch:
 
   def _compare(self) -> None:
     """One exchange with the other processes, and what follows from it."""
-    self._me = self._me._replace(beat=self._me.beat + 1)
+    self._me = self._me._replace(alive=self._me.alive + 1)
     heard: dict[int, _Peer] = {}
     # Without an answer of the coordinator, all others count as silent.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -272,7 +272,7 @@ def watch(outcome: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]
   """Watches signals and processes within; for a command, which may end its process.
 
   Args:
-    outcome: (exit code, sentence) of what ends the block, which the other processes are told.
+    outcome: (exit code, sentence) of what ends the block, which the other processes get.
   """
   global _current
   _current = Watch()

@@ -64,7 +64,7 @@ class Running:
     return subprocess.CompletedProcess(self._words, status, *printed)
 
   def close(self) -> None:
-    """Kills it where nobody has waited for it."""
+    """Kills it where `wait` was not called."""
     with contextlib.suppress(ValueError):  # `wait` has closed it
       self.process.kill()
       self.wait(60)

@@ -241,17 +241,18 @@ def test_a_killed_stage_ends_as_a_whole_one_and_its_ledger_has_the_guides_length
   monkeypatch.setattr(loop, "compile_programs", _compiled_once())
   with jax.set_mesh(mesh):
     whole, totals = test_loop.run(stage_of(tmp_path / "whole", mesh, hint))
-    log_samples = loop._log_samples
+    step = loop._step
 
-    def killed(stage, step_rollouts, step, log):
-      if step == 3:
+    def killed(*args):
+      done = step(*args)
+      if args[5] == 3:
         raise SystemExit(137)
-      log_samples(stage, step_rollouts, step, log)
+      return done
 
-    monkeypatch.setattr(loop, "_log_samples", killed)
+    monkeypatch.setattr(loop, "_step", killed)
     with pytest.raises(SystemExit):
       test_loop.run(stage_of(tmp_path / "killed", mesh, hint))
-    monkeypatch.setattr(loop, "_log_samples", log_samples)
+    monkeypatch.setattr(loop, "_step", step)
     again, totals_again = test_loop.run(stage_of(tmp_path / "killed", mesh, hint))
   test_loop.equal(whole, again)
   assert totals["tokens_guide"] == totals_again["tokens_guide"]
@@ -311,6 +312,20 @@ def test_a_plan_has_the_hints_and_the_name_of_the_stage_depends_on_their_text():
   assert other.arms["self_distilled"] != [name]
   assert other.arms["cold_grpo"] == planned.arms["cold_grpo"]
   assert all(n.hint_of is None for n in planned.nodes.values() if n is not node)
+
+
+@pytest.mark.parametrize("of_task, said", [
+    ({"hint": lambda row: 1 / 0}, r"the task's hint of problem \d+ failed \(ZeroDivisionError: "),
+    ({"hint": lambda row: None}, r"the hint of problem \d+ is not a list of messages: give each"),
+    ({"messages": lambda row: 1 / 0}, r"the task's messages of problem \d+ of labelled failed \("),
+    ({"messages": lambda row: row["problem"]}, r"problem \d+ of labelled is not a list of messages"),
+])
+def test_a_function_of_the_task_that_fails_is_one_sentence_with_the_problem(of_task, said):
+  with pytest.raises(InputError, match=said):
+    plan(with_stage(), **of_task)
+  planned = plan(with_stage(), family=lambda row: row["kind"])
+  with pytest.raises(InputError, match=r"the task's family of problem 3 failed \(KeyError: 'kind'"):
+    planned.family(3)
 
 
 def test_the_word_all_chooses_arms_with_stages():

@@ -21,7 +21,8 @@ ARROWS = {
   "export": {"checkpoint", "manifest", "models", "command"},
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},
-  "walk": {"scoring", "budget", "ladder"},
+  "walk": {"scoring", "budget", "ladder", "stops"},
+  "stops": {"hosts"},
   "scoring": {"stage", "losses"},
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},
@@ -32,7 +33,7 @@ ARROWS = {
   "combinations": {"sampler"},
   "stage": {"planning", "loop", "objectives", "manifest"},
   "loop": {"selection", "probing", "guides", "compiling", "evals", "rewards", "chat", "checkpoint",
-            "timing", "ledger", "optim"},
+            "timing", "ledger", "optim", "stops"},
   "options": {"foresee", "allocate", "guides", "hints", "objectives"},
   "guides": {"compiling", "chat"},
   "probing": {"ledger", "metrics"},

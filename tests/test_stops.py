@@ -76,7 +76,7 @@ def send(process, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_saves_and_says_how_to_go_on(begin, number):
+def test_the_first_signal_saves_and_the_run_can_go_on(begin, number):
   (process,) = begin(1, "steps")
   send(process, number)
   done = process.wait(10)

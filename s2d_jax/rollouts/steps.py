@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from s2d_jax import hosts
 from s2d_jax.data import prompts as data_prompts
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, from_user_code
 from s2d_jax.rewards.pool import Unchecked, unchecked
 from s2d_jax.rollouts.records import (
   FINISHED,
@@ -218,14 +218,8 @@ def checked_reward(reward: Callable[[dict, str], Any], problem: dict,
   """
   name = f"the task's reward of problem {problem['id']}"
   shown = repr(text if len(text) <= 100 else f"…{text[-100:]}")
-  try:
+  with from_user_code(f"{name}, on {shown},"):
     found = reward(problem, text)
-  except InputError:
-    raise
-  # A function of the user's may raise anything.
-  except Exception as error:
-    raise InputError(f"{name} failed on {shown} ({type(error).__name__}: {error}): mend it."
-                     ) from error
   if isinstance(found, Future):
     return found
   if not isinstance(found, numbers.Real | np.ndarray | jax.Array) or np.ndim(found) or (

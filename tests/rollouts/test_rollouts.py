@@ -190,14 +190,14 @@ def test_statistics_of_several_calls_are_added():
 
 
 @pytest.mark.parametrize("reward, said", [
-    (lambda problem, text: None, "is None on '42': return a finite number."),
-    (lambda problem, text: "1", "is '1' on '42': return a finite number."),
-    (lambda problem, text: np.ones(2), r"is array\(\[1., 1.\]\) on '42': return a finite number."),
-    (lambda problem, text: float("nan"), "is nan on '42': return a finite number."),
-    (lambda problem, text: float("inf"), "is inf on '42': return a finite number."),
-    (lambda problem, text: problem["key"], r"failed on '42' \(KeyError: 'key'\): mend it.")])
+    (lambda problem, text: None, " is None on '42': return a finite number."),
+    (lambda problem, text: "1", " is '1' on '42': return a finite number."),
+    (lambda problem, text: np.ones(2), r" is array\(\[1., 1.\]\) on '42': return a finite number."),
+    (lambda problem, text: float("nan"), " is nan on '42': return a finite number."),
+    (lambda problem, text: float("inf"), " is inf on '42': return a finite number."),
+    (lambda problem, text: problem["key"], r", on '42', failed \(KeyError: 'key'\): mend it.")])
 def test_a_reward_that_is_no_number_is_one_sentence_with_the_problem(reward, said):
-  with pytest.raises(InputError, match=f"^the task's reward of problem 7 {said}$"):
+  with pytest.raises(InputError, match=f"^the task's reward of problem 7{said}$"):
     rollouts.checked_reward(reward, {"id": 7}, "42")
 
 

@@ -2,6 +2,7 @@
 #   make run     the README's job: .venv, installation, every arm, the table
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
+#   make chaos   fifty kills at random moments, and damaged files, into results/: 25 minutes
 # Also test-fast, test-slow, math-smoke, test-tpu, test-gpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
 # PIP_FLAGS to pip. On Linux the default index's torch includes CUDA; PyTorch's installation page names
 # an extra index with the small CPU build.
@@ -21,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run ladder test test-fast test-slow math-smoke test-tpu test-gpu lint clean
+.PHONY: run ladder chaos test test-fast test-slow math-smoke test-tpu test-gpu lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
@@ -33,6 +34,9 @@ ladder: $(VENV)/.installed
 	  $(BIN)/s2d-jax run --config=configs/sweep_$$sweep.py --workdir=runs/ladder \
 	    $(FLAGS) > /dev/null; done
 	$(BIN)/s2d-jax report runs/ladder
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m tests.end_to_end.chaos --kills=50 --seed=0 --out=results
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not tpu and not gpu" $(SPREAD)

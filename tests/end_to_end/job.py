@@ -1,44 +1,61 @@
 """A tiny job with every row of the recipe, run in processes of its own by the tests beside it.
 
-  python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N] [--process I --port P] [--arm NAME]
-    [--options]
+  python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N [--signal KILL]]
+    [--full-after SECONDS] [--process I --processes N --port P] [--mesh D,F,T] [--arm NAME]
+    [--options] [--unprobed] [--redo FOLDER] [--counts FILE]
 
-With --kill-in it kills itself (SIGKILL) at the N-th event inside the stage ROW, inside a score
-where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to be written,
-just written, or in the middle of being written, or an optimizer update.
+With --kill-in it sends itself a signal, KILL or TERM, at the N-th event inside the stage ROW,
+inside a score where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to
+be written, just written, or in the middle of being written, or an optimizer update. With
+--full-after no file takes a byte from that moment on, as on a full disk. With --counts each process
+writes what it has read and written to FILE.I, JSON.
 """
 
 import argparse
+import functools
+import json
 import os
 import pathlib
+import resource
 import signal
+import sys
 import threading
 
 import jax
 import numpy as np
 from etils import epath
+from jax._src import compiler, distributed  # of JAX 0.10: what stores programs has no public name
 
 from configs import arithmetic, common
 from s2d_jax import (
   checkpoint,
+  checksums,
+  command,
   files,
   loop,
+  manifest,
   models,
   recipe,
   rollouts,
   scoring,
   sharding,
   stage,
+  stops,
   tasks,
 )
 from s2d_jax.assets import tokenizer
-from s2d_jax.models import hf
+from s2d_jax.models import hf, shards
 from s2d_jax.planning import Use
 
+# Wall-clock, and what depends on it, apart from everything else for this reason; and folders that
+# a run has made again.
+NOT_COMPARED = ("timing", "starts", "tensorboard", "writer.lock", "checksums", "replaced")
+LOST_SECONDS = 15.0  # a process that is silent for so long has died: the others end too
 ARMS = recipe.ARMS | {
     "every_row": (Use("teacher_sft", "1h"), Use("teacher_grpo", "1h"), Use("forward_kl", "1h"),
                   Use("weighted_fkl", "1h"), Use("sft", "1h"), Use("reverse_kl", "1h"),
                   Use("student_grpo", "2h")),
+    "one_row": (Use("reverse_kl", "1h"),),
 }
 
 
@@ -97,8 +114,8 @@ def set_options(tiny):
     tiny.probe.prefixes = 2
 
 
-def kill_at_event(row, n):
-  """Makes this process kill itself at the n-th event inside the stage `row`, a score or a probe."""
+def kill_at_event(row, n, number):
+  """Makes this process signal itself at the n-th event in the stage `row`, a score or a probe."""
   remaining = [n]
   inside = [False]
 
@@ -118,14 +135,14 @@ def kill_at_event(row, n):
   def event():
     remaining[0] -= inside[0]
     if inside[0] and remaining[0] == 0:
-      os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getpid(), number)
 
   def around(function):
     def wrapped(*args, **kwargs):
       event()
       remaining[0] -= inside[0]
       if inside[0] and remaining[0] == 0:  # in the middle, or just after
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
       result = function(*args, **kwargs)
       event()
       return result
@@ -141,39 +158,129 @@ def kill_at_event(row, n):
     setattr(owner, name, around(getattr(owner, name)))
 
 
-def main():
-  """Runs the job."""
+def facts(workdir):
+  """{relative path: bytes} of everything in a work folder that must not depend on a kill."""
+  found = {}
+  for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
+    name = path.relative_to(workdir)
+    # A hidden file is what a killed write left behind; nothing reads it.
+    if {*name.parts} & {"checkpoints", *NOT_COMPARED} or path.name.startswith("."):
+      continue
+    data = path.read_bytes()
+    if path.name == "ledger.json":
+      data = {k: v for k, v in json.loads(data).items() if not k.startswith("device_seconds")}
+    found[str(name)] = data
+  return found
+
+
+def join(process, processes, port):
+  """Makes this process one of several on this machine."""
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize = functools.partial(
+      jax.distributed.initialize, f"localhost:{port}", processes, process)
+  stops.LOST_SECONDS = LOST_SECONDS
+  stops.connect()
+  write = compiler._cache_write
+  lock = threading.Lock()
+
+  # JAX lets process 0 alone store programs. On CPUs each process has keys of its own, so the
+  # others would compile everything in every start.
+  def stored(*args):
+    with lock:
+      distributed.global_state.process_id = 0
+      try:
+        write(*args)
+      finally:
+        distributed.global_state.process_id = process
+
+  compiler._cache_write = stored
+
+
+def fill_disk():
+  """From now on no file of this process takes a byte, as on a full disk; pipes do."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def counting():
+  """What this process reads and writes from now on, a dict that grows.
+
+  weight_bytes of the bases, rewards (rows that it scored), checked (files whose checksums it
+  computed) and written (files of logs, results and stores).
+  """
+  found = {"weight_bytes": 0, "rewards": 0, "checked": 0, "written": 0}
+
+  def counted(owner, name, key, size):
+    function = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+      result = function(*args, **kwargs)
+      found[key] += size(result)
+      return result
+    setattr(owner, name, wrapped)
+
+  counted(shards, "read", "weight_bytes", lambda part: part.nbytes)
+  counted(checksums, "_measured", "checked", lambda _: 1)
+  counted(files, "write", "written", lambda _: 1)
+  return found
+
+
+def parse(argv):
+  """The command line's arguments."""
   parser = argparse.ArgumentParser()
   parser.add_argument("workdir")
   parser.add_argument("bases")
   parser.add_argument("--kill-in")
+  parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+  parser.add_argument("--full-after", type=float)
   parser.add_argument("--process", type=int)
+  parser.add_argument("--processes", type=int, default=2)
   parser.add_argument("--port", type=int)
   parser.add_argument("--arm", default="every_row")
   parser.add_argument("--mesh", default="1,1,1")
   parser.add_argument("--options", action="store_true")
-  args = parser.parse_args()
+  parser.add_argument("--unprobed", action="store_true")
+  parser.add_argument("--redo", action="append", default=[])
+  parser.add_argument("--counts")
+  return parser.parse_args(argv)
+
+
+def main(argv):
+  """Runs the job."""
+  args = parse(argv)
   jax.config.update("jax_platforms", "cpu")
   # Compiling takes nearly all of a job's time: XLA skips most optimizations.
   jax.config.update("jax_disable_most_optimizations", True)
   if args.process is not None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{args.port}", 2, args.process)
+    join(args.process, args.processes, args.port)
   jax.config.update("jax_transfer_guard", "disallow")
   run_config = config(args.bases, args.arm, f"{args.bases}/data")
   if args.options:
     set_options(run_config)
+  if args.unprobed:
+    run_config.probe.problems = 0
   if args.kill_in:
     # The undisturbed job has stored every program. A process that is killed while it stores one
     # would leave half a file for all other tests.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 2**62)
     row, n = args.kill_in.split(":")
-    kill_at_event(row, int(n))
-  with jax.set_mesh(sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))):
-    # Random models never add right; an arbitrary reward gives their groups a gradient.
-    task = tasks.get(run_config)._replace(reward=lambda problem, text: float(len(text) % 2))
-    recipe.run(run_config, args.workdir, task, arms=ARMS)
+    kill_at_event(row, int(n), signal.Signals[f"SIG{args.signal}"])
+  if args.full_after is not None:
+    timer = threading.Timer(args.full_after, fill_disk)
+    timer.daemon = True
+    timer.start()
+  manifest.set_aside(args.workdir, args.redo)
+  counts = counting() if args.counts else {"rewards": 0}
+
+  # Random models never add right; an arbitrary reward gives their groups a gradient.
+  def reward(problem, text):
+    counts["rewards"] += 1
+    return float(len(text) % 2)
+
+  mesh = sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))
+  with stops.watch(command.outcome), jax.set_mesh(mesh):
+    recipe.run(run_config, args.workdir, tasks.get(run_config)._replace(reward=reward), arms=ARMS)
+  if args.counts:
+    pathlib.Path(f"{args.counts}.{args.process or 0}").write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":
-  main()
+  command.call(main, sys.argv[1:])

@@ -11,29 +11,12 @@ from tests.end_to_end import job
 
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
         "student_grpo")
-# Wall-clock, and what depends on it: kept apart from everything else for this reason.
-CLOCKS = ("timing", "starts", "tensorboard", "writer.lock", "checksums")
 
 
 def start(workdir, bases, *flags):
   """Runs the job to its end, or its death; returns the exit status and what it printed."""
   done = interpreter.run("-m", "tests.end_to_end.job", workdir, bases, *flags)
   return done.returncode, done.stdout + done.stderr
-
-
-def facts(workdir):
-  """{relative path: bytes} of everything that must not depend on a kill."""
-  found = {}
-  for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
-    name = path.relative_to(workdir)
-    # A hidden file is what a killed write left behind; nothing reads it.
-    if set(name.parts) & set(CLOCKS) or "checkpoints" in name.parts or path.name.startswith("."):
-      continue
-    data = path.read_bytes()
-    if path.name == "ledger.json":
-      data = {k: v for k, v in json.loads(data).items() if not k.startswith("device_seconds")}
-    found[str(name)] = data
-  return found
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +49,8 @@ def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
       assert folders and not all((f / "manifest.json").exists() for f in folders), row
   status, printed = start(workdir, bases)
   assert status == 0, printed
-  want = facts(reference)
-  got = facts(workdir)
+  want = job.facts(reference)
+  got = job.facts(workdir)
   assert sorted(want) == sorted(got)
   for name, value in want.items():
     assert got[name] == value, name

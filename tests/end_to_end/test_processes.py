@@ -1,43 +1,61 @@
-"""Two processes joined by jax.distributed run every row of `bridge` with the samples of one."""
+"""Several processes joined by jax.distributed run every row of `bridge` with the samples of one."""
 
 import json
 import socket
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from s2d_jax import metrics, rollouts
 from tests import interpreter
 from tests.end_to_end import job
 
 ROWS = ("teacher_grpo", "forward_kl", "reverse_kl")
+# (processes, their mesh, flags). Two have half the weights each, and four half of each matrix's
+# rows and columns.
+SEVERAL = {"plain": (2, "1,2,1", ()), "options": (2, "1,2,1", ("--options",)),
+           "four": (4, "1,2,2", ())}
 
 
-def launch(workdir, bases, *flags):
-  return interpreter.start("-m", "tests.end_to_end.job", workdir, bases, "--arm", "bridge", *flags)
+def launch(workdir, *flags):
+  return interpreter.start("-m", "tests.end_to_end.job", workdir, workdir.parent / "bases",
+                           "--arm", "bridge", "--counts", f"{workdir}.counts", *flags)
 
 
-@pytest.fixture(scope="module", params=[(), ("--options",)], ids=["plain", "options"])
-def runs(tmp_path_factory, request):
-  """Work folders of one process on (1,1,1), and of two on (1,2,1) with half the weights each."""
-  flags = request.param
-  folder = tmp_path_factory.mktemp("processes")
-  job.bases(folder / "bases")
+def together(workdir, processes, mesh, flags):
+  """Runs the job to its end on several processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
-    port = str(free.getsockname()[1])
-  alone = launch(folder / "one", folder / "bases", *flags).wait(600)
-  assert alone.returncode == 0, alone.stderr
-  both = [launch(folder / "two", folder / "bases", "--mesh", "1,2,1", "--process", i,
-                 "--port", port, *flags) for i in "01"]
-  for done in [process.wait(600) for process in both]:
+    port = free.getsockname()[1]
+  running = [launch(workdir, "--mesh", mesh, "--processes", processes, "--process", i,
+                    "--port", port, *flags) for i in range(processes)]
+  for done in [process.wait(600) for process in running]:
     assert done.returncode == 0, done.stderr
-  return folder / "one", folder / "two"
+
+
+def counts(workdir, processes):
+  """What each process of a run has read and written: {name: number of each process}."""
+  found = [json.loads(workdir.with_name(f"{workdir.name}.counts.{i}").read_text())
+           for i in range(processes)]
+  return {name: [one[name] for one in found] for name in found[0]}
+
+
+@pytest.fixture(scope="module", params=list(SEVERAL))
+def runs(tmp_path_factory, request):
+  """Work folders of one process on (1,1,1), and of several."""
+  processes, mesh, flags = SEVERAL[request.param]
+  folder = tmp_path_factory.mktemp("processes")
+  job.bases(folder / "bases")
+  alone = launch(folder / "one", *flags).wait(600)
+  assert alone.returncode == 0, alone.stderr
+  together(folder / "several", processes, mesh, flags)
+  return folder / "one", folder / "several"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_two_processes_sample_as_one(runs, row):
+def test_processes_sample_as_one(runs, row):
   logs = [metrics.read(next(run.glob(f"{row}-*")), "samples") for run in runs]
   assert len(logs[0]) == len(logs[1]) == 3 * 16  # every row of every step
   for one, two in zip(*logs, strict=True):
@@ -48,7 +66,7 @@ def test_two_processes_sample_as_one(runs, row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_two_processes_step_as_one_to_rounding(runs, row):
+def test_processes_step_as_one_to_rounding(runs, row):
   logs = [metrics.read(next(run.glob(f"{row}-*")), "metrics") for run in runs]
   assert len(logs[0]) == len(logs[1]) == 3
   for one, two in zip(*logs, strict=True):
@@ -60,7 +78,7 @@ def test_two_processes_step_as_one_to_rounding(runs, row):
 
 
 @pytest.mark.slow
-def test_two_processes_store_the_frozen_teachers_rollouts_of_one(runs):
+def test_processes_store_the_frozen_teachers_rollouts_of_one(runs):
   parts = [sorted(run.glob("rollouts-*/*.npz")) for run in runs]
   assert [p.name for p in parts[0]] == [p.name for p in parts[1]] != []
   for one, two in zip(*parts, strict=True):
@@ -69,7 +87,7 @@ def test_two_processes_store_the_frozen_teachers_rollouts_of_one(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_decide_as_one(runs):
+def test_processes_decide_as_one(runs):
   """Shares of families, and how far a search moves the weights."""
   shares = [metrics.read(next(run.glob("forward_kl-*")), "allocate") for run in runs]
   for one, two in zip(*shares, strict=True):
@@ -80,7 +98,7 @@ def test_two_processes_decide_as_one(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_probe_as_one(runs):
+def test_processes_probe_as_one(runs):
   results = []
   for run in runs:
     found = {path.parent.name: json.loads(path.read_text())
@@ -90,3 +108,37 @@ def test_two_processes_probe_as_one(runs):
                            for part, numbers in result.items()}
                     for name, result in found.items()})
   assert results[0] == results[1] != {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_processes_end_in_the_weights_of_one(runs, row):
+  one, several = (load_file(next(run.glob(f"{row}-*")) / "hf" / "model.safetensors")
+                  for run in runs)
+  assert one.keys() == several.keys()
+  for name, values in one.items():
+    np.testing.assert_allclose(several[name], values, atol=1e-5, rtol=0, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", ["four"], indirect=True)
+def test_each_of_four_processes_does_its_share(runs):
+  alone, of_four = counts(runs[0], 1), counts(runs[1], 4)
+  # A fourth of each matrix, and all of each vector.
+  assert max(of_four["weight_bytes"]) < 0.5 * alone["weight_bytes"][0]
+  # Each row is scored on one process, and the rows are dealt out in turn.
+  assert sum(of_four["rewards"]) == alone["rewards"][0] > 0
+  assert max(of_four["rewards"]) <= 1.05 * min(of_four["rewards"])
+  assert max(of_four["checked"]) < 0.3 * sum(of_four["checked"])
+  # Process 0 alone writes logs, results and stores: as many as one process.
+  assert of_four["written"] == [of_four["written"][0], 0, 0, 0] and of_four["written"][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", ["four"], indirect=True)
+def test_two_runs_of_four_processes_are_equal_bit_for_bit(runs):
+  again = runs[1].with_name("again")
+  together(again, *SEVERAL["four"])
+  want, got = job.facts(runs[1]), job.facts(again)
+  assert want.keys() == got.keys() and any("safetensors" in name for name in want)
+  assert [name for name in want if want[name] != got[name]] == []

@@ -88,16 +88,34 @@ def read(folder: epath.PathLike, name: str) -> list[dict]:
 def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> None:
   """Writes one event file for one part: every number of every entry against its step."""
   # The writer appends, which an object store cannot: it writes beside, and the whole is copied.
-  with tempfile.TemporaryDirectory() as scratch:
-    # Imported here: it imports torch where that is installed, seconds of every process's start.
-    from tensorboardX import SummaryWriter
-    with SummaryWriter(scratch) as writer:
-      for entry in entries:
-        for name, value in entry.items():
-          if name != "step" and isinstance(value, int | float):
-            writer.add_scalar(name, value, entry["step"])
-    events = next(pathlib.Path(scratch).iterdir())
-    files.write(folder / f"{start:08d}.{events.name}", events.read_bytes())
+  try:
+    with tempfile.TemporaryDirectory() as scratch:
+      _append_events(scratch, entries)
+      events = next(pathlib.Path(scratch).iterdir())
+      data = events.read_bytes()
+  except OSError as error:
+    # None until a file could be written there.
+    place = tempfile.tempdir or "the folder of temporary files"
+    raise files.not_written(place, error.strerror) from error
+  files.write(folder / f"{start:08d}.{events.name}", data)
+
+
+def _append_events(scratch: str, entries: Sequence[dict]) -> None:
+  """Writes the event file of a part to a local folder."""
+  # Imported here: it imports torch where that is installed, seconds of every process's start.
+  from tensorboardX import SummaryWriter
+  writer = SummaryWriter(scratch)
+  file = writer.file_writer.event_writer
+  try:
+    for entry in entries:
+      for name, value in entry.items():
+        if name != "step" and isinstance(value, int | float):
+          writer.add_scalar(name, value, entry["step"])
+    writer.close()
+  except OSError:
+    # It closes its file again when the process ends, and would print a traceback then.
+    file.close = lambda: None
+    raise
 
 
 def _cut(folder: epath.Path, step: int) -> None:

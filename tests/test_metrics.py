@@ -1,5 +1,9 @@
 """Logs are cut back to the checkpoint's step, and compilations are counted."""
 
+import subprocess
+import sys
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +65,30 @@ def test_tensorboard_files_are_written_and_cut(tmp_path):
   metrics.Log(tmp_path, "metrics", 2, tensorboard=True)
   remaining = list((tmp_path / "tensorboard").iterdir())
   assert [p.name[:8] for p in remaining] == ["00000000"] and b"loss" in remaining[0].read_bytes()
+
+
+FULL = """
+import pathlib, resource, sys, tempfile
+from s2d_jax import metrics
+from s2d_jax.errors import WriteError
+tempfile.gettempdir()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+try:
+  metrics._write_events(pathlib.Path(sys.argv[1]), 0, [{"step": 0, "loss": 1.0}])
+except WriteError as error:
+  said = str(error)
+sys.exit(said)
+"""
+
+
+def test_a_full_disk_is_one_sentence_for_event_files(tmp_path):
+  # A pipe takes the sentence. What the writer does when the process ends is printed too.
+  done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], text=True,
+                        capture_output=True, check=False)
+  assert done.stderr == (
+      f"{tempfile.gettempdir()} cannot be written (File too large): free space or mend the disk, "
+      "and the same command goes on from what was saved before.\n")
 
 
 def test_compilations_are_counted():

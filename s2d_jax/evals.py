@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import keys, prefixes, rollouts, sampler, stats
+from s2d_jax import hosts, keys, prefixes, rollouts, sampler, stats
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.rewards import pool
@@ -124,6 +124,8 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
           stored: Stored | None = None) -> tuple[stats.Samples, Rollout]:
   """Samples every prompt and checks every response as it ends, while others are decoded.
 
+  On several processes it is a collective: each checks its share of the responses.
+
   Args:
     prompts: of P problems.
     answer: the canonical answer of a response; None: the samples have no answers.
@@ -133,20 +135,26 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
     (samples, rollout): a sample is right where its reward is 1 or more; and the rows behind them.
   """
   # Filled while other rows are decoded, so that a slow grader costs no time of the device.
-  begun: dict[int, float | Future[float]] = {}  # rewards, some of which other processes compute
+  begun: dict[int, float | Future[float]] = {}  # rewards, some of which a pool computes
+  first, processes = hosts.share()
 
-  def check(index: int, rollout: Rollout) -> None:
-    begun[index] = reward(int(rollout.prompt_id_B[index]), rollout.response(index))
+  def check(index: int, row: int, rollout: Rollout) -> None:
+    if index % processes == first:
+      begun[index] = reward(int(rollout.prompt_id_B[row]), rollout.response(row))
 
   if stored is None:
-    rollout, _ = sample(params, prompts, seed, on_finish=check)
+    rollout, _ = sample(params, prompts, seed,
+                        on_finish=lambda row, rollout: check(row, row, rollout))
   else:
-    rollout = _resumed(sample, params, prompts, seed, stored, reward, begun)
+    rollout = _resumed(sample, params, prompts, seed, stored, check)
   P = len(prompts)
   rows = range(len(rollout.prompt_id_B))
-  # float32, because the scores of finished runs were computed in it.
-  correct_PG = np.array([rollouts.resolved(begun[index]) >= 1 for index in rows],
-                        np.float32).reshape(P, -1)
+  # float32, because the scores of finished runs were computed in it. Rows of other processes stay
+  # 0, so that the sum has each row's.
+  own_B = np.zeros(len(rows), np.float32)
+  for index, found in begun.items():
+    own_B[index] = rollouts.resolved(found) >= 1
+  correct_PG = hosts.sum_over_hosts(own_B).reshape(P, -1)
   answer_PG = None
   if answer is not None:
     answers = [answer(rollout.response(index)) for index in rows]
@@ -158,33 +166,34 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
 
 
 def _resumed(sample: Sampler, params: Params, prompts: Sequence[Prompt], seed: tuple[int, ...],
-             stored: Stored, reward: Reward, rewards: dict[int, float | Future[float]]) -> Rollout:
+             stored: Stored, check: Callable[[int, int, Rollout], None]) -> Rollout:
   """The rollout of all samples of the prompts, of which the stored rows are not sampled again.
 
   Args:
-    rewards: receives the reward of each row, or a future of it, by its index in the result.
+    check: called as check(index of the row in the result, row, rollout) for each row that ends.
   """
   requests = [(prompt, g) for prompt in prompts for g in range(sample.sampling.samples_per_prompt)]
   index_of = {(prompt.id, g): index for index, (prompt, g) in enumerate(requests)}
 
-  def check(row: int, rollout: Rollout) -> None:
-    key = (int(rollout.prompt_id_B[row]), int(rollout.sample_index_B[row]))
-    rewards[index_of[key]] = reward(key[0], rollout.response(row))
+  def index(row: int, rollout: Rollout) -> int:
+    return index_of[int(rollout.prompt_id_B[row]), int(rollout.sample_index_B[row])]
 
   def finish(row: int, rollout: Rollout) -> None:
     stored.on_finish(row, rollout)
-    check(row, rollout)
+    check(index(row, rollout), row, rollout)
 
   parts = []
   absent = {}
+  read = set()
   if stored.rows is not None:
     # A file may hold rows of other problems, or further samples of each.
     of_prompts = [row for row, key in enumerate(rollouts.keys_of(stored.rows)) if key in index_of]
     parts.append(rollouts.take(stored.rows, of_prompts))
     for row in range(len(of_prompts)):
-      check(row, parts[0])
+      read.add(index(row, parts[0]))
+      check(index(row, parts[0]), row, parts[0])
     absent = {field: None for field, x in stored.rows._asdict().items() if x is None}
-  missing = [request for index, request in enumerate(requests) if index not in rewards]
+  missing = [request for number, request in enumerate(requests) if number not in read]
   if missing:
     sampled, _ = sample.sample_rows(params, missing, seed, on_finish=finish)
     parts.append(sampled._replace(**absent))

@@ -64,6 +64,18 @@ def test_a_row_is_scored_when_it_ends_and_once():
   assert fixed.calls[1:] == [(PROMPTS[b // 3].id, RESPONSES[b]) for b in fixed.order] + ["drawn"]
 
 
+def test_each_process_scores_its_share_of_the_rows(monkeypatch):
+  shares, scored = [], []
+  # Of three processes: what each adds to the sum, one after the other.
+  monkeypatch.setattr(evals.hosts, "sum_over_hosts", lambda own_B: shares.append(own_B) or own_B)
+  for process in range(3):
+    monkeypatch.setattr(evals.hosts, "share", lambda process=process: (process, 3))
+    evals.solve(FixedSampler(), "weights", PROMPTS,
+                lambda i, ids: scored.append(ids.tolist()) or reward(i, ids), (4, 2))
+  assert scored == [RESPONSES[b] for b in (0, 3, 1, 4, 2, 5)]
+  np.testing.assert_array_equal(shares, [[1, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 1]])
+
+
 def test_a_reward_of_one_or_more_is_right():
   graded = iter([0.0, 0.5, 0.99, 1.0, 2.0, -1.0])
   samples, _ = evals.solve(FixedSampler(), "weights", PROMPTS, lambda i, ids: next(graded), (0,))

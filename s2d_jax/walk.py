@@ -86,7 +86,9 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
            "probes": [probes[name] for name in plan.arms[arm] if probes[name]["before"]]}
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.
-  if hosts.leader() and not path.exists():
+  if path.exists():
+    files.read_json(path, "delete it, and the same command writes it again")
+  elif hosts.leader():
     number = len(files.finished_files(path.parent))
     files.write_json(path, files.plain(entry | {"number": number}), sealed=True)
 

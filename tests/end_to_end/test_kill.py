@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 
 import pytest
@@ -83,3 +84,20 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed):
   status, printed = start(workdir, bases)
   assert status == 0, printed
   assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.slow
+def test_a_damaged_entry_of_an_arm_is_named(undisturbed, tmp_path):
+  bases, reference = undisturbed
+  workdir = tmp_path / "work"
+  shutil.copytree(reference, workdir)
+  (path,) = (workdir / "arms").iterdir()
+  path.write_bytes(path.read_bytes()[:100])
+  status, printed = start(workdir, bases)
+  (sentence,) = [line for line in printed.splitlines() if line.startswith("s2d_jax: ")]
+  assert status == 2 and str(path) in sentence and "Traceback" not in printed
+  assert sentence.endswith(": delete it, and the same command writes it again.")
+  path.unlink()
+  status, printed = start(workdir, bases)
+  assert status == 0, printed
+  assert job.facts(workdir) == job.facts(reference)

@@ -133,6 +133,9 @@ def on_disk(world, copy, kind, start, rng):
     flags = follow(sentence, path, workdir)
   if status == 0:
     differences = differing(workdir, world.references[1].workdir)
+    # A part of a store that was deleted is sampled again where a later step reads its rows.
+    if path.suffix == ".npz" and not path.exists():
+      differences.remove(str(path.relative_to(workdir)))
     result = f"differs: {', '.join(differences)}" if differences else "equal"
   record = {"fault": f"{name}: {way.__name__}", "file": str(path.relative_to(workdir)),
             "printed": [line.replace(str(workdir), "W") for line in said], "result": result}

@@ -95,8 +95,8 @@ def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> No
       data = events.read_bytes()
   except OSError as error:
     # None until a file could be written there.
-    place = tempfile.tempdir or "the folder of temporary files"
-    raise files.not_written(place, error.strerror) from error
+    target = tempfile.tempdir or "the folder of temporary files"
+    raise files.not_written(target, error.strerror) from error
   files.write(folder / f"{start:08d}.{events.name}", data)
 
 

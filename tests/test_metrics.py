@@ -83,7 +83,7 @@ sys.exit(said)
 
 
 def test_a_full_disk_is_one_sentence_for_event_files(tmp_path):
-  # A pipe takes the sentence. What the writer does when the process ends is printed too.
+  # A pipe takes the sentence, and all that the writer prints when the process ends.
   done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], text=True,
                         capture_output=True, check=False)
   assert done.stderr == (

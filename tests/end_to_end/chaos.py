@@ -29,7 +29,7 @@ SURVIVOR_SECONDS = 60  # of a process whose partner was killed, before it counts
 BEGINNING = 0.8  # of the seconds before a run's first file: a kill before that finds nothing new
 
 
-def place(world, workdir, processes):
+def unfinished(world, workdir, processes):
   """(folder, step): the first folder that is not finished, and its newest checkpoint or None."""
   for name in world.references[processes].seconds:
     if not (workdir / name / "manifest.json").exists():
@@ -44,7 +44,7 @@ def kill(world, workdir, running, victims):
   moment = time.time()
   for i in victims:
     running[i].process.kill()
-  kept = [path.stat().st_mtime for pattern in ("*/manifest.json", "*/checksums/0*.json")
+  saved = [path.stat().st_mtime for pattern in ("*/manifest.json", "*/checksums/0*.json")
           for path in workdir.glob(pattern)]
   result = "killed"
   for process in running:
@@ -52,10 +52,10 @@ def kill(world, workdir, running, victims):
       process.wait(SURVIVOR_SECONDS)
     except subprocess.TimeoutExpired:
       result = "hang"
-  folder, step = place(world, workdir, len(running))
+  folder, step = unfinished(world, workdir, len(running))
   return {"processes": len(running), "victims": list(victims), "folder": folder, "step": step,
           "starts": len(list(workdir.glob(f"{folder}/starts/*.json"))),
-          "saved_before": max(kept, default=0.0), "at": moment, "result": result,
+          "saved_before": max(saved, default=0.0), "at": moment, "result": result,
           "survivor_seconds": round(time.time() - moment, 2) if len(victims) < len(running)
           else None}
 
@@ -67,16 +67,16 @@ def chain(world, name, seed, kills, processes):
   workdir = world.folder / name
   found = []
   while True:
-    left = kills - len(found)
+    remaining = kills - len(found)
     started = time.time()
     running = launch(world, workdir, processes)
-    # The least of `left` numbers: together the kills are uniform over what is left of the run.
-    share = min((rng.random() for _ in range(left)), default=None)
+    # Of random numbers, one for each kill to come, the least: the kills are uniform together.
+    share = min((rng.random() for _ in range(remaining)), default=None)
     victims = rng.choice([(0,), (1,), (0, 1)]) if processes == 2 else (0,)
     if share is not None:
-      rest = sum(seconds for name, seconds in undisturbed.seconds.items()
-                 if not (workdir / name / "manifest.json").exists())
-      moment = BEGINNING * undisturbed.first_file + share * rest
+      to_do = sum(seconds for name, seconds in undisturbed.seconds.items()
+                  if not (workdir / name / "manifest.json").exists())
+      moment = BEGINNING * undisturbed.first_file + share * to_do
       running[0].process.join(moment)
       if all(process.process.exitcode is None for process in running):
         found.append({"seed": seed, "moment": round(time.time() - started, 2)}
@@ -92,8 +92,13 @@ def chain(world, name, seed, kills, processes):
   if differences:
     verdict = f"differs: {', '.join(differences)}"
   print(f"{name}: {verdict}", flush=True)
+  counts = {}  # the last of several kills that came before the stage noted a start
   for one in found:
-    one["seconds_lost_by_ledger"] = counted(workdir / one["folder"], one.pop("starts"))
+    counts[one["folder"], one["starts"]] = one
+  for one in found:
+    last = counts[one["folder"], one["starts"]] is one
+    started = one.pop("starts")
+    one["seconds_lost_by_ledger"] = counted(workdir / one["folder"], started) if last else None
     if one.pop("at") and one["result"] == "killed":
       one["result"] = verdict
   if verdict == "equal":
@@ -112,9 +117,9 @@ def chains(count, several):
   """
   of_two = count // 3 if several else 0
   found = []
-  for processes, left in ((1, count - of_two), (2, of_two)):
-    found += [(processes, KILLS_IN_CHAIN)] * (left // KILLS_IN_CHAIN)
-    found += [(processes, left % KILLS_IN_CHAIN)] if left % KILLS_IN_CHAIN else []
+  for processes, number in ((1, count - of_two), (2, of_two)):
+    found += [(processes, KILLS_IN_CHAIN)] * (number // KILLS_IN_CHAIN)
+    found += [(processes, number % KILLS_IN_CHAIN)] if number % KILLS_IN_CHAIN else []
   return found
 
 
@@ -147,7 +152,7 @@ def page(found):
       "# Kills and faults at random", "",
       f"{good} of {len(of_kills)} kills ended in the bytes of a run that nothing disturbed: "
       "weights, ledgers, samples, scores. Clocks and what depends on them are left out. Revision "
-      f"{found['revision']}, seed {found['seed']}, two CPU cores, {found['seconds'] / 60:.0f} "
+      f"{found['revision'][:7]}, seed {found['seed']}, two CPU cores, {found['seconds'] / 60:.0f} "
       "minutes:", "", "```sh", "make chaos", "```", "",
       "The run has every row of the recipe, three steps each, and a checkpoint at every step. A "
       "chain is one run that is killed up to eight times by SIGKILL. After each kill the same "

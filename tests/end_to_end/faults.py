@@ -87,7 +87,7 @@ def interrupted(world):
 
 
 def refusal(printed):
-  """The sentence with which a command ended, or None: a traceback is no sentence."""
+  """The sentence with which a command ended; None where it printed a traceback, or several."""
   lines = [line for line in printed.splitlines() if line.startswith("s2d_jax: ")]
   return lines[-1] if len(lines) == 1 and "Traceback" not in printed else None
 
@@ -144,11 +144,11 @@ def on_disk(world, copy, kind, start, rng):
 
 
 def full_disk(world, name, rng):
-  """The disk is full from a random moment on: the record. Then there is room, and the run ends."""
+  """The record of a disk that is full from a random moment on, until the second start."""
   workdir = world.folder / name
   undisturbed = world.references[1]
   moment = rng.uniform(0, undisturbed.first_file + sum(undisturbed.seconds.values()))
-  # What it prints goes to pipes, which take bytes while no file does.
+  # It prints to pipes, which take bytes while no file does.
   command = [sys.executable, "-m", "tests.end_to_end.job", str(workdir),
              str(world.folder / "bases"), "--arm", world.arm, "--full-after", str(moment)]
   done = subprocess.run(command, cwd=interpreter.ROOT, env=environment(store=False), text=True,

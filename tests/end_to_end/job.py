@@ -202,7 +202,7 @@ def fill_disk():
 
 
 def counting():
-  """What this process reads and writes from now on, a dict that grows.
+  """Counts of the reads and writes of this process from now on, a dict that grows.
 
   weight_bytes of the bases, rewards (rows that it scored), checked (files whose checksums it
   computed) and written (files of logs, results and stores).

@@ -38,13 +38,13 @@ def test_damage_changes_a_file(tmp_path, way):
   path = tmp_path / "file"
   path.write_bytes(b"abcd")
   way(path, random.Random(0))
-  left = path.read_bytes() if path.exists() else None
-  assert left != b"abcd"
+  data = path.read_bytes() if path.exists() else None
+  assert data != b"abcd"
   assert way is not faults.flip or sum(
-      (a ^ b).bit_count() for a, b in zip(left, b"abcd", strict=True)) == 1
+      (a ^ b).bit_count() for a, b in zip(data, b"abcd", strict=True)) == 1
 
 
-@pytest.mark.parametrize("sentence, flags, left", [
+@pytest.mark.parametrize("sentence, flags, files", [
     ("s2d_jax: W/x is damaged: make a-1 again with --redo=a-1.", ("--redo", "a-1"),
      ["a-1/checkpoints/2/x", "a-1/log"]),
     ("s2d_jax: W/x; put the file back, or delete {}/a-1/checkpoints/2, and go on.", (),
@@ -52,20 +52,22 @@ def test_damage_changes_a_file(tmp_path, way):
     ("s2d_jax: W/x is damaged: delete it, and its responses are sampled again.", (),
      ["a-1/checkpoints/2/x"]),
     ("s2d_jax: W/x is no manifest: delete the folder, or put it back.", (), [])])
-def test_remedies_are_followed(tmp_path, sentence, flags, left):
+def test_remedies_are_followed(tmp_path, sentence, flags, files):
   for name in ("a-1/checkpoints/2/x", "a-1/log"):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("")
   assert faults.follow(sentence.format(tmp_path), tmp_path / "a-1" / "log", tmp_path) == flags
-  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == left
+  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == files
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, count", [(1, 3), (2, 2)])
 def test_a_killed_run_ends_with_equal_bytes(tmp_path, processes, count):
   job.bases(tmp_path / "bases")
-  runs = world.World(tmp_path, {}, "raw_bridge")
+  runs = world.World(tmp_path, {}, "one_row")
   runs.references[processes] = world.reference(runs, processes, times=1)
-  found = chaos.chain(runs, "chain", f"short {processes}", count, processes)
+  # With this seed process 0 is killed, then both: a run that loses process 1 ends only after
+  # `job.LOST_SECONDS`, which tests/test_stops.py waits for.
+  found = chaos.chain(runs, "chain", "short 7", count, processes)
   # On a slow machine the run may end before its last kill.
   assert found and {one["result"] for one in found} == {"equal"}

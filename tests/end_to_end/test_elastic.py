@@ -30,8 +30,9 @@ def run(workdir, mesh, processes=1, devices=1, flags=((),)):
            "--unprobed", "--mesh", mesh]
   joined = [()] if processes == 1 else [
       ("--processes", processes, "--process", i, "--port", port) for i in range(processes)]
-  running = [interpreter.start(*words, *own, *extra, env=environment)
-             for own, extra in zip(joined, [*flags, *[()] * (processes - len(flags))], strict=True)]
+  flags = [*flags, *[()] * (processes - len(flags))]
+  running = [interpreter.start(*words, *of_process, *extra, env=environment)
+             for of_process, extra in zip(joined, flags, strict=True)]
   done = [process.wait(300) for process in running]
   return [one.returncode for one in done], "".join(one.stderr for one in done)
 

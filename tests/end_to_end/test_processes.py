@@ -35,7 +35,7 @@ def together(workdir, processes, mesh, flags):
 
 
 def counts(workdir, processes):
-  """What each process of a run has read and written: {name: number of each process}."""
+  """The counts of reads and writes of a run: {name: number of each process}."""
   found = [json.loads(workdir.with_name(f"{workdir.name}.counts.{i}").read_text())
            for i in range(processes)]
   return {name: [one[name] for one in found] for name in found[0]}

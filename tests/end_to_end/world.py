@@ -23,7 +23,7 @@ class Reference(NamedTuple):
 
 
 class World(NamedTuple):
-  """What the runs of a program share."""
+  """The folder and the undisturbed runs with which all others are compared."""
   folder: pathlib.Path      # holds the bases and every work folder
   references: dict[int, Reference]  # by the number of processes
   arm: str = "every_row"

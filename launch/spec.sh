@@ -12,8 +12,8 @@ RETRY_CODE=75
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
 
-# Sets the array JOB: the command line of one process of the job, `s2d-jax run`. It names the module,
-# because the console script of the environment that PYTHON chooses need not be on the PATH.
+# Sets the array JOB: the command line of one process of the job, `s2d-jax run`. It names the
+# module, because the console script of the environment that PYTHON chooses need not be on the PATH.
 # Arguments: further flags of the command.
 # shellcheck disable=SC2034  # the launchers read it
 set_job() { JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@"); }

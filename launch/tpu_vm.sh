@@ -10,8 +10,7 @@ REMOTE_PYTHON="${REMOTE_PYTHON:-python3}" # 3.11 or later, on the workers
 REMOTE_DIR="${REMOTE_DIR:-s2d_jax}"       # below the login folder
 dry_run=0 setup=0
 while [[ "${1:-}" == --dry-run || "${1:-}" == --setup ]]; do
-  if [[ "$1" == --dry-run ]]; then dry_run=1; else setup=1; fi
-  shift
+  if [[ "$1" == --dry-run ]]; then dry_run=1; else setup=1; fi && shift
 done
 if (($# < 2)); then
   echo "usage: WORKDIR=gs://bucket/run $0 [--dry-run] [--setup] NAME ZONE [flags of main]" >&2
@@ -29,7 +28,8 @@ set_up_workers() {
   run mkdir -p build
   run git bundle create build/s2d_jax.bundle HEAD
   run gcloud compute tpus tpu-vm scp build/s2d_jax.bundle "$name:$REMOTE_DIR.bundle" "${flags[@]}"
-  on_workers "rm -rf $REMOTE_DIR && git clone -q $REMOTE_DIR.bundle $REMOTE_DIR && \
+  on_workers "rm -rf $REMOTE_DIR && \
+git -c advice.detachedHead=false clone -q $REMOTE_DIR.bundle $REMOTE_DIR && \
 cd $REMOTE_DIR && $REMOTE_PYTHON -m venv .venv && \
 .venv/bin/python -m pip install -q -e '.[tpu,gcs]' -c constraints.txt"
 }

@@ -19,6 +19,8 @@ WORKERS = 2
 # code], or "wait" for SIGTERM, after which the job exits with 75.
 PYTHON = """
 import json, os, pathlib, shutil, signal, sys, time
+if "--version" in sys.argv:
+  sys.exit()
 if sys.argv[1:3] == ["-m", "venv"]:
   folder = pathlib.Path(sys.argv[3], "bin")
   folder.mkdir(parents=True)
@@ -87,8 +89,8 @@ if words[3] == "scp":
     shutil.copy(words[4], home / words[5].partition(":")[2])
   sys.exit()
 processes = [
-  subprocess.Popen(["bash", "-c", "trap : USR1; " + flags["--command"]], cwd=home, start_new_session=True,
-                   env=os.environ | {"WORKER": worker, "HOME": str(home)})
+  subprocess.Popen(["bash", "-c", "trap : USR1; " + flags["--command"]], cwd=home,
+                   env=os.environ | {"WORKER": worker, "HOME": str(home)}, start_new_session=True)
   for worker, home in homes.items()]
 codes = [process.wait() for process in processes]
 sys.exit(next((code % 256 if code > 0 else 128 - code for code in codes if code), 0))
@@ -178,7 +180,7 @@ class Cloud:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
   def run(self, command: list[str], cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    """What the command printed and its exit code."""
+    """The command at its end: its output and exit code."""
     process = self.start(command, cwd, **env)
     try:
       out, error = process.communicate(timeout=60)
@@ -197,7 +199,7 @@ class Cloud:
     return [words for name, *words in lines if name == program]
 
   def wait_for_starts(self, count: int) -> None:
-    """Returns when every worker has had so many starts; raises AssertionError after 20 s."""
+    """Returns when each worker has had `count` starts; raises AssertionError after 20 s."""
     until = time.monotonic() + 20
     while min(len(self.starts(worker)) for worker in range(WORKERS)) < count:
       assert time.monotonic() < until, "the job has not started"

@@ -15,8 +15,8 @@ from tests.launch import stand_ins
 
 ROOT = stand_ins.ROOT
 # Spaces, quotes, and characters that a shell would replace.
-FLAGS = ["--config.arms=['bridge', \"cold\"]", "--config.template={\"a\": \"b  c\"}", "--x=$HOME `id`",
-         "--y=a\\b*?~#;&|", "--empty="]
+FLAGS = ["--config.arms=['bridge', \"cold\"]", "--config.template={\"a\": \"b  c\"}",
+         "--x=$HOME `id`", "--y=a\\b*?~#;&|", "--empty="]
 JOB = ["-m", "s2d_jax.main", "--config=configs/qwen3_math.py", "--workdir=gs://bucket/a run"]
 SLICE = ["bash", "launch/tpu_vm.sh", "my-slice", "my-zone"]
 GAVE_UP = "raise MAX_RESTARTS or run the same command again.\n"
@@ -127,7 +127,7 @@ def test_slurm_stops_requeuing_at_the_limit(tmp_path):
   assert process.returncode == 75 and cloud.calls("scontrol") == []
 
 
-def test_slurm_leaves_a_node_time_to_save_after_another_has_ended(tmp_path):
+def test_slurm_leaves_a_node_time_to_save_after_another_stops(tmp_path):
   cloud = stand_ins.Cloud(tmp_path, [[75], [[1, 75]]])
   process = slurm(cloud)
   process.communicate(timeout=30)

@@ -16,10 +16,12 @@ RETRY_CODE = int(re.search(r"^RETRY_CODE=(\d+)$", SPEC, re.M)[1])
 MAX_RESTARTS = int(re.search(r"MAX_RESTARTS:-(\d+)", SPEC)[1])
 DEFAULT_CONFIG = re.search(r"CONFIG:-([^}]+)}", SPEC)[1]
 JOB = ["python", "-m", "s2d_jax.main", "--config=my.py", "--workdir=gs://bucket/run"]
+MESH = "--config.mesh=(1, 16, 1)"
 
 NAMES = {
   "NAME": "run1", "IMAGE": "my-image", "CONFIG": "my.py", "WORKDIR": "gs://bucket/run",
   "TPU_TYPE": "tpu-v6e-slice", "TPU_TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS_PER_HOST": "4",
+  "MESH": "(1, 16, 1)",
 }
 
 
@@ -34,7 +36,7 @@ def test_jobset_runs_the_one_job_on_every_host():
   (slice_,) = jobset()["spec"]["replicatedJobs"]
   job = slice_["template"]["spec"]
   (container,) = job["template"]["spec"]["containers"]
-  assert container["command"] == [*JOB, "--distributed"]
+  assert container["command"] == [*JOB, MESH, "--distributed"]
   assert job["parallelism"] == job["completions"] == 4
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
@@ -116,7 +118,7 @@ def test_jobset_restarts_its_pods_on_75_and_on_a_lost_node(tmp_path, ends, disru
   assert run_jobset(cloud, spec, disrupted) == end
   for worker in range(stand_ins.WORKERS):
     assert [start["words"] for start in cloud.starts(worker)] == [
-      [*JOB[1:], "--distributed"]] * starts
+      [*JOB[1:], MESH, "--distributed"]] * starts
 
 
 @pytest.mark.parametrize("ends, code, starts", [([0], 0, 1), ([75, 75, 0], 0, 3), ([1], 1, 1)])

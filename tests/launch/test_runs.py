@@ -187,7 +187,7 @@ def test_a_signal_to_local_reaches_the_job_and_the_next_start_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_local_stops_and_resumes_the_real_job(tmp_path):
-  steps = 40
+  steps = 12
   command = ["bash", str(ROOT / "launch/local.sh"), "--config.arms=cold_grpo",
              f"--config.stages.student_grpo.steps={steps}",
              f"--config.stages.student_grpo.save_every={steps}",

@@ -16,7 +16,6 @@ from s2d_jax.errors import InputError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 NAME = "manifest.json"
-_FINISHED = "finished.json"
 ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
@@ -78,15 +77,15 @@ def write(folder: epath.PathLike, content: dict) -> None:
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
   recorded = checksums.record(folder, names)
   if hosts.leader():
-    files.write_json(folder / checksums.FOLDER / _FINISHED, recorded, sealed=True)
+    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
 
 
 def _is_passing(name: str) -> bool:
-  """Whether a file of a finished folder is the manifest, or will be gone soon."""
+  """Whether a file of a finished folder is the manifest, will be gone soon, or is never read."""
   top = name.partition("/")[0]
-  return (name in (NAME, files.LOCK) or top == checksums.FOLDER
+  return (name in (NAME, files.LOCK) or top in (checksums.FOLDER, "tensorboard", "profile")
           or top == "checkpoints" and not name.startswith("checkpoints/final/"))
 
 
@@ -101,14 +100,16 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
     InputError: a file is damaged; the message has the remedy.
   """
   folder = epath.Path(folder)
-  path = folder / checksums.FOLDER / _FINISHED
-  remedy = (f"put the file back, or make {folder.name} again by the command of its run with "
-            f"--redo={folder.name}")
+  path = folder / checksums.FOLDER / checksums.FINISHED
+  remedy = checksums.redo(folder)
   if not path.exists():
     return
   compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
               if name.startswith("checkpoints/") == weights
               and (weights or not name.endswith(".safetensors"))}
+  # A model that was deleted as a whole, to save space, is not damaged.
+  if not (folder / "hf").exists():
+    compared = {name: of_file for name, of_file in compared.items() if not name.startswith("hf/")}
   damage = checksums.damage(folder, compared, together)
   if damage is not None:
     raise InputError(f"{damage.text}: {remedy}.")

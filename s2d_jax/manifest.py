@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from s2d_jax import checksums, files, hosts
+from s2d_jax import checksums, files, hosts, json_objects
 from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
@@ -103,6 +103,9 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
   path = folder / checksums.FOLDER / checksums.FINISHED
   remedy = checksums.redo(folder)
   if not path.exists():
+    # A manifest with a seal was written after the checksums, and one without before there were any.
+    if "sha256" in json_objects.read(folder / NAME, remedy):
+      raise InputError(f"{path} is missing: {remedy}.")
     return
   compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
               if name.startswith("checkpoints/") == weights
@@ -120,11 +123,13 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
 
   Raises:
     InputError: there is no such folder.
+    WriteError: it cannot be moved.
   """
   workdir = epath.Path(workdir)
   for name in names:
-    if not (workdir / name).exists() and hosts.leader():
-      there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    # A name alone: a path could lead out of the folder.
+    there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    if name not in there and hosts.leader():
       raise InputError(f"--redo={name} names no folder of {workdir}: choose from "
                        f"{', '.join(there)}.")
   # All processes have looked before one of them moves a folder.
@@ -134,8 +139,11 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
       target = workdir / "replaced" / name
       while target.exists():
         target = target.with_name(f"{target.name}+")
-      target.parent.mkdir(exist_ok=True)
-      (workdir / name).rename(target)
+      try:
+        target.parent.mkdir(exist_ok=True)
+        (workdir / name).rename(target)
+      except OSError as error:
+        raise files.not_written(target, error.strerror) from error
   hosts.barrier("set aside")
 
 
@@ -146,15 +154,25 @@ def load(folder: epath.PathLike) -> dict:
     InputError: it is damaged.
   """
   path = epath.Path(folder) / NAME
-  remedy = f"put it back, or make {path.parent.name} again by the command of its run"
+  # Without a manifest a folder is not finished, and its run makes it again.
   if not path.exists():
-    raise InputError(f"{path} is missing: {remedy}.")
-  manifest = files.read_json(path, f"{remedy} with --redo={path.parent.name}")
+    raise InputError(f"{path} is missing: put it back, or make {path.parent.name} again by the "
+                     "command of its run.")
+  manifest = files.read_json(path, _remedy(path))
+  if not isinstance(manifest, dict) or not isinstance(manifest.get("inputs"), dict):
+    raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.")
   row = manifest["inputs"].get("row")
   # The first manifests have the values alone.
-  if isinstance(row, list):
+  if isinstance(row, list) and len(row) == len(ROW):
     manifest["inputs"]["row"] = dict(zip(ROW, row, strict=True))
   return manifest
+
+
+def _remedy(path: epath.Path) -> str:
+  """The remedy for a damaged manifest."""
+  name = path.parent.name
+  return (f"put the right manifest back, or make {name} again by the command of its run with "
+          f"--redo={name}")
 
 
 def read(folder: epath.PathLike) -> dict | None:
@@ -166,14 +184,13 @@ def read(folder: epath.PathLike) -> dict | None:
   path = epath.Path(folder) / NAME
   if not path.exists():
     return None
+  manifest = load(folder)
   # The name is a hash of the inputs, so an edited or moved manifest does not match it.
   try:
-    manifest = load(folder)
     named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])
   except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
-                     "right manifest back.") from error
+    raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.") from error
   if named != path.parent.name:
-    raise InputError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
-                     "the folder, or put the right manifest back.")
+    raise InputError(f"{path} disagrees with its folder's name: it was edited or moved, so "
+                     f"{_remedy(path)}.")
   return manifest

@@ -111,9 +111,13 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
   """The value in a JSON file.
 
   Raises:
-    InputError: the file is damaged; names it, with the remedy.
+    InputError: the file is missing or damaged, or cannot be read; names it, with the remedy.
   """
-  value = json_objects.value(os.fspath(path), epath.Path(path).read_bytes(), remedy)
+  try:
+    data = epath.Path(path).read_bytes()
+  except OSError as error:
+    raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}): {remedy}.") from error
+  value = json_objects.value(os.fspath(path), data, remedy)
   if isinstance(value, dict) and "sha256" in value:
     written = value.pop("sha256")
     if checksums.digest(value) != written:
@@ -126,11 +130,12 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   """Holds the lock of a folder, so that one process writes it.
 
   The lock of a dead process on this host, or of any host silent for an hour, is taken over, with a
-  printed sentence.
+  printed sentence. Silence is counted by the clock of the disk, because those of hosts differ.
 
   Yields:
-    (heartbeat, last). Call `heartbeat()` at every step: it keeps the lock alive. `last` is the
-    previous writer's last heartbeat in Unix seconds, or None where the folder was not locked.
+    (heartbeat, last). Call `heartbeat()` at every step: it keeps the lock alive, and raises
+    WriteError once the lock is gone or another process's. `last` is the previous writer's last
+    heartbeat in Unix seconds, or None where the folder was not locked.
 
   Raises:
     InputError: another process that may be alive writes here.
@@ -147,6 +152,8 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     nonlocal written
     # Called at every step; one write a second suffices and costs an object store little.
     if time.time() - written > 1:
+      if written:
+        _check_lock(path, process)
       written = time.time()
       write_json(path, {**process, "beat": written})
 
@@ -183,24 +190,50 @@ def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
     yield
 
 
+def _check_lock(path: epath.Path, process: dict[str, Any]) -> None:
+  """Raises WriteError unless the lock is still of this process."""
+  try:
+    lock = json.loads(path.read_bytes())
+    if {name: lock.get(name) for name in process} == process:
+      return
+    reason = f"process {lock.get('pid')} on {lock.get('host')} writes it now"
+  # A file that is gone, or damaged: the folder is not as this process left it.
+  except (OSError, ValueError, AttributeError) as error:
+    reason = f"its {LOCK} is gone or damaged: {error}"
+  raise WriteError(f"{path.parent} was deleted, moved or taken over while process {process['pid']} "
+                   f"wrote it ({reason}): put it back, and the same command goes on from what was "
+                   "saved before.")
+
+
+def _silence(path: epath.Path) -> int:
+  """Seconds since a file was written, by the clock that dates the files of its disk."""
+  now = path.with_name(f".now.{os.getpid()}")
+  try:
+    write(now, b"")
+    return int(now.stat().mtime - path.stat().mtime)
+  finally:
+    with contextlib.suppress(OSError):
+      now.unlink(missing_ok=True)
+
+
 def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
   """The last heartbeat of a lock that this process may take over."""
   try:
     lock = read_json(path)
-  except ValueError as error:
+    holder, pid, last = lock["host"], int(lock["pid"]), float(lock["beat"])
+  except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
-  age = int(time.time() - lock["beat"])
-  here = lock["host"] == process["host"]
+  age = _silence(path)
+  here = holder == process["host"]
   # A process of another host cannot be asked, so its silence has to decide.
-  if age > _SILENT_SECONDS or here and not _alive(lock["pid"]):
-    print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
-          f"{age} s; taking over.", flush=True)
-  elif not here or lock["pid"] != process["pid"]:
-    raise InputError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
-                     f"(last sign of life {age} s ago): wait for it, or delete {path} if that "
-                     "process is gone.")
-  return lock["beat"]
+  if age > _SILENT_SECONDS or here and not _alive(pid):
+    print(f"{path}: process {pid} on {holder} is gone or has been silent for {age} s; taking over.",
+          flush=True)
+  elif not here or pid != process["pid"]:
+    raise InputError(f"{path.parent} is being written by process {pid} on {holder} (last sign of "
+                     f"life {age} s ago): wait for it, or delete {path} if that process is gone.")
+  return last
 
 
 def _alive(pid: int) -> bool:

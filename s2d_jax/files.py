@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,8 @@ from s2d_jax.errors import InputError, WriteError
 _WAITS = (1, 2, 4, 8, 15, 30)
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 LOCK = "writer.lock"
-_SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
+_BEAT_SECONDS = 10     # between the heartbeats of a lock
+_SILENT_SECONDS = 120  # a lock whose last heartbeat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
@@ -129,13 +131,14 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
 def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], float | None]]:
   """Holds the lock of a folder, so that one process writes it.
 
-  The lock of a dead process on this host, or of any host silent for an hour, is taken over, with a
-  printed sentence. Silence is counted by the clock of the disk, because those of hosts differ.
+  A thread keeps the lock alive. The lock of a dead process on this host, or of a host that has been
+  silent for two minutes, is taken over with a printed sentence; this waits until they are over.
+  Silence is counted by the clock of the disk, because those of hosts differ.
 
   Yields:
-    (heartbeat, last). Call `heartbeat()` at every step: it keeps the lock alive, and raises
-    WriteError once the lock is gone or another process's. `last` is the previous writer's last
-    heartbeat in Unix seconds, or None where the folder was not locked.
+    (heartbeat, last). Call `heartbeat()` at every step: it raises WriteError once the lock is gone
+    or another process's. `last` is the previous writer's last heartbeat in Unix seconds, or None
+    where the folder was not locked.
 
   Raises:
     InputError: another process that may be alive writes here.
@@ -147,29 +150,44 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     return
   process = {"host": socket.gethostname(), "pid": os.getpid()}
   written = 0.0
+  one_thread = threading.Lock()
+  closed = threading.Event()
 
   def heartbeat() -> None:
     nonlocal written
     # Called at every step; one write a second suffices and costs an object store little.
-    if time.time() - written > 1:
-      if written:
-        _check_lock(path, process)
-      written = time.time()
-      write_json(path, {**process, "beat": written})
+    with one_thread:
+      if time.time() - written > 1:
+        if written:
+          _check_lock(path, process)
+        written = time.time()
+        write_json(path, {**process, "beat": written})
+
+  def beat() -> None:
+    # A step may take longer than another host waits.
+    while not closed.wait(_BEAT_SECONDS):
+      # The heartbeat of the next step raises whatever went wrong here.
+      with contextlib.suppress(WriteError):
+        heartbeat()
 
   with _one_at_a_time(path.parent):
     last = _take_over(path, process) if path.exists() else None
     heartbeat()
+  thread = threading.Thread(target=beat, daemon=True)
+  thread.start()
+  # After an error the lock stays: its last heartbeat tells the next run how many seconds were lost.
+  # A stop on request has saved everything, so the next run loses no time.
+  failed = False
   try:
     yield heartbeat, last
   except Exception:
-    # The lock stays: its last heartbeat tells the next run how many seconds the failure lost.
+    failed = True
     raise
-  except BaseException:
-    # A stop on request has saved everything, so the next run loses no time.
-    path.unlink(missing_ok=True)
-    raise
-  path.unlink(missing_ok=True)
+  finally:
+    closed.set()
+    thread.join()
+    if not failed:
+      path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -216,6 +234,17 @@ def _silence(path: epath.Path) -> int:
       now.unlink(missing_ok=True)
 
 
+def _waited_for_silence(path: epath.Path, writer: str, age: int) -> int:
+  """The age of a lock: below its age at first where the writer lives, else at least the limit."""
+  print(f"{path}: {writer} wrote it {age} s ago; waiting for a heartbeat, or for "
+        f"{_SILENT_SECONDS} s without one.", flush=True)
+  first = age
+  while first <= age <= _SILENT_SECONDS:
+    time.sleep(min(_BEAT_SECONDS, _SILENT_SECONDS - age + 1))
+    age = _silence(path)
+  return age
+
+
 def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
   """The last heartbeat of a lock that this process may take over."""
   try:
@@ -224,8 +253,10 @@ def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
-  age = _silence(path)
   here = holder == process["host"]
+  age = _silence(path)
+  if not here and age <= _SILENT_SECONDS:
+    age = _waited_for_silence(path, f"process {pid} on {holder}", age)
   # A process of another host cannot be asked, so its silence has to decide.
   if age > _SILENT_SECONDS or here and not _alive(pid):
     print(f"{path}: process {pid} on {holder} is gone or has been silent for {age} s; taking over.",

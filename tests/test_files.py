@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -91,24 +92,50 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("clock", [0, -5 * 3600, 5 * 3600])
-def test_a_lock_of_another_host_is_valid_for_an_hour_whatever_its_clock(tmp_path, clock, capsys):
+def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clock(
+    tmp_path, clock, capsys, monkeypatch):
+  monkeypatch.setattr(files, "_SILENT_SECONDS", 4)
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
-  for silent in (600, 4000):
-    heartbeat = time.time() - silent + clock
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": heartbeat}))
-    os.utime(path, (time.time() - silent,) * 2)  # as the disk dates it
-    if silent == 600:
-      with pytest.raises(InputError) as refused, files.only_writer(tmp_path):
-        pass
-      assert re.fullmatch(
-          rf"{tmp_path} is being written by process 1 on elsewhere \(last sign of life 60\d s "
-          rf"ago\): wait for it, or delete {path} if that process is gone.", str(refused.value))
-    else:
-      with files.only_writer(tmp_path) as (_, last):
-        assert last == heartbeat
-  assert re.fullmatch(rf"{path}: process 1 on elsewhere is gone or has been silent for 400\d s; "
-                      "taking over.\n", capsys.readouterr().out)
+  heartbeat = time.time() - 2 + clock
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": heartbeat}))
+  os.utime(path, (time.time() - 2,) * 2)  # as the disk dates it
+  start = time.monotonic()
+  with files.only_writer(tmp_path) as (_, last):
+    assert last == heartbeat
+  assert time.monotonic() - start > 1
+  assert re.fullmatch(
+      rf"{path}: process 1 on elsewhere wrote it [23] s ago; waiting for a heartbeat, or for 4 s "
+      rf"without one.\n{path}: process 1 on elsewhere is gone or has been silent for [5-9] s; "
+      "taking over.\n", capsys.readouterr().out)
   assert sorted(p.name for p in tmp_path.iterdir()) == [".writer"]
+
+
+@pytest.mark.parametrize("clock", [-5 * 3600, 5 * 3600])
+def test_a_lock_of_another_host_that_beats_is_not_taken_over(tmp_path, clock, monkeypatch):
+  monkeypatch.setattr(files, "_SILENT_SECONDS", 10)
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
+  path = tmp_path / "writer.lock"
+  lock = {"host": "elsewhere", "pid": 1, "beat": time.time() + clock}
+  path.write_text(json.dumps(lock))
+  os.utime(path, (time.time() - 5,) * 2)
+  other = threading.Timer(0.5, lambda: files.write_json(path, lock))
+  other.start()
+  with pytest.raises(InputError) as refused, files.only_writer(tmp_path):
+    pass
+  other.join()
+  assert re.fullmatch(
+      rf"{tmp_path} is being written by process 1 on elsewhere \(last sign of life \d s "
+      rf"ago\): wait for it, or delete {path} if that process is gone.", str(refused.value))
+
+
+def test_a_lock_beats_while_the_writer_is_within_a_step(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 0.2)
+  path = tmp_path / "writer.lock"
+  with files.only_writer(tmp_path):
+    first = files.read_json(path)["beat"]
+    time.sleep(2.5)
+    assert files.read_json(path)["beat"] > first + 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"host": "a"}',

@@ -6,19 +6,17 @@ CONFIG="${CONFIG:-configs/arithmetic.py}"
 WORKDIR="${WORKDIR:-runs/arithmetic}"
 PYTHON="${PYTHON:-python}"
 
-# After a preemption notice the run saves its state and exits with EX_TEMPFAIL of sysexits.h: the same
-# command resumes it. Any other code but 0 is a fault that a restart would only repeat.
+# A run that is stopped saves its state and exits with EX_TEMPFAIL of sysexits.h: the same command
+# resumes it. Any other code but 0 is a fault that a restart would only repeat.
 RETRY_CODE=75
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
 
-# Sets the array JOB: the command line of one process of the job, `s2d-jax run`. It names the module,
-# because the console script of the environment that PYTHON chooses need not be on the PATH.
+# Sets the array JOB: the command line of one process of the job, `s2d-jax run`. It names the
+# module, because the console script of the environment that PYTHON chooses need not be on the PATH.
 # Arguments: further flags of the command.
 # shellcheck disable=SC2034  # the launchers read it
-set_job() {
-  JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
-}
+set_job() { JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "$@"); }
 
 # Sets dry_run to 1 where the first argument is --dry-run, else to 0; the launcher shifts by it.
 read_dry_run() {
@@ -27,45 +25,35 @@ read_dry_run() {
 }
 
 # Runs its arguments; in a dry run it prints them instead.
-run() {
-  if ((dry_run)); then quote "$@"; else "$@"; fi
-}
+run() { if ((dry_run)); then quote "$@"; else "$@"; fi; }
 
-# Prints its arguments as one line that a shell reads back as the same words.
+# Prints its arguments as one line that bash reads back as the same words.
 quote() {
-  local word line="" escaped="'\\''"
-  for word in "$@"; do
-    if [[ ! "$word" =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then word="'${word//\'/"$escaped"}'"; fi
-    line+="$word "
-  done
+  local line
+  printf -v line '%q ' "$@"
   printf '%s\n' "${line% }"
 }
 
 # Runs its arguments again while they exit with RETRY_CODE, at most MAX_RESTARTS times more, and
 # returns their last exit code.
 retry() {
-  local code restarts=0
-  while true; do
+  local code restarts
+  for ((restarts = 0; ; restarts++)); do
     code=0
     "$@" || code=$?
     if ((code != RETRY_CODE)); then return "$code"; fi
-    if ((restarts >= MAX_RESTARTS)); then
-      echo "Gave up after $restarts restarts: raise MAX_RESTARTS or run the same command again." >&2
-      return "$code"
-    fi
-    restarts=$((restarts + 1))
-    echo "Preempted with its state saved; restart $restarts of at most $MAX_RESTARTS." >&2
+    if ((restarts >= MAX_RESTARTS)); then break; fi
+    echo "Stopped with its state saved; restart $((restarts + 1)) of at most $MAX_RESTARTS." >&2
     sleep "$RESTART_DELAY"
   done
+  echo "Gave up after $restarts restarts: raise MAX_RESTARTS or run the same command again." >&2
+  return "$code"
 }
 
 # Exits unless every host can reach WORKDIR.
 require_shared_workdir() {
-  case "$WORKDIR" in
-    gs://* | s3://*) ;;
-    *)
-      echo "All hosts must share the work folder, not $WORKDIR: set WORKDIR=gs://bucket/run." >&2
-      exit 64
-      ;;
-  esac
+  if [[ "$WORKDIR" != gs://* && "$WORKDIR" != s3://* ]]; then
+    echo "All hosts must share the work folder, not $WORKDIR: set WORKDIR=gs://bucket/run." >&2
+    exit 64
+  fi
 }

@@ -19,6 +19,7 @@ shift 3
 require_shared_workdir
 
 set_job --distributed "$@"
+# `exec`, so that the signal which xpk passes on reaches the job and not a shell around it.
 run xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$tpu_type" \
   "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--restart-on-exit-codes=$RETRY_CODE" \
-  "--command=$(quote "${JOB[@]}")"
+  --termination-grace-period-seconds=300 "--command=exec $(quote "${JOB[@]}")"

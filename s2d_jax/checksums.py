@@ -5,6 +5,7 @@ A record is {path within the folder: {"bytes": size, "sha256": hex digits}}. In 
 checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from s2d_jax import hosts
+from s2d_jax.errors import InputError
 
 FOLDER = "checksums"  # with the records of the folder that it is in
+FINISHED = "finished.json"  # of all files of a finished folder, within FOLDER
 Record = dict[str, dict[str, Any]]
 
 _CHUNK = 1 << 24  # bytes of a file in memory at once
@@ -52,13 +55,18 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
 
   On several processes it is a collective: each process reads its share of the files.
   """
-  return _merged(folder, sorted(names), together=True)
+  found = _merged(folder, sorted(names), together=True)
+  for name, of_file in found.items():
+    if "error" in of_file:
+      raise OSError(f"{epath.Path(folder) / name} cannot be read ({of_file['error']})")
+  return found
 
 
 def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> Damage | None:
   """The first file that is not as it was recorded; None where all are.
 
   Args:
+    recorded: a file may lack its size.
     together: on several processes it is a collective, as `record` is; False: this process alone
       reads all files.
   """
@@ -68,12 +76,54 @@ def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> D
     path = epath.Path(folder) / name
     if name not in found:
       return Damage(name, f"{path} is missing")
-    if found[name]["bytes"] != written["bytes"]:
-      return Damage(name, f"{path} has {found[name]['bytes']:,} bytes and had "
-                          f"{written['bytes']:,}")
-    if found[name] != written:
+    if "error" in found[name]:
+      return Damage(name, f"{path} cannot be read ({found[name]['error']})")
+    size = found[name]["bytes"]
+    if size != written.get("bytes", size):
+      return Damage(name, f"{path} has {size:,} bytes and had {written['bytes']:,}")
+    if found[name]["sha256"] != written["sha256"]:
       return Damage(name, f"{path} holds other bytes than were written")
   return None
+
+
+@contextlib.contextmanager
+def reading(folder: epath.PathLike, recorded: Record, remedy: str,
+            together: bool = True) -> Iterator[None]:
+  """A block that reads files of a folder, which are compared with their checksums meanwhile.
+
+  One process hashes them in threads beside the block, so that a disk serves them once. Several
+  processes hash a share each, before the block: one that stopped within it would leave the others
+  waiting.
+
+  Args:
+    remedy: for the message.
+    together: as `damage` takes it.
+
+  Raises:
+    InputError: a file is damaged, also where the block failed over it; names the file.
+  """
+  def refuse(found: Damage | None, cause: Exception | None = None) -> None:
+    if found is not None:
+      raise InputError(f"{found.text}: {remedy}.") from cause
+
+  if together and hosts.share()[1] > 1:
+    refuse(damage(folder, recorded))
+    yield
+    return
+  with futures.ThreadPoolExecutor(1) as thread:
+    compared = thread.submit(damage, folder, recorded, together=False)
+    try:
+      yield
+    except Exception as error:
+      refuse(compared.result(), error)
+      raise
+    refuse(compared.result())
+
+
+def redo(folder: epath.PathLike) -> str:
+  """The remedy for a damaged file of a finished folder."""
+  name = epath.Path(folder).name
+  return f"put the file back, or make {name} again by the command of its run with --redo={name}"
 
 
 def _merged(folder: epath.PathLike, names: list[str], together: bool) -> Record:
@@ -92,11 +142,14 @@ def _merged(folder: epath.PathLike, names: list[str], together: bool) -> Record:
 
 
 def _measured(path: epath.Path) -> dict[str, Any]:
-  """Size and SHA-256 of a file."""
+  """Size and SHA-256 of a file; or the error, which then reaches every process."""
   digest = hashlib.sha256()
   size = 0
-  with path.open("rb") as file:
-    while chunk := file.read(_CHUNK):
-      digest.update(chunk)
-      size += len(chunk)
+  try:
+    with path.open("rb") as file:
+      while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+  except OSError as error:
+    return {"error": error.strerror or str(error)}
   return {"bytes": size, "sha256": digest.hexdigest()}

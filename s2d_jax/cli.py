@@ -21,7 +21,9 @@ COMMANDS = {  # name -> (module, its function of the flags, description)
 def usage() -> str:
   """The list of commands."""
   lines = [f"  {name:<10} {description}" for name, (_, _, description) in COMMANDS.items()]
-  return "\n".join(["usage: s2d-jax COMMAND [flags]", *lines, "", "example: s2d-jax run --help"])
+  return "\n".join(["usage: s2d-jax COMMAND [flags]", *lines, "",
+                    "With --debug an unexpected error prints its traceback.", "",
+                    "example: s2d-jax run --help"])
 
 
 def main() -> None:

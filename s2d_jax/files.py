@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,8 @@ from s2d_jax.errors import InputError, WriteError
 _WAITS = (1, 2, 4, 8, 15, 30)
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 LOCK = "writer.lock"
-_SILENT_SECONDS = 3600  # a lock whose last heartbeat is older belongs to a dead process
+_BEAT_SECONDS = 10     # between the heartbeats of a lock
+_SILENT_SECONDS = 120  # a lock whose last heartbeat is older belongs to a dead process
 
 
 def write(path: epath.PathLike, data: str | bytes) -> None:
@@ -111,9 +113,13 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
   """The value in a JSON file.
 
   Raises:
-    InputError: the file is damaged; names it, with the remedy.
+    InputError: the file is missing or damaged, or cannot be read; names it, with the remedy.
   """
-  value = json_objects.value(os.fspath(path), epath.Path(path).read_bytes(), remedy)
+  try:
+    data = epath.Path(path).read_bytes()
+  except OSError as error:
+    raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}): {remedy}.") from error
+  value = json_objects.value(os.fspath(path), data, remedy)
   if isinstance(value, dict) and "sha256" in value:
     written = value.pop("sha256")
     if checksums.digest(value) != written:
@@ -125,12 +131,14 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
 def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], float | None]]:
   """Holds the lock of a folder, so that one process writes it.
 
-  The lock of a dead process on this host, or of any host silent for an hour, is taken over, with a
-  printed sentence.
+  A thread keeps the lock alive. The lock of a dead process on this host, or of a host that has been
+  silent for two minutes, is taken over with a printed sentence; this waits until they are over.
+  Silence is counted by the clock of the disk, because those of hosts differ.
 
   Yields:
-    (heartbeat, last). Call `heartbeat()` at every step: it keeps the lock alive. `last` is the
-    previous writer's last heartbeat in Unix seconds, or None where the folder was not locked.
+    (heartbeat, last). Call `heartbeat()` at every step: it raises WriteError once the lock is gone
+    or another process's. `last` is the previous writer's last heartbeat in Unix seconds, or None
+    where the folder was not locked.
 
   Raises:
     InputError: another process that may be alive writes here.
@@ -142,27 +150,44 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     return
   process = {"host": socket.gethostname(), "pid": os.getpid()}
   written = 0.0
+  one_thread = threading.Lock()
+  closed = threading.Event()
 
   def heartbeat() -> None:
     nonlocal written
     # Called at every step; one write a second suffices and costs an object store little.
-    if time.time() - written > 1:
-      written = time.time()
-      write_json(path, {**process, "beat": written})
+    with one_thread:
+      if time.time() - written > 1:
+        if written:
+          _check_lock(path, process)
+        written = time.time()
+        write_json(path, {**process, "beat": written})
+
+  def beat() -> None:
+    # A step may take longer than another host waits.
+    while not closed.wait(_BEAT_SECONDS):
+      # The heartbeat of the next step raises whatever went wrong here.
+      with contextlib.suppress(WriteError):
+        heartbeat()
 
   with _one_at_a_time(path.parent):
     last = _take_over(path, process) if path.exists() else None
     heartbeat()
+  thread = threading.Thread(target=beat, daemon=True)
+  thread.start()
+  # After an error the lock stays: its last heartbeat tells the next run how many seconds were lost.
+  # A stop on request has saved everything, so the next run loses no time.
+  failed = False
   try:
     yield heartbeat, last
   except Exception:
-    # The lock stays: its last heartbeat tells the next run how many seconds the failure lost.
+    failed = True
     raise
-  except BaseException:
-    # A stop on request has saved everything, so the next run loses no time.
-    path.unlink(missing_ok=True)
-    raise
-  path.unlink(missing_ok=True)
+  finally:
+    closed.set()
+    thread.join()
+    if not failed:
+      path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -183,24 +208,63 @@ def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
     yield
 
 
+def _check_lock(path: epath.Path, process: dict[str, Any]) -> None:
+  """Raises WriteError unless the lock is still of this process."""
+  try:
+    lock = json.loads(path.read_bytes())
+    if {name: lock.get(name) for name in process} == process:
+      return
+    reason = f"process {lock.get('pid')} on {lock.get('host')} writes it now"
+  # A file that is gone, or damaged: the folder is not as this process left it.
+  except (OSError, ValueError, AttributeError) as error:
+    reason = f"its {LOCK} is gone or damaged: {error}"
+  raise WriteError(f"{path.parent} was deleted, moved or taken over while process {process['pid']} "
+                   f"wrote it ({reason}): put it back, and the same command goes on from what was "
+                   "saved before.")
+
+
+def _silence(path: epath.Path) -> int:
+  """Seconds since a file was written, by the clock that dates the files of its disk."""
+  now = path.with_name(f".now.{os.getpid()}")
+  try:
+    write(now, b"")
+    return int(now.stat().mtime - path.stat().mtime)
+  finally:
+    with contextlib.suppress(OSError):
+      now.unlink(missing_ok=True)
+
+
+def _waited_for_silence(path: epath.Path, writer: str, age: int) -> int:
+  """The age of a lock: below its age at first where the writer lives, else at least the limit."""
+  print(f"{path}: {writer} wrote it {age} s ago; waiting for a heartbeat, or for "
+        f"{_SILENT_SECONDS} s without one.", flush=True)
+  first = age
+  while first <= age <= _SILENT_SECONDS:
+    time.sleep(min(_BEAT_SECONDS, _SILENT_SECONDS - age + 1))
+    age = _silence(path)
+  return age
+
+
 def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
   """The last heartbeat of a lock that this process may take over."""
   try:
     lock = read_json(path)
-  except ValueError as error:
+    holder, pid, last = lock["host"], int(lock["pid"]), float(lock["beat"])
+  except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
-  age = int(time.time() - lock["beat"])
-  here = lock["host"] == process["host"]
+  here = holder == process["host"]
+  age = _silence(path)
+  if not here and age <= _SILENT_SECONDS:
+    age = _waited_for_silence(path, f"process {pid} on {holder}", age)
   # A process of another host cannot be asked, so its silence has to decide.
-  if age > _SILENT_SECONDS or here and not _alive(lock["pid"]):
-    print(f"{path}: process {lock['pid']} on {lock['host']} is gone or has been silent for "
-          f"{age} s; taking over.", flush=True)
-  elif not here or lock["pid"] != process["pid"]:
-    raise InputError(f"{path.parent} is being written by process {lock['pid']} on {lock['host']} "
-                     f"(last sign of life {age} s ago): wait for it, or delete {path} if that "
-                     "process is gone.")
-  return lock["beat"]
+  if age > _SILENT_SECONDS or here and not _alive(pid):
+    print(f"{path}: process {pid} on {holder} is gone or has been silent for {age} s; taking over.",
+          flush=True)
+  elif not here or pid != process["pid"]:
+    raise InputError(f"{path.parent} is being written by process {pid} on {holder} (last sign of "
+                     f"life {age} s ago): wait for it, or delete {path} if that process is gone.")
+  return last
 
 
 def _alive(pid: int) -> bool:

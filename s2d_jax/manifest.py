@@ -10,13 +10,12 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from s2d_jax import checksums, files, hosts
+from s2d_jax import checksums, files, hosts, json_objects
 from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 NAME = "manifest.json"
-_FINISHED = "finished.json"
 ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
@@ -78,15 +77,15 @@ def write(folder: epath.PathLike, content: dict) -> None:
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
   recorded = checksums.record(folder, names)
   if hosts.leader():
-    files.write_json(folder / checksums.FOLDER / _FINISHED, recorded, sealed=True)
+    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
 
 
 def _is_passing(name: str) -> bool:
-  """Whether a file of a finished folder is the manifest, or will be gone soon."""
+  """Whether a file of a finished folder is the manifest, will be gone soon, or is never read."""
   top = name.partition("/")[0]
-  return (name in (NAME, files.LOCK) or top == checksums.FOLDER
+  return (name in (NAME, files.LOCK) or top in (checksums.FOLDER, "tensorboard", "profile")
           or top == "checkpoints" and not name.startswith("checkpoints/final/"))
 
 
@@ -101,14 +100,19 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
     InputError: a file is damaged; the message has the remedy.
   """
   folder = epath.Path(folder)
-  path = folder / checksums.FOLDER / _FINISHED
-  remedy = (f"put the file back, or make {folder.name} again by the command of its run with "
-            f"--redo={folder.name}")
+  path = folder / checksums.FOLDER / checksums.FINISHED
+  remedy = checksums.redo(folder)
   if not path.exists():
+    # A manifest with a seal was written after the checksums, and one without before there were any.
+    if "sha256" in json_objects.read(folder / NAME, remedy):
+      raise InputError(f"{path} is missing: {remedy}.")
     return
   compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
               if name.startswith("checkpoints/") == weights
               and (weights or not name.endswith(".safetensors"))}
+  # A model that was deleted as a whole, to save space, is not damaged.
+  if not (folder / "hf").exists():
+    compared = {name: of_file for name, of_file in compared.items() if not name.startswith("hf/")}
   damage = checksums.damage(folder, compared, together)
   if damage is not None:
     raise InputError(f"{damage.text}: {remedy}.")
@@ -119,11 +123,13 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
 
   Raises:
     InputError: there is no such folder.
+    WriteError: it cannot be moved.
   """
   workdir = epath.Path(workdir)
   for name in names:
-    if not (workdir / name).exists() and hosts.leader():
-      there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    # A name alone: a path could lead out of the folder.
+    there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+    if name not in there and hosts.leader():
       raise InputError(f"--redo={name} names no folder of {workdir}: choose from "
                        f"{', '.join(there)}.")
   # All processes have looked before one of them moves a folder.
@@ -133,8 +139,11 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
       target = workdir / "replaced" / name
       while target.exists():
         target = target.with_name(f"{target.name}+")
-      target.parent.mkdir(exist_ok=True)
-      (workdir / name).rename(target)
+      try:
+        target.parent.mkdir(exist_ok=True)
+        (workdir / name).rename(target)
+      except OSError as error:
+        raise files.not_written(target, error.strerror) from error
   hosts.barrier("set aside")
 
 
@@ -145,15 +154,25 @@ def load(folder: epath.PathLike) -> dict:
     InputError: it is damaged.
   """
   path = epath.Path(folder) / NAME
-  remedy = f"put it back, or make {path.parent.name} again by the command of its run"
+  # Without a manifest a folder is not finished, and its run makes it again.
   if not path.exists():
-    raise InputError(f"{path} is missing: {remedy}.")
-  manifest = files.read_json(path, f"{remedy} with --redo={path.parent.name}")
+    raise InputError(f"{path} is missing: put it back, or make {path.parent.name} again by the "
+                     "command of its run.")
+  manifest = files.read_json(path, _remedy(path))
+  if not isinstance(manifest, dict) or not isinstance(manifest.get("inputs"), dict):
+    raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.")
   row = manifest["inputs"].get("row")
   # The first manifests have the values alone.
-  if isinstance(row, list):
+  if isinstance(row, list) and len(row) == len(ROW):
     manifest["inputs"]["row"] = dict(zip(ROW, row, strict=True))
   return manifest
+
+
+def _remedy(path: epath.Path) -> str:
+  """The remedy for a damaged manifest."""
+  name = path.parent.name
+  return (f"put the right manifest back, or make {name} again by the command of its run with "
+          f"--redo={name}")
 
 
 def read(folder: epath.PathLike) -> dict | None:
@@ -165,14 +184,13 @@ def read(folder: epath.PathLike) -> dict | None:
   path = epath.Path(folder) / NAME
   if not path.exists():
     return None
+  manifest = load(folder)
   # The name is a hash of the inputs, so an edited or moved manifest does not match it.
   try:
-    manifest = load(folder)
     named = name(path.parent.name.rpartition("-")[0], manifest["inputs"])
   except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path} is not a manifest this code wrote: delete the folder, or put the "
-                     "right manifest back.") from error
+    raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.") from error
   if named != path.parent.name:
-    raise InputError(f"{path} disagrees with its folder's name: it was edited or moved, so delete "
-                     "the folder, or put the right manifest back.")
+    raise InputError(f"{path} disagrees with its folder's name: it was edited or moved, so "
+                     f"{_remedy(path)}.")
   return manifest

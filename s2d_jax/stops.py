@@ -2,8 +2,8 @@
 
 A thread watches, because the main thread may be inside a compilation, or wait for another process.
 
-- The first SIGTERM or Ctrl-C, where unsaved work is under way (`deferred`): `stop()` becomes true
-  on all processes at one call, and the caller saves. Elsewhere the process exits at once.
+- The first SIGTERM, SIGHUP or Ctrl-C, where unsaved work is under way (`deferred`): `stop()`
+  becomes true on all processes at one call, and the caller saves. Elsewhere it exits at once.
 - A second one, a second later, exits at once everywhere.
 - A process that fails, or says nothing for LOST_SECONDS, ends all others with a sentence.
 
@@ -33,7 +33,8 @@ START_SECONDS = 300.0  # until all processes must have been started
 _TICK_SECONDS = 1.0
 _ONE_SIGNAL_SECONDS = 1.0  # signals that come within it are one
 _GRACE_SECONDS = 10.0  # in which processes may end by themselves when another one has failed
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A scheduler's, Ctrl-C, and that of a terminal or a connection that was closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GOES_ON = "the same command goes on from what was saved"
 
 
@@ -99,7 +100,9 @@ class Watch:
     if threading.current_thread() is threading.main_thread():
       # The system writes a signal's number to the pipe, whatever the main thread does.
       former = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-      before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+      # One that was ignored at the start, as by nohup, stays ignored.
+      before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN}
     thread = threading.Thread(target=self._watch, daemon=True)
     thread.start()
     try:

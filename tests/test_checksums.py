@@ -1,8 +1,13 @@
 """Checksums of files against `sha256sum`, and every kind of damage to a file."""
 
-import pytest
+import errno
+import os
 
-from s2d_jax import checksums
+import pytest
+from etils import epath
+
+from s2d_jax import checksums, hosts
+from s2d_jax.errors import InputError
 
 
 @pytest.fixture
@@ -37,3 +42,62 @@ def test_damage_is_found_and_named(folder, change, said):
   change(folder / "a" / "x")
   found = checksums.damage(folder, recorded)
   assert found.name == "a/x" and found.text == f"{folder}/{said}"
+
+
+def test_a_file_that_cannot_be_read_is_damage_and_is_not_recorded(folder, monkeypatch):
+  recorded = checksums.record(folder, ["a/x"])
+  local = type(epath.Path("/"))
+  def broken(self, mode):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+  monkeypatch.setattr(local, "open", broken)
+  assert checksums.damage(folder, recorded).text == (
+      f"{folder}/a/x cannot be read (Input/output error)")
+  with pytest.raises(OSError, match="a/x cannot be read .Input/output error."):
+    checksums.record(folder, ["a/x"])
+
+
+@pytest.mark.parametrize("error", [None, KeyError("a library's"), InputError("a header")])
+def test_a_block_that_reads_a_damaged_file_ends_in_a_sentence_with_the_remedy(folder, error):
+  recorded = checksums.record(folder, checksums.listed(folder))
+  def read():
+    with checksums.reading(folder, recorded, "buy a new disk"):
+      if error:
+        raise error
+      return "read"
+  if error is None:
+    assert read() == "read"
+  else:
+    with pytest.raises(type(error)) as raised:  # nothing is damaged
+      read()
+    assert raised.value is error
+  (folder / "a" / "x").write_bytes(b"iello\n")
+  with pytest.raises(InputError) as refused:
+    read()
+  assert str(refused.value) == (
+      f"{folder}/a/x holds other bytes than were written: buy a new disk.")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_hashes_its_share_and_all_of_them_refuse_before_the_block(
+    folder, process, monkeypatch):
+  (folder / "b").write_bytes(b"b")
+  recorded = checksums.record(folder, checksums.listed(folder))
+  (folder / "a" / "x").write_bytes(b"iello\n")
+  opened = []
+  shares = {0: ["a/x", "y"], 1: ["b"]}
+  measured = checksums._measured
+  monkeypatch.setattr(checksums, "_measured",
+                      lambda path: opened.append(str(path.relative_to(folder))) or measured(path))
+  monkeypatch.setattr(hosts, "share", lambda: (process, 2))
+  other = {name: measured(folder / name) for name in shares[1 - process]}
+  monkeypatch.setattr(hosts, "gather", lambda name, of_share, seconds: [of_share, other])
+  with pytest.raises(InputError, match="a/x holds other bytes than were written: buy a new disk."):
+    with checksums.reading(folder, recorded, "buy a new disk"):
+      pytest.fail("the block was entered")
+  assert sorted(opened) == shares[process]
+  # One process alone reads all.
+  opened.clear()
+  with pytest.raises(InputError, match="a/x holds other bytes"):
+    with checksums.reading(folder, recorded, "buy a new disk", together=False):
+      pass
+  assert sorted(opened) == ["a/x", "b", "y"]

@@ -1,5 +1,6 @@
 """`s2d-jax`: each command's help, the diagnosis of a sound config, and one sentence for another."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import cli, command, main
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -108,6 +109,42 @@ def console(*words, env=None):
   """A finished `s2d-jax WORDS`, in a process of its own."""
   return subprocess.run([sys.executable, "-c", "from s2d_jax import cli; cli.main()", *words],
                         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
+
+
+def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys):
+  def fails(argv):
+    raise KeyError(f"no such weight, and a second line\n{argv}")
+
+  with pytest.raises(SystemExit) as error:
+    command.call(fails, [])
+  (line,) = capsys.readouterr().err.splitlines()
+  found = re.fullmatch(
+      r"s2d_jax: an unexpected KeyError ended the command \('no such weight, and a second .*\): "
+      r"its traceback is in (\S+), and --debug prints it. What was saved holds.", line)
+  path = pathlib.Path(found[1])
+  text = path.read_text()
+  path.unlink()
+  assert error.value.code == 1 and "in fails" in text and text.startswith("Traceback")
+  # The flag is not among those that the command gets.
+  with pytest.raises(KeyError, match=re.escape("['--x']")):
+    command.call(fails, ["--x", "--debug"])
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C: the same command goes on from what was f"),
+    (OSError(errno.ENOSPC, "No space left on device", "w/a.json"), 1,
+     "w/a.json cannot be written (No space left on device): free space or mend the disk, an"),
+    (FloatingPointError("a loss is not finite: lower the rate."), 1, "a loss is not finite: "),
+    (WriteError("a.json cannot be written: free space."), 1, "a.json cannot be written: "),
+])
+def test_errors_of_a_run_have_a_sentence_and_a_code(error, code, said, capsys):
+  def fails(argv):
+    raise error
+
+  with pytest.raises(SystemExit) as ended:
+    command.call(fails, [])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert ended.value.code == code and line.startswith(f"s2d_jax: {said}")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -496,7 +496,7 @@ def test_a_manifest_that_disagrees_with_its_folder(config, tmp_path):
   workdir, name = tmp_path / "run", next(iter(recipe.plan(config, task()).nodes))
   (workdir / name).mkdir(parents=True)
   (workdir / name / "manifest.json").write_text(json.dumps({"inputs": {"seed": 1}}))
-  with pytest.raises(ValueError, match="disagrees with its folder's name: .*, so delete the fold"):
+  with pytest.raises(ValueError, match="disagrees with its folder's name: .*, so put the right m"):
     recipe.run(config, workdir, task())
   assert [path.name for path in workdir.iterdir()] == [name]
 
@@ -508,7 +508,7 @@ def test_a_broken_manifest_of_a_stage_or_a_score(config, tmp_path, kind, text):
   folder = workdir / (name if kind == "stage" else "eval-0123456789ab")
   folder.mkdir(parents=True)
   (folder / "manifest.json").write_text(text)
-  with pytest.raises(ValueError, match="manifest.json .*: .*delete the folder, or put the right"):
+  with pytest.raises(InputError, match="manifest.json .*put the right manifest back, .*--redo="):
     recipe.run(config, workdir, task())
   assert [path.name for path in workdir.iterdir()] == [folder.name]
 

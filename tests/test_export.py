@@ -60,6 +60,22 @@ def test_without_an_hf_folder_the_final_checkpoint_is_exported(workdir, tmp_path
     assert (a == b + np.float32(2)).all()
 
 
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "hf/config.json", "hf/lineage.json"])
+def test_a_damaged_model_is_not_exported(workdir, tmp_path, name):
+  (stage,) = workdir.glob("reverse_kl-*")
+  shutil.copytree(stage, tmp_path / stage.name)
+  stage = tmp_path / stage.name
+  manifest.write(stage, manifest.load(stage))
+  assert export.export(tmp_path, stage.name, tmp_path / "out").exists()
+  path = stage / name
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(InputError) as refused:
+    export.export(tmp_path, stage.name, tmp_path / "out2")
+  assert str(refused.value).startswith(f"{path} has ")
+  assert str(refused.value).endswith(f"with --redo={stage.name}.")
+  assert not (tmp_path / "out2").exists()
+
+
 def test_weights_are_written_in_the_dtype_of_the_flag(workdir, tmp_path):
   out = export.export(workdir, "reverse_kl", tmp_path / "out", "bfloat16")
   assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,16 +1,21 @@
 """Files are written whole, and one process writes a folder."""
 
+import errno
 import json
 import os
+import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from etils import epath
 
-from s2d_jax import files
+from s2d_jax import command, files
 from s2d_jax.errors import InputError, WriteError
 from tests import interpreter
 
@@ -31,6 +36,15 @@ def test_a_damaged_file_is_named(data, tmp_path):
   (tmp_path / "result.json").write_bytes(data)
   with pytest.raises(InputError, match=f"^{tmp_path}/result.json (is|has) "):
     files.read_json(tmp_path / "result.json")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+  (tmp_path / "folder.json").mkdir()
+  for name, said in {"none.json": "No such file or directory", "folder.json": "Is a directory"
+                     }.items():
+    with pytest.raises(InputError) as refused:
+      files.read_json(tmp_path / name, "buy a new disk")
+    assert str(refused.value) == f"{tmp_path}/{name} cannot be read ({said}): buy a new disk."
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
@@ -61,7 +75,7 @@ def test_of_two_writers_that_start_at_once_one_is_refused(tmp_path, stale):
   # All of them wait for one moment, hold the lock for a while, and say who had it.
   script = """
 import sys, time
-from s2d_jax import files
+from s2d_jax import command, files
 time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
 try:
   with files.only_writer(sys.argv[1]):
@@ -77,15 +91,87 @@ except ValueError as error:
   assert sum("is being written by process" in line for line in printed) == 3, printed
 
 
-def test_a_lock_of_another_host_is_valid_for_an_hour(tmp_path):
+@pytest.mark.parametrize("clock", [0, -5 * 3600, 5 * 3600])
+def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clock(
+    tmp_path, clock, capsys, monkeypatch):
+  monkeypatch.setattr(files, "_SILENT_SECONDS", 4)
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
-  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 600}))
-  with pytest.raises(ValueError, match="elsewhere"):
-    with files.only_writer(tmp_path):
-      pass
-  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 4000}))
-  with files.only_writer(tmp_path):
+  heartbeat = time.time() - 2 + clock
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": heartbeat}))
+  os.utime(path, (time.time() - 2,) * 2)  # as the disk dates it
+  start = time.monotonic()
+  with files.only_writer(tmp_path) as (_, last):
+    assert last == heartbeat
+  assert time.monotonic() - start > 1
+  assert re.fullmatch(
+      rf"{path}: process 1 on elsewhere wrote it [23] s ago; waiting for a heartbeat, or for 4 s "
+      rf"without one.\n{path}: process 1 on elsewhere is gone or has been silent for [5-9] s; "
+      "taking over.\n", capsys.readouterr().out)
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".writer"]
+
+
+@pytest.mark.parametrize("clock", [-5 * 3600, 5 * 3600])
+def test_a_lock_of_another_host_that_beats_is_not_taken_over(tmp_path, clock, monkeypatch):
+  monkeypatch.setattr(files, "_SILENT_SECONDS", 10)
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
+  path = tmp_path / "writer.lock"
+  lock = {"host": "elsewhere", "pid": 1, "beat": time.time() + clock}
+  path.write_text(json.dumps(lock))
+  os.utime(path, (time.time() - 5,) * 2)
+  other = threading.Timer(0.5, lambda: files.write_json(path, lock))
+  other.start()
+  with pytest.raises(InputError) as refused, files.only_writer(tmp_path):
     pass
+  other.join()
+  assert re.fullmatch(
+      rf"{tmp_path} is being written by process 1 on elsewhere \(last sign of life \d s "
+      rf"ago\): wait for it, or delete {path} if that process is gone.", str(refused.value))
+
+
+def test_a_lock_beats_while_the_writer_is_within_a_step(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_BEAT_SECONDS", 0.2)
+  path = tmp_path / "writer.lock"
+  with files.only_writer(tmp_path):
+    first = files.read_json(path)["beat"]
+    time.sleep(2.5)
+    assert files.read_json(path)["beat"] > first + 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"host": "a"}',
+                                  '{"host": "a", "pid": null, "beat": 1}'])
+def test_a_damaged_lock_is_named_with_the_remedy(text, tmp_path):
+  (tmp_path / "writer.lock").write_text(text)
+  with pytest.raises(InputError) as refused, files.only_writer(tmp_path):
+    pass
+  assert str(refused.value) == (f"{tmp_path}/writer.lock is not a lock this code wrote: delete it "
+                                f"if no process writes {tmp_path}.")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda folder: shutil.rmtree(folder), "its writer.lock is gone or damaged: .*No such file"),
+    (lambda folder: folder.rename(folder.with_name("moved")), "its writer.lock is gone"),
+    (lambda folder: (folder / "writer.lock").write_text("{"), "its writer.lock is gone or damag"),
+    (lambda folder: (folder / "writer.lock").write_text('{"host": "b", "pid": 7, "beat": 1}'),
+     "process 7 on b writes it now")])
+def test_a_writer_stops_once_its_folder_is_gone_or_is_another_writers(
+    change, said, tmp_path, monkeypatch):
+  folder = tmp_path / "stage"
+  now = time.time()
+  monkeypatch.setattr(files.time, "time", lambda: now)
+  with pytest.raises(WriteError) as refused:
+    with files.only_writer(folder) as (heartbeat, _):
+      now += 2
+      heartbeat()
+      change(folder)
+      now += 2
+      heartbeat()
+  assert re.fullmatch(
+      rf"{folder} was deleted, moved or taken over while process {os.getpid()} wrote it "
+      rf"\({said}.*\): put it back, and the same command goes on from what was saved before.",
+      str(refused.value))
+  # It leaves alone what another process may hold.
+  assert not folder.exists() or (folder / "writer.lock").exists()
 
 
 def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):
@@ -127,6 +213,47 @@ def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path):
   # The file before holds, and nothing is left behind.
   assert path.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == [
       "a.json", "file"]
+
+
+@pytest.mark.parametrize("target, said", [
+    ("file", r"is a file: choose a folder."),
+    ("file/deep/work", r"cannot be written \(Not a directory\): choose another folder."),
+    ("/proc/work", r"cannot be written \([A-Z][a-z ]+\): choose another folder."),
+    ("/proc/cpuinfo", r"is a file: choose a folder."),
+    ("loop/work", r"cannot be written \(Too many levels of symbolic .*\): choose another folder."),
+    ("x" * 300, r"cannot be written \(File name too long\): choose another folder.")])
+def test_a_work_folder_that_takes_no_file_is_refused(target, said, tmp_path):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "loop").symlink_to("loop")
+  path = tmp_path / target
+  with pytest.raises(InputError, match=f"^--workdir={path} {said}$"):
+    command.check_workdir(path)
+  command.check_workdir(tmp_path / "new" / "work")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
+
+
+@pytest.mark.parametrize("code, said", [
+    (errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded"),
+    (errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system"),
+    (errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle")])
+@pytest.mark.parametrize("moment", ["mkdir", "write_bytes", "replace"])
+def test_every_error_of_a_disk_is_one_sentence_and_the_file_before_holds(
+    code, said, moment, tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"a": 1})
+  def refused(*_, **__):
+    raise OSError(code, os.strerror(code))
+  local = type(epath.Path("/"))
+  with monkeypatch.context() as patch:
+    patch.setattr(local, moment, refused)
+    with pytest.raises(WriteError) as error:
+      files.write_json(path, {"a": 2})
+  assert str(error.value) == (
+      f"{path} cannot be written ({said}): free space or mend the disk, and the same command goes "
+      "on from what was saved before.")
+  assert files.read_json(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+  files.write_json(path, {"a": 2})
+  assert files.read_json(path) == {"a": 2}
 
 
 def test_a_store_that_fails_for_a_while_is_tried_again(monkeypatch):

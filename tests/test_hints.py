@@ -318,7 +318,7 @@ def test_a_plan_has_the_hints_and_the_name_of_the_stage_depends_on_their_text():
     ({"hint": lambda row: 1 / 0}, r"the task's hint of problem \d+ failed \(ZeroDivisionError: "),
     ({"hint": lambda row: None}, r"the hint of problem \d+ is not a list of messages: give each"),
     ({"messages": lambda row: 1 / 0}, r"the task's messages of problem \d+ of labelled failed \("),
-    ({"messages": lambda row: row["problem"]}, r"problem \d+ of labelled is not a list of messages"),
+    ({"messages": lambda row: row["problem"]}, r"problem \d+ of labelled is not a list of m"),
 ])
 def test_a_function_of_the_task_that_fails_is_one_sentence_with_the_problem(of_task, said):
   with pytest.raises(InputError, match=said):

@@ -53,7 +53,7 @@ ARROWS = {
   "objectives": {"losses", "keys", "rollouts"},
   "optim": {"keys"},
   "losses": {"sharding"},
-  "models": {"sharding", "keys", "json_objects", "writable"},
+  "models": {"sharding", "keys", "json_objects", "writable", "files"},
   "data": {"rewards", "json_objects"},
   "chat": {"end_ids", "templates", "tokenizer_files"},
   "tokenizer_files": {"json_objects"},

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import jax
 import pytest
 
 from s2d_jax import files, manifest, sharding
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
 LIST = ["reverse_kl", "student", "student", "teacher"]  # the row as earlier versions wrote it
@@ -171,10 +172,48 @@ def test_an_edited_manifest_is_refused_also_where_its_inputs_are_right(tmp_path)
     manifest.read(folder)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_checksums_that_are_missing_are_named_but_a_folder_of_an_older_version_has_none(
+    tmp_path, weights):
+  folder = finished(tmp_path)
+  (folder / "checksums" / "finished.json").unlink()
+  with pytest.raises(InputError, match=f"finished.json is missing: .*--redo={folder.name}.$"):
+    manifest.check_files(folder, weights)
+  files.write_json(folder / "manifest.json", {"inputs": INPUTS})  # as that version wrote it
+  manifest.check_files(folder, weights)
+
+
+def test_a_model_that_was_deleted_as_a_whole_is_not_damaged_nor_is_a_file_that_nothing_reads(
+    tmp_path):
+  folder = finished(tmp_path)
+  (folder / "hf" / "config.json").unlink()
+  with pytest.raises(InputError, match="hf/config.json is missing"):
+    manifest.check_files(folder, weights=False)
+  shutil.rmtree(folder / "hf")
+  manifest.check_files(folder, weights=False)
+  for name in ("tensorboard/00000000.events", "profile/plugins/trace.pb"):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("a picture")
+  manifest.write(folder, {"inputs": INPUTS})
+  for name in ("tensorboard", "profile"):
+    shutil.rmtree(folder / name)
+  manifest.check_files(folder, weights=False)
+
+
+def test_a_folder_that_cannot_be_set_aside_is_one_sentence(tmp_path):
+  name = finished(tmp_path).name
+  (tmp_path / "replaced").write_text("a file")
+  with pytest.raises(WriteError, match=f"replaced/{name} cannot be written .*: free space or mend"):
+    manifest.set_aside(tmp_path, [name])
+
+
 def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   name = finished(tmp_path).name
   with pytest.raises(InputError, match=f"--redo=teacher names no folder of .*choose from {name}"):
     manifest.set_aside(tmp_path, ["teacher"])
+  for path in ("", ".", "..", f"../{tmp_path.name}/{name}", f"{name}/hf", f"{tmp_path}/{name}"):
+    with pytest.raises(InputError, match=f"^--redo={path} names no folder of "):
+      manifest.set_aside(tmp_path, [path])
   for moved in (name, f"{name}+"):
     manifest.set_aside(tmp_path, [name])
     assert not (tmp_path / name).exists()

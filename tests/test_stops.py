@@ -75,7 +75,7 @@ def send(process, number):
   os.kill(process.process.pid, number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_saves_and_the_run_can_go_on(begin, number):
   (process,) = begin(1, "steps")
   send(process, number)

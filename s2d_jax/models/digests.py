@@ -1,12 +1,21 @@
-"""A hash that identifies a folder's weights, cheap enough to be taken at every start."""
+"""A hash that identifies a folder's weights, and the checksums that its files are compared with.
 
+The hash is cheap enough to be taken at every start.
+"""
+
+import contextlib
 import hashlib
 import pathlib
+import re
 
+from s2d_jax import checksums, files
+from s2d_jax.errors import InputError
 from s2d_jax.models import folders, shards
 from s2d_jax.models.folders import Path
 
 SUMS = "SHA256SUMS"  # in the format of the command sha256sum
+# Files beside the weights that are read with them.
+_SMALL = (".json", ".jinja", ".txt", ".model")
 _WHOLE = 1 << 26  # bytes of a file that is hashed whole, in about a tenth of a second
 # Of every tensor of a larger file: pieces, spread evenly, and the bytes of each. A model of 70 B
 # parameters has 723 tensors, so 24 MB of it are read.
@@ -42,6 +51,53 @@ def identity(folder: Path) -> str:
     if values != sums.get(file.name):
       digest.update(values.encode())
   return digest.hexdigest()
+
+
+def reading(folder: Path, weights: bool = True,
+            together: bool = False) -> contextlib.AbstractContextManager[None]:
+  """A block that reads a folder, whose files are compared with their checksums meanwhile.
+
+  The checksums are those of the finished stage that the folder is of, or its SHA256SUMS; a folder
+  without any is read as it is.
+
+  Args:
+    weights: False where the block reads none.
+    together: as `checksums.reading` takes it.
+
+  Raises:
+    InputError: a file is damaged, or the checksums are; names it, with the remedy.
+  """
+  folder = pathlib.Path(folder)
+  stage = pathlib.Path(folder.absolute()).parent
+  finished = stage / checksums.FOLDER / checksums.FINISHED
+  if folder.name == "hf" and finished.is_file():
+    remedy = checksums.redo(stage)
+    recorded = {name.removeprefix("hf/"): of_file
+                for name, of_file in files.read_json(finished, remedy).items()
+                if name.startswith("hf/")}
+  elif (folder / SUMS).is_file():
+    remedy = f"get it again, or delete {folder / SUMS} if you changed it yourself"
+    recorded = _published(folder)
+  else:
+    return contextlib.nullcontext()
+  compared = {name: of_file for name, of_file in recorded.items()
+              if weights or not name.endswith(".safetensors")}
+  return checksums.reading(folder, compared, remedy, together)
+
+
+def _published(folder: pathlib.Path) -> checksums.Record:
+  """The record of a folder's SHA256SUMS, of the files that are read; a part may be downloaded."""
+  found = {}
+  path = folder / SUMS
+  for line in path.read_text(errors="replace").splitlines() or [""]:
+    match = re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line)
+    if match is None:
+      raise InputError(f"{path} is damaged, or is not of the command sha256sum: get it again, or "
+                       "delete it.")
+    digest, name = match.groups()
+    if name.endswith((".safetensors", *_SMALL)) and (folder / name).is_file():
+      found[name] = {"sha256": digest}
+  return found
 
 
 def _sums(folder: pathlib.Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax import models, sharding
-from s2d_jax.models import Config, Model, Weight, folders, layout, shards
+from s2d_jax.models import Config, Model, Weight, digests, folders, layout, shards
 from s2d_jax.models.digests import identity
 from s2d_jax.models.folders import Path, layer_shape, read_config, read_json
 from s2d_jax.models.saving import save
@@ -29,7 +29,9 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
   """(Model, params) of a Hugging Face folder.
 
   The weights go to the devices one layer of one weight at a time, so the host holds no more than
-  that. With a mesh each process reads only the bytes that its own devices hold.
+  that. With a mesh each process reads only the bytes that its own devices hold. Where the folder
+  has checksums (`digests.reading`), its files are compared with them; on a mesh of several
+  processes, which all call this function, each hashes a share of the files.
 
   Args:
     folder: its path.
@@ -43,9 +45,17 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
   Raises:
     InputError: the folder, its weights or its config are missing; the weights are pickled; the
       folder needs code of its own (`auto_map`); the model is not implemented; a weight is missing,
-      left over, stored twice or of a wrong shape; a shard is outside the folder or cut short.
+      left over, stored twice or of a wrong shape; a shard is outside the folder or cut short; a
+      file is not that of its checksum.
   """
-  folder = pathlib.Path(folder)
+  with digests.reading(folder, together=mesh is not None and mesh.is_multi_process):
+    return _loaded(pathlib.Path(folder), mesh, dtype, run, shapes)
+
+
+def _loaded(folder: pathlib.Path, mesh: jax.sharding.Mesh | None,
+            dtype: jax.typing.DTypeLike | None, run: Mapping[str, Any] | None,
+            shapes: Callable[[Config], Params]) -> tuple[Model, Params]:
+  """`load` without the checksums."""
   model = models.build(read_config(folder, **(run or {})))
   shape_of = layout.flat(shapes(model.config))
   # All headers are checked before the first weight is read, so a wrong folder fails at once.
@@ -58,12 +68,13 @@ def load(folder: Path, mesh: jax.sharding.Mesh | None = None,
 
 
 def check(folder: Path) -> None:
-  """Checks config.json and the headers of the weights, and reads no weight.
+  """Checks config.json, the headers of the weights and the small files; reads no weight.
 
   Raises:
     InputError: as `load`.
   """
-  folders.described(folder, read_config(folder))
+  with digests.reading(folder, weights=False):
+    folders.described(folder, read_config(folder))
 
 
 def _placed(stored: dict[str, Stored], weight: Weight, shape: tuple[int, ...], dtype: jnp.dtype,

@@ -28,6 +28,7 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
+    "checksums": {"bytes", "idle", "busy", "read"},
     "checker": {"agreement", "held_out_agreement", "fresh_agreement", "unread_agreement", "hostile",
                 "linear", "string_answers_per_second"},
 }
@@ -246,6 +247,19 @@ def test_loading(tmp_path):
   for name in ("ours", *("transformers",) * TORCH):
     assert set(result[name]) == LOADING
     assert result[name]["parameter_bytes"] == 2 * (weights + norms)
+
+
+@pytest.mark.medium
+def test_checksums(tmp_path):
+  result = smoke("checksums", tmp_path)
+  assert result["bytes"] == 4 * 1000 * 1000
+  for kind in ("idle", "busy"):
+    found = result[kind]
+    assert len(found["with"]) == len(found["without"]) == 1
+    assert found["save_seconds_per_GB"] == pytest.approx(found["save_seconds"] / 0.004)
+    assert 0 < found["waited_seconds"] == pytest.approx(
+        found["share_of_save"] * found["save_seconds"])
+  assert result["read"]["hf_load"]["bytes"] > 4 * 64 * 16  # the embedding
 
 
 @pytest.mark.medium

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from s2d_jax import models, sharding
+from s2d_jax import manifest, models, sharding
 from s2d_jax.errors import InputError
 from s2d_jax.models import digests, hf, saving, shards
 
@@ -24,8 +24,13 @@ def saved(tmp_path, tiny_json, randomized):
   return hf.save(tmp_path / "model", model, params), model, params
 
 
-def edit_weights(folder, change):
-  """Rewrites the weights of a folder after `change` of the dict of them."""
+def edit_weights(folder, change, stale=False):
+  """Rewrites the weights of a folder after `change` of the dict of them.
+
+  Its checksums are deleted, as most published folders have none, or are `stale` from here on.
+  """
+  if not stale:
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
   path = folder / "model.safetensors"
   tensors = safetensors.numpy.load_file(path)
   change(tensors)
@@ -248,7 +253,7 @@ def test_every_tensor_is_in_the_identity(saved, file_size):
   for name in names:
     def change(tensors, name=name):
       tensors[name] = tensors[name] + 1
-    edit_weights(folder, change)  # SHA256SUMS is stale from here on
+    edit_weights(folder, change, stale=True)
     identities.add(hf.identity(folder))
   assert len(identities) == 1 + len(names)
 
@@ -305,6 +310,81 @@ def test_a_large_tensor_is_read_in_pieces_from_its_first_byte_to_its_last(tmp_pa
     found += digests._values_hash(path) != before
     before = digests._values_hash(path)
   assert 6 <= found <= 10  # of 100 single bytes; a fine-tune changes thousands
+
+
+def damaged(path, change):
+  """Turns one bit of a file round, cuts it, empties it or deletes it."""
+  data = path.read_bytes()
+  if change == "unlink":
+    path.unlink()
+  else:
+    middle = len(data) // 2
+    path.write_bytes({"flip": data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1:],
+                      "cut": data[:middle], "empty": b""}[change])
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "empty"])
+def test_weights_are_compared_with_the_checksums_of_their_folder(change, saved):
+  folder, _, params = saved
+  # As `sha256sum *` writes it, with a file that was not downloaded.
+  sums = folder / "SHA256SUMS"
+  sums.write_text(f"{'0' * 64}  original/consolidated.00.pth\n" + "".join(
+      f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()} *./{name}\n"
+      for name in ("config.json", "model.safetensors")))
+  jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], params)
+  for name in ("model.safetensors", "config.json"):
+    before = (folder / name).read_bytes()
+    damaged(folder / name, change)
+    with pytest.raises(InputError) as refused:
+      hf.load(folder)
+    assert str(refused.value) == (
+        f"{folder}/{name} holds other bytes than were written: get it again, or delete {sums} if "
+        "you changed it yourself.")
+    (folder / name).write_bytes(before)
+  hf.load(folder)
+
+
+def test_weights_are_compared_on_a_mesh_too_and_their_small_files_without_weights(saved):
+  folder, _, _ = saved
+  path = folder / "model.safetensors"
+  damaged(path, "flip")
+  with pytest.raises(InputError, match="model.safetensors holds other bytes"):
+    hf.load(folder, sharding.make_mesh((1, 2, 1)))
+  hf.check(folder)  # reads no weight
+  (folder / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
+  with pytest.raises(InputError, match="config.json holds other bytes"):
+    hf.check(folder)
+
+
+@pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"not sums"])
+def test_damaged_checksums_are_no_checksums(sums, saved):
+  folder, _, _ = saved
+  (folder / "SHA256SUMS").write_bytes(sums)
+  with pytest.raises(InputError, match="SHA256SUMS is damaged, or .*: get it again, or delete it"):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "empty", "unlink"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "SHA256SUMS"])
+def test_a_model_of_a_finished_stage_is_compared_with_the_stages_checksums(
+    name, change, saved, tmp_path, monkeypatch):
+  folder, _, params = saved
+  stage = tmp_path / "reverse_kl-0123456789ab"
+  stage.mkdir()
+  folder.rename(stage / "hf")
+  manifest.write(stage, {"inputs": {}})
+  monkeypatch.chdir(stage)  # the path need not say of which stage it is
+  jax.tree.map(np.testing.assert_array_equal, hf.load("hf")[1], params)
+  damaged(stage / "hf" / name, change)
+  with pytest.raises(InputError) as refused:
+    hf.load("hf")
+  assert str(refused.value).startswith(f"hf/{name} ")
+  assert str(refused.value).endswith(
+      f": put the file back, or make {stage.name} again by the command of its run with "
+      f"--redo={stage.name}.")
+  (stage / "checksums" / "finished.json").write_bytes(b"")
+  with pytest.raises(InputError, match=r"finished.json is empty: put the file back, or make rev"):
+    hf.load("hf")
 
 
 @pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"not sums", b"x" * 64 + b"  other.file\n"])
@@ -451,6 +531,7 @@ def test_a_file_cut_short_is_refused(saved):
   folder, _, _ = saved
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-100])
+  (folder / "SHA256SUMS").unlink()
   last = list(safetensors_header(path))[-1]
   with pytest.raises(ValueError, match=f"model.safetensors is not whole .*, {last} is cut short"):
     hf.load(folder)
@@ -681,6 +762,7 @@ def test_weights_in_a_folder_of_their_files_name_are_refused(saved):
 def test_weights_that_are_no_safetensors_are_refused(data, saved):
   folder, _, _ = saved
   (folder / "model.safetensors").write_bytes(data)
+  (folder / "SHA256SUMS").unlink()
   for function in (hf.load, hf.check):
     with pytest.raises(InputError, match="model.safetensors is not whole .*download it again"):
       function(folder)

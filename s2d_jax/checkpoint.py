@@ -214,7 +214,9 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   the writer's last heartbeat is lost: its work is done again.
   """
   folder = epath.Path(folder)
-  starts = [files.read_json(path) for path in files.finished_files(folder / "starts")]
+  # A damaged one changes no result.
+  starts = [files.read_json(path, "restore it, or delete it: the seconds lost before are in it")
+            for path in files.finished_files(folder / "starts")]
   lost = 0.0
   if last_heartbeat is not None and starts:
     saved = folder / "checkpoints" / str(start)

@@ -24,7 +24,7 @@ from s2d_jax.errors import InputError, WriteError
 _WAITS = (1, 2, 4, 8, 15, 30)
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 LOCK = "writer.lock"
-_BEAT_SECONDS = 10     # between the heartbeats of a lock
+_HEARTBEAT_SECONDS = 10     # between the heartbeats of a lock
 _SILENT_SECONDS = 120  # a lock whose last heartbeat is older belongs to a dead process
 
 
@@ -163,9 +163,9 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
         written = time.time()
         write_json(path, {**process, "beat": written})
 
-  def beat() -> None:
+  def renew() -> None:
     # A step may take longer than another host waits.
-    while not closed.wait(_BEAT_SECONDS):
+    while not closed.wait(_HEARTBEAT_SECONDS):
       # The heartbeat of the next step raises whatever went wrong here.
       with contextlib.suppress(WriteError):
         heartbeat()
@@ -173,7 +173,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
   with _one_at_a_time(path.parent):
     last = _take_over(path, process) if path.exists() else None
     heartbeat()
-  thread = threading.Thread(target=beat, daemon=True)
+  thread = threading.Thread(target=renew, daemon=True)
   thread.start()
   # After an error the lock stays: its last heartbeat tells the next run how many seconds were lost.
   # A stop on request has saved everything, so the next run loses no time.
@@ -240,7 +240,7 @@ def _waited_for_silence(path: epath.Path, writer: str, age: int) -> int:
         f"{_SILENT_SECONDS} s without one.", flush=True)
   first = age
   while first <= age <= _SILENT_SECONDS:
-    time.sleep(min(_BEAT_SECONDS, _SILENT_SECONDS - age + 1))
+    time.sleep(min(_HEARTBEAT_SECONDS, _SILENT_SECONDS - age + 1))
     age = _silence(path)
   return age
 

@@ -141,10 +141,10 @@ def test_errors_of_a_run_have_a_sentence_and_a_code(error, code, said, capsys):
   def fails(argv):
     raise error
 
-  with pytest.raises(SystemExit) as ended:
+  with pytest.raises(SystemExit) as stopped:
     command.call(fails, [])
   (line,) = capsys.readouterr().err.splitlines()
-  assert ended.value.code == code and line.startswith(f"s2d_jax: {said}")
+  assert stopped.value.code == code and line.startswith(f"s2d_jax: {said}")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

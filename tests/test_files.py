@@ -95,7 +95,7 @@ except ValueError as error:
 def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clock(
     tmp_path, clock, capsys, monkeypatch):
   monkeypatch.setattr(files, "_SILENT_SECONDS", 4)
-  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
+  monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
   heartbeat = time.time() - 2 + clock
   path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": heartbeat}))
@@ -112,9 +112,9 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clo
 
 
 @pytest.mark.parametrize("clock", [-5 * 3600, 5 * 3600])
-def test_a_lock_of_another_host_that_beats_is_not_taken_over(tmp_path, clock, monkeypatch):
+def test_a_lock_of_another_host_that_is_renewed_is_not_taken_over(tmp_path, clock, monkeypatch):
   monkeypatch.setattr(files, "_SILENT_SECONDS", 10)
-  monkeypatch.setattr(files, "_BEAT_SECONDS", 1)
+  monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
   lock = {"host": "elsewhere", "pid": 1, "beat": time.time() + clock}
   path.write_text(json.dumps(lock))
@@ -129,8 +129,8 @@ def test_a_lock_of_another_host_that_beats_is_not_taken_over(tmp_path, clock, mo
       rf"ago\): wait for it, or delete {path} if that process is gone.", str(refused.value))
 
 
-def test_a_lock_beats_while_the_writer_is_within_a_step(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, "_BEAT_SECONDS", 0.2)
+def test_a_lock_is_renewed_while_the_writer_is_within_a_step(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 0.2)
   path = tmp_path / "writer.lock"
   with files.only_writer(tmp_path):
     first = files.read_json(path)["beat"]

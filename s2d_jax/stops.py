@@ -227,7 +227,8 @@ class Watch:
       if seconds < LOST_SECONDS or peer is not None and peer.code is not None:
         continue
       host = "" if peer is None else f" on {peer.host}"
-      self._exit(1, f"process {process}{host} has been silent for {seconds:.0f} s, so it or its "
+      # A launcher starts all processes again, as after a stop.
+      self._exit(hosts.RETRY, f"process {process}{host} has been silent for {seconds:.0f} s, so it or its "
                  f"network is gone: start all processes again; {_GOES_ON}")
 
   def _agree_on_stop(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax import rollouts
+from s2d_jax import hosts, rollouts
 from s2d_jax.compiling import Samplers
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Prompt, Reward, Rollout
@@ -108,7 +108,11 @@ def _finished(sample: Sampler, params: Params, prompts: Sequence[Prompt],
   # Tokens beyond the limit are dropped: the sampler's limit does not count the start.
   whole = [np.concatenate([start, rollout.response(row)])[: sample.sampling.max_tokens]
            for row, start in enumerate(starts)]
-  # All checks begin before one is waited for: other processes may compute them.
-  rewards = [reward(p.id, ids) for p, ids in zip(prompts, whole, strict=True)]
-  right_P = np.array([rollouts.resolved(one) >= 1 for one in rewards])
+  # Each host checks its share. All checks begin before one is waited for: a pool may compute them.
+  first, processes = hosts.share()
+  rewards = {i: reward(prompts[i].id, whole[i]) for i in range(first, len(prompts), processes)}
+  own_P = np.zeros(len(prompts), np.int32)
+  for i, found in rewards.items():
+    own_P[i] = rollouts.resolved(found) >= 1
+  right_P = hosts.sum_over_hosts(own_P).astype(bool)
   return right_P, answer and np.array([answer(ids) is not None for ids in whole])

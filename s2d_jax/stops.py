@@ -228,8 +228,8 @@ class Watch:
         continue
       host = "" if peer is None else f" on {peer.host}"
       # A launcher starts all processes again, as after a stop.
-      self._exit(hosts.RETRY, f"process {process}{host} has been silent for {seconds:.0f} s, so it or its "
-                 f"network is gone: start all processes again; {_GOES_ON}")
+      self._exit(hosts.RETRY, f"process {process}{host} has been silent for {seconds:.0f} s, so "
+                 f"it or its network is gone: start all processes again; {_GOES_ON}")
 
   def _agree_on_stop(self) -> None:
     """Chooses the call of `stop` at which all processes stop, once all have heard of a signal."""

@@ -8,7 +8,16 @@ import ml_collections
 import numpy as np
 import pytest
 
-from s2d_jax import checkpoint, models, objectives, rollouts, sharding, stage, training
+from s2d_jax import (
+  checkpoint,
+  manifest,
+  models,
+  objectives,
+  rollouts,
+  sharding,
+  stage,
+  training,
+)
 from s2d_jax.models import hf, layout
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 16, "head_dim": 8,
@@ -33,6 +42,7 @@ def plan(tmp_path):
   trained = jax.tree.map(
       lambda x, sharding_of_x: sharding.put(random_array(x), sharding_of_x), shapes, shardings)
   checkpoint.save_final(tmp_path / "finished", trained)
+  manifest.write(tmp_path / "finished", {})
   with jax.set_mesh(mesh):
     yield types.SimpleNamespace(
         config=ml_collections.ConfigDict({"dtype": "bfloat16", "remat": "none",

@@ -79,7 +79,7 @@ def send(process, number):
 def test_the_first_signal_saves_and_the_run_can_go_on(begin, number):
   (process,) = begin(1, "steps")
   send(process, number)
-  done = process.wait(10)
+  done = process.wait(60)
   assert done.returncode == 75 and "saved" in done.stdout
   assert f"{number.name} came to process 0" in done.stderr and "A second signal" in done.stderr
   assert "Traceback" not in done.stderr
@@ -92,7 +92,7 @@ def test_a_second_signal_exits_at_once(begin):
   time.sleep(1.5)
   assert process.process.exitcode is None  # it waits for a moment to save
   send(process, signal.SIGTERM)
-  done = process.wait(5)
+  done = process.wait(30)
   assert done.returncode == 128 + signal.SIGTERM
   assert "without saving" in done.stderr
 
@@ -100,7 +100,7 @@ def test_a_second_signal_exits_at_once(begin):
 def test_a_signal_where_nothing_is_unsaved_does_not_wait_for_the_main_thread(begin):
   (process,) = begin(1, "starts")
   send(process, signal.SIGTERM)
-  done = process.wait(5)
+  done = process.wait(30)
   assert done.returncode == 75 and "the same command goes on" in done.stderr
 
 
@@ -109,7 +109,7 @@ def test_a_signal_where_nothing_is_unsaved_does_not_wait_for_the_main_thread(beg
 def test_a_signal_to_one_process_stops_all_at_one_call(begin, signalled):
   processes = begin(3, "steps")
   send(processes[signalled], signal.SIGTERM)
-  done = [process.wait(20) for process in processes]
+  done = [process.wait(60) for process in processes]
   assert [d.returncode for d in done] == [75, 75, 75], [d.stderr for d in done]
   (step,) = {d.stdout for d in done}
   assert step.startswith("saved")
@@ -125,7 +125,7 @@ def test_signals_to_all_processes_are_one_stop(begin):
     send(process, signal.SIGTERM)
   time.sleep(1.5)
   send(processes[0], signal.SIGTERM)
-  done = [process.wait(20) for process in processes]
+  done = [process.wait(60) for process in processes]
   assert [d.returncode for d in done] == [75, 75, 75], [d.stderr for d in done]
   assert len({d.stdout for d in done}) == 1 and "saved" in done[0].stdout
 
@@ -135,8 +135,8 @@ def test_a_killed_process_ends_the_others_with_its_name(begin):
   processes = begin(3, "steps")
   send(processes[1], signal.SIGKILL)
   start = time.monotonic()
-  done = [processes[p].wait(30) for p in (0, 2)]
-  assert time.monotonic() - start < 15  # four seconds of silence, and two of grace
+  done = [processes[p].wait(90) for p in (0, 2)]
+  assert time.monotonic() - start < 60  # four seconds of silence; JAX alone takes 100
   assert [d.returncode for d in done] == [75, 75]
   for d in done:
     assert f"process 1 on {socket.gethostname()} has been silent for 4 s" in d.stderr
@@ -147,7 +147,7 @@ def test_a_killed_process_ends_the_others_with_its_name(begin):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_ends_the_others_with_its_reason(begin, failing):
   processes = begin(2, f"{failing} fails")
-  done = [process.wait(30) for process in processes]
+  done = [process.wait(90) for process in processes]
   assert [d.returncode for d in done] == [1, 1], [d.stderr for d in done]
   assert "an unexpected ValueError" in done[failing].stderr
   assert f"process {failing} on" in done[1 - failing].stderr
@@ -157,6 +157,6 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(begin, failing):
 @pytest.mark.slow
 def test_processes_that_are_not_all_started_end_with_a_sentence(begin):
   for process in begin(3, "steps", missing=(1,)):
-    done = process.wait(30)
+    done = process.wait(90)
     assert done.returncode == 1
     assert "not all processes were started within 6 s" in done.stderr

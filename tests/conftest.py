@@ -6,8 +6,10 @@ place from the environment. It keeps a program however short its compilation was
 """
 
 import collections
+import contextlib
 import os
 import pathlib
+import signal
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -21,6 +23,13 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and nohup SIGHUP. The processes that
+# tests start would ignore them too.
+for number in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # only the main thread may
+      signal.signal(number, signal.default_int_handler)
 
 SECONDS = {"slow": 60, "medium": 8}  # of a test with this mark, roughly; 0.3 of one without
 

@@ -19,7 +19,13 @@ def run(module, *flags):
 @pytest.mark.medium
 @pytest.mark.parametrize("flag, message", [
     ("--config.foo=1", "config has no key 'foo'"),
-    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr'"),
+    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr': "
+     "the nearest key of the config file is 'stages.reverse_kl.optim.lr'."),
+    ("--config.stages.sft.keep=right", "config has no key 'stages.sft.keep': it is optional, and a "
+     "config file of your own adds it (docs/losses.md"),
+    ("--config.stages.reverse_kl.foresee.candidates=3", "no key 'stages.reverse_kl.foresee': it is "
+     "optional"),
+    ("--config.stages.sft.steps.x=3", "--config.KEY=VALUE takes a key of the config file"),
     ("--config.seed=abc", "config.seed=abc"),
     ("stray", "is not a flag"),
     ("--config=configs/arithmetic.py:tinny",

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from configs import arithmetic
-from s2d_jax import recipe, tasks
+from s2d_jax import doctor, evals, keys, recipe, tasks
+from s2d_jax.command import OPTIONAL_KEYS
 from tests import interpreter
 
 
@@ -42,6 +43,14 @@ def test_a_mistake_prints_one_sentence_and_writes_nothing(tmp_path, flag, messag
                     flag)
   assert code == 2 and len(lines) == 1 and message in lines[0], (code, lines)
   assert not (tmp_path / "work").exists()
+
+
+def test_the_optional_keys_are_those_of_the_records():
+  records = [*map(doctor.stage_keys, recipe.STAGES), evals.PROBE_KEYS, evals.EVALUATION_KEYS,
+             doctor.CONFIG_KEYS]
+  found = {name for record in records for name, key in record.items()
+           if isinstance(key, keys.Optional) or isinstance(key, keys.Key) and key.optional}
+  assert found == set(OPTIONAL_KEYS)
 
 
 @pytest.mark.medium

@@ -105,9 +105,9 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
 
 def _remedy(name: str, line: Sequence[str]) -> str:
   """The remedy for a dotted key that the config file lacks; `line` loads the file unchanged."""
+  added = "optional, and a config file of your own adds it (docs/losses.md, 'A config of your own')"
   if not set(name.split(".")).isdisjoint(OPTIONAL_KEYS):
-    return ("it is optional, and a config file of your own adds it (docs/losses.md, \"A config of "
-            "your own\")")
+    return f"it is {added}"
   *path, last = name.split(".")
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values,
@@ -117,13 +117,14 @@ def _remedy(name: str, line: Sequence[str]) -> str:
     block = values.config
     for part in path:
       block = block[part]
-    near = difflib.get_close_matches(last, block, n=1)
+    near = difflib.get_close_matches(last, [*block, *OPTIONAL_KEYS], n=1)
   # The file itself may have such an error, and a key on the way may hold no block.
   except (AttributeError, KeyError, TypeError):
     near = []
-  if near:
-    return f"the nearest key of the config file is {'.'.join([*path, *near])!r}"
-  return "--config.KEY=VALUE takes a key of the config file"
+  if not near:
+    return "--config.KEY=VALUE takes a key of the config file"
+  nearest = f"the nearest is {'.'.join([*path, *near])!r}"
+  return nearest if near[0] in block else f"{nearest}, which is {added}"
 
 
 def _template_flags(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -21,7 +21,9 @@ def run(module, *flags):
 @pytest.mark.parametrize("flag, message", [
     ("--config.foo=1", "config has no key 'foo'"),
     ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr': "
-     "the nearest key of the config file is 'stages.reverse_kl.optim.lr'."),
+     "the nearest is 'stages.reverse_kl.optim.lr'."),
+    ("--config.stages.sft.kep=right", "config has no key 'stages.sft.kep': the nearest is "
+     "'stages.sft.keep', which is optional"),
     ("--config.stages.sft.keep=right", "config has no key 'stages.sft.keep': it is optional, and a "
      "config file of your own adds it (docs/losses.md"),
     ("--config.stages.reverse_kl.foresee.candidates=3", "no key 'stages.reverse_kl.foresee': it is "

@@ -2,7 +2,7 @@
 
   s2d-jax run --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-Five arms in under 10 minutes on two CPU cores; results/arithmetic/ has what to expect.
+Five arms in five to seven minutes on two CPU cores; results/arithmetic/ has what to expect.
 Arguments: `configs/arithmetic.py:seed=1` names the run, `:tiny` shrinks it to seconds. Two controls
 have an arm of their own:
 

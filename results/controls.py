@@ -1,6 +1,6 @@
 """The controls of an embedded world against the arms of its ladder, paired on seeds and problems.
 
-  python results/controls.py LADDER COLD_TEACHER SAME_SIZE
+  python -m results.controls LADDER COLD_TEACHER SAME_SIZE
 
 The three are work folders: of the ladder, and of the config's arguments `:cold_teacher` and
 `:same_size`. Sharpening explains a bridge where the cold teacher's, which spends no label, is as

@@ -6,6 +6,7 @@ A mistake gives one sentence on standard error and exit code 2. Flags are writte
 
 import argparse
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -28,6 +29,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
 _INTERRUPTED = 130  # exit code: Ctrl-C, as of a shell
+# Keys that a block may lack, with what is off without them. No shipped config has them.
+OPTIONAL_KEYS = ("allocate", "foresee", "guides", "hint_tokens", "keep", "longest", "prefixes")
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +87,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
     # The error has the last name alone; the flag has those before it.
     found = [re.match(rf"--config\.((?:\w+\.)*{key})(?!\w)", word) for word in others]
     name = next((match[1] for match in found if match), key)
-    fail(f"config has no key {name!r}: --config.KEY=VALUE takes a key of the config file.")
+    fail(f"config has no key {name!r}: {_remedy(name, line[:2])}.")
   except (flags.Error, ValueError, OSError) as error:
     reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
     # The refusal of a config file's arguments is a sentence with its own remedy.
@@ -98,6 +101,30 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[ConfigDict, argpa
     with values.config.unlocked():
       values.config.template = ConfigDict(dict(values.config.template) | template)
   return values.config, args
+
+
+def _remedy(name: str, line: Sequence[str]) -> str:
+  """The remedy for a dotted key that the config file lacks; `line` loads the file unchanged."""
+  added = "optional, and a config file of your own adds it (docs/losses.md, 'A config of your own')"
+  if not set(name.split(".")).isdisjoint(OPTIONAL_KEYS):
+    return f"it is {added}"
+  *path, last = name.split(".")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values,
+                                  sys_argv=list(line))
+  try:
+    values(line)
+    block = values.config
+    for part in path:
+      block = block[part]
+    near = difflib.get_close_matches(last, [*block, *OPTIONAL_KEYS], n=1)
+  # The file itself may have such an error, and a key on the way may hold no block.
+  except (AttributeError, KeyError, TypeError):
+    near = []
+  if not near:
+    return "--config.KEY=VALUE takes a key of the config file"
+  nearest = f"the nearest is {'.'.join([*path, *near])!r}"
+  return nearest if near[0] in block else f"{nearest}, which is {added}"
 
 
 def _template_flags(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

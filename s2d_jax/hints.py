@@ -49,12 +49,12 @@ def check_windows(config: ConfigDict) -> None:
     if not used(hp):
       continue
     tokens = hp.hint_tokens + hp.sampling.max_tokens
-    for role in ("teacher", "student"):
-      positions = hf.read_config(config[role]).max_positions
-      if tokens > positions:
-        raise InputError(f"config.stages.{name}.hint_tokens + sampling.max_tokens is {tokens} and "
-                         f"the {role} has {positions} positions (max_position_embeddings): lower "
-                         "one.")
+    # The guide is one of the two, or a further folder, which `guides.check_models` compares.
+    positions = min(hf.read_config(config[role]).max_positions for role in ("teacher", "student"))
+    if tokens > positions:
+      raise InputError(f"config.stages.{name}.hint_tokens + sampling.max_tokens is {tokens} and "
+                       f"the guide has {positions} positions (max_position_embeddings): lower "
+                       f"one; hint_tokens may be {positions - hp.sampling.max_tokens} here.")
 
 
 def rendered(path: str, hp: ConfigDict, task: Task, prompts: Iterable[Prompt],

@@ -31,9 +31,10 @@ class Run(NamedTuple):
   stages: list[epath.Path]    # folders behind the weights
   settings: dict[str, Any]    # all that determines a score but the weights and the seed
   recipe: str                 # a hash of all that determines the weights but the seed
-  shaped: bool                # whether a stage trained the teacher
+  shaped: bool                # whether a stage trained the teacher, or no stage learns from one
   contexts: set[frozenset]    # the flat configs that asked for it, evaluations left out
-  probes: list[dict[str, Any]]  # of each probed stage: its name, "before" and "after"
+  # of each probed stage: its name, its samples of a problem ("group"), "before" and "after"
+  probes: list[dict[str, Any]]
   spent: dict[str, float]     # the stages' ledgers added up, and the student's updates
   revisions: set[str]         # of the code
 
@@ -164,7 +165,9 @@ def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any],
              {role: parent for role, parent in i.get("parents", {}).items() if parent not in names}]
             for i in inputs]
   base = None if stages else scored["weights"]  # an untrained model's own
-  probes = [{"stage": probe["stage"],
+  sizes = {folder.name: i["config"].get("sampling", {}).get("samples_per_prompt")
+           for folder, i in zip(stages, inputs, strict=True)}
+  probes = [{"stage": probe["stage"], "group": sizes[probe["stage"]],
              **{when: probe[when] and _probe_result(workdir / probe[when], checked)
                 for when in ("before", "after")}}
             for probe in entry["probes"] if probe["stage"] in names]
@@ -172,7 +175,8 @@ def _run(workdir: epath.Path, entry: dict[str, Any], row: dict[str, Any],
       arm=entry["arm"], label=row["label"], seed=entry["seed"], stages=stages,
       result=files.read_json(workdir / row["score"] / "result.json"),
       settings={k: v for k, v in scored.items() if k not in ("weights", "seed")},
-      shaped=any(i["row"]["learner"] == "teacher" for i in inputs),
+      shaped=(any(i["row"]["learner"] == "teacher" for i in inputs)
+              or not any("teacher" in (i["row"]["actor"], i["row"]["guide"]) for i in inputs)),
       recipe=manifest.digest([recipe, base]), contexts=set(), probes=probes,
       spent=spent(stages) | _updates(stages, inputs),
       revisions={m["revision"] for m in manifests})
@@ -310,20 +314,42 @@ def _alike(points: Mapping[float, Group]) -> dict[float, Group]:
   return {x: group.of(shared) if shared else group for x, group in points.items()}
 
 
+def mixed_P(found: Mapping[str, Any], group: int | None) -> np.ndarray:
+  """The chance that `group` samples of a problem are neither all right nor all wrong, [P].
+
+  1 − p^g − (1 − p)^g for the share p of right samples: unbiased where the probe has g samples of a
+  problem, and with the probe's own share where it has fewer.
+
+  Args:
+    found: a probe's measurements of the learner; group: g, the samples of a problem in its stage.
+      Where g or the single answers are not there, g is `config.probe.group`.
+  """
+  if group is None or "correct" not in found:
+    return np.array(found["mixed_prompts"])
+  correct_PG = np.array(found["correct"])
+  G = correct_PG.shape[1]
+  right_P = correct_PG.sum(axis=1)
+  if group > G:
+    p_P = right_P / G
+    return 1 - p_P**group - (1 - p_P)**group
+  # At least one is right and at least one is wrong, unless all are alike.
+  return stats.pass_at_k(G, right_P, group) + stats.pass_at_k(G, G - right_P, group) - 1
+
+
 def warnings(mixed_groups: float | None = None, teacher_trained: bool = True,
              teacher_gain: tuple[float, str] | None = None) -> Iterator[str]:
   """Yields a sentence for each precondition of the method that does not hold.
 
   Args:
-    mixed_groups: the share of a rewarded stage's groups with both right and wrong answers.
-    teacher_trained: whether a reward or solutions have changed the teacher of a stage.
+    mixed_groups: the mean of `mixed_P` over the probe's problems, at the start of a rewarded stage.
+    teacher_trained: whether a reward or solutions have changed the teacher, if there is one.
     teacher_gain: the trained teacher's pass rate minus the untrained one's, and its text.
   """
   if mixed_groups is not None and mixed_groups < FEW_MIXED_GROUPS:
-    yield (f"began with {100 * mixed_groups:.0f} % mixed groups: most are constant and teach "
-           "nothing")
+    yield (f"began with {100 * mixed_groups:.0f} % mixed groups, which have right and wrong "
+           "answers: all others teach nothing")
   if not teacher_trained:
-    yield ("its teacher is the untouched one, which no reward or solution has shaped: condition C1 "
-           "does not hold")
+    yield ("its teacher is the untouched one, which no reward or solution has trained: nothing "
+           "brings it nearer to condition C1 (docs/arms.md)")
   if teacher_gain is not None and teacher_gain[0] <= 0:
     yield f"the teacher did not improve ({teacher_gain[1]} points)"

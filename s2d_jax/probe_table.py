@@ -92,10 +92,11 @@ def _cells(found: Sequence[Mapping[str, float]],
     if not values:
       cells.append("–")
     elif name == "drop":
-      cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in drop(values))))
+      cells.append("{:z.1f} [{:z.1f}, {:z.1f}]".format(*(100 * x for x in drop(values))))
     else:
       cells.append(form.format(np.mean(values)))
-  return cells
+  # The minus sign of the report's other tables.
+  return [cell.replace("-", "−") for cell in cells]
 
 
 def drop(value_SP: Sequence[Sequence[int]]) -> intervals.Interval:

@@ -9,7 +9,7 @@ chosen) becomes the report's last section.
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,8 @@ def scored_as(settings: dict[str, Any], rows: Sequence[Run]) -> str:
           "problems and samples (nested bootstrap), of several over seeds too (Student's t on "
           "their part). "
           "Spending is the mean over seeds; a stage or sample that arms share counts in each, "
-          "device-seconds only where they were used.")
+          "device-seconds only where they were used. docs/run.md explains every column, under "
+          "\"The report\".")
 
 
 def picture(index: int) -> str:
@@ -138,7 +139,12 @@ def interval(triple: Iterable[float], unit: str = "rate") -> str:
   """[0.5, 0.45, 0.55] as "50.0 [45.0, 55.0]": a rate in percent, tokens as they are."""
   scale = 100 if unit == "rate" else 1
   value, low, high = (scale * x for x in triple)
-  return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+  return with_minus(f"{value:z.1f} [{low:z.1f}, {high:z.1f}]")
+
+
+def with_minus(number: str) -> str:
+  """A number's text with the minus sign of the names of differences, in place of a hyphen."""
+  return number.replace("-", "−")
 
 
 def differences(groups: Sequence[Group]) -> list[str]:
@@ -235,11 +241,12 @@ def conditions(groups: Sequence[Group]) -> list[str]:
   if not lines:
     return []
   return ["### Condition C2: how near student and teacher are", "",
-          "On the samples of each for problems of the probe's split, whose labels no arm buys and "
-          "which stand for the student's prompts; nats a token, shares, tokens. *Overlap* is the "
-          "share of one's k likeliest tokens that are among the other's; *mass* is what a model "
-          "puts on those of both; *worst 1 %* is the share of the summed lengths of the per-token "
-          "gradients of the two divergences (in the student's logits) that the worst hundredth of "
+          "docs/arms.md defines the conditions C1 and C2. On the samples of each for problems of "
+          "the probe's split, whose labels no arm buys and which stand for the student's prompts; "
+          "nats a token, shares, tokens. *Overlap* is the share of one's k likeliest tokens that "
+          "are among the other's; *mass* is what a model puts on those of both; *worst 1 %* is "
+          "the share of the summed lengths of the per-token gradients of the two divergences (in "
+          "the student's logits) that the worst hundredth of "
           "the tokens have, whatever the stage's own loss. Condition C1, the teachers' own scores, "
           "is in the ladder: the rows of `untrained`. Where arms share a stage it is shown once.",
           "",
@@ -257,19 +264,27 @@ def starts(groups: Sequence[Group]) -> list[str]:
       # Only a stage under reward has no probe after it.
       if probe[0]["after"] is None and probe[0]["stage"] not in shown:
         shown.add(probe[0]["stage"])
-        solved, mixed, entropy, tokens = (np.mean([f[key] for f in found]) for key in (
-            "pass_rate", "mixed_groups", "entropy", "response_length"))
-        often = np.mean([np.greater(f["mixed_prompts"], 0.5) for f in found])
-        lines.append(f"| {escaped(group.name)} | {probe_table.stage_name(probe)} | {solved:.3f} | "
-                     f"{mixed:.3f} | {often:.2f} | {entropy:.3f} | {tokens:.1f} |")
+        solved, entropy, tokens = (np.mean([f[key] for f in found]) for key in (
+            "pass_rate", "entropy", "response_length"))
+        mixed_SP = _mixed_SP(probe)
+        lines.append(f"| {escaped(group.name)} | {probe_table.stage_name(probe)} | "
+                     f"{probe[0]['group'] or '–'} | {solved:.3f} | {mixed_SP.mean():.3f} | "
+                     f"{np.mean(mixed_SP > 0.5):.2f} | {entropy:.3f} | {tokens:.1f} |")
   if not lines:
     return []
   return ["### What GRPO begins with", "",
-          "A group teaches only where its answers differ: *mixed* is the chance of that, problem "
-          "by problem, 1 − p^g − (1 − p)^g, averaged over the probe's problems; *above ½* is the "
-          "share of the problems for which it is.", "",
-          "| arm | stage | solved | mixed | above ½ | entropy, nats | tokens |",
-          "|---|---|---|---|---|---|---|", *lines]
+          "A group is the *g* samples of one problem in a step (the stage's "
+          "`sampling.samples_per_prompt`), and it teaches only where some are right and some "
+          "wrong. *Mixed* is the chance of that, 1 − p^g − (1 − p)^g for the share p of the "
+          "problem's samples that the probe found right, averaged over the probe's problems; "
+          "*above ½* is the share of the problems for which it is.", "",
+          "| arm | stage | g | solved | mixed | above ½ | entropy, nats | tokens |",
+          "|---|---|---|---|---|---|---|---|", *lines]
+
+
+def _mixed_SP(probe: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """`ladder.mixed_P` of each seed's learner, at the start of a stage under reward."""
+  return np.stack([ladder.mixed_P(p["before"]["student"], p["group"]) for p in probe])
 
 
 def seconds(groups: Sequence[Group]) -> list[str]:
@@ -320,9 +335,8 @@ def warnings(groups: Sequence[Group]) -> list[str]:
               for sentence in ladder.warnings(teacher_trained=shaped, teacher_gain=gain)]
     for probe in group.probes():
       if probe[0]["after"] is None:
-        mixed = np.mean([p["before"]["student"]["mixed_groups"] for p in probe])
         lines += [f"- {name}: {probe_table.stage_name(probe)} {sentence}."
-                  for sentence in ladder.warnings(mixed_groups=mixed)]
+                  for sentence in ladder.warnings(mixed_groups=_mixed_SP(probe).mean())]
     for run in group.runs.values():
       lines += _few_weighted(name, run)
   return ["### Warnings", "", *dict.fromkeys(lines)] if lines else []

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from s2d_jax import files, metrics
 from s2d_jax.errors import InputError
@@ -38,7 +39,7 @@ def curve(run: Run, name: str) -> Curve | None:
   scores = []
   costs = []
   for folder in run.stages:
-    learns = files.read_json(folder / "manifest.json")["inputs"]["row"]["learner"] == "student"
+    learns = _trains_student(folder)
     score_of = {row["step"]: row[name] for row in metrics.read(folder, "metrics") if name in row}
     # The first entry of `timing` is the stage's start.
     seconds = _by_step(metrics.read(folder, "timing"))
@@ -54,6 +55,21 @@ def curve(run: Run, name: str) -> Curve | None:
                 entry["flops"] + entry["flops_reused"], 0, entry["label_uses"],
                 seconds.get(step, 0.0)]
   return Curve(np.array(scores), np.array(costs)) if scores else None
+
+
+def _names(groups: Sequence[Group]) -> list[str]:
+  """The names of all scores between the steps of a student's stage, in alphabetical order."""
+  found = set()
+  for group in groups:
+    for run in group.runs.values():
+      for folder in filter(_trains_student, run.stages):
+        # No other metric's name has a slash: an evaluation's begins with its key in config.evals.
+        found |= {name for row in metrics.read(folder, "metrics") for name in row if "/" in name}
+  return sorted(found)
+
+
+def _trains_student(folder: epath.Path) -> bool:
+  return files.read_json(folder / "manifest.json")["inputs"]["row"]["learner"] == "student"
 
 
 def _by_step(entries: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -104,8 +120,10 @@ def section(groups: Sequence[Group], name: str, target: float) -> list[str]:
   """
   curves = [[curve(group.runs[seed], name) for seed in sorted(group.runs)] for group in groups]
   if not any(found for of_group in curves for found in of_group):
-    raise InputError(f"no stage of these runs has the score {name}: give config.evals an entry "
-                     "with when='every 5', or correct the name.")
+    found = _names(groups)
+    remedy = (f"choose it from {', '.join(found)}" if found else
+              "give config.evals an entry with when='every 2', as docs/losses.md shows")
+    raise InputError(f"no stage of these runs has the score {name}: {remedy}.")
   lines = []
   for group, found in zip(groups, curves, strict=True):
     if not all(found):  # a row without a trained student, such as a base model's

@@ -118,7 +118,10 @@ def _warn(plan: Plan, node: Node, before: str | None, workdir: epath.Path) -> No
     return
   found = files.read_json(workdir / before / "result.json")
   # A group whose rewards are all equal has advantage 0, and so no gradient.
-  mixed = found["student"]["mixed_groups"] if node.stage.reward else None
+  mixed = None
+  if node.stage.reward:
+    group = node.hp.sampling.samples_per_prompt
+    mixed = float(ladder.mixed_P(found["student"], group).mean())
   guide = node.guide or node.actor
   gain = None
   if "teacher" in found and guide in plan.nodes:

@@ -12,8 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from configs import qwen3_math
-from s2d_jax import models, recipe
+from configs import arithmetic, composition, qwen3_math
+from s2d_jax import recipe, tasks
+from s2d_jax.data.composition import problems as composition_problems
+from s2d_jax.data.word_problems import problems as word_problems
 from tests.configs import test_every_row as every
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,7 +78,7 @@ def test_the_command_that_scores_one_model(checkout):
 
 @pytest.mark.slow
 def test_the_command_of_the_losses_page(checkout):
-  (block,) = blocks("docs/losses.md", "sh")
+  block, _ = blocks("docs/losses.md", "sh")
   (words,) = map(str.split, block.splitlines())
   command = pathlib.Path(sys.executable).with_name(words[0])  # the entry point beside this Python
   run(checkout, [str(command), *words[1:]])
@@ -85,6 +87,70 @@ def test_the_command_of_the_losses_page(checkout):
   for path in manifests:
     rows = json.loads(path.read_text())["config"]["stages"]
     assert rows["teacher_grpo"]["surrogate"] == "gspo"
+
+
+@pytest.mark.slow
+def test_the_config_of_the_losses_page_runs_and_has_a_cost_to_target(checkout):
+  mine, *_ = blocks("docs/losses.md", "python")
+  (checkout / "mine.py").write_text(mine)
+  _, block = blocks("docs/losses.md", "sh")
+  train, report = map(str.split, block.splitlines())
+  run(checkout, PROGRAM + train[1:])
+  printed = run(checkout, PROGRAM + report[1:])
+  assert "### Cost until validation/avg@1 is 2 %" in printed
+  # The page of runs sends its reader here, with the command that was run.
+  assert f"`{' '.join(report)}`" in (ROOT / "docs/run.md").read_text()
+  (folder,) = (checkout / "runs" / "mine").glob("forward_kl-*")
+  hp = json.loads((folder / "manifest.json").read_text())["config"]["stages"]["forward_kl"]
+  assert hp["keep"] == "right,stopped"
+
+
+@pytest.mark.parametrize("name", ["foresee", "self_distillation", "allocate"])
+def test_the_further_python_of_the_losses_page_is_a_config(name):
+  (lines,) = [block for block in blocks("docs/losses.md", "python")
+              if re.search(rf"^config\.stages\.(\w+\.)?{name} = ", block, re.M)]
+  world = composition if name == "allocate" else arithmetic
+  mine = "def get_config(config):\n  with config.unlocked():\n" + re.sub("^", "    ", lines,
+                                                                       flags=re.M)
+  found = {}
+  exec(compile(mine, "docs/losses.md", "exec"), found)  # noqa: S102
+  config = world.get_config("tiny")
+  found["get_config"](config)
+  recipe.plan(config, tasks.get(config))
+
+
+def test_the_page_of_losses_names_the_families_of_every_task():
+  text = (ROOT / "docs/losses.md").read_text()
+  rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text.partition("| task | families |")[2].
+                         partition("\n\n")[0], re.M))
+  assert set(rows) == set(tasks.TASKS)
+  for task, families in (("composition", composition_problems.FAMILIES),
+                         ("word_problems", word_problems.KINDS), ("arithmetic", "234")):
+    assert set(re.findall(r"`(\w+)`", rows[task])) == set(families)
+
+
+OF_RESULTS = r"python -m (results\.[\w.]+)"
+
+
+@pytest.mark.parametrize("name", sorted({
+    name for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"),
+                      *(ROOT / "results").rglob("*.md"), *(ROOT / "results").rglob("*.py"))
+    for name in re.findall(OF_RESULTS, path.read_text())}))
+def test_a_command_of_the_results_finds_its_module(name):
+  # The module imports others by their full names, as the command does from the checkout's root.
+  assert callable(importlib.import_module(name).main)
+
+
+def test_no_page_runs_a_file_of_results_by_its_path():
+  # Such a command finds neither `results` nor `configs`.
+  for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*")):
+    if path.suffix in (".md", ".py", ".sh"):
+      assert not re.search(r"python[\w.]* (results|benchmarks)/", path.read_text()), path
+
+
+def test_a_command_of_the_results_starts():
+  printed = run(ROOT, ["-m", "results.composition.study", "--help"])
+  assert "--workdir" in printed
 
 
 @pytest.mark.medium
@@ -144,15 +210,9 @@ def test_the_sampling_page(checkout):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme(checkout):
-  reward, loss, stage, family, evaluation = blocks("README.md", "python")
-  # The table of model families is the package's, and one more.
-  assert eval(family.partition("= ")[2], {  # noqa: S307
-      name: name for name in (*models.FAMILIES, "mistral")}) == {
-          name: name for name in (*models.FAMILIES, "mistral")}
+  reward, loss, stage, evaluation = blocks("README.md", "python")
   # The last line of the page's stage and arm is a comment: the loss is tried on what it plans.
-  # A config is locked once its file has returned it.
-  unlocked = "config.unlock()\n" + evaluation + "config.lock()\n"
-  program = reward + loss + stage + unlocked + """
+  program = reward + loss + stage + evaluation + """
 assert set(config.evals) == {"test", "held"}
 with jax.set_mesh(sharding.make_mesh(config.mesh)):
   with config.unlocked():

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from configs import arithmetic
-from s2d_jax import recipe, tasks
+from s2d_jax import doctor, evals, keys, recipe, tasks
+from s2d_jax.command import OPTIONAL_KEYS
 from tests import interpreter
 
 
@@ -21,7 +22,15 @@ def run(module, *flags):
 @pytest.mark.medium
 @pytest.mark.parametrize("flag, message", [
     ("--config.foo=1", "config has no key 'foo'"),
-    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr'"),
+    ("--config.stages.reverse_kl.optim.lrr=1", "config has no key 'stages.reverse_kl.optim.lrr': "
+     "the nearest is 'stages.reverse_kl.optim.lr'."),
+    ("--config.stages.sft.kep=right", "config has no key 'stages.sft.kep': the nearest is "
+     "'stages.sft.keep', which is optional"),
+    ("--config.stages.sft.keep=right", "config has no key 'stages.sft.keep': it is optional, and a "
+     "config file of your own adds it (docs/losses.md"),
+    ("--config.stages.reverse_kl.foresee.candidates=3", "no key 'stages.reverse_kl.foresee': it is "
+     "optional"),
+    ("--config.stages.sft.steps.x=3", "--config.KEY=VALUE takes a key of the config file"),
     ("--config.seed=abc", "config.seed=abc"),
     ("stray", "is not a flag"),
     ("--config=configs/arithmetic.py:tinny",
@@ -38,6 +47,14 @@ def test_a_mistake_prints_one_sentence_and_writes_nothing(tmp_path, flag, messag
                     flag)
   assert code == 2 and len(lines) == 1 and message in lines[0], (code, lines)
   assert not (tmp_path / "work").exists()
+
+
+def test_the_optional_keys_are_those_of_the_records():
+  records = [*map(doctor.stage_keys, recipe.STAGES), evals.PROBE_KEYS, evals.EVALUATION_KEYS,
+             doctor.CONFIG_KEYS]
+  found = {name for record in records for name, key in record.items()
+           if isinstance(key, keys.Optional) or isinstance(key, keys.Key) and key.optional}
+  assert found == set(OPTIONAL_KEYS)
 
 
 @pytest.mark.medium

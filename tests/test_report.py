@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import struct
 
@@ -141,14 +142,14 @@ def test_paired_differences_have_a_sign(tmp_path):
                         ("raw_bridge", half), ("half_bridge_grpo_2h", half)):
     arm(tmp_path, name, [(name, [], score(tmp_path, f"eval-{name}", correct))])
   found = verdicts(tmp_path)
-  assert found["bridge − cold_grpo"] == ("-100.0 [-100.0, -82.4]", "below in this seed (6/6)")
+  assert found["bridge − cold_grpo"] == ("−100.0 [−100.0, −82.4]", "below in this seed (6/6)")
   points, verdict = found["cold_grpo − raw_bridge"]
   assert verdict == "above in this seed (6/6)" and points.startswith("50.0 [")
   assert found["half_bridge_grpo_2h − cold_grpo"][1] == "below in this seed (6/6)"
   other = np.repeat([[0, 0], [1, 1]], 20, axis=0).tolist()  # half of the answers, other problems
   arm(tmp_path, "cold_grpo", [("cold_grpo", [], score(tmp_path, "eval-cold_grpo", other))])
   points, verdict = verdicts(tmp_path)["cold_grpo − raw_bridge"]
-  assert verdict == "not resolved in this seed (6/6)" and points.startswith("0.0 [-")
+  assert verdict == "not resolved in this seed (6/6)" and points.startswith("0.0 [−")
   assert len(found) == 5
 
 
@@ -172,7 +173,7 @@ def test_seeds_are_compared_with_themselves_and_pooled(tmp_path):
   assert (bridge[1], bridge[3].split()[0]) == ("0 1", "50.0")
   assert (cold[1], cold[3].split()[0]) == ("0 1", "83.3")
   assert difference[:4] == ["bridge − cold_grpo", "0 : 0", "0+0 : 0+0", "0 −"]
-  assert difference[4].startswith("-33.3 [-100.0, ") and difference[6] == "not resolved (6/6)"
+  assert difference[4].startswith("−33.3 [−100.0, ") and difference[6] == "not resolved (6/6)"
   assert text.count("| arm |") == 1
   assert (tmp_path / "report.md").read_text() == text and not (other / "report.md").exists()
 
@@ -252,8 +253,29 @@ def test_the_conditions_by_hand(tmp_path):
           ("reverse_kl", "after", "0.250")) for text in ("teacher", "student")]
   assert rows[0][5:] == ["2.500", "0.500", "0.875", "0.750", "0.625", "1.000", "0.125", "0.25",
                          "0.50", "7.0", "0.250"]
-  assert ["bridge", "teacher_grpo", "0.250", "0.375", "0.50", "0.750", "7.0"] in table(text)
-  assert "- bridge: teacher_grpo began with 38 % mixed groups: most are constant" in text
+  # Without the single answers and the stage's samples it is what the probe stored.
+  assert ["bridge", "teacher_grpo", "–", "0.250", "0.625", "0.50", "0.750", "7.0"] in table(text)
+
+
+# Of the four problems 0, 1, 2 and 4 of 4 samples are right.
+CORRECT = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("group, mixed", [
+    # Two of the four samples: 3 of 6 pairs are mixed where one is right, 4 of 6 where two are.
+    (2, (3 / 6 + 4 / 6) / 4),
+    # More samples than the probe has: 1 − p^8 − (1 − p)^8 of p = 1/4 and 1/2.
+    (8, (1 - 0.25**8 - 0.75**8 + 1 - 2 * 0.5**8) / 4)])
+def test_mixed_groups_are_those_of_the_stages_samples(group, mixed, tmp_path):
+  name = stage(tmp_path, "student_grpo-1", inputs={
+      "config": {"advantages": "group", "sampling": {"samples_per_prompt": group}}})
+  probes = [{"stage": name, "before": probe(tmp_path, "probe-0", correct=CORRECT), "after": None}]
+  arm(tmp_path, "cold_grpo", [("cold_grpo", [name], score(tmp_path, "eval-0", RIGHT))],
+      probes=probes)
+  text = report.markdown(ladder.read([tmp_path]))
+  (row,) = [row for row in table(text) if row[:2] == ["cold_grpo", "student_grpo"]]
+  assert row[2:6] == [str(group), "0.250", f"{mixed:.3f}", "0.25" if group == 2 else "0.50"]
+  assert f"- cold_grpo: student_grpo began with {100 * mixed:.0f} % mixed groups" in text
 
 
 def test_the_table_of_samples_by_hand(tmp_path):
@@ -281,16 +303,17 @@ def test_the_table_of_samples_by_hand(tmp_path):
   none = ["–"] * 8
   # The mean of eight drops has a standard error of 0.75 / √8 = 0.27, and ends at multiples of 1/8.
   drop = rows[1][11]
-  low, high = map(float, re.fullmatch(r"50\.0 \[(.*), (.*)\]", drop).groups())
+  low, high = (float(x.replace("−", "-"))
+               for x in re.fullmatch(r"50\.0 \[(.*), (.*)\]", drop).groups())
   assert low in (-12.5, 0) and high in (87.5, 100)
   assert rows == [
-      ["opd_only", "reverse_kl", "before", "teacher's", "0.125", "2.0", "0.750", "–", "-0.500",
+      ["opd_only", "reverse_kl", "before", "teacher's", "0.125", "2.0", "0.750", "–", "−0.500",
        *none],
-      ["opd_only", "reverse_kl", "before", "student's", "0.125", "2.0", "0.750", "-0.250", "-0.500",
+      ["opd_only", "reverse_kl", "before", "student's", "0.125", "2.0", "0.750", "−0.250", "−0.500",
        "0.750", "0.250", drop, "5.0", "1.0", "8", "1.000", "0.500"],
-      ["opd_only", "reverse_kl", "after", "teacher's", "0.125", "1.0", "0.750", "–", "-0.500",
+      ["opd_only", "reverse_kl", "after", "teacher's", "0.125", "1.0", "0.750", "–", "−0.500",
        *none],
-      ["opd_only", "reverse_kl", "after", "student's", "0.125", "1.0", "0.750", "-0.250", "-0.500",
+      ["opd_only", "reverse_kl", "after", "student's", "0.125", "1.0", "0.750", "−0.250", "−0.500",
        *none]]
   # Without a prefix probe its columns and its sentences are gone.
   write(tmp_path, "probe-0", None)
@@ -305,7 +328,7 @@ def test_a_teacher_that_did_not_improve_is_warned_of(tmp_path):
       ("teacher after teacher_grpo (all)", [stage(tmp_path, "teacher_grpo-1")],
        score(tmp_path, "eval-1", WRONG))])
   text = report.markdown(ladder.read([tmp_path]))
-  assert "- teacher after teacher_grpo (all): the teacher did not improve (-66.7 [" in text
+  assert "- teacher after teacher_grpo (all): the teacher did not improve (−66.7 [" in text
 
 
 def test_a_contrast_shows_both_arms_spending_on_their_shared_seeds(tmp_path):
@@ -326,10 +349,34 @@ def test_a_contrast_shows_both_arms_spending_on_their_shared_seeds(tmp_path):
   assert row[5] == "–" and row[6].endswith("in this seed (6/6)")
 
 
+def test_an_arm_without_a_teacher_is_not_warned_of_one(tmp_path):
+  one = stage(tmp_path, "self_distillation-1", inputs={
+      "row": {"name": "self_distillation", "actor": "student", "learner": "student",
+              "guide": "reference"}})
+  probes = [{"stage": one, "before": probe(tmp_path, "probe-0"),
+             "after": probe(tmp_path, "probe-1")}]
+  arm(tmp_path, "self_distilled",
+      [("self_distilled", [one], score(tmp_path, "eval-0", RIGHT))], probes=probes)
+  assert "### Warnings" not in report.markdown(ladder.read([tmp_path]))
+
+
+def test_the_page_of_runs_explains_every_column():
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "run.md").read_text()
+  section = page.partition("\n## The report\n")[2].partition("\n## ")[0]
+  # Of the scores' names the k is left out.
+  explained = set(re.findall(r"^\| ([^|]+) \|", section, re.M))
+  head = report.table([])[0]
+  labels = {entry.label or name for name, entry in stats.STATISTICS.items()}
+  fixed = {cell.strip() for cell in head.split("|")[1:-1]}
+  assert fixed | labels <= explained
+
+
 @pytest.mark.parametrize("shaped", [True, False])
 def test_an_untouched_teacher_is_warned_of(shaped, tmp_path):
   names = [*["teacher_grpo-1"] * shaped, "forward_kl-1"]
-  stages = [stage(tmp_path, name) for name in names]
+  taught = {"name": "forward_kl", "actor": "teacher", "learner": "student", "guide": "teacher"}
+  stages = [stage(tmp_path, name, inputs={"row": taught} if name == "forward_kl-1" else None)
+            for name in names]
   probes = [{"stage": names[-1], "before": probe(tmp_path, "probe-0"),
              "after": probe(tmp_path, "probe-1")}]
   arm(tmp_path, "x", [("x", stages, score(tmp_path, "eval-0", RIGHT))], probes=probes)

@@ -64,8 +64,10 @@ def test_the_table_says_which_seeds_reached_it(tmp_path):
   assert line == "| bridge | 0 1 | 1 of 2 | 80.0 |" + " – |" * 7
   (line,) = targets.section([both], NAME, 0.9)[-1:]
   assert line.startswith("| bridge | 0 1 | not reached | 80.0 | – |")
-  with pytest.raises(InputError, match="no stage of these runs has the score other/avg@1: give"):
+  with pytest.raises(InputError, match="score other/avg@1: choose it from validation/avg@1.$"):
     targets.section([both], "other/avg@1", 0.4)
+  with pytest.raises(InputError, match="has the score other/avg@1: give config.evals an entry"):
+    targets.section([base], "other/avg@1", 0.4)
 
 
 @pytest.mark.parametrize("text", ["validation", "validation/avg@1=", "validation/avg@1=x", "=0.5",

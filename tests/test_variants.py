@@ -1,5 +1,9 @@
 """The variants of the study: each is sound, differs from its control, and is compared."""
 
+import json
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import composition
 from results.composition import compare, criteria, study, variants
-from s2d_jax import doctor, recipe, rollouts, sweep, tasks
+from s2d_jax import doctor, files, ladder, recipe, rollouts, sweep, tasks
 from tests.configs.test_configs import blocks
 
 
@@ -37,6 +41,41 @@ def test_every_study_has_a_table_with_a_control_of_its_own():
   assert set(compare.STUDIES) == {one.study for one in variants.VARIANTS.values()}
   for name, one in compare.STUDIES.items():
     assert variants.VARIANTS[one.control].study == name
+
+
+@pytest.mark.parametrize("variant", [*variants.VARIANTS, "unnormalised_2", "unnormalised_4"])
+def test_the_page_explains_every_variant(variant):
+  lines = compare.STUDIES[compare.study_of(variant)].variants
+  explained = {name for line in lines for name in re.findall(r"`(\w+)`", line.partition(": ")[0])
+               } | {name for line in lines for name in re.findall(r"; `(\w+)`", line)}
+  name = variant
+  for suffix in (name for name in explained if name.startswith("_")):
+    name = name.removesuffix(suffix)
+  # A form without a warmup is explained with those after one.
+  forms = {name for line in compare.STUDIES["forms"].variants
+           for name in re.findall(r"`(\w+)`", line)}
+  assert name in explained or name in forms and variant.endswith("_cold")
+
+
+def test_the_searches_of_a_variant_by_hand(tmp_path):
+  # Two searches: the first took two of three candidates, the second refused its first one.
+  rows = [{"step": 0, "foresee_multiple": 4.0, "foresee_score_0": 0.25, "foresee_score_1": 0.5,
+           "foresee_score_2": 0.75, "foresee_score_3": 0.5},
+          {"step": 1, "foresee_multiple": 0.0, "foresee_score_0": 0.5, "foresee_score_1": 0.0},
+          {"step": 2, "loss": 1.0}]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  files.write(tmp_path / "metrics" / "00000000.jsonl", text)
+  files.write_json(tmp_path / "manifest.json", {"inputs": {"config": {
+      "foresee": {"stride": 2.0, "candidates": 5}}}})
+  run = types.SimpleNamespace(stages=[tmp_path])
+  found = criteria.searches(ladder.Group("x", "x", {0: run}))
+  assert found == (2, 4, [0.25, 0.5], [0.5, 0.0])
+  assert compare._searched(found) == ["2 of 4", "25 to 50, 0 to 50"]
+  # Without scores the chance decided: of five candidates the third was refused.
+  files.write(tmp_path / "metrics" / "00000000.jsonl", json.dumps(
+      {"step": 0, "foresee_multiple": 4.0}) + "\n")
+  found = criteria.searches(ladder.Group("x", "x", {0: run}))
+  assert compare._searched(found) == ["2 of 3", "–"]
 
 
 def test_a_variant_changes_only_its_own_keys():

@@ -1,6 +1,6 @@
 """avg@k of each arm by the number of operands, from the finished scores of a work folder.
 
-  python results/arithmetic/by_operands.py runs/ladder
+  python -m results.arithmetic.by_operands runs/ladder
 
 Percent on the test split: the mean over training seeds, and the lowest and highest of them,
 of each arm as it was configured first.

@@ -1,6 +1,6 @@
 """avg@k of each arm by family of problems, from the finished scores of a work folder.
 
-  python results/composition/by_family.py runs/composition
+  python -m results.composition.by_family runs/composition
 
 Percent on the test split: the mean over training seeds, and the lowest and highest of them.
 """

@@ -1,6 +1,6 @@
 """Tables of the variants of variants.py against their controls, and each study's criterion.
 
-  python results/composition/compare.py runs/methods [runs/methods-unnormalised]
+  python -m results.composition.compare runs/methods [runs/methods-unnormalised]
 
 The second folder has the loss that s2d_jax refuses, under the names of the form `generalised`.
 The difference of a variant and its control is paired on problems and seeds. A criterion was set
@@ -24,38 +24,87 @@ class Study(NamedTuple):
   """How the variants of one study are compared."""
   title: str
   control: str     # the variant that the others are compared with
+  variants: tuple[str, ...]  # what each is, a line each; a suffix such as `_tenth` has its own
   criterion: str
   columns: tuple[str, ...] = ("student's mass", "response tokens")
 
 
+_FORM_LINES = (
+    "`full`: KL(student ‖ teacher) over the whole vocabulary of 24 tokens",
+    "`top_2`, `top_4`: over the student's k likeliest tokens, and all others as one outcome",
+    "`intersection_2`, `intersection_4`: both models renormalised on the tokens that are in the k "
+    "likeliest of both",
+    "`generalised_2`, `generalised_4`: Σ p log p/q − p + q over the student's k likeliest tokens",
+    "`sampled`: the policy-gradient form from the sampled token alone",
+    "`unnormalised_2`, `unnormalised_4`: Σ p log p/q over the student's k likeliest tokens, the "
+    "form that s2d_jax refuses (docs/losses.md)")
+
 STUDIES = {
     "search": Study("Looking ahead (EffOPD)", "plain", (
-        "a search passes where the FLOPs of plain on-policy distillation until plain's last score "
-        "− 1 point, divided by its own, have an interval above 1, and its score is not lower by "
-        "more than 2 points. *N times fewer steps* needs an interval above 2.5 and a better score "
-        "than plain distillation at its best rate."),
+        "`plain`: 30 steps of on-policy distillation at the world's learning rate, 2e-3, here "
+        "constant, without a search",
+        "`search_reward`: with EffOPD's search, whose candidates are scored by reward; at most 5, "
+        "at 2, 4, … times the last displacement",
+        "`search_kl`: the candidates are scored by minus the reverse KL to the teacher",
+        "`search_jump`: the first candidate is taken without a score",
+        "`search_chance`: each candidate is taken with chance 3/18, as often as "
+        "`search_reward_tenth` took one, without a score",
+        "`_third`, `_triple`, `_tenfold`, `_tenth`, `_hundredth`: the learning rate times 1/3, 3, "
+        "10, 1/10 and 1/100",
+        "`_decay`: the rate warms up over 5 updates, then decays to 0, as in the world's config"), (
+        "let s be the control's score on `validation` after its last step, less 1 point, and F the "
+        "FLOPs of on-policy distillation until a variant first reaches s. A search passes where "
+        "the interval of F(control) / F(search) is above 1, and its avg@16 is at most 2 points "
+        "below the control's. *N times fewer steps* may be claimed where the interval of the "
+        "steps' ratio is above 2.5, and avg@16 above that of plain distillation at its best "
+        "constant rate."),
         ("− plain at its best rate", "control's steps / own", "control's FLOPs / own",
-         "label uses until then")),
-    "forms": Study("Forms of the reverse KL after a warmup", "full", (
+         "label uses until then", "candidates taken, of", "reward before, of the first candidate")),
+    "forms": Study("Forms of the reverse KL after a warmup", "full", _FORM_LINES, (
         "`generalised_4` and `intersection_4` are at most 3 points below `full`; the refused form, "
         "`unnormalised_4`, loses mass and ends at least 10 points lower.")),
     "cold_forms": Study("Forms of the reverse KL without a warmup", "full_cold", (
+        "`_cold`: the loss of that name above, in 90 steps from the untrained student",), (
         "`generalised_4_cold` and `intersection_4_cold` are at most 3 points below `full_cold`.")),
     "shares": Study("Shares of families (ReAD)", "uniform_quarter", (
+        "`_quarter`, `_half`: a warmup of 22 or 45 steps, a quarter or a half of the 90 of "
+        "`fkl_only`, with about twenty decisions",
+        "`uniform`: equal shares of the five families in each step",
+        "`as_drawn`: the problems as they come, without shares",
+        "`largest_gap`: each step's problems are from the family with the largest gap to the "
+        "teacher",
+        "`ensemble`: the paper's rule, five networks that predict each action's reward, with a "
+        "bonus for their spread; `ensemble_greedy`: without the bonus",
+        "`transfer`: a linear model in their place; `transfer_for_long`: its reward counts the "
+        "family \"long\" alone",
+        "`fixed_long`: \"long\" alone; `fixed_hard`: long 0.5, right 0.25, product 0.25; "
+        "`fixed_graded`: sum and left 0.1, product and right 0.2, long 0.4"), (
         "a rule passes where its difference to `uniform` of the same budget has an interval above "
         "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, "
         "no other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
-        "FLOPs."), ("on \"long\"", "lowest of the other families", "cost of probes")),
+        "FLOPs."), ("− control, on \"long\"", "− control, lowest other family", "cost of probes")),
     "prefixes": Study("Finishing the student's responses", "prefixes", (
+        "`prefixes`: the arm `bridge`, probed on all 256 problems of `validation`: the teacher's "
+        "score alone, less its score after the beginning of a student's response",), (
         "the teacher solves fewer problems after the beginning of a student's response than alone, "
         "with an interval above 0; the drop is smaller after the warmup, and smaller again after "
         "on-policy distillation."), ("drop before", "after the warmup", "at the end")),
     "hints": Study("A guide that reads the answer", "untrained", (
+        "`untrained`: the base student",
+        "`self_distilled`: 90 steps of on-policy distillation from its own start, which reads the "
+        "problem's answer as a hint"), (
         "none was set; the paper finds that hints which differ by problem do not help."),
         ("labels: distinct", "uses")),
     "warmups": Study("Learning from the teacher's samples first", "opd_only", (
-        "on \"right\" and \"long\", which `opd_only` does not learn, `sft_bridge` is at least 30 "
-        "points above it."), ("on \"right\" and \"long\"", "labels: distinct", "uses")),
+        "`opd_only`: 90 steps of on-policy distillation, no warmup",
+        "`sft_bridge`: 60 steps of `sft` on the teacher's samples, then 30 of on-policy "
+        "distillation",
+        "`sft_bridge_kept`: `sft` learns from samples alone that are right, whole and without "
+        "repetitions",
+        "`half_sft_opd`: `sft` on one half of the labels' problems, distillation on the other"), (
+        "on \"right\" and \"long\", which `opd_only` does not learn, `sft_bridge` is at least "
+        "30 points above it."),
+        ("− control, on \"right\" and \"long\"", "labels: distinct", "uses")),
 }
 _SEARCHES = ("search_reward", "search_kl")
 _FORMS = ("generalised_4", "intersection_4")
@@ -142,12 +191,15 @@ def cells(study: str, group: Group, control: Group, found: Mapping[str, Group]) 
     against = "–" if group is best else report.interval(criteria.difference(group, best))
     cost = criteria.cost(group, control)
     if cost.label_uses is None:
-      return [against, f"reached by {cost.reached} of {cost.seeds} seeds", "–", "–"]
-    return [against, *(_times(ratio) for ratio in (cost.steps, cost.flops)),
-            f"{cost.label_uses:,.0f}"]
+      costs = [f"reached by {cost.reached} of {cost.seeds} seeds", "–", "–"]
+    else:
+      costs = [*(_times(ratio) for ratio in (cost.steps, cost.flops)), f"{cost.label_uses:,.0f}"]
+    return [against, *costs, *_searched(criteria.searches(group))]
   if study == "shares":
+    if group is control:
+      return ["–"] * 3
     by_family = criteria.shares(group, control)
-    return [report.interval(by_family.long), f"{by_family.lost:+.1f}",
+    return [report.interval(by_family.long), report.with_minus(f"{by_family.lost:+z.1f}"),
             f"{100 * by_family.probes:.1f} %"]
   if study == "prefixes":
     return [report.interval(drop) for drop in criteria.drops(group)]
@@ -160,6 +212,18 @@ def cells(study: str, group: Group, control: Group, found: Mapping[str, Group]) 
   masses = criteria.logged(group, "student_mass")
   lengths = criteria.logged(group, "response_length")
   return [f"{np.mean(masses):.3f}" if masses else "–", f"{np.mean(lengths):.1f}"]
+
+
+def _searched(found: criteria.Searches) -> list[str]:
+  """Cells of a variant's searches: candidates taken of those tried, and their rewards."""
+  if not found.tried:
+    return ["–", "–"]
+  # A score below 0 is minus a divergence; a candidate that is taken by chance has none.
+  rewards = "–"
+  if found.before and min(found.before) >= 0:
+    spans = [f"{100 * min(x):.0f} to {100 * max(x):.0f}" for x in (found.before, found.first)]
+    rewards = ", ".join(spans)
+  return [f"{found.taken} of {found.tried}", rewards]
 
 
 def _times(ratio: Interval | None) -> str:
@@ -176,7 +240,8 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
   control = f"`{one.control}`" if study != "shares" else "`uniform` of the same budget"
   if study == "search":
     control += ", and for a search plain distillation at its own rate"
-  lines = [f"## {one.title}", "", f"The control is {control}. Criterion: {one.criterion}", "",
+  lines = [f"## {one.title}", "", *(f"- {line}." for line in one.variants), "",
+           f"The control is {control}. Criterion: {one.criterion}", "",
            "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for name in names:
     group, control = found[name], found[control_of(name)]
@@ -192,12 +257,18 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
 def main(workdir: str, unnormalised: str = "") -> None:
   """Prints Markdown."""
   print("# Options of a stage against their controls, in the composition world\n\n"
-        "Written by `python results/composition/compare.py runs/methods "
-        "runs/methods-unnormalised`, of runs by `python results/composition/study.py --workdir "
-        "runs/methods`. avg@16 is on the 512 problems of `test`, in percent. 95 % intervals are "
-        "over seeds, problems and samples, and differences in points are paired on seeds and "
-        "problems. Every criterion was set before its runs, but that of the warmups, which was "
-        "corrected before they were seen: over all problems `opd_only` leaves no 30 points.\n")
+        "`python -m results.composition.study --workdir runs/methods` trained the variants, and "
+        "`python -m results.composition.compare runs/methods runs/methods-unnormalised` printed "
+        "this page.\n\n"
+        "avg@16 is the mean of 16 samples of each of the 512 problems of `test`, in percent. "
+        "*− control* is a variant's score less its control's, in points, on the same seeds and "
+        "problems. Brackets hold 95 % intervals over seeds, problems and samples.\n\n"
+        "Every criterion was set before its runs, but for one: that of the warmups first spoke of "
+        "all problems, where `opd_only` leaves no 30 points to gain. It was corrected before the "
+        "scores were seen.\n\n"
+        "`full_cold` and `opd_only` are one training. The world's report has this arm too, trained "
+        "on two cores and not on one, and its score differs (results/README.md says by how much). "
+        "So only numbers of one page are compared.\n")
   rows = ladder.read([workdir])
   found = variants_of(rows)
   if unnormalised:

@@ -36,6 +36,14 @@ class Shares(NamedTuple):
   probes: float
 
 
+class Searches(NamedTuple):
+  """The searches of a variant's last stage, over all seeds."""
+  taken: int           # candidates that became the weights
+  tried: int           # candidates in all
+  before: list[float]  # the score of the weights of each search before it, where one was taken
+  first: list[float]   # and of its first candidate
+
+
 class Verdict(NamedTuple):
   """Whether a criterion is met; None: not resolved, or it does not apply. `why` names the part."""
   met: bool | None
@@ -86,6 +94,24 @@ def logged(group: Group, name: str, index: int = -1) -> list[float]:
   """A metric of one step of each seed's last stage, by default the last, where it is logged."""
   rows = [metrics.read(run.stages[-1], "metrics")[index] for run in group.runs.values()]
   return [row[name] for row in rows if name in row]
+
+
+def searches(group: Group) -> Searches:
+  """The Searches of a variant, from its logs."""
+  rows = [row for run in group.runs.values() for row in metrics.read(run.stages[-1], "metrics")
+          if "foresee_multiple" in row]
+  stages = [files.read_json(run.stages[-1] / "manifest.json")["inputs"]["config"]
+            for run in group.runs.values()]
+  taken = tried = 0
+  for row in rows:
+    accepted = round(row["foresee_multiple"] / stages[0]["foresee"]["stride"])
+    scored = sum(name.startswith("foresee_score_") for name in row) - 1
+    taken += accepted
+    # A search without scores tries a candidate more than it takes, up to their number.
+    tried += scored if scored >= 0 else min(accepted + 1, stages[0]["foresee"]["candidates"])
+  scores = [[row[f"foresee_score_{k}"] for row in rows if f"foresee_score_{k}" in row]
+            for k in (0, 1)]
+  return Searches(taken, tried, *scores)
 
 
 def probe_cost(totals: Mapping[str, Any]) -> float:

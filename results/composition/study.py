@@ -1,7 +1,7 @@
 """Trains the variants of variants.py, each under its seeds; started again, it skips finished ones.
 
-  python results/composition/study.py --workdir runs/methods [NAME ...]
-  python results/composition/compare.py runs/methods runs/methods-unnormalised
+  python -m results.composition.study --workdir runs/methods [NAME ...]
+  python -m results.composition.compare runs/methods runs/methods-unnormalised
 
 A name is that of a study or of a variant; by default all are trained. Beside the work folder, one
 whose name ends in "-unnormalised" has the loss that s2d_jax refuses: Σ p log p/q over the student's

@@ -1,6 +1,6 @@
 """Scores of a finished run against those of its start: paired differences, and by operation.
 
-  python results/smollm2/gains.py runs/smollm2/run
+  python -m results.smollm2.gains runs/smollm2/run
 """
 
 import collections

@@ -1,0 +1,27 @@
+"""The warnings before a stage begins."""
+
+import logging
+import types
+
+import pytest
+
+from s2d_jax import files, walk
+
+# Of three problems 1, 2 and 4 of 4 samples are right.
+CORRECT = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("samples, said", [
+    # Pairs: 3 of 6 are mixed, 4 of 6, none: 39 %. Of all four samples two problems are mixed.
+    (2, "began with 39 % mixed groups"), (4, None)])
+def test_mixed_groups_are_those_of_the_stages_samples(samples, said, tmp_path, caplog):
+  # config.probe.group is another number, of which the probe stored this share.
+  found = {"mixed_groups": 0.9, "mixed_prompts": [0.9] * 3, "correct": CORRECT}
+  files.write_json(tmp_path / "probe-0" / "result.json", {"student": found})
+  node = types.SimpleNamespace(
+      name="student_grpo-0", guide=None, actor=None, stage=types.SimpleNamespace(reward=True),
+      hp=types.SimpleNamespace(sampling=types.SimpleNamespace(samples_per_prompt=samples)))
+  with caplog.at_level(logging.WARNING):
+    walk._warn(types.SimpleNamespace(nodes={}), node, "probe-0", tmp_path)
+  lines = [record.getMessage() for record in caplog.records]
+  assert len(lines) == (said is not None) and all(said in line for line in lines)

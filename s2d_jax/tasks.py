@@ -99,7 +99,7 @@ def math(config: ConfigDict) -> Task:
   # An optional package: without this check the first reward of a long run would fail.
   if checker == "verify" and not math_reward.INSTALLED:
     raise InputError("config.checker is 'verify' and math-verify is not installed: pip install "
-                     "'s2d_jax[math]', or set config.checker to 'string'.")
+                     "-e '.[math]', or set config.checker to 'string'.")
   # gap: the paper prints no prompt. Qwen3's model card recommends this sentence for mathematics.
   ask = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
   def source(split: str) -> Sequence[dict]:

@@ -430,7 +430,7 @@ def test_the_line_of_a_set_says_whether_it_is_the_published_one(tmp_path):
     (["--list-order=any", "--task=arithmetic"], "--list-order is not read by the task arithmetic"),
     (["--checker=none"], "argument --checker: invalid choice: 'none'"),
     (["--list-order=none"], "argument --list-order: invalid choice: 'none'"),
-    ([], "--checker is 'verify' and math-verify is not installed: pip install 's2d_jax[math]', or "
+    ([], "--checker is 'verify' and math-verify is not installed: pip install -e '.[math]', or "
          "set --checker to 'string'.")])
 def test_a_wrong_checker_names_the_flag(monkeypatch, capsys, tmp_path, line, said):
   monkeypatch.setattr(math_reward, "INSTALLED", False)

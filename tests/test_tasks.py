@@ -81,7 +81,7 @@ def test_an_unknown_checker_and_an_absent_library_are_refused(data, monkeypatch)
     tasks.math(data)
   data.list_order = "any"
   monkeypatch.setattr(math, "INSTALLED", False)
-  with pytest.raises(InputError, match=r"not installed: pip install 's2d_jax\[math\]', or set "
+  with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[math\]', or set "
                                        "config.checker to 'string'"):
     tasks.math(data)
 

@@ -88,7 +88,7 @@ def _require(topology: str, packages: tuple[str, ...], extra: str) -> None:
     except importlib.metadata.PackageNotFoundError:
       raise InputError(
           f"the topology {topology} needs the package {package}, which is not installed: in an "
-          f"environment of its own, pip install 's2d_jax[{extra}]'.") from None
+          f"environment of its own, pip install -e '.[{extra}]'.") from None
 
 
 def _tpus(topology: str) -> list[jax.Device]:

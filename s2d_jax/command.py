@@ -29,6 +29,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
 _INTERRUPTED = 130  # exit code: Ctrl-C, as of a shell
+_debug = False  # whether the traceback of an unexpected error is printed
 # Keys that a block may lack, with what is off without them. No shipped config has them.
 OPTIONAL_KEYS = ("allocate", "foresee", "guides", "hint_tokens", "keep", "longest", "prefixes")
 
@@ -214,21 +215,21 @@ _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX st
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
   """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed.
 
-  With --debug an error keeps its traceback.
+  With --debug the traceback of an unexpected error is printed too.
 
   JAX then takes `chips.GPU_SHARE` of a GPU, unless the environment has another share.
   """
   # JAX refuses an environment that has both of its names.
   if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
     os.environ.setdefault(_SHARE, str(chips.GPU_SHARE))
-  debug = "--debug" in argv
+  global _debug
+  _debug = "--debug" in argv
   try:
     main([word for word in argv if word != "--debug"])
   except (Exception, KeyboardInterrupt) as error:
-    if debug:
-      raise
     code, sentence = outcome(error)
-    fail(sentence, code)
+    print(f"s2d_jax: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from error
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
@@ -252,12 +253,19 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
 def _unexpected(error: BaseException) -> str:
   """The sentence of an error that is not the user's, whose traceback goes to a file."""
-  # A long run may not meet it again, so the traceback is stored and not only shown on request.
-  with tempfile.NamedTemporaryFile("w", prefix="s2d_jax-", suffix=".txt", delete=False) as file:
-    traceback.print_exception(error, file=file)
   first = str(error).strip().partition("\n")[0]
-  return (f"an unexpected {type(error).__name__} ended the command ({first}): its traceback is in "
-          f"{file.name}, and --debug prints it. What was saved holds.")
+  name = f"an unexpected {type(error).__name__} ended the command ({first})"
+  if _debug:
+    traceback.print_exception(error)
+    return f"{name}: its traceback is above. What was saved holds."
+  # A long run may not meet it again, so the traceback is stored and not only shown on request.
+  try:
+    with tempfile.NamedTemporaryFile("w", prefix="s2d_jax-", suffix=".txt", delete=False) as file:
+      traceback.print_exception(error, file=file)
+  except OSError:  # a full disk
+    traceback.print_exception(error)
+    return f"{name}: its traceback is above. What was saved holds."
+  return f"{name}: its traceback is in {file.name}, and --debug prints it. What was saved holds."
 
 
 def fail(sentence: str, code: int = WRONG) -> NoReturn:

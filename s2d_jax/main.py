@@ -53,10 +53,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--distributed", action="store_true",
                       help="this is one process of several, such as a TPU slice's")
   config, args = command.parse_config(parser, argv)
-  # First, because most calls of jax start the devices, and then of this process alone.
-  if args.distributed:
-    stops.connect()
-  with stops.watch(command.outcome):
+  # Joined first, because most calls of jax start the devices, and then of this process alone.
+  with stops.watch(command.outcome, joins=args.distributed):
     _run(config, args)
 
 

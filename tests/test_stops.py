@@ -13,7 +13,7 @@ from tests import interpreter
 PROGRAM = """
 import os, pathlib, sys, time
 import jax
-from s2d_jax import command, stops
+from s2d_jax import command, hosts, stops
 
 process, count, port, kind, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
 jax.config.update("jax_platforms", "cpu")
@@ -25,20 +25,38 @@ if count > 1:
   initialize = jax.distributed.initialize
   jax.distributed.initialize = lambda **seconds: initialize(
       f"localhost:{port}", count, process, **seconds)
-  stops.connect()
+
+def ready():
+  pathlib.Path(folder, f"ready-{process}").touch()
 
 def work(argv):
-  with stops.watch(command.outcome), stops.requests() as stop:
+  if kind == "joins":
+    ready()
+  with stops.watch(command.outcome, joins=count > 1), stops.requests() as stop:
     if kind == "starts":
-      pathlib.Path(folder, f"ready-{process}").touch()
+      ready()
       time.sleep(60)  # as a compilation, which a signal handler of Python does not end
+    if kind == "one compiles" and process == 1:
+      ready()
+      time.sleep(60)
+    if kind == "one saves last":
+      hosts.gather("last step", 0)
+      with stops.deferred():
+        ready()
+        time.sleep(4 if process == 0 else 0)  # nothing calls `stop` again
+      hosts.gather("exported", 0)
     with stops.deferred():
       for step in range(1200):
         if stop():
           print("saved", step)
           raise SystemExit(75)
         if step == 5:
-          pathlib.Path(folder, f"ready-{process}").touch()
+          ready()
+        if kind == "one compiles":
+          ready()
+          hosts.agree("program", "text")  # waits for the process that compiles
+        if step == 10 and kind == "out of memory":
+          raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
         if step == 10 and kind == f"{process} fails":
           raise ValueError("a fault of the code")
         # They do not run in step.
@@ -61,7 +79,8 @@ def begin(tmp_path):
     started.extend(interpreter.start("-c", PROGRAM, p, count, port, kind, tmp_path)
                    for p in processes)
     deadline = time.monotonic() + 60
-    while not missing and time.monotonic() < deadline and any(
+    # Where one is missing, the others work on nothing yet.
+    while (kind == "joins" or not missing) and time.monotonic() < deadline and any(
         not (tmp_path / f"ready-{p}").exists() for p in processes):
       time.sleep(0.02)
     return list(started)
@@ -102,6 +121,73 @@ def test_a_signal_where_nothing_is_unsaved_does_not_wait_for_the_main_thread(beg
   send(process, signal.SIGTERM)
   done = process.wait(30)
   assert done.returncode == 75 and "the same command goes on" in done.stderr
+
+
+def test_a_signal_that_comes_again_after_the_save_changes_no_code(begin):
+  (process,) = begin(1, "steps")
+  for _ in range(40):
+    send(process, signal.SIGTERM)
+    time.sleep(0.02)
+    if process.process.exitcode is not None:
+      break
+  done = process.wait(60)
+  assert done.returncode == 75 and "saved" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_processes_join_exits_at_once(begin, number):
+  (process,) = begin(2, "joins", missing=(1,))
+  time.sleep(1)
+  send(process, number)
+  start = time.monotonic()
+  assert process.wait(30).returncode == 75 and time.monotonic() - start < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_second_signal_to_one_of_several_exits_at_once(begin, signalled):
+  processes = begin(2, "hangs")
+  send(processes[signalled], signal.SIGTERM)
+  time.sleep(2)
+  send(processes[signalled], signal.SIGTERM)
+  start = time.monotonic()
+  done = processes[signalled].wait(30)
+  assert done.returncode == 143 and time.monotonic() - start < 3
+  assert "without saving" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one compiles", "one saves last"])
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_processes_at_different_places_ends_all_with_the_retry_code(
+    begin, kind, signalled):
+  processes = begin(2, kind)
+  time.sleep(0.5)
+  send(processes[signalled], signal.SIGTERM)
+  start = time.monotonic()
+  done = [process.wait(60) for process in processes]
+  assert [d.returncode for d in done] == [75, 75], [d.stderr for d in done]
+  assert time.monotonic() - start < 30
+  assert all("Check failure" not in d.stderr and "Traceback" not in d.stderr for d in done)
+
+
+@pytest.mark.slow
+def test_a_frozen_coordinator_ends_the_others_with_its_name(begin):
+  processes = begin(2, "steps")
+  time.sleep(2)
+  send(processes[0], signal.SIGSTOP)  # as a host without power: no connection is closed
+  done = processes[1].wait(60)
+  assert done.returncode == 75
+  assert f"process 0 on {socket.gethostname()} has not answered for 4 s" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_of_jax_that_is_not_of_a_connection_ends_all_soon(begin):
+  processes = begin(2, "out of memory")
+  done = [process.wait(60) for process in processes]
+  assert [d.returncode for d in done] == [1, 1]
+  assert all("RESOURCE_EXHAUSTED" in d.stderr and "ended" in d.stderr for d in done)
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package, e
   def missing(package):
     raise importlib.metadata.PackageNotFoundError(package)
   monkeypatch.setattr(importlib.metadata, "version", missing)
-  with pytest.raises(ValueError, match=rf"{package}, which is not installed.*pip install -e '\.\[{extra}\]'"):
+  with pytest.raises(
+      ValueError, match=rf"{package}, which is not installed.*pip install -e '\.\[{extra}\]'"):
     topologies.devices(name)
 
 

@@ -101,7 +101,7 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
   Args:
     clock: started before the stage's models were loaded, which is charged to the stage too.
     heartbeat, last_heartbeat: as `files.only_writer` yields them.
-    stop: whether to stop soon, as `hosts.stop_signal` yields it.
+    stop: whether to stop now, as `stops.requests` yields it.
 
   Returns:
     (params, totals): the learner's final weights, and the ledger's totals with device-seconds.

@@ -5,7 +5,9 @@
   0: done.
   1: a stage failed.
   2: the request is wrong; a sentence on standard error says why.
-  75: stopped and saved; the same command continues.
+  75: stopped and saved, or another process vanished; the same command continues.
+  130, 143: ended by a second signal, without saving.
+  134: JAX ended it, because process 0 of several is gone.
 """
 
 import argparse

@@ -18,8 +18,10 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax import checksums, files, hosts, metrics
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
+
+DAMAGED = "damaged"  # the folder of checkpoints that are not used, within a stage's
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
 
@@ -28,16 +30,17 @@ class Checkpoints:
   """A running stage's checkpoints: the newest two, each complete and undamaged, or absent."""
 
   def __init__(self, folder: epath.PathLike) -> None:
-    """Opens the checkpoints of a stage's folder, and deletes those that are damaged.
+    """Opens the checkpoints of a stage's folder, and moves damaged ones to its folder `damaged`.
 
     Raises:
       InputError: a log is damaged that belongs to the newest checkpoint; names both.
+      WriteError: a file cannot be read, so nothing is known of it.
     """
     self._stage = epath.Path(folder)
     self._folder = _checkpoints(folder)
-    # Of the parts of logs, as they were written; and the parts that have no checksums yet.
+    # The checksums of all parts of logs that the newest checkpoint counts on.
     self._logs = _drop_damaged(self._stage, self._folder)
-    self._new_logs: list[str] = []
+    self._new_logs: list[str] = []  # parts that have none yet
     self._thread = futures.ThreadPoolExecutor(1)
     self._unfinished: futures.Future | None = None
     self._closed = False
@@ -114,11 +117,15 @@ def _named(state: Params) -> Params:
 
 
 def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
-  """Deletes the newest checkpoints until one is undamaged; the record of the logs until it."""
+  """Sets the newest checkpoints aside until one is undamaged; the record of the logs until it."""
   there = folder.iterdir() if folder.exists() else ()
   steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
   # All processes have listed the folder before one of them changes it.
   hosts.barrier(f"checkpoints of {stage}")
+  if steps and not (stage / checksums.FOLDER).exists():
+    metrics.announce(f"{folder / str(steps[0])} has no checksums, of an older version or because "
+                     f"{stage / checksums.FOLDER} was not copied: it is used as it is.")
+    return {}
   for index, step in enumerate(steps):
     recorded, reason = _recorded(stage, step)
     if reason is None:
@@ -126,14 +133,33 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
       if damage is None:
         _check_logs(stage, step, recorded["logs"])
         return recorded["logs"]
+      if damage.unreadable:
+        raise _unreadable(damage.text)
       reason = damage.text
     older = steps[index + 1 :]
     then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
     metrics.announce(f"{folder / str(step)} is not used ({reason}): {then}.")
     if hosts.leader():
-      (folder / str(step)).rmtree()
+      _set_aside(stage, folder / str(step))
     hosts.barrier(f"checkpoint {step} of {stage}")
   return {}
+
+
+def _unreadable(text: str) -> WriteError:
+  """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
+  return WriteError(f"{text}: mend the disk, and the same command goes on from there.")
+
+
+def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
+  """Moves a damaged checkpoint out of the way, until the stage is done."""
+  if "://" in os.fspath(saved):  # a store cannot rename a folder
+    saved.rmtree()
+    return
+  target = stage / DAMAGED / saved.name
+  if target.exists():
+    target.rmtree()
+  target.parent.mkdir(parents=True, exist_ok=True)
+  saved.rename(target)
 
 
 def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record], str | None]:
@@ -144,12 +170,16 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   try:
     return files.read_json(path), None
   except InputError as error:
+    if isinstance(error.__cause__, OSError):
+      raise _unreadable(str(error)) from error
     return {}, str(error)
 
 
 def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
   """Raises InputError where a part of a log is damaged that was written before a checkpoint."""
   damage = checksums.damage(stage, recorded)
+  if damage is not None and damage.unreadable:
+    raise _unreadable(damage.text)
   if damage is not None:
     log, _, part = damage.name.partition("/")
     saved = _checkpoints(stage) / str(step)
@@ -202,6 +232,8 @@ def drop_steps(folder: epath.PathLike) -> None:
     for path in _checkpoints(folder).iterdir():
       if path.name != "final":
         path.rmtree()
+    if (epath.Path(folder) / DAMAGED).exists():
+      (epath.Path(folder) / DAMAGED).rmtree()
     for path in files.finished_files(epath.Path(folder) / checksums.FOLDER):
       if path.stem.isdigit():
         path.unlink()
@@ -214,7 +246,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   the writer's last heartbeat is lost: its work is done again.
   """
   folder = epath.Path(folder)
-  # A damaged one changes no result.
+  # No result depends on them, so a damaged one may be deleted.
   starts = [files.read_json(path, "restore it, or delete it: the seconds lost before are in it")
             for path in files.finished_files(folder / "starts")]
   lost = 0.0

@@ -37,6 +37,7 @@ class Damage(NamedTuple):
   """A file that is not as it was recorded."""
   name: str   # within its folder
   text: str   # with the whole path, such as "/runs/a/x has 512 bytes and had 1,024"
+  unreadable: bool = False  # the disk fails, so nothing is known of the file
 
 
 def listed(folder: epath.PathLike) -> Iterator[str]:
@@ -54,6 +55,9 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
   """The record of these files of a folder.
 
   On several processes it is a collective: each process reads its share of the files.
+
+  Raises:
+    OSError: a file cannot be read.
   """
   found = _merged(folder, sorted(names), together=True)
   for name, of_file in found.items():
@@ -77,7 +81,7 @@ def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> D
     if name not in found:
       return Damage(name, f"{path} is missing")
     if "error" in found[name]:
-      return Damage(name, f"{path} cannot be read ({found[name]['error']})")
+      return Damage(name, f"{path} cannot be read ({found[name]['error']})", unreadable=True)
     size = found[name]["bytes"]
     if size != written.get("bytes", size):
       return Damage(name, f"{path} has {size:,} bytes and had {written['bytes']:,}")

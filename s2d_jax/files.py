@@ -5,6 +5,7 @@ through here, so that a report needs no checkpoint library.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -149,7 +150,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     yield (lambda: None), None
     return
   process = {"host": socket.gethostname(), "pid": os.getpid()}
-  written = 0.0
+  written: float | None = None  # by a clock that never steps back
   one_thread = threading.Lock()
   closed = threading.Event()
 
@@ -157,11 +158,11 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
     nonlocal written
     # Called at every step; one write a second suffices and costs an object store little.
     with one_thread:
-      if time.time() - written > 1:
-        if written:
+      if written is None or time.monotonic() - written > 1:
+        if written is not None:
           _check_lock(path, process)
-        written = time.time()
-        write_json(path, {**process, "beat": written})
+        written = time.monotonic()
+        write_json(path, {**process, "beat": time.time()})
 
   def renew() -> None:
     # A step may take longer than another host waits.
@@ -192,7 +193,9 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
-  """Lets one process of several look at a lock and write it; those of an object store do not wait.
+  """Lets one process of several look at a lock and write it, where the disk has file locks.
+
+  An object store has none, and some network disks: there two that start at once are not noticed.
   """
   if "://" in os.fspath(folder):
     yield
@@ -204,7 +207,11 @@ def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
     raise not_written(folder, error.strerror) from error
   with guard:
     # The system lets go of it when the file is closed, also by a kill.
-    fcntl.flock(guard, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(guard, fcntl.LOCK_EX)
+    except OSError as error:
+      if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+        raise not_written(folder, error.strerror) from error
     yield
 
 
@@ -223,42 +230,56 @@ def _check_lock(path: epath.Path, process: dict[str, Any]) -> None:
                    "saved before.")
 
 
-def _silence(path: epath.Path) -> int:
-  """Seconds since a file was written, by the clock that dates the files of its disk."""
+def _silence(path: epath.Path) -> int | None:
+  """Seconds since a file was written, by the clock that dates the files of its disk; None: gone."""
   now = path.with_name(f".now.{os.getpid()}")
   try:
     write(now, b"")
     return int(now.stat().mtime - path.stat().mtime)
+  except FileNotFoundError:
+    return None
   finally:
     with contextlib.suppress(OSError):
       now.unlink(missing_ok=True)
 
 
-def _waited_for_silence(path: epath.Path, writer: str, age: int) -> int:
-  """The age of a lock: below its age at first where the writer lives, else at least the limit."""
-  print(f"{path}: {writer} wrote it {age} s ago; waiting for a heartbeat, or for "
-        f"{_SILENT_SECONDS} s without one.", flush=True)
-  first = age
-  while first <= age <= _SILENT_SECONDS:
-    time.sleep(min(_HEARTBEAT_SECONDS, _SILENT_SECONDS - age + 1))
-    age = _silence(path)
-  return age
-
-
-def _take_over(path: epath.Path, process: dict[str, Any]) -> float:
-  """The last heartbeat of a lock that this process may take over."""
+def _holder(path: epath.Path) -> tuple[str, int, float] | None:
+  """(host, process, last heartbeat) of a lock; None where there is none."""
   try:
     lock = read_json(path)
-    holder, pid, last = lock["host"], int(lock["pid"]), float(lock["beat"])
+    return lock["host"], int(lock["pid"]), float(lock["beat"])
   except (ValueError, KeyError, TypeError) as error:
+    if not path.exists():
+      return None
     raise InputError(f"{path} is not a lock this code wrote: delete it if no process "
                      f"writes {path.parent}.") from error
-  here = holder == process["host"]
+
+
+def _take_over(path: epath.Path, process: dict[str, Any]) -> float | None:
+  """The last heartbeat of a lock that this process may take over; None where there is no lock.
+
+  The process of another host cannot be asked. So this waits until the lock has been renewed, or has
+  been silent for long enough.
+  """
+  found = _holder(path)
   age = _silence(path)
+  if found is None or age is None:
+    return None
+  holder, pid, last = found
+  here = holder == process["host"]
+  lives = here and _alive(pid)
   if not here and age <= _SILENT_SECONDS:
-    age = _waited_for_silence(path, f"process {pid} on {holder}", age)
-  # A process of another host cannot be asked, so its silence has to decide.
-  if age > _SILENT_SECONDS or here and not _alive(pid):
+    print(f"{path}: process {pid} on {holder} wrote it {age} s ago; waiting for a heartbeat, or "
+          f"for {_SILENT_SECONDS} s without one.", flush=True)
+    while age <= _SILENT_SECONDS and not lives:
+      time.sleep(min(_HEARTBEAT_SECONDS, _SILENT_SECONDS - age + 1))
+      now = _holder(path)
+      age = _silence(path)
+      if now is None or age is None:  # the other writer has finished
+        return None
+      lives = now != found
+  # The number of a process that is gone may be another program's by now.
+  if not lives or age > _SILENT_SECONDS:
     print(f"{path}: process {pid} on {holder} is gone or has been silent for {age} s; taking over.",
           flush=True)
   elif not here or pid != process["pid"]:

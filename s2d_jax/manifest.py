@@ -16,6 +16,7 @@ from s2d_jax.errors import InputError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tensorflow-datasets", "ml-collections", "numpy", "safetensors")
 NAME = "manifest.json"
+REPLACED = "replaced"  # the folder within a workdir that --redo moves folders to
 ROW = ("name", "actor", "learner", "guide")  # fields of a Stage that its inputs have as "row"
 
 
@@ -85,7 +86,8 @@ def write(folder: epath.PathLike, content: dict) -> None:
 def _is_passing(name: str) -> bool:
   """Whether a file of a finished folder is the manifest, will be gone soon, or is never read."""
   top = name.partition("/")[0]
-  return (name in (NAME, files.LOCK) or top in (checksums.FOLDER, "tensorboard", "profile")
+  return (name in (NAME, files.LOCK)
+          or top in (checksums.FOLDER, "tensorboard", "profile", "damaged")
           or top == "checkpoints" and not name.startswith("checkpoints/final/"))
 
 
@@ -119,24 +121,36 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
 
 
 def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
-  """Moves finished folders out of the way, into `replaced`, so that a run makes them again.
+  """Moves folders out of the way, into `replaced`, so that a run makes them again.
+
+  A launcher starts a run again by the same command. So a folder that is in `replaced` already is
+  moved again only where it is damaged.
 
   Raises:
     InputError: there is no such folder.
     WriteError: it cannot be moved.
   """
   workdir = epath.Path(workdir)
+  names = tuple(dict.fromkeys(names))
   for name in names:
     # A name alone: a path could lead out of the folder.
     there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
-    if name not in there and hosts.leader():
+    there = [other for other in there if other != REPLACED]
+    # One that was moved by an earlier start may not have been begun yet.
+    earlier = workdir / REPLACED
+    moved = [path.name for path in earlier.iterdir()] if earlier.is_dir() else []
+    if name not in [*there, *moved] and hosts.leader():
       raise InputError(f"--redo={name} names no folder of {workdir}: choose from "
                        f"{', '.join(there)}.")
   # All processes have looked before one of them moves a folder.
   hosts.barrier("redo")
   if hosts.leader():
     for name in names:
-      target = workdir / "replaced" / name
+      target = workdir / REPLACED / name
+      if target.exists() and not _damaged(workdir / name):
+        print(f"--redo={name}: {target} is of an earlier start, so this one goes on; delete it to "
+              "begin again.", flush=True)
+        continue
       while target.exists():
         target = target.with_name(f"{target.name}+")
       try:
@@ -145,6 +159,17 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
       except OSError as error:
         raise files.not_written(target, error.strerror) from error
   hosts.barrier("set aside")
+
+
+def _damaged(folder: epath.Path) -> bool:
+  """Whether a folder is finished, and a file of it is damaged."""
+  try:
+    if read(folder) is not None:
+      for weights in (False, True):
+        check_files(folder, weights, together=False)
+  except InputError:
+    return True
+  return False
 
 
 def load(folder: epath.PathLike) -> dict:

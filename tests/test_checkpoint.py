@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, and load on another mesh."""
 
 import contextlib
+import errno
 import pathlib
 import resource
 import shutil
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from s2d_jax import checkpoint, metrics, sharding
+from s2d_jax import checkpoint, checksums, metrics, sharding
 from s2d_jax.errors import InputError, WriteError
 
 
@@ -113,6 +115,47 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage
   damage(tmp_path / "checkpoints" / "2")
   assert resumed(tmp_path) == (None, None)
   assert "): the stage starts again.\n" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_set_aside_until_the_stage_is_done(tmp_path):
+  stage_of(tmp_path)
+  flip(largest(tmp_path / "checkpoints" / "4"))
+  assert resumed(tmp_path) == (2, 2.0)
+  assert (tmp_path / "damaged" / "4" / "_CHECKPOINT_METADATA").exists()
+  checkpoint.drop_steps(tmp_path)
+  assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints/4/_CHECKPOINT_METADATA", "checksums/00000004.json",
+                                  "ledger/00000000.jsonl"])
+def test_a_disk_that_cannot_be_read_stops_the_stage_and_nothing_is_set_aside(
+    tmp_path, name, monkeypatch):
+  stage_of(tmp_path)
+  failing = tmp_path / name
+  assert failing.exists()
+  measured = checksums._measured
+  read_bytes = type(epath.Path("/")).read_bytes
+
+  def stale(path):
+    if pathlib.Path(path) == failing:
+      raise OSError(errno.ESTALE, "Stale file handle")
+    return read_bytes(path)
+
+  monkeypatch.setattr(type(epath.Path("/")), "read_bytes", stale)
+  monkeypatch.setattr(checksums, "_measured", lambda path: (
+      {"error": "Stale file handle"} if pathlib.Path(path) == failing else measured(path)))
+  with pytest.raises(WriteError, match=f"^{failing} cannot be read .*Stale file handle.*: "):
+    checkpoint.Checkpoints(tmp_path)
+  monkeypatch.undo()
+  assert resumed(tmp_path) == (4, 4.0)
+
+
+def test_checkpoints_without_their_folder_of_checksums_are_used_as_they_are(tmp_path, capsys):
+  stage_of(tmp_path)
+  shutil.rmtree(tmp_path / "checksums")
+  assert resumed(tmp_path) == (4, 4.0)
+  said = capsys.readouterr().err
+  assert f"{tmp_path}/checkpoints/4 has no checksums, of an older version" in said
 
 
 @pytest.mark.parametrize("change", [flip, cut, pathlib.Path.unlink, lambda p: p.write_bytes(b"")])

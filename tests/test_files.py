@@ -112,21 +112,61 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clo
 
 
 @pytest.mark.parametrize("clock", [-5 * 3600, 5 * 3600])
-def test_a_lock_of_another_host_that_is_renewed_is_not_taken_over(tmp_path, clock, monkeypatch):
+@pytest.mark.parametrize("silent, every", [(5, 3.0), (0, 0.2)])
+def test_a_lock_of_another_host_that_is_renewed_is_not_taken_over(
+    tmp_path, clock, silent, every, monkeypatch):
   monkeypatch.setattr(files, "_SILENT_SECONDS", 10)
   monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
   lock = {"host": "elsewhere", "pid": 1, "beat": time.time() + clock}
   path.write_text(json.dumps(lock))
-  os.utime(path, (time.time() - 5,) * 2)
-  other = threading.Timer(0.5, lambda: files.write_json(path, lock))
-  other.start()
+  os.utime(path, (time.time() - silent,) * 2)
+  closed = threading.Event()
+
+  def other():
+    while not closed.wait(every):
+      files.write_json(path, lock | {"beat": time.time() + clock})
+
+  thread = threading.Thread(target=other)
+  thread.start()
   with pytest.raises(InputError) as refused, files.only_writer(tmp_path):
     pass
-  other.join()
+  closed.set()
+  thread.join()
   assert re.fullmatch(
       rf"{tmp_path} is being written by process 1 on elsewhere \(last sign of life \d s "
       rf"ago\): wait for it, or delete {path} if that process is gone.", str(refused.value))
+
+
+def test_a_lock_that_goes_while_another_process_waits_is_no_lock(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 0.2)
+  path = tmp_path / "writer.lock"
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time()}))
+  other = threading.Timer(0.5, path.unlink)
+  other.start()
+  with files.only_writer(tmp_path) as (_, last):
+    assert last is None and files.read_json(path)["pid"] == os.getpid()
+  other.join()
+
+
+def test_a_disk_without_file_locks_can_be_written(tmp_path, monkeypatch):
+  def flock(file, kind):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(files.fcntl, "flock", flock)
+  with files.only_writer(tmp_path):
+    assert (tmp_path / "writer.lock").exists()
+
+
+def test_a_clock_that_steps_back_does_not_stop_the_renewal(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 0.2)
+  path = tmp_path / "writer.lock"
+  with files.only_writer(tmp_path):
+    before = path.stat().st_mtime_ns
+    now = time.time() - 3600
+    monkeypatch.setattr(files.time, "time", lambda: now)
+    time.sleep(2.5)
+    assert path.stat().st_mtime_ns > before
 
 
 def test_a_lock_is_renewed_while_the_writer_is_within_a_step(tmp_path, monkeypatch):
@@ -157,8 +197,8 @@ def test_a_damaged_lock_is_named_with_the_remedy(text, tmp_path):
 def test_a_writer_stops_once_its_folder_is_gone_or_is_another_writers(
     change, said, tmp_path, monkeypatch):
   folder = tmp_path / "stage"
-  now = time.time()
-  monkeypatch.setattr(files.time, "time", lambda: now)
+  now = time.monotonic()
+  monkeypatch.setattr(files.time, "monotonic", lambda: now)
   with pytest.raises(WriteError) as refused:
     with files.only_writer(folder) as (heartbeat, _):
       now += 2

@@ -214,8 +214,27 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   for path in ("", ".", "..", f"../{tmp_path.name}/{name}", f"{name}/hf", f"{tmp_path}/{name}"):
     with pytest.raises(InputError, match=f"^--redo={path} names no folder of "):
       manifest.set_aside(tmp_path, [path])
-  for moved in (name, f"{name}+"):
-    manifest.set_aside(tmp_path, [name])
-    assert not (tmp_path / name).exists()
-    assert (tmp_path / "replaced" / moved / "ledger.json").exists()
-    finished(tmp_path)
+  manifest.set_aside(tmp_path, [name, name])
+  assert not (tmp_path / name).exists()
+  assert (tmp_path / "replaced" / name / "ledger.json").exists()
+  with pytest.raises(InputError, match="--redo=replaced names no folder of "):
+    manifest.set_aside(tmp_path, ["replaced"])
+
+
+def test_a_command_that_is_started_twice_moves_a_folder_once(tmp_path, capsys):
+  """As a launcher starts it: before the folder is there, unfinished, and finished."""
+  name = finished(tmp_path).name
+  folder = tmp_path / name
+  manifest.set_aside(tmp_path, [name])
+  manifest.set_aside(tmp_path, [name])
+  (folder / "checkpoints").mkdir(parents=True)
+  manifest.set_aside(tmp_path, [name])
+  assert (folder / "checkpoints").exists()
+  shutil.rmtree(folder)
+  finished(tmp_path)
+  manifest.set_aside(tmp_path, [name])
+  assert folder.exists() and capsys.readouterr().out.count("is of an earlier start, so this") == 3
+  # One that is damaged after that is moved too.
+  (folder / "ledger.json").write_text("{}")
+  manifest.set_aside(tmp_path, [name])
+  assert not folder.exists() and (tmp_path / "replaced" / f"{name}+" / "ledger.json").exists()

@@ -89,12 +89,16 @@ def _published(folder: pathlib.Path) -> checksums.Record:
   """The record of a folder's SHA256SUMS, of the files that are read; a part may be downloaded."""
   found = {}
   path = folder / SUMS
-  for line in path.read_text(errors="replace").splitlines() or [""]:
-    match = re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line)
+  lines = path.read_text(errors="replace").splitlines()
+  for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
+    # As sha256sum writes it, or with --tag.
+    match = re.fullmatch(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?:\./)?(?P<name>.+)|"
+                         r"SHA256 \((?:\./)?(?P<tagged>.+)\) = (?P<tag>[0-9a-fA-F]{64})", line)
     if match is None:
       raise InputError(f"{path} is damaged, or is not of the command sha256sum: get it again, or "
                        "delete it.")
-    digest, name = match.groups()
+    name = match["name"] or match["tagged"]
+    digest = (match["sum"] or match["tag"]).lower()
     if name.endswith((".safetensors", *_SMALL)) and (folder / name).is_file():
       found[name] = {"sha256": digest}
   return found

@@ -26,7 +26,7 @@ _GRACE_SECONDS = 30.0   # beyond a check's own limit, for a process that answers
 _MOST_PROCESSES = 8     # where no number is given
 _ENTRY = "from s2d_jax.rewards import worker; worker.serve()"
 # Ctrl-C and a preemption are this process's to answer, also while a worker still starts.
-_IGNORING_STOPS = ["/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh"]
+_IGNORING_STOPS = ["/bin/sh", "-c", 'trap "" INT TERM HUP; exec "$@"', "sh"]
 
 
 class Unchecked(NamedTuple):

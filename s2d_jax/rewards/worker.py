@@ -34,8 +34,8 @@ def serve() -> None:
   getattr(imported, "prepare", lambda: None)()
   # Ctrl-C and a preemption are the parent's to answer: a reward must not become 0 by them. The
   # parent has them ignored already, and a library may have changed that.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   # A collection in a copy would write to every object, and so copy all memory.
   gc.collect()

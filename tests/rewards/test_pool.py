@@ -122,8 +122,8 @@ def test_a_stop_signal_to_all_processes_changes_no_reward(check):
   with opened(check) as score:
     process = score._processes[0]
     rewards(score, "a", ["a"])
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      os.kill(process.pid, number)
     assert rewards(score, "a", ["a"]) == [1.0]
     assert score._processes[0] is process
 

@@ -134,6 +134,12 @@ def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C: the same command goes on from what was f"),
     (OSError(errno.ENOSPC, "No space left on device", "w/a.json"), 1,
      "w/a.json cannot be written (No space left on device): free space or mend the disk, an"),
+    (OSError(errno.EFBIG, "File too large", "w/a.json"), 1,
+     "w/a.json cannot be written (File too large): free space or mend the disk, an"),
+    (PermissionError(errno.EACCES, "Permission denied", "data/test.jsonl"), 1,
+     "data/test.jsonl cannot be read or written (Permission denied): permit it or mend the di"),
+    (OSError(errno.EIO, "Input/output error", "data/test.jsonl"), 1,
+     "data/test.jsonl cannot be read or written (Input/output error): permit it or mend the di"),
     (FloatingPointError("a loss is not finite: lower the rate."), 1, "a loss is not finite: "),
     (WriteError("a.json cannot be written: free space."), 1, "a.json cannot be written: "),
 ])

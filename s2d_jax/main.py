@@ -70,7 +70,9 @@ def _run(config: ConfigDict, args: argparse.Namespace) -> None:
   with keys.prefixed("config."):
     mesh = sharding.make_mesh(configs[0].mesh)
   hosts.check_start(_facts(config, plans))
-  manifest.set_aside(args.workdir, args.redo)
+  # A plan writes and moves nothing.
+  if not args.plan:
+    manifest.set_aside(args.workdir, args.redo)
   # Every run of a sweep is checked before the first one trains.
   for plan in plans:
     walk.check_folders(plan, args.workdir)

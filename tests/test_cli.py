@@ -232,6 +232,18 @@ def test_flags_take_a_space_or_an_equals_sign():
 
 
 @pytest.mark.medium
+def test_a_plan_moves_nothing_that_is_to_be_made_again(data, tmp_path):
+  file = tmp_path / "sft-1" / "ledger.json"
+  file.parent.mkdir()
+  file.write_text("{}")
+  done = console("run", "--config=configs/arithmetic.py:tiny", f"--config.data.dir={data}",
+                 f"--workdir={tmp_path}", "--plan", "--redo=sft-1",
+                 env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
+  assert done.returncode == 0 and "distinct stages, 0 of them finished" in done.stdout, done.stderr
+  assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.medium
 def test_an_absent_optional_library_prints_no_warning():
   assert console("doctor", "--help").stderr == ""
 

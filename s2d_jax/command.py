@@ -24,8 +24,10 @@ from ml_collections import ConfigDict, config_flags
 from s2d_jax import chips, writable
 from s2d_jax.errors import InputError, WriteError
 
-# Errors of a disk that is full, read-only or broken, or of a quota.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES)
+# Errors of a write alone: a disk is full or read-only, a quota is used up, a file is too large.
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# A disk or a server of files that fails, or a lost permission: a read meets them as a write does.
+_DISK = (errno.EIO, errno.EACCES, errno.ESTALE)
 WRONG = 2  # exit code: the request has a mistake, and nothing was written
 FAILED = 1  # exit code: a stage failed
 _INTERRUPTED = 130  # exit code: Ctrl-C, as of a shell
@@ -245,6 +247,10 @@ def outcome(error: BaseException) -> tuple[int, str]:
     case KeyboardInterrupt():
       return _INTERRUPTED, "stopped by Ctrl-C: the same command goes on from what was finished."
     case OSError() if error.errno in _DISK:
+      return FAILED, (f"{error.filename or 'a file'} cannot be read or written ({error.strerror}): "
+                      "permit it or mend the disk, and the same command goes on from what was "
+                      "saved before.")
+    case OSError() if error.errno in _WRITING:
       return FAILED, (f"{error.filename or 'a file'} cannot be written ({error.strerror}): free "
                       "space or mend the disk, and the same command goes on from what was saved "
                       "before.")

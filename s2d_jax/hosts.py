@@ -6,12 +6,17 @@ On one process every function here returns at once.
 import contextlib
 import itertools
 import json
+import os
 import signal
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax._src import distributed  # its client has no public name (jax 0.10, 0.11)
 from jax.experimental import multihost_utils
 
@@ -23,6 +28,7 @@ from s2d_jax.errors import InputError
 RETRY = 75  # exit code EX_TEMPFAIL: stopped and saved, so the same command goes on
 AGREE_SECONDS = 60
 START_SECONDS = 600  # where a process may still compile, or load weights
+SHARED_SECONDS = 60  # a network disk may show a new file to other hosts so late
 _ROUNDS: dict[str, int] = {}  # name -> number of its last round in `gather`
 
 
@@ -119,6 +125,49 @@ def check_start(facts: Mapping[str, Any]) -> None:
         raise InputError(
             f"process {process} has {name} = {facts.get(name)!r} and process {other} has "
             f"{theirs.get(name)!r}: start all processes with one command, code and data.")
+
+
+def check_shared(workdir: epath.PathLike) -> None:
+  """Checks that all processes have one work folder: each reads a file that the leader writes there.
+
+  On several processes it is a collective, which creates the folder and leaves nothing in it.
+
+  Raises:
+    InputError: a process cannot read the file; every process raises it, and names that one.
+  """
+  if jax.process_count() == 1:
+    return
+  nonce = gather("workdir", uuid.uuid4().hex, START_SECONDS)[0]
+  path = epath.Path(workdir) / f".shared-{nonce}"
+  if leader():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(nonce)
+  gather("workdir", "written", START_SECONDS)
+  found = gather("workdir", [socket.gethostname(), _unread(path, nonce)],
+                 START_SECONDS + SHARED_SECONDS)
+  if leader():
+    path.unlink()
+  for process, (host, error) in enumerate(found):
+    if error:
+      raise InputError(
+          f"process {process} on {host} cannot read what process 0 on {found[0][0]} wrote to "
+          f"--workdir={os.fspath(workdir)} ({error}): choose a folder that all hosts reach, such "
+          "as one on a network disk.")
+
+
+def _unread(path: epath.Path, text: str) -> str:
+  """Why a file cannot be read, or has another text; "" where it has this one."""
+  deadline = time.monotonic() + SHARED_SECONDS
+  while True:
+    try:
+      if path.read_text() == text:
+        return ""
+      error = "it has another text"
+    except OSError as failure:
+      error = failure.strerror or str(failure)
+    if time.monotonic() >= deadline:
+      return error
+    time.sleep(0.5)
 
 
 def gather(name: str, value: Any, seconds: int | None = None) -> list[Any]:

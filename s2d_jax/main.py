@@ -12,6 +12,7 @@
 
 import argparse
 import importlib.metadata
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from s2d_jax import (
+  checksums,
   command,
   hosts,
   keys,
@@ -69,8 +71,11 @@ def _run(config: ConfigDict, args: argparse.Namespace) -> None:
   plans = [recipe.plan(one, tasks.get(one)) for one in configs]
   with keys.prefixed("config."):
     mesh = sharding.make_mesh(configs[0].mesh)
-  hosts.check_start(_facts(config, plans))
-  manifest.set_aside(args.workdir, args.redo)
+  hosts.check_start(_facts(config, plans, args))
+  # A plan writes and moves nothing.
+  if not args.plan:
+    hosts.check_shared(args.workdir)
+    manifest.set_aside(args.workdir, args.redo)
   # Every run of a sweep is checked before the first one trains.
   for plan in plans:
     walk.check_folders(plan, args.workdir)
@@ -85,16 +90,29 @@ def _run(config: ConfigDict, args: argparse.Namespace) -> None:
     print(report.write([args.workdir]))
 
 
-def _facts(config: ConfigDict, plans: Sequence[Plan]) -> dict[str, str]:
+def _facts(config: ConfigDict, plans: Sequence[Plan], args: argparse.Namespace) -> dict[str, str]:
   """All that must be equal on every process, by name, as texts."""
-  facts = {key: str(value) for key, value in config.to_dict().items() if key != "stages"}
+  facts = {f"config.{key}": str(value) for key, value in config.to_dict().items()
+           if key != "stages"}
   for name, hp in config.stages.items():
-    facts |= {f"stages.{name}.{key}": str(value) for key, value in hp.to_dict().items()}
-  # A stage's name is a hash of its problems and models too.
-  return {f"config.{key}": text for key, text in facts.items()} | {
-      "revision": manifest.revision(), "stages": ", ".join(name for plan in plans
-                                                           for name in plan.nodes),
-      "packages": str({name: importlib.metadata.version(name) for name in manifest.PACKAGES})}
+    facts |= {f"config.stages.{name}.{key}": str(value) for key, value in hp.to_dict().items()}
+  facts |= {"--workdir": str(args.workdir), "--plan": str(args.plan),
+            "--redo": ", ".join(args.redo)}
+  for split in sorted({split for plan in plans for split in plan.sets}):
+    # The runs of a sweep may have different problems.
+    digests = [plan.sets[split]["sha256"] for plan in plans if split in plan.sets]
+    facts[f"data.{split}"] = ", ".join(digests)
+  # A stage's name is a hash of its models too.
+  facts["stages"] = ", ".join(name for plan in plans for name in plan.nodes)
+  facts["packages"] = str({name: importlib.metadata.version(name) for name in manifest.PACKAGES})
+  return facts | {"revision": manifest.revision(), "source": _source()}
+
+
+def _source() -> str:
+  """SHA-256 of the package's source files: two edited checkouts may have one revision."""
+  package = pathlib.Path(__file__).parent
+  return checksums.digest({path.relative_to(package).as_posix(): path.read_text(encoding="utf-8")
+                           for path in package.rglob("*.py")})
 
 
 def _set_up_process() -> None:

@@ -136,6 +136,12 @@ def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C: the same command goes on from what was f"),
     (OSError(errno.ENOSPC, "No space left on device", "w/a.json"), 1,
      "w/a.json cannot be written (No space left on device): free space or mend the disk, an"),
+    (OSError(errno.EFBIG, "File too large", "w/a.json"), 1,
+     "w/a.json cannot be written (File too large): free space or mend the disk, an"),
+    (PermissionError(errno.EACCES, "Permission denied", "data/test.jsonl"), 1,
+     "data/test.jsonl cannot be read or written (Permission denied): permit it or mend the di"),
+    (OSError(errno.EIO, "Input/output error", "data/test.jsonl"), 1,
+     "data/test.jsonl cannot be read or written (Input/output error): permit it or mend the di"),
     (FloatingPointError("a loss is not finite: lower the rate."), 1, "a loss is not finite: "),
     (WriteError("a.json cannot be written: free space."), 1, "a.json cannot be written: "),
 ])
@@ -225,6 +231,18 @@ def test_flags_take_a_space_or_an_equals_sign():
   assert parsed[0][0] == parsed[1][0] and parsed[0][0]["seed"] == 3
   assert parsed[0][1] and parsed[1][1]
   assert [args["workdir"] for _, _, args in parsed] == ["w", "w"]
+
+
+@pytest.mark.medium
+def test_a_plan_moves_nothing_that_is_to_be_made_again(data, tmp_path):
+  file = tmp_path / "sft-1" / "ledger.json"
+  file.parent.mkdir()
+  file.write_text("{}")
+  done = console("run", "--config=configs/arithmetic.py:tiny", f"--config.data.dir={data}",
+                 f"--workdir={tmp_path}", "--plan", "--redo=sft-1",
+                 env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
+  assert done.returncode == 0 and "distinct stages, 0 of them finished" in done.stdout, done.stderr
+  assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 @pytest.mark.medium

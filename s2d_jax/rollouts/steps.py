@@ -211,17 +211,38 @@ def logged(step: StepRollouts, decode: Callable[[np.ndarray], str],
 
 def checked_reward(reward: Callable[[dict, str], Any], problem: dict,
                    text: str) -> float | Future[float]:
-  """The reward of a text, or a future of it.
+  """The reward of a text, or a future of it, whose result is checked as a number is.
 
   Raises:
     InputError: the reward fails, or is not a finite number; names the problem, shows the text.
+      Of a future, its `result` raises it.
   """
   name = f"the task's reward of problem {problem['id']}"
   shown = repr(text if len(text) <= 100 else f"…{text[-100:]}")
   with from_user_code(f"{name}, on {shown},"):
     found = reward(problem, text)
-  if isinstance(found, Future):
-    return found
+  if not isinstance(found, Future):
+    return _finite(found, name, shown)
+  checked: Future[float] = Future()
+
+  def finish(done: Future) -> None:
+    try:
+      with from_user_code(f"{name}, on {shown},"):
+        result = done.result()
+      checked.set_result(_finite(result, name, shown))
+    except InputError as error:
+      checked.set_exception(error)
+
+  found.add_done_callback(finish)
+  return checked
+
+
+def _finite(found: Any, name: str, shown: str) -> float:
+  """The float of what a reward returned.
+
+  Raises:
+    InputError: it is not a finite number; the message has the name and the text that is shown.
+  """
   if not isinstance(found, numbers.Real | np.ndarray | jax.Array) or np.ndim(found) or (
       not np.isfinite(float(found))):
     raise InputError(f"{name} is {found!r} on {shown}: return a finite number.")
@@ -229,7 +250,11 @@ def checked_reward(reward: Callable[[dict, str], Any], problem: dict,
 
 
 def resolved(reward: float | Future[float]) -> float:
-  """A reward, waited for where it is a future."""
+  """A reward, waited for where it is a future.
+
+  Raises:
+    InputError: a future of `checked_reward` failed, or its result is not a finite number.
+  """
   return reward.result() if isinstance(reward, Future) else reward
 
 

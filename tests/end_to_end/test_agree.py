@@ -1,11 +1,16 @@
 """Processes that are about to run different programs say so in time, and do not wait for ever."""
 
 import os
+import re
 import socket
 
 import pytest
 
+from configs import arithmetic
+from s2d_jax import tasks
 from tests import interpreter
+
+CONFIG = interpreter.ROOT / "configs" / "arithmetic.py"
 
 SCRIPT = """
 import sys, time
@@ -47,12 +52,41 @@ except (RuntimeError, ValueError) as error:
 time.sleep(6 if process == "0" else 0)  # process 0 serves the other
 """
 
+# `s2d-jax run` by one process of two in a working folder, up to the training.
+RUN = """
+import functools, os, pathlib, sys
+import jax
+from s2d_jax import command, hosts, main, tasks
+process, port, config, data, folder, changed, *flags = sys.argv[1:]
+os.chdir(folder)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, f"localhost:{port}", 2, int(process))
+hosts.SHARED_SECONDS = 2
+if changed == "data":  # this process has a problem less
+  def shorter(config):
+    task = tasks_get(config)
+    return task._replace(source=lambda split: list(map(
+        task.source(split).__getitem__, range(len(task.source(split)) - (split == "test")))))
+  tasks_get, tasks.get = tasks.get, shorter
+if changed == "source":  # this process has a checkout that was edited
+  main.__file__ = f"{folder}/main.py"
+main.walk.run = lambda plan, workdir: print("trains in", workdir)
+main.report.write = lambda workdirs: "reported"
+command.call(main.main, [f"--config={config}:tiny", f"--config.data.dir={data}",
+                         "--config.mesh=(1,2,1)", "--workdir=work", "--distributed", *flags])
+"""
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return str(free.getsockname()[1])
+
 
 def outputs(*texts, seconds=60):
   """The output of two processes that compare texts, one list of texts a process."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = str(free.getsockname()[1])
+  port = free_port()
   environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   both = [interpreter.start("-c", SCRIPT, i, port, seconds, *text, env=environment)
           for i, text in enumerate(texts)]
@@ -100,3 +134,67 @@ def test_processes_that_were_started_differently_name_the_difference(other, said
 @pytest.mark.medium
 def test_processes_that_were_started_alike_go_on():
   assert outputs(["start", "0.1", "1"], ["start", "0.1", "1"]) == ["agreed 0"] * 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A folder with the problems, prepared once."""
+  folder = tmp_path_factory.mktemp("data")
+  config = arithmetic.get_config("tiny")
+  config.data.dir = str(folder)
+  tasks.get(config).source("test")
+  return folder
+
+
+def runs(data, folders, changed=("", ""), flags=((), ())):
+  """Two processes of a run, finished, each with its working folder, its change and its flags."""
+  port = free_port()
+  both = [interpreter.start("-c", RUN, i, port, CONFIG, data, folders[i], changed[i], *flags[i],
+                            env=os.environ | {"JAX_PLATFORMS": "cpu"}) for i in range(2)]
+  return [process.wait(150) for process in both]
+
+
+def printed(process):
+  """The lines on standard output, without those of the collectives' library."""
+  return [line for line in process.stdout.splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("changed, flags, fact", [
+    ("", ["--config.seed=7"], "config.seed"), ("", ["--redo=sft-1"], "--redo"),
+    ("data", [], "data.test"), ("source", [], "source")])
+def test_a_run_refuses_processes_that_differ_before_it_writes(
+    changed, flags, fact, data, tmp_path):
+  (tmp_path / "main.py").write_text("")
+  both = runs(data, [tmp_path] * 2, ("", changed), ((), flags))
+  for process, (here, other) in zip(both, ((0, 1), (1, 0)), strict=True):
+    assert process.returncode == 2 and printed(process) == [], process.stderr
+    (line,) = (line for line in process.stderr.splitlines() if line.startswith("s2d_jax: "))
+    assert re.fullmatch(f"s2d_jax: process {here} has {fact} = '.*' and process {other} has '.*': "
+                        "start all processes with one command, code and data.", line)
+  assert [path.name for path in tmp_path.iterdir()] == ["main.py"]
+
+
+@pytest.mark.medium
+def test_a_run_goes_on_where_processes_are_alike_and_share_a_folder(data, tmp_path):
+  both = runs(data, [tmp_path] * 2)
+  assert [process.returncode for process in both] == [0, 0], both
+  assert [printed(process) for process in both] == [["trains in work", "reported"],
+                                                    ["trains in work"]]
+  assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.medium
+def test_a_work_folder_that_is_not_shared_is_refused(data, tmp_path):
+  folders = [tmp_path / "a", tmp_path / "b"]
+  for folder in folders:
+    folder.mkdir()
+  host = re.escape(socket.gethostname())
+  for process in runs(data, folders):
+    assert process.returncode == 2 and printed(process) == [], process.stderr
+    (line,) = (line for line in process.stderr.splitlines() if line.startswith("s2d_jax: "))
+    assert re.fullmatch(
+        f"s2d_jax: process 1 on {host} cannot read what process 0 on {host} wrote to --workdir=work"
+        r" \(No such file or directory\): choose a folder that all hosts reach, such as one on a "
+        "network disk.", line)
+  assert list(folders[0].rglob("*")) == [folders[0] / "work"] and list(folders[1].iterdir()) == []

@@ -1,11 +1,13 @@
 """The shift of targets, the weights, packing, and the store of frozen rollouts."""
 
 import io
+import types
+from concurrent import futures
 
 import numpy as np
 import pytest
 
-from s2d_jax import rollouts
+from s2d_jax import evals, prefixes, rollouts
 from s2d_jax.errors import InputError
 
 
@@ -189,16 +191,58 @@ def test_statistics_of_several_calls_are_added():
   assert rollouts.add_stats([None, None]) is None
 
 
-@pytest.mark.parametrize("reward, said", [
+WRONG = pytest.mark.parametrize("reward, said", [
     (lambda problem, text: None, " is None on '42': return a finite number."),
     (lambda problem, text: "1", " is '1' on '42': return a finite number."),
     (lambda problem, text: np.ones(2), r" is array\(\[1., 1.\]\) on '42': return a finite number."),
     (lambda problem, text: float("nan"), " is nan on '42': return a finite number."),
     (lambda problem, text: float("inf"), " is inf on '42': return a finite number."),
     (lambda problem, text: problem["key"], r", on '42', failed \(KeyError: 'key'\): mend it.")])
+
+
+@WRONG
 def test_a_reward_that_is_no_number_is_one_sentence_with_the_problem(reward, said):
   with pytest.raises(InputError, match=f"^the task's reward of problem 7{said}$"):
     rollouts.checked_reward(reward, {"id": 7}, "42")
+
+
+def of_a_pool(reward):
+  """The reward of prompt 7's response "42", computed in a thread, as a pool computes it."""
+  threads = futures.ThreadPoolExecutor(1)
+  return lambda prompt_id, ids: rollouts.checked_reward(
+      lambda problem, text: threads.submit(reward, problem, text), {"id": prompt_id}, "42")
+
+
+def row_of_prompt_7():
+  return rollouts.given_solutions([rollouts.Prompt(7, (1, 2))], [[7, 8, 9]], 4, 5)
+
+
+class GivenRows:
+  """A sampler that returns one row of prompt 7, whatever it gets."""
+  sampling = types.SimpleNamespace(max_tokens=5, samples_per_prompt=1)
+
+  def __call__(self, params, prompts, seed, on_finish=None):
+    rollout = row_of_prompt_7()
+    if on_finish is not None:
+      on_finish(0, rollout)
+    return rollout, None
+
+
+@WRONG
+@pytest.mark.parametrize("use", [
+    lambda reward, prompts: rollouts.resolved(reward(7, None)),
+    lambda reward, prompts: rollouts.score(reward, row_of_prompt_7()),
+    lambda reward, prompts: evals.solve(GivenRows(), None, prompts, reward, (0,)),
+    lambda reward, prompts: prefixes.measure(
+        GivenRows(), None, prompts, row_of_prompt_7(), reward, None, (0,))],
+    ids=["resolved", "score", "evaluation", "prefixes"])
+def test_a_pools_reward_that_is_no_number_is_one_sentence_with_the_problem(use, reward, said):
+  with pytest.raises(InputError, match=f"^the task's reward of problem 7{said}$"):
+    use(of_a_pool(reward), [rollouts.Prompt(7, (1, 2))])
+
+
+def test_a_pools_reward_is_its_number():
+  assert rollouts.resolved(of_a_pool(lambda problem, text: np.float32(0.5))(7, None)) == 0.5
 
 
 @pytest.mark.parametrize("value", [1, 0.5, True, np.float32(1), np.array(1.0), np.int64(1)])

@@ -356,6 +356,20 @@ def test_weights_are_compared_on_a_mesh_too_and_their_small_files_without_weight
     hf.check(folder)
 
 
+@pytest.mark.parametrize("form", ["# weights\n\n{sum}  {name}\n", "{SUM}  ./{name}\n",
+                                  "SHA256 ({name}) = {sum}\n"])
+def test_checksums_with_comments_in_capitals_or_with_tags_are_read(form, saved):
+  folder, _, params = saved
+  name = "model.safetensors"
+  right = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+  (folder / "SHA256SUMS").write_text(form.format(sum=right, SUM=right.upper(), name=name))
+  jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], params)
+  wrong = "0" * 64
+  (folder / "SHA256SUMS").write_text(form.format(sum=wrong, SUM=wrong, name=name))
+  with pytest.raises(InputError, match=f"{name} holds other bytes than were written"):
+    hf.load(folder)
+
+
 @pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"not sums"])
 def test_damaged_checksums_are_no_checksums(sums, saved):
   folder, _, _ = saved

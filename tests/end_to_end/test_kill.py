@@ -58,6 +58,25 @@ def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_options_killed_repeatedly_ends_with_equal_bytes(tmp_path):
+  """Shares of families are decided in forward_kl; reverse_kl searches, with hints and guides."""
+  options = ("--arm", "bridge", "--options")
+  job.bases(tmp_path / "bases")
+  status, printed = start(tmp_path / "whole", tmp_path / "bases", *options)
+  assert status == 0, printed
+  for moment in ("forward_kl:4", "forward_kl:6", "reverse_kl:5", "reverse_kl:4"):
+    status, printed = start(tmp_path / "work", tmp_path / "bases", *options, "--kill-in", moment)
+    assert status == -signal.SIGKILL, (moment, printed)
+  status, printed = start(tmp_path / "work", tmp_path / "bases", *options)
+  assert status == 0, printed
+  want = job.facts(tmp_path / "whole")
+  got = job.facts(tmp_path / "work")
+  assert sorted(want) == sorted(got) and any("/allocate/" in name for name in want)
+  for name, value in want.items():
+    assert got[name] == value, name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_a_finished_stage_has_its_files_and_ledger(undisturbed, row):
   (folder,) = undisturbed[1].glob(f"{row}-*")

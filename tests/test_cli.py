@@ -234,7 +234,7 @@ def test_flags_take_a_space_or_an_equals_sign():
 
 
 @pytest.mark.medium
-def test_a_plan_moves_nothing_that_is_to_be_made_again(data, tmp_path):
+def test_a_plan_moves_no_folder(data, tmp_path):
   file = tmp_path / "sft-1" / "ledger.json"
   file.parent.mkdir()
   file.write_text("{}")
@@ -243,6 +243,19 @@ def test_a_plan_moves_nothing_that_is_to_be_made_again(data, tmp_path):
                  env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
   assert done.returncode == 0 and "distinct stages, 0 of them finished" in done.stdout, done.stderr
   assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("under, reason", [
+    ("", "is a file: choose a folder."),
+    ("/work", "cannot be written (Not a directory): choose another folder.")])
+def test_a_work_folder_is_refused_before_a_model_is_looked_for(under, reason, tmp_path):
+  (tmp_path / "file").write_text("")
+  done = console("run", "--config=configs/arithmetic.py:tiny", "--config.teacher=nowhere",
+                 f"--workdir={tmp_path}/file{under}",
+                 env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"})
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr == f"s2d_jax: --workdir={tmp_path}/file{under} {reason}\n"
 
 
 @pytest.mark.medium

@@ -162,6 +162,8 @@ def printed(process):
 @pytest.mark.medium
 @pytest.mark.parametrize("changed, flags, fact", [
     ("", ["--config.seed=7"], "config.seed"), ("", ["--redo=sft-1"], "--redo"),
+    ("", ["--config.stages.sft.optim.lr=0.1"], "config.stages.sft.optim"),
+    ("", ["--config.stages.sft.microbatches=2"], "config.stages.sft.microbatches"),
     ("data", [], "data.test"), ("source", [], "source")])
 def test_a_run_refuses_processes_that_differ_before_it_writes(
     changed, flags, fact, data, tmp_path):
@@ -170,8 +172,9 @@ def test_a_run_refuses_processes_that_differ_before_it_writes(
   for process, (here, other) in zip(both, ((0, 1), (1, 0)), strict=True):
     assert process.returncode == 2 and printed(process) == [], process.stderr
     (line,) = (line for line in process.stderr.splitlines() if line.startswith("s2d_jax: "))
-    assert re.fullmatch(f"s2d_jax: process {here} has {fact} = '.*' and process {other} has '.*': "
-                        "start all processes with one command, code and data.", line)
+    assert re.fullmatch(
+        f"s2d_jax: process {here} has {fact} = (['\"]).*\\1 and process {other} has (['\"]).*\\2: "
+        "start all processes with one command, code and data.", line)
   assert [path.name for path in tmp_path.iterdir()] == ["main.py"]
 
 

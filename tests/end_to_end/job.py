@@ -278,8 +278,9 @@ def main(argv):
   mesh = sharding.make_mesh(tuple(int(n) for n in args.mesh.split(",")))
   with stops.watch(command.outcome), jax.set_mesh(mesh):
     recipe.run(run_config, args.workdir, tasks.get(run_config)._replace(reward=reward), arms=ARMS)
-  if args.counts:
-    pathlib.Path(f"{args.counts}.{args.process or 0}").write_text(json.dumps(counts))
+    # Within, because one process of several ends where the watch does.
+    if args.counts:
+      pathlib.Path(f"{args.counts}.{args.process or 0}").write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from s2d_jax import (
   rollouts,
   sampler,
   sharding,
+  splits,
   tasks,
 )
-from s2d_jax.errors import InputError, from_user_code
+from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Task
 from s2d_jax.problem_sets import ProblemSet, origin_line, read_sets
@@ -233,12 +234,7 @@ def _check_positions(args: argparse.Namespace, name: str, prompts: Sequence[Prom
 
 def rendered(task: Task, name: str, one: ProblemSet, tokenizer: chat.Chat) -> list[Prompt]:
   """The prompts of a set."""
-  prompts = []
-  for i, problem in one.problems.items():
-    with from_user_code(f"the task's messages of problem {i} of {name}"):
-      messages = task.messages(problem)
-    prompts.append(Prompt(i, tuple(tokenizer.render(messages, f"problem {i} of {name}"))))
-  return prompts
+  return [splits.prompt_of(task, tokenizer, name, problem) for problem in one.problems.values()]
 
 
 def settings_of(args: argparse.Namespace, task: Task, one: ProblemSet, prompts: Sequence[Prompt],

@@ -39,14 +39,14 @@ def load(config: ConfigDict, task: Task, tokenizer: Chat,
     doctor.check_answers(task.reward, task.respond, splits, config.data.get("leave_out", ""))
   # The texts are checked before they are rendered: a split that is empty, or shares a problem, has
   # a remedy of its own.
-  prompts = {split: [_prompt(task, tokenizer, split, problem) for problem in problems]
+  prompts = {split: [prompt_of(task, tokenizer, split, problem) for problem in problems]
              for split, problems in splits.items()}
   doctor.check_prompts(config, prompts)
   by_id = {problem["id"]: problem for problems in splits.values() for problem in problems}
   return prompts, by_id, _sets(sources, splits, shared)
 
 
-def _prompt(task: Task, tokenizer: Chat, split: str, problem: dict) -> Prompt:
+def prompt_of(task: Task, tokenizer: Chat, split: str, problem: dict) -> Prompt:
   """The rendered prompt of a problem."""
   name = f"problem {problem['id']} of {split}"
   with from_user_code(f"the task's messages of {name}"):

@@ -149,12 +149,9 @@ def solve(sample: Sampler, params: Params, prompts: Sequence[Prompt], reward: Re
     rollout = _resumed(sample, params, prompts, seed, stored, check)
   P = len(prompts)
   rows = range(len(rollout.prompt_id_B))
-  # float32, because the scores of finished runs were computed in it. Rows of other processes stay
-  # 0, so that the sum has each row's.
-  own_B = np.zeros(len(rows), np.float32)
-  for index, found in begun.items():
-    own_B[index] = rollouts.resolved(found) >= 1
-  correct_PG = hosts.sum_over_hosts(own_B).reshape(P, -1)
+  # float32, because the scores of finished runs were computed in it.
+  correct_PG = hosts.join_shares({index: rollouts.resolved(found) >= 1
+                                  for index, found in begun.items()}, len(rows)).reshape(P, -1)
   answer_PG = None
   if answer is not None:
     answers = [answer(rollout.response(index)) for index in rows]

@@ -57,6 +57,15 @@ def sum_over_hosts(own_B: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(own_B).sum(axis=0)
 
 
+def join_shares(share: Mapping[int, float], count: int) -> np.ndarray:
+  """float32 [count] of values by index, of which each process has a share; all must call it."""
+  # Values of other processes stay 0, so that the sum has each one's.
+  own_B = np.zeros(count, np.float32)
+  for index, value in share.items():
+    own_B[index] = value
+  return sum_over_hosts(own_B)
+
+
 def device_memory() -> int | None:
   """Bytes of a device's memory, the least of all processes; None where it is unknown, as on a CPU.
 

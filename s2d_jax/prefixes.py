@@ -111,8 +111,6 @@ def _finished(sample: Sampler, params: Params, prompts: Sequence[Prompt],
   # Each host checks its share. All checks begin before one is waited for: a pool may compute them.
   first, processes = hosts.share()
   rewards = {i: reward(prompts[i].id, whole[i]) for i in range(first, len(prompts), processes)}
-  own_P = np.zeros(len(prompts), np.int32)
-  for i, found in rewards.items():
-    own_P[i] = rollouts.resolved(found) >= 1
-  right_P = hosts.sum_over_hosts(own_P).astype(bool)
+  right_P = hosts.join_shares({i: rollouts.resolved(found) >= 1 for i, found in rewards.items()},
+                              len(prompts)).astype(bool)
   return right_P, answer and np.array([answer(ids) is not None for ids in whole])

@@ -270,15 +270,11 @@ def score(reward: Reward, rollout: Rollout,
   """
   early = early or {}
   B = len(rollout.prompt_id_B)
-  # Rows of other hosts stay 0, so that the sum over hosts is each row's reward.
-  own_B = np.zeros(B, np.float32)
   begun = {}
   for b in range(jax.process_index(), B, jax.process_count()):
     begun[b] = early[b] if b in early else reward(int(rollout.prompt_id_B[b]), rollout.response(b))
   # Only after all have begun: several processes may check them.
-  for b, found in begun.items():
-    own_B[b] = resolved(found)
-  reward_B = hosts.sum_over_hosts(own_B)
+  reward_B = hosts.join_shares({b: resolved(found) for b, found in begun.items()}, B)
   # After the sum, so that every host raises and none waits for one that has stopped.
   for b in np.flatnonzero(~np.isfinite(reward_B)):
     raise InputError(f"prompt {rollout.prompt_id_B[b]}, sample {rollout.sample_index_B[b]} has the "

@@ -200,6 +200,9 @@ def plan(config: ConfigDict, task: Task, stages: Sequence[Stage], arms: Mapping[
     if function is not None:
       identity_of(function)
   chosen = _chosen_arms(config, arms)
+  for arm in chosen:
+    combinations.check_arm(arm, [config.stages[name].steps for use in arms[arm]
+                                 for name in (use.stage, *use.steps_from)])
   tokenizer, bases = _load_pair(config)
   prompts, problems, sets = splits.load(config, task, tokenizer)
   # A share is chosen by a hash of the id, so a smaller share of labels is part of a larger one.
@@ -295,8 +298,6 @@ def _chosen_arms(config: ConfigDict, arms: Mapping[str, Arm]) -> list[str]:
       for needed in (use.stage, *use.steps_from):
         if needed not in config.stages:
           raise InputError(f"the arm {arm} needs config.stages.{needed}: add it, or drop the arm.")
-    combinations.check_arm(arm, [config.stages[name].steps for use in arms[arm]
-                                 for name in (use.stage, *use.steps_from)])
   if not chosen:
     raise InputError(f"config.arms is empty: choose from {', '.join(arms)}.")
   return chosen

@@ -42,6 +42,15 @@ def test_a_stage_counts_as_often_as_the_arms_train_it(config):
   assert found.left_out == ("probe (not compiled)", "test (not compiled)")
 
 
+def test_an_arm_whose_stages_are_left_out_has_no_hours(config):
+  # A run refuses such an arm; preflight leaves stages out by giving them 0 steps.
+  config.arms = "cold_grpo,raw_bridge"
+  config.stages.student_grpo.steps = 0
+  found = runs.total(plans(config), [STAGES])
+  assert found.counts == {"stage": 2}
+  assert found.hours == pytest.approx(2 * (100 + 3000))
+
+
 def test_steps_of_other_stages_are_those_that_the_arm_makes(config):
   config.arms = "sft_only"
   found = runs.total(plans(config), [STAGES])

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from s2d_jax import command
+from s2d_jax import command, supervisor
 
 # Modules are imported when called: a report then needs no training code and no checkpoint library.
 COMMANDS = {  # name -> (module, its function of the flags, description)
@@ -35,6 +35,8 @@ def main() -> None:
     print(usage(), file=sys.stderr)
     command.fail(f"there is no command {name!r}: choose one of these." if name else
                  "no command was given: choose one of these.")
+  elif name == "run" and supervisor.is_needed(argv):
+    sys.exit(supervisor.run(supervisor.command_line(argv)))
   else:
     module, function, _ = COMMANDS[name]
     command.call(getattr(importlib.import_module(module), function), argv)

@@ -7,7 +7,7 @@
   2: the request is wrong; a sentence on standard error says why.
   75: stopped and saved, or another process vanished; the same command continues.
   130, 143: ended by a second signal, without saving.
-  134: JAX ended it, because process 0 of several is gone.
+  137: the system killed this process of several, as where memory is short.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from s2d_jax import (
   report,
   sharding,
   stops,
+  supervisor,
   sweep,
   tasks,
   walk,
@@ -178,4 +179,6 @@ def _set_line(split: str, facts: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+  if supervisor.is_needed(sys.argv[1:]):
+    sys.exit(supervisor.run(supervisor.command_line(sys.argv[1:])))
   command.call(main, sys.argv[1:])

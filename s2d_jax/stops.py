@@ -8,7 +8,8 @@ Threads watch, because the main thread may be inside a compilation, or wait for 
 - A process that fails, or says nothing for LOST_SECONDS, ends all others with a sentence.
 
 JAX's coordinator is in process 0. Where that process is killed, JAX ends the others within a
-second, by SIGABRT and with a message of JAX. So process 0 ends last in all other cases.
+second by SIGABRT, which `supervisor` turns into a sentence. So process 0 ends last in all other
+cases.
 """
 
 import contextlib
@@ -21,13 +22,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 from jax._src import distributed  # its client has no public name (jax 0.10 to 0.12)
 
-from s2d_jax import hosts
+from s2d_jax import hosts, supervisor
 
 LOST_SECONDS = 60.0    # without a word of a process, until the others end
 START_SECONDS = 300.0  # until all processes must have been started
@@ -57,6 +58,7 @@ class Watch:
 
   def __init__(self) -> None:
     self._process, self._processes = 0, 1
+    self._parent = supervisor.parent()
     self._changed = threading.Condition()  # guards all of the following
     self._deferred = False
     self._first_signal: float | None = None  # when it came to this process
@@ -161,8 +163,7 @@ class Watch:
     with self._changed:
       self._me = self._me._replace(code=code, reason=reason)
     self._publish()
-    while not all(p in self._peers and self._peers[p].code is not None
-                  for p in range(self._processes)):
+    while not self._have_codes(self._peers):
       time.sleep(_TICK_SECONDS / 4)
     if self._process == 0:
       time.sleep(3 * _TICK_SECONDS)  # the coordinator ends last
@@ -172,6 +173,10 @@ class Watch:
   def _watch_signals(self) -> None:
     """The work of the thread that calls no other process, until `running` ends."""
     while not self._closed.is_set():
+      # A launcher that starts the run again must not meet the process of a killed parent.
+      if self._parent is not None and os.getppid() != self._parent:
+        self._exit(hosts.RETRY, f"process {self._parent}, which supervised process "
+                   f"{self._process} on {self._me.host}, was killed; {_GOES_ON}")
       if select.select([self._reader], [], [], _TICK_SECONDS)[0]:
         for number in os.read(self._reader, 64):
           if number in _SIGNALS:
@@ -229,6 +234,8 @@ class Watch:
       finished = process in heard and heard[process].code is not None
       silent = heard.get(process) == self._peers.get(process) and not finished
       self._silent[process] = self._silent[process] + 1 if silent else 0
+    if 0 in heard and 0 not in self._peers:
+      supervisor.tell(self._process, distributed.global_state.coordinator_address, heard[0].host)
     self._peers = heard
     self._check_finished()
     self._check_silent()
@@ -306,14 +313,17 @@ class Watch:
     _flush()
     os._exit(code)
 
+  def _have_codes(self, peers: Mapping[int, _Peer]) -> bool:
+    """Whether every process has published a code."""
+    return len(peers) == self._processes and all(p.code is not None for p in peers.values())
+
   def _wait_as_coordinator(self) -> None:
     """In process 0: until the others have ended too, or had the time to."""
     deadline = time.monotonic() + 2 * _GRACE_SECONDS
     while self._process == 0 and time.monotonic() < deadline:
       time.sleep(_TICK_SECONDS)
       with contextlib.suppress(jax.errors.JaxRuntimeError):
-        heard = self._hear()
-        if len(heard) == self._processes and all(p.code is not None for p in heard.values()):
+        if self._have_codes(self._hear()):
           time.sleep(3 * _TICK_SECONDS)
           return
 

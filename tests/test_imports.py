@@ -13,7 +13,7 @@ PACKAGE = ROOT / "s2d_jax"
 # The units that each unit may import. It may also import everything that those may import, and
 # `errors`. A file or folder that is not named here imports nothing else of ours.
 ARROWS = {
-  "cli": {"main", "preflight", "evaluate", "export"},
+  "cli": {"main", "preflight", "evaluate", "export", "supervisor"},
   "main": {"recipe", "sweep", "report", "command"},
   "preflight": {"recipe", "sweep", "command"},
   "evaluate": {"problem_sets", "evals", "sampler", "chat", "command"},
@@ -22,7 +22,7 @@ ARROWS = {
   "assets": {"recipe"},  # the script that trained them
   "recipe": {"walk", "tasks"},
   "walk": {"scoring", "budget", "ladder", "stops"},
-  "stops": {"hosts"},
+  "stops": {"hosts", "supervisor"},
   "scoring": {"stage", "losses"},
   "tasks": {"planning", "rewards"},
   "budget": {"planning", "files"},

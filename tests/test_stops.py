@@ -1,6 +1,7 @@
 """Signals and lost processes, each in processes of a small program that does nothing else."""
 
 import os
+import pathlib
 import signal
 import socket
 import time
@@ -27,7 +28,7 @@ if count > 1:
       f"localhost:{port}", count, process, **seconds)
 
 def ready():
-  pathlib.Path(folder, f"ready-{process}").touch()
+  pathlib.Path(folder, f"ready-{process}").write_text(str(os.getpid()))
 
 def work(argv):
   if kind == "joins":
@@ -65,19 +66,26 @@ def work(argv):
 command.call(work, [])
 """
 
+# It runs the program in a child.
+SUPERVISED = """
+import sys
+from s2d_jax import supervisor
+sys.exit(supervisor.run([sys.executable, "-c", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture
 def begin(tmp_path):
   """begin(count, kind): starts the processes of a run; returns them once each works."""
   started = []
 
-  def begin(count, kind, missing=()):
+  def begin(count, kind, missing=(), supervised=False):
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     processes = [p for p in range(count) if p not in missing]
-    started.extend(interpreter.start("-c", PROGRAM, p, count, port, kind, tmp_path)
-                   for p in processes)
+    program = ("-c", SUPERVISED, PROGRAM) if supervised else ("-c", PROGRAM)
+    started.extend(interpreter.start(*program, p, count, port, kind, tmp_path) for p in processes)
     deadline = time.monotonic() + 60
     # Where one is missing, the others work on nothing yet.
     while (kind == "joins" or not missing) and time.monotonic() < deadline and any(
@@ -246,3 +254,63 @@ def test_processes_that_are_not_all_started_end_with_a_sentence(begin):
     done = process.wait(90)
     assert done.returncode == 1
     assert "not all processes were started within 6 s" in done.stderr
+
+
+def child(tmp_path, process):
+  """The number of the process that works, where another one supervises it."""
+  return int((tmp_path / f"ready-{process}").read_text())
+
+
+def runs(process):
+  """Whether a process of this number runs."""
+  # One that has ended may stay listed, without a command line, until its parent takes note.
+  try:
+    return pathlib.Path(f"/proc/{process}/cmdline").read_bytes() != b""
+  except OSError:
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_process_0_is_named_by_the_parents_of_the_others(begin, tmp_path):
+  processes = begin(2, "steps", supervised=True)
+  time.sleep(3)  # until each has heard of the other
+  os.kill(child(tmp_path, 0), signal.SIGKILL)
+  start = time.monotonic()
+  done = [process.wait(60) for process in processes]
+  assert time.monotonic() - start < 20
+  assert [d.returncode for d in done] == [128 + signal.SIGKILL, 75], [d.stderr for d in done]
+  host = socket.gethostname()
+  assert f"process 0 on {host} was ended by SIGKILL, as by the system where" in done[0].stderr
+  assert f"process 1 on {host} was aborted, because process 0 on {host} is gone" in done[1].stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_parent_saves_in_all_processes(begin, number):
+  processes = begin(2, "steps", supervised=True)
+  send(processes[1], number)
+  done = [process.wait(60) for process in processes]
+  assert [d.returncode for d in done] == [75, 75], [d.stderr for d in done]
+  assert all("saved" in d.stdout for d in done)
+
+
+@pytest.mark.slow
+def test_a_process_ends_where_its_parent_was_killed(begin, tmp_path):
+  (process,) = begin(1, "hangs", supervised=True)
+  send(process, signal.SIGKILL)
+  process.wait(30)
+  deadline = time.monotonic() + 20
+  while time.monotonic() < deadline and runs(child(tmp_path, 0)):
+    time.sleep(0.2)
+  assert not runs(child(tmp_path, 0))
+
+
+@pytest.mark.slow
+def test_an_abort_is_a_fault_where_process_0_lives(begin, tmp_path):
+  processes = begin(2, "steps", supervised=True)
+  time.sleep(3)
+  os.kill(child(tmp_path, 1), signal.SIGABRT)
+  done = [process.wait(60) for process in processes]
+  assert done[1].returncode == 128 + signal.SIGABRT
+  assert "process 1 on" in done[1].stderr and "was ended by SIGABRT" in done[1].stderr
+  assert done[0].returncode == 75 and "has been silent" in done[0].stderr

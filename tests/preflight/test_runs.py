@@ -42,7 +42,7 @@ def test_a_stage_counts_as_often_as_the_arms_train_it(config):
   assert found.left_out == ("probe (not compiled)", "test (not compiled)")
 
 
-def test_an_arm_whose_stages_are_left_out_has_no_hours(config):
+def test_an_arm_without_steps_is_skipped(config):
   # A run refuses such an arm; preflight leaves stages out by giving them 0 steps.
   config.arms = "cold_grpo,raw_bridge"
   config.stages.student_grpo.steps = 0

@@ -217,7 +217,7 @@ _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX st
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
   """Runs a command; an error becomes one sentence and exit code 2, or 1 where a stage failed.
 
-  With --debug the traceback of an unexpected error is printed too.
+  With --debug the traceback of an unexpected error, or of a sentence's cause, is printed too.
 
   JAX then takes `chips.GPU_SHARE` of a GPU, unless the environment has another share.
   """
@@ -236,6 +236,9 @@ def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
 
 def outcome(error: BaseException) -> tuple[int, str]:
   """(exit code, sentence) of what ended a command."""
+  # Such as an error of a function of the task.
+  if _debug and isinstance(error, InputError | WriteError) and error.__cause__ is not None:
+    traceback.print_exception(error.__cause__)
   match error:
     case SystemExit():
       # `fail` has printed a sentence; a stop has saved.

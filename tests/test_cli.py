@@ -12,7 +12,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import cli, command, main
-from s2d_jax.errors import InputError, WriteError
+from s2d_jax.errors import InputError, WriteError, from_user_code
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -280,3 +280,20 @@ def test_arguments_of_a_template_need_not_stand_in_the_config(flags, expected):
   template = config.template.to_dict()
   assert {name: list(x) if isinstance(x, tuple) else x for name, x in template.items()} == expected
   assert config.is_locked
+
+
+def test_debug_shows_where_a_function_of_the_task_failed(capsys):
+  def reward(text):
+    return {}[text]
+
+  def fails(argv):
+    with from_user_code("the task's reward"):
+      reward("answer")
+
+  for words, shown in (([], False), (["--debug"], True)):
+    with pytest.raises(SystemExit) as ended:
+      command.call(fails, words)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "the task's reward failed (KeyError: 'answer'): mend it." in printed
+    assert ("in reward" in printed) == shown

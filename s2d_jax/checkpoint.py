@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 
 import jax
@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax import checksums, files, hosts, metrics
-from s2d_jax.errors import InputError, WriteError
+from s2d_jax.errors import InputError
 from s2d_jax.sharding import Params
 
 DAMAGED = "damaged"  # the folder of checkpoints that are not used, within a stage's
@@ -91,9 +91,13 @@ class Checkpoints:
       unfinished.result()
 
   def load(self, abstract: Params) -> Params:
-    """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
-    with jax.transfer_guard("allow"):
-      found = self._orbax.load(self.latest(), _named(abstract))
+    """The newest state, laid out as `abstract` says, whatever mesh wrote it.
+
+    Raises:
+      WriteError: it cannot be read, after several attempts.
+    """
+    step = self.latest()
+    found = _read(self._folder / str(step), lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
@@ -133,8 +137,6 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
       if damage is None:
         _check_logs(stage, step, recorded["logs"])
         return recorded["logs"]
-      if damage.unreadable:
-        raise _unreadable(damage.text)
       reason = damage.text
     older = steps[index + 1 :]
     then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
@@ -143,11 +145,6 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
       _set_aside(stage, folder / str(step))
     hosts.barrier(f"checkpoint {step} of {stage}")
   return {}
-
-
-def _unreadable(text: str) -> WriteError:
-  """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
-  return WriteError(f"{text}: mend the disk, and the same command goes on from there.")
 
 
 def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
@@ -170,16 +167,12 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   try:
     return files.read_json(path), None
   except InputError as error:
-    if isinstance(error.__cause__, OSError):
-      raise _unreadable(str(error)) from error
     return {}, str(error)
 
 
 def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
   """Raises InputError where a part of a log is damaged that was written before a checkpoint."""
   damage = checksums.damage(stage, recorded)
-  if damage is not None and damage.unreadable:
-    raise _unreadable(damage.text)
   if damage is not None:
     log, _, part = damage.name.partition("/")
     saved = _checkpoints(stage) / str(step)
@@ -205,11 +198,43 @@ def _writing(path: epath.Path) -> Iterator[None]:
       yield
   # TensorStore's errors are ValueErrors; those of the metadata's files are OSErrors.
   except (ValueError, OSError) as error:
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    raise files.not_written(
-        path, os.strerror(int(code[1])) if code else str(error).partition("\n")[0]) from error
+    reason = checksums.reason(_failure_of_disk(error) or error)
+    raise files.not_written(path, reason) from error
   finally:
     log.setLevel(level)
+
+
+def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
+  """What `load()` reads of a checkpoint; raises WriteError where the disk fails each time."""
+  def attempt() -> Params:
+    try:
+      with jax.transfer_guard("allow"):
+        return load()
+    except Exception as error:
+      failure = _failure_of_disk(error)
+      if failure is None:
+        raise
+      raise failure from error
+
+  try:
+    # All processes load together: one that began again alone would wait for the others for ever.
+    return checksums.retried(path, attempt, () if jax.process_count() > 1 else None, OSError)
+  except OSError as error:  # a file of it is gone
+    raise checksums.not_read(path, error) from error
+
+
+def _failure_of_disk(error: BaseException | None) -> OSError | None:
+  """A new OSError for that behind an error of Orbax's, or for TensorStore's; None: it has neither.
+  """
+  while error is not None:
+    if isinstance(error, OSError):
+      return OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
+    # TensorStore's errors are ValueErrors whose text begins with a status, such as UNAVAILABLE.
+    if isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)):
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def save_final(folder: epath.PathLike, params: Params) -> None:
@@ -220,9 +245,13 @@ def save_final(folder: epath.PathLike, params: Params) -> None:
 
 
 def load_final(folder: epath.PathLike, abstract: Params) -> Params:
-  """A finished stage's weights, of the types and laid out as `abstract` says."""
-  with jax.transfer_guard("allow"):
-    return ocp.load(_checkpoints(folder) / "final", abstract)
+  """A finished stage's weights, of the types and laid out as `abstract` says.
+
+  Raises:
+    WriteError: they cannot be read, after several attempts.
+  """
+  final = _checkpoints(folder) / "final"
+  return _read(final, lambda: ocp.load(final, abstract))
 
 
 def drop_steps(folder: epath.PathLike) -> None:

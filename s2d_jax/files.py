@@ -191,6 +191,20 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
 
 @contextlib.contextmanager
+def without_writer(folder: epath.PathLike) -> Iterator[None]:
+  """A block, such as one that moves a folder, which begins only where no live process writes it.
+
+  Raises:
+    InputError: as `only_writer`, which also says when this waits.
+  """
+  path = epath.Path(folder) / LOCK
+  with _one_at_a_time(path.parent):
+    if path.exists():
+      _take_over(path, {"host": socket.gethostname(), "pid": os.getpid()})
+    yield
+
+
+@contextlib.contextmanager
 def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
   """Lets one process of several look at a lock and write it, where the disk has file locks.
 

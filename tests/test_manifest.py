@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
+import time
 
 import jax
 import pytest
@@ -116,14 +119,20 @@ def test_the_revision_is_read_once():
   assert manifest.revision() is first  # read once: a commit made meanwhile is another's
 
 
+def lock(folder, pid):
+  (folder / "writer.lock").write_text(json.dumps(
+      {"host": socket.gethostname(), "pid": pid, "beat": time.time()}))
+
+
 def finished(workdir):
   """A finished stage's folder, with what a running one leaves behind."""
   folder = workdir / manifest.name("student_grpo", INPUTS)
   for name in ("ledger.json", "ledger/00000000.jsonl", "checkpoints/final/d/weights",
                "hf/model.safetensors", "hf/config.json", "checkpoints/6/d/weights",
-               "checksums/00000006.json", "writer.lock"):
+               "checksums/00000006.json"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f"text of {name}")
+  lock(folder, 2**22 + 1)  # no process has this number
   manifest.write(folder, {"inputs": INPUTS, "revision": "abc", "mesh": {"data": 1}})
   return folder
 
@@ -219,6 +228,29 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   assert (tmp_path / "replaced" / name / "ledger.json").exists()
   with pytest.raises(InputError, match="--redo=replaced names no folder of "):
     manifest.set_aside(tmp_path, ["replaced"])
+
+
+def test_a_folder_that_is_not_finished_or_is_being_written_is_not_set_aside(tmp_path):
+  done = finished(tmp_path)
+  other = tmp_path / "reverse_kl-0123456789ab"
+  shutil.copytree(done, other)
+  (other / "manifest.json").unlink()
+  with pytest.raises(InputError) as refused:
+    manifest.set_aside(tmp_path, [done.name, other.name])
+  assert str(refused.value) == (
+      f"--redo={other.name} names a folder that is not finished, as {other} has no manifest.json: "
+      "leave --redo out, and the command goes on with it.")
+  assert done.exists()  # nothing is moved
+  sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  lock(done, sleeper.pid)
+  try:
+    with pytest.raises(InputError, match=f"^{done} is being written by process {sleeper.pid} on "):
+      manifest.set_aside(tmp_path, [done.name])
+  finally:
+    sleeper.kill()
+    sleeper.wait()
+  manifest.set_aside(tmp_path, [done.name])
+  assert not done.exists() and (tmp_path / "replaced" / done.name / "manifest.json").exists()
 
 
 def test_a_command_that_is_started_twice_moves_a_folder_once(tmp_path, capsys):

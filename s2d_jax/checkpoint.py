@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax import checksums, files, hosts, metrics
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
 DAMAGED = "damaged"  # the folder of checkpoints that are not used, within a stage's
@@ -148,15 +148,26 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
 
 
 def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
-  """Moves a damaged checkpoint out of the way, until the stage is done."""
-  if "://" in os.fspath(saved):  # a store cannot rename a folder
-    saved.rmtree()
-    return
+  """Moves a damaged checkpoint out of the way, until the stage is done.
+
+  Raises:
+    WriteError: the disk or the store does not let it go.
+  """
   target = stage / DAMAGED / saved.name
-  if target.exists():
-    target.rmtree()
-  target.parent.mkdir(parents=True, exist_ok=True)
-  saved.rename(target)
+  try:
+    if "://" in os.fspath(saved):  # a store cannot rename a folder
+      saved.rmtree()
+      return
+    if target.exists():
+      target.rmtree()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    saved.rename(target)
+  # Each store's library has exceptions of its own.
+  except Exception as error:
+    raise WriteError(
+        f"{saved} is damaged and cannot be moved to {target.parent} ({checksums.reason(error)}): "
+        "permit it or mend the disk, or delete the checkpoint, and the same command goes on from "
+        "the one before.") from error
 
 
 def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record], str | None]:

@@ -127,6 +127,25 @@ def test_a_damaged_checkpoint_is_set_aside_until_the_stage_is_done(tmp_path):
   assert not (tmp_path / "damaged").exists()
 
 
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_one_sentence(tmp_path, monkeypatch):
+  stage_of(tmp_path)
+  saved = tmp_path / "checkpoints" / "4"
+  flip(largest(saved))
+  def refused(*_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+  with monkeypatch.context() as patch:
+    patch.setattr(type(epath.Path("/")), "rename", refused)
+    with pytest.raises(WriteError) as error:
+      resumed(tmp_path)
+  assert str(error.value) == (
+      f"{saved} is damaged and cannot be moved to {tmp_path}/damaged (Read-only file system): "
+      "permit it or mend the disk, or delete the checkpoint, and the same command goes on from the "
+      "one before.")
+  # The remedy works.
+  shutil.rmtree(saved)
+  assert resumed(tmp_path) == (2, 2.0)
+
+
 @pytest.mark.parametrize("name", ["checkpoints/4/_CHECKPOINT_METADATA", "checksums/00000004.json",
                                   "ledger/00000000.jsonl"])
 def test_a_disk_that_cannot_be_read_stops_the_stage_and_nothing_is_set_aside(

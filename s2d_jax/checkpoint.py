@@ -17,11 +17,14 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, metrics
+from s2d_jax import checksums, files, hosts, json_objects, metrics
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
 DAMAGED = "damaged"  # the folder of checkpoints that are not used, within a stage's
+_STARTS = "starts"  # the folder with a file of each start, within a stage's
+# No result depends on a start, so a damaged one may be deleted.
+_REMEDY_OF_START = "restore it, or delete it: the seconds lost before are in it"
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
 
@@ -126,9 +129,10 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
   steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
   # All processes have listed the folder before one of them changes it.
   hosts.barrier(f"checkpoints of {stage}")
-  if steps and not (stage / checksums.FOLDER).exists():
+  if steps and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
     metrics.announce(f"{folder / str(steps[0])} has no checksums, of an older version or because "
-                     f"{stage / checksums.FOLDER} was not copied: it is used as it is.")
+                     f"neither {checksums.FOLDER} nor {_STARTS} of {stage} was copied: it is used "
+                     "as it is.")
     return {}
   for index, step in enumerate(steps):
     recorded, reason = _recorded(stage, step)
@@ -145,6 +149,17 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
       _set_aside(stage, folder / str(step))
     hosts.barrier(f"checkpoint {step} of {stage}")
   return {}
+
+
+def _writes_checksums(stage: epath.Path) -> bool:
+  """Whether a stage began with a version that writes checksums of its checkpoints."""
+  # The first start is written before the first checkpoint, and has a seal since checksums are
+  # written. Later ones may be of a newer version. A store could not hold an empty folder as a mark.
+  starts = files.finished_files(stage / _STARTS)
+  if not starts:
+    return False
+  data = checksums.retried(starts[0], starts[0].read_bytes)
+  return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
 
 
 def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
@@ -174,7 +189,7 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   """The checksums that belong to a checkpoint, or the reason for which there are none."""
   path = _sums(stage, step)
   if not path.exists():
-    return {}, f"{path} is missing, so the process ended while it saved"
+    return {}, f"{path} is missing, as where the process ended while it saved"
   try:
     return files.read_json(path), None
   except InputError as error:
@@ -286,9 +301,8 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   the writer's last heartbeat is lost: its work is done again.
   """
   folder = epath.Path(folder)
-  # No result depends on them, so a damaged one may be deleted.
-  starts = [files.read_json(path, "restore it, or delete it: the seconds lost before are in it")
-            for path in files.finished_files(folder / "starts")]
+  starts = [files.read_json(path, _REMEDY_OF_START)
+            for path in files.finished_files(folder / _STARTS)]
   lost = 0.0
   if last_heartbeat is not None and starts:
     saved = folder / "checkpoints" / str(start)
@@ -296,7 +310,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
     since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
-    files.write_json(folder / "starts" / f"{len(starts):08d}.json",
+    files.write_json(folder / _STARTS / f"{len(starts):08d}.json",
                      {"at": time.time(), "step": start, "lost": lost}, sealed=True)
   return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
 
@@ -304,7 +318,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
 def add_lost(folder: epath.PathLike, seconds: float) -> None:
   """Notes the seconds of a step that a stop cut, with the start that they belong to."""
   if hosts.leader():
-    path = files.finished_files(epath.Path(folder) / "starts")[-1]
+    path = files.finished_files(epath.Path(folder) / _STARTS)[-1]
     files.write_json(path, files.read_json(path) | {"cut": seconds}, sealed=True)
 
 

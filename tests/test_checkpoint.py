@@ -226,6 +226,22 @@ def test_checkpoints_without_their_folder_of_checksums_are_used_as_they_are(tmp_
   assert f"{tmp_path}/checkpoints/4 has no checksums, of an older version" in said
 
 
+def test_checkpoints_of_a_stage_that_lost_its_checksums_are_not_used(tmp_path, capsys):
+  checkpoint.lost_seconds(tmp_path, 0, None)  # as a stage notes its start, before it saves
+  stage_of(tmp_path)
+  shutil.rmtree(tmp_path / "checksums")
+  shutil.copytree(tmp_path, tmp_path / "older")
+  assert resumed(tmp_path) == (None, None)
+  said = capsys.readouterr().err
+  assert f"{tmp_path}/checkpoints/2 is not used ({tmp_path}/checksums/00000002.json is miss" in said
+  assert (tmp_path / "damaged" / "4").exists()
+  # A version without checksums wrote its starts without a seal; a newer one goes on from it.
+  (tmp_path / "older" / "starts" / "00000000.json").write_text('{"at": 1, "step": 0, "lost": 0}')
+  checkpoint.lost_seconds(tmp_path / "older", 4, None)
+  assert resumed(tmp_path / "older") == (4, 4.0)
+  assert "has no checksums, of an older version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [flip, cut, pathlib.Path.unlink, lambda p: p.write_bytes(b"")])
 def test_a_damaged_log_before_a_checkpoint_stops_the_stage_and_is_named(tmp_path, change):
   stage_of(tmp_path)

@@ -46,11 +46,14 @@ class Checkpoints:
     self._new_logs: list[str] = []  # parts that have none yet
     self._thread = futures.ThreadPoolExecutor(1)
     self._unfinished: futures.Future | None = None
-    self._closed = False
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
         self._folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True)
+    # The last one first, and each of them also after an error of another.
+    self._at_close = contextlib.ExitStack()
+    for end in (self._close_orbax, self._thread.shutdown, self._wait):
+      self._at_close.callback(end)
 
   def latest(self) -> int | None:
     """Step of the newest complete checkpoint, or None."""
@@ -105,15 +108,11 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for unfinished writes; a second call does nothing."""
-    if self._closed:
-      return
-    self._closed = True
-    try:
-      self._wait()
-    finally:
-      self._thread.shutdown()
-      with _writing(self._folder):
-        self._orbax.close()
+    self._at_close.close()
+
+  def _close_orbax(self) -> None:
+    with _writing(self._folder):
+      self._orbax.close()
 
 
 def _named(state: Params) -> Params:

@@ -284,6 +284,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_holds(tmp_path, c
       "and the same command goes on from what was saved before.")
   with contextlib.suppress(WriteError):  # the error again
     steps.close()
+  steps.close()  # closed already, so no error
   assert capfd.readouterr().err == ""
   # With space the stage goes on.
   steps = checkpoint.Checkpoints(tmp_path)

@@ -239,6 +239,9 @@ def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
       failure = _failure_of_disk(error)
       if failure is None:
         raise
+      # TensorStore's words for a file that is damaged or gone, which no further attempt changes.
+      if str(failure).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
+        raise checksums.not_read(path, failure) from error
       raise failure from error
 
   try:

@@ -170,15 +170,21 @@ def test_a_disk_that_cannot_be_read_stops_the_stage_and_nothing_is_set_aside(
 
 
 @contextlib.contextmanager
-def files_open(number):
-  """Lets this process open so many further files, so that others are an error of the system."""
+def no_further_file():
+  """Lets this process open no further file, which is an error of the system."""
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-  there = max(int(name) for name in os.listdir("/proc/self/fd"))
-  resource.setrlimit(resource.RLIMIT_NOFILE, (there + number, limits[1]))
+  # The limit is on the highest number, so the free ones below it are taken.
+  highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+  taken = [os.dup(0)]
+  while taken[-1] < highest:
+    taken.append(os.dup(0))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1, limits[1]))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for number in taken:
+      os.close(number)
 
 
 # Orbax leaves coroutines behind where one of its reads fails.
@@ -197,20 +203,26 @@ def test_a_checkpoint_that_cannot_be_read_is_tried_again_and_then_one_sentence(
   load()
   waits = []
   monkeypatch.setattr(checksums.time, "sleep", waits.append)
-  with pytest.raises(WriteError) as refused, files_open(1):
+  with pytest.raises(WriteError) as refused, no_further_file():
     load()
   assert str(refused.value) == (
       f"{tmp_path}/checkpoints/{name} cannot be read (Too many open files): mend the disk, and the "
       "same command goes on from there.")
   assert len(waits) == 3
-  # A file that TensorStore reads, and not Orbax.
+  # The disk works again after the first attempt.
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  monkeypatch.setattr(checksums.time, "sleep",
+                      lambda _: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+  with no_further_file():
+    np.testing.assert_array_equal(load()["w"], np.full((8, 4), 4, np.float32))
+  # A file that TensorStore reads, and not Orbax. No wait brings it back.
   path = largest(tmp_path / "checkpoints" / name)
   path.rename(path.with_name("aside"))
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
   with pytest.raises(WriteError, match=f"/checkpoints/{name} cannot be read .DATA_LOSS: .*: mend"):
     load()
-  # The disk works again after the first attempt.
-  monkeypatch.setattr(checksums.time, "sleep", lambda _: path.with_name("aside").rename(path))
-  np.testing.assert_array_equal(load()["w"], np.full((8, 4), 4, np.float32))
+  assert len(waits) == 3
+  path.with_name("aside").rename(path)
   # A wrong state is no error of a disk.
   with pytest.raises(Exception, match="(?s)v: .*Source") as mismatch:
     checkpoint.load_final(tmp_path, {"v": like["w"]})

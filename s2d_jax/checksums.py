@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -21,6 +22,7 @@ from s2d_jax.errors import InputError, WriteError
 
 FOLDER = "checksums"  # with the records of the folder that it is in
 FINISHED = "finished.json"  # of all files of a finished folder, within FOLDER
+SUMS = "SHA256SUMS"  # of a model's folder, in the format of the command sha256sum
 Record = dict[str, dict[str, Any]]
 
 # An object store may fail for a minute, and a disk for a moment: seconds before each attempt.
@@ -29,6 +31,7 @@ _DISK_WAITS = (0.5, 1, 2)
 # Of a path that holds no file: no further attempt finds one.
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _Read = TypeVar("_Read")
+_ESCAPES = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}  # of names, as coreutils writes them
 _CHUNK = 1 << 24  # bytes of a file in memory at once
 # Hashing does without the interpreter's lock, and a disk or a store serves several files at once.
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
@@ -183,6 +186,30 @@ def reading(folder: epath.PathLike, recorded: Record, remedy: str,
       refuse(compared.result(), error)
       raise
     refuse(compared.result())
+
+
+def published(path: epath.PathLike) -> dict[str, str]:
+  """{name of a file: its SHA-256} of a file of the command sha256sum.
+
+  Raises:
+    InputError: it is damaged.
+  """
+  found = {}
+  # Not splitlines, which ends a line at characters that a name may have.
+  text = epath.Path(path).read_bytes().decode(errors="replace")
+  lines = text.replace("\r\n", "\n").split("\n")
+  for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
+    # As sha256sum writes it, or with --tag. After a backslash the name has escapes.
+    match = re.fullmatch(r"(?P<escaped>\\?)(?:(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)|"
+                         r"SHA256 \((?P<tagged>.+)\) = (?P<tag>[0-9a-fA-F]{64}))", line)
+    if match is None:
+      raise InputError(f"{path} is damaged, or is not of the command sha256sum: get it again, or "
+                       "delete it.")
+    name = match["name"] or match["tagged"]
+    if match["escaped"]:
+      name = re.sub(r"\\[\\nr]", lambda escape: _ESCAPES[escape[0]], name)
+    found[name.removeprefix("./")] = (match["sum"] or match["tag"]).lower()
+  return found
 
 
 def redo(folder: epath.PathLike) -> str:

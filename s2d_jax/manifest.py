@@ -77,11 +77,22 @@ def write(folder: epath.PathLike, content: dict) -> None:
   # The leader has written all files before another process reads its share.
   hosts.barrier(f"files of {folder}")
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
-  recorded = checksums.record(folder, names)
+  hashed = _exported(folder)
+  recorded = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
   if hosts.leader():
     files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
+
+
+def _exported(folder: epath.Path) -> checksums.Record:
+  """The checksums of a stage's exported weights, which `hf.save` hashed when it wrote them."""
+  # They are as many bytes as the checkpoint, and of a store each one would be downloaded again.
+  model = folder / "hf"
+  if not (model / checksums.SUMS).exists():
+    return {}
+  return {f"hf/{name}": {"bytes": (model / name).stat().length, "sha256": digest}
+          for name, digest in checksums.published(model / checksums.SUMS).items()}
 
 
 def _is_passing(name: str) -> bool:
@@ -101,6 +112,7 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
 
   Raises:
     InputError: a file is damaged; the message has the remedy.
+    WriteError: a file cannot be read.
   """
   folder = epath.Path(folder)
   path = folder / checksums.FOLDER / checksums.FINISHED

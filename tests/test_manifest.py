@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from s2d_jax import files, manifest, sharding
+from s2d_jax import checksums, files, manifest, sharding
 from s2d_jax.errors import InputError, WriteError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
@@ -149,6 +149,22 @@ def test_a_manifest_has_the_checksums_of_a_finished_folder(tmp_path):
       "99233a4c7932c3651d78e2f90de676028aaa41a9214b82e0c20971e19b4ae556")}
   for weights in (False, True):
     manifest.check_files(folder, weights)
+
+
+def test_exported_weights_are_hashed_once(tmp_path, monkeypatch):
+  folder = finished(tmp_path)
+  before = files.read_json(folder / "checksums" / "finished.json")
+  # As `hf.save` writes it.
+  sums = subprocess.run(["sha256sum", "model.safetensors"], cwd=folder / "hf", capture_output=True,
+                        check=True).stdout
+  (folder / "hf" / "SHA256SUMS").write_bytes(sums)
+  hashed, measured = [], checksums._hashed
+  monkeypatch.setattr(checksums, "_hashed",
+                      lambda path: hashed.append(path.name) or measured(path))
+  manifest.write(folder, {"inputs": INPUTS})
+  assert "config.json" in hashed and "model.safetensors" not in hashed
+  after = files.read_json(folder / "checksums" / "finished.json")
+  assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize("name, weights", [

@@ -231,7 +231,7 @@ def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
 def _check_lock(path: epath.Path, process: dict[str, Any]) -> None:
   """Raises WriteError unless the lock is still of this process."""
   try:
-    lock = json.loads(path.read_bytes())
+    lock = json.loads(checksums.retried(path, path.read_bytes))
     if {name: lock.get(name) for name in process} == process:
       return
     reason = f"process {lock.get('pid')} on {lock.get('host')} writes it now"

@@ -240,6 +240,24 @@ def test_a_writer_stops_once_its_folder_is_gone_or_is_another_writers(
   assert not folder.exists() or (folder / "writer.lock").exists()
 
 
+def test_a_writer_whose_lock_cannot_be_read_for_a_moment_goes_on(tmp_path, monkeypatch):
+  local = type(epath.Path("/"))
+  read_bytes, failures = local.read_bytes, []
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return read_bytes(self)
+  now = time.monotonic()
+  monkeypatch.setattr(files.time, "monotonic", lambda: now)
+  with files.only_writer(tmp_path) as (heartbeat, _):
+    monkeypatch.setattr(local, "read_bytes", broken)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    failures.append(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    now += 2
+    heartbeat()
+    assert not failures
+
+
 def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):
   with pytest.raises(FloatingPointError):
     with files.only_writer(tmp_path):

@@ -230,7 +230,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
 
 
 def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
-  """What `load()` reads of a checkpoint; raises WriteError where the disk fails each time."""
+  """The result of `load()`; raises WriteError where the disk fails at each attempt."""
   def attempt() -> Params:
     try:
       with jax.transfer_guard("allow"):

@@ -57,7 +57,7 @@ class Damage(NamedTuple):
 
 def retried(path: epath.PathLike, read: Callable[[], _Read], waits: Sequence[float] | None = None,
             errors: type[Exception] | None = None) -> _Read:
-  """What `read()` returns, which is called again where a disk or a store fails for a while.
+  """The result of `read()`, which is repeated where a disk or a store fails for a while.
 
   Args:
     path: what is read, for the message.

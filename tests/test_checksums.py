@@ -48,18 +48,18 @@ def test_damage_is_found_and_named(folder, change, said):
 @pytest.fixture
 def failures(monkeypatch):
   """A function that lets the next opens of files whose name is "x" fail; the seconds waited."""
-  waits, left, raised = [], [0], [None]
+  waits, remaining, raised = [], [0], [None]
   local = type(epath.Path("/"))
   opened = local.open
   def broken(self, mode):
-    if self.name == "x" and left[0]:
-      left[0] -= 1
+    if self.name == "x" and remaining[0]:
+      remaining[0] -= 1
       raise raised[0]
     return opened(self, mode)
   monkeypatch.setattr(local, "open", broken)
   monkeypatch.setattr(checksums.time, "sleep", waits.append)
   def fail(times, code):
-    left[0], raised[0] = times, OSError(code, os.strerror(code))
+    remaining[0], raised[0] = times, OSError(code, os.strerror(code))
     waits.clear()
     return waits
   return fail
@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_read_is_tried_again_and_then_one_sentence(folder,
     assert str(refused.value) == (f"{folder}/a/x cannot be read (Input/output error): mend the "
                                   "disk, and the same command goes on from there.")
     assert len(waits) == 3
-  # What no wait changes is not tried again.
+  # No wait changes a missing permission or file.
   failures(1, errno.EACCES)
   with pytest.raises(WriteError, match="a/x cannot be read .Permission denied.: permit this user"):
     checksums.damage(folder, recorded)

@@ -240,7 +240,7 @@ def test_a_writer_stops_once_its_folder_is_gone_or_is_another_writers(
   assert not folder.exists() or (folder / "writer.lock").exists()
 
 
-def test_a_writer_whose_lock_cannot_be_read_for_a_moment_goes_on(tmp_path, monkeypatch):
+def test_a_writer_continues_where_its_lock_cannot_be_read_for_a_moment(tmp_path, monkeypatch):
   local = type(epath.Path("/"))
   read_bytes, failures = local.read_bytes, []
   def broken(self):

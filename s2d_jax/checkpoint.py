@@ -10,18 +10,21 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, metrics
+from s2d_jax import checksums, files, hosts, json_objects, metrics
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
 DAMAGED = "damaged"  # the folder of checkpoints that are not used, within a stage's
+_STARTS = "starts"  # the folder with a file of each start, within a stage's
+# No result depends on a start, so a damaged one may be deleted.
+_REMEDY_OF_START = "restore it, or delete it: the seconds lost before are in it"
 
 # Every call allows transfers, because on several hosts orbax synchronizes through the devices.
 
@@ -43,11 +46,14 @@ class Checkpoints:
     self._new_logs: list[str] = []  # parts that have none yet
     self._thread = futures.ThreadPoolExecutor(1)
     self._unfinished: futures.Future | None = None
-    self._closed = False
     # The last but one stays until a newer one is complete.
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
         self._folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True)
+    # The last one first, and each of them also after an error of another.
+    self._at_close = contextlib.ExitStack()
+    for end in (self._close_orbax, self._thread.shutdown, self._wait):
+      self._at_close.callback(end)
 
   def latest(self) -> int | None:
     """Step of the newest complete checkpoint, or None."""
@@ -91,22 +97,22 @@ class Checkpoints:
       unfinished.result()
 
   def load(self, abstract: Params) -> Params:
-    """The newest state, laid out as `abstract` says, whatever mesh wrote it."""
-    with jax.transfer_guard("allow"):
-      found = self._orbax.load(self.latest(), _named(abstract))
+    """The newest state, laid out as `abstract` says, whatever mesh wrote it.
+
+    Raises:
+      WriteError: it cannot be read, after several attempts.
+    """
+    step = self.latest()
+    found = _read(self._folder / str(step), lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
     """Waits for unfinished writes; a second call does nothing."""
-    if self._closed:
-      return
-    self._closed = True
-    try:
-      self._wait()
-    finally:
-      self._thread.shutdown()
-      with _writing(self._folder):
-        self._orbax.close()
+    self._at_close.close()
+
+  def _close_orbax(self) -> None:
+    with _writing(self._folder):
+      self._orbax.close()
 
 
 def _named(state: Params) -> Params:
@@ -122,9 +128,10 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
   steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
   # All processes have listed the folder before one of them changes it.
   hosts.barrier(f"checkpoints of {stage}")
-  if steps and not (stage / checksums.FOLDER).exists():
+  if steps and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
     metrics.announce(f"{folder / str(steps[0])} has no checksums, of an older version or because "
-                     f"{stage / checksums.FOLDER} was not copied: it is used as it is.")
+                     f"neither {checksums.FOLDER} nor {_STARTS} of {stage} was copied: it is used "
+                     "as it is.")
     return {}
   for index, step in enumerate(steps):
     recorded, reason = _recorded(stage, step)
@@ -133,8 +140,6 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
       if damage is None:
         _check_logs(stage, step, recorded["logs"])
         return recorded["logs"]
-      if damage.unreadable:
-        raise _unreadable(damage.text)
       reason = damage.text
     older = steps[index + 1 :]
     then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
@@ -145,41 +150,54 @@ def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
   return {}
 
 
-def _unreadable(text: str) -> WriteError:
-  """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
-  return WriteError(f"{text}: mend the disk, and the same command goes on from there.")
+def _writes_checksums(stage: epath.Path) -> bool:
+  """Whether a stage began with a version that writes checksums of its checkpoints."""
+  # The first start is written before the first checkpoint, and has a seal since checksums are
+  # written. Later ones may be of a newer version. A store could not hold an empty folder as a mark.
+  starts = files.finished_files(stage / _STARTS)
+  if not starts:
+    return False
+  data = checksums.retried(starts[0], starts[0].read_bytes)
+  return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
 
 
 def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
-  """Moves a damaged checkpoint out of the way, until the stage is done."""
-  if "://" in os.fspath(saved):  # a store cannot rename a folder
-    saved.rmtree()
-    return
+  """Moves a damaged checkpoint out of the way, until the stage is done.
+
+  Raises:
+    WriteError: the disk or the store does not let it go.
+  """
   target = stage / DAMAGED / saved.name
-  if target.exists():
-    target.rmtree()
-  target.parent.mkdir(parents=True, exist_ok=True)
-  saved.rename(target)
+  try:
+    if "://" in os.fspath(saved):  # a store cannot rename a folder
+      saved.rmtree()
+      return
+    if target.exists():
+      target.rmtree()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    saved.rename(target)
+  # Each store's library has exceptions of its own.
+  except Exception as error:
+    raise WriteError(
+        f"{saved} is damaged and cannot be moved to {target.parent} ({checksums.reason(error)}): "
+        "permit it or mend the disk, or delete the checkpoint, and the same command goes on from "
+        "the one before.") from error
 
 
 def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record], str | None]:
   """The checksums that belong to a checkpoint, or the reason for which there are none."""
   path = _sums(stage, step)
   if not path.exists():
-    return {}, f"{path} is missing, so the process ended while it saved"
+    return {}, f"{path} is missing, as where the process ended while it saved"
   try:
     return files.read_json(path), None
   except InputError as error:
-    if isinstance(error.__cause__, OSError):
-      raise _unreadable(str(error)) from error
     return {}, str(error)
 
 
 def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
   """Raises InputError where a part of a log is damaged that was written before a checkpoint."""
   damage = checksums.damage(stage, recorded)
-  if damage is not None and damage.unreadable:
-    raise _unreadable(damage.text)
   if damage is not None:
     log, _, part = damage.name.partition("/")
     saved = _checkpoints(stage) / str(step)
@@ -205,11 +223,46 @@ def _writing(path: epath.Path) -> Iterator[None]:
       yield
   # TensorStore's errors are ValueErrors; those of the metadata's files are OSErrors.
   except (ValueError, OSError) as error:
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    raise files.not_written(
-        path, os.strerror(int(code[1])) if code else str(error).partition("\n")[0]) from error
+    reason = checksums.reason(_failure_of_disk(error) or error)
+    raise files.not_written(path, reason) from error
   finally:
     log.setLevel(level)
+
+
+def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
+  """The result of `load()`; raises WriteError where the disk fails at each attempt."""
+  def attempt() -> Params:
+    try:
+      with jax.transfer_guard("allow"):
+        return load()
+    except Exception as error:
+      failure = _failure_of_disk(error)
+      if failure is None:
+        raise
+      # TensorStore's words for a file that is damaged or gone, which no further attempt changes.
+      if str(failure).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
+        raise checksums.not_read(path, failure) from error
+      raise failure from error
+
+  try:
+    # All processes load together: one that began again alone would wait for the others for ever.
+    return checksums.retried(path, attempt, () if jax.process_count() > 1 else None, OSError)
+  except OSError as error:  # a file of it is gone
+    raise checksums.not_read(path, error) from error
+
+
+def _failure_of_disk(error: BaseException | None) -> OSError | None:
+  """A new OSError for that behind an error of Orbax's, or for TensorStore's; None: it has neither.
+  """
+  while error is not None:
+    if isinstance(error, OSError):
+      return OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
+    # TensorStore's errors are ValueErrors whose text begins with a status, such as UNAVAILABLE.
+    if isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)):
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def save_final(folder: epath.PathLike, params: Params) -> None:
@@ -220,9 +273,13 @@ def save_final(folder: epath.PathLike, params: Params) -> None:
 
 
 def load_final(folder: epath.PathLike, abstract: Params) -> Params:
-  """A finished stage's weights, of the types and laid out as `abstract` says."""
-  with jax.transfer_guard("allow"):
-    return ocp.load(_checkpoints(folder) / "final", abstract)
+  """A finished stage's weights, of the types and laid out as `abstract` says.
+
+  Raises:
+    WriteError: they cannot be read, after several attempts.
+  """
+  final = _checkpoints(folder) / "final"
+  return _read(final, lambda: ocp.load(final, abstract))
 
 
 def drop_steps(folder: epath.PathLike) -> None:
@@ -246,9 +303,8 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   the writer's last heartbeat is lost: its work is done again.
   """
   folder = epath.Path(folder)
-  # No result depends on them, so a damaged one may be deleted.
-  starts = [files.read_json(path, "restore it, or delete it: the seconds lost before are in it")
-            for path in files.finished_files(folder / "starts")]
+  starts = [files.read_json(path, _REMEDY_OF_START)
+            for path in files.finished_files(folder / _STARTS)]
   lost = 0.0
   if last_heartbeat is not None and starts:
     saved = folder / "checkpoints" / str(start)
@@ -256,7 +312,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
     since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
-    files.write_json(folder / "starts" / f"{len(starts):08d}.json",
+    files.write_json(folder / _STARTS / f"{len(starts):08d}.json",
                      {"at": time.time(), "step": start, "lost": lost}, sealed=True)
   return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
 
@@ -264,7 +320,7 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
 def add_lost(folder: epath.PathLike, seconds: float) -> None:
   """Notes the seconds of a step that a stop cut, with the start that they belong to."""
   if hosts.leader():
-    path = files.finished_files(epath.Path(folder) / "starts")[-1]
+    path = files.finished_files(epath.Path(folder) / _STARTS)[-1]
     files.write_json(path, files.read_json(path) | {"cut": seconds}, sealed=True)
 
 

@@ -9,19 +9,29 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from s2d_jax import hosts
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 FOLDER = "checksums"  # with the records of the folder that it is in
 FINISHED = "finished.json"  # of all files of a finished folder, within FOLDER
+SUMS = "SHA256SUMS"  # of a model's folder, in the format of the command sha256sum
 Record = dict[str, dict[str, Any]]
 
+# An object store may fail for a minute, and a disk for a moment: seconds before each attempt.
+STORE_WAITS = (1, 2, 4, 8, 15, 30)
+_DISK_WAITS = (0.5, 1, 2)
+# Of a path that holds no file: no further attempt finds one.
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_Read = TypeVar("_Read")
+_ESCAPES = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}  # of names, as coreutils writes them
 _CHUNK = 1 << 24  # bytes of a file in memory at once
 # Hashing does without the interpreter's lock, and a disk or a store serves several files at once.
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
@@ -35,9 +45,57 @@ def digest(value: Any) -> str:
 
 class Damage(NamedTuple):
   """A file that is not as it was recorded."""
-  name: str   # within its folder
-  text: str   # with the whole path, such as "/runs/a/x has 512 bytes and had 1,024"
-  unreadable: bool = False  # the disk fails, so nothing is known of the file
+  name: str  # within its folder
+  path: epath.Path
+  reason: str  # such as "has 512 bytes and had 1,024"
+
+  @property
+  def text(self) -> str:
+    """The path and the reason, such as "/runs/a/x has 512 bytes and had 1,024"."""
+    return f"{self.path} {self.reason}"
+
+
+def retried(path: epath.PathLike, read: Callable[[], _Read], waits: Sequence[float] | None = None,
+            errors: type[Exception] | None = None) -> _Read:
+  """The result of `read()`, which is repeated where a disk or a store fails for a while.
+
+  Args:
+    path: what is read, for the message.
+    waits: seconds before each further attempt; None: few of a disk, and a minute of a store.
+    errors: those that are tried again; None: OSError, and of a store all.
+
+  Raises:
+    FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file.
+    WriteError: all attempts failed, or a permission is missing, which is not tried again.
+  """
+  # Each store's library has exceptions of its own.
+  store = "://" in os.fspath(path)
+  if waits is None:
+    waits = STORE_WAITS if store else _DISK_WAITS
+  if errors is None:
+    errors = Exception if store else OSError
+  for wait in (*waits, None):
+    try:
+      return read()
+    except _ABSENT:
+      raise
+    except errors as error:
+      if wait is None or isinstance(error, PermissionError):
+        raise not_read(path, error) from error
+    # Behind the block, which ends the error: its frames may hold weights that were read.
+    time.sleep(wait)
+
+
+def not_read(path: epath.PathLike, error: Exception) -> WriteError:
+  """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
+  remedy = "permit this user to read it" if isinstance(error, PermissionError) else "mend the disk"
+  return WriteError(f"{os.fspath(path)} cannot be read ({reason(error)}): {remedy}, and the same "
+                    "command goes on from there.")
+
+
+def reason(error: Exception) -> str:
+  """Why a disk or a store failed, in a few words for a message."""
+  return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 def listed(folder: epath.PathLike) -> Iterator[str]:
@@ -57,12 +115,12 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
   On several processes it is a collective: each process reads its share of the files.
 
   Raises:
-    OSError: a file cannot be read.
+    WriteError: a file cannot be read.
   """
   found = _merged(folder, sorted(names), together=True)
   for name, of_file in found.items():
-    if "error" in of_file:
-      raise OSError(f"{epath.Path(folder) / name} cannot be read ({of_file['error']})")
+    if of_file is None:
+      raise not_read(epath.Path(folder) / name, OSError("it is gone"))
   return found
 
 
@@ -73,21 +131,26 @@ def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> D
     recorded: a file may lack its size.
     together: on several processes it is a collective, as `record` is; False: this process alone
       reads all files.
+
+  Raises:
+    WriteError: a file cannot be read, so nothing is known of it.
   """
-  there = [name for name in recorded if (epath.Path(folder) / name).exists()]
-  found = _merged(folder, there, together)
+  found = _merged(folder, sorted(recorded), together)
   for name, written in sorted(recorded.items()):
-    path = epath.Path(folder) / name
-    if name not in found:
-      return Damage(name, f"{path} is missing")
-    if "error" in found[name]:
-      return Damage(name, f"{path} cannot be read ({found[name]['error']})", unreadable=True)
-    size = found[name]["bytes"]
-    if size != written.get("bytes", size):
-      return Damage(name, f"{path} has {size:,} bytes and had {written['bytes']:,}")
-    if found[name]["sha256"] != written["sha256"]:
-      return Damage(name, f"{path} holds other bytes than were written")
+    difference = _difference(found[name], written)
+    if difference is not None:
+      return Damage(name, epath.Path(folder) / name, difference)
   return None
+
+
+def _difference(found: dict[str, Any] | None, written: dict[str, Any]) -> str | None:
+  """In what a file differs from its record; None: in nothing."""
+  if found is None:
+    return "is missing"
+  size = found["bytes"]
+  if size != written.get("bytes", size):
+    return f"has {size:,} bytes and had {written['bytes']:,}"
+  return None if found["sha256"] == written["sha256"] else "holds other bytes than were written"
 
 
 @contextlib.contextmanager
@@ -105,6 +168,7 @@ def reading(folder: epath.PathLike, recorded: Record, remedy: str,
 
   Raises:
     InputError: a file is damaged, also where the block failed over it; names the file.
+    WriteError: a file cannot be read.
   """
   def refuse(found: Damage | None, cause: Exception | None = None) -> None:
     if found is not None:
@@ -124,36 +188,80 @@ def reading(folder: epath.PathLike, recorded: Record, remedy: str,
     refuse(compared.result())
 
 
+def published(path: epath.PathLike) -> dict[str, str]:
+  """{name of a file: its SHA-256} of a file of the command sha256sum.
+
+  Raises:
+    InputError: it is damaged.
+  """
+  found = {}
+  # Not splitlines, which ends a line at characters that a name may have.
+  text = epath.Path(path).read_bytes().decode(errors="replace")
+  lines = text.replace("\r\n", "\n").split("\n")
+  for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
+    # As sha256sum writes it, or with --tag. After a backslash the name has escapes.
+    match = re.fullmatch(r"(?P<escaped>\\?)(?:(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)|"
+                         r"SHA256 \((?P<tagged>.+)\) = (?P<tag>[0-9a-fA-F]{64}))", line)
+    if match is None:
+      raise InputError(f"{path} is damaged, or is not of the command sha256sum: get it again, or "
+                       "delete it.")
+    name = match["name"] or match["tagged"]
+    if match["escaped"]:
+      name = re.sub(r"\\[\\nr]", lambda escape: _ESCAPES[escape[0]], name)
+    found[name.removeprefix("./")] = (match["sum"] or match["tag"]).lower()
+  return found
+
+
 def redo(folder: epath.PathLike) -> str:
   """The remedy for a damaged file of a finished folder."""
   name = epath.Path(folder).name
   return f"put the file back, or make {name} again by the command of its run with --redo={name}"
 
 
-def _merged(folder: epath.PathLike, names: list[str], together: bool) -> Record:
-  """The record of the files, of which each process has read its share."""
+def _merged(folder: epath.PathLike, names: list[str],
+            together: bool) -> dict[str, dict[str, Any] | None]:
+  """The record of the files, of which each process has read its share; None of a missing one.
+
+  Raises:
+    WriteError: a file cannot be read; on every process, where they read together.
+  """
   first, processes = hosts.share() if together else (0, 1)
+  share = names[first::processes]
+  part: dict[str, Any] = {"record": {}, "error": None}
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    share = names[first::processes]
     measured = pool.map(lambda name: _measured(epath.Path(folder) / name), share)
-    of_share = dict(zip(share, measured, strict=True))
-  if not together:
-    return of_share
-  merged: Record = {}
-  for part in hosts.gather("checksums", of_share, hosts.START_SECONDS):
-    merged |= part
+    # The first error cancels all files that are still to be read.
+    try:
+      part["record"] = dict(zip(share, measured, strict=True))
+    except WriteError as error:
+      if processes == 1:
+        raise
+      part["error"] = str(error)
+  merged = {}
+  for other in hosts.gather("checksums", part, hosts.START_SECONDS) if together else [part]:
+    if other["error"] is not None:
+      raise WriteError(other["error"])
+    merged |= other["record"]
   return merged
 
 
-def _measured(path: epath.Path) -> dict[str, Any]:
-  """Size and SHA-256 of a file; or the error, which then reaches every process."""
+def _measured(path: epath.Path) -> dict[str, Any] | None:
+  """Size and SHA-256 of a file; None where there is no such file.
+
+  Raises:
+    WriteError: it cannot be read, after several attempts.
+  """
+  try:
+    return retried(path, lambda: _hashed(path))
+  except _ABSENT:
+    return None
+
+
+def _hashed(path: epath.Path) -> dict[str, Any]:
   digest = hashlib.sha256()
   size = 0
-  try:
-    with path.open("rb") as file:
-      while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-  except OSError as error:
-    return {"error": error.strerror or str(error)}
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK):
+      digest.update(chunk)
+      size += len(chunk)
   return {"bytes": size, "sha256": digest.hexdigest()}

@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 class WriteError(RuntimeError):
-  """A file could not be written, so the run stops; its text is one sentence with the remedy.
+  """A file could not be written or read, so the run stops; its text has the remedy.
 
   All that was saved before holds, and the same command goes on from there.
   """

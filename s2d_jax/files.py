@@ -21,8 +21,6 @@ from etils import epath
 from s2d_jax import checksums, hosts, json_objects
 from s2d_jax.errors import InputError, WriteError
 
-# An object store may fail for a minute: seconds before each further attempt to write.
-_WAITS = (1, 2, 4, 8, 15, 30)
 REMEDY = "restore it, or delete the folder that it belongs to"  # where a file is damaged
 LOCK = "writer.lock"
 _HEARTBEAT_SECONDS = 10     # between the heartbeats of a lock
@@ -54,7 +52,7 @@ def write(path: epath.PathLike, data: str | bytes) -> None:
 
 def _put(path: epath.Path, data: bytes) -> None:
   """Writes a file of an object store, whose put is whole as it is."""
-  for wait in (*_WAITS, None):
+  for wait in (*checksums.STORE_WAITS, None):
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(data)
@@ -114,11 +112,12 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
   """The value in a JSON file.
 
   Raises:
-    InputError: the file is missing or damaged, or cannot be read; names it, with the remedy.
+    InputError: the file is missing or damaged; names it, with the remedy.
+    WriteError: it cannot be read, after several attempts.
   """
   try:
-    data = epath.Path(path).read_bytes()
-  except OSError as error:
+    data = checksums.retried(path, epath.Path(path).read_bytes)
+  except OSError as error:  # there is no such file
     raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}): {remedy}.") from error
   value = json_objects.value(os.fspath(path), data, remedy)
   if isinstance(value, dict) and "sha256" in value:
@@ -192,6 +191,20 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
 
 @contextlib.contextmanager
+def without_writer(folder: epath.PathLike) -> Iterator[None]:
+  """A block, such as one that moves a folder, which begins only where no live process writes it.
+
+  Raises:
+    InputError: as `only_writer`, which also says when this waits.
+  """
+  path = epath.Path(folder) / LOCK
+  with _one_at_a_time(path.parent):
+    if path.exists():
+      _take_over(path, {"host": socket.gethostname(), "pid": os.getpid()})
+    yield
+
+
+@contextlib.contextmanager
 def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
   """Lets one process of several look at a lock and write it, where the disk has file locks.
 
@@ -218,7 +231,7 @@ def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
 def _check_lock(path: epath.Path, process: dict[str, Any]) -> None:
   """Raises WriteError unless the lock is still of this process."""
   try:
-    lock = json.loads(path.read_bytes())
+    lock = json.loads(checksums.retried(path, path.read_bytes))
     if {name: lock.get(name) for name in process} == process:
       return
     reason = f"process {lock.get('pid')} on {lock.get('host')} writes it now"

@@ -1,5 +1,6 @@
 """Manifests: the hash that names a folder, and the revision, versions and devices of its run."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -76,11 +77,22 @@ def write(folder: epath.PathLike, content: dict) -> None:
   # The leader has written all files before another process reads its share.
   hosts.barrier(f"files of {folder}")
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
-  recorded = checksums.record(folder, names)
+  hashed = _exported(folder)
+  recorded = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
   if hosts.leader():
     files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
+
+
+def _exported(folder: epath.Path) -> checksums.Record:
+  """The checksums of a stage's exported weights, which `hf.save` hashed when it wrote them."""
+  # They are as many bytes as the checkpoint, and of a store each one would be downloaded again.
+  model = folder / "hf"
+  if not (model / checksums.SUMS).exists():
+    return {}
+  return {f"hf/{name}": {"bytes": (model / name).stat().length, "sha256": digest}
+          for name, digest in checksums.published(model / checksums.SUMS).items()}
 
 
 def _is_passing(name: str) -> bool:
@@ -100,6 +112,7 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
 
   Raises:
     InputError: a file is damaged; the message has the remedy.
+    WriteError: a file cannot be read.
   """
   folder = epath.Path(folder)
   path = folder / checksums.FOLDER / checksums.FINISHED
@@ -121,44 +134,62 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
 
 
 def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
-  """Moves folders out of the way, into `replaced`, so that a run makes them again.
+  """Moves finished folders out of the way, into `replaced`, so that a run makes them again.
 
   A launcher starts a run again by the same command. So a folder that is in `replaced` already is
   moved again only where it is damaged.
 
   Raises:
-    InputError: there is no such folder.
+    InputError: there is no such folder, it is not finished, or a live process writes it; then none
+      is moved.
     WriteError: it cannot be moved.
   """
   workdir = epath.Path(workdir)
-  names = tuple(dict.fromkeys(names))
-  for name in names:
-    # A name alone: a path could lead out of the folder.
-    there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
-    there = [other for other in there if other != REPLACED]
-    # One that was moved by an earlier start may not have been begun yet.
-    earlier = workdir / REPLACED
-    moved = [path.name for path in earlier.iterdir()] if earlier.is_dir() else []
-    if name not in [*there, *moved] and hosts.leader():
-      raise InputError(f"--redo={name} names no folder of {workdir}: choose from "
-                       f"{', '.join(there)}.")
-  # All processes have looked before one of them moves a folder.
-  hosts.barrier("redo")
   if hosts.leader():
-    for name in names:
-      target = workdir / REPLACED / name
-      if target.exists() and not _damaged(workdir / name):
-        print(f"--redo={name}: {target} is of an earlier start, so this one goes on; delete it to "
-              "begin again.", flush=True)
-        continue
-      while target.exists():
-        target = target.with_name(f"{target.name}+")
-      try:
-        target.parent.mkdir(exist_ok=True)
-        (workdir / name).rename(target)
-      except OSError as error:
-        raise files.not_written(target, error.strerror) from error
+    with contextlib.ExitStack() as stack:
+      moved = [name for name in dict.fromkeys(names) if _is_redone(workdir, name)]
+      for name in moved:
+        stack.enter_context(files.without_writer(workdir / name))
+      for name in moved:
+        _replace(workdir, name)
   hosts.barrier("set aside")
+
+
+def _is_redone(workdir: epath.Path, name: str) -> bool:
+  """Whether a folder is to be moved; prints why not where an earlier start has moved it.
+
+  Raises:
+    InputError: there is no such folder, or it is not finished.
+  """
+  # A name alone: a path could lead out of the folder.
+  there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
+  there = [other for other in there if other != REPLACED]
+  # One that was moved by an earlier start may not have been begun yet.
+  earlier = workdir / REPLACED
+  if earlier.is_dir() and name in [path.name for path in earlier.iterdir()]:
+    if _damaged(workdir / name):
+      return True
+    print(f"--redo={name}: {earlier / name} is of an earlier start, so this one goes on; delete it "
+          "to begin again.", flush=True)
+    return False
+  if name not in there:
+    raise InputError(f"--redo={name} names no folder of {workdir}: choose from {', '.join(there)}.")
+  if not (workdir / name / NAME).exists():
+    raise InputError(f"--redo={name} names a folder that is not finished, as {workdir / name} has "
+                     f"no {NAME}: leave --redo out, and the command goes on with it.")
+  return True
+
+
+def _replace(workdir: epath.Path, name: str) -> None:
+  """Moves a folder into `replaced`; raises WriteError where it cannot be moved."""
+  target = workdir / REPLACED / name
+  try:
+    while target.exists():
+      target = target.with_name(f"{target.name}+")
+    target.parent.mkdir(exist_ok=True)
+    (workdir / name).rename(target)
+  except OSError as error:
+    raise files.not_written(target, error.strerror) from error
 
 
 def _damaged(folder: epath.Path) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from s2d_jax import checksums, hosts
-from s2d_jax.errors import InputError
+from s2d_jax.errors import InputError, WriteError
 
 
 @pytest.fixture
@@ -41,19 +41,97 @@ def test_damage_is_found_and_named(folder, change, said):
   assert checksums.damage(folder, recorded) is None
   change(folder / "a" / "x")
   found = checksums.damage(folder, recorded)
-  assert found.name == "a/x" and found.text == f"{folder}/{said}"
+  assert (found.name, found.path, found.text) == ("a/x", folder / "a" / "x", f"{folder}/{said}")
+  assert f"a/x {found.reason}" == said
 
 
-def test_a_file_that_cannot_be_read_is_damage_and_is_not_recorded(folder, monkeypatch):
-  recorded = checksums.record(folder, ["a/x"])
+@pytest.fixture
+def failures(monkeypatch):
+  """A function that lets the next opens of files whose name is "x" fail; the seconds waited."""
+  waits, remaining, raised = [], [0], [None]
   local = type(epath.Path("/"))
+  opened = local.open
   def broken(self, mode):
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+    if self.name == "x" and remaining[0]:
+      remaining[0] -= 1
+      raise raised[0]
+    return opened(self, mode)
   monkeypatch.setattr(local, "open", broken)
-  assert checksums.damage(folder, recorded).text == (
-      f"{folder}/a/x cannot be read (Input/output error)")
-  with pytest.raises(OSError, match="a/x cannot be read .Input/output error."):
-    checksums.record(folder, ["a/x"])
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  def fail(times, code):
+    remaining[0], raised[0] = times, OSError(code, os.strerror(code))
+    waits.clear()
+    return waits
+  return fail
+
+
+def test_a_file_that_cannot_be_read_is_tried_again_and_then_one_sentence(folder, failures):
+  recorded = checksums.record(folder, ["a/x"])
+  waits = failures(3, errno.EIO)
+  assert checksums.damage(folder, recorded) is None
+  assert len(waits) == 3 and 1 <= sum(waits) <= 10
+  for read in (lambda: checksums.damage(folder, recorded),
+               lambda: checksums.record(folder, ["a/x"])):
+    failures(99, errno.EIO)
+    with pytest.raises(WriteError) as refused:
+      read()
+    assert str(refused.value) == (f"{folder}/a/x cannot be read (Input/output error): mend the "
+                                  "disk, and the same command goes on from there.")
+    assert len(waits) == 3
+  # No wait changes a missing permission or file.
+  failures(1, errno.EACCES)
+  with pytest.raises(WriteError, match="a/x cannot be read .Permission denied.: permit this user"):
+    checksums.damage(folder, recorded)
+  failures(1, errno.ENOENT)
+  assert checksums.damage(folder, recorded).reason == "is missing"
+  assert waits == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_damage(folder):
+  recorded = checksums.record(folder, ["a/x"])
+  (folder / "a" / "x").unlink()
+  (folder / "a" / "x").mkdir()
+  assert checksums.damage(folder, recorded).reason == "is missing"
+  (folder / "a" / "x").rmdir()
+  (folder / "a").rmdir()
+  (folder / "a").write_text("")
+  assert checksums.damage(folder, recorded).reason == "is missing"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_file_that_one_process_cannot_read_stops_all_of_them(
+    folder, failing, failures, monkeypatch):
+  recorded = checksums.record(folder, checksums.listed(folder))
+  sentence = f"{folder}/a/x cannot be read (Input/output error): mend the disk, and"
+  monkeypatch.setattr(hosts, "share", lambda: (failing, 2))
+  gathered = []
+  def gather(name, part, seconds):
+    # The other process has failed where this one reads well.
+    other = {"record": {}, "error": f"{sentence} theirs"} if failing else part
+    gathered.append(part)
+    return [part, other]
+  monkeypatch.setattr(hosts, "gather", gather)
+  failures(99, errno.EIO)
+  with pytest.raises(WriteError) as refused:
+    checksums.damage(folder, recorded)
+  assert str(refused.value).startswith(sentence)
+  assert len(gathered) == 1 and bool(gathered[0]["error"]) == (failing == 0)
+
+
+def test_a_store_is_tried_again_for_a_minute_whatever_its_errors_are(monkeypatch):
+  waits = []
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  def read():
+    if len(waits) < 5:
+      raise RuntimeError("503 Service Unavailable\nmore")
+    return b"x"
+  assert checksums.retried("gs://bucket/a", read) == b"x" and waits == [1, 2, 4, 8, 15]
+  waits.clear()
+  def refused():
+    raise RuntimeError("403 Forbidden\nmore")
+  with pytest.raises(WriteError, match="gs://bucket/a cannot be read .403 Forbidden.: mend the d"):
+    checksums.retried("gs://bucket/a", refused)
+  assert sum(waits) == 60
 
 
 @pytest.mark.parametrize("error", [None, KeyError("a library's"), InputError("a header")])
@@ -90,7 +168,8 @@ def test_each_process_hashes_its_share_and_all_of_them_refuse_before_the_block(
                       lambda path: opened.append(str(path.relative_to(folder))) or measured(path))
   monkeypatch.setattr(hosts, "share", lambda: (process, 2))
   other = {name: measured(folder / name) for name in shares[1 - process]}
-  monkeypatch.setattr(hosts, "gather", lambda name, of_share, seconds: [of_share, other])
+  monkeypatch.setattr(hosts, "gather", lambda name, part, seconds: [
+      part, {"record": other, "error": None}])
   with pytest.raises(InputError, match="a/x holds other bytes than were written: buy a new disk."):
     with checksums.reading(folder, recorded, "buy a new disk"):
       pytest.fail("the block was entered")

@@ -47,6 +47,32 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert str(refused.value) == f"{tmp_path}/{name} cannot be read ({said}): buy a new disk."
 
 
+def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"a": 1})
+  local = type(epath.Path("/"))
+  read_bytes, waits, failures = local.read_bytes, [], [2, errno.EIO]
+  def broken(self):
+    if failures[0]:
+      failures[0] -= 1
+      raise OSError(failures[1], os.strerror(failures[1]))
+    return read_bytes(self)
+  monkeypatch.setattr(local, "read_bytes", broken)
+  monkeypatch.setattr(files.time, "sleep", waits.append)
+  assert files.read_json(path) == {"a": 1} and len(waits) == 2
+  failures[:] = 99, errno.EIO
+  with pytest.raises(WriteError) as refused:
+    files.read_json(path)
+  assert str(refused.value) == (f"{path} cannot be read (Input/output error): mend the disk, and "
+                                "the same command goes on from there.")
+  assert 1 <= sum(waits[2:]) <= 10
+  waits.clear()
+  failures[:] = 1, errno.EACCES
+  with pytest.raises(WriteError, match="a.json cannot be read .Permission denied.: permit this us"):
+    files.read_json(path)
+  assert waits == []
+
+
 def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   path = tmp_path / "writer.lock"
   sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -212,6 +238,24 @@ def test_a_writer_stops_once_its_folder_is_gone_or_is_another_writers(
       str(refused.value))
   # It leaves alone what another process may hold.
   assert not folder.exists() or (folder / "writer.lock").exists()
+
+
+def test_a_writer_continues_where_its_lock_cannot_be_read_for_a_moment(tmp_path, monkeypatch):
+  local = type(epath.Path("/"))
+  read_bytes, failures = local.read_bytes, []
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return read_bytes(self)
+  now = time.monotonic()
+  monkeypatch.setattr(files.time, "monotonic", lambda: now)
+  with files.only_writer(tmp_path) as (heartbeat, _):
+    monkeypatch.setattr(local, "read_bytes", broken)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    failures.append(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    now += 2
+    heartbeat()
+    assert not failures
 
 
 def test_a_failure_leaves_the_lock_and_an_orderly_stop_does_not(tmp_path):

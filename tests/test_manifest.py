@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
+import time
 
 import jax
 import pytest
 
-from s2d_jax import files, manifest, sharding
+from s2d_jax import checksums, files, manifest, sharding
 from s2d_jax.errors import InputError, WriteError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
@@ -116,14 +119,20 @@ def test_the_revision_is_read_once():
   assert manifest.revision() is first  # read once: a commit made meanwhile is another's
 
 
+def lock(folder, pid):
+  (folder / "writer.lock").write_text(json.dumps(
+      {"host": socket.gethostname(), "pid": pid, "beat": time.time()}))
+
+
 def finished(workdir):
   """A finished stage's folder, with what a running one leaves behind."""
   folder = workdir / manifest.name("student_grpo", INPUTS)
   for name in ("ledger.json", "ledger/00000000.jsonl", "checkpoints/final/d/weights",
                "hf/model.safetensors", "hf/config.json", "checkpoints/6/d/weights",
-               "checksums/00000006.json", "writer.lock"):
+               "checksums/00000006.json"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f"text of {name}")
+  lock(folder, 2**22 + 1)  # no process has this number
   manifest.write(folder, {"inputs": INPUTS, "revision": "abc", "mesh": {"data": 1}})
   return folder
 
@@ -140,6 +149,22 @@ def test_a_manifest_has_the_checksums_of_a_finished_folder(tmp_path):
       "99233a4c7932c3651d78e2f90de676028aaa41a9214b82e0c20971e19b4ae556")}
   for weights in (False, True):
     manifest.check_files(folder, weights)
+
+
+def test_exported_weights_are_hashed_once(tmp_path, monkeypatch):
+  folder = finished(tmp_path)
+  before = files.read_json(folder / "checksums" / "finished.json")
+  # As `hf.save` writes it.
+  sums = subprocess.run(["sha256sum", "model.safetensors"], cwd=folder / "hf", capture_output=True,
+                        check=True).stdout
+  (folder / "hf" / "SHA256SUMS").write_bytes(sums)
+  hashed, measured = [], checksums._hashed
+  monkeypatch.setattr(checksums, "_hashed",
+                      lambda path: hashed.append(path.name) or measured(path))
+  manifest.write(folder, {"inputs": INPUTS})
+  assert "config.json" in hashed and "model.safetensors" not in hashed
+  after = files.read_json(folder / "checksums" / "finished.json")
+  assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize("name, weights", [
@@ -219,6 +244,29 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   assert (tmp_path / "replaced" / name / "ledger.json").exists()
   with pytest.raises(InputError, match="--redo=replaced names no folder of "):
     manifest.set_aside(tmp_path, ["replaced"])
+
+
+def test_a_folder_that_is_not_finished_or_is_being_written_is_not_set_aside(tmp_path):
+  done = finished(tmp_path)
+  other = tmp_path / "reverse_kl-0123456789ab"
+  shutil.copytree(done, other)
+  (other / "manifest.json").unlink()
+  with pytest.raises(InputError) as refused:
+    manifest.set_aside(tmp_path, [done.name, other.name])
+  assert str(refused.value) == (
+      f"--redo={other.name} names a folder that is not finished, as {other} has no manifest.json: "
+      "leave --redo out, and the command goes on with it.")
+  assert done.exists()  # nothing is moved
+  sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  lock(done, sleeper.pid)
+  try:
+    with pytest.raises(InputError, match=f"^{done} is being written by process {sleeper.pid} on "):
+      manifest.set_aside(tmp_path, [done.name])
+  finally:
+    sleeper.kill()
+    sleeper.wait()
+  manifest.set_aside(tmp_path, [done.name])
+  assert not done.exists() and (tmp_path / "replaced" / done.name / "manifest.json").exists()
 
 
 def test_a_command_that_is_started_twice_moves_a_folder_once(tmp_path, capsys):

@@ -6,14 +6,12 @@ The hash is cheap enough to be taken at every start.
 import contextlib
 import hashlib
 import pathlib
-import re
 
 from s2d_jax import checksums, files
-from s2d_jax.errors import InputError
 from s2d_jax.models import folders, shards
 from s2d_jax.models.folders import Path
 
-SUMS = "SHA256SUMS"  # in the format of the command sha256sum
+SUMS = checksums.SUMS
 # Files beside the weights that are read with them.
 _SMALL = (".json", ".jinja", ".txt", ".model")
 _WHOLE = 1 << 26  # bytes of a file that is hashed whole, in about a tenth of a second
@@ -87,21 +85,8 @@ def reading(folder: Path, weights: bool = True,
 
 def _published(folder: pathlib.Path) -> checksums.Record:
   """The record of a folder's SHA256SUMS, of the files that are read; a part may be downloaded."""
-  found = {}
-  path = folder / SUMS
-  lines = path.read_text(errors="replace").splitlines()
-  for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
-    # As sha256sum writes it, or with --tag.
-    match = re.fullmatch(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?:\./)?(?P<name>.+)|"
-                         r"SHA256 \((?:\./)?(?P<tagged>.+)\) = (?P<tag>[0-9a-fA-F]{64})", line)
-    if match is None:
-      raise InputError(f"{path} is damaged, or is not of the command sha256sum: get it again, or "
-                       "delete it.")
-    name = match["name"] or match["tagged"]
-    digest = (match["sum"] or match["tag"]).lower()
-    if name.endswith((".safetensors", *_SMALL)) and (folder / name).is_file():
-      found[name] = {"sha256": digest}
-  return found
+  return {name: {"sha256": digest} for name, digest in checksums.published(folder / SUMS).items()
+          if name.endswith((".safetensors", *_SMALL)) and (folder / name).is_file()}
 
 
 def _sums(folder: pathlib.Path) -> dict[str, str]:
@@ -109,7 +94,8 @@ def _sums(folder: pathlib.Path) -> dict[str, str]:
   if not (folder / SUMS).is_file():
     return {}
   text = (folder / SUMS).read_text(errors="replace")
-  # A line is the sum, two characters, and the name.
+  # A line is the sum, two characters, and the name. Another form finds no file here, whose values
+  # are then hashed too; a change would give every such folder another identity.
   return {line[66:]: line[:64] for line in text.splitlines()}
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -368,6 +370,26 @@ def test_checksums_with_comments_in_capitals_or_with_tags_are_read(form, saved):
   (folder / "SHA256SUMS").write_text(form.format(sum=wrong, SUM=wrong, name=name))
   with pytest.raises(InputError, match=f"{name} holds other bytes than were written"):
     hf.load(folder)
+
+
+@pytest.mark.parametrize("options", [[], ["--tag"], ["--binary"]])
+def test_names_that_sha256sum_escapes_are_read(options, saved):
+  folder, _, params = saved
+  # A name that splitlines would cut, and three that coreutils escapes.
+  names = ["a\nb.json", "c\\d.json", "e\\nf.json", "g\x1ch\u2028.json"]
+  for name in names:
+    (folder / name).write_text("{}")
+  sums = folder / "SHA256SUMS"
+  sums.write_bytes(subprocess.run(
+      ["sha256sum", *options, *names, "model.safetensors"], cwd=folder, capture_output=True,
+      check=True).stdout)
+  assert sums.read_text().count("\n\\") == 2  # of three lines with escapes, one is the first
+  jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], params)
+  for name in names:
+    (folder / name).write_text("[]")
+    with pytest.raises(InputError, match=re.escape(f"{name} holds other bytes than were written")):
+      hf.load(folder)
+    (folder / name).write_text("{}")
 
 
 @pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"not sums"])

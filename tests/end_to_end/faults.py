@@ -49,7 +49,7 @@ ANY = (flip, cut, empty)
 # (what is damaged, whether the run has ended, workdir -> files to choose from, ways of damage).
 # sft is the unfinished stage: it has checkpoints of steps 1 and 2, and reads the teacher's store.
 KINDS = (
-    ("a bit of the newest checkpoint", False,
+    ("numbers of the newest checkpoint", False,
      lambda w: list(w.glob("sft-*/checkpoints/2/**/d/*")), (flip,)),
     ("a file of the newest checkpoint", False,
      lambda w: [p for p in w.glob("sft-*/checkpoints/2/**/*") if p.is_file() and p.stat().st_size],

@@ -1,13 +1,16 @@
 """A short form of `make chaos`: a few kills at random moments, with one process and with two."""
 
+import json
 import random
 
 import pytest
 
+from tests import interpreter
 from tests.end_to_end import chaos, faults, job, world
 
 RECORD = {
-    "seed": 3, "revision": "abc", "seconds": 1200, "lost_seconds": 15.0,
+    "seed": 3, "revision": "abc", "seconds": 1200, "lost_seconds": 15.0, "cores": 4,
+    "stages": ["sft"],
     "run_seconds": {"1": 20.4, "2": 51.0},
     "kills": [
         {"processes": 1, "folder": "sft-12", "result": "equal", "seconds_lost": 1.0,
@@ -21,11 +24,32 @@ RECORD = {
 
 
 def test_the_page_counts_the_kills_and_their_cost():
-  text = chaos.page(RECORD)
-  assert "2 of 3 kills ended in the bytes of a run that nothing disturbed" in text
-  assert "median 2.0, at most 7.0" in text and "ended after 30.1 s (median), at most 60.0" in text
+  text = " ".join(chaos.page(RECORD).split())
+  assert "**2 of 3 kills and 1 of 1 faults of the disk ended equal**" in text
+  assert "2.0 in the median, 7.0 at most" in text and "after 30.1 s in the median, 60.0 s" in text
+  assert "4 CPU cores" in text and "in the stages sft: three steps" in text
   assert "| sft | 2 | 1 | 1 |" in text and "| arms | 1 | 1 | 1 |" in text
-  assert "| a score: cut: `eval-1/result.json` | nothing | equal |" in text
+  assert "1. **a score, cut short** (`eval-1/result.json`): equal - Nothing was printed." in text
+
+
+def test_the_committed_page_is_of_the_committed_record():
+  folder = interpreter.ROOT / "results"
+  assert (folder / "chaos.md").read_text() == chaos.page(
+      json.loads((folder / "chaos.json").read_text()))
+
+
+@pytest.mark.parametrize("text, want", [
+    ("W/sft-9a0a182935a1/log is damaged", "W/sft-9a0a…/log is damaged"),
+    ("with --redo=teacher_grpo-1efbd39516c6.", "with --redo=teacher_grpo-1efb…."),
+    ("sft-9a0a182935a1/checkpoints/2/state/ocdbt.process_0/d/322e8cfd55869e0ec396be7625c58587",
+     "sft-9a0a…/checkpoints/2/…/322e…"),
+    ("arms/every_row-20e9e55edfea.json", "arms/every_row-20e9….json"),
+    ("rollouts-b02ac25df3a1/sft-9a0a182935a1-00000000-0.npz",
+     "rollouts-b02a…/sft-9a0a…-00000000-0.npz"),
+    ("sft-9a0a182935a1/checkpoints/2/_CHECKPOINT_METADATA",
+     "sft-9a0a…/checkpoints/2/_CHECKPOINT_METADATA")])
+def test_names_on_the_page_are_short(text, want):
+  assert chaos.short(text) == want
 
 
 def test_one_kill_in_three_is_of_two_processes():

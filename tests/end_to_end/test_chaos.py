@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from s2d_jax import recipe
 from tests import interpreter
 from tests.end_to_end import chaos, faults, job, world
 
@@ -52,6 +53,11 @@ def test_names_on_the_page_are_short(text, want):
   assert chaos.short(text) == want
 
 
+def test_the_job_has_every_row_of_the_recipe():
+  rows = [use.stage for use in job.ARMS["every_row"]]
+  assert len(rows) == 8 and sorted(rows) == sorted(stage.name for stage in recipe.STAGES)
+
+
 def test_one_kill_in_three_is_of_two_processes():
   assert chaos.chains(50, True) == [(1, 8)] * 4 + [(1, 2)] + [(2, 8)] * 2
   assert chaos.chains(50, False) == [(1, 8)] * 6 + [(1, 2)]
@@ -84,17 +90,45 @@ def test_remedies_are_followed(tmp_path, sentence, flags, files):
   assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == files
 
 
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory):
+  """The world of two stages, with its undisturbed run of one process."""
+  folder = tmp_path_factory.mktemp("chaos")
+  job.bases(folder / "bases")
+  one = world.World(folder, {}, "two_rows")
+  # Its second run finds all programs stored, as the killed ones do: moments are parts of its time.
+  one.references[1] = world.reference(one, 1)
+  return one
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+  """The world of one stage, with its undisturbed run of two processes."""
+  folder = tmp_path_factory.mktemp("chaos")
+  job.bases(folder / "bases")
+  two = world.World(folder, {}, "one_row")
+  two.references[2] = world.reference(two, 2)
+  return two
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, count", [(1, 3), (2, 2)])
-def test_a_killed_run_ends_with_equal_bytes(tmp_path, processes, count):
-  job.bases(tmp_path / "bases")
-  runs = world.World(tmp_path, {}, "one_row")
-  # The second run of two processes finds all programs stored, as the killed one does.
-  runs.references[processes] = world.reference(runs, processes, times=processes)
+@pytest.mark.parametrize("runs, processes, count", [("of_one", 1, 3), ("of_two", 2, 2)])
+def test_a_killed_run_ends_with_equal_bytes(request, runs, processes, count):
+  runs = request.getfixturevalue(runs)
   # With the first seed process 0 is killed, then both: a run that loses process 1 ends only after
   # `job.LOST_SECONDS`, which tests/test_stops.py waits for. A run may end before its kills, where
   # the machine was busier for the run that was not disturbed.
   found = []
   for seed in ("short 7", "short 8", "short 9"):
-    found = found or chaos.chain(runs, "chain", seed, count, processes)
+    found = found or chaos.chain(runs, f"chain-{seed[-1]}", seed, count, processes)
   assert found and {one["result"] for one in found} == {"equal"}
+
+
+@pytest.mark.slow
+def test_a_damaged_file_and_a_full_disk_end_with_equal_bytes(of_one):
+  # Of the kinds whose files the two stages have: a part of a ledger.
+  (number,) = (i for i, kind in enumerate(faults.KINDS) if kind[0] == "a part of a ledger")
+  damaged = faults.fault(of_one, "short 8", faults.interrupted(of_one), number)
+  full = faults.full_disk(of_one, "full", random.Random("short 8"), "reverse_kl")
+  for record in (damaged, full):
+    assert record["result"] == "equal" and record["printed"], record

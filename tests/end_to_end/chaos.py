@@ -13,11 +13,13 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 from s2d_jax import manifest
@@ -27,6 +29,9 @@ from tests.end_to_end.world import World, differing, finish, launch, pool_of, re
 KILLS_IN_CHAIN = 8
 SURVIVOR_SECONDS = 60  # of a process whose partner was killed, before it counts as a hang
 BEGINNING = 0.8  # of the seconds before a run's first file: a kill before that finds nothing new
+PAGE_WIDTH = 118  # of a line of results/chaos.md, in characters
+WAYS = {"flip": "with one bit flipped", "cut": "cut short", "empty": "emptied",
+        "remove": "deleted"}  # by the name of a function of `faults`
 
 
 def unfinished(world, workdir, processes):
@@ -142,39 +147,95 @@ def kills(world, seed, count):
           yield found
 
 
-def page(found):
-  """The record as a page."""
-  of_kills = found["kills"]
-  good = sum(one["result"] == "equal" for one in of_kills)
-  lost = [one["seconds_lost"] for one in of_kills]
-  waits = [one["survivor_seconds"] for one in of_kills if one["survivor_seconds"] is not None]
+def short(text):
+  """A text with short names: `sft-9a0a182935a1` is sft-9a0a…, and long paths lose their middle."""
+  text = re.sub(r"(?<=[-/])([0-9a-f]{4})(?:[0-9a-f]{28}|[0-9a-f]{8})(?![0-9a-f])", r"\1…", text)
+  return re.sub(r"(?<=/checkpoints/)(\w+)(?:/[\w.]+)+(/\S*…)", r"\1/…\2", text)
+
+
+def wrapped(text, indent=""):
+  """The text in lines of at most PAGE_WIDTH; all but the first begin with `indent`."""
+  return textwrap.fill(text, PAGE_WIDTH, subsequent_indent=indent, break_long_words=False,
+                       break_on_hyphens=False)
+
+
+def in_words(fault):
+  """A fault as a phrase: `a score: cut` is "a score, cut short"."""
+  name, _, way = fault.partition(": ")
+  return f"{name}, {WAYS[way]}" if way else name
+
+
+def of_faults(found):
+  """The lines on faults: each with its file, the sentences that were printed, and its end."""
   lines = [
-      "# Kills and faults at random", "",
-      f"{good} of {len(of_kills)} kills ended in the bytes of a run that nothing disturbed: "
-      "weights, ledgers, samples, scores. Clocks and what depends on them are left out. Revision "
-      f"{found['revision'][:7]}, seed {found['seed']}, two CPU cores, {found['seconds'] / 60:.0f} "
-      "minutes:", "", "```sh", "make chaos", "```", "",
-      "The run has every row of the recipe, three steps each, and a checkpoint at every step. A "
-      "chain is one run that is killed up to eight times by SIGKILL. After each kill the same "
-      "command starts it again. Of two processes, one or both are killed; the other must end by "
-      f"itself within {SURVIVOR_SECONDS} s, where processes count as lost after "
-      f"{found['lost_seconds']:.0f} s of silence. Every kill is in [chaos.json](chaos.json).", "",
-      f"Seconds lost by a kill, from what was saved last to the kill: median "
-      f"{statistics.median(lost):.1f}, at most {max(lost):.1f}. A run of one process takes "
-      f"{found['run_seconds']['1']:.0f} s."]
+      "## Damaged files and full disks", "",
+      wrapped("One fault of each kind, at a random place. A file of a stopped or finished run is "
+              "damaged, or from some second on the disk takes no byte. Then the command is started "
+              "again. It either goes on without the file, or ends with one sentence that names "
+              "file and remedy. The remedy is followed, the command started again, and the end "
+              "compared as above. A stored sample that the remedy deletes stays absent where no "
+              "later step reads it."), "",
+      wrapped("W is the work folder. The hexadecimal names of folders and files are cut after four "
+              "digits."), ""]
+  for i, one in enumerate(found["faults"], 1):
+    where = "" if one["file"] == "any" else f" (`{short(one['file'])}`)"
+    lines.append(wrapped(f"{i}. **{in_words(one['fault'])}**{where}: {one['result']}", "   "))
+    printed = [line.removeprefix("s2d_jax: ") for line in one["printed"]]
+    lines += [wrapped(f"    - {short(line)}", "      ")
+              for line in printed or ["Nothing was printed."]]
+  others = {one["revision"] for one in found["faults"] if "revision" in one}
+  for revision in sorted(others):
+    of_it = [str(i) for i, one in enumerate(found["faults"], 1) if one.get("revision") == revision]
+    lines += ["", wrapped(f"Faults {', '.join(of_it)} are of revision {revision[:7]}.")]
+  return lines
+
+
+def of_kills(found):
+  """The lines on kills: how they were made, what they cost, and a table of where they came."""
+  lost = [one["seconds_lost"] for one in found["kills"]]
+  waits = [one["survivor_seconds"] for one in found["kills"]
+           if one["survivor_seconds"] is not None]
+  cost = (f"A kill loses the seconds since something was saved last: {statistics.median(lost):.1f} "
+          f"in the median, {max(lost):.1f} at most. An undisturbed run of one process takes "
+          f"{found['run_seconds']['1']:.0f} s.")
   if waits:
-    lines[-1] += (f" The process that was left ended after {statistics.median(waits):.1f} s "
-                  f"(median), at most {max(waits):.1f} s.")
-  lines += ["", "| killed in | kills | with two processes | equal |", "|---|---|---|---|"]
-  for row in dict.fromkeys(one["folder"].rpartition("-")[0] or one["folder"] for one in of_kills):
-    there = [one for one in of_kills if (one["folder"].rpartition("-")[0] or one["folder"]) == row]
+    cost += (f" A process whose partner was killed ended by itself after "
+             f"{statistics.median(waits):.1f} s in the median, {max(waits):.1f} s at most. It may "
+             f"take {SURVIVOR_SECONDS} s, and counts its partner as lost after "
+             f"{found['lost_seconds']:.0f} s of silence.")
+  lines = [
+      "## Kills", "",
+      wrapped(f"A run is killed by SIGKILL up to {KILLS_IN_CHAIN} times at random moments, and "
+              "started again after each kill. It has one process or two; of two, one or both are "
+              "killed."), "",
+      wrapped(cost), "",
+      "| killed in | kills | of these, runs of two processes | equal |", "|---|---|---|---|"]
+  names = [one["folder"].rpartition("-")[0] or one["folder"] for one in found["kills"]]
+  for row in dict.fromkeys(names):
+    there = [one for one, name in zip(found["kills"], names, strict=True) if name == row]
     lines.append(f"| {row} | {len(there)} | {sum(one['processes'] == 2 for one in there)} | "
                  f"{sum(one['result'] == 'equal' for one in there)} |")
-  lines += ["", "One fault of each kind. W is the work folder. Where the run refuses, the remedy "
-            "of the sentence is followed, and the end compared as above.", "",
-            "| fault | printed | end |", "|---|---|---|"]
-  lines += [f"| {one['fault']}: `{one['file']}` | {'; then '.join(one['printed']) or 'nothing'} | "
-            f"{one['result']} |" for one in found["faults"]]
+  return [*lines, "", wrapped("`probe` and `eval` are the probes and scores around the stages, and "
+                              "`arms` is the list of an arm's folders.")]
+
+
+def page(found):
+  """The record as a page, all of results/chaos.md."""
+  equal = {part: sum(one["result"] == "equal" for one in found[part])
+           for part in ("kills", "faults")}
+  lines = [
+      "# Kills and faults at random", "",
+      wrapped(f"**{equal['kills']} of {len(found['kills'])} kills and {equal['faults']} of "
+              f"{len(found['faults'])} faults of the disk ended equal**: after the command was "
+              "started again, weights, ledgers, samples and scores have the bytes of a run that "
+              "nothing disturbed. Clocks, and what depends on them, are not compared."), "",
+      "```sh", "make chaos", "```", "",
+      wrapped(f"Revision {found['revision'][:7]}, seed {found['seed']}, {found['cores']} CPU cores "
+              f"that other programs may have used too, {found['seconds'] / 60:.0f} minutes. The "
+              f"run trains tiny models in the stages {', '.join(found['stages'])}: three steps "
+              "each, with a checkpoint at every step. Every kill and fault is in "
+              "[chaos.json](chaos.json)."), "",
+      *of_kills(found), "", *of_faults(found)]
   return "\n".join(lines) + "\n"
 
 
@@ -185,7 +246,8 @@ def records(folder, seed, count, faulty=True, processes=(1, 2)):
   world = World(folder, {})
   for number in processes:
     world.references[number] = reference(world, number)
-  record = {"seed": seed, "revision": manifest.revision(), "seconds": 0,
+  record = {"seed": seed, "revision": manifest.revision(), "seconds": 0, "cores": os.cpu_count(),
+            "stages": [use.stage for use in job.ARMS[world.arm]],
             "lost_seconds": job.LOST_SECONDS,
             "run_seconds": {str(number): round(one.first_file + sum(one.seconds.values()), 1)
                             for number, one in world.references.items()},

@@ -16,6 +16,7 @@ from tests import interpreter
 from tests.end_to_end.world import differing, environment, finish, launch, pool_of
 
 REFUSALS = 3  # of one damaged file, before the remedy counts as none
+EVENTS = (1, 8)  # of tests.end_to_end.job: the first and the last that every stage has for certain
 
 
 def flip(path, rng):
@@ -49,7 +50,7 @@ ANY = (flip, cut, empty)
 # (what is damaged, whether the run has ended, workdir -> files to choose from, ways of damage).
 # sft is the unfinished stage: it has checkpoints of steps 1 and 2, and reads the teacher's store.
 KINDS = (
-    ("a bit of the newest checkpoint", False,
+    ("numbers of the newest checkpoint", False,
      lambda w: list(w.glob("sft-*/checkpoints/2/**/d/*")), (flip,)),
     ("a file of the newest checkpoint", False,
      lambda w: [p for p in w.glob("sft-*/checkpoints/2/**/*") if p.is_file() and p.stat().st_size],
@@ -143,19 +144,27 @@ def on_disk(world, copy, kind, start, rng):
   return record
 
 
-def full_disk(world, name, rng):
-  """The record of a disk that is full from a random moment on, until the second start."""
+def full_disk(world, name, rng, row=None):
+  """The record of a disk that is full from a random moment on, until the second start.
+
+  With `row` from a random event of that stage on: no seconds, which depend on the machine's load.
+  """
   workdir = world.folder / name
   undisturbed = world.references[1]
-  moment = rng.uniform(0, undisturbed.first_file + sum(undisturbed.seconds.values()))
+  if row is None:
+    moment = rng.uniform(0, undisturbed.first_file + sum(undisturbed.seconds.values()))
+    flag, when = f"--full-after={moment}", f"second {moment:.1f}"
+  else:
+    event = rng.randint(*EVENTS)
+    flag, when = f"--full-in={row}:{event}", f"event {event} of {row}"
   # It prints to pipes, which take bytes while no file does.
   command = [sys.executable, "-m", "tests.end_to_end.job", str(workdir),
-             str(world.folder / "bases"), "--arm", world.arm, "--full-after", str(moment)]
+             str(world.folder / "bases"), "--arm", world.arm, flag]
   done = subprocess.run(command, cwd=interpreter.ROOT, env=environment(store=False), text=True,
                         capture_output=True, timeout=300, check=False)
   sentence = refusal(done.stdout + done.stderr)
-  record = {"fault": f"a full disk from second {moment:.1f} on", "file": "any",
-            "printed": [(sentence or done.stderr[-1500:]).replace(str(workdir), "W")]}
+  record = {"fault": f"a full disk from {when} on", "file": "any",
+            "printed": [(sentence or done.stderr[-6000:]).replace(str(workdir), "W")]}
   if done.returncode != 1 or sentence is None or " cannot be written (" not in sentence:
     result = f"exit status {done.returncode}, and no sentence that names a file"
   else:

@@ -1,14 +1,14 @@
 """A tiny job with every row of the recipe, run in processes of its own by the tests beside it.
 
   python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N [--signal KILL]]
-    [--full-after SECONDS] [--process I --processes N --port P] [--mesh D,F,T] [--arm NAME]
-    [--options] [--unprobed] [--redo FOLDER] [--counts FILE]
+    [--full-after SECONDS | --full-in ROW:N] [--process I --processes N --port P] [--mesh D,F,T]
+    [--arm NAME] [--options] [--unprobed] [--redo FOLDER] [--counts FILE]
 
 With --kill-in it sends itself a signal, KILL or TERM, at the N-th event inside the stage ROW,
 inside a score where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to
 be written, just written, or in the middle of being written, or an optimizer update. With
---full-after no file takes a byte from that moment on, as on a full disk. With --counts each process
-writes what it has read and written to FILE.I, JSON.
+--full-after no file takes a byte from that moment on, as on a full disk, and with --full-in from
+that event on. With --counts each process writes what it has read and written to FILE.I, JSON.
 """
 
 import argparse
@@ -54,7 +54,8 @@ LOST_SECONDS = 15.0  # a process that is silent for so long has died: the others
 ARMS = recipe.ARMS | {
     "every_row": (Use("teacher_sft", "1h"), Use("teacher_grpo", "1h"), Use("forward_kl", "1h"),
                   Use("weighted_fkl", "1h"), Use("sft", "1h"), Use("reverse_kl", "1h"),
-                  Use("student_grpo", "2h")),
+                  Use("self_distillation", "1h"), Use("student_grpo", "2h")),
+    "two_rows": (Use("sft", "1h"), Use("reverse_kl", "1h")),
     "one_row": (Use("reverse_kl", "1h"),),
 }
 
@@ -83,6 +84,8 @@ def config(bases, arm, data):
     tiny.teacher = f"{bases}/teacher"
     tiny.student = f"{bases}/student"
     tiny.data.dir = str(data)
+    # As docs/losses.md has it; no shipped config has this row.
+    tiny.stages.self_distillation = tiny.stages.reverse_kl.to_dict() | {"hint_tokens": 32}
     for hp in tiny.stages.values():
       hp.steps = 3
       hp.save_every = 1
@@ -114,9 +117,10 @@ def set_options(tiny):
     tiny.probe.prefixes = 2
 
 
-def kill_at_event(row, n, number):
-  """Makes this process signal itself at the n-th event in the stage `row`, a score or a probe."""
-  remaining = [n]
+def act_at_event(event_name, action):
+  """Makes this process act at an event, ROW:N: the N-th in the stage ROW, a score or a probe."""
+  row, _, n = event_name.partition(":")
+  remaining = [int(n)]
   inside = [False]
 
   def enter(function, entered):
@@ -135,14 +139,14 @@ def kill_at_event(row, n, number):
   def event():
     remaining[0] -= inside[0]
     if inside[0] and remaining[0] == 0:
-      os.kill(os.getpid(), number)
+      action()
 
   def around(function):
     def wrapped(*args, **kwargs):
       event()
       remaining[0] -= inside[0]
       if inside[0] and remaining[0] == 0:  # in the middle, or just after
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        threading.Timer(0.01, action).start()
       result = function(*args, **kwargs)
       event()
       return result
@@ -231,6 +235,7 @@ def parse(argv):
   parser.add_argument("--kill-in")
   parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
   parser.add_argument("--full-after", type=float)
+  parser.add_argument("--full-in")
   parser.add_argument("--process", type=int)
   parser.add_argument("--processes", type=int, default=2)
   parser.add_argument("--port", type=int)
@@ -261,8 +266,10 @@ def main(argv):
     # The undisturbed job has stored every program. A process that is killed while it stores one
     # would leave half a file for all other tests.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 2**62)
-    row, n = args.kill_in.split(":")
-    kill_at_event(row, int(n), signal.Signals[f"SIG{args.signal}"])
+    number = signal.Signals[f"SIG{args.signal}"]
+    act_at_event(args.kill_in, lambda: os.kill(os.getpid(), number))
+  if args.full_in:
+    act_at_event(args.full_in, fill_disk)
   if args.full_after is not None:
     timer = threading.Timer(args.full_after, fill_disk)
     timer.daemon = True

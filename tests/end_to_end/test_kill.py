@@ -11,7 +11,7 @@ from tests import interpreter
 from tests.end_to_end import job
 
 ROWS = ("teacher_sft", "teacher_grpo", "forward_kl", "weighted_fkl", "sft", "reverse_kl",
-        "student_grpo")
+        "self_distillation", "student_grpo")
 
 
 def start(workdir, bases, *flags):
@@ -20,14 +20,11 @@ def start(workdir, bases, *flags):
   return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+@pytest.fixture
+def undisturbed(run_alone):
   """(bases, workdir) of a job that was not killed."""
-  folder = tmp_path_factory.mktemp("undisturbed")
-  job.bases(folder / "bases")
-  status, printed = start(folder / "work", folder / "bases")
-  assert status == 0, printed
-  return folder / "bases", folder / "work"
+  workdir = run_alone("every_row")
+  return workdir.with_name("bases"), workdir
 
 
 @pytest.mark.slow
@@ -58,18 +55,17 @@ def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_options_killed_repeatedly_ends_with_equal_bytes(tmp_path):
+def test_a_run_with_options_killed_repeatedly_ends_with_equal_bytes(run_alone, tmp_path):
   """Shares of families are decided in forward_kl; reverse_kl searches, with hints and guides."""
   options = ("--arm", "bridge", "--options")
-  job.bases(tmp_path / "bases")
-  status, printed = start(tmp_path / "whole", tmp_path / "bases", *options)
-  assert status == 0, printed
+  whole = run_alone("bridge", "--options")
+  bases = whole.with_name("bases")
   for moment in ("forward_kl:4", "forward_kl:6", "reverse_kl:5", "reverse_kl:4"):
-    status, printed = start(tmp_path / "work", tmp_path / "bases", *options, "--kill-in", moment)
+    status, printed = start(tmp_path / "work", bases, *options, "--kill-in", moment)
     assert status == -signal.SIGKILL, (moment, printed)
-  status, printed = start(tmp_path / "work", tmp_path / "bases", *options)
+  status, printed = start(tmp_path / "work", bases, *options)
   assert status == 0, printed
-  want = job.facts(tmp_path / "whole")
+  want = job.facts(whole)
   got = job.facts(tmp_path / "work")
   assert sorted(want) == sorted(got) and any("/allocate/" in name for name in want)
   for name, value in want.items():
@@ -87,7 +83,8 @@ def test_a_finished_stage_has_its_files_and_ledger(undisturbed, row):
   assert [p.name for p in (folder / "checkpoints").iterdir()] == ["final"]
   spent = json.loads((folder / "ledger.json").read_text())
   assert spent["prompt_uses"] == 12 and spent["device_seconds_used"] > 0
-  labelled = row in ("teacher_sft", "teacher_grpo", "weighted_fkl", "student_grpo")
+  labelled = row in ("teacher_sft", "teacher_grpo", "weighted_fkl", "student_grpo",
+                     "self_distillation")  # a hint has the answer
   assert bool(spent["labels_distinct"]) == labelled
   rows = [json.loads(line) for part in sorted((folder / "metrics").iterdir())
           for line in part.read_text().splitlines()]
@@ -97,8 +94,10 @@ def test_a_finished_stage_has_its_files_and_ledger(undisturbed, row):
 
 
 @pytest.mark.slow
-def test_a_finished_run_started_again_changes_nothing(undisturbed):
-  bases, workdir = undisturbed
+def test_a_finished_run_started_again_changes_nothing(undisturbed, tmp_path):
+  bases, reference = undisturbed
+  workdir = tmp_path / "work"
+  shutil.copytree(reference, workdir)
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name == "manifest.json"}
   status, printed = start(workdir, bases)
   assert status == 0, printed

@@ -1,6 +1,7 @@
 """Several processes joined by jax.distributed run every row with the samples of one."""
 
 import json
+import pathlib
 import socket
 
 import numpy as np
@@ -15,41 +16,36 @@ from tests.end_to_end import job
 # matrix's rows and columns.
 SEVERAL = {"plain": (2, "1,2,1", "every_row", ()),
            "options": (2, "1,2,1", "bridge", ("--options",)),
-           "four": (4, "1,2,2", "bridge", ())}
-
-def launch(workdir, arm, *flags):
-  return interpreter.start("-m", "tests.end_to_end.job", workdir, workdir.parent / "bases",
-                           "--arm", arm, "--counts", f"{workdir}.counts", *flags)
+           "four": (4, "1,2,2", "every_row", ())}
 
 
-def together(workdir, processes, mesh, arm, flags):
+def together(workdir, bases, processes, mesh, arm, flags):
   """Runs the job to its end on several processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  running = [launch(workdir, arm, "--mesh", mesh, "--processes", processes, "--process", i,
-                    "--port", port, *flags) for i in range(processes)]
+  running = [interpreter.start("-m", "tests.end_to_end.job", workdir, bases, "--arm", arm,
+                               "--counts", f"{workdir}.counts", "--mesh", mesh, "--processes",
+                               processes, "--process", i, "--port", port, *flags)
+             for i in range(processes)]
   for done in [process.wait(600) for process in running]:
     assert done.returncode == 0, done.stderr
 
 
-def counts(workdir, processes):
+def counts(name, processes):
   """The counts of reads and writes of a run: {name: number of each process}."""
-  found = [json.loads(workdir.with_name(f"{workdir.name}.counts.{i}").read_text())
-           for i in range(processes)]
+  found = [json.loads(pathlib.Path(f"{name}.{i}").read_text()) for i in range(processes)]
   return {name: [one[name] for one in found] for name in found[0]}
 
 
 @pytest.fixture(scope="module", params=list(SEVERAL))
-def runs(tmp_path_factory, request):
-  """Work folders of one process on (1,1,1), and of several."""
+def runs(run_alone, tmp_path_factory, request):
+  """Work folders of one process and of several."""
   processes, mesh, arm, flags = SEVERAL[request.param]
-  folder = tmp_path_factory.mktemp("processes")
-  job.bases(folder / "bases")
-  alone = launch(folder / "one", arm, *flags).wait(600)
-  assert alone.returncode == 0, alone.stderr
-  together(folder / "several", processes, mesh, arm, flags)
-  return folder / "one", folder / "several"
+  alone = run_alone(arm, *flags)
+  several = tmp_path_factory.mktemp("processes") / "several"
+  together(several, alone.with_name("bases"), processes, mesh, arm, flags)
+  return alone, several
 
 
 @pytest.fixture
@@ -134,7 +130,7 @@ def test_processes_end_in_the_weights_of_one(runs, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", ["four"], indirect=True)
 def test_each_of_four_processes_does_its_share(runs):
-  alone, of_four = counts(runs[0], 1), counts(runs[1], 4)
+  alone, of_four = counts(runs[0].with_name("counts"), 1), counts(f"{runs[1]}.counts", 4)
   # A fourth of each matrix, and all of each vector.
   assert max(of_four["weight_bytes"]) < 0.5 * alone["weight_bytes"][0]
   # Each row is scored on one process, and the rows are dealt out in turn.
@@ -149,7 +145,7 @@ def test_each_of_four_processes_does_its_share(runs):
 @pytest.mark.parametrize("runs", ["four"], indirect=True)
 def test_two_runs_of_four_processes_are_equal_bit_for_bit(runs):
   again = runs[1].with_name("again")
-  together(again, *SEVERAL["four"])
+  together(again, runs[0].with_name("bases"), *SEVERAL["four"])
   want, got = job.facts(runs[1]), job.facts(again)
   assert want.keys() == got.keys() and any("safetensors" in name for name in want)
   assert [name for name in want if want[name] != got[name]] == []

@@ -6,12 +6,15 @@ a file of checksums, of the checkpoint and of the logs until then.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from typing import Any
 
 import jax
 from etils import epath
@@ -214,10 +217,11 @@ def _sums(stage: epath.Path, step: int) -> epath.Path:
 
 @contextlib.contextmanager
 def _writing(path: epath.Path) -> Iterator[None]:
-  """Turns an error of Orbax's into a WriteError, and keeps its tracebacks from the log."""
+  """Turns an error of Orbax's into a WriteError, and hides the tracebacks that its threads print."""
   log = logging.getLogger("absl")
-  level = log.level
-  log.setLevel(logging.CRITICAL)
+  log.addFilter(_is_not_of_orbax)
+  hook = sys.unraisablehook
+  sys.unraisablehook = functools.partial(_hide_closed_loop, hook)
   try:
     with jax.transfer_guard("allow"):
       yield
@@ -225,8 +229,19 @@ def _writing(path: epath.Path) -> Iterator[None]:
   except (ValueError, OSError) as error:
     reason = checksums.reason(_failure_of_disk(error) or error)
     raise files.not_written(path, reason) from error
-  finally:
-    log.setLevel(level)
+  # After an error both stay, because further threads of the save fail a moment later.
+  log.removeFilter(_is_not_of_orbax)
+  sys.unraisablehook = hook
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
+
+
+def _hide_closed_loop(hook: Callable[[Any], None], unraisable: Any) -> None:
+  """`sys.unraisablehook`, but for the error of TensorStore's threads after a failed save."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    hook(unraisable)
 
 
 def _read(path: epath.Path, load: Callable[[], Params]) -> Params:

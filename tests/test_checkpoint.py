@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import resource
 import shutil
+import sys
+import types
 from typing import NamedTuple
 
 import jax
@@ -333,3 +336,28 @@ def test_a_field_that_is_absent_by_default_leaves_older_checkpoints_readable(tmp
   steps.close()
   assert isinstance(found, MoreFields) and found.anchor is None and float(found.step) == 7
   np.testing.assert_array_equal(found.params["w"], params["w"])
+
+
+def test_threads_of_a_failed_save_print_nothing(monkeypatch, tmp_path, caplog):
+  shown = []
+  monkeypatch.setattr(sys, "unraisablehook", shown.append)
+  log = logging.getLogger("absl")
+  monkeypatch.setattr(log, "filters", list(log.filters))
+  with pytest.raises(WriteError, match="cannot be written .the disk is full.: free"):
+    with checkpoint._writing(tmp_path):
+      raise ValueError("the disk is full")
+  # As TensorStore's and Orbax's threads do, at a moment that no test can choose.
+  for text in ("Event loop is closed", "another error"):
+    sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+  assert [str(one.exc_value) for one in shown] == ["another error"]
+  for path in ("orbax/checkpoint/futures.py", "s2d_jax/metrics.py"):
+    log.handle(logging.LogRecord("absl", logging.ERROR, path, 1, path, None, None))
+  assert [record.pathname for record in caplog.records] == ["s2d_jax/metrics.py"]
+
+
+def test_a_save_that_succeeds_hides_no_later_error(monkeypatch, tmp_path):
+  hook = sys.unraisablehook
+  filters = list(logging.getLogger("absl").filters)
+  with checkpoint._writing(tmp_path):
+    assert sys.unraisablehook is not hook
+  assert sys.unraisablehook is hook and logging.getLogger("absl").filters == filters

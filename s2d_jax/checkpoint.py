@@ -217,7 +217,7 @@ def _sums(stage: epath.Path, step: int) -> epath.Path:
 
 @contextlib.contextmanager
 def _writing(path: epath.Path) -> Iterator[None]:
-  """Turns an error of Orbax's into a WriteError, and hides the tracebacks that its threads print."""
+  """Turns an error of Orbax into a WriteError, and hides the tracebacks that its threads print."""
   log = logging.getLogger("absl")
   log.addFilter(_is_not_of_orbax)
   hook = sys.unraisablehook

@@ -291,9 +291,9 @@ def test_debug_shows_where_a_function_of_the_task_failed(capsys):
       reward("answer")
 
   for words, shown in (([], False), (["--debug"], True)):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exits:
       command.call(fails, words)
     printed = capsys.readouterr().err
-    assert ended.value.code == 2
+    assert exits.value.code == 2
     assert "the task's reward failed (KeyError: 'answer'): mend it." in printed
     assert ("in reward" in printed) == shown

@@ -1,6 +1,7 @@
 """Several processes joined by jax.distributed run every row with the samples of one."""
 
 import json
+import os
 import pathlib
 import socket
 
@@ -12,11 +13,14 @@ from s2d_jax import metrics, rollouts
 from tests import interpreter
 from tests.end_to_end import job
 
+# Every row on four processes takes ten minutes on two cores, so it runs on demand:
+#   S2D_ARM_OF_FOUR=every_row python -m pytest -m slow tests/end_to_end/test_processes.py
+ARM_OF_FOUR = os.environ.get("S2D_ARM_OF_FOUR", "bridge")
 # (processes, their mesh, arm, flags). Two have half the weights each, and four half of each
 # matrix's rows and columns.
 SEVERAL = {"plain": (2, "1,2,1", "every_row", ()),
            "options": (2, "1,2,1", "bridge", ("--options",)),
-           "four": (4, "1,2,2", "every_row", ())}
+           "four": (4, "1,2,2", ARM_OF_FOUR, ())}
 
 
 def together(workdir, bases, processes, mesh, arm, flags):

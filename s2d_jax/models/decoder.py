@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from s2d_jax import sharding
 from s2d_jax.errors import InputError
 from s2d_jax.models import attention, caches, paged
-from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, Config, RopeScaling
+from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, STORED, Config, RopeScaling
 from s2d_jax.sharding import Params
 
 
@@ -163,9 +163,7 @@ class Attention(nn.Module):
     v = _linear(self, "v", (D,), (K, H), D)
     # The residual is a sum of 2L terms, so each starts smaller by √(2L), as in GPT-2.
     o = _linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
-    q_BTNH = q(x_BTD)
-    k_BTKH = k(x_BTD)
-    v_BTKH = v(x_BTD)
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(f(x_BTD), STORED) for f in (q, k, v))
     # Before RoPE, as in Qwen3: scales of single channels do not commute with a rotation.
     if c.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
@@ -201,7 +199,8 @@ class MLP(nn.Module):
     gate = _linear(self, "gate", (D,), (F,), D)
     up = _linear(self, "up", (D,), (F,), D)
     down = _linear(self, "down", (F,), (D,), F * 2 * c.layers)
-    hidden_BTF = sharding.constrain(nn.silu(gate(x_BTD)) * up(x_BTD), "batch", "time", "mlp")
+    gate_BTF, up_BTF = (checkpoint_name(f(x_BTD), STORED) for f in (gate, up))
+    hidden_BTF = sharding.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "time", "mlp")
     return down(hidden_BTF)
 
 
@@ -220,7 +219,8 @@ class Block(nn.Module):
     scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
     y_BTD, kv = Attention(c, self.implementation, name="attn")(
         rms_norm(x_BTD, scale_D, c.norm_eps), angle_BTH2, reads, position_B, kv)
-    x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
+    x_BTD = checkpoint_name(
+        sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed"), STORED)
     scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
     y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
     x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")

@@ -202,7 +202,7 @@ def test_a_projection_and_its_gradients_in_float64(narrow):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
+@pytest.mark.parametrize("policy", ["block", "dots", "offload", "attention", "named"])
 def test_remat_changes_no_gradient(policy, tiny):
   model, params, _ = tiny
   other = models.build(dataclasses.replace(model.config, remat=policy))
@@ -302,8 +302,8 @@ def test_packed_rows_are_not_numbers_by_a_kernel_without_a_mask(tiny, monkeypatc
 
 
 @pytest.mark.medium
-def test_dots_keeps_the_products_with_weights_and_block_does_not(tiny):
-  # Temporaries of the gradient's program, in bytes, of a longer row: none > dots > block.
+def test_a_policy_keeps_what_it_names_and_block_does_not(tiny):
+  # Temporaries of the gradient's program, in bytes, of a longer row.
   model, params, _ = tiny
   def temporaries(remat):
     other = models.build(dataclasses.replace(model.config, remat=remat, layers=8))
@@ -313,6 +313,8 @@ def test_dots_keeps_the_products_with_weights_and_block_does_not(tiny):
     return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
   none, dots, block = map(temporaries, ("none", "dots", "block"))
   assert none > dots > block
+  for policy in ("named", "attention"):
+    assert none > temporaries(policy) > block
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ class Config:
   tied: bool  # the embedding is also the unembedding
   max_positions: int
   dtype: str = "float32"  # of the activations
-  remat: str = "none"  # of POLICIES
+  remat: str = "none"  # of POLICIES; "auto": a stage chooses for its update, else "block"
   attention: str = "auto"  # of attention.IMPLEMENTATIONS
   lora: Lora | None = None  # adapters in addition to the weights
 
@@ -101,7 +101,7 @@ class Config:
       raise InputError(f"head_dim {self.head_width} is {'odd' if self.head_width else 'zero'} and "
                        "RoPE rotates pairs: use an even one.")
     # Checked here, because a misspelt choice would otherwise appear only when the model is traced.
-    for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
+    for key, choices in (("dtype", DTYPES), ("remat", (*POLICIES, "auto")),
                          ("attention", attention.IMPLEMENTATIONS)):
       if getattr(self, key) not in choices:
         raise InputError(f"{key} {getattr(self, key)!r} is unknown: choose it from "

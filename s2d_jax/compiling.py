@@ -17,6 +17,7 @@ from s2d_jax import (
   hints,
   hosts,
   program_cache,
+  remat,
   rollouts,
   sampler,
   sharding,
@@ -210,15 +211,25 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
   if models.guides is not None:
     routed = _routed_update(models, hp, objective, optimizer, state, batch, samplers)
   else:
-    update = _compile(
-        ("update", models.learner.model, guide, objective, optimizer), hp,
-        lambda: training.jit_update(models.learner.model, guide, objective, optimizer, hp,
-                                    training.shardings(state)),
-        (state, guide_params, batch, non_trainable), samplers.compiler)
+    def update_of(model: Any) -> jax.stages.Compiled:
+      return _compile(
+          ("update", model, guide, objective, optimizer), hp,
+          lambda: training.jit_update(model, guide, objective, optimizer, hp,
+                                      training.shardings(state)),
+          (state, guide_params, batch, non_trainable), samplers.compiler)
+
+    update = remat.fitting(models.learner.model, update_of, samplers.memory,
+                           _beside_updates(models, optimizer))
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
   probe = _probe_programs(models, hp, logp, samplers) if allocate.probes(hp) else None
   return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search,
                   probe, routed)
+
+
+def _beside_updates(models: StageModels, optimizer: optax.GradientTransformation) -> int:
+  """Bytes on each device that a stage holds and an update does not take."""
+  held = resident(models, optimizer)
+  return held.get("actor", 0) + held.get("pass rate model", 0)
 
 
 def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss,
@@ -235,11 +246,21 @@ def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss
                       batch)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   gradients = {}
+  # The optimizer's slots, and the sum of the gradients so far.
+  others = _beside_updates(models, optimizer) + sharding.device_bytes(
+      (state.opt_state, state.params))
   for role, guide in models.guides.items():
     jitted = training.jit_gradients(learner, guide.model, objective, hp, layout)
     arguments = (state.params, non_trainable, sharding.abstract(guide.params), part)
-    gradients[role] = _compile(("gradients", learner, guide.model, objective), hp,
-                               lambda jitted=jitted: jitted, arguments, samplers.compiler)
+
+    def gradients_of(model: Any, guide: Role = guide,
+                     arguments: tuple = arguments) -> jax.stages.Compiled:
+      return _compile(
+          ("gradients", model, guide.model, objective), hp,
+          lambda: training.jit_gradients(model, guide.model, objective, hp, layout), arguments,
+          samplers.compiler)
+
+    gradients[role] = remat.fitting(learner, gradients_of, samplers.memory, others)
     # All have one learner and one objective, so their results have one shape.
     grads, sums = jax.eval_shape(jitted, *arguments)
   total = (sharding.laid_out(grads, layout.params),

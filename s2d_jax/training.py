@@ -266,13 +266,26 @@ def _apply(optimizer: optax.GradientTransformation, state: TrainState, total: Pa
       lambda g, p: _mean(g, sums["loss"][1]).astype(p.dtype), total, state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   metrics["grad_norm"] = optax.tree.norm(grads)
-  metrics["update_norm"] = optax.tree.norm(updates)
+  metrics["update_norm"] = optax.tree.norm(_for_norm(optimizer, grads, state, updates))
   # One bad update would spoil the state for good, so it is not taken.
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
   metrics["finite"] = finite.astype(jnp.float32)
   new = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
                        opt_state=opt_state)
   return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+
+
+def _for_norm(optimizer: optax.GradientTransformation, grads: Params, state: TrainState,
+              updates: Params) -> Params:
+  """The updates, in the form in which a backend computes their norm with least traffic."""
+  if sharding.platform() != "gpu":
+    return updates
+  # XLA for GPUs writes the updates to memory where the new weights and the norm both read them. Had
+  # each its own, one kernel makes new weights, new moments and the norm. The barrier on the counts
+  # keeps the two from being merged; their values are equal.
+  counts_apart = jax.tree.map(
+      lambda x: x if x.ndim else jax.lax.optimization_barrier(x), state.opt_state)
+  return optimizer.update(grads, counts_apart, state.params)[0]
 
 
 def join(params: Params, non_trainable: Params | None) -> Params:

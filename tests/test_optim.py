@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from s2d_jax import keys, optim
+from s2d_jax import keys, optim, training
 
 AXES = {"embed": ("vocab", "embed"), "layers": {"mlp": ("layer", "embed", "mlp"),
                                                 "norm": ("layer", "embed")}, "norm": ("embed",)}
@@ -141,3 +141,28 @@ def test_make_reads_exactly_its_declared_keys(monkeypatch):
   optim.make(Spy(), UPDATES, AXES).init(filled(1.0))
   optim.schedule(Spy(), UPDATES)(jnp.int32(0))
   assert read == set(optim.KEYS)
+
+
+@pytest.mark.parametrize("bad", [1.0, np.nan])
+def test_the_norm_of_updates_on_a_gpu_changes_no_number(bad, monkeypatch):
+  # There the updates are computed a second time, for their norm alone.
+  optimizer = optim.make(hp(), UPDATES, AXES)
+  params = filled(0.5)
+  state = training.TrainState(jnp.int32(3), params, optimizer.init(params))
+  total = filled(0.25)
+  total["norm"] = total["norm"].at[0].set(bad)
+
+  def applied():
+    def f(state, total):
+      return training._apply(optimizer, state, total, {"loss": (jnp.float32(1), jnp.float32(2))})
+    return "optimization_barrier" in str(jax.make_jaxpr(f)(state, total)), jax.jit(f)(state, total)
+
+  apart, want = applied()
+  assert not apart
+  monkeypatch.setattr(training.sharding, "platform", lambda: "gpu")
+  apart, got = applied()
+  assert apart
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert (got[1]["finite"] == 1) == np.isfinite(bad)
+  if not np.isfinite(bad):
+    jax.tree.map(np.testing.assert_array_equal, got[0], state)

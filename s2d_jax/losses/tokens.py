@@ -43,8 +43,20 @@ def entropy(logits_BTV: jax.Array) -> jax.Array:
 
     H(π) = −Σ_v π(v) · log π(v).
   """
+  if sharding.platform() == "gpu":
+    return _entropy_of_sums(logits_BTV)
   logp_BTV = computed_once(log_softmax(logits_BTV))
   return -expectation(computed_once(jnp.exp(logp_BTV)), logp_BTV)
+
+
+def _entropy_of_sums(logits_BTV: jax.Array) -> jax.Array:
+  """`entropy` as log Σ e − Σ e·z / Σ e, where z are the shifted logits and e = exp z."""
+  # Both sums are of the logits and the largest alone, so one kernel reads the logits for them and
+  # for what `log_prob` adds up. The other form reads them again when the log-sum is there.
+  shifted_BTV, log_BT1 = shifted_logits(logits_BTV)
+  weight_BTV = jnp.exp(shifted_BTV)
+  mean_BT = jnp.sum(weight_BTV * shifted_BTV, axis=-1) / jnp.sum(weight_BTV, axis=-1)
+  return log_BT1[..., 0] - mean_BT
 
 
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

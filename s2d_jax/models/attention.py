@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from s2d_jax import sharding
@@ -29,6 +30,7 @@ _NEEDS = {"cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu"}
 # Finite, so that a row with every score masked has a softmax (uniform) and a gradient (zero).
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _LANES = 128  # the tiles of splash are multiples of this many tokens
+RESULT = "attention"  # the checkpoint name of a kernel's output and of its softmax's log-sums
 PIECE = 128  # queries that `causal` takes at a time; more in long sequences, for at most 8 pieces
 
 
@@ -230,7 +232,9 @@ def _piece_fwd(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
   out_BKXH = jnp.einsum("BKXS,BSKH->BKXH", share_BKXS.astype(v_BSKH.dtype), v_BSKH,
                         preferred_element_type=jnp.float32) / sum_BKX1
   out_BTNH = _apart(out_BKXH.astype(v_BSKH.dtype), q_BTNH.shape[2])
-  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, top_BKX1 + jnp.log(sum_BKX1))
+  out_BTNH, log_sum_BKX1 = (
+      checkpoint_name(x, RESULT) for x in (out_BTNH, top_BKX1 + jnp.log(sum_BKX1)))
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, log_sum_BKX1)
 
 
 def _piece_bwd(saved: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
@@ -343,4 +347,4 @@ def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Callable[..., ja
   mask = splash_attention.MultiHeadMask(
       [splash_attention.CausalMask((tokens, tokens)) for _ in range(heads)])
   return splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                          interpret=interpret)
+                                          residual_checkpoint_name=RESULT, interpret=interpret)

@@ -1,8 +1,11 @@
 """The Config of a decoder: its shape, its constants and how it is run."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from s2d_jax.errors import InputError
@@ -10,14 +13,32 @@ from s2d_jax.models import attention
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PRODUCT = "product"  # the checkpoint name of every result of `project`
+STORED = "stored"    # of what the policy "named" stores beside attention's results
+
+
+def _storing(*names: str) -> Callable[..., bool]:
+  """The policy that stores attention's results, and values of these checkpoint names."""
+  by_name = jax.checkpoint_policies.save_only_these_names(attention.RESULT, *names)
+
+  def policy(primitive: jax.extend.core.Primitive, *args: Any, **params: Any) -> bool:
+    # cuDNN's kernel has no names inside. Both of its results are stored, the output and the
+    # softmax's log-sums, or the backward pass would run the kernel a second time.
+    return (primitive.name.startswith("dot_product_attention_fwd")
+            or by_name(primitive, *args, **params))
+
+  return policy
+
+
 # Rematerialization: a layer keeps for its backward pass everything, only its input, the results of
-# its products with weights, or those in the host's memory.
+# its products with weights, those in the host's memory, its input and attention's results, or these
+# with the queries, keys, values, features after attention, gate and up.
 POLICIES = {
     "none": None, "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(), names_which_can_be_offloaded=(PRODUCT,),
-        offload_src="device", offload_dst="pinned_host")}
+        offload_src="device", offload_dst="pinned_host"),
+    "attention": _storing(), "named": _storing(STORED)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +87,7 @@ class Config:
   tied: bool  # the embedding is also the unembedding
   max_positions: int
   dtype: str = "float32"  # of the activations
-  remat: str = "none"  # of POLICIES
+  remat: str = "none"  # of POLICIES; "auto": a stage chooses for its update, else "block"
   attention: str = "auto"  # of attention.IMPLEMENTATIONS
   lora: Lora | None = None  # adapters in addition to the weights
 
@@ -80,7 +101,7 @@ class Config:
       raise InputError(f"head_dim {self.head_width} is {'odd' if self.head_width else 'zero'} and "
                        "RoPE rotates pairs: use an even one.")
     # Checked here, because a misspelt choice would otherwise appear only when the model is traced.
-    for key, choices in (("dtype", DTYPES), ("remat", POLICIES),
+    for key, choices in (("dtype", DTYPES), ("remat", (*POLICIES, "auto")),
                          ("attention", attention.IMPLEMENTATIONS)):
       if getattr(self, key) not in choices:
         raise InputError(f"{key} {getattr(self, key)!r} is unknown: choose it from "

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from s2d_jax import sharding
 from s2d_jax.errors import InputError
 from s2d_jax.models import attention, caches, paged
-from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, Config, RopeScaling
+from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, STORED, Config, RopeScaling
 from s2d_jax.sharding import Params
 
 
@@ -51,14 +51,45 @@ def rope_frequencies(head_width: int, theta: float, scaling: RopeScaling | None)
 
 def rope(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> jax.Array:
   """Rotates the pair (x_i, x_{i+H/2}) of each head by the angle of its position, in float32."""
-  angle_BTNH2 = jnp.broadcast_to(
-      angle_BTH2[:, :, None], x_BTNH.shape[:-1] + angle_BTH2.shape[-1:])
-  cos = jnp.cos(angle_BTNH2)
-  sin = jnp.sin(angle_BTNH2)
+  # XLA for CPUs has the gradient of the plain form as fast.
+  return (_rope if sharding.platform() == "gpu" else _rotated)(x_BTNH, angle_BTH2)
+
+
+def _rotated(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> jax.Array:
+  cos, sin = (_of_heads(f(angle_BTH2), x_BTNH.shape[:-1]) for f in (jnp.cos, jnp.sin))
   # Pairs are half a head apart, as in Hugging Face's weights; the paper pairs neighbours.
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x_BTNH.dtype)
+
+
+def _of_heads(x_BTH2: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """A value of each token for every head: [B, T, H/2] -> [B, T, N, H/2]."""
+  return jnp.broadcast_to(x_BTH2[:, :, None], shape + x_BTH2.shape[-1:])
+
+
+@jax.custom_vjp
+def _rope(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> jax.Array:
+  return _rotated(x_BTNH, angle_BTH2)
+
+
+def _rope_fwd(x_BTNH: jax.Array, angle_BTH2: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _rotated(x_BTNH, angle_BTH2), angle_BTH2
+
+
+def _rope_bwd(angle_BTH2: jax.Array, dy_BTNH: jax.Array) -> tuple[jax.Array, None]:
+  """The rotation by the opposite angle: its gradient."""
+  # The halves are an axis, and are swapped by reversing it. XLA for GPUs fuses that into every
+  # reader of the gradient, where it writes the halves of the plain form to memory.
+  *shape, H = dy_BTNH.shape
+  dy_BTN2H2 = dy_BTNH.astype(jnp.float32).reshape(*shape, 2, H // 2)
+  cos, sin = (_of_heads(f(angle_BTH2), tuple(shape))[..., None, :] for f in (jnp.cos, jnp.sin))
+  dx_BTN2H2 = (dy_BTN2H2 * jnp.concatenate([cos, cos], axis=-2)
+               + jnp.flip(dy_BTN2H2, axis=-2) * jnp.concatenate([sin, -sin], axis=-2))
+  return dx_BTN2H2.reshape(dy_BTNH.shape).astype(dy_BTNH.dtype), None
+
+
+_rope.defvjp(_rope_fwd, _rope_bwd)
 
 
 def _normal(fan_in: int) -> Callable[..., jax.Array]:
@@ -163,9 +194,7 @@ class Attention(nn.Module):
     v = _linear(self, "v", (D,), (K, H), D)
     # The residual is a sum of 2L terms, so each starts smaller by √(2L), as in GPT-2.
     o = _linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
-    q_BTNH = q(x_BTD)
-    k_BTKH = k(x_BTD)
-    v_BTKH = v(x_BTD)
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(f(x_BTD), STORED) for f in (q, k, v))
     # Before RoPE, as in Qwen3: scales of single channels do not commute with a rotation.
     if c.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.param("q_norm", nn.initializers.ones, (H,)), c.norm_eps)
@@ -201,7 +230,8 @@ class MLP(nn.Module):
     gate = _linear(self, "gate", (D,), (F,), D)
     up = _linear(self, "up", (D,), (F,), D)
     down = _linear(self, "down", (F,), (D,), F * 2 * c.layers)
-    hidden_BTF = sharding.constrain(nn.silu(gate(x_BTD)) * up(x_BTD), "batch", "time", "mlp")
+    gate_BTF, up_BTF = (checkpoint_name(f(x_BTD), STORED) for f in (gate, up))
+    hidden_BTF = sharding.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "time", "mlp")
     return down(hidden_BTF)
 
 
@@ -218,9 +248,14 @@ class Block(nn.Module):
     """(features after the layer, its part of the cache); arguments as `Attention`."""
     c = self.config
     scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
+    if kv is None and sharding.platform() == "gpu":
+      # All layers have these angles, so JAX takes their cosines out of the loop, one for each head,
+      # and each layer reads arrays as large as its queries. Tied to a value of the layer they stay.
+      angle_BTH2, scale_D = jax.lax.optimization_barrier((angle_BTH2, scale_D))
     y_BTD, kv = Attention(c, self.implementation, name="attn")(
         rms_norm(x_BTD, scale_D, c.norm_eps), angle_BTH2, reads, position_B, kv)
-    x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
+    x_BTD = checkpoint_name(
+        sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed"), STORED)
     scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
     y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
     x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
@@ -301,7 +336,8 @@ class Decoder(nn.Module):
       # its barriers are off. The scan itself compiles one layer, however many there are.
       block = Block
       if c.remat != "none":
-        block = nn.remat(Block, prevent_cse=False, policy=POLICIES[c.remat])
+        policy = POLICIES["block" if c.remat == "auto" else c.remat]
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
       layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                        length=c.layers, in_axes=(nn.broadcast, nn.broadcast))
       x_BTD, _ = layers(c, implementation, name="layers")(x_BTD, angle_BTH2, reads)

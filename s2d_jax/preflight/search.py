@@ -15,7 +15,7 @@ from s2d_jax.preflight import verdicts
 from s2d_jax.preflight.costs import Cost
 from s2d_jax.preflight.runs import Total
 
-REMAT = ("block", "dots")  # recompute whole blocks, or everything but products
+REMAT = ("block", "named")  # recompute whole blocks, or what is cheap
 _IN_MICROBATCHES = ("token_logps", "update")  # programs that read one microbatch at a time
 
 

@@ -32,11 +32,11 @@ def folder(tmp_path_factory):
                            num_hidden_layers=LAYERS)
 
 
-def lowered_update(name, rows, width, topology="h100", **changes):
+def lowered_update(name, rows, width, topology="h100", remat="block", **changes):
   """An update by negative log-likelihood and AdamW of a published model, lowered for cards."""
   devices = topologies.devices(topology)
   where = sharding.make_mesh((1, len(devices), 1), devices)
-  model = models.get(models.PUBLISHED[name] | changes, dtype="bfloat16", remat="block")
+  model = models.get(models.PUBLISHED[name] | changes, dtype="bfloat16", remat=remat)
   axes = models.axes(model.config)
   params = models.laid_out(model.config, where)
   hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=1024, mean="token")

@@ -74,6 +74,22 @@ def test_gradients_are_finite_differences():
     check_grads(f, (logits_BTV,), order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=1e-2)
 
 
+def test_the_entropy_of_a_gpu_is_that_of_the_definition():
+  # Flat and peaked ones; the last is a certain token among a thousand.
+  rng = np.random.default_rng(1)
+  logits_TV = rng.normal(size=(4, 1000)) * np.array([[0.0], [1.0], [10.0], [1.0]])
+  logits_TV[3, 5] = 60.0
+  logits_TV = logits_TV.astype(np.float32).astype(np.float64)
+  logp_TV = reference(logits_TV)
+  want_T = -(np.exp(logp_TV) * logp_TV).sum(axis=-1)
+  narrow_TV = jnp.asarray(logits_TV, jnp.float32)
+  np.testing.assert_allclose(tokens._entropy_of_sums(narrow_TV), want_T, atol=4e-6)
+  # dH/dz = −p (log p + H).
+  want_TV = -np.exp(logp_TV) * (logp_TV + want_T[:, None])
+  got_TV = jax.grad(lambda x: tokens._entropy_of_sums(x).sum())(narrow_TV)
+  np.testing.assert_allclose(got_TV, want_TV, atol=2e-6)
+
+
 def test_gradient_of_nll_is_softmax_minus_one_hot():
   grad_BTV = jax.grad(lambda x: tokens.negative_log_likelihood(x, TARGETS_BT).sum())(
       jnp.asarray(LOGITS_BTV, jnp.float32))

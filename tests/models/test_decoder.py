@@ -63,6 +63,20 @@ def test_rope_equals_rotation_of_complex_numbers():
   np.testing.assert_allclose(decoder.rope_frequencies(H, theta, None), frequency, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+def test_the_gradient_of_rope_on_a_gpu_is_the_opposite_rotation(dtype, atol):
+  rng = np.random.default_rng(0)
+  dy = jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype)
+  angle = rng.uniform(-7, 7, size=(2, 5, 4)).astype(np.float32)
+  _, back = jax.vjp(lambda x: decoder._rope(x, jnp.asarray(angle)), jnp.zeros_like(dy))
+  dx, = back(dy)
+  assert dx.dtype == dtype
+  first, second = np.split(np.asarray(dy.astype(jnp.float32)), 2, axis=-1)
+  turned = (first + 1j * second) * np.exp(-1j * angle)[:, :, None]
+  np.testing.assert_allclose(dx.astype(jnp.float32),
+                             np.concatenate([turned.real, turned.imag], axis=-1), atol=atol)
+
+
 def test_llama3_scaling_keeps_short_waves_and_slows_long_ones():
   scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
   plain = np.asarray(decoder.rope_frequencies(128, 500000.0, None), np.float64)
@@ -202,7 +216,7 @@ def test_a_projection_and_its_gradients_in_float64(narrow):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
+@pytest.mark.parametrize("policy", ["block", "dots", "offload", "attention", "named"])
 def test_remat_changes_no_gradient(policy, tiny):
   model, params, _ = tiny
   other = models.build(dataclasses.replace(model.config, remat=policy))
@@ -302,8 +316,8 @@ def test_packed_rows_are_not_numbers_by_a_kernel_without_a_mask(tiny, monkeypatc
 
 
 @pytest.mark.medium
-def test_dots_keeps_the_products_with_weights_and_block_does_not(tiny):
-  # Temporaries of the gradient's program, in bytes, of a longer row: none > dots > block.
+def test_a_policy_keeps_what_it_names_and_block_does_not(tiny):
+  # Temporaries of the gradient's program, in bytes, of a longer row.
   model, params, _ = tiny
   def temporaries(remat):
     other = models.build(dataclasses.replace(model.config, remat=remat, layers=8))
@@ -313,6 +327,8 @@ def test_dots_keeps_the_products_with_weights_and_block_does_not(tiny):
     return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
   none, dots, block = map(temporaries, ("none", "dots", "block"))
   assert none > dots > block
+  for policy in ("named", "attention"):
+    assert none > temporaries(policy) > block
 
 
 @pytest.mark.slow

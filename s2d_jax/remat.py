@@ -1,0 +1,66 @@
+"""`config.remat` of "auto": the fastest policy whose update fits a device's memory."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from s2d_jax import hosts, models, sharding
+from s2d_jax.errors import InputError
+from s2d_jax.models import Model
+
+# From the fastest on a GPU to the one that needs least memory. "none" and "dots" need more than the
+# first and are slower; "offload" depends on the host.
+CANDIDATES = ("named", "attention", "block")
+# The compiler's account may have this share of the memory: a card's own peak was 3 % above it.
+_SHARE = 0.95
+
+
+def fitting(model: Model, compiled_for: Callable[[Model], Any], memory: int | None,
+            others: int) -> Any:
+  """The program of a model for the policy that its config says, or for the fastest that fits.
+
+  With "auto" programs are compiled from the fastest until one fits. The last is taken in any case:
+  whether it fits is seen when it runs, as with a policy that the config names. On several processes
+  all must call it, and all take one policy.
+
+  Args:
+    compiled_for: the program of the model with another policy, compiled or lowered.
+    memory: bytes of a device; None: unknown.
+    others: bytes on each device, beside the program's own, that are in use while it runs.
+
+  Raises:
+    InputError: "auto", and the memory is unknown.
+  """
+  if model.config.remat != "auto":
+    return compiled_for(model)
+  if memory is None:
+    raise InputError(f"config.remat is auto, and the memory of a {sharding.platform()} is unknown: "
+                     f"choose it from {', '.join(CANDIDATES)}, of which the last needs least.")
+  for policy in CANDIDATES:
+    program = compiled_for(models.build(dataclasses.replace(model.config, remat=policy)))
+    if policy == CANDIDATES[-1] or _on_all(_needs(program) + others <= _SHARE * memory):
+      break
+  logging.info("config.remat is auto: %s", policy)
+  return program
+
+
+def _needs(program: jax.stages.Compiled | jax.stages.Lowered) -> float:
+  """Bytes of a device that a program takes; infinity if the compiler refuses it for its memory."""
+  try:
+    compiled = program.compile() if isinstance(program, jax.stages.Lowered) else program
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return float("inf")
+  memory = compiled.memory_analysis()
+  return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
+          + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _on_all(fits: bool) -> bool:
+  """Whether a program fits the devices of every process."""
+  return int(hosts.sum_over_hosts(np.array([fits], np.int32))[0]) == jax.process_count()

@@ -1,0 +1,76 @@
+"""Which policy `remat=auto` takes: the first that fits, by programs of given sizes."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from s2d_jax import models, remat
+from s2d_jax.errors import InputError
+from tests.test_compiling import CONFIG
+
+# Bytes of an update: arguments 100, of which the output takes 90, and temporaries.
+TEMPORARIES = {"named": 800, "attention": 500, "block": 300}
+
+
+def program(model):
+  """Stands for the compiled update of a model, and says its policy."""
+  account = types.SimpleNamespace(
+      argument_size_in_bytes=100, temp_size_in_bytes=TEMPORARIES[model.config.remat],
+      output_size_in_bytes=95, alias_size_in_bytes=90)
+  return types.SimpleNamespace(policy=model.config.remat, memory_analysis=lambda: account)
+
+
+def taken(memory, others=0, policy="auto"):
+  return remat.fitting(models.get(dict(CONFIG), remat=policy), program, memory, others).policy
+
+
+# 905 bytes are 95 % of 953, 605 of 637, 405 of 427.
+@pytest.mark.parametrize("memory, expected", [
+    (953, "named"), (952, "attention"), (637, "attention"), (636, "block"), (427, "block"),
+    (10, "block")])  # the last is taken even where it does not fit
+def test_the_fastest_that_fits_is_taken(memory, expected):
+  assert taken(memory) == expected
+
+
+def test_what_the_stage_holds_beside_the_update_is_counted():
+  assert taken(953, others=1) == "attention"
+
+
+def test_a_named_policy_is_taken_without_a_look_at_the_memory():
+  assert taken(None, policy="block") == "block"
+
+
+def test_an_unknown_memory_is_refused_with_the_choices():
+  sentence = ("config.remat is auto, and the memory of a cpu is unknown: choose it from named, "
+              "attention, block, of which the last needs least.")
+  with pytest.raises(InputError) as error:
+    taken(None)
+  assert str(error.value) == sentence
+
+
+def test_a_policy_that_the_compiler_refuses_is_passed_over():
+  class Refused(jax.stages.Lowered):
+    def __init__(self):
+      pass
+
+    def compile(self):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  def compiled_for(model):
+    return Refused() if model.config.remat == "named" else program(model)
+  model = models.get(dict(CONFIG), remat="auto")
+  assert remat.fitting(model, compiled_for, 10**6, 0).policy == "attention"
+
+
+@pytest.mark.medium
+def test_a_lowered_program_is_compiled_to_be_measured():
+  def lowered(model):
+    size = {"named": 1000, "attention": 100, "block": 10}[model.config.remat]
+    return jax.jit(lambda x: x + 1).lower(jnp.zeros((size, 1000)))
+  model = models.get(dict(CONFIG), remat="auto")
+  # Arguments and output of 1,000 x 1,000 and of 100 x 1,000 numbers.
+  for memory, rows in ((9e6, 1000), (7e6, 100), (1e5, 10)):
+    found = remat.fitting(model, lowered, int(memory), 0)
+    assert found.in_avals[0][0].shape == (rows, 1000)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from s2d_jax import models, program_cache, sharding
-from s2d_jax.models import caches
+from s2d_jax.models import caches, kernels
 from s2d_jax.models.config import Config
 from s2d_jax.sampler import capacity, decode
 from s2d_jax.sampler.capacity import SamplerConfig, Shapes
@@ -243,12 +243,14 @@ def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
   # Partials are equal only where they are identical.
   if isinstance(f, functools.partial):
     parts = (f.func, *f.args, *sorted(f.keywords.items()))
-  return program_cache.shared(
-      (*parts, program_cache.shapes_of((out, args)), donate, mesh),
+  def lower() -> jax.stages.Lowered:
+    with kernels.without_warning():
       # The newest jax would leave out arguments that a program does not use, and the account of
       # memory with them, though the device holds them meanwhile.
-      lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate,
-                      keep_unused=True).lower(*args))
+      return jax.jit(f, out_shardings=layout, donate_argnums=donate,
+                     keep_unused=True).lower(*args)
+
+  return program_cache.shared((*parts, program_cache.shapes_of((out, args)), donate, mesh), lower)
 
 
 def _whole(mesh: Mesh | None, *shape: int,

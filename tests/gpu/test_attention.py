@@ -57,8 +57,8 @@ def test_packed_rows_have_a_kernel_with_a_mask():
   assert "__cudnn$fmhaScaleBiasSoftmax" in text and squares(text)
 
 
-def decoding(layers, rows=64, length=192):
-  """The compiled program that decodes rows of 1.7 B parameters' shapes, and its step's kernels."""
+def lowered_decode(layers, rows=64, length=192):
+  """The program that decodes rows of 1.7 B parameters' shapes, lowered for a card."""
   where = sharding.make_mesh((1, 1, 1), topologies.devices("h100"))
   model = models.get(models.PUBLISHED["qwen3-1.7b"] | {"num_hidden_layers": layers},
                      dtype="bfloat16")
@@ -67,8 +67,13 @@ def decoding(layers, rows=64, length=192):
   with jax.set_mesh(where):
     weights = programs.abstract_weights(model, models.laid_out(model.config, where), where)
     slots = programs.abstract_slots(model.config, config, shapes, rows, length, where)
-    text = programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
-                                 where).compile().as_text()
+    return programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
+                                 where)
+
+
+def decoding(layers):
+  """The compiled text of `lowered_decode`, and the kernels of a step."""
+  text = lowered_decode(layers).compile().as_text()
   trips = 10**6  # far more than any other loop has
   return text, [kernel._replace(count=kernel.count // trips, flops=kernel.flops / trips,
                                 bytes=kernel.bytes / trips)
@@ -99,3 +104,16 @@ def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
   assert count + 9 * (28 - LAYERS) <= 265
   few, many = (costs.least(found, RATES).seconds for found in (inside, larger))
   assert few + (28 - LAYERS) * (many - few) / LAYERS <= 1.51e-3
+
+
+@pytest.mark.parametrize("flags, alone", [("", True), ("--xla_gpu_enable_command_buffer=", False)])
+def test_a_dispatch_is_one_cuda_graph_unless_the_user_says_otherwise(flags, alone, tmp_path,
+                                                                     monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  lowered_decode(1).compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True})
+  (dumped,) = tmp_path.glob("*jit_decode.thunk_sequence_after_thunk_passes.txt")
+  # What the host launches stands at the beginning of a line.
+  launched = re.findall(r"^\d+: (k\w+)", dumped.read_text(encoding="utf-8"), re.M)
+  # The loop is in the graph, or the host drives it.
+  assert (launched == ["kCommandBuffer"]) == alone
+  assert ("kWhile" in launched) != alone

@@ -165,6 +165,12 @@ def per_device(
       out_specs=(PartitionSpec(axes), PartitionSpec()), check_vma=False)(per_row, replicated)
 
 
+def splits_heads() -> bool:
+  """Whether the mesh splits the heads of activations over devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape[_ACTIVATION_RULES["heads"]] > 1
+
+
 def max_over_devices(x: jax.Array) -> jax.Array:
   """The largest x of any device inside `per_device`; outside of it x itself."""
   axes = jax.sharding.get_abstract_mesh().manual_axes

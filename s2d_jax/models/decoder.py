@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
 from s2d_jax.errors import InputError
-from s2d_jax.models import attention, caches, paged
+from s2d_jax.models import attention, caches, one_token, paged
 from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, STORED, Config, RopeScaling
 from s2d_jax.sharding import Params
 
@@ -341,6 +341,8 @@ class Decoder(nn.Module):
       layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                        length=c.layers, in_axes=(nn.broadcast, nn.broadcast))
       x_BTD, _ = layers(c, implementation, name="layers")(x_BTD, angle_BTH2, reads)
+    elif one_token.applies(c, tokens_BT.shape[1], cache):
+      return self._one_token(x_BTD[:, 0], positions_BT[:, 0], cache)
     else:
       x_BTD, cache = self._with_cache(x_BTD, positions_BT, cache)
     scale_D = self.param("norm", nn.initializers.ones, (c.width,))
@@ -358,3 +360,15 @@ class Decoder(nn.Module):
       x_BTD, kv = layer(self.config, params, x_BTD, positions_BT, kv, table_Bn)
       written.append(kv)
     return x_BTD, caches.with_layers(cache, written)
+
+  def _one_token(
+      self, x_BD: jax.Array, position_B: jax.Array, cache: tuple[caches.KV, ...]
+  ) -> tuple[jax.Array, tuple[caches.KV, ...]]:
+    """A token of every row by the kernels for it: (features after the final norm, the cache)."""
+    c = self.config
+    params = self.variables["params"]
+    params = params | {"layers": [_layer(params["layers"], i) for i in range(c.layers)]}
+    y_BD = rms_norm(x_BD, params["layers"][0]["attn_norm"], c.norm_eps)
+    angle_BH2 = angles(c, position_B[:, None])[:, 0]
+    y_BD, cache = one_token.features(c, params, x_BD, y_BD, angle_BH2, position_B, cache)
+    return sharding.constrain(y_BD[:, None], "batch", "time", "embed"), cache

@@ -24,7 +24,7 @@ _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "afte
 
 class Kernel(NamedTuple):
   """One operation, or the sum of several; all but `opcode` and `source` include `count`."""
-  opcode: str              # or the target of a custom call
+  opcode: str              # or the target of a custom call, or the name of a Pallas kernel
   source: str              # where the traced program asked for it
   count: int               # times that it runs
   flops: float             # of products
@@ -112,6 +112,8 @@ class _Program:
     unknown: frozenset[str] = frozenset()
     if opcode == "custom-call":
       opcode = attribute(operation, r'custom_call_target="([^"]*)"')
+      if opcode == "__gpu$xla.gpu.triton":  # a Pallas kernel, which has a name
+        opcode = attribute(operation, r'\bname = "(\w+)"') or opcode
       if products.is_unknown(opcode, flops):
         unknown = frozenset([opcode])
     elif opcode.startswith(collectives.OPCODES):

@@ -42,9 +42,9 @@ def _library_flops(target: str, operation: Operation, operands: Sequence[str]) -
   return 0.0
 
 
-# Custom calls without products: XLA's own marks, such as AllocateBuffer or TopK, and by a part of
-# their names those that sort or draw random bits.
-_NO_PRODUCTS = re.compile(r"[A-Z][A-Za-z0-9]*|.*(?:[Ss]ort|top_?k|threefry|rng).*")
+# Custom calls without products: XLA's own marks, such as AllocateBuffer or TopK, by a part of their
+# names those that sort or draw random bits, and the Pallas kernels of this package for decoding.
+_NO_PRODUCTS = re.compile(r"[A-Z][A-Za-z0-9]*|.*(?:[Ss]ort|top_?k|threefry|rng).*|decode_\w+")
 
 
 def is_unknown(target: str, flops: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from s2d_jax import models, program_cache, sharding
-from s2d_jax.models import caches
+from s2d_jax.models import caches, kernels
 from s2d_jax.models.config import Config
 from s2d_jax.sampler import capacity, decode
 from s2d_jax.sampler.capacity import SamplerConfig, Shapes
@@ -229,26 +229,48 @@ def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: 
   whole = functools.partial(_whole, mesh)
   run = functools.partial(decode.decode, model, sampling, tokens)
   return _lower(mesh, run, (slots, _decoded(whole, batch, tokens)), weights, slots,
-                whole(batch, dtype=bool), whole(), donate=1)
+                whole(batch, dtype=bool), whole(), donate=1,
+                options=_loop_on_device(mesh))
 
 
-def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any,
-           donate: Any = ()) -> jax.stages.Lowered:
+# What XLA puts into one CUDA graph: its default, and loops.
+_GRAPH = "xla_gpu_enable_command_buffer"
+_GRAPH_PARTS = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+
+
+def _loop_on_device(mesh: Mesh | None) -> dict[str, str] | None:
+  """The compiler's options with which a GPU runs the whole loop over tokens as one CUDA graph.
+
+  Without them the host launches each token's kernels and waits for one boolean. A driver before
+  CUDA 12.3 has no loops in graphs, and XLA then leaves all graphs out. Messages between devices are
+  not put into graphs by default, so on several devices XLA's default stays. So does what the user
+  sets of it in XLA_FLAGS.
+  """
+  single = mesh is None or mesh.size == 1
+  if sharding.platform() != "gpu" or not single or _GRAPH in os.environ.get("XLA_FLAGS", ""):
+    return None
+  return {_GRAPH: _GRAPH_PARTS}
+
+
+def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any, donate: Any = (),
+           options: dict[str, str] | None = None) -> jax.stages.Lowered:
   """f lowered for abstract arguments, with the layouts of `out` for its results.
 
-  `f` is a function, or a partial of one with hashable arguments.
+  `f` is a function, or a partial of one with hashable arguments. `options` are the compiler's.
   """
   layout = mesh and jax.tree.map(lambda x: x.sharding, out)
   parts = (f,)
   # Partials are equal only where they are identical.
   if isinstance(f, functools.partial):
     parts = (f.func, *f.args, *sorted(f.keywords.items()))
-  return program_cache.shared(
-      (*parts, program_cache.shapes_of((out, args)), donate, mesh),
+  def lower() -> jax.stages.Lowered:
+    with kernels.without_warning():
       # The newest jax would leave out arguments that a program does not use, and the account of
       # memory with them, though the device holds them meanwhile.
-      lambda: jax.jit(f, out_shardings=layout, donate_argnums=donate,
-                      keep_unused=True).lower(*args))
+      return jax.jit(f, out_shardings=layout, donate_argnums=donate,
+                     keep_unused=True, compiler_options=options).lower(*args)
+
+  return program_cache.shared((*parts, program_cache.shapes_of((out, args)), donate, mesh), lower)
 
 
 def _whole(mesh: Mesh | None, *shape: int,

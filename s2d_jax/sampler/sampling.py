@@ -15,6 +15,7 @@ import numpy as np
 from s2d_jax import keys
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
+from s2d_jax.sampler import one_pass
 
 Decode = Callable[[np.ndarray], str]  # token ids -> text
 
@@ -174,6 +175,8 @@ def _pick(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Ar
 
   The token is int32 [B] and its log-probability float32 nats.
   """
+  if one_pass.applies(logits_BV.shape[-1]):
+    return one_pass.pick(logits_BV, uniform_B)
   # One uniform number and not a Gumbel noise for each token: V random numbers cost more than a sum.
   # The group is found first and then the token in it, so running sums have V / GROUP + GROUP
   # entries in place of V.

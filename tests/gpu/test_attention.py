@@ -57,18 +57,32 @@ def test_packed_rows_have_a_kernel_with_a_mask():
   assert "__cudnn$fmhaScaleBiasSoftmax" in text and squares(text)
 
 
-def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
-  # 64 rows with caches of 192 tokens, of eight key heads of 128.
+def lowered_decode(layers, rows=64, length=192):
+  """The program that decodes rows of 1.7 B parameters' shapes, lowered for a card."""
   where = sharding.make_mesh((1, 1, 1), topologies.devices("h100"))
-  model = models.get(models.PUBLISHED["qwen3-1.7b"] | {"num_hidden_layers": LAYERS},
+  model = models.get(models.PUBLISHED["qwen3-1.7b"] | {"num_hidden_layers": layers},
                      dtype="bfloat16")
   config = sampler.SamplerConfig()
-  shapes = capacity.Shapes((64,), (192,), 128, 128, prompts=1, shards=1, pages=0, table=0)
+  shapes = capacity.Shapes((rows,), (length,), 128, 128, prompts=1, shards=1, pages=0, table=0)
   with jax.set_mesh(where):
     weights = programs.abstract_weights(model, models.laid_out(model.config, where), where)
-    slots = programs.abstract_slots(model.config, config, shapes, 64, 192, where)
-    text = programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
-                                 where).compile().as_text()
+    slots = programs.abstract_slots(model.config, config, shapes, rows, length, where)
+    return programs.lower_decode(model, sampler.Sampling(100, (5,)), config.tokens, weights, slots,
+                                 where)
+
+
+def decoding(layers):
+  """The compiled text of `lowered_decode`, and the kernels of a step."""
+  text = lowered_decode(layers).compile().as_text()
+  trips = 10**6  # far more than any other loop has
+  return text, [kernel._replace(count=kernel.count // trips, flops=kernel.flops / trips,
+                                bytes=kernel.bytes / trips)
+                for kernel in hlo.kernels(text, unknown_trips=trips) if kernel.count >= trips]
+
+
+def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
+  # 64 rows with caches of 192 tokens, of eight key heads of 128.
+  text, inside = decoding(LAYERS)
   assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == LAYERS
   cache = r"bf16\[64,192,8,128\]"
   assert re.search(cache, text)
@@ -79,9 +93,27 @@ def test_a_decoding_step_reads_its_cache_once_and_moves_none_of_it():
   assert len(re.findall(r" while\(", text)) == 1
   # A step moves the layers' weights and cache once, and a quarter of that in activations. A
   # copy of one layer's MLP weights would move another 150 MB.
-  trips = 10**6  # far more than any other loop has
-  inside = [kernel for kernel in hlo.kernels(text, unknown_trips=trips) if kernel.count >= trips]
-  moved = sum(kernel.bytes / trips for kernel in inside if "/Block/" in kernel.source)
-  layer = 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
-  assert LAYERS * (layer + 2 * 2 * 64 * 192 * 1024) < moved
-  assert moved < 1.3 * LAYERS * (layer + 2 * 2 * 64 * 192 * 1024)
+  _, larger = decoding(2 * LAYERS)
+  few, many = (sum(kernel.bytes for kernel in found) for found in (inside, larger))
+  layer = 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144) + 2 * 2 * 64 * 192 * 1024
+  assert LAYERS * layer < many - few < 1.3 * LAYERS * layer
+  # Four products, attention, the heads with the writes into the cache, SiLU, and two residuals
+  # with their norms: nine kernels a layer. All 28 layers, by what LAYERS more of them add:
+  count, larger_count = (sum(kernel.count for kernel in found) for found in (inside, larger))
+  assert larger_count - count == 9 * LAYERS
+  assert count + 9 * (28 - LAYERS) <= 265
+  few, many = (costs.least(found, RATES).seconds for found in (inside, larger))
+  assert few + (28 - LAYERS) * (many - few) / LAYERS <= 1.51e-3
+
+
+@pytest.mark.parametrize("flags, alone", [("", True), ("--xla_gpu_enable_command_buffer=", False)])
+def test_a_dispatch_is_one_cuda_graph_unless_the_user_says_otherwise(flags, alone, tmp_path,
+                                                                     monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  lowered_decode(1).compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True})
+  (dumped,) = tmp_path.glob("*jit_decode.thunk_sequence_after_thunk_passes.txt")
+  # What the host launches stands at the beginning of a line.
+  launched = re.findall(r"^\d+: (k\w+)", dumped.read_text(encoding="utf-8"), re.M)
+  # The loop is in the graph, or the host drives it.
+  assert (launched == ["kCommandBuffer"]) == alone
+  assert ("kWhile" in launched) != alone

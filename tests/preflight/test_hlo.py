@@ -203,6 +203,15 @@ def test_custom_calls_without_a_formula_are_named(target, unknown):
   assert (f"no formula has their products: {target}" in verdicts.summary([[cost]], 10)) == unknown
 
 
+def test_a_pallas_kernel_has_its_name():
+  text = "\n".join((
+      "ENTRY %main (a: f32[8,16]) -> f32[8,16] {", "  %a = f32[8,16] parameter(0)",
+      '  ROOT %r = f32[8,16] custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", '
+      'backend_config={grid_x = 8 : i32, name = "decode_norm", num_stages = 3 : i32}', "}"))
+  (found,) = hlo.kernels(text)
+  assert found.opcode == "decode_norm" and not found.unknown
+
+
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_devices_share_products_and_add_up_in_messages(count):
   # Rows are split: each device multiplies its own, and the gradient [128, 256] is added up.

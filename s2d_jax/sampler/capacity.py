@@ -158,7 +158,7 @@ COMPILE_SECONDS = 0.25  # for each layer of a decoding program, on sixteen cores
 READ_SHARE = 0.9        # of the bytes that it reads in a second
 FLOP_SHARE = 0.8        # of its products in bfloat16
 UNKNOWN_CHIP = "h100"   # whose rates stand for a device that is not in the table of chips
-LOGIT_BYTES = 16        # for each word: float32 logits are written and read three times
+LOGIT_BYTES = 16        # for each word: float32 logits are written and read up to three times
 CALLS = 100             # a program is worth its compilation if that many calls save it
 LEAST_SAVING = 0.1      # and if it saves this share of a step
 

@@ -26,7 +26,7 @@ def applies(vocabulary: int) -> bool:
 
 def pick(logits_BV: jax.Array, uniform_B: jax.Array,
          interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """What `sampling._pick` returns: (tokens int32 [B], their log-probabilities float32 [B]).
+  """The token of each row, int32 [B], and its log-probability, float32 [B], as `sampling._pick`.
 
   Args:
     logits_BV: float32.

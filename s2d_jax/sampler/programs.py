@@ -233,7 +233,7 @@ def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: 
                 options=_loop_on_device(mesh))
 
 
-# What XLA puts into one CUDA graph: its default, and loops.
+# The parts of one CUDA graph: those of XLA's default, and loops.
 _GRAPH = "xla_gpu_enable_command_buffer"
 _GRAPH_PARTS = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
 

@@ -112,7 +112,7 @@ def test_a_dispatch_is_one_cuda_graph_unless_the_user_says_otherwise(flags, alon
   monkeypatch.setenv("XLA_FLAGS", flags)
   lowered_decode(1).compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True})
   (dumped,) = tmp_path.glob("*jit_decode.thunk_sequence_after_thunk_passes.txt")
-  # What the host launches stands at the beginning of a line.
+  # The host launches those at the beginning of a line.
   launched = re.findall(r"^\d+: (k\w+)", dumped.read_text(encoding="utf-8"), re.M)
   # The loop is in the graph, or the host drives it.
   assert (launched == ["kCommandBuffer"]) == alone

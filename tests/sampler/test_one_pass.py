@@ -46,16 +46,29 @@ def test_an_excluded_token_is_never_chosen(uniform, token):
   assert pick(logits, [uniform])[0] == token
 
 
-@pytest.mark.parametrize("kept", [{"top_k": 20}, {"min_p": 0.05}])
-def test_rounding_never_chooses_an_excluded_token(kept):
+@pytest.mark.parametrize("truncation", [{"top_k": 20}, {"min_p": 0.05}])
+def test_rounding_never_chooses_an_excluded_token(truncation):
   # Uniforms on and beside every step of the running sum, which stands still between the few words.
-  logits = random_logits(1, 24)
-  logits = np.asarray(sampling.truncate(jnp.asarray(logits), sampling.Sampling(1, **kept)))[0]
+  logits = jnp.asarray(random_logits(1, 24))
+  logits = np.asarray(sampling.truncate(logits, sampling.Sampling(1, **truncation)))[0]
   p = np.exp(np.float64(logits))
   steps = np.cumsum(p[p > 0]) / p.sum()
   uniforms = np.clip([steps + k * 2.0**-24 for k in range(-4, 5)], 0, BELOW_1).ravel()
   tokens, logps = pick(np.broadcast_to(logits, (len(uniforms), len(logits))), uniforms)
   assert np.isfinite(logits[tokens]).all() and np.isfinite(logps).all()
+
+
+def test_a_group_of_words_that_add_up_to_less_has_its_last_one():
+  # The mass of a group is a product, which may exceed the sum of its words by rounding. All words
+  # but the first of each group are excluded, and uniforms are at the end of the first group.
+  rows, allowed = 1000, 5
+  logits = random_logits(rows, 2).reshape(rows, 2, -1)
+  logits[:, :, allowed:] = -np.inf
+  p = np.exp(np.float64(logits)).sum(axis=2)
+  ends = np.float32(p[:, 0] / p.sum(axis=1))
+  for uniforms in (ends, np.nextafter(ends, np.float32(0))):
+    tokens, logps = pick(logits.reshape(rows, -1), uniforms)
+    assert (tokens % one_pass.GROUP < allowed).all() and np.isfinite(logps).all()
 
 
 def test_a_number_that_is_not_finite_shows_in_its_own_row():

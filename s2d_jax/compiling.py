@@ -212,12 +212,10 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
     routed = _routed_update(models, hp, objective, optimizer, state, batch, samplers)
   else:
     def update_of(model: Any) -> jax.stages.Compiled:
-      return _compile(
-          ("update", model, guide, objective, optimizer), hp,
-          lambda: training.jit_update(model, guide, objective, optimizer, hp,
-                                      training.shardings(state)),
-          (state, guide_params, batch, non_trainable), samplers.compiler)
-
+      update = functools.partial(training.jit_update, model, guide, objective, optimizer, hp,
+                                 training.shardings(state))
+      return _compile(("update", model, guide, objective, optimizer), hp, update,
+                      (state, guide_params, batch, non_trainable), samplers.compiler)
     update = remat.fitting(models.learner.model, update_of, samplers.memory,
                            _beside_updates(models, optimizer))
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None

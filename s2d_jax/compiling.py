@@ -212,21 +212,19 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
     routed = _routed_update(models, hp, objective, optimizer, state, batch, samplers)
   else:
     def update_of(model: Any) -> jax.stages.Compiled:
-      return _compile(
-          ("update", model, guide, objective, optimizer), hp,
-          lambda: training.jit_update(model, guide, objective, optimizer, hp,
-                                      training.shardings(state)),
-          (state, guide_params, batch, non_trainable), samplers.compiler)
-
+      update = functools.partial(training.jit_update, model, guide, objective, optimizer, hp,
+                                 training.shardings(state))
+      return _compile(("update", model, guide, objective, optimizer), hp, update,
+                      (state, guide_params, batch, non_trainable), samplers.compiler)
     update = remat.fitting(models.learner.model, update_of, samplers.memory,
-                           _beside_updates(models, optimizer))
+                           _other_models(models, optimizer))
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
   probe = _probe_programs(models, hp, logp, samplers) if allocate.probes(hp) else None
   return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search,
                   probe, routed)
 
 
-def _beside_updates(models: StageModels, optimizer: optax.GradientTransformation) -> int:
+def _other_models(models: StageModels, optimizer: optax.GradientTransformation) -> int:
   """Bytes on each device that a stage holds and an update does not take."""
   held = resident(models, optimizer)
   return held.get("actor", 0) + held.get("pass rate model", 0)
@@ -247,7 +245,7 @@ def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   gradients = {}
   # The optimizer's slots, and the sum of the gradients so far.
-  others = _beside_updates(models, optimizer) + sharding.device_bytes(
+  others = _other_models(models, optimizer) + sharding.device_bytes(
       (state.opt_state, state.params))
   for role, guide in models.guides.items():
     jitted = training.jit_gradients(learner, guide.model, objective, hp, layout)

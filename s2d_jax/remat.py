@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +16,11 @@ from s2d_jax.models import Model
 CANDIDATES = ("named", "attention", "block")
 # The compiler's account may have this share of the memory: a card's own peak was 3 % above it.
 _SHARE = 0.95
+_Program = jax.stages.Compiled | jax.stages.Lowered
 
 
-def fitting(model: Model, compiled_for: Callable[[Model], Any], memory: int | None,
-            others: int) -> Any:
+def fitting(model: Model, compiled_for: Callable[[Model], _Program], memory: int | None,
+            others: int) -> _Program:
   """The program of a model for the policy that its config says, or for the fastest that fits.
 
   With "auto" programs are compiled from the fastest until one fits. The last is taken in any case:
@@ -48,7 +48,7 @@ def fitting(model: Model, compiled_for: Callable[[Model], Any], memory: int | No
   return program
 
 
-def _needs(program: jax.stages.Compiled | jax.stages.Lowered) -> float:
+def _needs(program: _Program) -> float:
   """Bytes of a device that a program takes; infinity if the compiler refuses it for its memory."""
   try:
     compiled = program.compile() if isinstance(program, jax.stages.Lowered) else program

@@ -34,7 +34,7 @@ def test_the_fastest_that_fits_is_taken(memory, expected):
   assert taken(memory) == expected
 
 
-def test_what_the_stage_holds_beside_the_update_is_counted():
+def test_other_models_of_the_stage_are_counted():
   assert taken(953, others=1) == "attention"
 
 

@@ -316,7 +316,7 @@ def test_packed_rows_are_not_numbers_by_a_kernel_without_a_mask(tiny, monkeypatc
 
 
 @pytest.mark.medium
-def test_a_policy_keeps_what_it_names_and_block_does_not(tiny):
+def test_dots_named_and_attention_store_results_and_block_does_not(tiny):
   # Temporaries of the gradient's program, in bytes, of a longer row.
   model, params, _ = tiny
   def temporaries(remat):

@@ -119,7 +119,9 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
   remedy = checksums.redo(folder)
   if not path.exists():
     # A manifest with a seal was written after the checksums, and one without before there were any.
-    if "sha256" in json_objects.read(folder / NAME, remedy):
+    manifest = folder / NAME
+    data = checksums.retried(manifest, manifest.read_bytes)
+    if "sha256" in json_objects.parse(str(manifest), data, remedy):
       raise InputError(f"{path} is missing: {remedy}.")
     return
   compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()

@@ -1,11 +1,12 @@
 """Searches along the last displacement: rules by hand, weights bit for bit, a toy problem."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from s2d_jax import foresee, rollouts
+from s2d_jax import foresee, rollouts, sharding
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Prompt
 from tests.configs import test_stage_names as names
@@ -82,6 +83,21 @@ def test_a_candidate_is_formed_in_float32_from_the_weights_and_0_keeps_every_bit
   third = np.float32(params["embed"][3])
   want = [0.0, 1 - 10 * 0.0078125, np.inf, third + 10 * third]
   np.testing.assert_array_equal(far, np.array(want, np.float32).astype(jnp.bfloat16))
+
+
+def test_on_a_mesh_each_device_moves_its_part():
+  rng = np.random.default_rng(0)
+  params, anchor = ({"embed": rng.normal(size=(8, 4)).astype(np.float32)} for _ in range(2))
+  want = params["embed"] + np.float32(6.0) * (params["embed"] - anchor["embed"])
+  mesh = sharding.make_mesh((2, 2, 2))
+  with jax.set_mesh(mesh):
+    parts = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    moved = jax.jit(foresee.extrapolate, static_argnames="leaves")(
+        jax.device_put(params, parts), jax.device_put(anchor, parts), jnp.float32(6.0),
+        leaves="all")["embed"]
+  assert moved.sharding.is_equivalent_to(parts, 2)
+  # A product and a sum may be rounded once together or one after the other.
+  np.testing.assert_allclose(moved, want, rtol=1e-6, atol=1e-6)
 
 
 def test_blocks_are_all_of_a_layer_but_its_first_norm():

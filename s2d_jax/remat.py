@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import logging
 
-from s2d_jax import hosts, models, sharding
+from s2d_jax import hosts, metrics, models, sharding
 from s2d_jax.errors import InputError
 from s2d_jax.models import Model
 
@@ -41,21 +40,27 @@ def fitting(model: Model, compiled_for: Callable[[Model], _Program], memory: int
     raise InputError(f"config.remat is auto, and the memory of a {sharding.platform()} is unknown: "
                      f"choose it from {', '.join(CANDIDATES)}, of which the last needs least.")
   for policy in CANDIDATES:
-    program = compiled_for(models.build(dataclasses.replace(model.config, remat=policy)))
-    if policy == CANDIDATES[-1] or _on_all(_needs(program) + others <= _SHARE * memory):
+    candidate = models.build(dataclasses.replace(model.config, remat=policy))
+    if policy == CANDIDATES[-1]:
+      program = compiled_for(candidate)
       break
-  logging.info("config.remat is auto: %s", policy)
+    needs = float("inf")
+    try:
+      program = compiled_for(candidate)
+      needs = _needs(program)
+    except jax.errors.JaxRuntimeError as error:
+      # A compiler for TPUs refuses a program that does not fit.
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+    if _on_all(needs + others <= _SHARE * memory):
+      break
+  metrics.announce(f"config.remat is auto: {policy}")
   return program
 
 
 def _needs(program: _Program) -> float:
-  """Bytes of a device that a program takes; infinity if the compiler refuses it for its memory."""
-  try:
-    compiled = program.compile() if isinstance(program, jax.stages.Lowered) else program
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    return float("inf")
+  """Bytes of a device that a program takes."""
+  compiled = program.compile() if isinstance(program, jax.stages.Lowered) else program
   memory = compiled.memory_analysis()
   return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
           + memory.output_size_in_bytes - memory.alias_size_in_bytes)

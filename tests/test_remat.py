@@ -50,18 +50,48 @@ def test_an_unknown_memory_is_refused_with_the_choices():
   assert str(error.value) == sentence
 
 
-def test_a_policy_that_the_compiler_refuses_is_passed_over():
-  class Refused(jax.stages.Lowered):
-    def __init__(self):
-      pass
+class Refused(jax.stages.Lowered):
+  """A program that does not fit, found when it is compiled to be measured."""
 
-    def compile(self):
-      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+  def __init__(self):
+    pass
 
+  def compile(self):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+
+# Preflight lowers a program and a run compiles it.
+@pytest.mark.parametrize("refused", [Refused, lambda: Refused().compile()],
+                         ids=["lowered", "compiled"])
+def test_a_policy_that_the_compiler_refuses_is_passed_over(refused, capsys):
   def compiled_for(model):
-    return Refused() if model.config.remat == "named" else program(model)
+    return refused() if model.config.remat == "named" else program(model)
   model = models.get(dict(CONFIG), remat="auto")
   assert remat.fitting(model, compiled_for, 10**6, 0).policy == "attention"
+  assert capsys.readouterr().err == "config.remat is auto: attention\n"
+
+
+@pytest.mark.parametrize("message, policies", [
+    ("RESOURCE_EXHAUSTED: out of memory", ("named", "attention", "block")),  # nothing is left
+    ("INTERNAL: a bug", ("named",))])  # not about memory
+def test_other_errors_of_the_compiler_are_raised(message, policies):
+  tried = []
+
+  def compiled_for(model):
+    tried.append(model.config.remat)
+    raise jax.errors.JaxRuntimeError(message)
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+    remat.fitting(models.get(dict(CONFIG), remat="auto"), compiled_for, 10**6, 0)
+  assert tuple(tried) == policies
+
+
+def test_the_last_policy_is_returned_unmeasured():
+  # Preflight compiles it and says what it lacks.
+  def compiled_for(model):
+    return Refused()
+  model = models.get(dict(CONFIG), remat="auto")
+  assert isinstance(remat.fitting(model, compiled_for, 10**6, 0), Refused)
 
 
 @pytest.mark.medium

@@ -1,4 +1,4 @@
-"""Damage on disk and a disk that is full: the run goes on to equal bits, or names the file.
+"""Damage on disk, full disks and lost folders: a run goes on to equal bits, or names the file.
 
 Each fault is done to a copy of an interrupted run, or of a finished one. Then the command is
 started. Where it refuses, the remedy of its sentence is followed, and the command started again.
@@ -15,6 +15,9 @@ import time
 from tests import interpreter
 from tests.end_to_end.world import differing, environment, finish, launch, pool_of
 
+FULL_DISKS = 2
+LOST_FOLDERS = 2
+ROWS = ("teacher_grpo", "reverse_kl", "student_grpo")  # whose folders are lost
 REFUSALS = 3  # of one damaged file, before the remedy counts as none
 EVENTS = (1, 8)  # of tests.end_to_end.job: the first and the last that every stage has for certain
 
@@ -59,6 +62,8 @@ KINDS = (
      lambda w: list(w.glob("teacher_grpo-*/checkpoints/final/**/d/*")), ANY),
     ("a part of a ledger", False, lambda w: list(w.glob("sft-*/ledger/*")), ANY),
     ("a part of the metrics", False, lambda w: list(w.glob("sft-*/metrics/*")), ANY),
+    ("a part of the samples' log", False, lambda w: list(w.glob("sft-*/samples/*")),
+     (remove,)),
     ("a record of a start", False, lambda w: list(w.glob("sft-*/starts/*")), ANY),
     ("the checksums of a checkpoint", False, lambda w: list(w.glob("sft-*/checksums/0*2.json")),
      (*ANY, remove)),
@@ -99,14 +104,44 @@ def follow(sentence, path, workdir):
   if named:
     return ("--redo", named[1])
   checkpoint = re.search(r"or delete (\S+/checkpoints/\d+),", sentence)
-  folder = workdir / path.relative_to(workdir).parts[0]
   if checkpoint:
     shutil.rmtree(checkpoint[1])
+  elif path is None:
+    return ()
   elif "delete it" in sentence:
     path.unlink()
   elif "delete the folder" in sentence:
-    shutil.rmtree(folder)
+    shutil.rmtree(workdir / path.relative_to(workdir).parts[0])
   return ()
+
+
+def ended(world, workdir, path=None):
+  """Starts the command again until it ends, as its sentences say: ([what it printed], result).
+
+  Args:
+    path: the damaged file, which each sentence must name; None: it is named by none.
+  """
+  said = []
+  flags = ()
+  for _ in range(REFUSALS):
+    status, printed = finish(launch(world, workdir, 1, *flags))
+    if status == 0:
+      said += [line.replace(str(workdir), "W") for line in printed.splitlines()
+               if "is not used" in line]
+      break
+    sentence = refusal(printed)
+    if sentence is None or str(path.relative_to(workdir) if path else workdir) not in sentence:
+      said.append(printed[-1500:].replace(str(workdir), "W"))
+      return said, "no sentence that names the file"
+    said.append(sentence.replace(str(workdir), "W"))
+    flags = follow(sentence, path, workdir)
+  if status:
+    return said, f"refused {REFUSALS} times"
+  differences = differing(workdir, world.references[1].workdir)
+  # A part of a store that was deleted is sampled again where a later step reads its rows.
+  if path is not None and path.suffix == ".npz" and not path.exists():
+    differences.remove(str(path.relative_to(workdir)))
+  return said, f"differs: {', '.join(differences)}" if differences else "equal"
 
 
 def on_disk(world, copy, kind, start, rng):
@@ -117,29 +152,9 @@ def on_disk(world, copy, kind, start, rng):
   path = rng.choice(sorted(files_of(workdir)))
   way = rng.choice(ways)
   way(path, rng)
-  said = []
-  result = f"refused {REFUSALS} times"
-  flags = ()
-  for _ in range(REFUSALS):
-    status, printed = finish(launch(world, workdir, 1, *flags))
-    if status == 0:
-      said += [line for line in printed.splitlines() if "is not used" in line]
-      break
-    sentence = refusal(printed)
-    if sentence is None or str(path.relative_to(workdir)) not in sentence:
-      said.append(printed[-1500:])
-      result = "no sentence that names the file"
-      break
-    said.append(sentence)
-    flags = follow(sentence, path, workdir)
-  if status == 0:
-    differences = differing(workdir, world.references[1].workdir)
-    # A part of a store that was deleted is sampled again where a later step reads its rows.
-    if path.suffix == ".npz" and not path.exists():
-      differences.remove(str(path.relative_to(workdir)))
-    result = f"differs: {', '.join(differences)}" if differences else "equal"
+  said, result = ended(world, workdir, path)
   record = {"fault": f"{name}: {way.__name__}", "file": str(path.relative_to(workdir)),
-            "printed": [line.replace(str(workdir), "W") for line in said], "result": result}
+            "printed": said, "result": result}
   shutil.rmtree(workdir)
   return record
 
@@ -149,36 +164,47 @@ def full_disk(world, name, rng, row=None):
 
   With `row` from a random event of that stage on: no seconds, which depend on the machine's load.
   """
-  workdir = world.folder / name
-  undisturbed = world.references[1]
   if row is None:
+    undisturbed = world.references[1]
     moment = rng.uniform(0, undisturbed.first_file + sum(undisturbed.seconds.values()))
-    flag, when = f"--full-after={moment}", f"second {moment:.1f}"
-  else:
-    event = rng.randint(*EVENTS)
-    flag, when = f"--full-in={row}:{event}", f"event {event} of {row}"
+    return stopped(world, name, f"--full-after={moment}",
+                   f"a full disk from second {moment:.1f} on")
+  event = rng.randint(*EVENTS)
+  return stopped(world, name, f"--full-in={row}:{event}",
+                 f"a full disk from event {event} of {row} on")
+
+
+def vanished(world, name, rng, row):
+  """The record of a stage whose folder is removed at a random event."""
+  event = rng.randint(*EVENTS)
+  return stopped(world, name, f"--vanish-in={row}:{event}",
+                 f"the folder of {row}, removed at event {event}")
+
+
+def stopped(world, name, flag, what):
+  """The record of a run that cannot write any longer, and is started again where it can."""
+  workdir = world.folder / name
   # It prints to pipes, which take bytes while no file does.
   command = [sys.executable, "-m", "tests.end_to_end.job", str(workdir),
              str(world.folder / "bases"), "--arm", world.arm, flag]
   done = subprocess.run(command, cwd=interpreter.ROOT, env=environment(store=False), text=True,
                         capture_output=True, timeout=300, check=False)
   sentence = refusal(done.stdout + done.stderr)
-  record = {"fault": f"a full disk from {when} on", "file": "any",
-            "printed": [(sentence or done.stderr[-6000:]).replace(str(workdir), "W")]}
-  if done.returncode != 1 or sentence is None or " cannot be written (" not in sentence:
+  said = [(sentence or done.stderr[-6000:]).replace(str(workdir), "W")]
+  if done.returncode != 1 or sentence is None or str(workdir) not in sentence:
     result = f"exit status {done.returncode}, and no sentence that names a file"
   else:
-    status, printed = finish(launch(world, workdir, 1))
-    differences = [] if status else differing(workdir, undisturbed.workdir)
-    result = (f"exit status {status}: {printed[-1500:]}" if status else
-              f"differs: {', '.join(differences)}" if differences else "equal")
+    further, result = ended(world, workdir)
+    said += further
   shutil.rmtree(workdir, ignore_errors=True)
-  return record | {"result": result}
+  return {"fault": what, "file": "any", "printed": said, "result": result}
 
 
 def fault(world, seed, unfinished, number):
   """The record of the fault with this number, of the kinds on disk and then of full disks."""
   rng = random.Random(f"{seed} fault {number}")
+  if number >= len(KINDS) + FULL_DISKS:
+    return vanished(world, f"vanished-{number}", rng, rng.choice(ROWS))
   if number >= len(KINDS):
     return full_disk(world, f"full-{number}", rng)
   kind = KINDS[number]
@@ -186,9 +212,9 @@ def fault(world, seed, unfinished, number):
   return on_disk(world, f"damaged-{number}", kind, start, rng)
 
 
-def all_kinds(world, seed, writing=2):
-  """Yields the record of one fault of each kind on disk, then of `writing` full disks."""
+def all_kinds(world, seed):
+  """Yields the record of one fault of each kind on disk, then of full disks and lost folders."""
   one = functools.partial(fault, world, seed, interrupted(world))
   # Two at a time, on two cores.
   with pool_of(2) as pool:
-    yield from pool.map(one, range(len(KINDS) + writing))
+    yield from pool.map(one, range(len(KINDS) + FULL_DISKS + LOST_FOLDERS))

@@ -1,14 +1,16 @@
 """A tiny job with every row of the recipe, run in processes of its own by the tests beside it.
 
   python -m tests.end_to_end.job WORKDIR BASES [--kill-in ROW:N [--signal KILL]]
-    [--full-after SECONDS | --full-in ROW:N] [--process I --processes N --port P] [--mesh D,F,T]
+    [--full-after SECONDS | --full-in ROW:N | --vanish-in ROW:N]
+    [--process I --processes N --port P] [--mesh D,F,T]
     [--arm NAME] [--options] [--unprobed] [--redo FOLDER] [--counts FILE]
 
 With --kill-in it sends itself a signal, KILL or TERM, at the N-th event inside the stage ROW,
 inside a score where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to
 be written, just written, or in the middle of being written, or an optimizer update. With
 --full-after no file takes a byte from that moment on, as on a full disk, and with --full-in from
-that event on. With --counts each process writes what it has read and written to FILE.I, JSON.
+that event on. With --vanish-in the folder of the stage ROW is removed at that event. With --counts
+each process writes what it has read and written to FILE.I, JSON.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -215,6 +218,12 @@ def fill_disk():
   resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def remove_folder(workdir, event_name):
+  """Removes the folder of the stage that an event, ROW:N, is inside."""
+  for folder in pathlib.Path(workdir).glob(f"{event_name.partition(':')[0]}-*"):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def counting():
   """Counts of the reads and writes of this process from now on, a dict that grows.
 
@@ -246,6 +255,7 @@ def parse(argv):
   parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
   parser.add_argument("--full-after", type=float)
   parser.add_argument("--full-in")
+  parser.add_argument("--vanish-in")
   parser.add_argument("--process", type=int)
   parser.add_argument("--processes", type=int, default=2)
   parser.add_argument("--port", type=int)
@@ -280,6 +290,8 @@ def main(argv):
     act_at_event(args.kill_in, lambda: os.kill(os.getpid(), number))
   if args.full_in:
     act_at_event(args.full_in, fill_disk)
+  if args.vanish_in:
+    act_at_event(args.vanish_in, lambda: remove_folder(args.workdir, args.vanish_in))
   if args.full_after is not None:
     timer = threading.Timer(args.full_after, fill_disk)
     timer.daemon = True

@@ -39,6 +39,15 @@ def test_the_committed_page_is_of_the_committed_record():
       json.loads((folder / "chaos.json").read_text()))
 
 
+def test_the_committed_record_has_all_stages_and_kinds_of_today():
+  record = json.loads((interpreter.ROOT / "results" / "chaos.json").read_text())
+  assert record["stages"] == [use.stage for use in job.ARMS["every_row"]]
+  assert record["lost_seconds"] == job.LOST_SECONDS and len(record["kills"]) == 50
+  names = [one["fault"].partition(": ")[0] for one in record["faults"]]
+  assert names[: len(faults.KINDS)] == [kind[0] for kind in faults.KINDS]
+  assert len(names) == len(faults.KINDS) + faults.FULL_DISKS + faults.LOST_FOLDERS
+
+
 @pytest.mark.parametrize("text, want", [
     ("W/sft-9a0a182935a1/log is damaged", "W/sft-9a0a…/log is damaged"),
     ("with --redo=teacher_grpo-1efbd39516c6.", "with --redo=teacher_grpo-1efb…."),

@@ -20,6 +20,7 @@ PAIRS = (("bridge", "cold teacher"), ("bridge", "same size"), ("cold teacher", "
          ("sft_teacher_bridge", "cold teacher"), ("half_bridge", "cold teacher"),
          ("half_bridge_grpo_2h", "cold teacher"), ("bridge", "raw_bridge"),
          ("bridge", "cold_grpo"))
+NO_INTERVALS = "Overlaps are means over seeds, without intervals."
 
 
 def groups(runs: list[ladder.Run]) -> dict[str, ladder.Group]:
@@ -49,7 +50,7 @@ def main(ladder_folder: str, cold_teacher: str, same_size: str) -> None:
   rewarded = "teacher after teacher_grpo (all)"
   print("\nOverlap: the share that student and teacher share of their likeliest tokens "
         "(`config.probe.top_k`), on the student's samples. The cold teacher samples and guides "
-        f"at {arithmetic.COLD}.\n")
+        f"at {arithmetic.COLD}. {NO_INTERVALS}\n")
   print("| bridge | its teacher's avg@k at temperature 1 | overlap before | overlap after | "
         "its student's avg@k |")
   print("|---|---|---|---|---|")

@@ -1,6 +1,7 @@
 """The variants of the study: each is sound, differs from its control, and is compared."""
 
 import json
+import pathlib
 import re
 import types
 
@@ -55,6 +56,14 @@ def test_the_page_explains_every_variant(variant):
   forms = {name for line in compare.STUDIES["forms"].variants
            for name in re.findall(r"`(\w+)`", line)}
   assert name in explained or name in forms and variant.endswith("_cold")
+
+
+def test_the_page_has_the_text_that_is_printed():
+  page = (pathlib.Path(compare.__file__).parent / "methods.md").read_text(encoding="utf-8")
+  assert page.startswith(compare.INTRODUCTION + "\n\n")
+  assert page.endswith(f"\n\n{compare.REVISIONS}\n")
+  for name in compare.STUDIES:
+    assert "\n".join([*compare.lead(name), "| variant"]) in page
 
 
 def test_the_searches_of_a_variant_by_hand(tmp_path):

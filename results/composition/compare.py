@@ -26,6 +26,7 @@ class Study(NamedTuple):
   control: str     # the variant that the others are compared with
   variants: tuple[str, ...]  # what each is, a line each; a suffix such as `_tenth` has its own
   criterion: str
+  limits: str      # where criterion and table are not as they were specified first
   columns: tuple[str, ...] = ("student's mass", "response tokens")
 
 
@@ -39,6 +40,31 @@ _FORM_LINES = (
     "`unnormalised_2`, `unnormalised_4`: Σ p log p/q over the student's k likeliest tokens, the "
     "form that s2d_jax refuses (docs/losses.md)")
 
+INTRODUCTION = (
+    "# Options of a stage against their controls, in the composition world\n\n"
+    "`python -m results.composition.study --workdir runs/methods` trained the variants, and "
+    "`python -m results.composition.compare runs/methods runs/methods-unnormalised` printed "
+    "this page.\n\n"
+    "avg@16 is the mean of 16 samples of each of the 512 problems of `test`, in percent. "
+    "*− control* is a variant's score less its control's, in points, on the same seeds and "
+    "problems. Brackets hold 95 % intervals over seeds, problems and samples.\n\n"
+    "Every criterion was set before its runs, but for one: that of the warmups first spoke of "
+    "all problems, where `opd_only` leaves no 30 points to gain. It was corrected before the "
+    "scores were seen. Where a criterion or a table is not as it was specified, the text before "
+    "the table says so.\n\n"
+    "`full_cold` and `opd_only` are one training. The world's report has this arm too, trained "
+    "on two cores and not on one, and its score differs (results/README.md says by how much). "
+    "So only numbers of one page are compared.")
+
+REVISIONS = (
+    "The manifests of the runs, which had each stage's revision, are no longer stored. The "
+    "changelog and git say this: the variants were trained at ad67c1e, c60d6d7 and 6473718, and "
+    "the teachers of seeds 0 to 2, which are the ladder's, at db54c6f. `opd_only`, which is "
+    "`full_cold`, is of c60d6d7. `_hundredth`, `search_chance_tenth` and the numbers of `prefixes` "
+    "are of c60d6d7 at the earliest, and `_tenfold`, `_decay`, `largest_gap` and the hints of "
+    "ad67c1e. Which study has 9f4042c, and which of the three revisions the other variants have, "
+    "is not known.")
+
 STUDIES = {
     "search": Study("Looking ahead (EffOPD)", "plain", (
         "`plain`: 30 steps of on-policy distillation at the world's learning rate, 2e-3, here "
@@ -48,7 +74,8 @@ STUDIES = {
         "`search_kl`: the candidates are scored by minus the reverse KL to the teacher",
         "`search_jump`: the first candidate is taken without a score",
         "`search_chance`: each candidate is taken with chance 3/18, as often as "
-        "`search_reward_tenth` took one, without a score",
+        "`search_reward_tenth` took one, without a score. `search_chance_hundredth` has 24/39, as "
+        "often as `search_kl_hundredth` took one, and was not run",
         "`_third`, `_triple`, `_tenfold`, `_tenth`, `_hundredth`: the learning rate times 1/3, 3, "
         "10, 1/10 and 1/100",
         "`_decay`: the rate warms up over 5 updates, then decays to 0, as in the world's config"), (
@@ -58,14 +85,24 @@ STUDIES = {
         "below the control's. *N times fewer steps* may be claimed where the interval of the "
         "steps' ratio is above 2.5, and avg@16 above that of plain distillation at its best "
         "constant rate."),
+        ("Every variant follows a warmup of 20 steps by forward KL, where the world's own bridge "
+         "has 60. The criterion was specified with the median of the seeds' ratios and a "
+         "bootstrap. Here it is their geometric mean and Student's t, because a bootstrap of three "
+         "seeds covers too little. The variants `_hundredth` were added after searches at a tenth "
+         "had been run. The search that passes has no random gate at its rate beside it."),
         ("− plain at its best rate", "control's steps / own", "control's FLOPs / own",
          "label uses until then", "candidates taken, of", "reward before, of the first candidate")),
     "forms": Study("Forms of the reverse KL after a warmup", "full", _FORM_LINES, (
         "`generalised_4` and `intersection_4` are at most 3 points below `full`; the refused form, "
-        "`unnormalised_4`, loses mass and ends at least 10 points lower.")),
+        "`unnormalised_4`, loses mass and ends at least 10 points lower."),
+        ("The criterion was first written \"within 3 points\", which changes no verdict. An "
+         "interval that holds the bar is *not resolved*. The bar was set for two forms; by it "
+         "`top_2`, `top_4` and `generalised_2` are not resolved. The refused form could also have "
+         "met the criterion by ending below its start, which is not computed.")),
     "cold_forms": Study("Forms of the reverse KL without a warmup", "full_cold", (
         "`_cold`: the loss of that name above, in 90 steps from the untrained student",), (
-        "`generalised_4_cold` and `intersection_4_cold` are at most 3 points below `full_cold`.")),
+        "`generalised_4_cold` and `intersection_4_cold` are at most 3 points below `full_cold`."),
+        "The refused form was given no criterion without a warmup, so its last column is empty."),
     "shares": Study("Shares of families (ReAD)", "uniform_quarter", (
         "`_quarter`, `_half`: a warmup of 22 or 45 steps, a quarter or a half of the 90 of "
         "`fkl_only`, with about twenty decisions",
@@ -82,18 +119,25 @@ STUDIES = {
         "a rule passes where its difference to `uniform` of the same budget has an interval above "
         "0 over all problems or on \"long\", it is at most 2 points below the best fixed shares, "
         "no other family loses more than 1 point, and its probes cost at most 6 % of the stage's "
-        "FLOPs."), ("− control, on \"long\"", "− control, lowest other family", "cost of probes")),
+        "FLOPs."),
+        ("A rule could also have passed by reaching the last score of `uniform` with at most 0.8 "
+         "times its tokens. This was not computed, because no scores were taken between steps. Not "
+         "in the table are the decisions that a rule took, the teacher's tokens, and the cost of "
+         "finding the best fixed shares, which took three trainings a budget under five seeds."),
+        ("− control, on \"long\"", "− control, lowest other family", "cost of probes")),
     "prefixes": Study("Finishing the student's responses", "prefixes", (
         "`prefixes`: the arm `bridge`, probed on all 256 problems of `validation`: the teacher's "
         "score alone, less its score after the beginning of a student's response",), (
         "the teacher solves fewer problems after the beginning of a student's response than alone, "
         "with an interval above 0; the drop is smaller after the warmup, and smaller again after "
-        "on-policy distillation."), ("drop before", "after the warmup", "at the end")),
+        "on-policy distillation."),
+        "That a drop is smaller is read from the means; no interval of their difference is taken.",
+        ("drop before", "after the warmup", "at the end")),
     "hints": Study("A guide that reads the answer", "untrained", (
         "`untrained`: the base student",
         "`self_distilled`: 90 steps of on-policy distillation from its own start, which reads the "
         "problem's answer as a hint"), (
-        "none was set; the paper finds that hints which differ by problem do not help."),
+        "none was set; the paper finds that hints which differ by problem do not help."), "",
         ("labels: distinct", "uses")),
     "warmups": Study("Learning from the teacher's samples first", "opd_only", (
         "`opd_only`: 90 steps of on-policy distillation, no warmup",
@@ -104,6 +148,8 @@ STUDIES = {
         "`half_sft_opd`: `sft` on one half of the labels' problems, distillation on the other"), (
         "on \"right\" and \"long\", which `opd_only` does not learn, `sft_bridge` is at least "
         "30 points above it."),
+        ("The criterion is read from the mean. No interval is taken of the difference between "
+         "`sft_bridge` and `sft_bridge_kept`."),
         ("− control, on \"right\" and \"long\"", "labels: distinct", "uses")),
 }
 _SEARCHES = ("search_reward", "search_kl")
@@ -230,19 +276,24 @@ def _times(ratio: Interval | None) -> str:
   return "at once" if ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
 
 
-def section(study: str, found: Mapping[str, Group]) -> list[str]:
-  """One study's table, as lines."""
+def lead(study: str) -> list[str]:
+  """The text before a study's table, as lines."""
   one = STUDIES[study]
-  names = [name for name in found if study_of(name) == study and control_of(name) in found]
-  if not names:
-    return []
-  head = ["variant", "seeds", "avg@16", "− control", *one.columns, "criterion"]
   control = f"`{one.control}`" if study != "shares" else "`uniform` of the same budget"
   if study == "search":
     control += ", and for a search plain distillation at its own rate"
   lines = [f"## {one.title}", "", *(f"- {line}." for line in one.variants), "",
-           f"The control is {control}. Criterion: {one.criterion}", "",
-           "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+           f"The control is {control}. Criterion: {one.criterion}", ""]
+  return [*lines, one.limits, ""] if one.limits else lines
+
+
+def section(study: str, found: Mapping[str, Group]) -> list[str]:
+  """One study's table, as lines."""
+  names = [name for name in found if study_of(name) == study and control_of(name) in found]
+  if not names:
+    return []
+  head = ["variant", "seeds", "avg@16", "− control", *STUDIES[study].columns, "criterion"]
+  lines = [*lead(study), "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
   for name in names:
     group, control = found[name], found[control_of(name)]
     difference = "–" if group is control else report.interval(
@@ -256,19 +307,7 @@ def section(study: str, found: Mapping[str, Group]) -> list[str]:
 
 def main(workdir: str, unnormalised: str = "") -> None:
   """Prints Markdown."""
-  print("# Options of a stage against their controls, in the composition world\n\n"
-        "`python -m results.composition.study --workdir runs/methods` trained the variants, and "
-        "`python -m results.composition.compare runs/methods runs/methods-unnormalised` printed "
-        "this page.\n\n"
-        "avg@16 is the mean of 16 samples of each of the 512 problems of `test`, in percent. "
-        "*− control* is a variant's score less its control's, in points, on the same seeds and "
-        "problems. Brackets hold 95 % intervals over seeds, problems and samples.\n\n"
-        "Every criterion was set before its runs, but for one: that of the warmups first spoke of "
-        "all problems, where `opd_only` leaves no 30 points to gain. It was corrected before the "
-        "scores were seen.\n\n"
-        "`full_cold` and `opd_only` are one training. The world's report has this arm too, trained "
-        "on two cores and not on one, and its score differs (results/README.md says by how much). "
-        "So only numbers of one page are compared.\n")
+  print(f"{INTRODUCTION}\n")
   rows = ladder.read([workdir])
   found = variants_of(rows)
   if unnormalised:
@@ -277,7 +316,7 @@ def main(workdir: str, unnormalised: str = "") -> None:
               if name.startswith("generalised")}
   for study in STUDIES:
     print("\n".join(section(study, found)))
-  print(report.revisions(rows))
+  print(f"{report.revisions(rows)}\n\n{REVISIONS}")
 
 
 if __name__ == "__main__":

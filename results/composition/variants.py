@@ -54,8 +54,8 @@ _DECAY = {"stages.reverse_kl.optim.warmup": 5, "stages.reverse_kl.optim.decay": 
 
 VARIANTS = {
     # Searches at the world's learning rate, a tenth and a hundredth, each with plain on-policy
-    # distillation. `chance` accepts as often as `reward` did, whose candidates were all refused at
-    # the world's rate: there its chance would be 0, and the run `plain`.
+    # distillation. `chance` accepts as often as `reward` did at a tenth, and `kl` at a hundredth.
+    # At the world's rate each candidate was refused: there its chance would be 0, and it `plain`.
     "plain": Variant("search", {}),
     "search_reward": Variant("search", _search()),
     "search_kl": Variant("search", _search(signal="kl")),
@@ -72,6 +72,7 @@ VARIANTS = {
     "search_reward_hundredth": Variant("search", _rate(0.01) | _search()),
     "search_kl_hundredth": Variant("search", _rate(0.01) | _search(signal="kl")),
     "search_jump_hundredth": Variant("search", _rate(0.01) | _search(accept=1.0, candidates=1)),
+    "search_chance_hundredth": Variant("search", _rate(0.01) | _search(accept=24 / 39)),
     "plain_decay": Variant("search", _DECAY),
     "search_reward_decay": Variant("search", _DECAY | _search()),
     "search_kl_decay": Variant("search", _DECAY | _search(signal="kl")),

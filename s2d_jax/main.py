@@ -10,10 +10,16 @@
   137: the system killed this process of several, as where memory is short.
 """
 
+import sys
+
+from s2d_jax import supervisor
+
+if __name__ == "__main__":
+  supervisor.begin(sys.argv[1:])  # before the imports below, which take seconds
+
 import argparse
 import importlib.metadata
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +38,6 @@ from s2d_jax import (
   report,
   sharding,
   stops,
-  supervisor,
   sweep,
   tasks,
   walk,
@@ -179,6 +184,4 @@ def _set_line(split: str, facts: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  if supervisor.is_needed(sys.argv[1:]):
-    sys.exit(supervisor.run(supervisor.command_line(sys.argv[1:])))
   command.call(main, sys.argv[1:])

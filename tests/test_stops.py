@@ -293,6 +293,16 @@ def test_a_killed_process_0_is_named_by_the_parents_of_the_others(begin, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_killed_process_0_is_named_before_it_was_heard(begin, tmp_path):
+  processes = begin(2, "hears nothing", supervised=True)
+  os.kill(child(tmp_path, 0), signal.SIGKILL)
+  done = [process.wait(60) for process in processes]
+  assert [d.returncode for d in done] == [128 + signal.SIGKILL, 75], [d.stderr for d in done]
+  # By the host of the address, because its name is not known yet.
+  assert "process 1 on" in done[1].stderr and "process 0 on localhost is gone" in done[1].stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_parent_saves_in_all_processes(begin, number):
   processes = begin(2, "steps", supervised=True)

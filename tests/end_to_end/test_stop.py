@@ -25,7 +25,8 @@ FLAGS = ("--config=configs/arithmetic.py:tiny", "--config.arms=cold_grpo",
 
 def start(folder, log):
   """The command, under way; what it prints, its progress bar too, goes to the file `log`."""
-  command = [sys.executable, "-m", "s2d_jax.main", *FLAGS, f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'work'}"]
+  command = [sys.executable, "-m", "s2d_jax.main", *FLAGS,
+             f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'work'}"]
   with open(log, "w") as out:
     return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})

@@ -22,7 +22,7 @@ trap : TERM
 # The first process to end may leave others that still save: they have 120 s, with a fault as well.
 run srun --kill-on-bad-exit=0 --wait=120 "${JOB[@]}" || code=$?
 # A job stopped by the end of its allocation needs a new one, so there is no loop in this one.
-if ((code == RETRY_CODE && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
+if is_retried "$code" && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -6,9 +6,11 @@ CONFIG="${CONFIG:-configs/arithmetic.py}"
 WORKDIR="${WORKDIR:-runs/arithmetic}"
 PYTHON="${PYTHON:-python}"
 
-# A run that is stopped saves its state and exits with EX_TEMPFAIL of sysexits.h: the same command
-# resumes it. Any other code but 0 is a fault that a restart would only repeat.
+# The same command resumes a run that was stopped (EX_TEMPFAIL of sysexits.h) or killed (128 +
+# SIGKILL). Any other code but 0 is a fault that a restart would only repeat.
 RETRY_CODE=75
+KILLED_CODE=137
+is_retried() { (($1 == RETRY_CODE || $1 == KILLED_CODE)); }
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 RESTART_DELAY="${RESTART_DELAY:-10}" # seconds
 
@@ -20,8 +22,7 @@ set_job() { JOB=("$PYTHON" -m s2d_jax.main "--config=$CONFIG" "--workdir=$WORKDI
 
 # Sets dry_run to 1 where the first argument is --dry-run, else to 0; the launcher shifts by it.
 read_dry_run() {
-  dry_run=0
-  if [[ "${1:-}" == --dry-run ]]; then dry_run=1; fi
+  if [[ "${1:-}" == --dry-run ]]; then dry_run=1; else dry_run=0; fi
 }
 
 # Runs its arguments; in a dry run it prints them instead.
@@ -34,14 +35,14 @@ quote() {
   printf '%s\n' "${line% }"
 }
 
-# Runs its arguments again while they exit with RETRY_CODE, at most MAX_RESTARTS times more, and
+# Runs its arguments again while their exit code is retried, at most MAX_RESTARTS times more, and
 # returns their last exit code.
 retry() {
   local code restarts
   for ((restarts = 0; ; restarts++)); do
     code=0
     "$@" || code=$?
-    if ((code != RETRY_CODE)); then return "$code"; fi
+    is_retried "$code" || return "$code"
     if ((restarts >= MAX_RESTARTS)); then break; fi
     echo "Stopped with its state saved; restart $((restarts + 1)) of at most $MAX_RESTARTS." >&2
     sleep "$RESTART_DELAY"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the job on every worker of a TPU slice, joined by jax.distributed, and starts it again while
-# it exits with the retry code. Ctrl-C here, or SIGTERM, stops it once it has saved.
+# it exits with a code of a retry. Ctrl-C here, or SIGTERM, stops it once it has saved.
 #   WORKDIR=gs://bucket/run bash launch/tpu_vm.sh [--dry-run] [--setup] NAME ZONE [flags of main]
 # --dry-run prints the exact commands. --setup installs the committed revision on the workers first.
 set -euo pipefail

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from s2d_jax import command, supervisor
+from s2d_jax import supervisor
 
 # Modules are imported when called: a report then needs no training code and no checkpoint library.
 COMMANDS = {  # name -> (module, its function of the flags, description)
@@ -29,14 +29,16 @@ def usage() -> str:
 def main() -> None:
   """Runs the command that the command line names, with the flags that follow it."""
   name, *argv = sys.argv[1:] or [""]
+  if name == "run":
+    supervisor.begin(argv)
+  from s2d_jax import command  # after `begin`, as all libraries
   if name in ("-h", "--help"):
     print(usage())
   elif name not in COMMANDS:
     print(usage(), file=sys.stderr)
     command.fail(f"there is no command {name!r}: choose one of these." if name else
                  "no command was given: choose one of these.")
-  elif name == "run" and supervisor.is_needed(argv):
-    sys.exit(supervisor.run(supervisor.command_line(argv)))
   else:
     module, function, _ = COMMANDS[name]
-    command.call(getattr(importlib.import_module(module), function), argv)
+    # Imported within, so that Ctrl-C during an import is a sentence too.
+    command.call(lambda argv: getattr(importlib.import_module(module), function)(argv), argv)

@@ -271,9 +271,9 @@ def _unexpected(error: BaseException) -> str:
   try:
     with tempfile.NamedTemporaryFile("w", prefix="s2d_jax-", suffix=".txt", delete=False) as file:
       traceback.print_exception(error, file=file)
-  except OSError:  # a full disk
-    traceback.print_exception(error)
-    return f"{name}: its traceback is above. What was saved holds."
+  except OSError as failure:  # a full disk
+    return (f"{name}: its traceback could not be written to a file ({failure.strerror}), and "
+            "--debug prints it. What was saved holds.")
   return f"{name}: its traceback is in {file.name}, and --debug prints it. What was saved holds."
 
 

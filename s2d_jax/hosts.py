@@ -32,6 +32,27 @@ SHARED_SECONDS = 60  # a network disk may show a new file to other hosts so late
 _ROUNDS: dict[str, int] = {}  # name -> number of its last round in `gather`
 
 
+def join(seconds: int) -> None:
+  """`jax.distributed.initialize`, which finds the other processes by their cluster's environment.
+
+  Args:
+    seconds: how long to wait for the others.
+
+  Raises:
+    InputError: there is no cluster.
+  """
+  # `stops` agrees on stops; JAX's own service would take the signals away from it.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(initialization_timeout=seconds)
+  except ValueError as error:
+    if "be defined" not in str(error):
+      raise
+    raise InputError(
+        "--distributed finds no cluster on this machine: leave it out where one process does all "
+        "the work, or start all processes by a launcher, such as launch/slurm.sh.") from error
+
+
 def leader() -> bool:
   """True on the one process that writes files."""
   return jax.process_index() == 0

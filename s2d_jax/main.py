@@ -6,14 +6,21 @@
   1: a stage failed.
   2: the request is wrong; a sentence on standard error says why.
   75: stopped and saved, or another process vanished; the same command continues.
-  130, 143: ended by a second signal, without saving.
-  137: the system killed this process of several, as where memory is short.
+  128 + N: ended by signal N. 130, 143: by a second Ctrl-C or SIGTERM, without saving. 137: killed,
+    as by the system where memory is short. 134: aborted by a library.
 """
+
+import sys
+
+from s2d_jax import supervisor
+
+if __name__ == "__main__":
+  supervisor.begin(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
 import importlib.metadata
 import pathlib
-import sys
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +39,6 @@ from s2d_jax import (
   report,
   sharding,
   stops,
-  supervisor,
   sweep,
   tasks,
   walk,
@@ -106,6 +112,7 @@ def _facts(config: ConfigDict, plans: Sequence[Plan], args: argparse.Namespace) 
   # A stage's name is a hash of its models too.
   facts["stages"] = ", ".join(name for plan in plans for name in plan.nodes)
   facts["packages"] = str({name: importlib.metadata.version(name) for name in manifest.PACKAGES})
+  facts["python"] = platform.python_version()
   return facts | {"revision": manifest.revision(), "source": _source()}
 
 
@@ -179,6 +186,4 @@ def _set_line(split: str, facts: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  if supervisor.is_needed(sys.argv[1:]):
-    sys.exit(supervisor.run(supervisor.command_line(sys.argv[1:])))
   command.call(main, sys.argv[1:])

@@ -35,8 +35,6 @@ START_SECONDS = 300.0  # until all processes must have been started
 _TICK_SECONDS = 1.0
 _ONE_SIGNAL_SECONDS = 1.0  # signals that come within it are one
 _GRACE_SECONDS = 10.0  # in which processes may end by themselves when another one has failed
-# A scheduler's, Ctrl-C, and that of a terminal or a connection that was closed.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GOES_ON = "the same command goes on from what was saved"
 # Messages of a collective whose other end is gone.
 _CONNECTION = re.compile("UNAVAILABLE|[Cc]onnection|[Ss]ocket|[Gg]loo|NCCL|DEADLINE")
@@ -109,7 +107,7 @@ class Watch:
       # The system writes a signal's number to the pipe, whatever the main thread does.
       former = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
       # One that was ignored at the start, as by nohup, stays ignored.
-      before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS
+      before = {number: signal.signal(number, lambda *_: None) for number in supervisor.SIGNALS
                 if signal.getsignal(number) != signal.SIG_IGN}
     threads = [threading.Thread(target=self._watch_signals, daemon=True)]
     threads[0].start()
@@ -122,6 +120,8 @@ class Watch:
         self._process = distributed.global_state.process_id
         self._processes = distributed.global_state.num_processes
         self._silent = dict.fromkeys(range(self._processes), 0)
+        # At once: process 0 may be killed before it has published the name of its host.
+        supervisor.tell(self._process, distributed.global_state.coordinator_address)
         threads.append(threading.Thread(target=self._watch_processes, daemon=True))
         threads[1].start()
       try:
@@ -179,7 +179,7 @@ class Watch:
                    f"{self._process} on {self._me.host}, was killed; {_GOES_ON}")
       if select.select([self._reader], [], [], _TICK_SECONDS)[0]:
         for number in os.read(self._reader, 64):
-          if number in _SIGNALS:
+          if number in supervisor.SIGNALS:
             self._signalled(signal.Signals(number))
       elif self._processes > 1:
         self._no_answer += 1
@@ -367,9 +367,7 @@ def requests() -> Iterator[Callable[[], bool]]:
 
 
 def connect() -> None:
-  """`jax.distributed.initialize`, which ends the process where not all others start in time."""
-  # The watch agrees on stops; JAX's own service would take the signals away from it.
-  jax.config.update("jax_enable_preemption_service", False)
+  """`hosts.join`, which ends the process where not all others start in time."""
   seconds = START_SECONDS
 
   def late() -> None:
@@ -381,9 +379,11 @@ def connect() -> None:
   timer = threading.Timer(seconds, late)
   timer.daemon = True
   timer.start()
-  # JAX waits longer, because it ends the process with a message of its own.
-  jax.distributed.initialize(initialization_timeout=int(seconds) + 60)
-  timer.cancel()
+  try:
+    # JAX waits longer, because it ends the process with a message of its own.
+    hosts.join(int(seconds) + 60)
+  finally:
+    timer.cancel()
 
 
 def _say(sentence: str) -> None:

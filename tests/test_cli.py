@@ -7,11 +7,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 from configs import arithmetic
-from s2d_jax import cli, command, main
+from s2d_jax import cli, command, main, supervisor
 from s2d_jax.errors import InputError, WriteError, from_user_code
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -111,6 +112,19 @@ def console(*words, env=None):
                         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
 
 
+def test_an_unexpected_error_where_the_disk_is_full_is_one_sentence(capsys, monkeypatch):
+  def fails(argv):
+    raise KeyError("no such weight")
+
+  monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+  with pytest.raises(SystemExit):
+    command.call(fails, [])
+  assert capsys.readouterr().err == (
+      "s2d_jax: an unexpected KeyError ended the command ('no such weight'): its traceback could "
+      "not be written to a file (No such file or directory), and --debug prints it. What was saved "
+      "holds.\n")
+
+
 def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys):
   def fails(argv):
     raise KeyError(f"no such weight, and a second line\n{argv}")
@@ -191,6 +205,7 @@ def test_help_and_an_unknown_command_print_the_list_of_commands(monkeypatch, cap
 ])
 def test_a_wrong_command_line_exits_with_one_sentence(argv, message, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["s2d-jax", *argv])
+  monkeypatch.setattr(supervisor, "begin", lambda argv: None)  # pytest has handlers of its own
   with pytest.raises(SystemExit) as error:
     cli.main()
   (line,) = capsys.readouterr().err.splitlines()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from s2d_jax import hosts
+from tests import interpreter
 
 
 def test_a_single_process_is_the_leader_and_needs_no_barrier():
@@ -16,6 +17,14 @@ def test_a_single_process_is_the_leader_and_needs_no_barrier():
   own_B = np.arange(3.0)
   assert hosts.sum_over_hosts(own_B) is own_B
   hosts.agree("sampler", "text")
+
+
+def test_distributed_without_a_cluster_is_one_sentence():
+  done = interpreter.run("-c", "from s2d_jax import command, hosts\n"
+                         "command.call(lambda argv: hosts.join(5), [])", env={"PATH": "/bin"})
+  assert done.returncode == 2 and done.stderr == (
+      "s2d_jax: --distributed finds no cluster on this machine: leave it out where one process "
+      "does all the work, or start all processes by a launcher, such as launch/slurm.sh.\n")
 
 
 def test_the_memory_of_a_device_is_the_least_of_all_processes(monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import time
@@ -13,6 +14,8 @@ from tests import interpreter
 # A run without models: about twenty calls of `stop` a second.
 PROGRAM = """
 import os, pathlib, sys, time
+from s2d_jax import supervisor
+supervisor.begin([])
 import jax
 from s2d_jax import command, hosts, stops
 
@@ -29,6 +32,9 @@ if count > 1:
 
 def ready():
   pathlib.Path(folder, f"ready-{process}").write_text(str(os.getpid()))
+
+if kind == "hears nothing":
+  stops.Watch._hear = lambda self: {}
 
 def work(argv):
   if kind == "joins":
@@ -282,6 +288,18 @@ def test_a_killed_process_0_is_named_by_the_parents_of_the_others(begin, tmp_pat
   host = socket.gethostname()
   assert f"process 0 on {host} was ended by SIGKILL, as by the system where" in done[0].stderr
   assert f"process 1 on {host} was aborted, because process 0 on {host} is gone" in done[1].stderr
+  for d in done:
+    assert not re.search(r"Check failure|^ +@|client\.h|coordination_service_agent", d.stderr, re.M)
+
+
+@pytest.mark.slow
+def test_a_killed_process_0_is_named_before_it_was_heard(begin, tmp_path):
+  processes = begin(2, "hears nothing", supervised=True)
+  os.kill(child(tmp_path, 0), signal.SIGKILL)
+  done = [process.wait(60) for process in processes]
+  assert [d.returncode for d in done] == [128 + signal.SIGKILL, 75], [d.stderr for d in done]
+  # By the host of the address, because its name is not known yet.
+  assert "process 1 on" in done[1].stderr and "process 0 on localhost is gone" in done[1].stderr
 
 
 @pytest.mark.slow

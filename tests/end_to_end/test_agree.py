@@ -71,6 +71,9 @@ if changed == "data":  # this process has a problem less
   tasks_get, tasks.get = tasks.get, shorter
 if changed == "source":  # this process has a checkout that was edited
   main.__file__ = f"{folder}/main.py"
+if changed == "python":
+  import platform
+  platform.python_version = lambda: "3.11.0"
 main.walk.run = lambda plan, workdir: print("trains in", workdir)
 main.report.write = lambda workdirs: "reported"
 command.call(main.main, [f"--config={config}:tiny", f"--config.data.dir={data}",
@@ -164,7 +167,7 @@ def printed(process):
     ("", ["--config.seed=7"], "config.seed"), ("", ["--redo=sft-1"], "--redo"),
     ("", ["--config.stages.sft.optim.lr=0.1"], "config.stages.sft.optim"),
     ("", ["--config.stages.sft.microbatches=2"], "config.stages.sft.microbatches"),
-    ("data", [], "data.test"), ("source", [], "source")])
+    ("data", [], "data.test"), ("source", [], "source"), ("python", [], "python")])
 def test_a_run_refuses_processes_that_differ_before_it_writes(
     changed, flags, fact, data, tmp_path):
   (tmp_path / "main.py").write_text("")

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 200
 
 
+FLAGS = ("--config=configs/arithmetic.py:tiny", "--config.arms=cold_grpo",
+         f"--config.stages.student_grpo.steps={STEPS}",
+         f"--config.stages.student_grpo.save_every={STEPS}")
+
+
 def start(folder, log):
   """The command, under way; what it prints, its progress bar too, goes to the file `log`."""
-  command = [sys.executable, "-m", "s2d_jax.main", "--config=configs/arithmetic.py:tiny",
-             "--config.arms=cold_grpo", f"--config.stages.student_grpo.steps={STEPS}",
-             f"--config.stages.student_grpo.save_every={STEPS}",
+  command = [sys.executable, "-m", "s2d_jax.main", *FLAGS,
              f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'work'}"]
   with open(log, "w") as out:
     return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {
@@ -68,3 +72,50 @@ def test_sigterm_saves_and_the_next_start_finishes(tmp_path):
   assert [row["step"] for row in metrics.read(folder, "metrics")] == list(range(STEPS))
   assert json.loads((folder / "ledger.json").read_text())["label_uses"] == 4 * STEPS
   assert "| cold_grpo | 0 |" in (tmp_path / "work" / "report.md").read_text()
+
+
+def join(folder, process, port, program):
+  """One process of two on a cluster of Slurm; what it prints goes to the file `log-PROCESS`."""
+  words = [*FLAGS, "--distributed", "--config.mesh=(1,2,1)",
+           f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'work'}"]
+  environment = os.environ | {
+      "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      # As srun sets it.
+      "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+      "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "SLURM_STEP_NUM_NODES": "1",
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+  with open(folder / f"log-{process}", "w") as out:
+    return subprocess.Popen([sys.executable, *program, *words], cwd=ROOT, stdout=out, stderr=out,
+                            env=environment)
+
+
+def child_of(process):
+  """The number of the only child of a process."""
+  (number,) = pathlib.Path(f"/proc/{process}/task/{process}/children").read_text().split()
+  return int(number)
+
+
+@pytest.mark.slow
+def test_a_killed_process_0_of_the_command_is_named_by_the_other(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  programs = [("-m", "s2d_jax.main"), ("-c", "from s2d_jax import cli; cli.main()", "run")]
+  processes = [join(tmp_path, i, port, program) for i, program in enumerate(programs)]
+  logs = [tmp_path / f"log-{i}" for i in range(2)]
+  try:
+    # A progress bar, which comes through the parent.
+    while all(process.poll() is None for process in processes) and not re.search(
+        rf"\b[1-9]\d*/{STEPS}\b", logs[0].read_text()):
+      time.sleep(0.05)
+    os.kill(child_of(processes[0].pid), signal.SIGKILL)
+    codes = [process.wait(timeout=60) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  first, second = (log.read_text() for log in logs)
+  assert codes == [137, 75], first + second
+  host = socket.gethostname()
+  assert f"process 0 on {host} was ended by SIGKILL" in first
+  assert f"process 1 on {host} was aborted, because process 0 on {host} is gone" in second
+  assert "Check failure" not in second and "Traceback" not in second

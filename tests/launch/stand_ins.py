@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 WORKERS = 2
 
 # ENDS holds a list for each worker, with one item for each start: an exit code, [seconds, exit
-# code], or "wait" for SIGTERM, after which the job exits with 75.
+# code], "killed" for SIGKILL, or "wait" for SIGTERM, after which the job exits with 75.
 PYTHON = """
 import json, os, pathlib, shutil, signal, sys, time
 if "--version" in sys.argv:
@@ -40,6 +40,8 @@ text = json.dumps({"pid": os.getpid(), "folder": os.getcwd(), "words": sys.argv[
 note.with_suffix(".new").write_text(text)
 note.with_suffix(".new").rename(note)
 end = json.loads(os.environ["ENDS"])[int(worker)][start]
+if end == "killed":
+  os.kill(os.getpid(), signal.SIGKILL)
 if end != "wait":
   seconds, code = end if isinstance(end, list) else (0, end)
   time.sleep(seconds)
@@ -96,7 +98,8 @@ codes = [process.wait() for process in processes]
 sys.exit(next((code % 256 if code > 0 else 128 - code for code in codes if code), 0))
 """
 
-# Two tasks. The options decide what becomes of the others when one has ended.
+# Two tasks. The options decide what becomes of the others when one has ended. Its code is, as the
+# manual of srun has it, the highest of all tasks, where one that signal N ended counts as 128 + N.
 SRUN = """
 import os, subprocess, sys, time
 words = sys.argv[1:]

@@ -32,9 +32,12 @@ def words(cloud, worker=0):
   ([[0, 0], [75, 0]], 0, 2),
   ([[75, 1], [75, 75]], 1, 2),
   ([[3], [0]], 3, 1),
+  ([[137, 0], [75, 0]], 0, 2),  # process 0 was killed; gcloud returns the code of worker 0
+  ([[75, 0], [137, 0]], 0, 2),
   ([[75, 75, 75, 0], [75, 75, 75, 0]], 75, 3),  # a start more than MAX_RESTARTS allows
 ])
-def test_tpu_vm_runs_the_job_on_every_worker_until_its_code_is_not_75(tmp_path, ends, code, starts):
+def test_tpu_vm_runs_the_job_on_every_worker_until_its_code_is_no_retry(
+    tmp_path, ends, code, starts):
   cloud = stand_ins.Cloud(tmp_path, ends)
   done = cloud.run([*SLICE, *FLAGS], MAX_RESTARTS="2")
   assert done.returncode == code
@@ -105,13 +108,17 @@ def slurm(cloud, restarts="0", **env):
                      SLURM_JOB_ID="42", SLURM_RESTART_COUNT=restarts, **env)
 
 
-@pytest.mark.parametrize("end, code, requeued", [
-  (0, 0, []),
-  (1, 1, []),
-  (75, 75, [["requeue", "42"]]),
+@pytest.mark.parametrize("ends, code, requeued", [
+  ([0, 0], 0, []),
+  ([1, 1], 1, []),
+  ([75, 75], 75, [["requeue", "42"]]),
+  ([137, 75], 137, [["requeue", "42"]]),  # process 0 was killed, and named by the other
+  (["killed", 75], 137, [["requeue", "42"]]),  # its parent was killed too
+  ([137, 253], 253, []),  # Slurm's code where memory is short
 ])
-def test_slurm_runs_the_job_on_every_node_and_requeues_on_75_alone(tmp_path, end, code, requeued):
-  cloud = stand_ins.Cloud(tmp_path, [[end], [end]])
+def test_slurm_runs_the_job_on_every_node_and_requeues_on_75_and_137_alone(
+    tmp_path, ends, code, requeued):
+  cloud = stand_ins.Cloud(tmp_path, [[end] for end in ends])
   process = slurm(cloud)
   process.communicate(timeout=120)
   assert process.returncode == code and cloud.calls("scontrol") == requeued

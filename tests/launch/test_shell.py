@@ -1,4 +1,4 @@
-"""The shell launchers: shellcheck passes, all run one job line, and restarts follow 75 alone."""
+"""The shell launchers: shellcheck passes, all run one job line, restarts follow 75 and 137."""
 
 import shlex
 import shutil
@@ -106,11 +106,13 @@ def test_dry_run_prints_the_command_of_a_real_run(stand_in):
   ([0], 0, 1),
   ([75, 75, 0], 0, 3),  # preempted twice
   ([75, 1], 1, 2),  # a fault after a preemption
+  ([137, 75, 0], 0, 3),  # a process was killed, then the run stopped
   ([1], 1, 1),
-  ([255], 255, 1),  # ssh: a host is gone
+  ([134], 134, 1),  # aborted by a library
+  ([255], 255, 1),  # ssh: a host is gone, or the line; the job may go on elsewhere
   ([75, 75, 75, 75, 0], 75, 4),  # one more preemption than restarts
 ])
-def test_tpu_vm_restarts_on_the_retry_code_alone(stand_in, codes, code, runs):
+def test_tpu_vm_restarts_on_the_codes_of_a_retry_alone(stand_in, codes, code, runs):
   last, commands = calls(stand_in, codes, "tpu_vm", *LAUNCHERS["tpu_vm"], MAX_RESTARTS="3")
   assert (last, len(commands)) == (code, runs)
   assert all(command == commands[0] for command in commands)
@@ -121,9 +123,11 @@ def test_tpu_vm_restarts_on_the_retry_code_alone(stand_in, codes, code, runs):
   ([0], "0", []),
   ([1], "0", []),
   ([75], "0", [["scontrol", "requeue", "42"]]),
+  ([137], "0", [["scontrol", "requeue", "42"]]),
   ([75], "3", []),  # the limit
+  ([137], "3", []),
 ])
-def test_slurm_asks_for_a_new_allocation_on_the_retry_code_alone(
+def test_slurm_asks_for_a_new_allocation_on_the_codes_of_a_retry_alone(
     stand_in, codes, restarts, requeued):
   last, commands = calls(stand_in, codes, "slurm", SLURM_JOB_ID="42", SLURM_RESTART_COUNT=restarts,
                      SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS="3")

@@ -13,6 +13,7 @@ from tests.launch import stand_ins
 LAUNCH = Path(__file__).parents[2] / "launch"
 SPEC = (LAUNCH / "spec.sh").read_text()
 RETRY_CODE = int(re.search(r"^RETRY_CODE=(\d+)$", SPEC, re.M)[1])
+KILLED_CODE = int(re.search(r"^KILLED_CODE=(\d+)$", SPEC, re.M)[1])
 MAX_RESTARTS = int(re.search(r"MAX_RESTARTS:-(\d+)", SPEC)[1])
 DEFAULT_CONFIG = re.search(r"CONFIG:-([^}]+)}", SPEC)[1]
 JOB = ["python", "-m", "s2d_jax.main", "--config=my.py", "--workdir=gs://bucket/run"]
@@ -41,7 +42,7 @@ def test_jobset_runs_the_one_job_on_every_host():
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_jobset_restarts_on_the_retry_code_alone():
+def test_jobset_restarts_on_the_codes_of_a_retry_alone():
   spec = jobset()["spec"]
   job = spec["replicatedJobs"][0]["template"]["spec"]
   assert spec["failurePolicy"]["maxRestarts"] == MAX_RESTARTS
@@ -51,7 +52,7 @@ def test_jobset_restarts_on_the_retry_code_alone():
   fault = job["podFailurePolicy"]["rules"][-1]
   assert fault["action"] == "FailJob"
   assert fault["onExitCodes"] == {
-    "containerName": "main", "operator": "NotIn", "values": [RETRY_CODE]}
+    "containerName": "main", "operator": "NotIn", "values": [RETRY_CODE, KILLED_CODE]}
   assert job["backoffLimit"] == 0
   assert job["template"]["spec"]["restartPolicy"] == "Never"  # a pod failure policy requires it
 
@@ -106,11 +107,13 @@ def run_jobset(cloud, spec, disrupted=()):
   ([[75, 0], [75, 0]], [], "Completed", 2),
   ([[0, 0], [75, 0]], [], "Completed", 2),
   ([[1, 0], [0, 0]], [], "Failed", 1),
-  ([[137, 0], [75, 0]], [(0, 0)], "Completed", 2),  # a node was taken away
-  ([[75, 0], [137, 0]], [], "Completed", 2),  # the first failure decides
+  ([[143, 0], [75, 0]], [(0, 0)], "Completed", 2),  # a node was taken away
+  ([[137, 0], [75, 0]], [], "Completed", 2),  # process 0 was killed, and named by the other
+  ([[75, 0], [1, 0]], [], "Completed", 2),  # the first failure decides
   ([[75] * 30, [75] * 30], [], "Failed", 21),
 ])
-def test_jobset_restarts_its_pods_on_75_and_on_a_lost_node(tmp_path, ends, disrupted, end, starts):
+def test_jobset_restarts_its_pods_on_75_on_137_and_on_a_lost_node(
+    tmp_path, ends, disrupted, end, starts):
   cloud = stand_ins.Cloud(tmp_path, ends)
   spec = jobset()["spec"]
   job = spec["replicatedJobs"][0]["template"]["spec"]

@@ -33,6 +33,7 @@ from s2d_jax.rollouts import Batch, Prompt, Rollout, repetition
 from s2d_jax.sharding import Params
 
 _RULES = ("above", "at_least")
+VERSION = 1  # raised when a search finds otherwise: it is in the names of stages that search
 KEYS = {
     "candidates": keys.at_least(1),
     "stride": Key(lambda stride: 0 < stride < math.inf, "choose it above 0; the paper has 2"),
@@ -69,6 +70,11 @@ def check(hp: ConfigDict, on_policy: bool, taught: bool) -> None:
   if hp.foresee.signal == "kl" and not taught:
     raise InputError("foresee has the signal 'kl', the distance to a guide, and this stage has "
                      "none but the learner's own start: choose 'reward'.")
+
+
+def inputs(hp: ConfigDict) -> dict[str, int]:
+  """The version of the search, for the name of a stage; {} where there are no searches."""
+  return {"foresee": VERSION} if "foresee" in hp else {}
 
 
 class Scored(NamedTuple):

@@ -184,6 +184,15 @@ def test_a_search_by_reward_reads_the_answers_of_its_stage_and_others_do_not():
   assert by_reward["split"] != by_kl["split"] == by_chance["split"]
 
 
+def test_a_raised_version_renames_the_stages_that_search(monkeypatch):
+  before, without = set(plan_of().nodes), set(names.plan().nodes)
+  monkeypatch.setattr(foresee, "VERSION", foresee.VERSION + 1)
+  changed = before ^ set(plan_of().nodes)
+  # Two bridges have the stage, and what goes on from it.
+  assert changed and {name.partition("-")[0] for name in changed} <= {"reverse_kl", "student_grpo"}
+  assert set(names.plan().nodes) == without
+
+
 def test_a_search_by_reward_without_a_reward_is_refused():
   assert plan_of(reward=None, accept=0.5)  # a chance scores nothing
   with pytest.raises(InputError, match="config.stages.reverse_kl.foresee has the signal .reward. "

@@ -313,7 +313,7 @@ def forward_by_hand(folder, length, headed):
   width, heads, head = c["hidden_size"], c["num_attention_heads"], c["head_dim"]
   matrices = (2 * width * head * heads + 2 * width * head * c["num_key_value_heads"]
               + 3 * width * c["intermediate_size"])
-  scores = sum(4 * heads * head * seen for seen in range(1, length + 1))
+  scores = sum(4 * heads * head * attended for attended in range(1, length + 1))
   return (c["num_hidden_layers"] * (2 * matrices * length + scores)
           + 2 * c["vocab_size"] * width * headed)
 

@@ -33,6 +33,7 @@ from s2d_jax.rollouts import Batch, Prompt, Rollout, repetition
 from s2d_jax.sharding import Params
 
 _RULES = ("above", "at_least")
+VERSION = 1  # raised when a search finds otherwise: it is in the names of stages that search
 KEYS = {
     "candidates": keys.at_least(1),
     "stride": Key(lambda stride: 0 < stride < math.inf, "choose it above 0; the paper has 2"),
@@ -48,11 +49,12 @@ KEYS = {
 }
 
 
-def check(hp: ConfigDict, on_policy: bool, guided: bool) -> None:
+def check(hp: ConfigDict, on_policy: bool, taught: bool) -> None:
   """Refuses searches that a stage cannot make; a message begins with the key's name.
 
   Args:
-    hp: the stage's config; on_policy: whether the learner samples; guided: whether it has a guide.
+    hp: the stage's config; on_policy: whether the learner samples.
+    taught: whether its guide is the teacher or reads hints. Another is the learner's own start.
 
   Raises:
     InputError: see the messages.
@@ -65,8 +67,14 @@ def check(hp: ConfigDict, on_policy: bool, guided: bool) -> None:
   if hp.lora.rank:
     raise InputError("foresee moves whole weights and this stage trains adapters, whose product "
                      "does not move along a line: set lora.rank to 0.")
-  if hp.foresee.signal == "kl" and not guided:
-    raise InputError("foresee has the signal 'kl' and this stage has no guide: choose 'reward'.")
+  if hp.foresee.signal == "kl" and not taught:
+    raise InputError("foresee has the signal 'kl', the distance to a guide, and this stage has "
+                     "none but the learner's own start: choose 'reward'.")
+
+
+def inputs(hp: ConfigDict) -> dict[str, int]:
+  """The version of the search, for the name of a stage; {} where there are no searches."""
+  return {"foresee": VERSION} if "foresee" in hp else {}
 
 
 class Scored(NamedTuple):

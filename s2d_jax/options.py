@@ -30,8 +30,8 @@ def check(hp: ConfigDict, stage: Stage) -> None:
     InputError: as the functions that are called.
   """
   guided = stage.guide is not None and stage.objective.uses_guide(hp)
-  foresee.check(hp, stage.source.model == stage.learner, guided)
   taught = guided and stage.guide == "teacher"
+  foresee.check(hp, stage.source.model == stage.learner, taught or guided and hints.used(hp))
   allocate.check(hp, taught or stage.source.model not in (None, stage.learner))
   hints.check(hp, guided)
   if (stage.objective is objectives.REVERSE_KL and stage.guide == "reference"

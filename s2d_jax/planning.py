@@ -386,7 +386,7 @@ def _inputs(plan: Plan, stage: Stage, split: str, hp: ConfigDict,
   # A source of our own at its first version is named by the row alone.
   source = identity_of(getattr(stage.source.make, "__self__", stage.source.make))
   return {
-      **({} if source[2] == 1 else {"source": source}),
+      **({} if source[2] == 1 else {"source": source}), **foresee.inputs(hp),
       **allocate.inputs(hp, plan.prompts.get(split), plan.prompts.get(plan.config.probe.split),
                         plan.family),
       "row": {field: getattr(stage, field) for field in manifest.ROW},

@@ -118,12 +118,12 @@ def test_without_transfer_it_comes_near_the_best_rule():
   assert mean["uniform"] + 0.04 < mean["transfer"] <= mean["largest_gap"]
 
 
-def regrets(transfer_FF, seed, rule, requirement="", decisions=20):
+def regrets(transfer_FF, seed, rule, requirement="", decisions=20, **changes):
   """(the mean of what each choice earns less than the best, the shares [N, F], the first gaps).
 
   Help is in proportion to the gap, harm is not. Worlds differ in their gaps, by the seed.
   """
-  hp = config(rule=rule, requirement=requirement)
+  hp = config(rule=rule, requirement=requirement, **changes)
   hp.steps = 3 * decisions
   weight_of = allocate.parse(requirement) or dict.fromkeys(FAMILIES, 0.25)
   requirement_F = np.array([weight_of[name] for name in FAMILIES])
@@ -144,12 +144,20 @@ def regrets(transfer_FF, seed, rule, requirement="", decisions=20):
 
 
 @pytest.mark.medium
-def test_the_regret_of_the_transfer_model_is_far_below_those_of_uniform_and_the_largest_gap():
+def test_the_regret_of_the_transfer_model_is_far_below_those_of_simple_rules_and_above_greedys():
   # "d" teaches itself less than the others do, and harms "a".
   transfer_FF = 0.25 * np.array([[1, .3, 0, 0], [.3, 1, 0, 0], [0, 0, 1, 0], [-.8, 0, 0, .6]])
-  mean = {rule: np.mean([regrets(transfer_FF, seed, rule)[0] for seed in range(200)])
-          for rule in ("uniform", "largest_gap", "transfer")}
-  assert mean["transfer"] < 0.6 * min(mean["uniform"], mean["largest_gap"])
+  regret_N = {(rule, kappa): np.array([regrets(transfer_FF, seed, rule, kappa=kappa)[0]
+                                       for seed in range(200)])
+              for rule, kappa in (("uniform", 1.0), ("largest_gap", 1.0), ("transfer", 1.0),
+                                  ("transfer", 0.0))}
+  simple = min(regret_N["uniform", 1.0].mean(), regret_N["largest_gap", 1.0].mean())
+  assert regret_N["transfer", 1.0].mean() < 0.6 * simple
+  # A negative result: the spread does not help here. 0.0161 with it, 0.0133 without it; the mean
+  # of the paired differences is 0.0028, 16 standard errors.
+  more_N = regret_N["transfer", 1.0] - regret_N["transfer", 0.0]
+  assert more_N.mean() > 10 * more_N.std(ddof=1) / np.sqrt(200)
+  assert regret_N["transfer", 0.0].mean() < 0.5 * simple
 
 
 def test_without_transfer_shares_follow_requirement_times_gap():

@@ -250,6 +250,10 @@ VALUES = [
     ("stages.student_grpo.sampling.top_k", 5, "top_k is 5 and mismatch is 'none', so samples are"),
     ("stages.student_grpo.sampling.min_p", 0.1, "min_p is 0.1 and mismatch is 'none', so samples"),
     ("stages.student_grpo.kl_coef", 0.1, "kl_coef is 0.1 and kl is 'none', so nothing reads it"),
+    ("stages.reverse_kl.foresee",
+     {"candidates": 1, "stride": 2.0, "problems": 99, "samples": 1, "accept": "above",
+      "signal": "reward", "leaves": "all"},
+     "config.stages.reverse_kl.foresee.problems is 99 and the split .* has 64 problems: lower it"),
     ("stages.teacher_grpo.rounds", 999,
      "teacher_grpo.rounds is 999, which takes 3996 problems in a step, and the split all has "),
 ]

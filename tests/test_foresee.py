@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from s2d_jax import foresee, rollouts, sharding
+from s2d_jax import foresee, options, recipe, rollouts, sharding
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import Prompt
 from tests.configs import test_stage_names as names
@@ -141,15 +141,32 @@ def test_on_a_quadratic_it_needs_fewer_steps_and_never_ends_worse():
   assert steps_to(0.05, accept=False) == plain  # a score that always says no is the plain run
 
 
-@pytest.mark.parametrize("changes, on_policy, guided, message", [
+@pytest.mark.parametrize("changes, on_policy, taught, message", [
     ({}, False, True, "here another model samples"),
     ({"rank": 8}, True, True, "set lora.rank to 0"),
-    ({"signal": "kl"}, True, False, "has no guide: choose 'reward'"),
+    ({"signal": "kl"}, True, False, "none but the learner's own start: choose 'reward'"),
 ])
-def test_searches_that_a_stage_cannot_make_are_refused(changes, on_policy, guided, message):
+def test_searches_that_a_stage_cannot_make_are_refused(changes, on_policy, taught, message):
   hp = ConfigDict({"lora": {"rank": changes.pop("rank", 0)}, "foresee": HP | changes})
   with pytest.raises(InputError, match=message):
-    foresee.check(hp, on_policy, guided)
+    foresee.check(hp, on_policy, taught)
+
+
+@pytest.mark.parametrize("row, changes, message", [
+    # A penalty's reference is the learner's own start; without a penalty there is no guide.
+    ("student_grpo", {"kl": "k3", "kl_coef": 0.1}, "foresee has the signal 'kl'.* own start: choo"),
+    ("student_grpo", {}, "foresee has the signal 'kl'.* own start: choose 'reward'"),
+    ("reverse_kl", {}, None), ("self_distillation", {"hint_tokens": 32}, None)])
+def test_a_search_by_divergence_needs_a_guide_that_teaches(row, changes, message):
+  stages = names.shipped().stages
+  hp = stages.get(row, stages.reverse_kl)
+  hp.update({"foresee": HP | {"signal": "kl"}} | changes)
+  (stage,) = (stage for stage in recipe.STAGES if stage.name == row)
+  if message is None:
+    options.check(hp, stage)
+    return
+  with pytest.raises(InputError, match=message):
+    options.check(hp, stage)
 
 
 def plan_of(reward=lambda problem, text: 1.0, **changes):
@@ -165,6 +182,15 @@ def test_a_search_by_reward_reads_the_answers_of_its_stage_and_others_do_not():
   by_reward, by_kl, by_chance = inputs(), inputs(signal="kl"), inputs(accept=0.5)
   assert by_reward["task"] is not None and by_kl["task"] is by_chance["task"] is None
   assert by_reward["split"] != by_kl["split"] == by_chance["split"]
+
+
+def test_a_raised_version_renames_the_stages_that_search(monkeypatch):
+  before, without = set(plan_of().nodes), set(names.plan().nodes)
+  monkeypatch.setattr(foresee, "VERSION", foresee.VERSION + 1)
+  changed = before ^ set(plan_of().nodes)
+  # Two bridges have the stage, and what goes on from it.
+  assert changed and {name.partition("-")[0] for name in changed} <= {"reverse_kl", "student_grpo"}
+  assert set(names.plan().nodes) == without
 
 
 def test_a_search_by_reward_without_a_reward_is_refused():

@@ -1,7 +1,9 @@
 """Several guides of one stage: updates against single guides, routes, refusals, a killed run."""
 
+import dataclasses
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -13,7 +15,6 @@ from ml_collections import ConfigDict
 from configs import common, composition
 from s2d_jax import (
   compiling,
-  files,
   guides,
   metrics,
   models,
@@ -118,6 +119,26 @@ def test_unlike_guides_give_the_weighted_sum_of_their_updates(mesh):
   want = jax.tree.map(lambda before, step: before - step / tokens, start, total)
   close(jax.device_get(state.params), want, 1e-5)
   assert float(values["loss"]) == pytest.approx(loss / tokens, rel=1e-5)
+
+
+def test_one_guide_at_a_time_is_on_the_devices(monkeypatch):
+  placed = []
+  to_device = guides._to_device
+
+  def recorded(params):
+    # All that was placed before is gone from the devices.
+    assert [leaf for leaves in placed for leaf in leaves if leaf() is not None] == []
+    found = to_device(params)
+    placed.append([weakref.ref(leaf) for leaf in jax.tree.leaves(found)])
+    return found
+
+  monkeypatch.setattr(guides, "_to_device", recorded)
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))) as mesh:
+    mesh = sharding.current_mesh()
+    several = {role: Role(models.get(TINY), params_of(models.get(TINY), seed, mesh))
+               for seed, role in enumerate(("", "b", "c"), 1)}
+    updated(mesh, ["", "c", "b", "", "b", "", "c", "b"], several, a_batch())
+  assert len(placed) == 3
 
 
 def block(**folders):
@@ -240,17 +261,61 @@ def test_a_guide_of_another_tokenizer_is_refused(tmp_path):
     recipe.plan(config, tasks.get(config))
 
 
+# Prompts and responses of the tiny stage take up to 38 tokens.
+@pytest.mark.parametrize("changes, message", [
+    ({}, None),
+    ({"vocab_size": 99}, r"the guide x embeds 99 tokens and the student \d+: pad the smaller"),
+    ({"max_positions": 37}, "the guide x has 37 positions and a prompt .* up to 38: lower samp"),
+    ({"max_positions": 38}, None)])
+def test_a_guide_of_another_vocabulary_or_too_few_positions_is_refused(tmp_path, changes, message):
+  config = config_of(tmp_path, left="x")
+  model_config, chat = sampler.read_folder(
+      config.student, dict(config.template), {key: config[key] for key in models.RUN})
+  check = lambda: guides.check_models(
+      config, (model_config, chat),
+      lambda folder: (dataclasses.replace(model_config, **changes), chat))
+  if message is None:
+    check()
+    return
+  with pytest.raises(InputError, match=f"config.stages.reverse_kl.guides: {message}"):
+    check()
+
+
 @pytest.mark.medium
 def test_the_ledger_counts_each_guide_by_its_size(tmp_path):
   student = composition.get_config().student
-  config = config_of(tmp_path, left=student, right=student, sum=student, product=student,
-                     long=student)
-  _, small = run(config, tmp_path / "small")
+  # The student's own base guides three families, and the teacher the two others.
+  config = config_of(tmp_path, sum=student, product=student, left=student)
+  with config.unlocked():
+    config.stages.reverse_kl.log_samples = 1000
+  node, small = run(config, tmp_path / "small")
   with config.unlocked():
     del config.stages.reverse_kl.guides
   _, large = run(config, tmp_path / "large")
-  totals = [files.read_json(folder / "ledger.json") for folder in (small, large)]
-  assert totals[0]["flops"] < totals[1]["flops"]
+  # The samples of the first step are equal, because no update is before it.
+  samples = [[row for row in metrics.read(folder, "samples") if row["step"] == 0]
+             for folder in (small, large)]
+  assert [row["tokens"] for row in samples[0]] == [row["tokens"] for row in samples[1]]
+  prompts = {p.id: p for p in recipe.plan(config, tasks.get(config)).prompts[node.split]}
+  length_of = lambda row: len(prompts[row["prompt_id"]].tokens) + len(row["tokens"])
+  of_student = [row for row in samples[0] if node.guide_of[row["prompt_id"]]]
+  assert 0 < len(of_student) < len(samples[0])
+  saved = sum(forward_by_hand(config.teacher, length_of(row), len(row["tokens"]))
+              - forward_by_hand(config.student, length_of(row), len(row["tokens"]))
+              for row in of_student)
+  entries = [metrics.read(folder, "ledger")[0] for folder in (small, large)]
+  assert entries[1]["flops"] - entries[0]["flops"] == pytest.approx(saved, rel=1e-6) != 0
+
+
+def forward_by_hand(folder, length, headed):
+  """FLOPs of a forward pass over one sequence, by the shapes of the folder's config.json."""
+  c = json.loads((epath.Path(folder) / "config.json").read_text())
+  width, heads, head = c["hidden_size"], c["num_attention_heads"], c["head_dim"]
+  matrices = (2 * width * head * heads + 2 * width * head * c["num_key_value_heads"]
+              + 3 * width * c["intermediate_size"])
+  scores = sum(4 * heads * head * attended for attended in range(1, length + 1))
+  return (c["num_hidden_layers"] * (2 * matrices * length + scores)
+          + 2 * c["vocab_size"] * width * headed)
 
 
 def test_preflight_compiles_the_update_of_the_largest_guide(tmp_path):

@@ -7,7 +7,8 @@
 
 With --kill-in it sends itself a signal, KILL or TERM, at the N-th event inside the stage ROW,
 inside a score where ROW is `evaluate`, or inside a probe: an event is a file or checkpoint about to
-be written, just written, or in the middle of being written, or an optimizer update. With
+be written, just written, or in the middle of being written, or so of an optimizer update, a search
+and a decision. ROW:FUNCTION:N counts those of one function, such as Checkpoints.save. With
 --full-after no file takes a byte from that moment on, as on a full disk, and with --full-in from
 that event on. With --vanish-in the folder of the stage ROW is removed at that event. With --counts
 each process writes what it has read and written to FILE.I, JSON.
@@ -35,9 +36,11 @@ from s2d_jax import (
   checksums,
   command,
   files,
+  foresee,
   loop,
   manifest,
   models,
+  probing,
   recipe,
   rollouts,
   scoring,
@@ -121,8 +124,13 @@ def set_options(tiny):
 
 
 def act_at_event(event_name, action):
-  """Makes this process act at an event, ROW:N: the N-th in the stage ROW, a score or a probe."""
-  row, _, n = event_name.partition(":")
+  """Makes this process act at an event: the N-th in the stage ROW, a score or a probe.
+
+  Args:
+    event_name: ROW:N, or ROW:FUNCTION:N, which counts the events of one function alone. Each call
+      has three: beginning, middle and end.
+  """
+  row, *chosen, n = event_name.split(":")
   remaining = [int(n)]
   inside = [False]
 
@@ -139,9 +147,14 @@ def act_at_event(event_name, action):
   scoring.evaluate = enter(scoring.evaluate, lambda role: row == "evaluate")
   scoring.probe = enter(scoring.probe, lambda role: row == "probe")
 
-  def event():
-    remaining[0] -= inside[0]
-    if inside[0] and remaining[0] == 0:
+  def counted(name):
+    """Counts an event; whether it is the one to act at."""
+    counts = inside[0] and name in (chosen or [name])
+    remaining[0] -= counts
+    return counts and remaining[0] == 0
+
+  def event(name):
+    if counted(name):
       action()
 
   def is_heartbeat(path):
@@ -151,15 +164,15 @@ def act_at_event(event_name, action):
     return path.name == files.LOCK and path.exists()
 
   def around(function):
+    name = function.__qualname__
     def wrapped(*args, **kwargs):
       if function is write_json and is_heartbeat(args[0]):
         return function(*args, **kwargs)
-      event()
-      remaining[0] -= inside[0]
-      if inside[0] and remaining[0] == 0:  # in the middle, or just after
+      event(name)
+      if counted(name):  # in the middle, or just after
         threading.Timer(0.01, action).start()
       result = function(*args, **kwargs)
-      event()
+      event(name)
       return result
     return wrapped
 
@@ -168,10 +181,11 @@ def act_at_event(event_name, action):
   local = type(epath.Path("/"))
   replace = local.replace
   local.replace = lambda self, target: (
-      is_heartbeat(target) or event(), replace(self, target))[1]
+      is_heartbeat(target) or event("replace"), replace(self, target))[1]
   for owner, name in ((files, "write_json"), (checkpoint, "save_final"), (hf, "save"),
                       (checkpoint, "drop_steps"), (checkpoint.Checkpoints, "save"),
-                      (rollouts.Store, "add"), (loop, "_updates")):
+                      (rollouts.Store, "add"), (loop, "_updates"), (foresee, "search"),
+                      (probing.Allocation, "decide")):
     setattr(owner, name, around(getattr(owner, name)))
 
 

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from s2d_jax import metrics
 from tests import interpreter
 from tests.end_to_end import job
 
@@ -27,24 +28,36 @@ def undisturbed(run_alone):
   return workdir.with_name("bases"), workdir
 
 
+def saved(workdir, row):
+  """Steps of the checkpoints of a row from which the next start may go on."""
+  return [int(path.stem) for path in sorted(workdir.glob(f"{row}-*/checksums/0*.json"))]
+
+
 @pytest.mark.slow
 def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
   bases, reference = undisturbed
   rng = random.Random(0)
   workdir = tmp_path / "work"
-  # Once, and again, gone on from there: every row has more events than these two together. A score
-  # and a probe start afresh and have twelve and eight; every second of four only sets a timer that
-  # the rest may outrun, and the first is before there is a folder: left out. The first row, of
-  # given solutions, has no probe.
-  twice = range(1, 9), range(3, 6)
-  moments = {ROWS[0]: twice, "probe": ((3,), (4, 5)), **dict.fromkeys(ROWS[1:], twice),
-             "evaluate": ((3, 4), (5, 7, 8))}
+  # Of every second row up to the first checkpoint, of the others from there to the third update;
+  # and again, gone on from there: every row has more events than these two together. Events 1 to
+  # 8 are the lock and the note of the start, and a step has 15 or more. A score and a probe start
+  # afresh and have twelve and eight; every second of four only sets a timer that the rest may
+  # outrun, and the first is before there is a folder: left out. The first row, of given solutions,
+  # has no probe.
+  first = {row: range(1, 24) if i % 2 else range(24, 47) for i, row in enumerate(ROWS)}
+  twice = {row: (events, range(3, 30)) for row, events in first.items()}
+  moments = {ROWS[0]: twice[ROWS[0]], "probe": ((3,), (4, 5)), **twice, "evaluate":
+             ((3, 4), (5, 7, 8))}
+  saved_rows = []
   for row, ranges in moments.items():
     for events in ranges:
+      saved_rows += [row] * bool(saved(workdir, row))
       status, printed = start(workdir, bases, "--kill-in", f"{row}:{rng.choice(events)}")
       assert status == -signal.SIGKILL, (row, printed)
       folders = list(workdir.glob(f"{'eval' if row == 'evaluate' else row}-*"))
       assert folders and not all((f / "manifest.json").exists() for f in folders), row
+  # Rows of which the second kill was of a start from a checkpoint, and others.
+  assert 2 < len(saved_rows) < len(ROWS), saved_rows
   status, printed = start(workdir, bases)
   assert status == 0, printed
   want = job.facts(reference)
@@ -55,18 +68,33 @@ def test_a_run_killed_repeatedly_ends_with_equal_bytes(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_options_killed_repeatedly_ends_with_equal_bytes(run_alone, tmp_path):
+def test_a_run_killed_in_decisions_and_searches_ends_with_equal_bytes(run_alone, tmp_path):
   """Shares of families are decided in forward_kl; reverse_kl searches, with hints and guides."""
   options = ("--arm", "bridge", "--options")
   whole = run_alone("bridge", "--options")
-  bases = whole.with_name("bases")
-  for moment in ("forward_kl:4", "forward_kl:6", "reverse_kl:5", "reverse_kl:4"):
-    status, printed = start(tmp_path / "work", bases, *options, "--kill-in", moment)
+  bases, workdir = whole.with_name("bases"), tmp_path / "work"
+  # In the middle of the third decision, and of the next one after the first checkpoint or a later
+  # one. When the checkpoint counts that is behind the first search, then in the middle of the
+  # second search, and at its end.
+  for moment in ("forward_kl:Allocation.decide:8", "forward_kl:Allocation.decide:2",
+                 "reverse_kl:write_json:9", "reverse_kl:search:2", "reverse_kl:search:3"):
+    row = moment.partition(":")[0]
+    status, printed = start(workdir, bases, *options, "--kill-in", moment)
     assert status == -signal.SIGKILL, (moment, printed)
-  status, printed = start(tmp_path / "work", bases, *options)
+    found = saved(workdir, row)
+    assert found and (row == "forward_kl" or found == [1]), (moment, found)
+  status, printed = start(workdir, bases, *options)
   assert status == 0, printed
+  (searched,) = workdir.glob("reverse_kl-*")
+  starts = [json.loads(path.read_text())["step"]
+            for path in sorted((searched / "starts").iterdir())]
+  assert starts == [0, 1, 1, 1]
+  moves = [row.get("foresee_multiple", 0) for row in metrics.read(searched, "metrics")]
+  assert moves[0] > 0 and moves[1] > 0
+  (decided,) = workdir.glob("forward_kl-*")
+  assert [row["step"] for row in metrics.read(decided, "allocate")] == [0, 1, 2]
   want = job.facts(whole)
-  got = job.facts(tmp_path / "work")
+  got = job.facts(workdir)
   assert sorted(want) == sorted(got) and any("/allocate/" in name for name in want)
   for name, value in want.items():
     assert got[name] == value, name

@@ -98,14 +98,17 @@ def test_processes_store_the_frozen_teachers_rollouts_of_one(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("runs", ["options"], indirect=True)
 def test_processes_decide_as_one(runs):
   """Shares of families, and how far a search moves the weights."""
   shares = [metrics.read(next(run.glob("forward_kl-*")), "allocate") for run in runs]
+  assert [row["step"] for row in shares[0]] == [0, 1, 2]
   for one, two in zip(*shares, strict=True):
     assert one["shares"] == two["shares"]
   moves = [[row.get("foresee_multiple") for row in
             metrics.read(next(run.glob("reverse_kl-*")), "metrics")] for run in runs]
-  assert moves[0] == moves[1]
+  # A search follows the first two steps of three.
+  assert moves[0] == moves[1] and min(moves[0][:2]) > 0 and moves[0][2] is None
 
 
 @pytest.mark.slow

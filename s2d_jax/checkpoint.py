@@ -127,30 +127,49 @@ def _named(state: Params) -> Params:
 
 def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
   """Sets the newest checkpoints aside until one is undamaged; the record of the logs until it."""
-  there = folder.iterdir() if folder.exists() else ()
-  steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
-  # All processes have listed the folder before one of them changes it.
+  there = _steps(files.finished_files(folder))
+  recorded = _steps(path.with_suffix("")
+                    for path in files.finished_files(stage / checksums.FOLDER))
+  # All processes have listed the folders before one of them changes them.
   hosts.barrier(f"checkpoints of {stage}")
-  if steps and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
-    metrics.announce(f"{folder / str(steps[0])} has no checksums, of an older version or because "
-                     f"neither {checksums.FOLDER} nor {_STARTS} of {stage} was copied: it is used "
-                     "as it is.")
+  if there and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
+    metrics.announce(f"{folder / str(max(there))} has no checksums, so it is used unchecked. An "
+                     f"older version wrote it, or {checksums.FOLDER}/ and {_STARTS}/ were not "
+                     "copied.")
     return {}
-  for index, step in enumerate(steps):
-    recorded, reason = _recorded(stage, step)
+  # Those before the newest undamaged one were deleted on purpose, so the loop ends there.
+  for step in sorted(there | recorded, reverse=True):
+    logs, reason = _undamaged(stage, step) if step in there else ({}, "")
     if reason is None:
-      damage = checksums.damage(folder / str(step), recorded["checkpoint"])
-      if damage is None:
-        _check_logs(stage, step, recorded["logs"])
-        return recorded["logs"]
-      reason = damage.text
-    older = steps[index + 1 :]
-    then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
-    metrics.announce(f"{folder / str(step)} is not used ({reason}): {then}.")
-    if hosts.leader():
-      _set_aside(stage, folder / str(step))
+      return logs
+    older = max((other for other in there if other < step), default=None)
+    then = "the stage starts again" if older is None else f"the stage goes on from step {older}"
+    saved = folder / str(step)
+    if step in there:
+      metrics.announce(f"{saved} is not used ({reason}): {then}.")
+      if hosts.leader():
+        _set_aside(stage, step)
+    else:
+      metrics.announce(f"{saved} is gone, though {_sums(stage, step)} is there: {then}.")
     hosts.barrier(f"checkpoint {step} of {stage}")
   return {}
+
+
+def _steps(paths: Iterable[epath.Path]) -> set[int]:
+  """The numbers among the names of paths."""
+  return {int(path.name) for path in paths if path.name.isdigit()}
+
+
+def _undamaged(stage: epath.Path, step: int) -> tuple[checksums.Record, str | None]:
+  """(record of the logs until an undamaged checkpoint, None), or ({}, why it is not used)."""
+  recorded, reason = _recorded(stage, step)
+  if reason is not None:
+    return {}, reason
+  damage = checksums.damage(_checkpoints(stage) / str(step), recorded["checkpoint"])
+  if damage is not None:
+    return {}, damage.text
+  _check_logs(stage, step, recorded["logs"])
+  return recorded["logs"], None
 
 
 def _writes_checksums(stage: epath.Path) -> bool:
@@ -164,21 +183,25 @@ def _writes_checksums(stage: epath.Path) -> bool:
   return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
 
 
-def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
-  """Moves a damaged checkpoint out of the way, until the stage is done.
+def _set_aside(stage: epath.Path, step: int) -> None:
+  """Moves a damaged checkpoint out of the way with its checksums, until the stage is done.
 
   Raises:
     WriteError: the disk or the store does not let it go.
   """
+  saved, sums = _checkpoints(stage) / str(step), _sums(stage, step)
   target = stage / DAMAGED / saved.name
   try:
     if "://" in os.fspath(saved):  # a store cannot rename a folder
       saved.rmtree()
+      sums.unlink(missing_ok=True)
       return
     if target.exists():
       target.rmtree()
     target.parent.mkdir(parents=True, exist_ok=True)
     saved.rename(target)
+    if sums.exists():  # else the next start would miss the checkpoint
+      sums.replace(target.parent / sums.name)
   # Each store's library has exceptions of its own.
   except Exception as error:
     raise WriteError(
@@ -301,7 +324,7 @@ def drop_steps(folder: epath.PathLike) -> None:
   """Deletes a finished stage's step checkpoints, and with them the optimizer's slots."""
   # Other processes may still see the steps for a moment; nothing reads them after `final`.
   if hosts.leader():
-    for path in _checkpoints(folder).iterdir():
+    for path in files.finished_files(_checkpoints(folder)):
       if path.name != "final":
         path.rmtree()
     if (epath.Path(folder) / DAMAGED).exists():

@@ -10,7 +10,20 @@ import jax
 from absl import logging
 from etils import epath
 
-from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, scoring, stage, stops
+from s2d_jax import (
+  budget,
+  checkpoint,
+  checksums,
+  evals,
+  files,
+  hosts,
+  ladder,
+  manifest,
+  metrics,
+  scoring,
+  stage,
+  stops,
+)
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
@@ -63,11 +76,21 @@ def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]
     # A kill may have come after the manifest was written and before the steps were deleted.
     checkpoint.drop_steps(workdir / node.name)
   else:
+    _say_if_done(workdir / node.name)
     stage.train_node(plan, node, workdir, stop)
   # Only a distilled student is compared with its teacher again afterwards.
   after = None if node.stage.reward else _probe(plan, node, node.name, workdir)
   _exit_if_stopped(stop)
   return {"stage": node.name, "before": before, "after": after}
+
+
+def _say_if_done(folder: epath.Path) -> None:
+  """Says where a stage is trained again although it was done, as its manifest is gone."""
+  recorded = folder / checksums.FOLDER / checksums.FINISHED
+  if recorded.exists():
+    metrics.announce(f"{folder / manifest.NAME} is missing, though {recorded} is there: it was "
+                     "deleted, or the process ended between both. The stage is trained again, from "
+                     "its newest checkpoint if it has one.")
 
 
 def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,

@@ -121,6 +121,48 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage
   assert "): the stage starts again.\n" in capsys.readouterr().err
 
 
+def test_checkpoints_that_are_gone_are_said(tmp_path, capsys):
+  stage_of(tmp_path)
+  shutil.copytree(tmp_path, tmp_path / "whole")
+  gone = "{0}/checkpoints/{1} is gone, though {0}/checksums/0000000{1}.json is there: {2}.\n".format
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert resumed(tmp_path) == (2, 2.0)
+  assert capsys.readouterr().err == gone(tmp_path, 4, "the stage goes on from step 2")
+  shutil.rmtree(tmp_path / "checkpoints")
+  assert resumed(tmp_path) == (None, None)
+  assert capsys.readouterr().err == (gone(tmp_path, 4, "the stage starts again")
+                                     + gone(tmp_path, 2, "the stage starts again"))
+  # One that is gone, and the one before is damaged.
+  whole = tmp_path / "whole"
+  shutil.rmtree(whole / "checkpoints" / "4")
+  flip(largest(whole / "checkpoints" / "2"))
+  assert resumed(whole) == (None, None)
+  first, second = capsys.readouterr().err.splitlines()
+  assert f"{first}\n" == gone(whole, 4, "the stage goes on from step 2")
+  assert second.startswith(f"{whole}/checkpoints/2 is not used (")
+
+
+def test_a_checkpoint_that_a_newer_one_replaced_is_not_missed(tmp_path, capsys):
+  stage_of(tmp_path)
+  mesh = sharding.make_mesh((1, 1, 1))
+  # A process that is killed before it writes the checksums leaves those of step 2 there.
+  steps = checkpoint.Checkpoints(tmp_path)
+  steps._write_checksums = lambda step: None
+  steps.save(6, state(6, mesh))
+  steps.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+  assert (tmp_path / "checksums" / "00000002.json").exists()
+  assert resumed(tmp_path) == (4, 4.0)
+  said = capsys.readouterr().err
+  assert said.startswith(f"{tmp_path}/checkpoints/6 is not used") and said.count("\n") == 1
+  # One that was set aside is not missed at the next start.
+  stage_of(tmp_path / "other")
+  flip(largest(tmp_path / "other" / "checkpoints" / "4"))
+  assert resumed(tmp_path / "other") == (2, 2.0)
+  capsys.readouterr()
+  assert resumed(tmp_path / "other") == (2, 2.0) and capsys.readouterr().err == ""
+
+
 def test_a_damaged_checkpoint_is_set_aside_until_the_stage_is_done(tmp_path):
   stage_of(tmp_path)
   flip(largest(tmp_path / "checkpoints" / "4"))
@@ -234,7 +276,7 @@ def test_checkpoints_without_their_folder_of_checksums_are_used_as_they_are(tmp_
   shutil.rmtree(tmp_path / "checksums")
   assert resumed(tmp_path) == (4, 4.0)
   said = capsys.readouterr().err
-  assert f"{tmp_path}/checkpoints/4 has no checksums, of an older version" in said
+  assert f"{tmp_path}/checkpoints/4 has no checksums, so it is used unchecked. An older" in said
 
 
 def test_checkpoints_of_a_stage_that_lost_its_checksums_are_not_used(tmp_path, capsys):
@@ -250,7 +292,7 @@ def test_checkpoints_of_a_stage_that_lost_its_checksums_are_not_used(tmp_path, c
   (tmp_path / "older" / "starts" / "00000000.json").write_text('{"at": 1, "step": 0, "lost": 0}')
   checkpoint.lost_seconds(tmp_path / "older", 4, None)
   assert resumed(tmp_path / "older") == (4, 4.0)
-  assert "has no checksums, of an older version" in capsys.readouterr().err
+  assert "has no checksums, so it is used unchecked." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [flip, cut, pathlib.Path.unlink, lambda p: p.write_bytes(b"")])

@@ -25,3 +25,20 @@ def test_mixed_groups_are_those_of_the_stages_samples(samples, said, tmp_path, c
     walk._warn(types.SimpleNamespace(nodes={}), node, "probe-0", tmp_path)
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == (said is not None) and all(said in line for line in lines)
+
+
+def test_a_stage_that_was_done_is_not_trained_again_in_silence(tmp_path, monkeypatch, capsys):
+  trained = []
+  monkeypatch.setattr(walk.stage, "train_node", lambda *args: trained.append(args[1].name))
+  node = types.SimpleNamespace(name="sft-0123456789ab", learner="student", stage=(
+      types.SimpleNamespace(source=types.SimpleNamespace(probed=False), reward=False)))
+  walk._train(None, node, tmp_path, lambda: False)
+  assert capsys.readouterr().err == ""
+  folder = tmp_path / node.name
+  files.write_json(folder / "checksums" / "finished.json", {})
+  walk._train(None, node, tmp_path, lambda: False)
+  assert capsys.readouterr().err == (
+      f"{folder}/manifest.json is missing, though {folder}/checksums/finished.json is there: it "
+      "was deleted, or the process ended between both. The stage is trained again, from its newest "
+      "checkpoint if it has one.\n")
+  assert trained == [node.name] * 2

@@ -179,7 +179,7 @@ def _writes_checksums(stage: epath.Path) -> bool:
   starts = files.finished_files(stage / _STARTS)
   if not starts:
     return False
-  data = checksums.retried(starts[0], starts[0].read_bytes)
+  data = checksums.read(starts[0])
   return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
 
 

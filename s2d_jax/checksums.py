@@ -86,6 +86,18 @@ def retried(path: epath.PathLike, read: Callable[[], _Read], waits: Sequence[flo
     time.sleep(wait)
 
 
+def read(path: epath.PathLike) -> bytes:
+  """The bytes of a file, which is there.
+
+  Raises:
+    WriteError: it cannot be read, after several attempts.
+  """
+  try:
+    return retried(path, epath.Path(path).read_bytes)
+  except _ABSENT as error:
+    raise not_read(path, error) from error
+
+
 def not_read(path: epath.PathLike, error: Exception) -> WriteError:
   """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
   remedy = "permit this user to read it" if isinstance(error, PermissionError) else "mend the disk"
@@ -193,10 +205,11 @@ def published(path: epath.PathLike) -> dict[str, str]:
 
   Raises:
     InputError: it is damaged.
+    WriteError: it cannot be read, so nothing is known of it.
   """
   found = {}
   # Not splitlines, which ends a line at characters that a name may have.
-  text = epath.Path(path).read_bytes().decode(errors="replace")
+  text = read(path).decode(errors="replace")
   lines = text.replace("\r\n", "\n").split("\n")
   for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
     # As sha256sum writes it, or with --tag. After a backslash the name has escapes.

@@ -180,3 +180,20 @@ def test_each_process_hashes_its_share_and_all_of_them_refuse_before_the_block(
     with checksums.reading(folder, recorded, "buy a new disk", together=False):
       pass
   assert sorted(opened) == ["a/x", "b", "y"]
+
+
+def test_published_sums_that_cannot_be_read_are_tried_again(tmp_path, monkeypatch):
+  digest = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+  (tmp_path / "SHA256SUMS").write_text(f"{digest}  x\n")
+  local = type(epath.Path("/"))
+  read_bytes, waits, failures = local.read_bytes, [], [OSError(errno.ESTALE, "Stale file handle")]
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return read_bytes(self)
+  monkeypatch.setattr(local, "read_bytes", broken)
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  assert checksums.published(tmp_path / "SHA256SUMS") == {"x": digest} and len(waits) == 1
+  (tmp_path / "SHA256SUMS").unlink()
+  with pytest.raises(WriteError, match="SHA256SUMS cannot be read .No such file or directory.: "):
+    checksums.published(tmp_path / "SHA256SUMS")

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import files, hosts
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import records
 from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats
@@ -104,7 +104,12 @@ class Store:
   """
 
   def __init__(self, folder: epath.Path):
-    """Opens `folder`, which need not exist yet."""
+    """Opens `folder`, which need not exist yet.
+
+    Raises:
+      InputError: a part is damaged; names it, with the remedy.
+      WriteError: a part cannot be read, so nothing is known of it.
+    """
     self._folder = folder
     # (prompt id, sample index) -> (part, row of the part)
     self._location: dict[tuple[int, int], tuple[str, int]] = {}
@@ -112,8 +117,10 @@ class Store:
     if folder.exists():
       # Sorted, so that every host and every start index the parts in one order.
       for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
+        # A disk that fails says nothing of the part, so the error of reading it is another one.
+        data = checksums.read(path)
         try:
-          part = records.from_bytes(path.read_bytes())
+          part = records.from_bytes(data)
         # The archive has a checksum of every array.
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError,
                 ValueError) as error:

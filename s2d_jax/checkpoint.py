@@ -6,21 +6,15 @@ a file of checksums, of the checkpoint and of the logs until then.
 """
 
 import contextlib
-import functools
-import logging
 import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent import futures
-from typing import Any
 
-import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, json_objects, metrics
+from s2d_jax import checksums, files, hosts, json_objects, metrics, orbax_errors
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
@@ -53,7 +47,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
         self._folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True)
-    # The last one first, and each of them also after an error of another.
+    # They run in reverse order, each even if another raised.
     self._at_close = contextlib.ExitStack()
     for end in (self._close_orbax, self._thread.shutdown, self._wait):
       self._at_close.callback(end)
@@ -77,7 +71,7 @@ class Checkpoints:
     self._new_logs += logs
     if self.latest() == step:
       return
-    with _writing(self._folder / str(step)):
+    with orbax_errors.writing(self._folder / str(step)):
       self._orbax.save(step, _named(state), force=True)
     self._unfinished = self._thread.submit(self._write_checksums, step)
 
@@ -106,7 +100,8 @@ class Checkpoints:
       WriteError: it cannot be read, after several attempts.
     """
     step = self.latest()
-    found = _read(self._folder / str(step), lambda: self._orbax.load(step, _named(abstract)))
+    found = orbax_errors.read(self._folder / str(step),
+                              lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
@@ -114,7 +109,7 @@ class Checkpoints:
     self._at_close.close()
 
   def _close_orbax(self) -> None:
-    with _writing(self._folder):
+    with orbax_errors.writing(self._folder):
       self._orbax.close()
 
 
@@ -174,8 +169,8 @@ def _undamaged(stage: epath.Path, step: int) -> tuple[checksums.Record, str | No
 
 def _writes_checksums(stage: epath.Path) -> bool:
   """Whether a stage began with a version that writes checksums of its checkpoints."""
-  # The first start is written before the first checkpoint, and has a seal since checksums are
-  # written. Later ones may be of a newer version. A store could not hold an empty folder as a mark.
+  # The first start is written before the first checkpoint. It has a seal if its version wrote
+  # checksums too. Later starts may be of a newer version.
   starts = files.finished_files(stage / _STARTS)
   if not starts:
     return False
@@ -214,11 +209,12 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   """The checksums that belong to a checkpoint, or the reason for which there are none."""
   path = _sums(stage, step)
   if not path.exists():
-    return {}, f"{path} is missing, as where the process ended while it saved"
+    return {}, f"{path} is missing; the process may have ended while it saved"
   try:
     return files.read_json(path), None
   except InputError as error:
-    return {}, str(error)
+    # Without the remedy, which is of other files: there is a checkpoint before this one.
+    return {}, str(error).rpartition(": ")[0]
 
 
 def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
@@ -238,75 +234,10 @@ def _sums(stage: epath.Path, step: int) -> epath.Path:
   return stage / checksums.FOLDER / f"{step:08d}.json"
 
 
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-  """Turns an error of Orbax into a WriteError, and hides the tracebacks that its threads print."""
-  log = logging.getLogger("absl")
-  log.addFilter(_is_not_of_orbax)
-  hook = sys.unraisablehook
-  sys.unraisablehook = functools.partial(_hide_closed_loop, hook)
-  try:
-    with jax.transfer_guard("allow"):
-      yield
-  # TensorStore's errors are ValueErrors; those of the metadata's files are OSErrors.
-  except (ValueError, OSError) as error:
-    reason = checksums.reason(_failure_of_disk(error) or error)
-    raise files.not_written(path, reason) from error
-  # After an error both stay, because further threads of the save fail a moment later.
-  log.removeFilter(_is_not_of_orbax)
-  sys.unraisablehook = hook
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  return "orbax" not in record.pathname
-
-
-def _hide_closed_loop(hook: Callable[[Any], None], unraisable: Any) -> None:
-  """`sys.unraisablehook`, but for the error of TensorStore's threads after a failed save."""
-  if str(unraisable.exc_value) != "Event loop is closed":
-    hook(unraisable)
-
-
-def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
-  """The result of `load()`; raises WriteError where the disk fails at each attempt."""
-  def attempt() -> Params:
-    try:
-      with jax.transfer_guard("allow"):
-        return load()
-    except Exception as error:
-      failure = _failure_of_disk(error)
-      if failure is None:
-        raise
-      # TensorStore's words for a file that is damaged or gone, which no further attempt changes.
-      if str(failure).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
-        raise checksums.not_read(path, failure) from error
-      raise failure from error
-
-  try:
-    # All processes load together: one that began again alone would wait for the others for ever.
-    return checksums.retried(path, attempt, () if jax.process_count() > 1 else None, OSError)
-  except OSError as error:  # a file of it is gone
-    raise checksums.not_read(path, error) from error
-
-
-def _failure_of_disk(error: BaseException | None) -> OSError | None:
-  """A new OSError for that behind an error of Orbax's, or for TensorStore's; None: it has neither.
-  """
-  while error is not None:
-    if isinstance(error, OSError):
-      return OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
-    # TensorStore's errors are ValueErrors whose text begins with a status, such as UNAVAILABLE.
-    if isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)):
-      code = re.search(r"os_error_code='(\d+)'", str(error))
-      return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
-    error = error.__cause__ or error.__context__
-  return None
-
-
 def save_final(folder: epath.PathLike, params: Params) -> None:
   """Writes `checkpoints/final`; a leftover of an interrupted write is replaced."""
   final = _checkpoints(folder) / "final"
-  with _writing(final):
+  with orbax_errors.writing(final):
     ocp.save(final, params, overwrite=True)
 
 
@@ -317,7 +248,7 @@ def load_final(folder: epath.PathLike, abstract: Params) -> Params:
     WriteError: they cannot be read, after several attempts.
   """
   final = _checkpoints(folder) / "final"
-  return _read(final, lambda: ocp.load(final, abstract))
+  return orbax_errors.read(final, lambda: ocp.load(final, abstract))
 
 
 def drop_steps(folder: epath.PathLike) -> None:

@@ -2,13 +2,10 @@
 
 import contextlib
 import errno
-import logging
 import os
 import pathlib
 import resource
 import shutil
-import sys
-import types
 from typing import NamedTuple
 
 import jax
@@ -99,6 +96,10 @@ def every_file(folder, change):
     change(path)
 
 
+def sums_of(step):
+  return step.parents[1] / "checksums" / f"{int(step.name):08d}.json"
+
+
 @pytest.mark.parametrize("damage", [
     *(lambda step, share=share: flip(largest(step), share) for share in (0.1, 0.3, 0.8, 0.95)),
     lambda step: cut(largest(step)),
@@ -106,8 +107,10 @@ def every_file(folder, change):
     lambda step: largest(step).write_bytes(b""),
     lambda step: every_file(step, pathlib.Path.unlink),
     lambda step: cut(step / "_CHECKPOINT_METADATA"),
-    lambda step: cut(step.parents[1] / "checksums" / f"{int(step.name):08d}.json"),
-    lambda step: (step.parents[1] / "checksums" / f"{int(step.name):08d}.json").unlink()])
+    *(lambda step, data=data: sums_of(step).write_bytes(data) for data in (
+        b"", b"[1", b"\xff", b'{"a": 1, "a": 1}', b'{"a": NaN}', b"<html>")),
+    lambda step: cut(sums_of(step)),
+    lambda step: sums_of(step).unlink()])
 def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage, capsys):
   stage_of(tmp_path)
   assert resumed(tmp_path) == (4, 4.0)
@@ -116,6 +119,8 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage
   said = capsys.readouterr().err
   assert said.startswith(f"{tmp_path}/checkpoints/4 is not used (")
   assert said.endswith("): the stage goes on from step 2.\n") and said.count("\n") == 1
+  # Another remedy than going on is not needed, and to delete checksums/ would be a loss.
+  assert not any(words in said for words in ("restore", "delete", ".)"))
   damage(tmp_path / "checkpoints" / "2")
   assert resumed(tmp_path) == (None, None)
   assert "): the stage starts again.\n" in capsys.readouterr().err
@@ -376,28 +381,3 @@ def test_a_field_that_is_absent_by_default_leaves_older_checkpoints_readable(tmp
   steps.close()
   assert isinstance(found, MoreFields) and found.anchor is None and float(found.step) == 7
   np.testing.assert_array_equal(found.params["w"], params["w"])
-
-
-def test_threads_of_a_failed_save_print_nothing(monkeypatch, tmp_path, caplog):
-  shown = []
-  monkeypatch.setattr(sys, "unraisablehook", shown.append)
-  log = logging.getLogger("absl")
-  monkeypatch.setattr(log, "filters", list(log.filters))
-  with pytest.raises(WriteError, match="cannot be written .the disk is full.: free"):
-    with checkpoint._writing(tmp_path):
-      raise ValueError("the disk is full")
-  # As TensorStore's and Orbax's threads do, at a moment that no test can choose.
-  for text in ("Event loop is closed", "another error"):
-    sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
-  assert [str(one.exc_value) for one in shown] == ["another error"]
-  for path in ("orbax/checkpoint/futures.py", "s2d_jax/metrics.py"):
-    log.handle(logging.LogRecord("absl", logging.ERROR, path, 1, path, None, None))
-  assert [record.pathname for record in caplog.records] == ["s2d_jax/metrics.py"]
-
-
-def test_a_save_that_succeeds_hides_no_later_error(monkeypatch, tmp_path):
-  hook = sys.unraisablehook
-  filters = list(logging.getLogger("absl").filters)
-  with checkpoint._writing(tmp_path):
-    assert sys.unraisablehook is not hook
-  assert sys.unraisablehook is hook and logging.getLogger("absl").filters == filters

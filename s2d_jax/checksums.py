@@ -110,11 +110,24 @@ def reason(error: Exception) -> str:
   return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
+def entries(folder: epath.PathLike) -> list[epath.Path]:
+  """The paths in a folder, sorted by name; [] where it does not exist.
+
+  Raises:
+    WriteError: it cannot be listed, after several attempts.
+  """
+  folder = epath.Path(folder)
+  try:
+    found = retried(folder, lambda: list(folder.iterdir()) if folder.exists() else [])
+  except _ABSENT as error:  # a file is in its place
+    raise not_read(folder, error) from error
+  return sorted(found, key=lambda path: path.name)
+
+
 def listed(folder: epath.PathLike) -> Iterator[str]:
   """Yields the path of every whole file under a folder, within it, in order of names."""
-  folder = epath.Path(folder)
   # A killed write leaves its temporary file behind, whose name begins with a dot.
-  for path in sorted(folder.iterdir(), key=lambda p: p.name):
+  for path in entries(folder):
     if path.is_dir():
       yield from (f"{path.name}/{name}" for name in listed(path))
     elif not path.name.startswith("."):

@@ -72,11 +72,8 @@ def not_written(path: epath.PathLike, reason: str | None) -> WriteError:
 
 def finished_files(folder: epath.PathLike) -> list[epath.Path]:
   """A folder's whole files, sorted by name; [] where the folder does not exist."""
-  folder = epath.Path(folder)
-  if not folder.exists():
-    return []
   # A killed `write` leaves its temporary file behind, whose name begins with a dot.
-  return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+  return [path for path in checksums.entries(folder) if not path.name.startswith(".")]
 
 
 def plain(value: Any) -> Any:

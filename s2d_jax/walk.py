@@ -41,7 +41,7 @@ def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   # The plan has no nodes for scores and probes, so all that exist are checked.
-  existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
+  existing = [path.name for path in checksums.entries(workdir)]
   for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
     if manifest.read(workdir / name) is not None:
       manifest.check_files(workdir / name, weights=False)

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import pathlib
 
 import pytest
 from etils import epath
 
-from s2d_jax import checksums, hosts
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError, WriteError
 
 
@@ -132,6 +133,57 @@ def test_a_store_is_tried_again_for_a_minute_whatever_its_errors_are(monkeypatch
   with pytest.raises(WriteError, match="gs://bucket/a cannot be read .403 Forbidden.: mend the d"):
     checksums.retried("gs://bucket/a", refused)
   assert sum(waits) == 60
+
+
+class Store:
+  """A folder of an object store that fails at the first lists, or at all of them."""
+
+  def __init__(self, failures):
+    self.failures = failures
+
+  def __fspath__(self):
+    return "gs://bucket/a"
+
+  def exists(self):
+    return True
+
+  def iterdir(self):
+    if self.failures:
+      self.failures -= 1
+      raise RuntimeError("503 Service Unavailable\nmore")
+    return map(pathlib.Path, ("a/y", "a/x", "a/.z"))
+
+
+def test_a_store_whose_lists_fail_is_tried_again_and_then_one_sentence(monkeypatch):
+  waits = []
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  monkeypatch.setattr(checksums.epath, "Path", lambda path: path)
+  for lists, found in ((checksums.entries, [".z", "x", "y"]), (files.finished_files, ["x", "y"])):
+    waits.clear()
+    assert [path.name for path in lists(Store(3))] == found and waits == [1, 2, 4]
+    with pytest.raises(WriteError, match="gs://bucket/a cannot be read .503 Service Unavailable.:"):
+      lists(Store(99))
+  assert list(checksums.listed(Store(3))) == ["x", "y"]
+
+
+def test_a_disk_whose_lists_fail_is_tried_again_and_then_one_sentence(folder, monkeypatch):
+  local = type(epath.Path("/"))
+  iterdir, waits, failures = local.iterdir, [], []
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return iterdir(self)
+  monkeypatch.setattr(local, "iterdir", broken)
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+  assert list(checksums.listed(folder)) == ["a/x", "y"] and len(waits) == 1
+  failures += [OSError(errno.EIO, os.strerror(errno.EIO))] * 9
+  with pytest.raises(WriteError, match=f"{folder} cannot be read .Input/output error.: mend"):
+    list(checksums.listed(folder))
+  failures.clear()
+  assert checksums.entries(folder / "none") == []
+  with pytest.raises(WriteError, match="y cannot be read .Not a directory.: mend the disk"):
+    checksums.entries(folder / "y")
 
 
 @pytest.mark.parametrize("error", [None, KeyError("a library's"), InputError("a header")])

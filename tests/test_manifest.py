@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -244,6 +245,44 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   assert (tmp_path / "replaced" / name / "ledger.json").exists()
   with pytest.raises(InputError, match="--redo=replaced names no folder of "):
     manifest.set_aside(tmp_path, ["replaced"])
+
+
+def test_a_name_that_redo_cannot_make_again_gets_a_remedy_and_is_not_offered(tmp_path):
+  done = finished(tmp_path)
+  for name in ("rollouts-0123456789ab/sft-1-00000000-0.npz", "arms/arm-0123456789ab.json",
+               "sft-0123456789ab/ledger/00000000.jsonl", "report.md"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("text")
+  for name, said in {
+      "rollouts-0123456789ab": (
+          "names stored samples, which no stage owns: delete the damaged part, such as "
+          f"{tmp_path}/rollouts-0123456789ab/sft-1-00000000-0.npz, leave --redo out, and its "
+          "responses are sampled again."),
+      "arms": (f"names the records of the arms: delete the damaged one in {tmp_path}/arms, leave "
+               "--redo out, and the command writes it again."),
+      "sft-0123456789ab": (
+          f"names a folder that is not finished, as {tmp_path}/sft-0123456789ab has no "
+          "manifest.json: leave --redo out, and the command goes on with it."),
+      "report.md": f"names no folder of {tmp_path}: choose from {done.name}.",
+      "mistyped": f"names no folder of {tmp_path}: choose from {done.name}."}.items():
+    with pytest.raises(InputError) as refused:
+      manifest.set_aside(tmp_path, [name])
+    assert str(refused.value) == f"--redo={name} {said}"
+  with pytest.raises(InputError, match="=x names no folder of .*: none is finished, so leave it"):
+    manifest.set_aside(tmp_path / "arms", ["x"])
+
+
+def test_a_folder_in_a_store_is_not_moved_and_the_remedy_is_said(tmp_path, monkeypatch):
+  name = finished(tmp_path).name
+  # A store is a folder here, whose paths read as addresses.
+  monkeypatch.setattr(manifest, "os", types.SimpleNamespace(
+      fspath=lambda path: f"gs://bucket{path}"))
+  with pytest.raises(InputError) as refused:
+    manifest.set_aside(tmp_path, [name])
+  assert str(refused.value) == (
+      f"--redo={name} cannot move a folder of an object store: delete or copy {tmp_path}/{name} by "
+      "the store's own tool, and the command without --redo makes it again.")
+  assert (tmp_path / name).exists()
 
 
 def test_a_folder_that_is_not_finished_or_is_being_written_is_not_set_aside(tmp_path):

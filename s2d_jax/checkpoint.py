@@ -14,7 +14,7 @@ from concurrent import futures
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, json_objects, metrics, orbax_errors
+from s2d_jax import checksums, files, hosts, metrics, orbax_errors
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
@@ -172,10 +172,7 @@ def _writes_checksums(stage: epath.Path) -> bool:
   # The first start is written before the first checkpoint. It has a seal if its version wrote
   # checksums too. Later starts may be of a newer version.
   starts = files.finished_files(stage / _STARTS)
-  if not starts:
-    return False
-  data = checksums.read(starts[0])
-  return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
+  return bool(starts) and files.has_seal(starts[0], _REMEDY_OF_START)
 
 
 def _set_aside(stage: epath.Path, step: int) -> None:
@@ -211,7 +208,7 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   if not path.exists():
     return {}, f"{path} is missing; the process may have ended while it saved"
   try:
-    return files.read_json(path), None
+    return files.read_json(path, sealed=_writes_checksums(stage)), None
   except InputError as error:
     # Without the remedy, which is of other files: there is a checkpoint before this one.
     return {}, str(error).rpartition(": ")[0]
@@ -270,15 +267,21 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
 
   The time from the newest checkpoint, or from the killed writer's start where that is later, to
   the writer's last heartbeat is lost: its work is done again.
+
+  Args:
+    last_heartbeat: as `files.only_writer` yields it, by the clock of the disk.
   """
   folder = epath.Path(folder)
-  starts = [files.read_json(path, _REMEDY_OF_START)
-            for path in files.finished_files(folder / _STARTS)]
+  paths = files.finished_files(folder / _STARTS)
+  starts = _read_starts(folder)
   lost = 0.0
   if last_heartbeat is not None and starts:
-    saved = folder / "checkpoints" / str(start)
-    # A checkpoint's modification time is when the work behind it was safe.
-    since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
+    # A store dates no folders, so there the checksums count, which are written soon after.
+    saved = (_sums(folder, start) if "://" in os.fspath(folder)
+             else folder / "checkpoints" / str(start))
+    # A checkpoint's modification time is when the work behind it was safe. All times are those of
+    # files, which one clock dates; where a store tells none, nothing counts as lost.
+    since = max(files.modified(paths[-1]), files.modified(saved) if saved.exists() else 0.0)
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
     files.write_json(folder / _STARTS / f"{len(starts):08d}.json",
@@ -286,11 +289,24 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
 
 
+def _read_starts(folder: epath.Path) -> list[dict[str, float]]:
+  """The starts of a stage, in order."""
+  # Those behind one with a seal have one too: older versions wrote theirs before.
+  sealed = _writes_checksums(folder)
+  return [files.read_json(path, _REMEDY_OF_START, sealed)
+          for path in files.finished_files(folder / _STARTS)]
+
+
 def add_lost(folder: epath.PathLike, seconds: float) -> None:
   """Notes the seconds of a step that a stop cut, with the start that they belong to."""
   if hosts.leader():
     path = files.finished_files(epath.Path(folder) / _STARTS)[-1]
-    files.write_json(path, files.read_json(path) | {"cut": seconds}, sealed=True)
+    started = files.modified(path)
+    files.write_json(path, files.read_json(path, _REMEDY_OF_START) | {"cut": seconds}, sealed=True)
+    # `lost_seconds` takes the file's time for the start's. In a store that is now the stop's: a
+    # kill during its save counts less.
+    if "://" not in os.fspath(path):
+      os.utime(path, (started, started))
 
 
 def _checkpoints(folder: epath.PathLike) -> epath.Path:

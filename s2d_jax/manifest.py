@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from s2d_jax import checksums, files, hosts, json_objects
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
@@ -120,12 +120,10 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
   remedy = checksums.redo(folder)
   if not path.exists():
     # A manifest with a seal was written after the checksums, and one without before there were any.
-    manifest = folder / NAME
-    data = checksums.read(manifest)
-    if "sha256" in json_objects.parse(str(manifest), data, remedy):
+    if files.has_seal(folder / NAME, remedy):
       raise InputError(f"{path} is missing: {remedy}.")
     return
-  compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
+  compared = {name: of_file for name, of_file in files.read_json(path, remedy, sealed=True).items()
               if name.startswith("checkpoints/") == weights
               and (weights or not name.endswith(".safetensors"))}
   # A model that was deleted as a whole, to save space, is not damaged.
@@ -241,7 +239,9 @@ def load(folder: epath.PathLike) -> dict:
   if not path.exists():
     raise InputError(f"{path} is missing: put it back, or make {path.parent.name} again by the "
                      "command of its run.")
-  manifest = files.read_json(path, _remedy(path))
+  # The checksums are written just before a manifest with a seal.
+  sealed = (path.parent / checksums.FOLDER / checksums.FINISHED).exists()
+  manifest = files.read_json(path, _remedy(path), sealed)
   if not isinstance(manifest, dict) or not isinstance(manifest.get("inputs"), dict):
     raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.")
   row = manifest["inputs"].get("row")

@@ -24,6 +24,7 @@ from s2d_jax import (
   stage,
   stops,
 )
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
@@ -95,7 +96,11 @@ def _say_if_done(folder: epath.Path) -> None:
 
 def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
            stop: Callable[[], bool]) -> None:
-  """Scores the weights in an arm's part of the table, and records the arm as done."""
+  """Scores the weights in an arm's part of the table, and records the arm as done.
+
+  Raises:
+    InputError: its record is there and damaged.
+  """
   rows = []
   for label, role in plan.scored[arm].items():
     for name, evaluation in plan.config.evals.items():
@@ -110,7 +115,11 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.
   if path.exists():
-    files.read_json(path, "delete it, and the same command writes it again")
+    remedy = "delete it, and the same command writes it again"
+    # Those of earlier versions have no seal, and some no number. In another one that has lost its
+    # seal there is a key that no version wrote.
+    if set(files.read_json(path, remedy)) - {"number"} != set(entry):
+      raise InputError(f"{path} is damaged, or was edited: {remedy}.")
   elif hosts.leader():
     number = len(files.finished_files(path.parent))
     files.write_json(path, files.plain(entry | {"number": number}), sealed=True)

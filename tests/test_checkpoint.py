@@ -6,6 +6,7 @@ import os
 import pathlib
 import resource
 import shutil
+import time
 from typing import NamedTuple
 
 import jax
@@ -315,6 +316,54 @@ def test_a_damaged_log_before_a_checkpoint_stops_the_stage_and_is_named(tmp_path
   # The remedy works.
   shutil.rmtree(tmp_path / "checkpoints" / "4")
   assert resumed(tmp_path) == (2, 2.0)
+
+
+def lose_seal(path):
+  """Flips a bit of the key that a file's seal has."""
+  text = path.read_text()
+  assert text.count('"sha256":') > 0
+  before, _, after = text.rpartition('"sha256":')
+  path.write_text(f'{before}"sha257":{after}')
+
+
+def test_a_record_that_has_lost_its_seal_is_not_used(tmp_path, capsys):
+  checkpoint.lost_seconds(tmp_path, 0, None)  # the stage's version writes seals
+  stage_of(tmp_path)
+  lose_seal(tmp_path / "checksums" / "00000004.json")
+  assert resumed(tmp_path) == (2, 2.0)
+  said = capsys.readouterr().err
+  assert f"4 is not used ({tmp_path}/checksums/00000004.json is damaged, or was edited): " in said
+
+
+def test_a_start_that_has_lost_its_seal_is_named_but_those_of_older_versions_have_none(tmp_path):
+  starts = tmp_path / "starts"
+  for _ in range(2):
+    checkpoint.lost_seconds(tmp_path, 0, None)
+  lose_seal(starts / "00000001.json")
+  with pytest.raises(InputError, match=f"{starts}/00000001.json is damaged, .*or delete it"):
+    checkpoint.lost_seconds(tmp_path, 0, None)
+  for name in ("00000000.json", "00000001.json"):
+    (starts / name).write_text('{"at": 1, "step": 0, "lost": 2}')
+  assert checkpoint.lost_seconds(tmp_path, 0, None) == 4
+
+
+@pytest.mark.parametrize("clock", [-7200, 7200])
+def test_lost_seconds_are_those_of_the_disks_clock(tmp_path, clock, monkeypatch):
+  now = time.time()
+  # The clock of the host is hours away from that of the disk.
+  monkeypatch.setattr(checkpoint.time, "time", lambda: now + clock)
+  assert checkpoint.lost_seconds(tmp_path, 0, None) == 0
+  os.utime(tmp_path / "starts" / "00000000.json", (1000, 1000))
+  # Killed 30 s after the start; then 20 s after the checkpoint of step 4, before another start.
+  assert checkpoint.lost_seconds(tmp_path, 0, 1030.0) == 30
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+  os.utime(tmp_path / "starts" / "00000001.json", (2000, 2000))
+  os.utime(tmp_path / "checkpoints" / "4", (2100, 2100))
+  assert checkpoint.lost_seconds(tmp_path, 4, 2120.0) == 30 + 20
+  # A stop cuts a step of 5 s, and a kill comes while it saves: the time of the start stays.
+  os.utime(tmp_path / "starts" / "00000002.json", (3000, 3000))
+  checkpoint.add_lost(tmp_path, 5.0)
+  assert checkpoint.lost_seconds(tmp_path, 4, 3040.0) == 30 + 20 + 5 + 40
 
 
 @contextlib.contextmanager

@@ -198,6 +198,17 @@ def test_an_edited_manifest_is_refused_also_where_its_inputs_are_right(tmp_path)
     manifest.read(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "checksums/finished.json"])
+def test_a_file_that_has_lost_its_seal_is_named(tmp_path, name):
+  folder = finished(tmp_path)
+  path = folder / name
+  before, _, after = path.read_text().rpartition('"sha256": ')
+  path.write_text(f'{before}"sha257": {after}')  # one bit
+  with pytest.raises(InputError, match=f"^{path} is damaged, .*--redo={folder.name}"):
+    manifest.read(folder)
+    manifest.check_files(folder, weights=False)
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_checksums_that_are_missing_are_named_but_a_folder_of_an_older_version_has_none(
     tmp_path, weights):

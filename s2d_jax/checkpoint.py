@@ -8,7 +8,7 @@ a file of checksums, of the checkpoint and of the logs until then.
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 
 from etils import epath
@@ -236,6 +236,16 @@ def save_final(folder: epath.PathLike, params: Params) -> None:
   final = _checkpoints(folder) / "final"
   with orbax_errors.writing(final):
     ocp.save(final, params, overwrite=True)
+
+
+def recording_final(
+    folder: epath.PathLike) -> contextlib.AbstractContextManager[Callable[[], checksums.Record]]:
+  """A block beside which `checkpoints/final` is hashed, as `checksums.recording` has it.
+
+  A stage has no further step that its hashing could run beside.
+  """
+  names = checksums.listed(_checkpoints(folder) / "final")
+  return checksums.recording(folder, [f"checkpoints/final/{name}" for name in names])
 
 
 def load_final(folder: epath.PathLike, abstract: Params) -> Params:

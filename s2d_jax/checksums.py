@@ -149,6 +149,19 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
   return found
 
 
+@contextlib.contextmanager
+def recording(folder: epath.PathLike, names: Iterable[str]) -> Iterator[Callable[[], Record]]:
+  """A block that writes other files, while a thread makes the record of these.
+
+  On several processes it is a collective, as `record` is. The block ends when both are done.
+
+  Yields:
+    A function that returns the record, or raises as `record` does.
+  """
+  with futures.ThreadPoolExecutor(1) as thread:
+    yield thread.submit(record, folder, names).result
+
+
 def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> Damage | None:
   """The first file that is not as it was recorded; None where all are.
 

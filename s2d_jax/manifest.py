@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from etils import epath
@@ -69,19 +70,23 @@ def provenance(mesh: jax.sharding.Mesh) -> dict:
       "mesh": dict(mesh.shape)}
 
 
-def write(folder: epath.PathLike, content: dict) -> None:
+def write(folder: epath.PathLike, content: dict,
+          recorded: checksums.Record = MappingProxyType({})) -> None:
   """Marks a folder finished: writes the checksums of its files, and then its manifest.
 
   On several processes it is a collective, as `checksums.record` is.
+
+  Args:
+    recorded: the checksums of files that were hashed before, on every process.
   """
   folder = epath.Path(folder)
   # The leader has written all files before another process reads its share.
   hosts.barrier(f"files of {folder}")
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
-  hashed = _exported(folder)
-  recorded = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
+  hashed = _exported(folder) | recorded
+  found = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
   if hosts.leader():
-    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
+    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, found, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
 

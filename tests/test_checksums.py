@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import threading
 
 import pytest
 from etils import epath
@@ -249,3 +250,23 @@ def test_published_sums_that_cannot_be_read_are_tried_again(tmp_path, monkeypatc
   (tmp_path / "SHA256SUMS").unlink()
   with pytest.raises(WriteError, match="SHA256SUMS cannot be read .No such file or directory.: "):
     checksums.published(tmp_path / "SHA256SUMS")
+
+
+def test_files_are_hashed_while_a_block_writes_others(folder, failures, monkeypatch):
+  names = list(checksums.listed(folder))
+  hashed, begun = checksums._hashed, threading.Event()
+  def slow(path):
+    assert begun.wait(60)  # until the block runs
+    return hashed(path)
+  monkeypatch.setattr(checksums, "_hashed", slow)
+  with checksums.recording(folder, names) as recorded:
+    begun.set()
+  assert recorded() == checksums.record(folder, names)
+  # The block's error is the one to see; otherwise that of the disk.
+  failures(99, errno.EIO)
+  with pytest.raises(KeyError, match="the block's"), checksums.recording(folder, names):
+    raise KeyError("the block's")
+  with checksums.recording(folder, names) as recorded:
+    pass
+  with pytest.raises(WriteError, match="a/x cannot be read .Input/output error.: mend the disk"):
+    recorded()

@@ -12,7 +12,7 @@ import types
 import jax
 import pytest
 
-from s2d_jax import checksums, files, manifest, sharding
+from s2d_jax import checkpoint, checksums, files, manifest, sharding
 from s2d_jax.errors import InputError, WriteError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
@@ -166,6 +166,21 @@ def test_exported_weights_are_hashed_once(tmp_path, monkeypatch):
   assert "config.json" in hashed and "model.safetensors" not in hashed
   after = files.read_json(folder / "checksums" / "finished.json")
   assert {name: after[name] for name in before} == before
+
+
+def test_files_that_were_hashed_before_are_not_hashed_again(tmp_path, monkeypatch):
+  folder = finished(tmp_path)
+  before = files.read_json(folder / "checksums" / "finished.json")
+  name = "checkpoints/final/d/weights"
+  with checkpoint.recording_final(folder) as final:
+    pass
+  assert final() == {name: before[name]}
+  hashed, measured = [], checksums._hashed
+  monkeypatch.setattr(checksums, "_hashed",
+                      lambda path: hashed.append(path.name) or measured(path))
+  manifest.write(folder, {"inputs": INPUTS}, recorded=final())
+  assert "config.json" in hashed and "weights" not in hashed
+  assert files.read_json(folder / "checksums" / "finished.json") == before
 
 
 @pytest.mark.parametrize("name, weights", [

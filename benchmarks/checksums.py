@@ -109,10 +109,10 @@ def of_final(shape: str, repeats: int) -> measure.Json:
 
     def end(checked: bool) -> measure.Json:
       _, save = measure.stopwatch(lambda: checkpoint.save_final(folder, params))
-      beside = checkpoint.recording_final(folder) if checked else contextlib.nullcontext()
+      hashing = checkpoint.recording_final(folder) if checked else contextlib.nullcontext()
 
       def export() -> None:
-        with beside:
+        with hashing:
           hf.save(folder / "hf", model, params)
 
       _, seconds = measure.stopwatch(export)

@@ -131,7 +131,7 @@ def has_seal(path: epath.PathLike, remedy: str = REMEDY) -> bool:
   """Whether a JSON object has a seal, as those of earlier versions have not.
 
   Raises:
-    InputError: it is no JSON object.
+    InputError: it holds something else.
     WriteError: it cannot be read.
   """
   return "sha256" in json_objects.parse(os.fspath(path), checksums.read(path), remedy)

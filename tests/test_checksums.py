@@ -155,7 +155,7 @@ class Store:
     return map(pathlib.Path, ("a/y", "a/x", "a/.z"))
 
 
-def test_a_store_whose_lists_fail_is_tried_again_and_then_one_sentence(monkeypatch):
+def test_a_store_that_cannot_be_listed_is_tried_again(monkeypatch):
   waits = []
   monkeypatch.setattr(checksums.time, "sleep", waits.append)
   monkeypatch.setattr(checksums.epath, "Path", lambda path: path)
@@ -167,7 +167,7 @@ def test_a_store_whose_lists_fail_is_tried_again_and_then_one_sentence(monkeypat
   assert list(checksums.listed(Store(3))) == ["x", "y"]
 
 
-def test_a_disk_whose_lists_fail_is_tried_again_and_then_one_sentence(folder, monkeypatch):
+def test_a_disk_that_cannot_be_listed_is_tried_again(folder, monkeypatch):
   local = type(epath.Path("/"))
   iterdir, waits, failures = local.iterdir, [], []
   def broken(self):

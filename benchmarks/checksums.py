@@ -1,4 +1,4 @@
-"""Seconds that checksums cost: of a checkpoint's save, of reading it back, and of `hf.load`.
+"""Seconds that checksums cost: of saves, of the end of a stage, of reading back and of `hf.load`.
 
   python -m benchmarks.checksums [--megabytes=1000] [--shape=qwen3-29m] [--repeats=3]
 
@@ -6,8 +6,11 @@ With and without checksums in turn. A loop makes three steps and saves after eac
 A step lasts `step_seconds`: in `idle` the host waits, as for an accelerator, and in `busy` it
 computes products on all cores. `waited_seconds` is the time of a save in which the loop waits for
 the checksums of the save before, and `share_of_save` that time over the save's without checksums.
-`added_seconds` is the difference of both loops, a save's part of it. Files were just written, so
-they are read from the page cache.
+`added_seconds` is the difference of both loops, a save's part of it. `share_of_work` in `read` is
+the time of hashing a checkpoint over that of a save: work that is done beside the steps, and takes
+their cores. `final` is the end of a stage, its final weights and its export, where hashing runs
+beside the export; `added_seconds` and `share_of_save` are the time that the stage takes longer.
+Files were just written, so they are read from the page cache.
 """
 
 import contextlib
@@ -98,6 +101,34 @@ def of_saves(state: Params, size: int, step: Callable[[], None], repeats: int) -
           "waited_seconds": waited / SAVES, "share_of_save": waited / saves}
 
 
+def of_final(shape: str, repeats: int) -> measure.Json:
+  """Seconds of the end of a stage, with and without the checksums of its final weights."""
+  model, params = measure.model(shape)
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch)
+
+    def end(checked: bool) -> measure.Json:
+      _, save = measure.stopwatch(lambda: checkpoint.save_final(folder, params))
+      hashing = checkpoint.recording_final(folder) if checked else contextlib.nullcontext()
+
+      def export() -> None:
+        with hashing:
+          hf.save(folder / "hf", model, params)
+
+      _, seconds = measure.stopwatch(export)
+      return {"seconds": save + seconds, "save_seconds": save}
+
+    sides = measure.alternate({"without": lambda _: end(False), "with": lambda _: end(True)},
+                              repeats)
+    final = folder / "checkpoints" / "final"
+    _, alone = measure.stopwatch(lambda: checksums.record(final, checksums.listed(final)))
+  ends = {side: [answer["seconds"] for answer in found[1:]] for side, found in sides.items()}
+  added = statistics.median(a - b for a, b in zip(ends["with"], ends["without"], strict=True))
+  save = statistics.median(answer["save_seconds"] for answer in sides["without"][1:])
+  return {**ends, "save_seconds": save, "hash_seconds": alone, "added_seconds": added,
+          "share_of_save": added / save, "share_of_work": alone / save}
+
+
 @contextlib.contextmanager
 def without(folder: pathlib.Path) -> Iterator[None]:
   """Takes a model's checksums away for a while."""
@@ -113,7 +144,7 @@ def of_reads(state: Params, size: int, shape: str, repeats: int) -> measure.Json
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
     checkpoints = checkpoint.Checkpoints(folder / "stage")
-    checkpoints.save(1, state)
+    _, save = measure.stopwatch(lambda: checkpoints.save(1, state))
     checkpoints.close()
     saved = folder / "stage" / "checkpoints" / "1"
     recorded = checksums.record(saved, checksums.listed(saved))
@@ -141,7 +172,8 @@ def of_reads(state: Params, size: int, shape: str, repeats: int) -> measure.Json
               for side, found in answers.items()}
   return {"checkpoint": {"load": load, "compare": compare,
                          "load_seconds_per_GB": load["seconds"] / size * 1e9,
-                         "compare_seconds_per_GB": compare["seconds"] / size * 1e9},
+                         "compare_seconds_per_GB": compare["seconds"] / size * 1e9,
+                         "share_of_work": compare["seconds"] / save},
           "hf_load": {"bytes": model_size, **models}}
 
 
@@ -154,6 +186,7 @@ def run(sizes: Namespace) -> measure.Json:
     return {"bytes": size,
             "idle": of_saves(state, size, lambda: time.sleep(sizes.step_seconds), sizes.repeats),
             "busy": of_saves(state, size, busy(sizes.step_seconds), sizes.repeats),
+            "final": of_final(sizes.shape, sizes.repeats),
             "read": of_reads(state, size, sizes.shape, sizes.repeats)}
 
 

@@ -6,21 +6,15 @@ a file of checksums, of the checkpoint and of the logs until then.
 """
 
 import contextlib
-import functools
-import logging
 import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
-from typing import Any
 
-import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, json_objects, metrics
+from s2d_jax import checksums, files, hosts, metrics, orbax_errors
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
@@ -53,7 +47,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
         self._folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True)
-    # The last one first, and each of them also after an error of another.
+    # They run in reverse order, each even if another raised.
     self._at_close = contextlib.ExitStack()
     for end in (self._close_orbax, self._thread.shutdown, self._wait):
       self._at_close.callback(end)
@@ -77,7 +71,7 @@ class Checkpoints:
     self._new_logs += logs
     if self.latest() == step:
       return
-    with _writing(self._folder / str(step)):
+    with orbax_errors.writing(self._folder / str(step)):
       self._orbax.save(step, _named(state), force=True)
     self._unfinished = self._thread.submit(self._write_checksums, step)
 
@@ -106,7 +100,8 @@ class Checkpoints:
       WriteError: it cannot be read, after several attempts.
     """
     step = self.latest()
-    found = _read(self._folder / str(step), lambda: self._orbax.load(step, _named(abstract)))
+    found = orbax_errors.read(self._folder / str(step),
+                              lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
 
   def close(self) -> None:
@@ -114,7 +109,7 @@ class Checkpoints:
     self._at_close.close()
 
   def _close_orbax(self) -> None:
-    with _writing(self._folder):
+    with orbax_errors.writing(self._folder):
       self._orbax.close()
 
 
@@ -127,58 +122,78 @@ def _named(state: Params) -> Params:
 
 def _drop_damaged(stage: epath.Path, folder: epath.Path) -> checksums.Record:
   """Sets the newest checkpoints aside until one is undamaged; the record of the logs until it."""
-  there = folder.iterdir() if folder.exists() else ()
-  steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
-  # All processes have listed the folder before one of them changes it.
+  there = _steps(files.finished_files(folder))
+  recorded = _steps(path.with_suffix("")
+                    for path in files.finished_files(stage / checksums.FOLDER))
+  # All processes have listed the folders before one of them changes them.
   hosts.barrier(f"checkpoints of {stage}")
-  if steps and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
-    metrics.announce(f"{folder / str(steps[0])} has no checksums, of an older version or because "
-                     f"neither {checksums.FOLDER} nor {_STARTS} of {stage} was copied: it is used "
-                     "as it is.")
+  if there and not (stage / checksums.FOLDER).exists() and not _writes_checksums(stage):
+    metrics.announce(f"{folder / str(max(there))} has no checksums, so it is used unchecked. An "
+                     f"older version wrote it, or {checksums.FOLDER}/ and {_STARTS}/ were not "
+                     "copied.")
     return {}
-  for index, step in enumerate(steps):
-    recorded, reason = _recorded(stage, step)
+  # Those before the newest undamaged one were deleted on purpose, so the loop ends there.
+  for step in sorted(there | recorded, reverse=True):
+    logs, reason = _undamaged(stage, step) if step in there else ({}, "")
     if reason is None:
-      damage = checksums.damage(folder / str(step), recorded["checkpoint"])
-      if damage is None:
-        _check_logs(stage, step, recorded["logs"])
-        return recorded["logs"]
-      reason = damage.text
-    older = steps[index + 1 :]
-    then = f"the stage goes on from step {older[0]}" if older else "the stage starts again"
-    metrics.announce(f"{folder / str(step)} is not used ({reason}): {then}.")
-    if hosts.leader():
-      _set_aside(stage, folder / str(step))
+      return logs
+    older = max((other for other in there if other < step), default=None)
+    then = "the stage starts again" if older is None else f"the stage goes on from step {older}"
+    saved = folder / str(step)
+    if step in there:
+      metrics.announce(f"{saved} is not used ({reason}): {then}.")
+      if hosts.leader():
+        _set_aside(stage, step)
+    else:
+      metrics.announce(f"{saved} is gone, though {_sums(stage, step)} is there: {then}.")
     hosts.barrier(f"checkpoint {step} of {stage}")
   return {}
 
 
+def _steps(paths: Iterable[epath.Path]) -> set[int]:
+  """The numbers among the names of paths."""
+  return {int(path.name) for path in paths if path.name.isdigit()}
+
+
+def _undamaged(stage: epath.Path, step: int) -> tuple[checksums.Record, str | None]:
+  """(record of the logs until an undamaged checkpoint, None), or ({}, why it is not used)."""
+  recorded, reason = _recorded(stage, step)
+  if reason is not None:
+    return {}, reason
+  damage = checksums.damage(_checkpoints(stage) / str(step), recorded["checkpoint"])
+  if damage is not None:
+    return {}, damage.text
+  _check_logs(stage, step, recorded["logs"])
+  return recorded["logs"], None
+
+
 def _writes_checksums(stage: epath.Path) -> bool:
   """Whether a stage began with a version that writes checksums of its checkpoints."""
-  # The first start is written before the first checkpoint, and has a seal since checksums are
-  # written. Later ones may be of a newer version. A store could not hold an empty folder as a mark.
+  # The first start is written before the first checkpoint. It has a seal if its version wrote
+  # checksums too. Later starts may be of a newer version.
   starts = files.finished_files(stage / _STARTS)
-  if not starts:
-    return False
-  data = checksums.retried(starts[0], starts[0].read_bytes)
-  return "sha256" in json_objects.parse(str(starts[0]), data, _REMEDY_OF_START)
+  return bool(starts) and files.has_seal(starts[0], _REMEDY_OF_START)
 
 
-def _set_aside(stage: epath.Path, saved: epath.Path) -> None:
-  """Moves a damaged checkpoint out of the way, until the stage is done.
+def _set_aside(stage: epath.Path, step: int) -> None:
+  """Moves a damaged checkpoint out of the way with its checksums, until the stage is done.
 
   Raises:
     WriteError: the disk or the store does not let it go.
   """
+  saved, sums = _checkpoints(stage) / str(step), _sums(stage, step)
   target = stage / DAMAGED / saved.name
   try:
     if "://" in os.fspath(saved):  # a store cannot rename a folder
       saved.rmtree()
+      sums.unlink(missing_ok=True)
       return
     if target.exists():
       target.rmtree()
     target.parent.mkdir(parents=True, exist_ok=True)
     saved.rename(target)
+    if sums.exists():  # else the next start would miss the checkpoint
+      sums.replace(target.parent / sums.name)
   # Each store's library has exceptions of its own.
   except Exception as error:
     raise WriteError(
@@ -191,11 +206,12 @@ def _recorded(stage: epath.Path, step: int) -> tuple[dict[str, checksums.Record]
   """The checksums that belong to a checkpoint, or the reason for which there are none."""
   path = _sums(stage, step)
   if not path.exists():
-    return {}, f"{path} is missing, as where the process ended while it saved"
+    return {}, f"{path} is missing; the process may have ended while it saved"
   try:
-    return files.read_json(path), None
+    return files.read_json(path, sealed=_writes_checksums(stage)), None
   except InputError as error:
-    return {}, str(error)
+    # Without the remedy, which is of other files: there is a checkpoint before this one.
+    return {}, str(error).rpartition(": ")[0]
 
 
 def _check_logs(stage: epath.Path, step: int, recorded: checksums.Record) -> None:
@@ -215,76 +231,21 @@ def _sums(stage: epath.Path, step: int) -> epath.Path:
   return stage / checksums.FOLDER / f"{step:08d}.json"
 
 
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-  """Turns an error of Orbax into a WriteError, and hides the tracebacks that its threads print."""
-  log = logging.getLogger("absl")
-  log.addFilter(_is_not_of_orbax)
-  hook = sys.unraisablehook
-  sys.unraisablehook = functools.partial(_hide_closed_loop, hook)
-  try:
-    with jax.transfer_guard("allow"):
-      yield
-  # TensorStore's errors are ValueErrors; those of the metadata's files are OSErrors.
-  except (ValueError, OSError) as error:
-    reason = checksums.reason(_failure_of_disk(error) or error)
-    raise files.not_written(path, reason) from error
-  # After an error both stay, because further threads of the save fail a moment later.
-  log.removeFilter(_is_not_of_orbax)
-  sys.unraisablehook = hook
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  return "orbax" not in record.pathname
-
-
-def _hide_closed_loop(hook: Callable[[Any], None], unraisable: Any) -> None:
-  """`sys.unraisablehook`, but for the error of TensorStore's threads after a failed save."""
-  if str(unraisable.exc_value) != "Event loop is closed":
-    hook(unraisable)
-
-
-def _read(path: epath.Path, load: Callable[[], Params]) -> Params:
-  """The result of `load()`; raises WriteError where the disk fails at each attempt."""
-  def attempt() -> Params:
-    try:
-      with jax.transfer_guard("allow"):
-        return load()
-    except Exception as error:
-      failure = _failure_of_disk(error)
-      if failure is None:
-        raise
-      # TensorStore's words for a file that is damaged or gone, which no further attempt changes.
-      if str(failure).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
-        raise checksums.not_read(path, failure) from error
-      raise failure from error
-
-  try:
-    # All processes load together: one that began again alone would wait for the others for ever.
-    return checksums.retried(path, attempt, () if jax.process_count() > 1 else None, OSError)
-  except OSError as error:  # a file of it is gone
-    raise checksums.not_read(path, error) from error
-
-
-def _failure_of_disk(error: BaseException | None) -> OSError | None:
-  """A new OSError for that behind an error of Orbax's, or for TensorStore's; None: it has neither.
-  """
-  while error is not None:
-    if isinstance(error, OSError):
-      return OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
-    # TensorStore's errors are ValueErrors whose text begins with a status, such as UNAVAILABLE.
-    if isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)):
-      code = re.search(r"os_error_code='(\d+)'", str(error))
-      return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
-    error = error.__cause__ or error.__context__
-  return None
-
-
 def save_final(folder: epath.PathLike, params: Params) -> None:
   """Writes `checkpoints/final`; a leftover of an interrupted write is replaced."""
   final = _checkpoints(folder) / "final"
-  with _writing(final):
+  with orbax_errors.writing(final):
     ocp.save(final, params, overwrite=True)
+
+
+def recording_final(
+    folder: epath.PathLike) -> contextlib.AbstractContextManager[Callable[[], checksums.Record]]:
+  """A block beside which `checkpoints/final` is hashed, as `checksums.recording` has it.
+
+  A stage has no further step that its hashing could run beside.
+  """
+  names = checksums.listed(_checkpoints(folder) / "final")
+  return checksums.recording(folder, [f"checkpoints/final/{name}" for name in names])
 
 
 def load_final(folder: epath.PathLike, abstract: Params) -> Params:
@@ -294,14 +255,14 @@ def load_final(folder: epath.PathLike, abstract: Params) -> Params:
     WriteError: they cannot be read, after several attempts.
   """
   final = _checkpoints(folder) / "final"
-  return _read(final, lambda: ocp.load(final, abstract))
+  return orbax_errors.read(final, lambda: ocp.load(final, abstract))
 
 
 def drop_steps(folder: epath.PathLike) -> None:
   """Deletes a finished stage's step checkpoints, and with them the optimizer's slots."""
   # Other processes may still see the steps for a moment; nothing reads them after `final`.
   if hosts.leader():
-    for path in _checkpoints(folder).iterdir():
+    for path in files.finished_files(_checkpoints(folder)):
       if path.name != "final":
         path.rmtree()
     if (epath.Path(folder) / DAMAGED).exists():
@@ -316,15 +277,21 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
 
   The time from the newest checkpoint, or from the killed writer's start where that is later, to
   the writer's last heartbeat is lost: its work is done again.
+
+  Args:
+    last_heartbeat: as `files.only_writer` yields it, by the clock of the disk.
   """
   folder = epath.Path(folder)
-  starts = [files.read_json(path, _REMEDY_OF_START)
-            for path in files.finished_files(folder / _STARTS)]
+  paths = files.finished_files(folder / _STARTS)
+  starts = _read_starts(folder)
   lost = 0.0
   if last_heartbeat is not None and starts:
-    saved = folder / "checkpoints" / str(start)
-    # A checkpoint's modification time is when the work behind it was safe.
-    since = max(starts[-1]["at"], saved.stat().mtime if saved.exists() else 0.0)
+    # A store dates no folders, so there the checksums count, which are written soon after.
+    saved = (_sums(folder, start) if "://" in os.fspath(folder)
+             else folder / "checkpoints" / str(start))
+    # A checkpoint's modification time is when the work behind it was safe. All times are those of
+    # files, which one clock dates; where a store tells none, nothing counts as lost.
+    since = max(files.modified(paths[-1]), files.modified(saved) if saved.exists() else 0.0)
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
     files.write_json(folder / _STARTS / f"{len(starts):08d}.json",
@@ -332,11 +299,24 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
   return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
 
 
+def _read_starts(folder: epath.Path) -> list[dict[str, float]]:
+  """The starts of a stage, in order."""
+  # Those behind one with a seal have one too: older versions wrote theirs before.
+  sealed = _writes_checksums(folder)
+  return [files.read_json(path, _REMEDY_OF_START, sealed)
+          for path in files.finished_files(folder / _STARTS)]
+
+
 def add_lost(folder: epath.PathLike, seconds: float) -> None:
   """Notes the seconds of a step that a stop cut, with the start that they belong to."""
   if hosts.leader():
     path = files.finished_files(epath.Path(folder) / _STARTS)[-1]
-    files.write_json(path, files.read_json(path) | {"cut": seconds}, sealed=True)
+    started = files.modified(path)
+    files.write_json(path, files.read_json(path, _REMEDY_OF_START) | {"cut": seconds}, sealed=True)
+    # `lost_seconds` takes the file's time for the start's. In a store that is now the stop's: a
+    # kill during its save counts less.
+    if "://" not in os.fspath(path):
+      os.utime(path, (started, started))
 
 
 def _checkpoints(folder: epath.PathLike) -> epath.Path:

@@ -86,6 +86,18 @@ def retried(path: epath.PathLike, read: Callable[[], _Read], waits: Sequence[flo
     time.sleep(wait)
 
 
+def read(path: epath.PathLike) -> bytes:
+  """The bytes of a file, which is there.
+
+  Raises:
+    WriteError: it cannot be read, after several attempts.
+  """
+  try:
+    return retried(path, epath.Path(path).read_bytes)
+  except _ABSENT as error:
+    raise not_read(path, error) from error
+
+
 def not_read(path: epath.PathLike, error: Exception) -> WriteError:
   """The error to raise where a disk fails: the file may be whole, so nothing is set aside."""
   remedy = "permit this user to read it" if isinstance(error, PermissionError) else "mend the disk"
@@ -98,11 +110,24 @@ def reason(error: Exception) -> str:
   return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
+def entries(folder: epath.PathLike) -> list[epath.Path]:
+  """The paths in a folder, sorted by name; [] where it does not exist.
+
+  Raises:
+    WriteError: it cannot be listed, after several attempts.
+  """
+  folder = epath.Path(folder)
+  try:
+    found = retried(folder, lambda: list(folder.iterdir()) if folder.exists() else [])
+  except _ABSENT as error:  # a file is in its place
+    raise not_read(folder, error) from error
+  return sorted(found, key=lambda path: path.name)
+
+
 def listed(folder: epath.PathLike) -> Iterator[str]:
   """Yields the path of every whole file under a folder, within it, in order of names."""
-  folder = epath.Path(folder)
   # A killed write leaves its temporary file behind, whose name begins with a dot.
-  for path in sorted(folder.iterdir(), key=lambda p: p.name):
+  for path in entries(folder):
     if path.is_dir():
       yield from (f"{path.name}/{name}" for name in listed(path))
     elif not path.name.startswith("."):
@@ -122,6 +147,19 @@ def record(folder: epath.PathLike, names: Iterable[str]) -> Record:
     if of_file is None:
       raise not_read(epath.Path(folder) / name, OSError("it is gone"))
   return found
+
+
+@contextlib.contextmanager
+def recording(folder: epath.PathLike, names: Iterable[str]) -> Iterator[Callable[[], Record]]:
+  """A block that writes other files, while a thread makes the record of these.
+
+  On several processes it is a collective, as `record` is. The block ends when both are done.
+
+  Yields:
+    A function that returns the record, or raises as `record` does.
+  """
+  with futures.ThreadPoolExecutor(1) as thread:
+    yield thread.submit(record, folder, names).result
 
 
 def damage(folder: epath.PathLike, recorded: Record, together: bool = True) -> Damage | None:
@@ -193,10 +231,11 @@ def published(path: epath.PathLike) -> dict[str, str]:
 
   Raises:
     InputError: it is damaged.
+    WriteError: it cannot be read, so nothing is known of it.
   """
   found = {}
   # Not splitlines, which ends a line at characters that a name may have.
-  text = epath.Path(path).read_bytes().decode(errors="replace")
+  text = read(path).decode(errors="replace")
   lines = text.replace("\r\n", "\n").split("\n")
   for line in [line for line in lines if line.strip() and not line.startswith("#")] or [""]:
     # As sha256sum writes it, or with --tag. After a backslash the name has escapes.

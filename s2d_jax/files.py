@@ -72,11 +72,8 @@ def not_written(path: epath.PathLike, reason: str | None) -> WriteError:
 
 def finished_files(folder: epath.PathLike) -> list[epath.Path]:
   """A folder's whole files, sorted by name; [] where the folder does not exist."""
-  folder = epath.Path(folder)
-  if not folder.exists():
-    return []
   # A killed `write` leaves its temporary file behind, whose name begins with a dot.
-  return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+  return [path for path in checksums.entries(folder) if not path.name.startswith(".")]
 
 
 def plain(value: Any) -> Any:
@@ -108,8 +105,12 @@ def write_json(path: epath.PathLike, value: Any, sealed: bool = False) -> None:
   write(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
+def read_json(path: epath.PathLike, remedy: str = REMEDY, sealed: bool = False) -> Any:
   """The value in a JSON file.
+
+  Args:
+    sealed: whether it was written with a seal. One that is there is always compared; without this
+      argument, a bit that flips within its key would take it away unnoticed.
 
   Raises:
     InputError: the file is missing or damaged; names it, with the remedy.
@@ -120,11 +121,20 @@ def read_json(path: epath.PathLike, remedy: str = REMEDY) -> Any:
   except OSError as error:  # there is no such file
     raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}): {remedy}.") from error
   value = json_objects.value(os.fspath(path), data, remedy)
-  if isinstance(value, dict) and "sha256" in value:
-    written = value.pop("sha256")
-    if checksums.digest(value) != written:
-      raise InputError(f"{os.fspath(path)} is damaged, or was edited: {remedy}.")
+  written = value.pop("sha256", None) if isinstance(value, dict) else None
+  if sealed if written is None else checksums.digest(value) != written:
+    raise InputError(f"{os.fspath(path)} is damaged, or was edited: {remedy}.")
   return value
+
+
+def has_seal(path: epath.PathLike, remedy: str = REMEDY) -> bool:
+  """Whether a JSON object has a seal, as those of earlier versions have not.
+
+  Raises:
+    InputError: it holds something else.
+    WriteError: it cannot be read.
+  """
+  return "sha256" in json_objects.parse(os.fspath(path), checksums.read(path), remedy)
 
 
 @contextlib.contextmanager
@@ -137,8 +147,8 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
   Yields:
     (heartbeat, last). Call `heartbeat()` at every step: it raises WriteError once the lock is gone
-    or another process's. `last` is the previous writer's last heartbeat in Unix seconds, or None
-    where the folder was not locked.
+    or another process's. `last` is the previous writer's last heartbeat as `modified` dates it, or
+    None where the folder was not locked.
 
   Raises:
     InputError: another process that may be alive writes here.
@@ -256,8 +266,22 @@ def _silence(path: epath.Path) -> int | None:
       now.unlink(missing_ok=True)
 
 
+def modified(path: epath.PathLike) -> float:
+  """Unix seconds at which a file was written, by the clock of its disk; 0 where that is unknown.
+
+  The clocks of two hosts may differ by hours, and that of the disk dates the files of both. Of an
+  object store these are full seconds, and some stores tell no times.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if "://" in os.fspath(path):
+    return float(epath.Path(path).stat().mtime)
+  return os.stat(path).st_mtime
+
+
 def _holder(path: epath.Path) -> tuple[str, int, float] | None:
-  """(host, process, last heartbeat) of a lock; None where there is none."""
+  """(host, process, last heartbeat by the host's clock) of a lock; None where there is none."""
   try:
     lock = read_json(path)
     return lock["host"], int(lock["pid"]), float(lock["beat"])
@@ -278,7 +302,8 @@ def _take_over(path: epath.Path, process: dict[str, Any]) -> float | None:
   age = _silence(path)
   if found is None or age is None:
     return None
-  holder, pid, last = found
+  holder, pid, _ = found
+  last = _last_heartbeat(path)
   here = holder == process["host"]
   lives = here and _alive(pid)
   if not here and age <= _SILENT_SECONDS:
@@ -299,6 +324,14 @@ def _take_over(path: epath.Path, process: dict[str, Any]) -> float | None:
     raise InputError(f"{path.parent} is being written by process {pid} on {holder} (last sign of "
                      f"life {age} s ago): wait for it, or delete {path} if that process is gone.")
   return last
+
+
+def _last_heartbeat(path: epath.Path) -> float | None:
+  """The time of a lock's last heartbeat, by the clock of the disk; None: it is gone."""
+  try:
+    return modified(path)
+  except FileNotFoundError:
+    return None
 
 
 def _alive(pid: int) -> bool:

@@ -3,15 +3,17 @@
 import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from etils import epath
 
-from s2d_jax import checksums, files, hosts, json_objects
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
@@ -68,19 +70,23 @@ def provenance(mesh: jax.sharding.Mesh) -> dict:
       "mesh": dict(mesh.shape)}
 
 
-def write(folder: epath.PathLike, content: dict) -> None:
+def write(folder: epath.PathLike, content: dict,
+          recorded: checksums.Record = MappingProxyType({})) -> None:
   """Marks a folder finished: writes the checksums of its files, and then its manifest.
 
   On several processes it is a collective, as `checksums.record` is.
+
+  Args:
+    recorded: the checksums of files that were hashed before, on every process.
   """
   folder = epath.Path(folder)
   # The leader has written all files before another process reads its share.
   hosts.barrier(f"files of {folder}")
   names = [name for name in checksums.listed(folder) if not _is_passing(name)]
-  hashed = _exported(folder)
-  recorded = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
+  hashed = _exported(folder) | recorded
+  found = checksums.record(folder, [name for name in names if name not in hashed]) | hashed
   if hosts.leader():
-    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, recorded, sealed=True)
+    files.write_json(folder / checksums.FOLDER / checksums.FINISHED, found, sealed=True)
     files.write_json(folder / NAME, files.plain(content), sealed=True)
   hosts.barrier(f"manifest of {folder}")
 
@@ -119,12 +125,10 @@ def check_files(folder: epath.PathLike, weights: bool, together: bool = True) ->
   remedy = checksums.redo(folder)
   if not path.exists():
     # A manifest with a seal was written after the checksums, and one without before there were any.
-    manifest = folder / NAME
-    data = checksums.retried(manifest, manifest.read_bytes)
-    if "sha256" in json_objects.parse(str(manifest), data, remedy):
+    if files.has_seal(folder / NAME, remedy):
       raise InputError(f"{path} is missing: {remedy}.")
     return
-  compared = {name: of_file for name, of_file in files.read_json(path, remedy).items()
+  compared = {name: of_file for name, of_file in files.read_json(path, remedy, sealed=True).items()
               if name.startswith("checkpoints/") == weights
               and (weights or not name.endswith(".safetensors"))}
   # A model that was deleted as a whole, to save space, is not damaged.
@@ -142,8 +146,8 @@ def set_aside(workdir: epath.PathLike, names: Sequence[str]) -> None:
   moved again only where it is damaged.
 
   Raises:
-    InputError: there is no such folder, it is not finished, or a live process writes it; then none
-      is moved.
+    InputError: there is no such folder, it is not finished, a live process writes it, or it is in
+      an object store; then none is moved.
     WriteError: it cannot be moved.
   """
   workdir = epath.Path(workdir)
@@ -161,24 +165,48 @@ def _is_redone(workdir: epath.Path, name: str) -> bool:
   """Whether a folder is to be moved; prints why not where an earlier start has moved it.
 
   Raises:
-    InputError: there is no such folder, or it is not finished.
+    InputError: there is no such folder, it is not finished, or it is in an object store.
   """
-  # A name alone: a path could lead out of the folder.
-  there = sorted(path.name for path in workdir.iterdir()) if workdir.exists() else []
-  there = [other for other in there if other != REPLACED]
-  # One that was moved by an earlier start may not have been begun yet.
   earlier = workdir / REPLACED
-  if earlier.is_dir() and name in [path.name for path in earlier.iterdir()]:
+  # One that was moved by an earlier start may not have been begun yet.
+  if earlier.is_dir() and name in [path.name for path in checksums.entries(earlier)]:
     if _damaged(workdir / name):
-      return True
+      return _can_move(workdir, name)
     print(f"--redo={name}: {earlier / name} is of an earlier start, so this one goes on; delete it "
           "to begin again.", flush=True)
     return False
-  if name not in there:
-    raise InputError(f"--redo={name} names no folder of {workdir}: choose from {', '.join(there)}.")
+  # A name alone: a path could lead out of the folder.
+  there = [path for path in checksums.entries(workdir) if path.name != REPLACED and path.is_dir()]
+  if name not in [path.name for path in there]:
+    done = ", ".join(path.name for path in there if (path / NAME).exists())
+    raise InputError(f"--redo={name} names no folder of {workdir}: "
+                     + (f"choose from {done}." if done else "none is finished, so leave it out."))
   if not (workdir / name / NAME).exists():
-    raise InputError(f"--redo={name} names a folder that is not finished, as {workdir / name} has "
-                     f"no {NAME}: leave --redo out, and the command goes on with it.")
+    raise InputError(_not_finished(workdir / name))
+  return _can_move(workdir, name)
+
+
+def _not_finished(folder: epath.Path) -> str:
+  """Why a folder without a manifest is not made again, with the remedy."""
+  redo = f"--redo={folder.name}"
+  # Stored samples, and entries of arms, have no manifest: each file is compared by itself.
+  parts = {path.suffix: path.name for path in files.finished_files(folder)}
+  if ".npz" in parts:
+    return (f"{redo} names stored samples, which no stage owns: delete the damaged part, such as "
+            f"{folder / parts['.npz']}, leave --redo out, and its responses are sampled again.")
+  if folder.name == "arms":
+    return (f"{redo} names the records of the arms: delete the damaged one in {folder}, leave "
+            "--redo out, and the command writes it again.")
+  return (f"{redo} names a folder that is not finished, as {folder} has no {NAME}: leave --redo "
+          "out, and the command goes on with it.")
+
+
+def _can_move(workdir: epath.Path, name: str) -> bool:
+  """True; raises InputError where the work folder is in an object store, which cannot rename."""
+  if "://" in os.fspath(workdir):
+    raise InputError(f"--redo={name} cannot move a folder of an object store: delete or copy "
+                     f"{workdir / name} by the store's own tool, and the command without --redo "
+                     "makes it again.")
   return True
 
 
@@ -216,7 +244,9 @@ def load(folder: epath.PathLike) -> dict:
   if not path.exists():
     raise InputError(f"{path} is missing: put it back, or make {path.parent.name} again by the "
                      "command of its run.")
-  manifest = files.read_json(path, _remedy(path))
+  # The checksums are written just before a manifest with a seal.
+  sealed = (path.parent / checksums.FOLDER / checksums.FINISHED).exists()
+  manifest = files.read_json(path, _remedy(path), sealed)
   if not isinstance(manifest, dict) or not isinstance(manifest.get("inputs"), dict):
     raise InputError(f"{path} is not a manifest this code wrote: {_remedy(path)}.")
   row = manifest["inputs"].get("row")

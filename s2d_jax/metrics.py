@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from s2d_jax import files, hosts, json_objects
+from s2d_jax import checksums, files, hosts, json_objects
 
 
 class Log:
@@ -78,11 +78,14 @@ def read(folder: epath.PathLike, name: str) -> list[dict]:
 
   Raises:
     InputError: a line is damaged; names file and line.
+    WriteError: a part cannot be read, so nothing is known of it.
   """
+  # Without its whole log a stage's ledger is wrong, so the stage is what has to be made again.
+  remedy = f"put the file back, or delete {folder}, and the command of its run makes it again"
   # Parts sort by their first step, which is written with leading zeros.
-  return [json_objects.parse(f"{part} line {number}", line, files.REMEDY)
+  return [json_objects.parse(f"{part} line {number}", line, remedy)
           for part in files.finished_files(epath.Path(folder) / name)
-          for number, line in enumerate(part.read_bytes().splitlines(), 1)]
+          for number, line in enumerate(checksums.read(part).splitlines(), 1)]
 
 
 def _write_events(folder: epath.Path, start: int, entries: Sequence[dict]) -> None:

@@ -65,12 +65,13 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
     lineage = {"stage": node.name, "parents": plan.ancestors(node.name)[:-1],
                "bases": {r: b["identity"] for r, b in plan.bases.items()},
                "revision": manifest.revision()}
-    _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
+    with checkpoint.recording_final(folder) as final:
+      _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
     if hosts.leader():
       files.write_json(folder / "ledger.json", totals)
     manifest.write(folder, {
         "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
-        "sets": dict(plan.sets), **manifest.provenance(mesh)})
+        "sets": dict(plan.sets), **manifest.provenance(mesh)}, recorded=final())
     checkpoint.drop_steps(folder)
 
 

@@ -10,7 +10,21 @@ import jax
 from absl import logging
 from etils import epath
 
-from s2d_jax import budget, checkpoint, evals, files, hosts, ladder, manifest, scoring, stage, stops
+from s2d_jax import (
+  budget,
+  checkpoint,
+  checksums,
+  evals,
+  files,
+  hosts,
+  ladder,
+  manifest,
+  metrics,
+  scoring,
+  stage,
+  stops,
+)
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
@@ -28,7 +42,7 @@ def check_folders(plan: Plan, workdir: epath.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   # The plan has no nodes for scores and probes, so all that exist are checked.
-  existing = (p.name for p in (workdir.iterdir() if workdir.exists() else ()))
+  existing = [path.name for path in checksums.entries(workdir)]
   for name in (*plan.nodes, *(n for n in existing if n.startswith(("eval-", "probe-")))):
     if manifest.read(workdir / name) is not None:
       manifest.check_files(workdir / name, weights=False)
@@ -63,6 +77,7 @@ def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]
     # A kill may have come after the manifest was written and before the steps were deleted.
     checkpoint.drop_steps(workdir / node.name)
   else:
+    _say_if_done(workdir / node.name)
     stage.train_node(plan, node, workdir, stop)
   # Only a distilled student is compared with its teacher again afterwards.
   after = None if node.stage.reward else _probe(plan, node, node.name, workdir)
@@ -70,9 +85,22 @@ def _train(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], bool]
   return {"stage": node.name, "before": before, "after": after}
 
 
+def _say_if_done(folder: epath.Path) -> None:
+  """Says where a stage is trained again although it was done, as its manifest is gone."""
+  recorded = folder / checksums.FOLDER / checksums.FINISHED
+  if recorded.exists():
+    metrics.announce(f"{folder / manifest.NAME} is missing, though {recorded} is there: it was "
+                     "deleted, or the process ended between both. The stage is trained again, from "
+                     "its newest checkpoint if it has one.")
+
+
 def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
            stop: Callable[[], bool]) -> None:
-  """Scores the weights in an arm's part of the table, and records the arm as done."""
+  """Scores the weights in an arm's part of the table, and records the arm as done.
+
+  Raises:
+    InputError: its record is there and damaged.
+  """
   rows = []
   for label, role in plan.scored[arm].items():
     for name, evaluation in plan.config.evals.items():
@@ -87,7 +115,11 @@ def _score(plan: Plan, arm: str, probes: dict, workdir: epath.Path,
   path = workdir / "arms" / f"{manifest.name(arm, entry)}.json"
   # An existing entry stays, with its number: the report orders arms by it.
   if path.exists():
-    files.read_json(path, "delete it, and the same command writes it again")
+    remedy = "delete it, and the same command writes it again"
+    # Those of earlier versions have no seal, and some no number. In another one that has lost its
+    # seal there is a key that no version wrote.
+    if set(files.read_json(path, remedy)) - {"number"} != set(entry):
+      raise InputError(f"{path} is damaged, or was edited: {remedy}.")
   elif hosts.leader():
     number = len(files.finished_files(path.parent))
     files.write_json(path, files.plain(entry | {"number": number}), sealed=True)

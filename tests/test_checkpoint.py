@@ -2,13 +2,11 @@
 
 import contextlib
 import errno
-import logging
 import os
 import pathlib
 import resource
 import shutil
-import sys
-import types
+import time
 from typing import NamedTuple
 
 import jax
@@ -99,6 +97,10 @@ def every_file(folder, change):
     change(path)
 
 
+def sums_of(step):
+  return step.parents[1] / "checksums" / f"{int(step.name):08d}.json"
+
+
 @pytest.mark.parametrize("damage", [
     *(lambda step, share=share: flip(largest(step), share) for share in (0.1, 0.3, 0.8, 0.95)),
     lambda step: cut(largest(step)),
@@ -106,8 +108,10 @@ def every_file(folder, change):
     lambda step: largest(step).write_bytes(b""),
     lambda step: every_file(step, pathlib.Path.unlink),
     lambda step: cut(step / "_CHECKPOINT_METADATA"),
-    lambda step: cut(step.parents[1] / "checksums" / f"{int(step.name):08d}.json"),
-    lambda step: (step.parents[1] / "checksums" / f"{int(step.name):08d}.json").unlink()])
+    *(lambda step, data=data: sums_of(step).write_bytes(data) for data in (
+        b"", b"[1", b"\xff", b'{"a": 1, "a": 1}', b'{"a": NaN}', b"<html>")),
+    lambda step: cut(sums_of(step)),
+    lambda step: sums_of(step).unlink()])
 def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage, capsys):
   stage_of(tmp_path)
   assert resumed(tmp_path) == (4, 4.0)
@@ -116,9 +120,53 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_is(tmp_path, damage
   said = capsys.readouterr().err
   assert said.startswith(f"{tmp_path}/checkpoints/4 is not used (")
   assert said.endswith("): the stage goes on from step 2.\n") and said.count("\n") == 1
+  # Another remedy than going on is not needed, and to delete checksums/ would be a loss.
+  assert not any(words in said for words in ("restore", "delete", ".)"))
   damage(tmp_path / "checkpoints" / "2")
   assert resumed(tmp_path) == (None, None)
   assert "): the stage starts again.\n" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_gone_are_said(tmp_path, capsys):
+  stage_of(tmp_path)
+  shutil.copytree(tmp_path, tmp_path / "whole")
+  gone = "{0}/checkpoints/{1} is gone, though {0}/checksums/0000000{1}.json is there: {2}.\n".format
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert resumed(tmp_path) == (2, 2.0)
+  assert capsys.readouterr().err == gone(tmp_path, 4, "the stage goes on from step 2")
+  shutil.rmtree(tmp_path / "checkpoints")
+  assert resumed(tmp_path) == (None, None)
+  assert capsys.readouterr().err == (gone(tmp_path, 4, "the stage starts again")
+                                     + gone(tmp_path, 2, "the stage starts again"))
+  # One that is gone, and the one before is damaged.
+  whole = tmp_path / "whole"
+  shutil.rmtree(whole / "checkpoints" / "4")
+  flip(largest(whole / "checkpoints" / "2"))
+  assert resumed(whole) == (None, None)
+  first, second = capsys.readouterr().err.splitlines()
+  assert f"{first}\n" == gone(whole, 4, "the stage goes on from step 2")
+  assert second.startswith(f"{whole}/checkpoints/2 is not used (")
+
+
+def test_a_checkpoint_that_a_newer_one_replaced_is_not_missed(tmp_path, capsys):
+  stage_of(tmp_path)
+  mesh = sharding.make_mesh((1, 1, 1))
+  # A process that is killed before it writes the checksums leaves those of step 2 there.
+  steps = checkpoint.Checkpoints(tmp_path)
+  steps._write_checksums = lambda step: None
+  steps.save(6, state(6, mesh))
+  steps.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+  assert (tmp_path / "checksums" / "00000002.json").exists()
+  assert resumed(tmp_path) == (4, 4.0)
+  said = capsys.readouterr().err
+  assert said.startswith(f"{tmp_path}/checkpoints/6 is not used") and said.count("\n") == 1
+  # One that was set aside is not missed at the next start.
+  stage_of(tmp_path / "other")
+  flip(largest(tmp_path / "other" / "checkpoints" / "4"))
+  assert resumed(tmp_path / "other") == (2, 2.0)
+  capsys.readouterr()
+  assert resumed(tmp_path / "other") == (2, 2.0) and capsys.readouterr().err == ""
 
 
 def test_a_damaged_checkpoint_is_set_aside_until_the_stage_is_done(tmp_path):
@@ -234,7 +282,7 @@ def test_checkpoints_without_their_folder_of_checksums_are_used_as_they_are(tmp_
   shutil.rmtree(tmp_path / "checksums")
   assert resumed(tmp_path) == (4, 4.0)
   said = capsys.readouterr().err
-  assert f"{tmp_path}/checkpoints/4 has no checksums, of an older version" in said
+  assert f"{tmp_path}/checkpoints/4 has no checksums, so it is used unchecked. An older" in said
 
 
 def test_checkpoints_of_a_stage_that_lost_its_checksums_are_not_used(tmp_path, capsys):
@@ -250,7 +298,7 @@ def test_checkpoints_of_a_stage_that_lost_its_checksums_are_not_used(tmp_path, c
   (tmp_path / "older" / "starts" / "00000000.json").write_text('{"at": 1, "step": 0, "lost": 0}')
   checkpoint.lost_seconds(tmp_path / "older", 4, None)
   assert resumed(tmp_path / "older") == (4, 4.0)
-  assert "has no checksums, of an older version" in capsys.readouterr().err
+  assert "has no checksums, so it is used unchecked." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [flip, cut, pathlib.Path.unlink, lambda p: p.write_bytes(b"")])
@@ -268,6 +316,54 @@ def test_a_damaged_log_before_a_checkpoint_stops_the_stage_and_is_named(tmp_path
   # The remedy works.
   shutil.rmtree(tmp_path / "checkpoints" / "4")
   assert resumed(tmp_path) == (2, 2.0)
+
+
+def lose_seal(path):
+  """Flips a bit of the key that a file's seal has."""
+  text = path.read_text()
+  assert text.count('"sha256":') > 0
+  before, _, after = text.rpartition('"sha256":')
+  path.write_text(f'{before}"sha257":{after}')
+
+
+def test_a_record_that_has_lost_its_seal_is_not_used(tmp_path, capsys):
+  checkpoint.lost_seconds(tmp_path, 0, None)  # the stage's version writes seals
+  stage_of(tmp_path)
+  lose_seal(tmp_path / "checksums" / "00000004.json")
+  assert resumed(tmp_path) == (2, 2.0)
+  said = capsys.readouterr().err
+  assert f"4 is not used ({tmp_path}/checksums/00000004.json is damaged, or was edited): " in said
+
+
+def test_a_start_that_has_lost_its_seal_is_named_but_those_of_older_versions_have_none(tmp_path):
+  starts = tmp_path / "starts"
+  for _ in range(2):
+    checkpoint.lost_seconds(tmp_path, 0, None)
+  lose_seal(starts / "00000001.json")
+  with pytest.raises(InputError, match=f"{starts}/00000001.json is damaged, .*or delete it"):
+    checkpoint.lost_seconds(tmp_path, 0, None)
+  for name in ("00000000.json", "00000001.json"):
+    (starts / name).write_text('{"at": 1, "step": 0, "lost": 2}')
+  assert checkpoint.lost_seconds(tmp_path, 0, None) == 4
+
+
+@pytest.mark.parametrize("clock", [-7200, 7200])
+def test_lost_seconds_are_those_of_the_disks_clock(tmp_path, clock, monkeypatch):
+  now = time.time()
+  # The clock of the host is hours away from that of the disk.
+  monkeypatch.setattr(checkpoint.time, "time", lambda: now + clock)
+  assert checkpoint.lost_seconds(tmp_path, 0, None) == 0
+  os.utime(tmp_path / "starts" / "00000000.json", (1000, 1000))
+  # Killed 30 s after the start; then 20 s after the checkpoint of step 4, before another start.
+  assert checkpoint.lost_seconds(tmp_path, 0, 1030.0) == 30
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+  os.utime(tmp_path / "starts" / "00000001.json", (2000, 2000))
+  os.utime(tmp_path / "checkpoints" / "4", (2100, 2100))
+  assert checkpoint.lost_seconds(tmp_path, 4, 2120.0) == 30 + 20
+  # A stop cuts a step of 5 s, and a kill comes while it saves: the time of the start stays.
+  os.utime(tmp_path / "starts" / "00000002.json", (3000, 3000))
+  checkpoint.add_lost(tmp_path, 5.0)
+  assert checkpoint.lost_seconds(tmp_path, 4, 3040.0) == 30 + 20 + 5 + 40
 
 
 @contextlib.contextmanager
@@ -334,28 +430,3 @@ def test_a_field_that_is_absent_by_default_leaves_older_checkpoints_readable(tmp
   steps.close()
   assert isinstance(found, MoreFields) and found.anchor is None and float(found.step) == 7
   np.testing.assert_array_equal(found.params["w"], params["w"])
-
-
-def test_threads_of_a_failed_save_print_nothing(monkeypatch, tmp_path, caplog):
-  shown = []
-  monkeypatch.setattr(sys, "unraisablehook", shown.append)
-  log = logging.getLogger("absl")
-  monkeypatch.setattr(log, "filters", list(log.filters))
-  with pytest.raises(WriteError, match="cannot be written .the disk is full.: free"):
-    with checkpoint._writing(tmp_path):
-      raise ValueError("the disk is full")
-  # As TensorStore's and Orbax's threads do, at a moment that no test can choose.
-  for text in ("Event loop is closed", "another error"):
-    sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
-  assert [str(one.exc_value) for one in shown] == ["another error"]
-  for path in ("orbax/checkpoint/futures.py", "s2d_jax/metrics.py"):
-    log.handle(logging.LogRecord("absl", logging.ERROR, path, 1, path, None, None))
-  assert [record.pathname for record in caplog.records] == ["s2d_jax/metrics.py"]
-
-
-def test_a_save_that_succeeds_hides_no_later_error(monkeypatch, tmp_path):
-  hook = sys.unraisablehook
-  filters = list(logging.getLogger("absl").filters)
-  with checkpoint._writing(tmp_path):
-    assert sys.unraisablehook is not hook
-  assert sys.unraisablehook is hook and logging.getLogger("absl").filters == filters

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import pathlib
+import threading
 
 import pytest
 from etils import epath
 
-from s2d_jax import checksums, hosts
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError, WriteError
 
 
@@ -134,6 +136,57 @@ def test_a_store_is_tried_again_for_a_minute_whatever_its_errors_are(monkeypatch
   assert sum(waits) == 60
 
 
+class Store:
+  """A folder of an object store that fails at the first lists, or at all of them."""
+
+  def __init__(self, failures):
+    self.failures = failures
+
+  def __fspath__(self):
+    return "gs://bucket/a"
+
+  def exists(self):
+    return True
+
+  def iterdir(self):
+    if self.failures:
+      self.failures -= 1
+      raise RuntimeError("503 Service Unavailable\nmore")
+    return map(pathlib.Path, ("a/y", "a/x", "a/.z"))
+
+
+def test_a_store_that_cannot_be_listed_is_tried_again(monkeypatch):
+  waits = []
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  monkeypatch.setattr(checksums.epath, "Path", lambda path: path)
+  for lists, found in ((checksums.entries, [".z", "x", "y"]), (files.finished_files, ["x", "y"])):
+    waits.clear()
+    assert [path.name for path in lists(Store(3))] == found and waits == [1, 2, 4]
+    with pytest.raises(WriteError, match="gs://bucket/a cannot be read .503 Service Unavailable.:"):
+      lists(Store(99))
+  assert list(checksums.listed(Store(3))) == ["x", "y"]
+
+
+def test_a_disk_that_cannot_be_listed_is_tried_again(folder, monkeypatch):
+  local = type(epath.Path("/"))
+  iterdir, waits, failures = local.iterdir, [], []
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return iterdir(self)
+  monkeypatch.setattr(local, "iterdir", broken)
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+  assert list(checksums.listed(folder)) == ["a/x", "y"] and len(waits) == 1
+  failures += [OSError(errno.EIO, os.strerror(errno.EIO))] * 9
+  with pytest.raises(WriteError, match=f"{folder} cannot be read .Input/output error.: mend"):
+    list(checksums.listed(folder))
+  failures.clear()
+  assert checksums.entries(folder / "none") == []
+  with pytest.raises(WriteError, match="y cannot be read .Not a directory.: mend the disk"):
+    checksums.entries(folder / "y")
+
+
 @pytest.mark.parametrize("error", [None, KeyError("a library's"), InputError("a header")])
 def test_a_block_that_reads_a_damaged_file_ends_in_a_sentence_with_the_remedy(folder, error):
   recorded = checksums.record(folder, checksums.listed(folder))
@@ -180,3 +233,40 @@ def test_each_process_hashes_its_share_and_all_of_them_refuse_before_the_block(
     with checksums.reading(folder, recorded, "buy a new disk", together=False):
       pass
   assert sorted(opened) == ["a/x", "b", "y"]
+
+
+def test_published_sums_that_cannot_be_read_are_tried_again(tmp_path, monkeypatch):
+  digest = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+  (tmp_path / "SHA256SUMS").write_text(f"{digest}  x\n")
+  local = type(epath.Path("/"))
+  read_bytes, waits, failures = local.read_bytes, [], [OSError(errno.ESTALE, "Stale file handle")]
+  def broken(self):
+    if failures:
+      raise failures.pop()
+    return read_bytes(self)
+  monkeypatch.setattr(local, "read_bytes", broken)
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  assert checksums.published(tmp_path / "SHA256SUMS") == {"x": digest} and len(waits) == 1
+  (tmp_path / "SHA256SUMS").unlink()
+  with pytest.raises(WriteError, match="SHA256SUMS cannot be read .No such file or directory.: "):
+    checksums.published(tmp_path / "SHA256SUMS")
+
+
+def test_files_are_hashed_while_a_block_writes_others(folder, failures, monkeypatch):
+  names = list(checksums.listed(folder))
+  hashed, begun = checksums._hashed, threading.Event()
+  def slow(path):
+    assert begun.wait(60)  # until the block runs
+    return hashed(path)
+  monkeypatch.setattr(checksums, "_hashed", slow)
+  with checksums.recording(folder, names) as recorded:
+    begun.set()
+  assert recorded() == checksums.record(folder, names)
+  # The block's error is the one to see; otherwise that of the disk.
+  failures(99, errno.EIO)
+  with pytest.raises(KeyError, match="the block's"), checksums.recording(folder, names):
+    raise KeyError("the block's")
+  with checksums.recording(folder, names) as recorded:
+    pass
+  with pytest.raises(WriteError, match="a/x cannot be read .Input/output error.: mend the disk"):
+    recorded()

@@ -178,6 +178,36 @@ def test_damage_to_any_file_is_found_or_changes_nothing(run, tmp_path, state, ch
   assert len(found) > 30 and not wrong, wrong
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+def test_a_folder_that_is_gone_is_said_or_changes_nothing(run, tmp_path, state, capsys):
+  plan, unfinished, finished = run
+  source = finished if state == "finished" else unfinished
+  wrong, kinds = {}, {}
+  for path in sorted(path for path in source.rglob("*") if path.is_dir()):
+    name = str(path.relative_to(source))
+    kinds[re.sub(r"[0-9a-f]{12,}|[0-9]+", "#", name)] = name  # of checkpoints the newest
+  for name in kinds.values():
+    shutil.copytree(source, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / name)
+    capsys.readouterr()
+    try:
+      command(plan, tmp_path / "work")
+      said = capsys.readouterr().err
+      found = results(tmp_path / "work")
+      lost = {key for key, value in results(finished).items() if found.get(key) != value}
+      if lost and not name.endswith("/hf"):
+        wrong[name] = f"other results: {sorted(lost)}"
+      if re.search(r"reverse_kl-\w+/checkpoints(/2)?$", name) and state == "unfinished":
+        if f"{tmp_path}/work/{name}" not in said or " is gone, though " not in said:
+          wrong[name] = f"not said: {said}"
+    except InputError as error:
+      if name not in str(error) or not any(words in str(error) for words in REMEDIES):
+        wrong[name] = str(error)
+    shutil.rmtree(tmp_path / "work")
+  assert len(kinds) > 15 and not wrong, wrong
+
+
 def redo(workdir, name):
   manifest.set_aside(workdir, [name.partition("/")[0]])
 

@@ -78,6 +78,8 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
   other = {"host": socket.gethostname(), "pid": sleeper.pid, "beat": time.time() - 5}
   path.write_text(json.dumps(other))
+  dated = float(int(time.time()) - 60) + 0.5
+  os.utime(path, (dated, dated))  # by the clock of the disk
   try:
     with pytest.raises(ValueError, match=rf"process {sleeper.pid} .*delete .*writer.lock"):
       with files.only_writer(tmp_path):
@@ -86,7 +88,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
     sleeper.kill()
     sleeper.wait()
   with files.only_writer(tmp_path) as (heartbeat, last):
-    assert last == other["beat"]
+    assert last == dated
     assert files.read_json(path)["pid"] == os.getpid()
     heartbeat()
   assert "taking over" in capsys.readouterr().out
@@ -123,12 +125,12 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent_whatever_its_clo
   monkeypatch.setattr(files, "_SILENT_SECONDS", 4)
   monkeypatch.setattr(files, "_HEARTBEAT_SECONDS", 1)
   path = tmp_path / "writer.lock"
-  heartbeat = time.time() - 2 + clock
-  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": heartbeat}))
+  path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": time.time() - 2 + clock}))
   os.utime(path, (time.time() - 2,) * 2)  # as the disk dates it
   start = time.monotonic()
+  written = path.stat().st_mtime
   with files.only_writer(tmp_path) as (_, last):
-    assert last == heartbeat
+    assert last == written
   assert time.monotonic() - start > 1
   assert re.fullmatch(
       rf"{path}: process 1 on elsewhere wrote it [23] s ago; waiting for a heartbeat, or for 4 s "
@@ -279,6 +281,19 @@ def test_a_sealed_object_is_read_back_and_any_change_is_named(tmp_path):
   path.write_text(text.replace("2.5", "3.5"))
   with pytest.raises(InputError, match=f"{path} is damaged, or was edited: buy a new disk."):
     files.read_json(path, "buy a new disk")
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {"a": 1, "sha257": "0" * 64}, [1], None])
+def test_a_seal_that_is_gone_is_named_where_there_was_one(tmp_path, value):
+  path = tmp_path / "a.json"
+  files.write_json(path, value)  # as an earlier version wrote it, or with a bit of the key flipped
+  assert files.read_json(path) == value
+  with pytest.raises(InputError, match=f"^{path} is damaged, or was edited: buy a new disk.$"):
+    files.read_json(path, "buy a new disk", sealed=True)
+  if isinstance(value, dict):
+    assert not files.has_seal(path)
+    files.write_json(path, value, sealed=True)
+    assert files.has_seal(path) and files.read_json(path, sealed=True) == value
 
 
 def test_a_folder_that_takes_no_file_is_one_sentence(tmp_path):

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
 
-from s2d_jax import checksums, files, manifest, sharding
+from s2d_jax import checkpoint, checksums, files, manifest, sharding
 from s2d_jax.errors import InputError, WriteError
 
 ROW = {"name": "reverse_kl", "actor": "student", "learner": "student", "guide": "teacher"}
@@ -167,6 +168,21 @@ def test_exported_weights_are_hashed_once(tmp_path, monkeypatch):
   assert {name: after[name] for name in before} == before
 
 
+def test_files_that_were_hashed_before_are_not_hashed_again(tmp_path, monkeypatch):
+  folder = finished(tmp_path)
+  before = files.read_json(folder / "checksums" / "finished.json")
+  name = "checkpoints/final/d/weights"
+  with checkpoint.recording_final(folder) as final:
+    pass
+  assert final() == {name: before[name]}
+  hashed, measured = [], checksums._hashed
+  monkeypatch.setattr(checksums, "_hashed",
+                      lambda path: hashed.append(path.name) or measured(path))
+  manifest.write(folder, {"inputs": INPUTS}, recorded=final())
+  assert "config.json" in hashed and "weights" not in hashed
+  assert files.read_json(folder / "checksums" / "finished.json") == before
+
+
 @pytest.mark.parametrize("name, weights", [
     ("ledger.json", False), ("ledger/00000000.jsonl", False), ("hf/config.json", False),
     ("checkpoints/final/d/weights", True)])
@@ -195,6 +211,17 @@ def test_an_edited_manifest_is_refused_also_where_its_inputs_are_right(tmp_path)
   path.write_text(path.read_text().replace('"abc"', '"abd"'))
   with pytest.raises(InputError, match="manifest.json"):
     manifest.read(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "checksums/finished.json"])
+def test_a_file_that_has_lost_its_seal_is_named(tmp_path, name):
+  folder = finished(tmp_path)
+  path = folder / name
+  before, _, after = path.read_text().rpartition('"sha256": ')
+  path.write_text(f'{before}"sha257": {after}')  # one bit
+  with pytest.raises(InputError, match=f"^{path} is damaged, .*--redo={folder.name}"):
+    manifest.read(folder)
+    manifest.check_files(folder, weights=False)
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -244,6 +271,44 @@ def test_a_folder_is_set_aside_and_not_deleted(tmp_path):
   assert (tmp_path / "replaced" / name / "ledger.json").exists()
   with pytest.raises(InputError, match="--redo=replaced names no folder of "):
     manifest.set_aside(tmp_path, ["replaced"])
+
+
+def test_a_name_that_redo_cannot_make_again_gets_a_remedy_and_is_not_offered(tmp_path):
+  done = finished(tmp_path)
+  for name in ("rollouts-0123456789ab/sft-1-00000000-0.npz", "arms/arm-0123456789ab.json",
+               "sft-0123456789ab/ledger/00000000.jsonl", "report.md"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("text")
+  for name, said in {
+      "rollouts-0123456789ab": (
+          "names stored samples, which no stage owns: delete the damaged part, such as "
+          f"{tmp_path}/rollouts-0123456789ab/sft-1-00000000-0.npz, leave --redo out, and its "
+          "responses are sampled again."),
+      "arms": (f"names the records of the arms: delete the damaged one in {tmp_path}/arms, leave "
+               "--redo out, and the command writes it again."),
+      "sft-0123456789ab": (
+          f"names a folder that is not finished, as {tmp_path}/sft-0123456789ab has no "
+          "manifest.json: leave --redo out, and the command goes on with it."),
+      "report.md": f"names no folder of {tmp_path}: choose from {done.name}.",
+      "mistyped": f"names no folder of {tmp_path}: choose from {done.name}."}.items():
+    with pytest.raises(InputError) as refused:
+      manifest.set_aside(tmp_path, [name])
+    assert str(refused.value) == f"--redo={name} {said}"
+  with pytest.raises(InputError, match="=x names no folder of .*: none is finished, so leave it"):
+    manifest.set_aside(tmp_path / "arms", ["x"])
+
+
+def test_a_folder_in_a_store_is_not_moved_and_the_remedy_is_said(tmp_path, monkeypatch):
+  name = finished(tmp_path).name
+  # A store is a folder here, whose paths read as addresses.
+  monkeypatch.setattr(manifest, "os", types.SimpleNamespace(
+      fspath=lambda path: f"gs://bucket{path}"))
+  with pytest.raises(InputError) as refused:
+    manifest.set_aside(tmp_path, [name])
+  assert str(refused.value) == (
+      f"--redo={name} cannot move a folder of an object store: delete or copy {tmp_path}/{name} by "
+      "the store's own tool, and the command without --redo makes it again.")
+  assert (tmp_path / name).exists()
 
 
 def test_a_folder_that_is_not_finished_or_is_being_written_is_not_set_aside(tmp_path):

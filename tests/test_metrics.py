@@ -1,5 +1,7 @@
 """Logs are cut back to the checkpoint's step, and compilations are counted."""
 
+import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -8,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from s2d_jax import files, metrics
-from s2d_jax.errors import InputError
+from s2d_jax import checksums, files, metrics
+from s2d_jax.errors import InputError, WriteError
 
 
 def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
@@ -42,8 +45,9 @@ def test_numbers_that_json_cannot_hold_become_strings():
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (b'{"step": 1', "is not JSON .*: restore it, or delete"), (b'{"step": NaN}', "has NaN"),
-    (b"[1]", "is not a JSON object: restore it"), (b"\xff{}", "is not UTF-8"),
+    (b'{"step": 1', "is not JSON .*: put the file back, or delete {0}, and the "),
+    (b'{"step": NaN}', "has NaN"),
+    (b"[1]", "is not a JSON object: put the file back"), (b"\xff{}", "is not UTF-8"),
     (b'{"step": 1, "step": 2}', "has the key 'step' twice")])
 def test_a_damaged_line_of_a_log_is_named(line, sentence, tmp_path):
   log = metrics.Log(tmp_path, "metrics", 0)
@@ -51,7 +55,26 @@ def test_a_damaged_line_of_a_log_is_named(line, sentence, tmp_path):
   log.flush(1)
   part = tmp_path / "metrics" / "00000000.jsonl"
   part.write_bytes(part.read_bytes() + line + b"\n")
-  with pytest.raises(InputError, match=f"^{part} line 2 {sentence}"):
+  with pytest.raises(InputError, match=f"^{part} line 2 {sentence.format(tmp_path)}"):
+    metrics.read(tmp_path, "metrics")
+
+
+def test_a_part_that_cannot_be_read_is_tried_again_and_then_one_sentence(tmp_path, monkeypatch):
+  log = metrics.Log(tmp_path, "metrics", 0)
+  log.add({"step": 0})
+  log.flush(1)
+  local = type(epath.Path("/"))
+  read_bytes, waits, failures = local.read_bytes, [], []
+  def broken(self):
+    if failures.pop():
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return read_bytes(self)
+  monkeypatch.setattr(local, "read_bytes", broken)
+  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  failures[:] = [0, 1]
+  assert metrics.read(tmp_path, "metrics") == [{"step": 0}] and len(waits) == 1
+  failures[:] = [1] * 9
+  with pytest.raises(WriteError, match="00000000.jsonl cannot be read .Input/output error.: mend"):
     metrics.read(tmp_path, "metrics")
 
 

@@ -1,11 +1,13 @@
 """The warnings before a stage begins."""
 
+import json
 import logging
 import types
 
 import pytest
 
 from s2d_jax import files, walk
+from s2d_jax.errors import InputError
 
 # Of three problems 1, 2 and 4 of 4 samples are right.
 CORRECT = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
@@ -25,3 +27,40 @@ def test_mixed_groups_are_those_of_the_stages_samples(samples, said, tmp_path, c
     walk._warn(types.SimpleNamespace(nodes={}), node, "probe-0", tmp_path)
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == (said is not None) and all(said in line for line in lines)
+
+
+def test_a_stage_that_was_done_is_not_trained_again_in_silence(tmp_path, monkeypatch, capsys):
+  trained = []
+  monkeypatch.setattr(walk.stage, "train_node", lambda *args: trained.append(args[1].name))
+  node = types.SimpleNamespace(name="sft-0123456789ab", learner="student", stage=(
+      types.SimpleNamespace(source=types.SimpleNamespace(probed=False), reward=False)))
+  walk._train(None, node, tmp_path, lambda: False)
+  assert capsys.readouterr().err == ""
+  folder = tmp_path / node.name
+  files.write_json(folder / "checksums" / "finished.json", {})
+  walk._train(None, node, tmp_path, lambda: False)
+  assert capsys.readouterr().err == (
+      f"{folder}/manifest.json is missing, though {folder}/checksums/finished.json is there: it "
+      "was deleted, or the process ended between both. The stage is trained again, from its newest "
+      "checkpoint if it has one.\n")
+  assert trained == [node.name] * 2
+
+
+def test_a_record_of_an_arm_that_has_lost_its_seal_is_named(tmp_path):
+  config = types.SimpleNamespace(evals={}, seed=0, to_dict=lambda: {"dtype": "float32", "seed": 0})
+  plan = types.SimpleNamespace(config=config, scored={"arm": {}}, arms={"arm": []})
+  def score():
+    walk._score(plan, "arm", {}, tmp_path, lambda: False)
+  score()
+  path, = (tmp_path / "arms").iterdir()
+  text = path.read_text()
+  score()
+  assert path.read_text() == text
+  path.write_text(text.replace('"sha256":', '"sha257":'))
+  with pytest.raises(InputError, match=f"^{path} is damaged, or was edited: delete it, and the"):
+    score()
+  # As versions before the seal, and before the number, wrote it.
+  entry = {key: value for key, value in json.loads(text).items() if key not in ("sha256", "number")}
+  for older in (entry, entry | {"number": 0}):
+    files.write_json(path, older)
+    score()

@@ -71,7 +71,7 @@ def reading(folder: Path, weights: bool = True,
   if folder.name == "hf" and finished.is_file():
     remedy = checksums.redo(stage)
     recorded = {name.removeprefix("hf/"): of_file
-                for name, of_file in files.read_json(finished, remedy).items()
+                for name, of_file in files.read_json(finished, remedy, sealed=True).items()
                 if name.startswith("hf/")}
   elif (folder / SUMS).is_file():
     remedy = f"get it again, or delete {folder / SUMS} if you changed it yourself"

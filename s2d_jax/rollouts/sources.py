@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import files, hosts
+from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError
 from s2d_jax.rollouts import records
 from s2d_jax.rollouts.records import Prompt, Rollout, SamplerStats
@@ -104,22 +104,28 @@ class Store:
   """
 
   def __init__(self, folder: epath.Path):
-    """Opens `folder`, which need not exist yet."""
+    """Opens `folder`, which need not exist yet.
+
+    Raises:
+      InputError: a part is damaged; names it, with the remedy.
+      WriteError: a part cannot be read, so nothing is known of it.
+    """
     self._folder = folder
     # (prompt id, sample index) -> (part, row of the part)
     self._location: dict[tuple[int, int], tuple[str, int]] = {}
     self._parts: dict[str, Rollout] = {}
-    if folder.exists():
-      # Sorted, so that every host and every start index the parts in one order.
-      for path in sorted(p for p in folder.iterdir() if p.suffix == ".npz"):
-        try:
-          part = records.from_bytes(path.read_bytes())
-        # The archive has a checksum of every array.
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError,
-                ValueError) as error:
-          raise InputError(f"{path} is damaged ({error}): delete it, and its responses are sampled "
-                           "again.") from error
-        self._index(path.stem, part)
+    # Sorted, so that every host and every start index the parts in one order.
+    for path in [path for path in checksums.entries(folder) if path.suffix == ".npz"]:
+      # A disk that fails says nothing of the part, so the error of reading it is another one.
+      data = checksums.read(path)
+      try:
+        part = records.from_bytes(data)
+      # The archive has a checksum of every array.
+      except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError,
+              ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, and its responses are sampled "
+                         "again.") from error
+      self._index(path.stem, part)
 
   def _index(self, name: str, part: Rollout) -> None:
     self._parts[name] = part

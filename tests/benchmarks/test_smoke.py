@@ -28,7 +28,7 @@ KEYS = {
     "loading": {"stored_bytes", "largest_tensor_bytes", "ours"} | ({"transformers"} if TORCH
                                                                    else set()),
     "depth": {"programs"},
-    "checksums": {"bytes", "idle", "busy", "read"},
+    "checksums": {"bytes", "idle", "busy", "final", "read"},
     "checker": {"agreement", "held_out_agreement", "fresh_agreement", "unread_agreement", "hostile",
                 "linear", "string_answers_per_second"},
 }
@@ -259,6 +259,10 @@ def test_checksums(tmp_path):
     assert found["save_seconds_per_GB"] == pytest.approx(found["save_seconds"] / 0.004)
     assert 0 < found["waited_seconds"] == pytest.approx(
         found["share_of_save"] * found["save_seconds"])
+  final = result["final"]
+  assert final["hash_seconds"] == pytest.approx(final["share_of_work"] * final["save_seconds"])
+  assert final["added_seconds"] == pytest.approx(final["with"][0] - final["without"][0])
+  assert result["read"]["checkpoint"]["share_of_work"] > 0
   assert result["read"]["hf_load"]["bytes"] > 4 * 64 * 16  # the embedding
 
 

@@ -165,11 +165,12 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
   def heartbeat() -> None:
     nonlocal written
-    # Called at every step; one write a second suffices and costs an object store little.
+    # Called at every step, which must not go on in a folder that is gone. One write a second
+    # suffices and costs an object store little.
     with one_thread:
+      if written is not None:
+        _check_lock(path, process)
       if written is None or time.monotonic() - written > 1:
-        if written is not None:
-          _check_lock(path, process)
         written = time.monotonic()
         write_json(path, {**process, "beat": time.time()})
 

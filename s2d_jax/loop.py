@@ -124,9 +124,9 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     if start:
       state = checkpoints.load(sharding.abstract(state))
     # Logs lose what a killed run wrote after its last checkpoint.
-    logs = {name: metrics.Log(stage.folder, name, start)
-            for name in ("ledger", "timing", "samples")}
-    logs["metrics"] = metrics.Log(stage.folder, "metrics", start, tensorboard=True)
+    logs = {name: metrics.Log(stage.folder, name, start) for name in ("timing", "samples")}
+    logs["ledger"] = metrics.Log(stage.folder, "ledger", start, every_step=True)
+    logs["metrics"] = metrics.Log(stage.folder, "metrics", start, tensorboard=True, every_step=True)
     if stage.allocation is not None:
       logs["allocate"] = metrics.Log(stage.folder, "allocate", start)
       stage.allocation.order.decisions = logs["allocate"].rows

@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from s2d_jax import checksums, files, hosts, json_objects
+from s2d_jax.errors import InputError
 
 
 class Log:
@@ -28,12 +29,16 @@ class Log:
     rows: every entry, those of earlier processes first.
   """
 
-  def __init__(self, folder: epath.PathLike, name: str, step: int,
-               tensorboard: bool = False) -> None:
+  def __init__(self, folder: epath.PathLike, name: str, step: int, tensorboard: bool = False,
+               every_step: bool = False) -> None:
     """Opens the log at `step`, dropping every part that starts at it or later.
 
     Args:
       tensorboard: whether every part is also an event file in the folder `tensorboard`.
+      every_step: whether each step before `step` has an entry.
+
+    Raises:
+      InputError: such an entry is missing, or `read` refuses a line.
     """
     self._folder = epath.Path(folder) / name
     self._events = epath.Path(folder) / "tensorboard"
@@ -46,6 +51,14 @@ class Log:
     # No host may read before the leader has cut.
     hosts.barrier(f"{folder}/{name}")
     self.rows = read(folder, name)
+    # The checksums would name a part that is gone, but for a folder that has lost them too.
+    missing = set(range(step)) - {row.get("step") for row in self.rows} if every_step else ()
+    if missing:
+      saved = epath.Path(folder) / "checkpoints" / str(step)
+      raise InputError(
+          f"{self._folder} has no entry of step {min(missing)}, and the checkpoint of step {step} "
+          f"counts on it: put its files back, or delete {saved}, and the same command goes on from "
+          "the checkpoint before that.")
 
   def add(self, entry: Mapping[str, Any]) -> None:
     """Appends one entry, a dict of plain values, arrays or numbers."""

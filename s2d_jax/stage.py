@@ -69,6 +69,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
       _export(folder / "hf", model, params, plan.base(node.name)["folder"], lineage)
     if hosts.leader():
       files.write_json(folder / "ledger.json", totals)
+    heartbeat()  # a folder that was removed, and written again in part, is not finished
     manifest.write(folder, {
         "inputs": node.inputs, "config": plan.config.to_dict(), "bases": plan.bases,
         "sets": dict(plan.sets), **manifest.provenance(mesh)}, recorded=final())

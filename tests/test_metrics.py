@@ -39,6 +39,23 @@ def test_a_killed_log_is_cut_back_and_ends_with_equal_bytes(tmp_path):
   assert metrics.read(tmp_path / "b", "metrics") == resumed.rows
 
 
+@pytest.mark.parametrize("part, first", [("00000000.jsonl", 0), ("00000002.jsonl", 2)])
+def test_a_log_that_lacks_a_step_is_named_with_the_checkpoint(part, first, tmp_path):
+  log = metrics.Log(tmp_path, "ledger", 0)
+  for step in range(4):
+    log.add({"step": step})
+    if step % 2:
+      log.flush(step + 1)
+  assert len(metrics.Log(tmp_path, "ledger", 4, every_step=True).rows) == 4
+  (tmp_path / "ledger" / part).unlink()
+  with pytest.raises(InputError) as refused:
+    metrics.Log(tmp_path, "ledger", 4, every_step=True)
+  assert str(refused.value) == (
+      f"{tmp_path}/ledger has no entry of step {first}, and the checkpoint of step 4 counts on it: "
+      f"put its files back, or delete {tmp_path}/checkpoints/4, and the same command goes on from "
+      "the checkpoint before that.")
+
+
 def test_numbers_that_json_cannot_hold_become_strings():
   assert files.plain({"a": [float("inf"), np.float32(1)], "b": np.arange(2)}) == {
       "a": ["inf", 1.0], "b": [0, 1]}

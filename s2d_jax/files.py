@@ -165,8 +165,7 @@ def only_writer(folder: epath.PathLike) -> Iterator[tuple[Callable[[], None], fl
 
   def heartbeat() -> None:
     nonlocal written
-    # Called at every step, which must not go on in a folder that is gone. One write a second
-    # suffices and costs an object store little.
+    # Each step looks whether the folder is there. One write a second costs a store little.
     with one_thread:
       if written is not None:
         _check_lock(path, process)

@@ -132,12 +132,12 @@ def read(workdirs: Iterable[epath.PathLike]) -> list[Run]:
   for workdir in map(epath.Path, workdirs):
     if not workdir.is_dir():
       raise InputError(f"{workdir} is not a folder: name the --workdir of a run.")
-    arms = (workdir / "arms").iterdir() if (workdir / "arms").exists() else ()
     # A kill can leave the beginning of a file behind, under another suffix.
-    found = [p for p in arms if p.suffix == ".json"]
+    found = [p for p in files.finished_files(workdir / "arms") if p.suffix == ".json"]
     if not found:
       raise InputError(f"{workdir} has no finished arm: run the recipe with --workdir={workdir}.")
-    entries = {path: files.read_json(path) for path in found}
+    remedy = "delete it, and the command of its run writes it again"
+    entries = {path: files.read_json(path, remedy) for path in found}
     # In the order of finishing: the first run of an arm names it, later ones by their differences.
     # An entry of an earlier version has no number, and its file's age is all there is.
     for path in sorted(found, key=lambda p: (entries[p].get("number", -1), p.stat().mtime, p.name)):

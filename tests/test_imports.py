@@ -38,7 +38,7 @@ ARROWS = {
   "guides": {"compiling", "chat"},
   "probing": {"ledger", "metrics"},
   "compiling": {"foresee", "allocate", "hints", "training", "sampler", "remat"},
-  "remat": {"models", "hosts"},
+  "remat": {"models", "hosts", "metrics"},
   "allocate": {"rollouts", "keys", "manifest"},
   "hints": {"models", "chat", "rollouts", "keys"},
   "foresee": {"losses", "rollouts", "keys"},

@@ -115,7 +115,7 @@ def follow(sentence, path, workdir):
   return ()
 
 
-def ended(world, workdir, path=None):
+def run_again(world, workdir, path=None):
   """Starts the command again until it ends, as its sentences say: ([what it printed], result).
 
   Args:
@@ -152,7 +152,7 @@ def on_disk(world, copy, kind, start, rng):
   path = rng.choice(sorted(files_of(workdir)))
   way = rng.choice(ways)
   way(path, rng)
-  said, result = ended(world, workdir, path)
+  said, result = run_again(world, workdir, path)
   record = {"fault": f"{name}: {way.__name__}", "file": str(path.relative_to(workdir)),
             "printed": said, "result": result}
   shutil.rmtree(workdir)
@@ -181,7 +181,7 @@ def vanished(world, name, rng, row):
                  f"the folder of {row}, removed at event {event}")
 
 
-def stopped(world, name, flag, what):
+def stopped(world, name, flag, fault_name):
   """The record of a run that cannot write any longer, and is started again where it can."""
   workdir = world.folder / name
   # It prints to pipes, which take bytes while no file does.
@@ -194,10 +194,10 @@ def stopped(world, name, flag, what):
   if done.returncode != 1 or sentence is None or str(workdir) not in sentence:
     result = f"exit status {done.returncode}, and no sentence that names a file"
   else:
-    further, result = ended(world, workdir)
+    further, result = run_again(world, workdir)
     said += further
   shutil.rmtree(workdir, ignore_errors=True)
-  return {"fault": what, "file": "any", "printed": said, "result": result}
+  return {"fault": fault_name, "file": "any", "printed": said, "result": result}
 
 
 def fault(world, seed, unfinished, number):

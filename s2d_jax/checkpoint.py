@@ -20,7 +20,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, json_objects, metrics
+from s2d_jax import checksums, files, hosts, json_objects, metrics, sharding
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
@@ -108,6 +108,16 @@ class Checkpoints:
     step = self.latest()
     found = _read(self._folder / str(step), lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
+
+  def load_over(self, state: Params) -> Params:
+    """The newest state in the layout of `state`, whose arrays are freed first.
+
+    Two states may not fit the devices. The caller's models also have the weights of `state`.
+    """
+    layout = sharding.abstract(state)
+    for x in jax.tree.leaves(state):
+      x.delete()
+    return self.load(layout)
 
   def close(self) -> None:
     """Waits for unfinished writes; a second call does nothing."""

@@ -311,8 +311,7 @@ def math(arg: ConfigDict) -> ConfigDict:
                  "labelled": "dapo_math_17k",  # printed. gap: which of its deduplications
                  "validation": "math_train",   # ours: for curves and probes
                  "math500": "math500", "aime24": "aime24", "aime25": "aime25",  # printed
-                 # problems to leave out, "labelled:17,aime24:5", or a file of such lines
-                 "leave_out": "",
+                 "leave_out": "",  # problems, "labelled:17,aime24:5", or a file of such lines
                  # scored splits that may hold labelled problems, with commas between
                  "overlap": ""}
   # Optional: config.data.solutions, a file of responses (docs/sampling.md).
@@ -331,6 +330,7 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.sampler = sampler(chunk=512)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
+  config.offload = ""                       # "optimizer,guide" on the host while stages sample
 
   config.stages = _math_stages()
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,

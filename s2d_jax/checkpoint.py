@@ -14,7 +14,7 @@ from concurrent import futures
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from s2d_jax import checksums, files, hosts, metrics, orbax_errors
+from s2d_jax import checksums, files, hosts, metrics, orbax_errors, sharding
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.sharding import Params
 
@@ -103,6 +103,16 @@ class Checkpoints:
     found = orbax_errors.read(self._folder / str(step),
                               lambda: self._orbax.load(step, _named(abstract)))
     return abstract._replace(**found) if isinstance(abstract, tuple) else found
+
+  def load_over(self, state: Params) -> Params:
+    """The newest state in the layout of `state`, whose arrays are freed first.
+
+    Two states may not fit the devices. The caller's models also have the weights of `state`.
+    """
+    layout = sharding.abstract(state)
+    for x in jax.tree.leaves(state):
+      x.delete()
+    return self.load(layout)
 
   def close(self) -> None:
     """Waits for unfinished writes; a second call does nothing."""

@@ -45,6 +45,7 @@ class StageModels(NamedTuple):
   pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts
   anchored: bool = False      # whether the state keeps an anchor, for `foresee`
   guides: dict[str, Role] | None = None  # by role, weights on the host (`guides`); None: one guide
+  away: frozenset[str] = frozenset()  # of `resident`, what waits on the host (`placement`)
 
   def full(self, params: Params) -> Params:
     """All leaves of the learner, given those that are trained."""

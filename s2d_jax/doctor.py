@@ -24,6 +24,7 @@ from s2d_jax import (
   objectives,
   optim,
   options,
+  placement,
   program_cache,
   rollouts,
   sampler,
@@ -64,6 +65,7 @@ CONFIG_KEYS: Record = {
                 "give three sizes of at least 1, for data, fsdp and tensor"),
     "sampler": sampler.SamplerConfig.KEYS, "probe": evals.PROBE_KEYS,
     "compilation_cache": program_cache.KEY, "profile": timing.PROFILE_KEY,
+    "offload": placement.KEY,
     **bases.KEYS,
     "evals": keys.ANY}  # read by `check_config`: blocks of evals.EVALUATION_KEYS, by name
 
@@ -134,7 +136,8 @@ def check_names(config: ConfigDict) -> None:
   """Raises InputError unless a config has exactly the keys that are read, its blocks aside."""
   # Before a missing key is named: a config of an earlier version lacks the new one too.
   _refuse_replaced("config", config)
-  keys.check_names("config", [name for name in config if name not in TASK_KEYS], CONFIG_KEYS)
+  keys.check_names("config", [name for name in config if name not in TASK_KEYS],
+                   keys.present(config, CONFIG_KEYS))
 
 
 def _refuse_replaced(path: str, block: ConfigDict) -> None:

@@ -69,7 +69,7 @@ def check_block(path: str, block: ConfigDict, record: Record,
   # A loop over the record's names would neither see an unknown key nor explain a missing one.
   if not isinstance(block, ConfigDict | Mapping):
     raise InputError(f"{path} is {block!r}: write a block of settings ({example}).")
-  record = _present(block, record)
+  record = present(block, record)
   check_names(path, block, record, example)
   for name, key in record.items():
     if isinstance(key, Key):
@@ -80,7 +80,7 @@ def check_block(path: str, block: ConfigDict, record: Record,
       check_block(f"{path}.{name}", block[name], key)
 
 
-def _present(block: Mapping[str, Any], record: Record) -> Record:
+def present(block: Mapping[str, Any], record: Record) -> Record:
   """The record without the optional keys and blocks that a block lacks."""
   def is_optional(key: Any) -> bool:
     return isinstance(key, Optional) or isinstance(key, Key) and key.optional
@@ -167,7 +167,7 @@ def hashed(block: ConfigDict, record: Record) -> dict[str, Any]:
   A key at its neutral value is left out, so that a new key renames no finished stage.
   """
   found: dict[str, Any] = {}
-  for name, key in _present(block, record).items():
+  for name, key in present(block, record).items():
     if isinstance(key, Optional):
       # All of it, also default values: a block that is there is never neutral.
       found[name] = block[name].to_dict()

@@ -3,9 +3,8 @@
 A step is one rollout batch. In order: evaluate the old state when due, save *before* sampling,
 decide the shares of families when due, sample, score the text, build the batch, then epochs ×
 minibatches optimizer updates, and a search when due. Where the update cannot compute the old
-log-probabilities itself, a separate pass before it does (`compiling.needs_old_logps`). Everything
-but the TrainState is a function of (seed, stage, step) and of the logged decisions, so that a
-killed stage continues as if it had not been interrupted.
+log-probabilities itself, a separate pass before it does. Everything but the TrainState is a
+function of (seed, stage, step) and of the logged decisions: a killed stage continues unchanged.
 """
 
 import contextlib
@@ -28,6 +27,7 @@ from s2d_jax import (
   keys,
   ledger,
   metrics,
+  placement,
   rollouts,
   sampler,
   selection,
@@ -87,6 +87,7 @@ class StageRun(NamedTuple):
   guide_of: Mapping[int, str] | None = None  # the role that guides a problem id; None: the guide
   # the guide's own prompt of each problem id, as token ids; None: it reads the learner's
   hint_of: Mapping[int, Sequence[int]] | None = None
+  mover: placement.Mover = placement.Mover()  # of what waits on the host while the stage samples
 
 
 def update_count(hp: ConfigDict) -> int:
@@ -121,8 +122,8 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
-    if start:
-      state = checkpoints.load(sharding.abstract(state))
+    state = stage.mover.after_updates(
+        checkpoints.load_over(state) if start else state)
     # Logs lose what a killed run wrote after its last checkpoint.
     logs = {name: metrics.Log(stage.folder, name, start) for name in ("timing", "samples")}
     logs["ledger"] = metrics.Log(stage.folder, "ledger", start, every_step=True)
@@ -196,7 +197,8 @@ def _loop(stage: StageRun, programs: Programs, state: TrainState, start: int,
       sampled = {} if stats is None else {f"sampler_{k}": x for k, x in stats._asdict().items()}
       logs["timing"].add({**seconds, "tokens_per_second": tokens_per_second, **sampled})
       shown = {key: f"{entry[key]:.3f}" for key in ("reward", "kl", "loss") if key in entry}
-      bar.set_postfix(shown | {"tokens/s": f"{tokens_per_second:.0f}"}, refresh=False)
+      shown |= {"tokens/s": f"{tokens_per_second:.0f}", **stage.mover.shown()}
+      bar.set_postfix(shown, refresh=False)
       bar.update()
   _save(checkpoints, logs, hp.steps, state)
   return state
@@ -243,8 +245,7 @@ def _step(stage: StageRun, programs: Programs, source: RolloutSource, pass_rates
     step_rollouts = selection.selected(step_rollouts, hp, stage.check)
   values = dict(step_rollouts.metrics)
   weight_B = step_rollouts.weight_B
-  advantage_B = None
-  pass_rate_rollout = None
+  advantage_B = pass_rate_rollout = None
   if pass_rates is not None:
     with clock.phase("draw"):
       weight_B, pass_rate_rollout, values["pass_rate"] = pass_rates.weights(step_rollouts, step)
@@ -308,7 +309,7 @@ def _search(stage: StageRun, programs: Programs, state: TrainState,
     if hp.signal == "reward":
       return foresee.Scored(float(rollouts.score(stage.check, rollout).mean()), rollout)
     batch = _hinted(stage, rollouts.batch(rollout), rollout)
-    kl_BT = jax.device_get(search.compare(params, stage.models.guide.params,
+    kl_BT = jax.device_get(search.compare(params, stage.mover.guide(stage.models),
                                           sharding.put_batch(batch, mesh)))["reverse_kl"]
     return foresee.Scored(-float(kl_BT[batch.weight_BT > 0].mean(dtype=np.float64)), rollout)
 
@@ -324,7 +325,7 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   """epochs × minibatches optimizer updates: the state and the means of their metrics."""
   hp = stage.hp
   mesh = sharding.current_mesh()
-  guide_params = None if stage.models.guide is None else stage.models.guide.params
+  state, guide_params = stage.mover.before_updates(state, stage.models)
   update_metrics = []
   for epoch in range(hp.epochs):
     # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
@@ -347,7 +348,8 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
     means["logp_gap_rms"] = np.sqrt(means.pop("logp_gap_square"))
   if not np.any(batch.weight_BT > 0):  # no token was compared
     means = {k: x for k, x in means.items() if not k.startswith("logp_gap")}
-  return state, means | {"finite": min(values["finite"] for values in update_metrics)}
+  means["finite"] = min(values["finite"] for values in update_metrics)
+  return stage.mover.after_updates(state), means
 
 
 def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, _Values]:
@@ -383,13 +385,11 @@ def _check(stage: StageRun, step: int, checkpoints: checkpoint.Checkpoints, entr
 
 
 def _check_cache(stage: StageRun, programs: Programs, state: TrainState) -> None:
-  """Refuses a narrow cache whose log-probabilities are too far from the trainer's, on one rollout.
-  """
+  """Refuses a narrow cache whose log-probabilities are far from the trainer's, on one rollout."""
   if not narrow_cache(stage.models, stage.samplers):
     return
-  params = stage.models.actor.params
-  if stage.models.on_policy:
-    params = stage.models.full(state.params)
+  params = (stage.models.full(state.params) if stage.models.on_policy
+            else stage.models.actor.params)
   # A seed of its own: the samples of step 0 do not depend on whether a cache was checked.
   rollout, _ = programs.sampler(params, stage.prompts_of(0, 0), (stage.seed, zlib.crc32(b"cache")))
   _, gap_values = _sampler_gap(programs, params, rollouts.batch(rollout))

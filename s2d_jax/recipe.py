@@ -7,10 +7,11 @@ of `run`.
 
 from collections.abc import Mapping
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import budget, objectives, planning, program_cache, walk
+from s2d_jax import budget, objectives, placement, planning, program_cache, walk
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Arm, Plan, Stage, Task, Use
 
@@ -100,6 +101,7 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
       raise InputError(f"config.stages.{name}.keep has \"right\" and the task has no reward: leave "
                        "it out, or give the task one.")
   laid_out = planning.plan(config, task, stages, arms, compared)
+  placement.check_devices(config, jax.local_devices())
   _check_budgets(laid_out, compared)
   return laid_out
 

@@ -313,7 +313,8 @@ def seconds(groups: Sequence[Group]) -> list[str]:
           "Wall seconds of each stage, means over seeds. *Start* is loading, restoring and "
           "compiling; *compile* is XLA's part of it, threads added up, and *saved* what the "
           "persistent cache spared. *Draw* is sampling; *reward* is the host in the reward, while "
-          "the device may decode other rows; *score* is the pass for old log-probabilities. "
+          "the device may decode other rows; *score* is the pass for old log-probabilities; *move* "
+          "is between the devices' and the host's memory. "
           "*Goodput* is the share of draw, reward, score, update and host in all seconds, those "
           "lost by kills included. *MFU* is the ledger's FLOPs over those five, as a share of the "
           "devices' bfloat16 peak; – where the peak is not known.", "",

@@ -21,6 +21,8 @@ from s2d_jax.errors import InputError
 
 Params = Any  # a pytree of arrays: a model's weights, their shapes or their layouts
 
+HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes itself
+
 _Names = tuple[str, ...]  # a logical name for each axis of an array
 _Shape = tuple[int, ...]
 
@@ -198,8 +200,15 @@ def current_mesh() -> Mesh | None:
 
 
 def abstract(tree: Params) -> Params:
-  """Shapes, dtypes and layouts of arrays, for which a program can be compiled without them."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+  """Shapes, dtypes and layouts of arrays, for which a program can be compiled without them.
+
+  Programs read arrays in the devices' memory, so that is the layout also of those on the host.
+  """
+  def where(x: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    on_host = x.sharding is not None and x.sharding.memory_kind == HOST
+    return NamedSharding(x.sharding.mesh, x.sharding.spec) if on_host else x.sharding
+
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), tree)
 
 
 def device_bytes(tree: Params) -> int:

@@ -35,6 +35,7 @@ from s2d_jax import (
   models,
   objectives,
   optim,
+  placement,
   program_cache,
   rollouts,
   sampler,
@@ -57,7 +58,7 @@ def train_node(plan: Plan, node: Node, workdir: epath.Path, stop: Callable[[], b
   folder = workdir / node.name
   # The clock starts first: loading and compiling are charged to the stage too.
   with files.only_writer(folder) as (heartbeat, last_heartbeat), timing.clock() as clock:
-    stage = _stage_run(plan, node, workdir, mesh)
+    stage = _stage_run(plan, node, workdir, mesh, clock)
     params, totals = loop.run(stage, clock, heartbeat, last_heartbeat, stop)
     model, params = _merged(stage.models, params)
     # The manifest marks the folder finished, so it is written after everything else.
@@ -124,7 +125,7 @@ def _merged(stage_models: StageModels, params: Params) -> tuple[Model, Params]:
 
 def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
                 load_role: Callable[[str, Callable[[Config], Params]], Role],
-                adapters: Callable[[Model], Params]) -> StageModels:
+                adapters: Callable[[Model], Params], offload: str = "") -> StageModels:
   """The models of a stage. With lora, the adapters alone train.
 
   Args:
@@ -132,6 +133,7 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
     load_role: load_role(role, shapes_of) -> the model of a role, and its weights in the types that
       shapes_of(config) gives them.
     adapters: new adapters of a model.
+    offload: config.offload.
   """
   # In float32 also where adapters train and these weights stand still: merged, they are the result.
   learner = load_role(roles["learner"], models.shapes)
@@ -164,15 +166,20 @@ def load_models(stage: Stage, hp: ConfigDict, roles: Mapping[str, str | None],
   if stage.on_policy:
     # The learner's own weights change and are donated: only their shapes can be kept.
     actor = Role(learner.model, sharding.abstract(training.join(learner.params, non_trainable)))
-  return StageModels(learner, non_trainable, actor, stage.on_policy, guide, start,
-                     anchored="foresee" in hp, guides=several)
+  found = StageModels(learner, non_trainable, actor, stage.on_policy, guide, start,
+                      anchored="foresee" in hp, guides=several)
+  found = found._replace(away=placement.away(offload, found, hp))
+  if "guide" in found.away:
+    found = found._replace(guide=Role(guide.model, placement.to_host(guide.params)))
+  return found
 
 
 def _on_host(role: Role) -> Role:
   return Role(role.model, guides.to_host(role.params))
 
 
-def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.StageRun:
+def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh,
+               clock: timing.Clock) -> loop.StageRun:
   """Everything that `loop.run` reads of a stage."""
   hp = node.hp
   stage = node.stage
@@ -182,7 +189,7 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
   stage_models = load_models(
       stage, hp, {"actor": node.actor, "learner": node.learner, "guide": node.guide},
       lambda role, shapes_of: load(plan, role, workdir, mesh, shapes_of),
-      lambda model: models.adapters(model, adapters_seed))
+      lambda model: models.adapters(model, adapters_seed), plan.config.get("offload", ""))
   learner = stage_models.learner
   rewards = None
   if stage.reward:
@@ -197,7 +204,9 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
                                  rounds=max(hp.rounds, 1) if stage.reward else 1)
   stage_optimizer = optimizer(hp, learner.model.config)
   held = compiling.resident(stage_models, stage_optimizer)
-  samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(held.values()))
+  placement.announce(stage.name, stage_models.away, held)
+  staying = placement.staying(held, stage_models.away)
+  samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(staying.values()))
   whole = Role(learner.model, stage_models.full(learner.params))
   return loop.StageRun(
       name=stage.name, folder=workdir / node.name, seed=seed, hp=hp, prompts_of=order,
@@ -214,7 +223,8 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh) -> loop.
              if "foresee" in hp else None),
       allocation=(_allocation(plan, node, stage_models, order, workdir)
                   if "allocate" in hp else None),
-      hint_of=node.hint_of, guide_of=node.guide_of)
+      hint_of=node.hint_of, guide_of=node.guide_of,
+      mover=placement.Mover(stage_models.away, clock))
 
 
 def _allocation(plan: Plan, node: Node, stage_models: StageModels, order: allocate.Order,

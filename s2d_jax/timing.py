@@ -7,6 +7,7 @@ The phases of a step:
   score: the actor's log-probabilities, until the host has them.
   update: the optimizer updates, until the host has their metrics.
   evaluate: the evaluations between steps. save: logs and checkpoints.
+  move: arrays that wait in the host's memory go to the devices or back (`placement`).
   host: all else, such as batches and the ledger.
 
 A moment belongs to one phase, so the phases of a step add up to its wall time. Nothing waits for
@@ -30,7 +31,7 @@ from s2d_jax import chips, files, hosts, manifest, metrics
 from s2d_jax.keys import Key
 
 STEP = ("draw", "reward", "score", "update", "host")
-BETWEEN = ("evaluate", "save")
+BETWEEN = ("evaluate", "save", "move")
 PHASES = (*STEP, *BETWEEN)
 
 
@@ -40,6 +41,7 @@ class Clock:
   def __init__(self, compiled: Callable[[], metrics.Compilations]) -> None:
     """Starts the clock, in the phase `host`; `compiled` is as `metrics.compilations` yields it."""
     self.compiled = compiled
+    self.counts: collections.Counter[str] = collections.Counter()  # since the last reading
     self._seconds: collections.Counter[str] = collections.Counter()
     self._open = ["host"]
     self._since = time.monotonic()
@@ -71,6 +73,12 @@ class Clock:
     self._seconds.clear()
     return found
 
+  def read_counts(self) -> dict[str, int]:
+    """The counts since the last reading; {} where nothing was counted."""
+    found = dict(self.counts)
+    self.counts.clear()
+    return found
+
   def _count(self) -> None:
     """Counts the seconds since the last call to the innermost open phase."""
     now = time.monotonic()
@@ -90,14 +98,15 @@ def start_entry(step: int, reading: Clock) -> dict[str, float]:
   compiled = reading.compiled()
   return {"step": step, "seconds": sum(reading.read().values()),
           "programs_compiled": compiled.count, "compile_seconds": compiled.seconds,
-          "compile_seconds_saved": compiled.saved}
+          "compile_seconds_saved": compiled.saved, **reading.read_counts()}
 
 
 def step_entry(step: int, reading: Clock) -> dict[str, float]:
   """The entry of the timing log for a step: its seconds, whole and by phase."""
   seconds = reading.read()
   return {"step": step, "seconds": sum(seconds.values()),
-          **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES}}
+          **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES},
+          **reading.read_counts()}
 
 
 def steps_of(text: str) -> range:
@@ -179,7 +188,8 @@ def usage(folder: epath.Path) -> Usage | None:
   if not steps:
     return None
   starts = [entry for entry in entries if "compile_seconds" in entry]
-  phases = {phase: sum(entry[f"{phase}_seconds"] for entry in steps) for phase in PHASES}
+  # Earlier versions had no moves.
+  phases = {phase: sum(entry.get(f"{phase}_seconds", 0.0) for entry in steps) for phase in PHASES}
   recorded = manifest.load(folder)
   totals = files.read_json(folder / "ledger.json")
   devices = math.prod(recorded["mesh"].values())

@@ -28,7 +28,7 @@ from s2d_jax.errors import InputError
 from s2d_jax.planning import Node, Plan
 
 # Keys that name no result: arms that differ in them alone are one in the report.
-NO_RESULT = ("arms", "seed", "mesh", "compilation_cache", "profile")
+NO_RESULT = ("arms", "seed", "mesh", "compilation_cache", "profile", "offload")
 
 
 def check_folders(plan: Plan, workdir: epath.PathLike) -> None:

@@ -23,6 +23,17 @@ def state(value, mesh):
                             sharding.weight_sharding(mesh, ("embed", "mlp"), (8, 4)))}
 
 
+def test_a_state_is_freed_before_another_is_loaded_in_its_layout(tmp_path):
+  steps = checkpoint.Checkpoints(tmp_path)
+  steps.save(2, state(5, sharding.make_mesh((1, 1, 1))))
+  fresh = state(0, sharding.make_mesh((2, 2, 2)))
+  layout = fresh["w"].sharding
+  found = steps.load_over(fresh)
+  steps.close()
+  assert fresh["w"].is_deleted() and found["w"].sharding == layout
+  np.testing.assert_array_equal(found["w"], np.full((8, 4), 5, np.float32))
+
+
 def test_a_checkpoint_of_one_mesh_is_restored_on_another(tmp_path):
   one, many = sharding.make_mesh((1, 1, 1)), sharding.make_mesh((2, 2, 2))
   steps = checkpoint.Checkpoints(tmp_path)

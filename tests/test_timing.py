@@ -39,7 +39,7 @@ def test_a_moment_belongs_to_the_innermost_phase(time):
   entry = timing.step_entry(5, clock)
   assert entry == {"step": 5, "seconds": 96, "draw_seconds": 0, "reward_seconds": 0,
                    "score_seconds": 0, "update_seconds": 32, "host_seconds": 64,
-                   "evaluate_seconds": 0, "save_seconds": 0}
+                   "evaluate_seconds": 0, "save_seconds": 0, "move_seconds": 0}
 
 
 def test_the_start_has_the_compilations(time):
@@ -159,7 +159,7 @@ def test_usage_by_hand(tmp_path):
   assert used == timing.Usage(
       start=26.0, compile=13.0, saved=14.0,
       phases={"draw": 7.0, "reward": 1.0, "score": 0.5, "update": 2.5, "host": 1.0, "evaluate": 7.0,
-              "save": 1.0}, lost=10.0, goodput=pytest.approx(12 / 56),
+              "save": 1.0, "move": 0.0}, lost=10.0, goodput=pytest.approx(12 / 56),
       # 4 devices at 459 TFLOP/s for 12 s could have made 2.2e16.
       mfu=pytest.approx(6e14 / (4 * 459e12 * 12)))
   stage(folder, entries, "cpu", lost=40.0)

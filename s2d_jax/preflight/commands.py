@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from s2d_jax import command, hosts, keys, program_cache, recipe, sharding, sweep
+from s2d_jax import command, hosts, keys, placement, program_cache, recipe, sharding, sweep
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.preflight import runs, search, topologies, verdicts
@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--fast", action="store_true",
                       help="the stages alone, with a sampler's two largest programs")
   parser.add_argument("--search", action="store_true",
-                      help="try meshes, microbatches and remat; print the cheapest that fits")
+                      help="try meshes, microbatches, remat and placement; print the cheapest that "
+                           "fits")
   parser.add_argument("--price", metavar="2.5", help="of one chip an hour")
   config, args = command.parse_config(parser, argv)
   price = search.check_price(args.price)
@@ -65,6 +66,8 @@ def show(config: ConfigDict, topology: str | None = None, fast: bool = False,
   # A run opens the folder of its first config.
   program_cache.check(configs[0].compilation_cache)
   devices = topologies.devices(topology) if topology else None
+  if devices is None:  # every chip of a topology has the memory
+    placement.check_devices(configs[0], jax.local_devices())
   mesh = _mesh(configs[0].mesh, devices)
   limit = chip.usable if chip is not None else hosts.device_memory()
   progress = Progress()
@@ -115,12 +118,16 @@ def search_and_show(config: ConfigDict, topology: str, price: float | None) -> b
 
   heads = [hf.read_config(config[role]).kv_heads for role in ("teacher", "student")]
   print(verdicts.memory(chip), flush=True)
-  tried = list(search.candidates(config, len(devices), math.gcd(*heads)))
   def total(found: Sequence[Cost]) -> runs.Total:
     return runs.total([plan], [found])
 
-  best = search.cheapest(config, tried, chip.usable, compiled, held,
-                         lambda found: total(found).hours, lambda line: print(line, flush=True))
+  for group in search.placements(config):
+    tried = [candidate for offload in group for candidate in
+             search.candidates(config, len(devices), math.gcd(*heads), offload)]
+    best = search.cheapest(config, tried, chip.usable, compiled, held,
+                           lambda found: total(found).hours, lambda line: print(line, flush=True))
+    if best is not None:
+      break
   if best is None:
     print(f"no candidate fits {topology}")
     return False

@@ -74,6 +74,11 @@ class DoesNotFit(NamedTuple):
   problem: str
 
 
+class Moved(NamedTuple):
+  """In place of a program: bytes that a step moves between each device and its host's memory."""
+  bytes: int
+
+
 def compile_or_refuse(lowered: jax.stages.Lowered) -> Read | DoesNotFit:
   """A program compiled and read, or the sentence of a compiler that refused it for its memory.
 
@@ -114,9 +119,9 @@ def least(kernels: Iterable[Kernel], chip: Chip) -> Least:
   return Least(**found, network=sent / chip.network)
 
 
-def cost(stage: str, program: str, compiled: Read | DoesNotFit, resident: int, runs: float,
+def cost(stage: str, program: str, compiled: Read | DoesNotFit | Moved, resident: int, runs: float,
          trips: int, chip: Chip | None) -> Cost:
-  """The Cost of a compiled program.
+  """The Cost of a compiled program, or of moves, whose bytes count as sent.
 
   Args:
     resident: bytes that the stage holds beside it.
@@ -125,6 +130,11 @@ def cost(stage: str, program: str, compiled: Read | DoesNotFit, resident: int, r
   """
   if isinstance(compiled, DoesNotFit):
     return Cost(stage, program, None, resident, runs, hlo.total(()), None, compiled.problem)
+  if isinstance(compiled, Moved):
+    rate = chip and chip.host
+    return Cost(stage, program, Account(0, 0, 0, 0), resident, runs,
+                hlo.total(())._replace(collective_bytes=compiled.bytes),
+                rate and Least(0.0, 0.0, 0.0, network=compiled.bytes / rate))
   kernels = hlo.kernels(compiled.text, trips)
   return Cost(stage, program, compiled.account, resident, runs, hlo.total(kernels),
               chip and least(kernels, chip))

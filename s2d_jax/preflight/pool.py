@@ -13,14 +13,15 @@ import jax
 
 from s2d_jax.chips import Chip
 from s2d_jax.preflight import costs
-from s2d_jax.preflight.costs import Cost, DoesNotFit, Read
+from s2d_jax.preflight.costs import Cost, DoesNotFit, Moved, Read
 
 
 class Request(NamedTuple):
   """A program to compile; the fields that `costs.cost` has too are described there."""
   stage: str
   program: str
-  lowered: jax.stages.Lowered | DoesNotFit  # the latter where its arrays alone exceed the memory
+  # DoesNotFit where its arrays alone exceed the memory
+  lowered: jax.stages.Lowered | DoesNotFit | Moved
   resident: int = 0
   runs: float = 0.0
   trips: int = 1
@@ -45,14 +46,14 @@ class Progress:
     try:
       found = [self._submit(pool, *pair) for pair in zip(requests, hashes, strict=True)]
       for request, program in zip(requests, found, strict=True):
-        compiled = program if isinstance(program, DoesNotFit) else program.result()
+        compiled = program.result() if isinstance(program, futures.Future) else program
         yield costs.cost(request.stage, request.program, compiled, request.resident, request.runs,
                          request.trips, chip)
     finally:
       pool.shutdown(cancel_futures=True)
 
   def _submit(self, pool: futures.Executor, request: Request,
-              key: bytes | None) -> "futures.Future[Read | DoesNotFit] | DoesNotFit":
+              key: bytes | None) -> "futures.Future[Read | DoesNotFit] | DoesNotFit | Moved":
     """The result of a request, to come where it is not there yet; `key` is its `_hash`."""
     if key is None:
       return request.lowered
@@ -75,6 +76,6 @@ def _hash(request: Request) -> bytes | None:
 
   Stages share many programs.
   """
-  if isinstance(request.lowered, DoesNotFit):
+  if isinstance(request.lowered, DoesNotFit | Moved):
     return None
   return hashlib.sha256(request.lowered.as_text().encode()).digest()

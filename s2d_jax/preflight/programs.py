@@ -18,6 +18,7 @@ from s2d_jax import (
   guides,
   models,
   objectives,
+  placement,
   planning,
   prefixes,
   recipe,
@@ -30,7 +31,7 @@ from s2d_jax.chips import Chip
 from s2d_jax.compiling import Programs, Role, Samplers, StageModels
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
-from s2d_jax.preflight.costs import Cost, DoesNotFit
+from s2d_jax.preflight.costs import Cost, DoesNotFit, Moved
 from s2d_jax.preflight.pool import Progress, Request
 from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
@@ -84,7 +85,8 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
   requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
     held = compiling.resident(stage_models, optimizer)
-    of_stage = samplers._replace(held=sum(held.values()))
+    staying = placement.staying(held, stage_models.away)
+    of_stage = samplers._replace(held=sum(staying.values()))
     try:
       programs = compiling.compile_programs(stage_models, hp, row.objective, objectives.logp,
                                             optimizer, of_stage)
@@ -119,14 +121,20 @@ def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator
     stage_models = stage.load_models(
         row, hp, planning.parents(row, hp, bases),
         lambda role, shapes: abstract_role(config, role, mesh, shapes),
-        lambda model: models.split(model.config, models.laid_out(model.config, mesh))[0])
+        lambda model: models.split(model.config, models.laid_out(model.config, mesh))[0],
+        config.get("offload", ""))
     yield row, hp, stage_models, stage.optimizer(hp, stage_models.learner.model.config)
 
 
 def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
            held: dict[str, int], fast: bool) -> Iterator[Request]:
-  """The programs of a stage, in the order in which a step runs them."""
-  everything = sum(held.values())
+  """The programs of a stage, in the order in which a step runs them.
+
+  Args:
+    held: as `compiling.resident` returns it.
+  """
+  staying = placement.staying(held, stage_models.away)
+  everything = sum(staying.values())
   for program, compiled, samples in (
       ("pass rates", programs.pass_rate_sampler, hp.get("pass_samples", 0)),
       ("sample", programs.sampler, hp.sampling.samples_per_prompt)):
@@ -145,7 +153,10 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   others = held.get("actor", 0) + held.get("pass rate model", 0)
   updates = hp.epochs * hp.minibatches
   blocks = _blocks(hp, rows // (hp.minibatches * hp.microbatches))
-  yield from _options(name, hp, stage_models, programs, held)
+  yield from _options(name, hp, stage_models, programs, staying)
+  if stage_models.away:
+    yield Request(name, "moves", Moved(placement.bytes_moved(held, stage_models.away)), everything,
+                  1)
   if programs.routed is None:
     yield Request(name, "update", programs.update, others, updates, blocks)
     return
@@ -162,7 +173,8 @@ def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Pro
              held: dict[str, int]) -> Iterator[Request]:
   """The programs of searches (`foresee`) and of probes by family (`allocate`).
 
-  A search may accept all of its candidates, so these are the most runs that it can have.
+  A search may accept all of its candidates, so these are the most runs that it can have. `held` are
+  bytes while the stage samples (`placement.staying`).
   """
   everything = sum(held.values())
   if programs.search is not None:

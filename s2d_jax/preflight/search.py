@@ -1,7 +1,8 @@
-"""Which mesh, microbatches and recomputation fit a config on some chips, and at which price.
+"""Which mesh, microbatches, recomputation and placement fit a config, and at which price.
 
 `preflight --search` compiles each candidate as `--fast` does, and takes the one with the least time
-of those that fit. Candidates that their resident memory alone excludes are not compiled.
+of those that fit. Candidates that their resident memory alone excludes are not compiled. Only where
+nothing else fits do arrays wait in the host's memory (`config.offload`).
 """
 
 import math
@@ -10,12 +11,15 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from s2d_jax import placement
 from s2d_jax.errors import InputError
 from s2d_jax.preflight import verdicts
 from s2d_jax.preflight.costs import Cost
 from s2d_jax.preflight.runs import Total
 
 REMAT = ("block", "named")  # recompute whole blocks, or what is cheap
+# Values of config.offload by the number of parts that wait: each moves bytes in every step.
+_PLACEMENTS = (("",), ("optimizer", "guide"), ("optimizer,guide",))
 _IN_MICROBATCHES = ("token_logps", "update")  # programs that read one microbatch at a time
 
 
@@ -24,13 +28,16 @@ class Candidate(NamedTuple):
   mesh: tuple[int, int, int]
   factor: float  # of every stage's microbatches; a larger one means fewer rows in each
   remat: str
+  offload: str = ""
 
   def apply(self, config: ConfigDict) -> ConfigDict:
-    """A copy of a config with this candidate's mesh, microbatches and remat."""
+    """A copy of a config with this candidate's mesh, microbatches, remat and placement."""
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
       changed.mesh = self.mesh
       changed.remat = self.remat
+      if self.offload:
+        changed.offload = self.offload
       for hp in changed.stages.values():
         hp.microbatches = self.microbatches(hp)
     return changed
@@ -51,10 +58,13 @@ class Candidate(NamedTuple):
     mesh = ", ".join(map(str, self.mesh))
     stages = [f"--config.stages.{name}.microbatches={self.microbatches(hp)}"
               for name, hp in config.stages.items() if hp.steps]
-    return " ".join([f'--config.mesh="({mesh})"', f"--config.remat={self.remat}", *stages])
+    offload = [f"--config.offload={self.offload}"] if self.offload else []
+    return " ".join([f'--config.mesh="({mesh})"', f"--config.remat={self.remat}", *offload,
+                     *stages])
 
   def __str__(self) -> str:
-    return f"mesh {self.mesh}, microbatches x {self.factor:g}, remat {self.remat}"
+    offload = f", offload {self.offload}" if self.offload else ""
+    return f"mesh {self.mesh}, microbatches x {self.factor:g}, remat {self.remat}{offload}"
 
 
 def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -74,8 +84,21 @@ def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, in
         yield data, shards // data, tensor
 
 
-def candidates(config: ConfigDict, count: int, key_heads: int) -> Iterator[Candidate]:
-  """Every Candidate of a config on `count` devices.
+def placements(config: ConfigDict) -> Iterator[tuple[str, ...]]:
+  """Values of `Candidate.offload` in the order in which they are tried, the config's first.
+
+  Each further group has one part that the one before has not; the config's own parts all wait.
+  """
+  waiting = placement.parts(config.get("offload", ""))
+  for group in _PLACEMENTS:
+    fitting = tuple(value for value in group if placement.parts(value) >= waiting)
+    if fitting:
+      yield fitting
+
+
+def candidates(config: ConfigDict, count: int, key_heads: int,
+               offload: str = "") -> Iterator[Candidate]:
+  """Every Candidate of a config on `count` devices, with one placement.
 
   First the config's microbatches, then fewer and larger ones, and at last more and smaller ones,
   down to one row of each shard.
@@ -89,7 +112,7 @@ def candidates(config: ConfigDict, count: int, key_heads: int) -> Iterator[Candi
   for factor in factors:
     for mesh in meshes(count, key_heads, math.gcd(*rows)):
       for remat in REMAT:
-        candidate = Candidate(mesh, factor, remat)
+        candidate = Candidate(mesh, factor, remat, offload)
         # Stages that have one row a shard already stay as they are.
         key = mesh, remat, tuple(candidate.microbatches(hp) for hp in stages)
         if key not in found:
@@ -118,12 +141,12 @@ def cheapest(config: ConfigDict, tried: Sequence[Candidate], limit: int,
   """
   best = None
   least = math.inf
-  # By mesh and remat. Larger microbatches need more memory, so where some failed no larger ones are
-  # tried. Smaller ones take more time, so where some fit no smaller ones are.
-  failed: dict[tuple[tuple[int, int, int], str], float] = {}
-  fitting: dict[tuple[tuple[int, int, int], str], float] = {}
+  # By all but the factor. Larger microbatches need more memory, so where some failed no larger ones
+  # are tried. Smaller ones take more time, so where some fit no smaller ones are.
+  failed: dict[Candidate, float] = {}
+  fitting: dict[Candidate, float] = {}
   for candidate in tried:
-    key = candidate.mesh, candidate.remat
+    key = candidate._replace(factor=1.0)
     if not failed.get(key, 0.0) < candidate.factor <= fitting.get(key, math.inf):
       continue
     changed = candidate.apply(config)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from s2d_jax import models, program_cache, sharding
 from s2d_jax.models import caches, kernels
 from s2d_jax.models.config import Config
-from s2d_jax.sampler import capacity, decode
+from s2d_jax.sampler import capacity, decode, driver
 from s2d_jax.sampler.capacity import SamplerConfig, Shapes
 from s2d_jax.sampler.sampling import Sampling
 from s2d_jax.sharding import Params
@@ -242,14 +242,14 @@ def _loop_on_device(mesh: Mesh | None) -> dict[str, str] | None:
   """The compiler's options with which a GPU runs the whole loop over tokens as one CUDA graph.
 
   Without them the host launches each token's kernels and waits for one boolean. A driver before
-  CUDA 12.3 has no loops in graphs, and XLA then leaves all graphs out. Messages between devices are
-  not put into graphs by default, so on several devices XLA's default stays. So does what the user
-  sets of it in XLA_FLAGS.
+  CUDA 12.3 has no loops in graphs, and XLA would then leave all graphs out: its default stays, with
+  a warning. Messages between devices are not put into graphs by default, so on several devices
+  XLA's default stays. So does what the user sets of it in XLA_FLAGS.
   """
   single = mesh is None or mesh.size == 1
   if sharding.platform() != "gpu" or not single or _GRAPH in os.environ.get("XLA_FLAGS", ""):
     return None
-  return {_GRAPH: _GRAPH_PARTS}
+  return {_GRAPH: _GRAPH_PARTS} if driver.has_loops_in_graphs() else None
 
 
 def _lower(mesh: Mesh | None, f: Callable, out: Params, *args: Any, donate: Any = (),

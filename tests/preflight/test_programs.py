@@ -12,7 +12,7 @@ import pytest
 
 from configs import arithmetic
 from s2d_jax import command, preflight, program_cache, sharding
-from s2d_jax.preflight import programs, topologies, verdicts
+from s2d_jax.preflight import pool, programs, topologies, verdicts
 from tests.preflight import options
 
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
@@ -228,6 +228,34 @@ def test_searches_and_probes_by_family_have_their_programs():
   # Decisions before the steps 0 and 2, and the teacher's responses once.
   assert found["forward_kl", "probe token_logps"].runs == 2 / 4
   assert found["forward_kl", "probe"].runs * 4 == int(found["forward_kl", "probe"].runs * 4) > 0
+
+
+def test_arrays_on_the_host_are_moved_and_not_resident():
+  def requests(offload, target=programs.LOCAL):
+    config = options.config(signal="kl")
+    config.offload = offload
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+      return {(request.stage, request.program): request for request in preflight.costs_of(
+          config, target._replace(fast=True), Uncompiled())}
+
+  whole, found = requests(""), requests("optimizer,guide")
+  slots, teacher = 2 * 4 * parameters("student"), 4 * parameters("teacher")
+  assert found.keys() - whole.keys() == {("forward_kl", "moves"), ("reverse_kl", "moves")}
+  for key, before in whole.items():
+    away = 0
+    if key[1] != "update":  # which takes both
+      # The teacher of forward_kl samples, so it stays. A comparison takes the guide.
+      away = slots if key[0] == "forward_kl" or key[1] == "search compare" else slots + teacher
+    assert abs(before.resident - found[key].resident - away) < SLACK, key
+  moved = found["reverse_kl", "moves"]
+  assert abs(moved.lowered.bytes - (2 * slots + teacher)) < SLACK and moved.runs == 1
+  # In the table it is sent, at the rate of PCIe of the fifth generation, and takes no memory.
+  (cost,) = pool.Progress().costs([moved], topologies.chip("h100"))
+  assert cost.bytes == moved.resident and cost.least.bound == "network"
+  assert cost.least.seconds == moved.lowered.bytes / 64e9
+  assert f"{moved.lowered.bytes / 1e9:,.3f}" in verdicts.line(cost)
+  (cost,) = pool.Progress().costs([moved], topologies.chip("v5e:1x1"))
+  assert cost.least is None and verdicts.line(cost)
 
 
 @pytest.mark.medium

@@ -199,3 +199,26 @@ def test_the_price_is_chips_times_hours_times_price():
   small = runs.Total(0.00123, {"stage": 1}, ())
   sentence = search.price_sentence(1, small, 2.5)
   assert sentence.startswith("1 chip x 0.0012 hours at least x 2.5 = 0.0031:")
+
+
+def test_placements_are_tried_after_everything_else_and_with_the_configs_own_parts(config):
+  assert list(search.placements(config)) == [("",), ("optimizer", "guide"), ("optimizer,guide",)]
+  for offload, expected in (("guide", [("guide",), ("optimizer,guide",)]),
+                            ("guide,optimizer", [("optimizer,guide",)])):
+    with config.unlocked():
+      config.offload = offload
+    assert list(search.placements(config)) == expected
+  candidate = next(iter(search.candidates(config, 4, 1, "guide")))
+  assert str(candidate) == "mesh (1, 4, 1), microbatches x 1, remat block, offload guide"
+  assert candidate.flags(config) == ('--config.mesh="(1, 4, 1)" --config.remat=block '
+                                     "--config.offload=guide "
+                                     "--config.stages.reverse_kl.microbatches=4")
+  assert candidate.apply(config).offload == "guide"
+
+
+def test_a_placement_that_fails_excludes_no_other(config):
+  size = {"optimizer": 110, "guide": 90}
+  tried = [Candidate((1, 4, 1), 1, "block", offload) for offload in size]
+  best = search.cheapest(config, tried, 100, lambda changed: [program(1.0, size[changed.offload])],
+                         lambda changed: 50, seconds, lambda line: None)
+  assert best[0] == tried[1]

@@ -246,13 +246,19 @@ def batch_sharding(mesh: Mesh, shape: _Shape, names: _Names = ("batch",)) -> Nam
   return NamedSharding(mesh, _spec(_ACTIVATION_RULES, names, shape, mesh.shape))
 
 
-def shard_count(mesh: Mesh, name: str, size: int | None) -> int:
+def shard_count(mesh: Mesh | jax.sharding.AbstractMesh, name: str, size: int | None) -> int:
   """Number of shards of an activation's axis `name` of `size`; None is a size that all divide."""
   axes = _ACTIVATION_RULES[name]
   if size is not None:
     axes = _fits(size, axes, mesh.shape)
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return int(np.prod([mesh.shape[a] for a in axes]))
+
+
+def shards(name: str, size: int) -> int:
+  """`shard_count` on the mesh of the program that is traced; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else shard_count(mesh, name, size)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

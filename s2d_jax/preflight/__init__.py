@@ -4,7 +4,8 @@ Needs the two model folders' config.json and tokenizer, no weights and no data. 
 compiles for a TPU or GPU that is not here. One file per subject: `commands` has the command line,
 `programs` compiles a config, `runs` counts how often they run, `topologies` has the chips, `costs`
 one program's memory and time, `hlo` reads a compiled program with `operations`, `loops`,
-`products`, `collectives` and `traffic`. `verdicts` prints, and `search` compares meshes.
+`products`, `collectives` and `traffic`. `overlap` says which messages wait for nothing, `verdicts`
+prints, and `search` compares meshes.
 """
 
 from s2d_jax.preflight.commands import main, show

@@ -56,11 +56,18 @@ class Cost(NamedTuple):
   kernels: Kernel          # their sum in one run
   least: Least | None      # of one run; None without a chip
   problem: str = ""        # the number that the compiler refused
+  tokens: float = 0.0      # of one run, over the number of devices; 0: not counted
 
   @property
   def bytes(self) -> int:
     """The memory of a device while the program runs."""
     return self.resident + (self.account.total if self.account else 0)
+
+  @property
+  def sent_per_token(self) -> float | None:
+    """Bytes that all devices together send for one token; None where no tokens are counted."""
+    # A device's bytes over a device's tokens: both sums have one factor, the number of devices.
+    return self.kernels.collective_bytes / self.tokens if self.tokens else None
 
 
 class Read(NamedTuple):
@@ -120,16 +127,18 @@ def least(kernels: Iterable[Kernel], chip: Chip) -> Least:
 
 
 def cost(stage: str, program: str, compiled: Read | DoesNotFit | Moved, resident: int, runs: float,
-         trips: int, chip: Chip | None) -> Cost:
+         trips: int, chip: Chip | None, tokens: float = 0.0) -> Cost:
   """The Cost of a compiled program, or of moves, whose bytes count as sent.
 
   Args:
     resident: bytes that the stage holds beside it.
     runs: of the program in one step of the stage.
     trips: of loops whose trips the compiler does not know.
+    tokens: that one run reads or samples, over the number of devices.
   """
   if isinstance(compiled, DoesNotFit):
-    return Cost(stage, program, None, resident, runs, hlo.total(()), None, compiled.problem)
+    return Cost(stage, program, None, resident, runs, hlo.total(()), None, compiled.problem,
+                tokens)
   if isinstance(compiled, Moved):
     rate = chip and chip.host
     return Cost(stage, program, Account(0, 0, 0, 0), resident, runs,
@@ -137,4 +146,4 @@ def cost(stage: str, program: str, compiled: Read | DoesNotFit | Moved, resident
                 rate and Least(0.0, 0.0, 0.0, network=compiled.bytes / rate))
   kernels = hlo.kernels(compiled.text, trips)
   return Cost(stage, program, compiled.account, resident, runs, hlo.total(kernels),
-              chip and least(kernels, chip))
+              chip and least(kernels, chip), tokens=tokens)

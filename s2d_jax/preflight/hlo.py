@@ -42,7 +42,7 @@ def kernels(text: str, unknown_trips: int = 1) -> list[Kernel]:
       blocks. Inside of such a loop another one counts once.
   """
   computations, entry = parse(text)
-  return list(_Program(computations).walk(entry, 1, unknown_trips))
+  return list(Program(computations).walk(entry, 1, unknown_trips))
 
 
 def total(found: Iterable[Kernel]) -> Kernel:
@@ -55,8 +55,8 @@ def total(found: Iterable[Kernel]) -> Kernel:
                 frozenset().union(*(kernel.unknown for kernel in found)))
 
 
-class _Program:
-  """Walks the computations of a program."""
+class Program:
+  """The computations of a program, with the trips of its loops and the bytes of its kernels."""
 
   def __init__(self, computations: Computations) -> None:
     self.computations = computations

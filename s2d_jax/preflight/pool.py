@@ -25,6 +25,7 @@ class Request(NamedTuple):
   resident: int = 0
   runs: float = 0.0
   trips: int = 1
+  tokens: float = 0.0
 
 
 class Progress:
@@ -48,7 +49,7 @@ class Progress:
       for request, program in zip(requests, found, strict=True):
         compiled = program.result() if isinstance(program, futures.Future) else program
         yield costs.cost(request.stage, request.program, compiled, request.resident, request.runs,
-                         request.trips, chip)
+                         request.trips, chip, request.tokens)
     finally:
       pool.shutdown(cancel_futures=True)
 

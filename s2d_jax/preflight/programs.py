@@ -94,7 +94,9 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
       # The other stages may fit, so this one is a line like theirs.
       requests.append(Request(row.name, "sample", DoesNotFit(str(error))))
       continue
-    requests += _stage(row.name, hp, stage_models, programs, held, target.fast)
+    # The last token of a sequence is a target only.
+    width = config.prompt_tokens + hp.sampling.max_tokens - 1
+    requests += _stage(row.name, hp, stage_models, programs, held, target.fast, width)
     if target.scored:
       requests += _between_steps(config, row, stage_models, of_stage)
   if target.scored:
@@ -127,11 +129,12 @@ def _stages(config: ConfigDict, table: Mapping[str, planning.Stage]) -> Iterator
 
 
 def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
-           held: dict[str, int], fast: bool) -> Iterator[Request]:
+           held: dict[str, int], fast: bool, width: int) -> Iterator[Request]:
   """The programs of a stage, in the order in which a step runs them.
 
   Args:
     held: as `compiling.resident` returns it.
+    width: of its batches.
   """
   staying = placement.staying(held, stage_models.away)
   everything = sum(staying.values())
@@ -148,29 +151,31 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
     taken = sharding.device_bytes(stage_models.actor.params)
     # Without old log-probabilities it runs once a stage, to check a narrow cache.
     yield Request(name, "token_logps", programs.token_logps, everything - taken,
-                  float(programs.scores_first), _blocks(hp, rows // hp.microbatches))
+                  float(programs.scores_first), _blocks(hp, rows // hp.microbatches),
+                  _shared(rows * width))
   # The update takes everything but a separate actor and the model behind pass rates.
   others = held.get("actor", 0) + held.get("pass rate model", 0)
   updates = hp.epochs * hp.minibatches
   blocks = _blocks(hp, rows // (hp.minibatches * hp.microbatches))
-  yield from _options(name, hp, stage_models, programs, staying)
+  tokens = _shared(rows // hp.minibatches * width)
+  yield from _options(name, hp, stage_models, programs, staying, width)
   if stage_models.away:
     yield Request(name, "moves", Moved(placement.bytes_moved(held, stage_models.away)), everything,
                   1)
   if programs.routed is None:
-    yield Request(name, "update", programs.update, others, updates, blocks)
+    yield Request(name, "update", programs.update, others, updates, blocks, tokens)
     return
   # All rows under the guide whose program is the largest: the runs of each are not known here.
   routed = programs.routed
   largest = max(routed.gradients, key=lambda role: sharding.device_bytes(
       stage_models.guides[role].params))
   yield Request(name, "gradients", routed.gradients[largest], others + held["optimizer"],
-                updates * hp.microbatches, blocks)
+                updates * hp.microbatches, blocks, tokens / hp.microbatches)
   yield Request(name, "apply", routed.apply, others + held["guide"], updates)
 
 
 def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
-             held: dict[str, int]) -> Iterator[Request]:
+             held: dict[str, int], width: int) -> Iterator[Request]:
   """The programs of searches (`foresee`) and of probes by family (`allocate`).
 
   A search may accept all of its candidates, so these are the most runs that it can have. `held` are
@@ -191,7 +196,8 @@ def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Pro
                   searches * (ahead.candidates + 2))
     if programs.search.compare is not None:
       yield Request(name, "search compare", programs.search.compare,
-                    everything - params - held["guide"], scored, _blocks(hp, rows))
+                    everything - params - held["guide"], scored, _blocks(hp, rows),
+                    _shared(rows * width))
   if programs.probe is not None:
     rows = hp.allocate.problems
     for request in _sampling(name, "probe", programs.probe.sampler, rows, everything):
@@ -199,7 +205,12 @@ def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Pro
     learner = stage_models.full(stage_models.learner.params)
     yield Request(name, "probe token_logps", programs.probe.token_logps,
                   everything - sharding.device_bytes(learner), 1 / hp.allocate.interval,
-                  _blocks(hp, rows))
+                  _blocks(hp, rows), _shared(rows * width))
+
+
+def _shared(tokens: int) -> float:
+  """Tokens of the whole mesh over the number of its devices."""
+  return tokens / sharding.current_mesh().size
 
 
 def _blocks(hp: ConfigDict, rows: int) -> int:
@@ -228,13 +239,15 @@ def _sampling(stage: str, name: str, compiled: sampler.Sampler, rows: int,
   # The cache of a prompt that was read stays while its samples wait for a slot.
   prompts_read = sharding.device_bytes(programs.prompts)
   yield Request(stage, name, compiled.decode_program, held + prompts_read,
-                waves * -(-most_tokens // tokens), tokens)
+                waves * -(-most_tokens // tokens), tokens, _shared(shapes.batches[0] * tokens))
   # Prompts are read one layer at a time, a chunk of each.
   layers = len(programs.prompts)
   others = (sharding.device_bytes(programs.weights) + prompts_read
             - sharding.device_bytes((programs.weights.params["layers"][0], programs.prompts[0])))
   reads = prompts / shapes.prompts * (shapes.window // shapes.chunk) * layers
-  yield Request(stage, f"{name} prefill", programs.prefill, held + slots + others, reads, 1)
+  # Only all layers together have read a token.
+  yield Request(stage, f"{name} prefill", programs.prefill, held + slots + others, reads, 1,
+                _shared(shapes.prompts * shapes.chunk) / layers)
 
 
 def _moving(stage: str, name: str, compiled: sampler.Sampler, rows: int,
@@ -314,7 +327,8 @@ def _scoring(config: ConfigDict, mesh: Mesh, samplers: Samplers) -> Iterator[Req
                         chosen.samplers, chosen.changes)
     rows = config.probe.prompts * config.probe.sampling.samples_per_prompt
     yield Request("probe", "both", _compare(config, roles, mesh, rows), 0, 1,
-                  _blocks(config.probe, rows // config.probe.microbatches))
+                  _blocks(config.probe, rows // config.probe.microbatches),
+                  _shared(rows * _probe_width(config)))
 
 
 def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
@@ -323,10 +337,14 @@ def _compare(config: ConfigDict, roles: dict[str, Role], mesh: Mesh,
   student = roles["student"]
   teacher = roles["teacher"]
   # Both models are scored in one program, so their memory is needed at the same time.
-  width = config.prompt_tokens + config.probe.sampling.max_tokens - 1
-  batch = compiling.abstract_batch(rows, width, mesh)
+  batch = compiling.abstract_batch(rows, _probe_width(config), mesh)
   compared = training.compare(student.model, teacher.model, agreement, config.probe)
   return compared.lower(sharding.abstract(student.params), sharding.abstract(teacher.params), batch)
+
+
+def _probe_width(config: ConfigDict) -> int:
+  """Tokens of a row that a probe compares."""
+  return config.prompt_tokens + config.probe.sampling.max_tokens - 1
 
 
 def least_bytes(config: ConfigDict) -> int:

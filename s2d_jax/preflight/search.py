@@ -78,7 +78,8 @@ def meshes(count: int, key_heads: int, rows: int) -> Iterator[tuple[int, int, in
     if count % tensor or key_heads % tensor or rows % (count // tensor):
       continue
     shards = count // tensor
-    # Weights that are split over all devices need the least memory, so these come first.
+    # Rows before heads: decoding adds features up twice a layer where heads are split, and of
+    # equally fast candidates the first is taken. Weights over all devices need the least memory.
     for data in range(1, shards + 1):
       if shards % data == 0:
         yield data, shards // data, tensor

@@ -8,10 +8,11 @@ from s2d_jax.preflight.costs import Cost
 
 HEADER = "\n".join((
     "arguments to with resident: bytes on each device. GFLOP of products, GB moved in memory, "
-    "kernels, GB sent, least ms: of one run of the program, or one dispatch of decoding",
+    "kernels, GB sent, least ms: of one run of the program, or one dispatch of decoding. "
+    "sent B/token: bytes that all devices send for one token",
     f"{'stage':<16} {'program':<28} {'arguments':>16} {'temporaries':>16} {'output':>16}"
     f" {'code':>13} {'with resident':>16} {'GFLOP':>14} {'GB':>11} {'kernels':>11} {'sent GB':>10}"
-    f" {'least ms':>13} bound"))
+    f" {'sent B/token':>14} {'least ms':>13} bound"))
 
 FAST = ("--fast compiled no evaluation, no probe, and of each sampler only decoding and the reading"
         " of prompts: others may need more memory.")
@@ -28,7 +29,8 @@ def line(cost: Cost) -> str:
             f" {account.code:>13,} {cost.bytes:>16,}")
   kernels = cost.kernels
   counts = (f" {kernels.flops / 1e9:>14,.1f} {kernels.bytes / 1e9:>11,.2f} {kernels.count:>11,}"
-            f" {kernels.collective_bytes / 1e9:>10,.3f}")
+            f" {kernels.collective_bytes / 1e9:>10,.3f}"
+            + (f" {'-':>14}" if cost.sent_per_token is None else f" {cost.sent_per_token:>14,.0f}"))
   if cost.least is None:
     return named + memory + counts
   return f"{named}{memory}{counts} {cost.least.seconds * 1e3:>13,.2f} {cost.least.bound}"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax import keys
+from s2d_jax import keys, sharding
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.sampler import one_pass
@@ -168,6 +168,15 @@ def _uniform(key_B2: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 GROUP = 128  # tokens of the vocabulary that are added up together
+_LEAST_GROUP = 8  # every device gets the sum of each group: smaller ones would save little
+
+
+def _group_size(vocabulary: int) -> int:
+  """GROUP, or fewer where devices split the vocabulary and would share a group."""
+  shard = vocabulary // sharding.shards("vocab", vocabulary)
+  # With a shared group each device would get the probabilities of all words.
+  size = math.gcd(shard, GROUP)
+  return size if GROUP < shard < vocabulary and size >= _LEAST_GROUP else GROUP
 
 
 def _pick(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,14 +187,17 @@ def _pick(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Ar
   if one_pass.applies(logits_BV.shape[-1]):
     return one_pass.pick(logits_BV, uniform_B)
   # One uniform number and not a Gumbel noise for each token: V random numbers cost more than a sum.
-  # The group is found first and then the token in it, so running sums have V / GROUP + GROUP
-  # entries in place of V.
+  # The group is found first and then the token in it, so running sums have V / size + size entries
+  # in place of V.
   B, V = logits_BV.shape
+  size = _group_size(V)
   top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-  p_BV = jnp.pad(jnp.exp(logits_BV - top_B1), ((0, 0), (0, -V % GROUP)))
+  p_BV = jnp.pad(jnp.exp(logits_BV - top_B1), ((0, 0), (0, -V % size)))
   # Sums and probabilities have several readers. A barrier makes XLA compute them once.
-  p_Bgn = jax.lax.optimization_barrier(p_BV.reshape(B, -1, GROUP))
-  mass_Bg = jax.lax.optimization_barrier(jnp.sum(p_Bgn, axis=-1))
+  p_Bgn = jax.lax.optimization_barrier(p_BV.reshape(B, -1, size))
+  # Whole on each device, or every step of the search below would be a message.
+  mass_Bg = sharding.constrain(jnp.sum(p_Bgn, axis=-1), "batch", "time")
+  mass_Bg = jax.lax.optimization_barrier(mass_Bg)
   upto_Bg = jnp.cumsum(mass_Bg, axis=-1)
   total_B = upto_Bg[:, -1]
   aim_B = uniform_B * total_B
@@ -193,7 +205,7 @@ def _pick(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Ar
   group_B = _first_beyond(upto_Bg, mass_Bg, aim_B)
   group_Bn = jnp.take_along_axis(p_Bgn, group_B[:, None, None], axis=1)[:, 0]
   remaining_B = aim_B - (_at(upto_Bg, group_B) - _at(mass_Bg, group_B))
-  token_B = group_B * GROUP + _first_beyond(jnp.cumsum(group_Bn, axis=-1), group_Bn, remaining_B)
+  token_B = group_B * size + _first_beyond(jnp.cumsum(group_Bn, axis=-1), group_Bn, remaining_B)
   return token_B.astype(jnp.int32), _at(logits_BV, token_B) - top_B1[:, 0] - jnp.log(total_B)
 
 

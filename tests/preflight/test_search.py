@@ -132,6 +132,14 @@ def test_nothing_is_compiled_where_the_weights_alone_do_not_fit(config):
   assert "weights, optimizer and gradients alone need 2.00 GB of 1.00 GB" in line
 
 
+def test_of_equally_fast_meshes_rows_are_split_before_heads(config):
+  tried = list(search.candidates(config, 4, key_heads=4))
+  assert (1, 1, 4) in {candidate.mesh for candidate in tried}
+  found, _ = search.cheapest(config, tried, 100, lambda _: [program(1.0, 1)], lambda _: 0, seconds,
+                             lambda _: None)
+  assert found.mesh == (1, 4, 1)
+
+
 def test_a_candidate_without_memory_for_a_cache_does_not_fit(config):
   def costs_of(changed):
     if changed.mesh == (1, 4, 1):

@@ -1,0 +1,64 @@
+"""Messages between eight cards: beside which products, and how many a token in decoding."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from s2d_jax import models, sharding
+from s2d_jax.preflight import hlo, overlap, topologies
+from s2d_jax.sampler import capacity, programs
+from s2d_jax.sampler.sampling import Sampling
+from tests.gpu.test_preflight import lowered_update
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+
+TOKENS = 32  # of one dispatch
+
+
+def test_weights_are_gathered_while_products_run():
+  # The layers are loops, of which two trips are as good as all.
+  text = lowered_update("qwen3-8b", 8, 4096, "h100:8", num_hidden_layers=2).compile().as_text()
+  layers = [one for one in overlap.messages(text) if one.looped]
+  gathers = [one for one in layers if one.opcode == "all-gather"]
+  # A layer's 192,937,984 weights in bfloat16, of which a card sends its eighth to seven others:
+  # forward, and again where the block is recomputed and its gradients are formed.
+  once = 2 * 192_937_984 * 7 / 8
+  assert 2 * 2 * once < sum(one.bytes for one in gathers) < 2 * 3 * once
+  # Those of keys and queries are waited for: nothing of their layer can run before.
+  assert overlap.share(gathers) > 0.8
+
+
+def in_each_step(mesh_shape, rows=64, layers=2):
+  """The messages of one token of 64 rows on eight cards, {opcode: count}, and their bytes."""
+  mesh = sharding.make_mesh(mesh_shape, topologies.devices("h100:8"))
+  model = models.get(models.PUBLISHED["qwen3-8b"] | {"num_hidden_layers": layers},
+                     dtype="bfloat16")
+  shards = mesh_shape[0] * mesh_shape[1]
+  shapes = capacity.Shapes((rows,), (2048,), 1024, 512, prompts=shards, shards=shards, pages=0,
+                           table=0)
+  with jax.set_mesh(mesh):
+    weights = programs.abstract_weights(model, models.laid_out(model.config, mesh), mesh)
+    slots = programs.abstract_slots(model.config, capacity.SamplerConfig(), shapes, rows, 2048,
+                                    mesh)
+    lowered = programs.lower_decode(model, Sampling(max_tokens=1024), TOKENS, weights, slots, mesh)
+  found = [one for one in hlo.kernels(lowered.compile().as_text(), TOKENS)
+           if one.collective_bytes and one.count >= TOKENS]
+  return len(found), sum(one.collective_bytes for one in found) / TOKENS
+
+
+def test_rows_are_decoded_without_messages():
+  # Weights that are split over fsdp are whole on each card while tokens are decoded.
+  assert in_each_step((1, 8, 1)) == (0, 0)
+
+
+def test_heads_are_decoded_with_two_sums_a_layer():
+  count, sent = in_each_step((1, 1, 8))
+  # Features of 64 rows in bfloat16: of the embedding, and twice of each layer.
+  features = 5 * 2 * 64 * 2 * 4096 * 7 / 8
+  # The choice of a token: sums of groups of 16 words, not the logits of 151,936. Then the largest
+  # logit, the words of a group and a word's logit.
+  groups = 64 * 4 * (151_936 / 16) * 7 / 8
+  assert features < sent < features + 1.1 * groups
+  assert count == 5 + 4

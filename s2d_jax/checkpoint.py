@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
 
+import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 

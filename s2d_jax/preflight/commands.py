@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--fast", action="store_true",
                       help="the stages alone, with a sampler's two largest programs")
   parser.add_argument("--search", action="store_true",
-                      help="try meshes, microbatches, remat and placement; print the cheapest that "
+                      help="try meshes, microbatches, remat, offload; print the cheapest that "
                            "fits")
   parser.add_argument("--price", metavar="2.5", help="of one chip an hour")
   config, args = command.parse_config(parser, argv)

@@ -3,9 +3,9 @@
 #   make test    ruff, then every test that is not slow
 #   make ladder  every arm under three seeds, and both sweeps: at most 90 minutes
 #   make chaos   fifty kills at random moments, and damaged files, into results/: 25 minutes
-# Also test-fast, test-slow, math-smoke, test-tpu, test-gpu, clean. FLAGS goes to the job (make run FLAGS=--config.arms=bridge), and
-# PIP_FLAGS to pip. On Linux the default index's torch includes CUDA; PyTorch's installation page names
-# an extra index with the small CPU build.
+# Also test-fast, test-medium, test-slow, math-smoke, test-tpu, test-gpu, clean. FLAGS goes to the job
+# (make run FLAGS=--config.arms=bridge), and PIP_FLAGS to pip. On Linux the default index's torch
+# includes CUDA; PyTorch's installation page names an extra index with the small CPU build.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 # No built-in rules; a recipe that fails leaves no stamp behind.
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: run ladder chaos test test-fast test-slow math-smoke test-tpu test-gpu lint clean
+.PHONY: run ladder chaos test test-fast test-medium test-slow math-smoke test-tpu test-gpu lint clean
 
 run: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash launch/local.sh $(FLAGS)
@@ -43,6 +43,10 @@ test: lint
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
+
+# What `make test` has beside `make test-fast`, and what compares with torch, which Python 3.12 may lack.
+test-medium: lint
+	$(BIN)/python -m pytest -m "(medium or torch) and not slow and not tpu and not gpu" $(SPREAD)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(SPREAD) --durations 10

@@ -13,6 +13,8 @@ import transformers
 from s2d_jax import models
 from s2d_jax.models import folders, hf, layout
 
+pytestmark = pytest.mark.torch
+
 CLASSES = {"qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
 # An original window of 32 puts waves of each of the three kinds among the 8 of a tiny head.

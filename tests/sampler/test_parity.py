@@ -8,6 +8,8 @@ import transformers
 from s2d_jax import rollouts, sampler
 from s2d_jax.models import hf
 
+pytestmark = pytest.mark.torch
+
 T = 14
 CLASSES = {"qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {
                "rope_type": "default", "rope_theta": 10000.0}),

@@ -293,7 +293,6 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
     last_heartbeat: as `files.only_writer` yields it, by the clock of the disk.
   """
   folder = epath.Path(folder)
-  paths = files.finished_files(folder / _STARTS)
   starts = _read_starts(folder)
   lost = 0.0
   if last_heartbeat is not None and starts:
@@ -302,20 +301,20 @@ def lost_seconds(folder: epath.PathLike, start: int, last_heartbeat: float | Non
              else folder / "checkpoints" / str(start))
     # A checkpoint's modification time is when the work behind it was safe. All times are those of
     # files, which one clock dates; where a store tells none, nothing counts as lost.
-    since = max(files.modified(paths[-1]), files.modified(saved) if saved.exists() else 0.0)
+    since = max(files.modified([*starts][-1]), files.modified(saved) if saved.exists() else 0.0)
     lost = max(0.0, last_heartbeat - since)
   if hosts.leader():
     files.write_json(folder / _STARTS / f"{len(starts):08d}.json",
                      {"at": time.time(), "step": start, "lost": lost}, sealed=True)
-  return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts)
+  return lost + sum(s["lost"] + s.get("cut", 0.0) for s in starts.values())
 
 
-def _read_starts(folder: epath.Path) -> list[dict[str, float]]:
-  """The starts of a stage, in order."""
+def _read_starts(folder: epath.Path) -> dict[epath.Path, dict[str, float]]:
+  """{file: its entry} of the starts of a stage, in order."""
   # Those behind one with a seal have one too: older versions wrote theirs before.
   sealed = _writes_checksums(folder)
-  return [files.read_json(path, _REMEDY_OF_START, sealed)
-          for path in files.finished_files(folder / _STARTS)]
+  return {path: files.read_json(path, _REMEDY_OF_START, sealed)
+          for path in files.finished_files(folder / _STARTS)}
 
 
 def add_lost(folder: epath.PathLike, seconds: float) -> None:

@@ -122,8 +122,7 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
-    state = stage.mover.after_updates(
-        checkpoints.load_over(state) if start else state)
+    state = stage.mover.after_updates(checkpoints.load_over(state) if start else state)
     # Logs lose what a killed run wrote after its last checkpoint.
     logs = {name: metrics.Log(stage.folder, name, start) for name in ("timing", "samples")}
     logs["ledger"] = metrics.Log(stage.folder, "ledger", start, every_step=True)

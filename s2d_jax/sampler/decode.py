@@ -223,10 +223,11 @@ def shrink_rows(slots: Slots, slot_b: jax.Array) -> Slots:
 
 
 def decode(model: models.Model, sampling: Sampling, tokens: int, weights: Weights, slots: Slots,
-           alive_B: jax.Array, stop_count: jax.Array) -> tuple[Slots, Decoded]:
-  """(Slots, Decoded) after up to `tokens` tokens for each slot whose row is alive.
+           alive_B: jax.Array, stop_count: jax.Array) -> tuple[Slots, jax.Array, Decoded]:
+  """(Slots, alive_B, Decoded) after up to `tokens` tokens for each slot whose row is alive.
 
-  It ends early when at most `stop_count` rows are alive, or when a row has filled its cache.
+  It ends early when at most `stop_count` rows are alive, or when a row has filled its cache. A
+  dispatch on the slots and alive_B of one that ended early, with its `stop_count`, decodes nothing.
   """
   B, T = slots.token_B.shape[0], sampling.max_tokens
   # No token has id -1, so it stands for no stop ids: no row then ends before max_tokens.
@@ -267,5 +268,5 @@ def decode(model: models.Model, sampling: Sampling, tokens: int, weights: Weight
   floats = jnp.zeros((B, tokens), jnp.float32)
   out = Decoded(jnp.zeros((B, tokens), jnp.int32), floats, floats, jnp.zeros(B, jnp.int32),
                 jnp.zeros(B, bool))
-  _, slots, _, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots, alive_B, out))
-  return slots, out
+  _, slots, alive_B, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots, alive_B, out))
+  return slots, alive_B, out

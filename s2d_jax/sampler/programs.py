@@ -228,9 +228,9 @@ def lower_decode(model: models.Model, sampling: Sampling, tokens: int, weights: 
   sampling = sampling._replace(samples_per_prompt=1, stop_strings=())
   whole = functools.partial(_whole, mesh)
   run = functools.partial(decode.decode, model, sampling, tokens)
-  return _lower(mesh, run, (slots, _decoded(whole, batch, tokens)), weights, slots,
-                whole(batch, dtype=bool), whole(), donate=1,
-                options=_loop_on_device(mesh))
+  alive_B = whole(batch, dtype=bool)
+  return _lower(mesh, run, (slots, alive_B, _decoded(whole, batch, tokens)), weights, slots,
+                alive_B, whole(), donate=1, options=_loop_on_device(mesh))
 
 
 # The parts of one CUDA graph: those of XLA's default, and loops.

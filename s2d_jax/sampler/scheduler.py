@@ -2,7 +2,10 @@
 
 Rows wait in order, and a slot whose row has ended takes the next one. When no row waits, the batch
 shrinks to the rows still alive. The cache grows with the longest row. The schedule is a function of
-the tokens alone, so several hosts schedule alike, and they compare before each dispatch.
+the tokens alone, so several hosts schedule alike, and they compare between dispatches.
+
+Where no row waits, the host launches the next dispatch before it reads the results of the last one,
+so that the device does not wait for it. See `Schedule._looks_ahead`.
 """
 
 import collections
@@ -58,6 +61,13 @@ class Row(NamedTuple):
   seed_key_2: np.ndarray  # uint32; all randomness of the row is a function of it
 
 
+class Dispatch(NamedTuple):
+  """A dispatch of decoding that the host has launched and not read yet."""
+  alive_B: jax.Array     # bool: whose rows are alive after it
+  stop_count: jax.Array  # int32: the number of rows alive at which it ended early
+  decoded: Decoded
+
+
 class Schedule:
   """The rows of one call: those that wait, those in slots, and the tokens sampled for each."""
 
@@ -91,6 +101,7 @@ class Schedule:
                    else CacheRows(self.programs))
     self.owners: list[Row | None] = [None] * self.memory.batch
     finished: list[int] = []
+    running: Dispatch | None = None
     while self.rows or any(self.owners):
       # The processes make equal dispatches, so they call this equally often.
       if _stop is not None and _stop():
@@ -98,18 +109,53 @@ class Schedule:
       # All that this iteration sends to the devices is a function of what is compared here.
       self._agree([row and row.index for row in self.owners], self.memory.batch, self.memory.length,
                   len(self.rows))
-      self._fill()
-      self._fit()
-      alive_B = np.array([row is not None for row in self.owners])
-      decode = self.programs.decode[self.memory.batch, self.memory.length]
-      self.memory.slots, decoded = decode(
-          self.weights, self.memory.slots, self.programs.put(alive_B),
-          self.programs.put(np.int32(self._stop_count())))
-      # The program runs asynchronously: rewards of the rows before are computed meanwhile.
+      if running is None:
+        self._fill()
+        self._fit()
+        alive_B = np.array([row is not None for row in self.owners])
+        running = self._launch(self.programs.put(alive_B),
+                               self.programs.put(np.int32(self._stop_count())))
+      ahead = self._launch(running.alive_B, running.stop_count) if self._looks_ahead() else None
+      # The programs run asynchronously: rewards of the rows before are computed meanwhile.
       self._report(finished, on_finish)
-      finished = self._record(jax.device_get(decoded))
+      finished = self._record(jax.device_get(running.decoded))
+      running = self._next(ahead)
     self._report(finished, on_finish)
     return SamplerStats(**self.counts)
+
+  def _launch(self, alive_B: jax.Array, stop_count: jax.Array) -> Dispatch:
+    """Starts a dispatch on the slots, which it takes and replaces."""
+    decode = self.programs.decode[self.memory.batch, self.memory.length]
+    self.memory.slots, alive_B, decoded = decode(self.weights, self.memory.slots, alive_B,
+                                                 stop_count)
+    return Dispatch(alive_B, stop_count, decoded)
+
+  def _looks_ahead(self) -> bool:
+    """Whether another dispatch is launched behind the one that runs, before that one is read.
+
+    It takes the slots and rows alive from the device. Where the one before it ended early, the
+    device's loop has no step and the host goes on as without it.
+    """
+    # A row that waits enters between two dispatches. A slot that stays empty for one dispatch more
+    # costs more than the time in which the device waits for the host. Only the host finds stop
+    # strings, and gives rows pages.
+    return not (self.rows or self.sampling.stop_strings or self.programs.config.page)
+
+  def _next(self, ahead: Dispatch | None) -> Dispatch | None:
+    """The dispatch launched ahead, or None where the slots must change first or no row is left.
+
+    The device decides by the tokens, as the host does here; nothing is decoded that is not read.
+    """
+    if ahead is None:
+      return None
+    lengths = self._lengths().values()
+    longest = max((row.prompt + row.response for row in lengths), default=0)
+    if len(lengths) > self._stop_count() and longest <= self.memory.length:
+      return ahead
+    # Waits for it: the cache may be copied next.
+    if jax.device_get(ahead.decoded.count_B).any():
+      raise RuntimeError("the device decoded tokens that the host did not expect: report it.")
+    return None
 
   def _report(self, finished: list[int], on_finish: OnFinish | None) -> None:
     if on_finish is not None:
@@ -192,14 +238,16 @@ class Schedule:
 
   def _fit(self) -> None:
     """Fits the cache to the rows alive; rows that lose their memory wait again."""
-    lengths = {slot: Length(len(row.prompt.tokens),
-                            int(self.rollout.response_length_B[row.index]))
-               for slot, row in enumerate(self.owners) if row is not None}
-    order, requeued = self.memory.fit(lengths, waiting=bool(self.rows))
+    order, requeued = self.memory.fit(self._lengths(), waiting=bool(self.rows))
     for slot in requeued:
       self._requeue(self.owners[slot])
       self.owners[slot] = None
     self.owners = [self.owners[slot] for slot in order]
+
+  def _lengths(self) -> dict[int, Length]:
+    """Tokens of the rows alive, by slot, in the order of the slots."""
+    return {slot: Length(len(row.prompt.tokens), int(self.rollout.response_length_B[row.index]))
+            for slot, row in enumerate(self.owners) if row is not None}
 
   def _requeue(self, row: Row) -> None:
     """Puts a row at the head of the queue, and clears its sampled tokens."""
@@ -231,8 +279,11 @@ class Schedule:
   def _record(self, decoded: Decoded) -> list[int]:
     """Writes a dispatch's tokens to the rollout; returns the indices of rows that have ended."""
     finished = []
+    steps = int(decoded.count_B.max(initial=0))
+    if not steps:  # or `run` would never end
+      raise RuntimeError("the device decoded no token of rows that have not ended: report it.")
     self.counts["dispatches"] += 1
-    self.counts["slot_tokens"] += self.memory.batch * int(decoded.count_B.max(initial=0))
+    self.counts["slot_tokens"] += self.memory.batch * steps
     for slot, row in enumerate(self.owners):
       if row is None:
         continue

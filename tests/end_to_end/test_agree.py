@@ -32,7 +32,8 @@ try:
           mesh, models.axes(model.config), models.shapes(model.config))
       params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
       sampling = sampler.Sampling(4, samples_per_prompt=2, temperature=float(texts[2]))
-      compiled = sampler.Sampler(model, sampling, batch=1, prompt_tokens=2)
+      # Of several dispatches, each but the first is launched before the last one is read.
+      compiled = sampler.Sampler(model, sampling, 1, 2, sampler.SamplerConfig(tokens=1))
       rows, _ = compiled(params, [rollouts.Prompt(int(texts[1]), (1, 2))], (0,))
       texts = [str(rows.response_length_B.sum())]
     print("drew", *texts)

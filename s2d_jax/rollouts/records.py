@@ -43,7 +43,7 @@ class Rollout(NamedTuple):
 
 class SamplerStats(NamedTuple):
   """Counts of one call of a sampler, or of several added up."""
-  dispatches: int = 0   # of the program that decodes
+  dispatches: int = 0   # of the program that decodes, which decoded a token
   prefills: int = 0     # dispatches of the program that reads prompts
   tokens: int = 0       # of the responses
   slot_tokens: int = 0  # slots times steps: the cost of the tokens

@@ -40,9 +40,10 @@ from s2d_jax import (
   sharding,
   training,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Samplers
 from s2d_jax.losses import grpo
 from s2d_jax.models import hf
+from s2d_jax.roles import Role, StageModels, resident
 
 FULL = {"shape": "qwen3-29m", "prompts": 8, "samples": 8, "prompt_tokens": 64, "max_tokens": 128,
         "microbatches": 16, "block": 512, "dtype": "float32", "remat": "none", "attention": "auto",
@@ -85,7 +86,7 @@ class Ours:
     self.guide = guide
     stage_models = StageModels(learner, None, actor, on_policy=True, guide=guide)
     # As a stage has it: the cache gets what the device has left.
-    held = sum(compiling.resident(stage_models, optimizer).values())
+    held = sum(resident(stage_models, optimizer).values())
     samplers = Samplers(sampler.SamplerConfig(), sizes.prompt_tokens, stop_ids=(), decode=None,
                         memory=hosts.device_memory(), held=held)
     self.programs, self.compile_seconds = measure.stopwatch(

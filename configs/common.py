@@ -330,7 +330,7 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.sampler = sampler(chunk=512)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
-  config.offload = ""                       # "optimizer,guide" on the host while stages sample
+  config.offload = ""                       # "optimizer,guide": on the host until an update
 
   config.stages = _math_stages()
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,

@@ -25,36 +25,9 @@ from s2d_jax import (
 )
 from s2d_jax.chat import Chat
 from s2d_jax.rewards import pool
+from s2d_jax.roles import Role, StageModels, resident
 from s2d_jax.rollouts import Batch
 from s2d_jax.sharding import Params
-
-
-class Role(NamedTuple):
-  """A model with weights, or with their abstract arrays."""
-  model: Any   # a models.Model
-  params: Params
-
-
-class StageModels(NamedTuple):
-  """The models of a stage: what is compiled depends on these and on the config alone."""
-  learner: Role               # its params are what is trained
-  non_trainable: Params | None  # leaves of the learner that stand still beside adapters
-  actor: Role | None          # whose samples are learned from; None: no model samples
-  on_policy: bool             # the learner is the actor: actor.params are then its shapes
-  guide: Role | None          # scored on the same tokens
-  pass_rate_model: Role | None = None  # the learner's start, where pass rates weight prompts
-  anchored: bool = False      # whether the state keeps an anchor, for `foresee`
-  guides: dict[str, Role] | None = None  # by role, weights on the host (`guides`); None: one guide
-  away: frozenset[str] = frozenset()  # of `resident`, what waits on the host (`placement`)
-
-  def full(self, params: Params) -> Params:
-    """All leaves of the learner, given those that are trained."""
-    return training.join(params, self.non_trainable)
-
-  @property
-  def teacher(self) -> Role | None:
-    """The model whose responses `allocate` scores: the frozen actor, or else the guide."""
-    return self.guide if self.on_policy or self.actor is None else self.actor
 
 
 class Samplers(NamedTuple):
@@ -98,11 +71,12 @@ class Programs(NamedTuple):
   sampler: sampler.Sampler | None
   pass_rate_sampler: sampler.Sampler | None
   token_logps: jax.stages.Compiled | None
-  update: jax.stages.Compiled | None  # None: several guides score the rows
+  update: jax.stages.Compiled | None  # None: `routed` or `split` is the update
   scores_first: bool          # whether `token_logps` runs before the updates of each step
   search: "Search | None" = None
   probe: "Probe | None" = None
   routed: "RoutedUpdate | None" = None
+  split: "SplitUpdate | None" = None
 
 
 class Search(NamedTuple):
@@ -110,6 +84,12 @@ class Search(NamedTuple):
   sampler: sampler.Sampler    # of the problems that score candidates
   jump: jax.stages.Compiled   # (params, anchor, multiple) -> candidate
   compare: jax.stages.Compiled | None  # (params, guide_params, batch) -> reverse KL_BT; signal "kl"
+
+
+class SplitUpdate(NamedTuple):
+  """The programs of an update whose optimizer slots wait on the host (`placement`)."""
+  totals: jax.stages.Compiled  # as `training.jit_totals`
+  apply: jax.stages.Compiled
 
 
 class RoutedUpdate(NamedTuple):
@@ -136,32 +116,6 @@ def samplers(config: ConfigDict, chat: Chat, compiler: sampler.Compiler = sample
   settings = sampler.SamplerConfig(**config.sampler)
   return Samplers(settings, config.prompt_tokens, chat.eos_ids, chat.decode, compiler,
                   memory or hosts.device_memory(), vocabulary=chat.size)
-
-
-def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
-  """Bytes on each device of what a stage holds from its start to its end, by name."""
-  learner = stage_models.learner
-  state = training.abstract(optimizer, sharding.current_mesh(), learner.params,
-                            stage_models.anchored)
-  found = {"learner": sharding.device_bytes((state.params, stage_models.non_trainable)),
-           "optimizer": sharding.device_bytes(state.opt_state)}
-  if stage_models.anchored:
-    # At the end of a search that moved the weights: the old anchor and the new one, and the new
-    # weights beside the old ones.
-    found["anchors and candidate"] = 3 * sharding.device_bytes(state.anchor)
-  # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
-  guide = stage_models.guide
-  if stage_models.guides is not None:
-    # The largest: one of them is on the devices at a time.
-    found["guide"] = max(sharding.device_bytes(one.params) for one in stage_models.guides.values())
-  elif guide is not None:
-    found["guide"] = sharding.device_bytes(guide.params)
-  actor = stage_models.actor
-  if actor is not None and not stage_models.on_policy and actor is not guide:
-    found["actor"] = sharding.device_bytes(actor.params)
-  if stage_models.pass_rate_model is not None:
-    found["pass rate model"] = sharding.device_bytes(stage_models.pass_rate_model.params)
-  return found
 
 
 def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Loss,
@@ -201,34 +155,66 @@ def compile_programs(models: StageModels, hp: ConfigDict, objective: training.Lo
         ("token_logps", models.actor.model, logp), hp,
         lambda: training.token_logps(models.actor.model, logp, hp),
         (sharding.abstract(models.actor.params), batch), samplers.compiler)
-  guide = models.guide and models.guide.model
   # A minibatch has old log-probabilities, or those of the sampler alone, or, given, none.
   batch = abstract_batch(samples // hp.minibatches, width, mesh, old_logps=scores_first,
                          sampled=models.actor is not None,
                          guide_width=hints.width(hp, hp.sampling.max_tokens))
-  guide_params = models.guide and sharding.abstract(models.guide.params)
-  non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
-  update = routed = None
+  update = routed = split = None
   if models.guides is not None:
     routed = _routed_update(models, hp, objective, optimizer, state, batch, samplers)
+  elif "optimizer" in models.away:
+    split = _split_update(models, hp, objective, optimizer, state, batch, samplers)
   else:
-    def update_of(model: Any) -> jax.stages.Compiled:
-      update = functools.partial(training.jit_update, model, guide, objective, optimizer, hp,
-                                 training.shardings(state))
-      return _compile(("update", model, guide, objective, optimizer), hp, update,
-                      (state, guide_params, batch, non_trainable), samplers.compiler)
-    update = remat.fitting(models.learner.model, update_of, samplers.memory,
-                           _other_models(models, optimizer))
+    update = _update(models, hp, objective, optimizer, state, batch, samplers)
   search = _search_programs(models, hp, state.params, samplers) if models.anchored else None
   probe = _probe_programs(models, hp, logp, samplers) if allocate.probes(hp) else None
   return Programs(actor_sampler, pass_rate_sampler, token_logps, update, scores_first, search,
-                  probe, routed)
+                  probe, routed, split)
 
 
 def _other_models(models: StageModels, optimizer: optax.GradientTransformation) -> int:
   """Bytes on each device that a stage holds and an update does not take."""
   held = resident(models, optimizer)
   return held.get("actor", 0) + held.get("pass rate model", 0)
+
+
+def _update(models: StageModels, hp: ConfigDict, objective: training.Loss,
+            optimizer: optax.GradientTransformation, state: training.TrainState, batch: Batch,
+            samplers: Samplers) -> jax.stages.Compiled:
+  """The update in one program; `state` and `batch` are shapes, of a minibatch."""
+  guide = models.guide and models.guide.model
+  arguments = (state, models.guide and sharding.abstract(models.guide.params), batch,
+               models.non_trainable and sharding.abstract(models.non_trainable))
+
+  def update_of(model: Any) -> jax.stages.Compiled:
+    update = functools.partial(training.jit_update, model, guide, objective, optimizer, hp,
+                               training.shardings(state))
+    return _compile(("update", model, guide, objective, optimizer), hp, update, arguments,
+                    samplers.compiler)
+
+  return remat.fitting(models.learner.model, update_of, samplers.memory,
+                       _other_models(models, optimizer))
+
+
+def _split_update(models: StageModels, hp: ConfigDict, objective: training.Loss,
+                  optimizer: optax.GradientTransformation, state: training.TrainState,
+                  batch: Batch, samplers: Samplers) -> SplitUpdate:
+  """The programs of an update in two parts; `state` and `batch` are shapes, of a minibatch."""
+  layout = training.shardings(state)
+  guide = models.guide and models.guide.model
+  arguments = (state.params, models.non_trainable and sharding.abstract(models.non_trainable),
+               models.guide and sharding.abstract(models.guide.params), batch)
+
+  def totals_of(model: Any) -> jax.stages.Compiled:
+    totals = functools.partial(training.jit_totals, model, guide, objective, hp, layout)
+    return _compile(("totals", model, guide, objective), hp, totals, arguments, samplers.compiler)
+
+  totals = remat.fitting(models.learner.model, totals_of, samplers.memory,
+                         _other_models(models, optimizer))
+  # The policy of recomputation changes no shape.
+  shapes = jax.eval_shape(
+      training.jit_totals(models.learner.model, guide, objective, hp, layout), *arguments)
+  return SplitUpdate(totals, _apply(hp, optimizer, state, shapes, samplers))
 
 
 def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss,
@@ -245,9 +231,9 @@ def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss
                       batch)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   gradients = {}
-  # The optimizer's slots, and the sum of the gradients so far.
+  # The sum of the gradients so far, and the optimizer's slots, unless they wait on the host.
   others = _other_models(models, optimizer) + sharding.device_bytes(
-      (state.opt_state, state.params))
+      (state.params, None if "optimizer" in models.away else state.opt_state))
   for role, guide in models.guides.items():
     jitted = training.jit_gradients(learner, guide.model, objective, hp, layout)
     arguments = (state.params, non_trainable, sharding.abstract(guide.params), part)
@@ -261,14 +247,26 @@ def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss
 
     gradients[role] = remat.fitting(learner, gradients_of, samplers.memory, others)
     # All have one learner and one objective, so their results have one shape.
-    grads, sums = jax.eval_shape(jitted, *arguments)
-  total = (sharding.laid_out(grads, layout.params),
-           sharding.laid_out(sums, jax.tree.map(lambda _: layout.step, sums)))
+    shapes = jax.eval_shape(jitted, *arguments)
+  total = _totals(shapes, layout)
   add = _compile(("add", learner, objective), hp, lambda: training.jit_add(layout), (total, total),
                  samplers.compiler)
-  apply = _compile(("apply", optimizer), hp, lambda: training.jit_apply(optimizer, layout),
-                   (state, total), samplers.compiler)
-  return RoutedUpdate(gradients, add, apply, rows)
+  return RoutedUpdate(gradients, add, _apply(hp, optimizer, state, shapes, samplers), rows)
+
+
+def _totals(shapes: tuple[Any, Any], layout: training.TrainState) -> tuple[Any, Any]:
+  """(gradients, sums) of shapes, as they are laid out; `layout` is of the state."""
+  grads, sums = shapes
+  return (sharding.laid_out(grads, layout.params),
+          sharding.laid_out(sums, jax.tree.map(lambda _: layout.step, sums)))
+
+
+def _apply(hp: ConfigDict, optimizer: optax.GradientTransformation, state: training.TrainState,
+           shapes: tuple[Any, Any], samplers: Samplers) -> jax.stages.Compiled:
+  """The program that ends an update in parts; `shapes` are of its totals."""
+  layout = training.shardings(state)
+  return _compile(("apply", optimizer), hp, lambda: training.jit_apply(optimizer, layout),
+                  (state, _totals(shapes, layout)), samplers.compiler)
 
 
 def _probe_programs(models: StageModels, hp: ConfigDict, logp: training.Logp,

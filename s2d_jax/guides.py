@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2d_jax import chat, keys, manifest, sharding
-from s2d_jax.compiling import Role, RoutedUpdate
+from s2d_jax.compiling import RoutedUpdate
 from s2d_jax.errors import InputError, from_user_code
+from s2d_jax.roles import Role
 from s2d_jax.rollouts import Batch, Prompt, batch_rows
 from s2d_jax.sharding import Params
-from s2d_jax.training import TrainState
+from s2d_jax.training import Totals
 
 # Their values are spent labels, or unlike for each problem.
 _NO_COLUMNS = ("answer", "solution", "problem", "id")
@@ -197,28 +198,27 @@ def _microbatches(batch: Batch, role_B: np.ndarray, role: str, rows: int) -> Ite
     yield part._replace(weight_BT=part.weight_BT * real_B1, count_BT=part.count_BT * real_B1)
 
 
-def update(programs: RoutedUpdate, guides: Mapping[str, Role], state: TrainState,
-           non_trainable: Params | None, batch: Batch,
-           role_B: np.ndarray) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimizer update in which each row of the batch is scored by its own guide.
+def totals(programs: RoutedUpdate, guides: Mapping[str, Role], params: Params,
+           non_trainable: Params | None, batch: Batch, role_B: np.ndarray) -> Totals:
+  """The gradients and sums of a batch, of which each row is scored by a guide of its own.
 
   Args:
     guides: by role, their weights in the host's memory.
-    state, non_trainable: as `training.jit_update` takes them.
+    params: that are trained; non_trainable: as `training.jit_update` takes them.
     batch: of the host; role_B: the role that guides each row.
 
   Returns:
-    The state and metrics, as `training.jit_update`.
+    As `training.jit_totals`, for `programs.apply`.
   """
   mesh = sharding.current_mesh()
   total = None
   for role in sorted(set(role_B)):
-    params = _to_device(guides[role].params)
+    guide_params = _to_device(guides[role].params)
     for part in _microbatches(batch, role_B, role, programs.rows):
-      found = programs.gradients[role](state.params, non_trainable, params,
+      found = programs.gradients[role](params, non_trainable, guide_params,
                                        sharding.put_batch(part, mesh))
       total = found if total is None else programs.add(total, found)
     # The next guide is placed after the last program that reads this one.
     jax.block_until_ready(total)
-    del params
-  return programs.apply(state, total)
+    del guide_params
+  return total

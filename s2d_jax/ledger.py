@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2d_jax.compiling import Role, StageModels
 from s2d_jax.errors import InputError
 from s2d_jax.foresee import Found
 from s2d_jax.models import Config
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.rollouts import LabelUse, Prompt, Rollout, StepRollouts
 
 COUNTS = ("label_uses", "prompt_uses", "sequences", "updates", "tokens_sampled", "tokens_reused",

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from s2d_jax import (
   checkpoint,
   foresee,
-  guides,
   hosts,
   keys,
   ledger,
@@ -35,11 +34,13 @@ from s2d_jax import (
   stops,
   timing,
   training,
+  updates,
 )
-from s2d_jax.compiling import Programs, Samplers, StageModels, compile_programs, narrow_cache
+from s2d_jax.compiling import Programs, Samplers, compile_programs, narrow_cache
 from s2d_jax.errors import InputError
 from s2d_jax.probing import Allocation
 from s2d_jax.rewards import pool
+from s2d_jax.roles import StageModels
 from s2d_jax.rollouts import Batch, PassRates, Prompt, Rewards, RolloutSource
 from s2d_jax.sharding import Params
 from s2d_jax.timing import Clock
@@ -122,7 +123,7 @@ def run(stage: StageRun, clock: Clock, heartbeat: Callable[[], None],
     lost = checkpoint.lost_seconds(stage.folder, start, last_heartbeat)
     # The fresh state gives shapes and layouts; its numbers are replaced. On a mesh of another size
     # than the killed run's the checkpoint is thus read into this run's layout.
-    state = stage.mover.after_updates(checkpoints.load_over(state) if start else state)
+    state = stage.mover.slots_away(checkpoints.load_over(state) if start else state)
     # Logs lose what a killed run wrote after its last checkpoint.
     logs = {name: metrics.Log(stage.folder, name, start) for name in ("timing", "samples")}
     logs["ledger"] = metrics.Log(stage.folder, "ledger", start, every_step=True)
@@ -323,22 +324,14 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
              batch: Batch, rollout: rollouts.Rollout) -> tuple[TrainState, _Values]:
   """epochs × minibatches optimizer updates: the state and the means of their metrics."""
   hp = stage.hp
-  mesh = sharding.current_mesh()
-  state, guide_params = stage.mover.before_updates(state, stage.models)
+  update = updates.of_step(programs, stage.models, stage.mover,
+                           stage.guide_of and functools.partial(_roles_of, stage, rollout))
   update_metrics = []
   for epoch in range(hp.epochs):
     # The shuffle depends on names alone, so a resumed step cuts the same minibatches.
     seed = (stage.seed, zlib.crc32(stage.name.encode()), step, epoch)
     for part in rollouts.minibatches(batch, hp.minibatches, seed):
-      if stage.guide_of is None:
-        state, values = programs.update(state, guide_params, sharding.put_batch(part, mesh),
-                                        stage.models.non_trainable)
-      else:
-        # The row of the rollout; an empty response has none, and no weight under any guide.
-        row_B = part.sequence_BT.max(axis=1)
-        role_B = np.array([stage.guide_of[int(i)] for i in rollout.prompt_id_B[row_B]])
-        state, values = guides.update(programs.routed, stage.models.guides, state,
-                                      stage.models.non_trainable, part, role_B)
+      state, values = update(state, part)
       update_metrics.append({k: float(v) for k, v in jax.device_get(values).items()})
   # `finite` is a flag: one bad update makes the step bad.
   means = {k: float(np.mean([values[k] for values in update_metrics])) for k in update_metrics[0]}
@@ -348,7 +341,14 @@ def _updates(stage: StageRun, programs: Programs, state: TrainState, step: int,
   if not np.any(batch.weight_BT > 0):  # no token was compared
     means = {k: x for k, x in means.items() if not k.startswith("logp_gap")}
   means["finite"] = min(values["finite"] for values in update_metrics)
-  return stage.mover.after_updates(state), means
+  return state, means
+
+
+def _roles_of(stage: StageRun, rollout: rollouts.Rollout, batch: Batch) -> np.ndarray:
+  """The role of the guide of each row of a minibatch."""
+  # The row of the rollout; an empty response has none, and no weight under any guide.
+  row_B = batch.sequence_BT.max(axis=1)
+  return np.array([stage.guide_of[int(i)] for i in rollout.prompt_id_B[row_B]])
 
 
 def _sampler_gap(programs: Programs, params: Params, batch: Batch) -> tuple[np.ndarray, _Values]:

@@ -1,14 +1,15 @@
 """Arrays that wait in the host's pinned memory while a stage samples, scores and evaluates.
 
-`config.offload` names them. The optimizer's slots go to the devices before the updates of a step
-and back to the host after them. The guide stays in the host's memory, and a copy of it is on the
-devices while programs read it. Only places change: the bits of every result are those of a stage
-that holds all on its devices.
+`config.offload` names them. The optimizer's slots are on the devices while an update is applied and
+at no other time: gradients are formed without them. The guide stays in the host's memory, and a
+copy of it is on the devices while programs read it. Only places change, but with the
+slots an update is two programs: results differ from those of a stage that holds all on its devices
+by rounding at most.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
@@ -17,10 +18,11 @@ from ml_collections import ConfigDict
 from s2d_jax import allocate, metrics, sharding, timing
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
+from s2d_jax.roles import StageModels
 from s2d_jax.sharding import HOST, Params
-from s2d_jax.training import TrainState
+from s2d_jax.training import Metrics, Totals, TrainState
 
-# Names of `compiling.resident` that a config may place on the host.
+# Names of `roles.resident` that a config may place on the host.
 PARTS = ("optimizer", "guide")
 
 
@@ -33,18 +35,6 @@ def parts(text: str) -> frozenset[str]:
 KEY = Key(lambda text: isinstance(text, str) and parts(text) <= set(PARTS),
           f"name what waits in the host's memory, of {', '.join(PARTS)} with commas between, or '' "
           "for nothing", neutral="", hashed=False, optional=True)
-
-
-class Role(Protocol):
-  """The field of a `compiling.Role` that is read."""
-  params: Params
-
-
-class Models(Protocol):
-  """The fields of `compiling.StageModels` that are read; compiling is above this file."""
-  actor: "Role | None"
-  guide: "Role | None"
-  guides: "Mapping[str, Role] | None"
 
 
 def memories(device: jax.Device) -> set[str]:
@@ -68,8 +58,8 @@ def check_devices(config: ConfigDict, devices: Iterable[jax.Device]) -> None:
           "have it.")
 
 
-def away(offload: str, models: Models, hp: ConfigDict) -> frozenset[str]:
-  """Names, of `compiling.resident`, of what is on the host while a stage samples.
+def away(offload: str, models: StageModels, hp: ConfigDict) -> frozenset[str]:
+  """Names, of `roles.resident`, of what is on the host while a stage samples.
 
   Args:
     offload: config.offload; hp: the stage's config.
@@ -84,19 +74,23 @@ def away(offload: str, models: Models, hp: ConfigDict) -> frozenset[str]:
 
 
 def staying(held: Mapping[str, int], waiting: Collection[str]) -> dict[str, int]:
-  """`compiling.resident` while a stage samples: what waits on the host has no bytes on a device."""
+  """`roles.resident` while a stage samples: what waits on the host has no bytes on a device."""
   return {name: 0 if name in waiting else size for name, size in held.items()}
 
 
-def bytes_moved(held: Mapping[str, int], waiting: Collection[str]) -> int:
+def bytes_moved(held: Mapping[str, int], waiting: Collection[str], updates: int) -> int:
   """Bytes that one step moves between each device and its host.
 
-  The slots go both ways. The guide goes one way, because it does not change.
+  For each update the slots go both ways. The guide goes one way, because it does not change: once
+  for all updates, or, with the slots, once for each, because the two may not fit together.
 
   Args:
-    held: as `compiling.resident` returns it; waiting: as `away` returns it.
+    held: as `roles.resident` returns it; waiting: as `away` returns it.
+    updates: of a step.
   """
-  return sum((2 if name == "optimizer" else 1) * held[name] for name in waiting)
+  if "optimizer" not in waiting:
+    return sum(held[name] for name in waiting)
+  return updates * sum((2 if name == "optimizer" else 1) * held[name] for name in waiting)
 
 
 def to_host(params: Params) -> Params:
@@ -154,7 +148,7 @@ class Mover:
     self._clock = clock
     self._seconds = 0.0
 
-  def guide(self, models: Models) -> Params | None:
+  def guide(self, models: StageModels) -> Params | None:
     """The guide's weights on the devices; None for a stage without a guide.
 
     A copy of weights that wait is on the devices until the caller drops it.
@@ -165,13 +159,21 @@ class Mover:
       return models.guide.params
     return self._counted(to_devices, models.guide.params)
 
-  def before_updates(self, state: TrainState, models: Models) -> tuple[TrainState, Params | None]:
-    """(the state with its slots on the devices, `guide`); on the host slots are freed."""
-    if "optimizer" in self._waiting:
-      state = state._replace(opt_state=self._counted(to_devices, state.opt_state, True))
-    return state, self.guide(models)
+  def applied(self, apply: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
+              totals: Totals) -> tuple[TrainState, Metrics]:
+    """apply(state, totals): the end of an update, with the slots on the devices while it runs.
 
-  def after_updates(self, state: TrainState) -> TrainState:
+    Args:
+      apply: as `training.jit_apply`; totals: as it takes them.
+    """
+    if "optimizer" in self._waiting:
+      # The programs before this one may need the memory that the slots will take.
+      jax.block_until_ready(totals)
+      state = state._replace(opt_state=self._counted(to_devices, state.opt_state, True))
+    state, values = apply(state, totals)
+    return self.slots_away(state), values
+
+  def slots_away(self, state: TrainState) -> TrainState:
     """The state with its slots where they wait."""
     if "optimizer" not in self._waiting:
       return state
@@ -190,9 +192,13 @@ class Mover:
     return moved
 
 
-def announce(name: str, waiting: Collection[str], held: Mapping[str, int]) -> None:
-  """Prints what waits on the host while a stage samples, and what a step moves for it."""
+def announce(name: str, waiting: Collection[str], held: Mapping[str, int], updates: int) -> None:
+  """Prints what waits on the host while a stage samples, and what a step moves for it.
+
+  Args:
+    name: of the stage; others: as `bytes_moved`.
+  """
   if waiting:
     of_part = ", ".join(f"{part} {held[part] / 1e9:,.3g} GB" for part in sorted(waiting))
     metrics.announce(f"{name}: in the host's memory while it samples: {of_part} of each device; a "
-                     f"step moves {bytes_moved(held, waiting) / 1e9:,.3g} GB of each")
+                     f"step moves {bytes_moved(held, waiting, updates) / 1e9:,.3g} GB of each")

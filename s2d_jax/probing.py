@@ -8,7 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from s2d_jax import allocate, hosts, ledger, manifest, metrics, rollouts, sampler, sharding
-from s2d_jax.compiling import Probe, StageModels
+from s2d_jax.compiling import Probe
+from s2d_jax.roles import StageModels
 from s2d_jax.rollouts import Prompt, RolloutSource
 from s2d_jax.sharding import Params
 

@@ -32,10 +32,10 @@ from s2d_jax import (
   stats,
   training,
 )
-from s2d_jax.compiling import Role
 from s2d_jax.identity import identity_of
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.planning import Plan
+from s2d_jax.roles import Role
 from s2d_jax.rollouts import Prompt, Rollout
 
 _ROWS = 64  # samples that a stopped evaluation loses at most, beside those being decoded

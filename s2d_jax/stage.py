@@ -44,10 +44,11 @@ from s2d_jax import (
   timing,
   training,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Samplers
 from s2d_jax.models import Config, Model, hf
 from s2d_jax.planning import Node, Plan, Stage
 from s2d_jax.probing import Allocation
+from s2d_jax.roles import Role, StageModels, resident
 from s2d_jax.sampler import Sampler
 from s2d_jax.sharding import Params
 
@@ -203,8 +204,8 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh,
     order = rollouts.PromptOrder(plan.prompts[node.split], seed, stage.name, hp.prompts,
                                  rounds=max(hp.rounds, 1) if stage.reward else 1)
   stage_optimizer = optimizer(hp, learner.model.config)
-  held = compiling.resident(stage_models, stage_optimizer)
-  placement.announce(stage.name, stage_models.away, held)
+  held = resident(stage_models, stage_optimizer)
+  placement.announce(stage.name, stage_models.away, held, hp.epochs * hp.minibatches)
   staying = placement.staying(held, stage_models.away)
   samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(staying.values()))
   whole = Role(learner.model, stage_models.full(learner.params))

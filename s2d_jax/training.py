@@ -22,7 +22,9 @@ from s2d_jax.sharding import Params
 KEYS = {"microbatches": keys.at_least(1, neutral=1, hashed=False)}
 
 _Head = tuple[jax.Array, jax.Array]                # (features_BTD, weight_VD)
-_Metrics = dict[str, jax.Array]                    # float32 scalars
+Metrics = dict[str, jax.Array]                    # float32 scalars
+# (gradients of the loss's sum, {name: its sum and count, or its largest value}) of a batch.
+Totals = tuple[Params, dict[str, Sequence[jax.Array]]]
 # (head, guide_head, batch, hp) -> {name: (sum, count)}, as `jit_update` describes it.
 Loss = Callable[..., dict[str, tuple[jax.Array, ...]]]
 # (head, batch, hp) -> (logp_BT, entropy_BT)
@@ -61,7 +63,7 @@ def make(model: Model, params: Params, objective: Objective,
          optimizer: optax.GradientTransformation, guide: Model | None = None,
          hp: Mapping[str, Any] | None = None, mesh: Mesh | None = None,
          ) -> tuple[TrainState, Callable[[TrainState, Params | None, Batch],
-                                         tuple[TrainState, _Metrics]]]:
+                                         tuple[TrainState, Metrics]]]:
   """A TrainState around `params`, and the update that moves it.
 
     state, update = training.make(student, params, objectives.REVERSE_KL, optim.adamw(1e-3),
@@ -93,7 +95,7 @@ def make(model: Model, params: Params, objective: Objective,
     step = jit_update(model, guide, objective, optimizer, hp, shardings(state))
 
   def update(state: TrainState, guide_params: Params | None,
-             batch: Batch) -> tuple[TrainState, _Metrics]:
+             batch: Batch) -> tuple[TrainState, Metrics]:
     with jax.set_mesh(mesh):
       return step(state, guide_params, sharding.put_batch(batch, mesh))
 
@@ -147,7 +149,7 @@ def shardings(tree: Params) -> Params:
 
 def jit_update(model: Model, guide_model: Model | None, objective: Loss,
                optimizer: optax.GradientTransformation, hp: ConfigDict,
-               layout: TrainState) -> Callable[..., tuple[TrainState, _Metrics]]:
+               layout: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
   """The jitted update: update(state, guide_params, batch, non_trainable=None) -> (state, metrics).
 
   One optimizer update on the whole batch, in hp.microbatches slices of its rows. Sums, counts and
@@ -168,6 +170,31 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
     update_norm, and finite. `finite` is 0 where the loss or the gradient is not finite; the state
     is then returned unchanged.
   """
+  accumulated = _accumulated(model, guide_model, objective, hp, layout)
+
+  # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
+  def update(state, guide_params, batch, non_trainable=None):
+    return _apply(optimizer, state,
+                  *accumulated(state.params, non_trainable, guide_params, batch))
+
+  return update
+
+
+def jit_totals(model: Model, guide_model: Model | None, objective: Loss, hp: ConfigDict,
+               layout: TrainState) -> Callable[..., Any]:
+  """Jitted part of an update that reads no optimizer slots: `jit_apply` is the other part.
+
+  (params, non_trainable, guide_params, batch) -> Totals of the whole batch. Nothing is donated.
+  Arguments as `jit_update`.
+  """
+  return jax.jit(_accumulated(model, guide_model, objective, hp, layout),
+                 out_shardings=(layout.params, layout.step))
+
+
+def _accumulated(model: Model, guide_model: Model | None, objective: Loss, hp: ConfigDict,
+                 layout: TrainState) -> Callable[..., Any]:
+  """(params, non_trainable, guide_params, batch) -> sums over all microbatches, as `jit_totals`."""
   gradients = _gradients(model, guide_model, objective, hp)
 
   def accumulated(params, non_trainable, guide_params, batch):
@@ -177,19 +204,13 @@ def jit_update(model: Model, guide_model: Model | None, objective: Loss,
       # Without the constraint XLA may gather the gradients whole on every device.
       return jax.lax.with_sharding_constraint(total, layout.params), sums
 
+    batch = microbatches.padded(batch, microbatches.time_multiple())
     # float32 whatever the weights' type: sums of many microbatches lose bits in bfloat16.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     total, sums = jax.lax.scan(body, zeros, microbatches.split(batch, hp.microbatches))
     return total, {name: _over_microbatches(pair) for name, pair in sums.items()}
 
-  # The old state is donated: two do not fit. A layout of XLA's choice would not fit the next call.
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
-  def update(state, guide_params, batch, non_trainable=None):
-    batch = microbatches.padded(batch, microbatches.time_multiple())
-    return _apply(optimizer, state,
-                  *accumulated(state.params, non_trainable, guide_params, batch))
-
-  return update
+  return accumulated
 
 
 def _gradients(model: Model, guide_model: Model | None, objective: Loss, hp: ConfigDict,
@@ -243,10 +264,10 @@ def jit_add(layout: TrainState) -> Callable[..., Any]:
 
 
 def jit_apply(optimizer: optax.GradientTransformation, layout: TrainState) -> Callable[..., Any]:
-  """Jitted (state, total) -> (state, metrics): the end of `jit_update`; the state is donated."""
+  """Jitted (state, totals) -> (state, metrics): the end of `jit_update`; the state is donated."""
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, layout.step))
-  def apply(state, total):
-    return _apply(optimizer, state, *total)
+  def apply(state, totals):
+    return _apply(optimizer, state, *totals)
 
   return apply
 
@@ -258,7 +279,7 @@ def _over_microbatches(pair: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 
 def _apply(optimizer: optax.GradientTransformation, state: TrainState, total: Params,
-           sums: Mapping[str, Sequence[jax.Array]]) -> tuple[TrainState, _Metrics]:
+           sums: Mapping[str, Sequence[jax.Array]]) -> tuple[TrainState, Metrics]:
   """One optimizer update and its metrics; the state is unchanged where a value is not finite."""
   metrics = {name: _mean(*pair) if len(pair) == 2 else pair[0] for name, pair in sums.items()}
   # The one division: sums over all microbatches by the count over all of them.

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from configs import common
-from s2d_jax import compiling, models, optim, sampler, sharding
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax import models, optim, sampler, sharding
+from s2d_jax.compiling import Samplers
+from s2d_jax.roles import Role, StageModels, resident
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 16, "hidden_size": 16, "head_dim": 8,
           "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,16 +35,15 @@ def test_the_memory_that_a_stage_holds_by_hand(mesh):
   optimizer = optim.make(common.ConfigDict(common.adamw(lr=1e-3)), 10,
                          models.trained(learner.model.config))
   frozen = sum((2 * 16, 2 * 16, 2 * 8, 2 * 8, 16))  # norms stay float32
-  held = compiling.resident(StageModels(learner, None, learner, on_policy=True, guide=guide),
-                            optimizer)
+  held = resident(StageModels(learner, None, learner, on_policy=True, guide=guide), optimizer)
   assert held["learner"] == 4 * NUMBERS
   assert held["guide"] == 2 * NUMBERS + 2 * frozen
   assert 0 <= held["optimizer"] - 2 * 4 * NUMBERS < 64  # Adam's two moments, and counters
   assert set(held) == {"learner", "optimizer", "guide"}
   # An actor that is the guide is held once; another one and the start of pass rates are held too.
-  held = compiling.resident(StageModels(learner, None, guide, False, guide), optimizer)
+  held = resident(StageModels(learner, None, guide, False, guide), optimizer)
   assert set(held) == {"learner", "optimizer", "guide"}
-  held = compiling.resident(StageModels(learner, None, guide, False, role(), guide), optimizer)
+  held = resident(StageModels(learner, None, guide, False, role(), guide), optimizer)
   assert held["actor"] == held["pass rate model"] == 2 * NUMBERS + 2 * frozen
 
 

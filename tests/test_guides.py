@@ -20,16 +20,19 @@ from s2d_jax import (
   models,
   objectives,
   options,
+  placement,
   recipe,
   rollouts,
   sampler,
   sharding,
   tasks,
   training,
+  updates,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Samplers
 from s2d_jax.errors import InputError
 from s2d_jax.preflight import programs
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.rollouts import Prompt
 from tests import test_hints
 from tests.test_hints import TINY
@@ -55,7 +58,8 @@ def updated(mesh, role_B, guide_of_role, batch):
                                         SGD, samplers)
   assert compiled.update is None and compiled.routed.rows == 4
   state = training.init(SGD, mesh, learner.params)
-  return guides.update(compiled.routed, guide_of_role, state, None, batch, np.array(role_B))
+  update = updates.of_step(compiled, stage_models, placement.Mover(), lambda _: np.array(role_B))
+  return update(state, batch)
 
 
 def single(mesh, guide, batch):
@@ -213,19 +217,19 @@ def test_a_killed_run_under_several_guides_ends_in_the_same_bytes(tmp_path, monk
   assert set(node.guide_of.values()) == {
       "", f"guide {config.student}", f"guide {tmp_path / 'again'}"}
 
-  update = guides.update
+  totals = guides.totals
   calls = []
 
   def killed(*args):
     calls.append(args)
     if len(calls) == 6:  # in the middle of the third of four steps, behind a checkpoint
       raise SystemExit(137)
-    return update(*args)
+    return totals(*args)
 
-  monkeypatch.setattr(guides, "update", killed)
+  monkeypatch.setattr(guides, "totals", killed)
   with pytest.raises(SystemExit):
     run(config, tmp_path / "killed")
-  monkeypatch.setattr(guides, "update", update)
+  monkeypatch.setattr(guides, "totals", totals)
   _, again = run(config, tmp_path / "killed")
   for name in ("ledger", "metrics"):
     assert metrics.read(again, name) == metrics.read(whole, name)

@@ -25,11 +25,11 @@ from s2d_jax import (
   tasks,
   training,
 )
-from s2d_jax.compiling import Role, StageModels
 from s2d_jax.data.arithmetic import problems
 from s2d_jax.errors import InputError
 from s2d_jax.models import hf
 from s2d_jax.planning import Use
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.rollouts import Prompt
 from tests import test_loop
 from tests.configs import test_stage_names as names

@@ -84,7 +84,7 @@ def test_every_public_name_has_a_docstring():
 # Any JSON value, any value of a config, any text, or, for a Role, a model whose file this one may
 # not import.
 VAGUE = {
-    "s2d_jax/compiling.py": ["Role.model"],
+    "s2d_jax/roles.py": ["Role.model"],
     "s2d_jax/files.py": ["plain(value)", "plain -> ?", "write_json(value)", "read_json -> ?"],
     "s2d_jax/json_objects.py": ["value -> ?", "shown(found)"],
     "s2d_jax/keys.py": ["check_values(values)", "check_value(value)", "Key.neutral", "Key.default"],

@@ -29,9 +29,10 @@ from s2d_jax import (
   sharding,
   timing,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Samplers
 from s2d_jax.losses import grpo
 from s2d_jax.rewards import pool
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.rollouts import Prompt
 from s2d_jax.sampler import scheduler
 

@@ -10,7 +10,6 @@ from etils import epath
 from configs import composition
 from s2d_jax import (
   allocate,
-  compiling,
   files,
   ledger,
   metrics,
@@ -22,6 +21,7 @@ from s2d_jax import (
   tasks,
 )
 from s2d_jax.errors import InputError
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.rollouts import Prompt
 
 CONFIG = models.get({
@@ -138,7 +138,7 @@ def test_shares_rename_their_stage_alone_and_those_that_go_on_from_it():
 
 
 def a_role(name):
-  return compiling.Role(types.SimpleNamespace(name=name, config=CONFIG), None)
+  return Role(types.SimpleNamespace(name=name, config=CONFIG), None)
 
 
 # The frozen actor, whether the learner samples, the guide; whose responses are scored.
@@ -147,7 +147,7 @@ def a_role(name):
     ("learner", True, "teacher", "teacher"), (None, False, "teacher", "teacher")])
 def test_the_teacher_is_the_frozen_actor_or_else_the_guide(actor, on_policy, guide, want):
   role = lambda name: name and a_role(name)
-  models = compiling.StageModels(a_role("learner"), None, role(actor), on_policy, role(guide))
+  models = StageModels(a_role("learner"), None, role(actor), on_policy, role(guide))
   assert models.teacher.model.name == want
 
 
@@ -166,7 +166,7 @@ def test_a_learners_own_start_is_no_teacher(tmp_path):
 def test_responses_that_another_stage_sampled_are_counted_as_reused_once():
   # Responses of two tokens and of one, after prompts of one; the second row is another stage's.
   rollout = rollouts.given_solutions([Prompt(0, (1,)), Prompt(1, (1,))], [[1, 2], [3]], 3, 2)
-  models = compiling.StageModels(a_role("learner"), None, a_role("teacher"), False, None)
+  models = StageModels(a_role("learner"), None, a_role("teacher"), False, None)
   flops = ledger.forward_flops
   scored = flops(CONFIG, [3, 2], [2, 1])
   assert ledger.probe_part(rollout, np.array([True, False]), True, models) == {

@@ -26,8 +26,9 @@ from s2d_jax import (
   sharding,
   stage,
 )
-from s2d_jax.compiling import Role, Samplers, StageModels
+from s2d_jax.compiling import Samplers
 from s2d_jax.models import hf
+from s2d_jax.roles import Role, StageModels
 from s2d_jax.sampler import programs
 from tests import test_loop
 

@@ -28,11 +28,12 @@ from s2d_jax import (
   training,
 )
 from s2d_jax.chips import Chip
-from s2d_jax.compiling import Programs, Role, Samplers, StageModels
+from s2d_jax.compiling import Programs, Samplers
 from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
 from s2d_jax.preflight.costs import Cost, DoesNotFit, Moved
 from s2d_jax.preflight.pool import Progress, Request
+from s2d_jax.roles import Role, StageModels, resident
 from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
 
@@ -84,7 +85,7 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
                                 target.chip and target.chip.usable)
   requests: list[Request] = []
   for row, hp, stage_models, optimizer in _stages(config, table):
-    held = compiling.resident(stage_models, optimizer)
+    held = resident(stage_models, optimizer)
     staying = placement.staying(held, stage_models.away)
     of_stage = samplers._replace(held=sum(staying.values()))
     try:
@@ -133,7 +134,7 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   """The programs of a stage, in the order in which a step runs them.
 
   Args:
-    held: as `compiling.resident` returns it.
+    held: as `roles.resident` returns it.
     width: of its batches.
   """
   staying = placement.staying(held, stage_models.away)
@@ -160,18 +161,24 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   tokens = _shared(rows // hp.minibatches * width)
   yield from _options(name, hp, stage_models, programs, staying, width)
   if stage_models.away:
-    yield Request(name, "moves", Moved(placement.bytes_moved(held, stage_models.away)), everything,
-                  1)
-  if programs.routed is None:
+    yield Request(name, "moves", Moved(placement.bytes_moved(held, stage_models.away, updates)),
+                  everything, 1)
+  guide = 0 if "guide" in stage_models.away else held.get("guide", 0)
+  slots = 0 if "optimizer" in stage_models.away else held["optimizer"]
+  if programs.update is not None:
     yield Request(name, "update", programs.update, others, updates, blocks, tokens)
+    return
+  if programs.split is not None:
+    yield Request(name, "gradients", programs.split.totals, others + slots, updates, blocks, tokens)
+    yield Request(name, "apply", programs.split.apply, others + guide, updates)
     return
   # All rows under the guide whose program is the largest: the runs of each are not known here.
   routed = programs.routed
   largest = max(routed.gradients, key=lambda role: sharding.device_bytes(
       stage_models.guides[role].params))
-  yield Request(name, "gradients", routed.gradients[largest], others + held["optimizer"],
+  yield Request(name, "gradients", routed.gradients[largest], others + slots,
                 updates * hp.microbatches, blocks, tokens / hp.microbatches)
-  yield Request(name, "apply", routed.apply, others + held["guide"], updates)
+  yield Request(name, "apply", routed.apply, others + guide, updates)
 
 
 def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
@@ -355,6 +362,9 @@ def least_bytes(config: ConfigDict) -> int:
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
         sharding.abstract(stage_models.learner.params))
-    held = sum(compiling.resident(stage_models, optimizer).values())
-    found.append(held + sharding.device_bytes(gradients))
+    held = resident(stage_models, optimizer)
+    if "optimizer" in stage_models.away:
+      # Its slots and its guide are not on the devices together.
+      held["guide"] = max(held.get("guide", 0) - held["optimizer"], 0)
+    found.append(sum(held.values()) + sharding.device_bytes(gradients))
   return max(found)

@@ -240,13 +240,20 @@ def test_arrays_on_the_host_are_moved_and_not_resident():
 
   whole, found = requests(""), requests("optimizer,guide")
   slots, teacher = 2 * 4 * parameters("student"), 4 * parameters("teacher")
-  assert found.keys() - whole.keys() == {("forward_kl", "moves"), ("reverse_kl", "moves")}
-  for key, before in whole.items():
-    away = 0
-    if key[1] != "update":  # which takes both
-      # The teacher of forward_kl samples, so it stays. A comparison takes the guide.
-      away = slots if key[0] == "forward_kl" or key[1] == "search compare" else slots + teacher
-    assert abs(before.resident - found[key].resident - away) < SLACK, key
+  parts = ("moves", "gradients", "apply")
+  assert found.keys() - whole.keys() == {
+      (stage, part) for stage in ("forward_kl", "reverse_kl") for part in parts}
+  for key in found.keys() & whole.keys():
+    # The teacher of forward_kl samples, so it stays. A comparison takes the guide.
+    away = slots if key[0] == "forward_kl" or key[1] == "search compare" else slots + teacher
+    assert abs(whole[key].resident - found[key].resident - away) < SLACK, key
+  # Beside the gradients nothing else is on the devices, nor beside their application, except a
+  # teacher that stays.
+  for stage in ("forward_kl", "reverse_kl"):
+    anchors = whole[stage, "update"].resident
+    assert found[stage, "gradients"].resident == anchors
+    stays = teacher if stage == "forward_kl" else 0
+    assert abs(found[stage, "apply"].resident - anchors - stays) < SLACK
   moved = found["reverse_kl", "moves"]
   assert abs(moved.lowered.bytes - (2 * slots + teacher)) < SLACK and moved.runs == 1
   # In the table it is sent, at the rate of PCIe of the fifth generation, and takes no memory.

@@ -2,10 +2,12 @@
 
   python -m benchmarks.sizes                 every entry that this environment compiles for
   python -m benchmarks.sizes --only=h100:8   those of one topology
+  python -m benchmarks.sizes --refused       those that did not fit
   python -m benchmarks.sizes --render        the page again, from the stored entries
 
-An entry is one stage on one topology. It is stored when it is finished, and one of this revision is
-not compiled again without --again. GPUs and TPUs need an environment each (docs/run.md).
+An entry is one stage on one topology, with the first of `settings` that fits. It is stored when it
+is finished, and one of this revision is not compiled again without --again. GPUs and TPUs need an
+environment each (docs/run.md).
 """
 
 import argparse
@@ -40,6 +42,7 @@ PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
 # The stages with the largest programs, one of each kind. teacher_sft samples nothing. sft and
 # weighted_fkl sample the teacher, as forward_kl does; the latter holds the student's start too.
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
+KEY_HEADS = 8  # of all models here: at most as many devices split the heads
 
 
 class Pair(NamedTuple):
@@ -75,16 +78,48 @@ PAIRS = (
          ("h100:8", "v5p:4x4x4", "h100:64", "v5p:2x2x4", "v6e:8x8", "v6e:4x4"), tensor=8))
 
 
-def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
+class Setting(NamedTuple):
+  """How a stage is placed on a topology."""
+  mesh: tuple[int, int, int]
+  offload: str  # config.offload
+
+
+def settings(pair: Pair, devices: int) -> Iterator[Setting]:
+  """The settings of a stage in the order in which they are tried, cheap ones first.
+
+  All on the devices, then optimizer and guide on the host. Then heads over twice as many devices:
+  each token's step adds up features over those.
+  """
+  tensor = pair.tensor
+  while tensor <= KEY_HEADS and devices % tensor == 0:
+    for offload in ("", "optimizer,guide"):
+      yield Setting((1, devices // tensor, tensor), offload)
+    tensor *= 2
+
+
+def fitting(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
+            progress: Progress) -> Json:
+  """One entry: of the first setting that fits, or of the first where none does."""
+  first = None
+  for setting in settings(pair, len(topologies.devices(topology))):
+    entry = compiled(pair, topology, stage, setting, folder, progress)
+    print(f"  {setting}: {entry['verdict']}", file=sys.stderr, flush=True)
+    if entry["fits"]:
+      return entry
+    first = first or entry
+  return first
+
+
+def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pathlib.Path,
              progress: Progress) -> Json:
-  """One entry: compiles a stage's programs, as preflight does; `progress` has earlier entries'."""
+  """A stage's programs in one setting, as preflight compiles them; `progress` has earlier ones."""
   start = time.monotonic()
   config = pair.config(folder)
   devices = topologies.devices(topology)
   chip = topologies.chip(topology)
-  # One mesh for all stages of a pair, as a run has.
-  shards = len(devices) // pair.tensor
-  config.mesh = (1, shards, pair.tensor)
+  config.mesh = setting.mesh
+  config.offload = setting.offload
+  shards = setting.mesh[0] * setting.mesh[1]
   for name, hp in config.stages.items():
     if name != stage:
       hp.steps = 0
@@ -92,8 +127,8 @@ def compiled(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
     rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.microbatches = max(rows // shards, 1)
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
-           "mesh": list(config.mesh), "microbatches": config.stages[stage].microbatches,
-           "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}
+           "mesh": list(config.mesh), "offload": setting.offload,
+           "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     found = list(preflight.costs_of(config, programs.Target(chip, scores=False), progress))
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
@@ -109,12 +144,18 @@ def facts(found: Sequence[Cost], chip: chips.Chip) -> Json:
                for cost in found if cost.least is not None and cost.runs}}
 
 
-def missing(stored: Sequence[Json], only: str, again: bool) -> Iterator[tuple[Pair, str, str]]:
-  """The entries that are still to be compiled, of topologies whose name matches `only`."""
+def missing(stored: Sequence[Json], only: str, again: bool,
+            refused: bool = False) -> Iterator[tuple[Pair, str, str]]:
+  """The entries that are still to be compiled, of topologies whose name matches `only`.
+
+  Args:
+    again: finished ones of this revision too.
+    refused: of the stored ones those alone that do not fit.
+  """
   revision = manifest.revision()
   names = ("student", "teacher", "topology", "stage")
   finished = {tuple(entry[name] for name in names) for entry in stored
-              if entry["revision"] == revision and not again}
+              if entry["fits"] and refused or entry["revision"] == revision and not again}
   for pair in PAIRS:
     for topology in pair.topologies:
       for stage in STAGES:
@@ -144,10 +185,12 @@ def table(stored: Sequence[Json]) -> str:
     if not found:
       continue
     lines += [f"## {pair.student} from {pair.teacher}", "",
-              "| chips | mesh | stage | verdict | least seconds of a step | revision, jax |",
+              "| chips | setting | stage | verdict | least seconds of a step | revision, jax |",
               "|---|---|---|---|---|---|"]
     for entry in found:
       mesh = " × ".join(map(str, entry["mesh"]))
+      if entry.get("offload"):
+        mesh += f", offload {entry['offload']}"
       lines.append(f"| {entry['topology']} | {mesh} | {entry['stage']} | {entry['verdict']} | "
                    f"{_step(entry)} | {entry['revision'][:7]}, {entry['jax']} |")
     lines.append("")
@@ -178,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument("--only", default="", help="a topology, or a regular expression of several")
   flags.add_argument("--again", action="store_true", help="compile stored entries too")
+  flags.add_argument("--refused", action="store_true", help="compile those that did not fit")
   flags.add_argument("--render", action="store_true", help="compile nothing")
   args = flags.parse_args(argv)
   stored = json.loads(RESULT.read_text()) if RESULT.exists() else []
@@ -185,14 +229,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   # not name the chip.
   progress = collections.defaultdict(Progress)
   with tempfile.TemporaryDirectory() as folder:
-    for pair, topology, stage in () if args.render else missing(stored, args.only, args.again):
+    for pair, topology, stage in (
+        () if args.render else missing(stored, args.only, args.again, args.refused)):
       try:
         topologies.devices(topology)
       except InputError as error:  # a package of the other environment
         print(f"{topology}: {error}", file=sys.stderr)
         continue
       print(f"{pair.student} from {pair.teacher}, {topology}, {stage}", file=sys.stderr, flush=True)
-      entry = compiled(pair, topology, stage, pathlib.Path(folder), progress[topology])
+      entry = fitting(pair, topology, stage, pathlib.Path(folder), progress[topology])
       stored = stored_with(stored, entry)
       RESULT.write_text(json.dumps(stored, indent=1) + "\n")
   PAGE.write_text(page(PAGE.read_text(), stored))

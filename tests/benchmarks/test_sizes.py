@@ -12,7 +12,7 @@ from s2d_jax.preflight import costs, hlo
 
 def entry(topology="h100:8", stage="reverse_kl", revision="0123456789", **facts):
   return {"student": "qwen3-1.7b", "teacher": "qwen3-8b", "topology": topology, "stage": stage,
-          "mesh": [1, 8, 1], "revision": revision, "jax": "0.12.0", **facts}
+          "mesh": [1, 8, 1], "revision": revision, "jax": "0.12.0", "fits": True, **facts}
 
 
 def test_the_page_is_the_rendering_of_the_stored_entries():
@@ -47,6 +47,35 @@ def test_a_finished_entry_of_this_revision_is_not_compiled_again(monkeypatch):
   assert ("qwen3-8b", "student_grpo") in stages(stored)
   assert ("qwen3-14b", "reverse_kl") in stages(stored)
   assert ("qwen3-8b", "reverse_kl") in stages(stored, again=True)
+
+
+def test_only_refused_entries_are_tried_again(monkeypatch):
+  monkeypatch.setattr(manifest, "revision", lambda: "new")
+  stored = [entry(fits=False), entry(stage="student_grpo")]
+  found = [stage for pair, _, stage in sizes.missing(stored, "h100:8", again=False, refused=True)
+           if pair.teacher == "qwen3-8b"]
+  assert found == ["teacher_grpo", "forward_kl", "reverse_kl"]  # two are not stored yet
+
+
+def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
+  (pair, *_) = sizes.PAIRS
+  monkeypatch.setattr(sizes.topologies, "devices", lambda name: [None] * 4)
+  meshes = [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
+  ordered = [(mesh, offload) for mesh in meshes for offload in ("", "optimizer,guide")]
+  assert list(sizes.settings(pair, 4)) == ordered
+
+  def taken(fits):
+    monkeypatch.setattr(sizes, "compiled", lambda pair, topology, stage, setting, *_: {
+        "setting": setting, "fits": fits(setting), "verdict": "-"})
+    return sizes.fitting(pair, "four", "student_grpo", tmp_path, None)["setting"]
+
+  assert taken(lambda setting: setting.mesh[2] == 2) == ordered[2]
+  assert taken(lambda setting: False) == ordered[0]
+
+
+def test_a_setting_that_uses_the_host_is_shown():
+  text = sizes.table([entry(verdict="fits", bytes=1, step={}, offload="optimizer,guide")])
+  assert "| h100:8 | 1 × 8 × 1, offload optimizer,guide | reverse_kl | fits |" in text
 
 
 def test_a_new_entry_replaces_the_older_one_in_the_order_of_the_table():

@@ -128,7 +128,8 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
     hp.microbatches = max(rows // shards, 1)
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
            "mesh": list(config.mesh), "offload": setting.offload,
-           "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(), "jax": jax.__version__, "memory": chip.usable}
+           "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(),
+           "jax": jax.__version__, "memory": chip.usable}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     found = list(preflight.costs_of(config, programs.Target(chip, scores=False), progress))
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}

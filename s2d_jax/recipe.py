@@ -11,7 +11,16 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from s2d_jax import budget, objectives, placement, planning, program_cache, walk
+from s2d_jax import (
+  budget,
+  hosts,
+  objectives,
+  placement,
+  planning,
+  program_cache,
+  remat,
+  walk,
+)
 from s2d_jax.errors import InputError
 from s2d_jax.planning import Arm, Plan, Stage, Task, Use
 
@@ -102,6 +111,8 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
                        "it out, or give the task one.")
   laid_out = planning.plan(config, task, stages, arms, compared)
   placement.check_devices(config, jax.local_devices())
+  if config.remat == "auto":  # on several processes the memory is a collective
+    remat.check_memory(config.remat, hosts.device_memory())
   _check_budgets(laid_out, compared)
   return laid_out
 

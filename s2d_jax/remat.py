@@ -18,6 +18,20 @@ _SHARE = 0.95
 _Program = jax.stages.Compiled | jax.stages.Lowered
 
 
+def check_memory(policy: str, memory: int | None) -> None:
+  """Refuses "auto" where nothing says how much memory a device has.
+
+  Args:
+    policy: config.remat; memory: bytes of a device; None: unknown.
+
+  Raises:
+    InputError: names the key and the other choices.
+  """
+  if policy == "auto" and memory is None:
+    raise InputError(f"config.remat is auto, and the memory of a {sharding.platform()} is unknown: "
+                     f"choose it from {', '.join(CANDIDATES)}, of which the last needs least.")
+
+
 def fitting(model: Model, compiled_for: Callable[[Model], _Program], memory: int | None,
             others: int) -> _Program:
   """The program of a model for the policy that its config says, or for the fastest that fits.
@@ -36,9 +50,7 @@ def fitting(model: Model, compiled_for: Callable[[Model], _Program], memory: int
   """
   if model.config.remat != "auto":
     return compiled_for(model)
-  if memory is None:
-    raise InputError(f"config.remat is auto, and the memory of a {sharding.platform()} is unknown: "
-                     f"choose it from {', '.join(CANDIDATES)}, of which the last needs least.")
+  check_memory(model.config.remat, memory)
   for policy in CANDIDATES:
     candidate = models.build(dataclasses.replace(model.config, remat=policy))
     if policy == CANDIDATES[-1]:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from s2d_jax import models, remat
+from configs import arithmetic
+from s2d_jax import hosts, metrics, models, recipe, remat, sharding, tasks
 from s2d_jax.errors import InputError
 from tests.test_compiling import CONFIG
 
@@ -104,3 +105,38 @@ def test_a_lowered_program_is_compiled_to_be_measured():
   for memory, rows in ((9e6, 1000), (7e6, 100), (1e5, 10)):
     found = remat.fitting(model, lowered, int(memory), 0)
     assert found.in_avals[0][0].shape == (rows, 1000)
+
+
+def run(policy, workdir):
+  """Two steps of the tiny reverse KL; the stage's folder."""
+  config = arithmetic.get_config("tiny")
+  with config.unlocked():
+    config.update({"arms": "raw_bridge", "remat": policy})
+    config.probe.problems = 0
+    config.sampler.cache_gib = 0.01  # the samplers are equal, whatever the memory
+    config.stages.forward_kl.steps = 0
+    config.stages.reverse_kl.steps = 2
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    (name,) = recipe.run(config, workdir, tasks.get(config)).nodes
+  return workdir / name
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("memory, policy", [(10**9, "named"), (10**6, "block")])
+def test_a_run_with_auto_is_one_with_the_policy_that_fits(tmp_path, monkeypatch, capsys, memory,
+                                                          policy):
+  expected = run(policy, tmp_path / "named")
+  monkeypatch.setattr(hosts, "device_memory", lambda: memory)
+  capsys.readouterr()
+  found = run("auto", tmp_path / "auto")
+  assert f"config.remat is auto: {policy}\n" in capsys.readouterr().err
+  assert found.name == expected.name  # no policy renames a stage
+  assert metrics.read(found, "metrics") == metrics.read(expected, "metrics")
+  assert ((found / "hf" / "model.safetensors").read_bytes()
+          == (expected / "hf" / "model.safetensors").read_bytes())
+
+
+def test_a_run_with_auto_where_the_memory_is_unknown_is_refused(tmp_path):
+  with pytest.raises(InputError, match="config.remat is auto, and the memory of a cpu is unknown"):
+    run("auto", tmp_path / "run")
+  assert not (tmp_path / "run").exists()

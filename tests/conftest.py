@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import time
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -18,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - it reads the environment when it is imported
 import pytest  # noqa: E402
+from etils import epath  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -42,6 +44,38 @@ def pytest_collection_modifyitems(items):
     seconds[item.path] += max((SECONDS.get(mark.name, 0.3) for mark in item.iter_markers()),
                               default=0.3)
   items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.fixture
+def failing_disk(monkeypatch):
+  """A function that lets the next calls of a method of local paths fail; the seconds waited.
+
+    waits = failing_disk("read_bytes", 3, errno.EIO)
+
+  A `name` restricts it to files of that name. Nothing sleeps while a test has it.
+  """
+  waits = []
+  remaining = {}
+  monkeypatch.setattr(time, "sleep", waits.append)
+
+  def fail(method, times, code, name=None):
+    local = type(epath.Path("/"))
+    if method not in remaining:
+      call = getattr(local, method)
+
+      def broken(self, *args):
+        left, code, name = remaining[method]
+        if left and name in (None, self.name):
+          remaining[method] = left - 1, code, name
+          raise OSError(code, os.strerror(code))
+        return call(self, *args)
+
+      monkeypatch.setattr(local, method, broken)
+    remaining[method] = times, code, name
+    waits.clear()
+    return waits
+
+  return fail
 
 
 @pytest.fixture(scope="module")

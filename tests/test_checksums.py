@@ -1,12 +1,10 @@
 """Checksums of files against `sha256sum`, and every kind of damage to a file."""
 
 import errno
-import os
 import pathlib
 import threading
 
 import pytest
-from etils import epath
 
 from s2d_jax import checksums, files, hosts
 from s2d_jax.errors import InputError, WriteError
@@ -47,44 +45,24 @@ def test_damage_is_found_and_named(folder, change, said):
   assert f"a/x {found.reason}" == said
 
 
-@pytest.fixture
-def failures(monkeypatch):
-  """A function that lets the next opens of files whose name is "x" fail; the seconds waited."""
-  waits, remaining, raised = [], [0], [None]
-  local = type(epath.Path("/"))
-  opened = local.open
-  def broken(self, mode):
-    if self.name == "x" and remaining[0]:
-      remaining[0] -= 1
-      raise raised[0]
-    return opened(self, mode)
-  monkeypatch.setattr(local, "open", broken)
-  monkeypatch.setattr(checksums.time, "sleep", waits.append)
-  def fail(times, code):
-    remaining[0], raised[0] = times, OSError(code, os.strerror(code))
-    waits.clear()
-    return waits
-  return fail
-
-
-def test_a_file_that_cannot_be_read_is_tried_again_and_then_one_sentence(folder, failures):
+def test_a_file_that_cannot_be_read_is_tried_again_and_then_one_sentence(folder, failing_disk):
   recorded = checksums.record(folder, ["a/x"])
-  waits = failures(3, errno.EIO)
+  waits = failing_disk("open", 3, errno.EIO, name="x")
   assert checksums.damage(folder, recorded) is None
   assert len(waits) == 3 and 1 <= sum(waits) <= 10
   for read in (lambda: checksums.damage(folder, recorded),
                lambda: checksums.record(folder, ["a/x"])):
-    failures(99, errno.EIO)
+    failing_disk("open", 99, errno.EIO, name="x")
     with pytest.raises(WriteError) as refused:
       read()
     assert str(refused.value) == (f"{folder}/a/x cannot be read (Input/output error): mend the "
                                   "disk, and the same command goes on from there.")
     assert len(waits) == 3
   # No wait changes a missing permission or file.
-  failures(1, errno.EACCES)
+  failing_disk("open", 1, errno.EACCES, name="x")
   with pytest.raises(WriteError, match="a/x cannot be read .Permission denied.: permit this user"):
     checksums.damage(folder, recorded)
-  failures(1, errno.ENOENT)
+  failing_disk("open", 1, errno.ENOENT, name="x")
   assert checksums.damage(folder, recorded).reason == "is missing"
   assert waits == []
 
@@ -102,7 +80,7 @@ def test_a_folder_in_the_place_of_a_file_is_damage(folder):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_file_that_one_process_cannot_read_stops_all_of_them(
-    folder, failing, failures, monkeypatch):
+    folder, failing, failing_disk, monkeypatch):
   recorded = checksums.record(folder, checksums.listed(folder))
   sentence = f"{folder}/a/x cannot be read (Input/output error): mend the disk, and"
   monkeypatch.setattr(hosts, "share", lambda: (failing, 2))
@@ -113,7 +91,7 @@ def test_a_file_that_one_process_cannot_read_stops_all_of_them(
     gathered.append(part)
     return [part, other]
   monkeypatch.setattr(hosts, "gather", gather)
-  failures(99, errno.EIO)
+  failing_disk("open", 99, errno.EIO, name="x")
   with pytest.raises(WriteError) as refused:
     checksums.damage(folder, recorded)
   assert str(refused.value).startswith(sentence)
@@ -167,21 +145,13 @@ def test_a_store_that_cannot_be_listed_is_tried_again(monkeypatch):
   assert list(checksums.listed(Store(3))) == ["x", "y"]
 
 
-def test_a_disk_that_cannot_be_listed_is_tried_again(folder, monkeypatch):
-  local = type(epath.Path("/"))
-  iterdir, waits, failures = local.iterdir, [], []
-  def broken(self):
-    if failures:
-      raise failures.pop()
-    return iterdir(self)
-  monkeypatch.setattr(local, "iterdir", broken)
-  monkeypatch.setattr(checksums.time, "sleep", waits.append)
-  failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+def test_a_disk_that_cannot_be_listed_is_tried_again(folder, failing_disk):
+  waits = failing_disk("iterdir", 1, errno.EIO)
   assert list(checksums.listed(folder)) == ["a/x", "y"] and len(waits) == 1
-  failures += [OSError(errno.EIO, os.strerror(errno.EIO))] * 9
+  failing_disk("iterdir", 9, errno.EIO)
   with pytest.raises(WriteError, match=f"{folder} cannot be read .Input/output error.: mend"):
     list(checksums.listed(folder))
-  failures.clear()
+  failing_disk("iterdir", 0, errno.EIO)
   assert checksums.entries(folder / "none") == []
   with pytest.raises(WriteError, match="y cannot be read .Not a directory.: mend the disk"):
     checksums.entries(folder / "y")
@@ -235,24 +205,17 @@ def test_each_process_hashes_its_share_and_all_of_them_refuse_before_the_block(
   assert sorted(opened) == ["a/x", "b", "y"]
 
 
-def test_published_sums_that_cannot_be_read_are_tried_again(tmp_path, monkeypatch):
+def test_published_sums_that_cannot_be_read_are_tried_again(tmp_path, failing_disk):
   digest = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
   (tmp_path / "SHA256SUMS").write_text(f"{digest}  x\n")
-  local = type(epath.Path("/"))
-  read_bytes, waits, failures = local.read_bytes, [], [OSError(errno.ESTALE, "Stale file handle")]
-  def broken(self):
-    if failures:
-      raise failures.pop()
-    return read_bytes(self)
-  monkeypatch.setattr(local, "read_bytes", broken)
-  monkeypatch.setattr(checksums.time, "sleep", waits.append)
+  waits = failing_disk("read_bytes", 1, errno.ESTALE)
   assert checksums.published(tmp_path / "SHA256SUMS") == {"x": digest} and len(waits) == 1
   (tmp_path / "SHA256SUMS").unlink()
   with pytest.raises(WriteError, match="SHA256SUMS cannot be read .No such file or directory.: "):
     checksums.published(tmp_path / "SHA256SUMS")
 
 
-def test_files_are_hashed_while_a_block_writes_others(folder, failures, monkeypatch):
+def test_files_are_hashed_while_a_block_writes_others(folder, failing_disk, monkeypatch):
   names = list(checksums.listed(folder))
   hashed, begun = checksums._hashed, threading.Event()
   def slow(path):
@@ -263,7 +226,7 @@ def test_files_are_hashed_while_a_block_writes_others(folder, failures, monkeypa
     begun.set()
   assert recorded() == checksums.record(folder, names)
   # The block's error is the one to see; otherwise that of the disk.
-  failures(99, errno.EIO)
+  failing_disk("open", 99, errno.EIO, name="x")
   with pytest.raises(KeyError, match="the block's"), checksums.recording(folder, names):
     raise KeyError("the block's")
   with checksums.recording(folder, names) as recorded:

@@ -47,27 +47,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert str(refused.value) == f"{tmp_path}/{name} cannot be read ({said}): buy a new disk."
 
 
-def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(tmp_path, failing_disk):
   path = tmp_path / "a.json"
   files.write_json(path, {"a": 1})
-  local = type(epath.Path("/"))
-  read_bytes, waits, failures = local.read_bytes, [], [2, errno.EIO]
-  def broken(self):
-    if failures[0]:
-      failures[0] -= 1
-      raise OSError(failures[1], os.strerror(failures[1]))
-    return read_bytes(self)
-  monkeypatch.setattr(local, "read_bytes", broken)
-  monkeypatch.setattr(files.time, "sleep", waits.append)
+  waits = failing_disk("read_bytes", 2, errno.EIO)
   assert files.read_json(path) == {"a": 1} and len(waits) == 2
-  failures[:] = 99, errno.EIO
+  failing_disk("read_bytes", 99, errno.EIO)
   with pytest.raises(WriteError) as refused:
     files.read_json(path)
   assert str(refused.value) == (f"{path} cannot be read (Input/output error): mend the disk, and "
                                 "the same command goes on from there.")
-  assert 1 <= sum(waits[2:]) <= 10
-  waits.clear()
-  failures[:] = 1, errno.EACCES
+  assert 1 <= sum(waits) <= 10
+  failing_disk("read_bytes", 1, errno.EACCES)
   with pytest.raises(WriteError, match="a.json cannot be read .Permission denied.: permit this us"):
     files.read_json(path)
   assert waits == []

@@ -1,13 +1,11 @@
 """Where rollouts come from: each source by hand, with a sampler that counts its calls."""
 
 import errno
-import os
 
 import numpy as np
 import pytest
-from etils import epath
 
-from s2d_jax import checksums, recipe, rollouts
+from s2d_jax import recipe, rollouts
 from s2d_jax.errors import InputError, WriteError
 from s2d_jax.rollouts import Prompt
 
@@ -117,23 +115,15 @@ def test_a_damaged_part_of_a_store_is_named_and_sampled_again_once_deleted(tmp_p
   np.testing.assert_array_equal(again.response_BT, whole.response_BT)
 
 
-def test_a_part_that_cannot_be_read_is_tried_again_and_is_not_called_damaged(tmp_path, monkeypatch):
+def test_a_part_that_cannot_be_read_is_tried_again_and_not_called_damaged(tmp_path, failing_disk):
   source = frozen(Sampler(), tmp_path / "store", "a")
   whole, _, _ = source.sample("live", PROMPTS, 0)
   path, = (tmp_path / "store").iterdir()
-  local = type(epath.Path("/"))
-  read_bytes, waits, failures = local.read_bytes, [], []
-  def broken(self):
-    if failures:
-      raise failures.pop()
-    return read_bytes(self)
-  monkeypatch.setattr(local, "read_bytes", broken)
-  monkeypatch.setattr(checksums.time, "sleep", waits.append)
-  failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+  waits = failing_disk("read_bytes", 1, errno.EIO)
   rows = rollouts.Store(tmp_path / "store").rows()
   np.testing.assert_array_equal(rows.response_BT, whole.response_BT)
   assert len(waits) == 1
-  failures += [OSError(errno.EIO, os.strerror(errno.EIO))] * 9
+  failing_disk("read_bytes", 9, errno.EIO)
   with pytest.raises(WriteError) as refused:
     rollouts.Store(tmp_path / "store")
   assert str(refused.value) == (f"{path} cannot be read (Input/output error): mend the disk, and "

@@ -393,6 +393,7 @@ def shorten(config: ConfigDict, max_tokens: int) -> None:
 def fit_one_device(config: ConfigDict, adapters: Sequence[str]) -> None:
   """Makes a config of `math` fit one device: one row at a time, and adapters in these stages."""
   config.mesh = (1, 1, 1)
+  config.remat = "named"  # decoding needs more memory than an update that stores its products
   for name, hp in config.stages.items():
     hp.microbatches = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.lora.rank = 32 if name in adapters else 0

@@ -64,9 +64,9 @@ def failing_disk(monkeypatch):
       call = getattr(local, method)
 
       def broken(self, *args):
-        left, code, name = remaining[method]
-        if left and name in (None, self.name):
-          remaining[method] = left - 1, code, name
+        count, code, name = remaining[method]
+        if count and name in (None, self.name):
+          remaining[method] = count - 1, code, name
           raise OSError(code, os.strerror(code))
         return call(self, *args)
 

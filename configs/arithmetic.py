@@ -95,7 +95,7 @@ def world_config(world: World, arg: str) -> ml_collections.ConfigDict:
   config.sampler = common.sampler()            # memory and dispatches of every sampler
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
-  config.offload = ""                       # "optimizer,guide": on the host until an update
+  config.offload = ""                       # "optimizer,guide" wait in the host's memory
 
   # Rates were chosen on `validation`: results/arithmetic/choice.md, and composition's beside it.
   def answers(samples):

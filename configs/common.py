@@ -330,7 +330,7 @@ def math(arg: ConfigDict) -> ConfigDict:
   config.sampler = sampler(chunk=512)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
-  config.offload = ""                       # "optimizer,guide": on the host until an update
+  config.offload = ""                       # "optimizer,guide" wait in the host's memory
 
   config.stages = _math_stages()
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,
@@ -392,8 +392,7 @@ def shorten(config: ConfigDict, max_tokens: int) -> None:
 
 def fit_one_device(config: ConfigDict, adapters: Sequence[str]) -> None:
   """Makes a config of `math` fit one device: one row at a time, and adapters in these stages."""
-  config.mesh = (1, 1, 1)
-  config.remat = "named"  # decoding needs more memory than an update that stores its products
+  config.update({"mesh": (1, 1, 1), "remat": "named"})  # decoding needs more memory than that
   for name, hp in config.stages.items():
     hp.microbatches = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.lora.rank = 32 if name in adapters else 0

@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.sampler = common.sampler(tokens=16, chunk=160)
   config.compilation_cache = "auto"         # compiled programs: "auto", a folder, or "" for none
   config.profile = ""                       # "10:13" traces steps 10, 11 and 12 of each stage
-  config.offload = ""                       # "optimizer,guide": on the host until an update
+  config.offload = ""                       # "optimizer,guide" wait in the host's memory
 
   config.stages = _stages()
   config.probe = {"split": "validation", "problems": 64, "prompts": 32, "group": 8, "top_k": 16,

@@ -1,7 +1,12 @@
 """Accelerators by name: memory and rates of each chip, as its maker's data sheet states them."""
 
+import os
 from typing import NamedTuple
 
+# The environment's variable of the GiB of a host's memory that JAX pins at most for GPUs, and JAX's
+# own default.
+HOST_POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+HOST_POOL_DEFAULT = 64
 # JAX takes this share of a GPU's memory at its start: `command.call` asks for it. JAX's own default
 # is 0.75. The CUDA context, cuDNN, cuBLAS and NCCL have what is left.
 GPU_SHARE = 0.92
@@ -40,6 +45,11 @@ CHIPS = {
     "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2.765e12, 600e9, 0.0, ("TPU v5", "TPU v5p")),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1.638e12, 400e9, 0.0, ("TPU v6 lite",)),
 }
+
+
+def host_memory() -> int:
+  """Bytes of this host's memory."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def of_kind(kind: str) -> Chip | None:

@@ -211,7 +211,8 @@ def check_workdir(path: str | os.PathLike) -> None:
                      "folder.") from error
 
 
-_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX starts its devices
+# JAX reads these when it starts its devices: the share of a GPU's memory, and GiB of the host's.
+_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
@@ -219,11 +220,15 @@ def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
 
   With --debug the traceback of an unexpected error, or of a sentence's cause, is printed too.
 
-  JAX then takes `chips.GPU_SHARE` of a GPU, unless the environment has another share.
+  JAX then takes `chips.GPU_SHARE` of a GPU, and pins as much of the host's memory as a config lets
+  wait there, unless the environment has other values.
   """
   # JAX refuses an environment that has both of its names.
   if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
     os.environ.setdefault(_SHARE, str(chips.GPU_SHARE))
+  # JAX's default of 64 does not hold the optimizer of 8 B parameters with its guide. Memory is
+  # pinned when it is used, so this reserves nothing.
+  os.environ.setdefault(chips.HOST_POOL, str(max(chips.host_memory() * 9 // 10 // 2**30, 1)))
   global _debug
   _debug = "--debug" in argv
   try:

@@ -88,8 +88,8 @@ class Search(NamedTuple):
 
 class SplitUpdate(NamedTuple):
   """The programs of an update whose optimizer slots wait on the host (`placement`)."""
-  totals: jax.stages.Compiled  # as `training.jit_totals`
-  apply: jax.stages.Compiled
+  totals: jax.stages.Compiled  # (params, non_trainable, guide_params, batch) -> gradients, sums
+  apply: jax.stages.Compiled   # (state, gradients and sums) -> state, metrics
 
 
 class RoutedUpdate(NamedTuple):
@@ -209,8 +209,9 @@ def _split_update(models: StageModels, hp: ConfigDict, objective: training.Loss,
     totals = functools.partial(training.jit_totals, model, guide, objective, hp, layout)
     return _compile(("totals", model, guide, objective), hp, totals, arguments, samplers.compiler)
 
+  # The anchor of searches is an argument of `apply` alone.
   totals = remat.fitting(models.learner.model, totals_of, samplers.memory,
-                         _other_models(models, optimizer))
+                         _other_models(models, optimizer) + sharding.device_bytes(state.anchor))
   # The policy of recomputation changes no shape.
   shapes = jax.eval_shape(
       training.jit_totals(models.learner.model, guide, objective, hp, layout), *arguments)
@@ -231,9 +232,10 @@ def _routed_update(models: StageModels, hp: ConfigDict, objective: training.Loss
                       batch)
   non_trainable = models.non_trainable and sharding.abstract(models.non_trainable)
   gradients = {}
-  # The sum of the gradients so far, and the optimizer's slots, unless they wait on the host.
+  # The sum of the gradients so far, the anchor of searches, and the optimizer's slots, unless they
+  # wait on the host.
   others = _other_models(models, optimizer) + sharding.device_bytes(
-      (state.params, None if "optimizer" in models.away else state.opt_state))
+      (state.params, state.anchor, None if "optimizer" in models.away else state.opt_state))
   for role, guide in models.guides.items():
     jitted = training.jit_gradients(learner, guide.model, objective, hp, layout)
     arguments = (state.params, non_trainable, sharding.abstract(guide.params), part)

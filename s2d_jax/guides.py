@@ -218,6 +218,7 @@ def totals(programs: RoutedUpdate, guides: Mapping[str, Role], params: Params,
       found = programs.gradients[role](params, non_trainable, guide_params,
                                        sharding.put_batch(part, mesh))
       total = found if total is None else programs.add(total, found)
+      del found  # or it would be in memory beside the next one
     # The next guide is placed after the last program that reads this one.
     jax.block_until_ready(total)
     del guide_params

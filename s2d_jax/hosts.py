@@ -87,17 +87,23 @@ def join_shares(share: Mapping[int, float], count: int) -> np.ndarray:
   return sum_over_hosts(own_B)
 
 
+def local_memory() -> int | None:
+  """Bytes of the memory of a device of this process; None where it is unknown, as on a CPU."""
+  stats = jax.local_devices()[0].memory_stats()
+  return stats["bytes_limit"] if stats and "bytes_limit" in stats else None
+
+
 def device_memory() -> int | None:
   """Bytes of a device's memory, the least of all processes; None where it is unknown, as on a CPU.
 
   On several processes this is a collective: all must call it.
   """
-  stats = jax.local_devices()[0].memory_stats()
-  if not stats or "bytes_limit" not in stats:
+  size = local_memory()
+  if size is None:
     return None
   # In MiB, because JAX sums whole numbers of 32 bits.
   own_P = np.zeros(jax.process_count(), np.int32)
-  own_P[jax.process_index()] = stats["bytes_limit"] // 2**20
+  own_P[jax.process_index()] = size // 2**20
   return int(sum_over_hosts(own_P).min()) * 2**20
 
 

@@ -81,6 +81,7 @@ def _run(config: ConfigDict, args: argparse.Namespace) -> None:
   hosts.check_start(_facts(config, plans, args))
   # A plan writes and moves nothing.
   if not args.plan:
+    recipe.check_devices(configs[0])
     hosts.check_shared(args.workdir)
     manifest.set_aside(args.workdir, args.redo)
   # Every run of a sweep is checked before the first one trains.

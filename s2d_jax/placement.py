@@ -2,11 +2,13 @@
 
 `config.offload` names them. The optimizer's slots are on the devices while an update is applied and
 at no other time: gradients are formed without them. The guide stays in the host's memory, and a
-copy of it is on the devices while programs read it. Only places change, but with the
-slots an update is two programs: results differ from those of a stage that holds all on its devices
-by rounding at most.
+copy of it is on the devices while programs read it.
+
+Only places change, but with the slots an update is two programs. Results differ by rounding at most
+from those of a stage that holds all on its devices.
 """
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -15,7 +17,7 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from s2d_jax import allocate, metrics, sharding, timing
+from s2d_jax import allocate, chips, metrics, sharding, timing
 from s2d_jax.errors import InputError
 from s2d_jax.keys import Key
 from s2d_jax.roles import StageModels
@@ -31,7 +33,7 @@ def parts(text: str) -> frozenset[str]:
   return frozenset(filter(None, (name.strip() for name in text.split(","))))
 
 
-# Not hashed, as mesh and remat are not: no value changes a number.
+# Not hashed, as mesh and remat are not: a value changes numbers by rounding at most.
 KEY = Key(lambda text: isinstance(text, str) and parts(text) <= set(PARTS),
           f"name what waits in the host's memory, of {', '.join(PARTS)} with commas between, or '' "
           "for nothing", neutral="", hashed=False, optional=True)
@@ -56,6 +58,27 @@ def check_devices(config: ConfigDict, devices: Iterable[jax.Device]) -> None:
           f"config.offload is {offload!r} and a {device.device_kind} has no {HOST} memory (it has "
           f"{', '.join(sorted(found)) or 'none that is named'}): set it to '', or use devices that "
           "have it.")
+
+
+def check_host(waiting: Collection[str], held: Mapping[str, int]) -> None:
+  """Refuses arrays that the memory of this host does not hold.
+
+  Args:
+    waiting: as `away` returns it; held: as `roles.resident` returns it.
+
+  Raises:
+    InputError: names the bytes and the remedy.
+  """
+  need = len(jax.local_devices()) * sum(held[name] for name in waiting)
+  sentence = f"config.offload lets {need / 2**30:,.3g} GiB wait in the memory of this host, "
+  size = chips.host_memory()
+  if need > size:
+    raise InputError(f"{sentence}which has {size / 2**30:,.3g}: name fewer parts, or use more "
+                     "hosts.")
+  pool = int(os.environ.get(chips.HOST_POOL, chips.HOST_POOL_DEFAULT))
+  if sharding.platform() == "gpu" and need > pool * 2**30:
+    raise InputError(f"{sentence}and JAX pins {pool} GiB of it: set the environment's "
+                     f"{chips.HOST_POOL} to more, below the {size / 2**30:,.3g} that it has.")
 
 
 def away(offload: str, models: StageModels, hp: ConfigDict) -> frozenset[str]:
@@ -171,6 +194,7 @@ class Mover:
       jax.block_until_ready(totals)
       state = state._replace(opt_state=self._counted(to_devices, state.opt_state, True))
     state, values = apply(state, totals)
+    jax.block_until_ready(state.step)  # or the moves' seconds would have the program's in them
     return self.slots_away(state), values
 
   def slots_away(self, state: TrainState) -> TrainState:
@@ -200,5 +224,6 @@ def announce(name: str, waiting: Collection[str], held: Mapping[str, int], updat
   """
   if waiting:
     of_part = ", ".join(f"{part} {held[part] / 1e9:,.3g} GB" for part in sorted(waiting))
-    metrics.announce(f"{name}: in the host's memory while it samples: {of_part} of each device; a "
-                     f"step moves {bytes_moved(held, waiting, updates) / 1e9:,.3g} GB of each")
+    metrics.announce(f"{name}: in the host's memory until a program reads it: {of_part} of each "
+                     "device; a step moves "
+                     f"{bytes_moved(held, waiting, updates) / 1e9:,.3g} GB of each")

@@ -110,11 +110,20 @@ def plan(config: ConfigDict, task: Task, stages: tuple[Stage, ...] = STAGES,
       raise InputError(f"config.stages.{name}.keep has \"right\" and the task has no reward: leave "
                        "it out, or give the task one.")
   laid_out = planning.plan(config, task, stages, arms, compared)
-  placement.check_devices(config, jax.local_devices())
-  if config.remat == "auto":  # on several processes the memory is a collective
-    remat.check_memory(config.remat, hosts.device_memory())
   _check_budgets(laid_out, compared)
   return laid_out
+
+
+def check_devices(config: ConfigDict) -> None:
+  """Refuses settings that this process's devices do not have: `config.offload`, `config.remat`.
+
+  A plan is made without it, because another machine may run it.
+
+  Raises:
+    InputError: names the key, the device and the remedy.
+  """
+  placement.check_devices(config, jax.local_devices())
+  remat.check_memory(config.remat, hosts.local_memory())
 
 
 def plan_without_problems(config: ConfigDict) -> Plan:
@@ -148,6 +157,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, task: Task,
     SystemExit: code `hosts.RETRY` after a stop signal, with everything saved.
   """
   checked = plan(config, task, stages, arms, compared)
+  check_devices(config)
   walk.check_folders(checked, workdir)
   with program_cache.opened(config.compilation_cache):
     walk.run(checked, workdir)

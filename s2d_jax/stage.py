@@ -205,6 +205,7 @@ def _stage_run(plan: Plan, node: Node, workdir: epath.Path, mesh: Mesh,
                                  rounds=max(hp.rounds, 1) if stage.reward else 1)
   stage_optimizer = optimizer(hp, learner.model.config)
   held = resident(stage_models, stage_optimizer)
+  placement.check_host(stage_models.away, held)
   placement.announce(stage.name, stage_models.away, held, hp.epochs * hp.minibatches)
   staying = placement.staying(held, stage_models.away)
   samplers = compiling.samplers(plan.config, plan.chat)._replace(held=sum(staying.values()))

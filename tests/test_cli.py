@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from configs import arithmetic
-from s2d_jax import cli, command, main, supervisor
+from s2d_jax import chips, cli, command, main, supervisor
 from s2d_jax.errors import InputError, WriteError, from_user_code
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,6 +47,18 @@ def test_a_command_lets_jax_take_a_share_of_a_gpu_unless_the_environment_says_on
   found = []
   command.call(lambda argv: found.append({name: os.environ[name] for name in names
                                           if name in os.environ}), [])
+  assert found == [expected]
+
+
+@pytest.mark.parametrize("environment, expected", [({}, "115"), ({chips.HOST_POOL: "7"}, "7")])
+def test_a_command_lets_jax_pin_most_of_the_hosts_memory(monkeypatch, environment, expected):
+  monkeypatch.setattr(chips, "host_memory", lambda: 128 * 2**30)
+  monkeypatch.setenv(chips.HOST_POOL, "")
+  monkeypatch.delenv(chips.HOST_POOL)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  found = []
+  command.call(lambda argv: found.append(os.environ[chips.HOST_POOL]), [])
   assert found == [expected]
 
 

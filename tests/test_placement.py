@@ -11,9 +11,23 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import arithmetic
-from s2d_jax import keys, loop, metrics, placement, recipe, sharding, stage, tasks, timing
+from s2d_jax import (
+  chips,
+  keys,
+  loop,
+  metrics,
+  placement,
+  recipe,
+  sharding,
+  stage,
+  tasks,
+  timing,
+)
 from s2d_jax.errors import InputError
 from s2d_jax.timing import Clock
+from tests.preflight import options
+
+SLACK = 4096  # bytes of counters, sums and keys
 
 
 @pytest.mark.parametrize("value", ["teacher", "optimizer;guide", "all", 1, None, ("optimizer",)])
@@ -43,6 +57,36 @@ def test_devices_without_pinned_memory_are_refused():
   with pytest.raises(InputError, match="^config.offload is 'guide' and a abacus has no pinned_host "
                                        r"memory \(it has device, unpinned_host\): set it to ''"):
     placement.check_devices(config, [device("device", "unpinned_host")])
+
+
+def test_a_host_with_too_little_memory_is_refused(monkeypatch):
+  GiB = 2**30
+  held = {"optimizer": 3 * GiB, "guide": GiB, "learner": 99 * GiB}
+  monkeypatch.setattr(placement.jax, "local_devices", lambda: ["a", "b"])
+  monkeypatch.setattr(chips, "host_memory", lambda: 8 * GiB)
+  placement.check_host({"optimizer", "guide"}, held)  # two devices with four
+  monkeypatch.setattr(chips, "host_memory", lambda: 8 * GiB - 1)
+  sentence = ("config.offload lets 8 GiB wait in the memory of this host, which has 8: name fewer "
+              "parts, or use more hosts.")
+  with pytest.raises(InputError, match=f"^{sentence}$"):
+    placement.check_host({"optimizer", "guide"}, held)
+  placement.check_host({"optimizer"}, held)
+
+
+def test_the_memory_that_jax_pins_is_refused_by_its_variable(monkeypatch):
+  held = {"optimizer": 65 * 2**30}
+  monkeypatch.setattr(placement.jax, "local_devices", lambda: ["a"])
+  monkeypatch.setattr(chips, "host_memory", lambda: 128 * 2**30)
+  monkeypatch.delenv(chips.HOST_POOL, raising=False)
+  placement.check_host({"optimizer"}, held)  # a CPU has no such pool
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  sentence = ("config.offload lets 65 GiB wait in the memory of this host, and JAX pins 64 GiB of "
+              "it: set the environment's XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to more, below the 128 "
+              "that it has.")
+  with pytest.raises(InputError, match=f"^{sentence}$"):
+    placement.check_host({"optimizer"}, held)
+  monkeypatch.setenv(chips.HOST_POOL, "65")
+  placement.check_host({"optimizer"}, held)
 
 
 def test_a_run_is_refused_before_it_writes(tmp_path, monkeypatch):
@@ -241,3 +285,50 @@ def test_a_killed_run_with_all_on_the_host(tmp_path, monkeypatch, mesh):
   for entry in steps:
     assert entry["moved_bytes"] == 2 * (2 * held["optimizer"] + held["guide"])  # two updates
     assert 0 < entry["move_seconds"] < entry["seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["adapters", "searches"])
+def test_a_stage_with_an_option_and_all_on_the_host(tmp_path, monkeypatch, option):
+  def config_with(offload):
+    config = config_of(offload)
+    with config.unlocked():
+      if option == "adapters":
+        config.stages.reverse_kl.lora.rank = 2
+      else:
+        config.stages.reverse_kl.foresee = options.config(signal="kl").stages.reverse_kl.foresee
+    return config
+
+  expected = run(config_with(""), tmp_path / "whole")
+  held, resident = {}, stage.resident
+  monkeypatch.setattr(stage, "resident", lambda *args: held.update(resident(*args)) or held)
+  live = []
+  to_devices = placement.to_devices
+
+  def recorded(params, frees=False):
+    if frees:  # the slots, and nothing but the slots
+      live.append(device_bytes())
+    return to_devices(params, frees)
+
+  monkeypatch.setattr(placement, "to_devices", recorded)
+  found = run(config_with("optimizer,guide"), tmp_path / "placed")
+  for name in ("ledger", "metrics", "samples"):
+    assert metrics.read(found, name) == metrics.read(expected, name)
+  assert ((found / "hf" / "model.safetensors").read_bytes()
+          == (expected / "hf" / "model.safetensors").read_bytes())
+  # When the slots come: the learner, the gradients of what is trained, and the anchor of searches.
+  anchor = held.get("anchors and candidate", 0) // 3
+  trained = held["optimizer"] // 2  # of each trained weight Adam has two numbers
+  assert len(live) == 8
+  for size in live:
+    assert abs(size - (held["learner"] + trained + anchor)) < SLACK
+
+
+def device_bytes():
+  """Bytes of all live arrays in the first device's memory."""
+  buffers = {}
+  for x in jax.live_arrays():
+    for shard in x.addressable_shards:
+      if shard.device.id == 0 and x.sharding.memory_kind == "device":
+        buffers[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+  return sum(buffers.values())

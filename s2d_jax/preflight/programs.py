@@ -163,22 +163,28 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
   if stage_models.away:
     yield Request(name, "moves", Moved(placement.bytes_moved(held, stage_models.away, updates)),
                   everything, 1)
-  guide = 0 if "guide" in stage_models.away else held.get("guide", 0)
-  slots = 0 if "optimizer" in stage_models.away else held["optimizer"]
   if programs.update is not None:
     yield Request(name, "update", programs.update, others, updates, blocks, tokens)
     return
+  # The gradients of an update in parts do not take the state's slots and its anchor, and their
+  # application takes no guide and no weights that stand still.
+  state = held.get("anchors and candidate", 0) // 3
+  state += 0 if "optimizer" in stage_models.away else held["optimizer"]
+  still = sharding.device_bytes(stage_models.non_trainable)
   if programs.split is not None:
-    yield Request(name, "gradients", programs.split.totals, others + slots, updates, blocks, tokens)
-    yield Request(name, "apply", programs.split.apply, others + guide, updates)
+    guide = 0 if "guide" in stage_models.away else held.get("guide", 0)
+    yield Request(name, "gradients", programs.split.totals, others + state, updates, blocks, tokens)
+    yield Request(name, "apply", programs.split.apply, others + guide + still, updates)
     return
   # All rows under the guide whose program is the largest: the runs of each are not known here.
   routed = programs.routed
   largest = max(routed.gradients, key=lambda role: sharding.device_bytes(
       stage_models.guides[role].params))
-  yield Request(name, "gradients", routed.gradients[largest], others + slots,
+  # Beside the sum of the gradients so far.
+  total = sharding.device_bytes(sharding.abstract(stage_models.learner.params))
+  yield Request(name, "gradients", routed.gradients[largest], others + state + total,
                 updates * hp.microbatches, blocks, tokens / hp.microbatches)
-  yield Request(name, "apply", routed.apply, others + guide, updates)
+  yield Request(name, "apply", routed.apply, others + still, updates)
 
 
 def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Programs,
@@ -363,8 +369,11 @@ def least_bytes(config: ConfigDict) -> int:
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
         sharding.abstract(stage_models.learner.params))
     held = resident(stage_models, optimizer)
-    if "optimizer" in stage_models.away:
-      # Its slots and its guide are not on the devices together.
+    # An update takes the anchor of searches alone; a candidate is made between updates.
+    held["anchors and candidate"] = held.get("anchors and candidate", 0) // 3
+    waits = stage_models.guides is not None or "guide" in stage_models.away
+    if "optimizer" in stage_models.away and waits:
+      # The slots and the guide are not on the devices together.
       held["guide"] = max(held.get("guide", 0) - held["optimizer"], 0)
     found.append(sum(held.values()) + sharding.device_bytes(gradients))
   return max(found)

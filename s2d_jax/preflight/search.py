@@ -20,7 +20,8 @@ from s2d_jax.preflight.runs import Total
 REMAT = ("block", "named")  # recompute whole blocks, or what is cheap
 # Values of config.offload by the number of parts that wait: each moves bytes in every step.
 _PLACEMENTS = (("",), ("optimizer", "guide"), ("optimizer,guide",))
-_IN_MICROBATCHES = ("token_logps", "update")  # programs that read one microbatch at a time
+# Programs that read one microbatch at a time.
+_IN_MICROBATCHES = ("token_logps", "update", "gradients")
 
 
 class Candidate(NamedTuple):

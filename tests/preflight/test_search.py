@@ -94,12 +94,14 @@ def test_the_fastest_that_fits_is_the_cheapest(config):
     (4, [4, 2]),
     (1, [4, 8, 16, 32]),  # the config's own do not fit: one row at a time does
 ])
-def test_smaller_microbatches_are_tried_only_where_larger_ones_do_not_fit(config, most, expected):
+@pytest.mark.parametrize("name", ["update", "gradients"])  # in one program, and in two
+def test_smaller_microbatches_are_tried_only_where_larger_ones_do_not_fit(
+    config, most, expected, name):
   compiled = []
   def costs_of(changed):
     count = changed.stages.reverse_kl.microbatches
     compiled.append(count)
-    return [program(count, 32 / count * 10)]
+    return [program(count, 32 / count * 10)._replace(program=name)]
   tried = [candidate for candidate in search.candidates(config, 1, key_heads=1)
            if candidate.remat == "block"]
   limit = {8: 320, 4: 100, 1: 10}[most]

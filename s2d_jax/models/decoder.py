@@ -262,11 +262,22 @@ class Block(nn.Module):
     return x_BTD, kv
 
 
-def embedded(config: Config, embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """The tokens' vectors in the activations' type, [B, T, D]."""
-  # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
-  table_VD = sharding.constrain(embed_VD, "vocab", "embed")
-  x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[config.dtype])
+def embedded(config: Config, embed_VD: jax.Array, tokens_BT: jax.Array,
+             is_split: bool = False) -> jax.Array:
+  """The tokens' vectors in the activations' type, [B, T, D].
+
+  Args:
+    config: of the model.
+    embed_VD: the table, which no device gathers if `is_split` and the sizes divide the mesh.
+    tokens_BT: ids.
+    is_split: whether the table is split over devices as weights in training are.
+  """
+  dtype = DTYPES[config.dtype]
+  x_BTD = sharding.look_up(embed_VD, tokens_BT, dtype) if is_split else None
+  if x_BTD is None:
+    # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
+    table_VD = sharding.constrain(embed_VD, "vocab", "embed")
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
   return sharding.constrain(x_BTD, "batch", "time", "embed")
 
 
@@ -324,7 +335,8 @@ class Decoder(nn.Module):
     if not c.tied:
       # Not read here, but `init` must create it for `Model.unembed`.
       self.param("unembed", _normal(c.width), (c.vocab_size, c.width))
-    x_BTD = embedded(c, embed_VD, tokens_BT)
+    # Programs with a cache have weights that are whole over the devices that share the rows.
+    x_BTD = embedded(c, embed_VD, tokens_BT, is_split=cache is None)
     angle_BTH2 = angles(c, positions_BT)
     if cache is None:
       implementation = attention.choose(c.attention, c.dtype, c.head_width)

@@ -30,6 +30,20 @@ def test_weights_are_gathered_while_products_run():
   assert overlap.share(gathers) > 0.8
 
 
+def test_words_are_looked_up_without_gathering_their_table():
+  text = lowered_update("qwen3-8b", 8, 4096, "h100:8", num_hidden_layers=2).compile().as_text()
+  found = [one for one in overlap.messages(text) if not one.looped]
+  # Of 151,936 × 4,096 numbers a card sends its eighth to seven others.
+  table = 151_936 * 4096 * 7 / 8
+  gathers = [one.bytes for one in found if one.opcode == "all-gather"]
+  # Of the unembedding in bfloat16. The table of words would be as large in float32.
+  assert max(gathers) == 2 * table
+  # The unembedding and its gradient in float32, features of 4,096 tokens and their gradients in
+  # bfloat16, and little else: ids, and gradients of norms.
+  features = 2 * 4096 * 4096 * 7 / 8
+  assert sum(one.bytes for one in found) < 1.001 * ((2 + 4) * table + 2 * features)
+
+
 def in_each_step(mesh_shape, rows=64, layers=2):
   """The messages of one token of 64 rows on eight cards, {opcode: count}, and their bytes."""
   mesh = sharding.make_mesh(mesh_shape, topologies.devices("h100:8"))

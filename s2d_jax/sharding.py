@@ -290,7 +290,7 @@ def shard_count(mesh: Mesh | jax.sharding.AbstractMesh, name: str, size: int | N
   return int(np.prod([mesh.shape[a] for a in axes]))
 
 
-def shards(name: str, size: int) -> int:
+def shards(name: str, size: int | None) -> int:
   """`shard_count` on the mesh of the program that is traced; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else shard_count(mesh, name, size)

@@ -1,5 +1,6 @@
 """Slices of a batch: padding to a width that a device likes, microbatches, rows over devices."""
 
+import math
 from typing import TypeVar
 
 import jax
@@ -16,7 +17,9 @@ def time_multiple() -> int:
   """Of this many tokens a row's length should be a multiple."""
   # A TPU keeps features in tiles. Where a device has several rows of another length, folding rows
   # and times to one axis moves every tile. It costs time, and minutes of compilation.
-  return 128 if sharding.platform() == "tpu" else 1
+  tile = 128 if sharding.platform() == "tpu" else 1
+  # And features are split over devices by time only where these divide it.
+  return math.lcm(tile, sharding.shards("context", None))
 
 
 def padded(batch: Batch, multiple: int) -> Batch:

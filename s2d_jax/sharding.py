@@ -35,7 +35,7 @@ _WEIGHT_RULES = {
     "mlp": "tensor", "vocab": "tensor", "rank": None,
 }
 _ACTIVATION_RULES = {
-    "batch": ("data", "fsdp"), "time": None, "embed": None, "heads": "tensor",
+    "batch": ("data", "fsdp"), "time": None, "context": "tensor", "embed": None, "heads": "tensor",
     "kv_heads": "tensor", "head": None, "mlp": "tensor", "vocab": "tensor",
     "cache": None, "layer": None, "pages": ("data", "fsdp"),
 }
@@ -95,6 +95,41 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     where = PartitionSpec(*(axes if axes not in (*mesh.manual_axes, mesh.manual_axes) else None
                             for axes in where))
   return jax.lax.with_sharding_constraint(x, where)
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
+  """The weight's rows of these ids in `dtype`, [B, T, D], while the weight stays where it is.
+
+  Each device takes the part that it has of the vectors of all tokens of the devices that share
+  `fsdp`, and an all-to-all makes whole vectors of its own rows from the parts. The gradient takes
+  the way back, and is added up in the weight's dtype. None where the sizes do not divide the mesh.
+
+  Args:
+    table_VD: laid out as weights with the names "vocab" and "embed".
+    ids_BT: int32, at least 0 and less than V.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  vocab, embed = _WEIGHT_RULES["vocab"], _WEIGHT_RULES["embed"]
+  rows = _ACTIVATION_RULES["batch"]
+  if mesh.empty or mesh.manual_axes or mesh.shape[vocab] == mesh.shape[embed] == 1:
+    return None
+  (V, D), (B, T) = table_VD.shape, ids_BT.shape
+  if not all(_fits(*pair, mesh.shape) for pair in ((V, vocab), (D, embed), (B, rows), (T, vocab))):
+    return None
+
+  def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
+    ids_BT = jax.lax.all_gather(ids_bT, embed, axis=0, tiled=True) - (
+        jax.lax.axis_index(vocab) * table_vd.shape[0])
+    # Ids of other devices' words are too large: 0 is read, and no gradient is added. From the end
+    # negative ones would be counted.
+    ids_BT = jnp.where(ids_BT < 0, V, ids_BT)
+    x_BTd = jnp.take(table_vd, ids_BT, axis=0, mode="fill", fill_value=0).astype(dtype)
+    # One of the devices that share the vocabulary has the word, so the sum is not rounded.
+    x_Btd = jax.lax.psum_scatter(x_BTd, vocab, scatter_dimension=1, tiled=True)
+    return jax.lax.all_to_all(x_Btd, embed, 0, 2, tiled=True)
+
+  return jax.shard_map(local, in_specs=(PartitionSpec(vocab, embed), PartitionSpec(rows)),
+                       out_specs=PartitionSpec(rows, vocab), check_vma=False)(table_VD, ids_BT)
 
 
 def per_head_shard(f: Callable[..., jax.Array], args: tuple[jax.Array, ...],
@@ -255,7 +290,7 @@ def shard_count(mesh: Mesh | jax.sharding.AbstractMesh, name: str, size: int | N
   return int(np.prod([mesh.shape[a] for a in axes]))
 
 
-def shards(name: str, size: int) -> int:
+def shards(name: str, size: int | None) -> int:
   """`shard_count` on the mesh of the program that is traced; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else shard_count(mesh, name, size)

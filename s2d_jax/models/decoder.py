@@ -9,10 +9,6 @@ Parameters are a plain nested dict; the layers are stacked on a leading L axis a
 Norms, softmax and RoPE are float32 for every dtype of the activations.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from s2d_jax import sharding
 from s2d_jax.errors import InputError
-from s2d_jax.models import attention, caches, one_token, paged
-from s2d_jax.models.config import DTYPES, POLICIES, PRODUCT, STORED, Config, RopeScaling
+from s2d_jax.models import attention, caches, linear, one_token, paged
+from s2d_jax.models.config import DTYPES, POLICIES, STORED, Config, RopeScaling
 from s2d_jax.sharding import Params
 
 
@@ -92,82 +88,6 @@ def _rope_bwd(angle_BTH2: jax.Array, dy_BTNH: jax.Array) -> tuple[jax.Array, Non
 _rope.defvjp(_rope_fwd, _rope_bwd)
 
 
-def _normal(fan_in: int) -> Callable[..., jax.Array]:
-  """An initializer with standard deviation 1/√fan_in, which keeps the scale of its inputs."""
-  return nn.initializers.normal(fan_in**-0.5)
-
-
-def project(x_BTD: jax.Array, weight: jax.Array) -> jax.Array:
-  """x · weight over the width, in the dtype of x: [B, T, D], [D, …] -> [B, T, …].
-
-  The gradient of the weight is at least float32, and is added up over devices in that dtype.
-  """
-  B, T, D = x_BTD.shape
-  # Rows and times are one axis, and so are the outputs. With its axes apart, the gradient of the
-  # einsum spends as much time copying transposes as multiplying on a CPU.
-  y = _product(x_BTD.reshape(-1, D), weight.reshape(D, -1))
-  return checkpoint_name(y.reshape(B, T, *weight.shape[1:]), PRODUCT)
-
-
-@jax.custom_vjp
-def _product(x_ND: jax.Array, w_DM: jax.Array) -> jax.Array:
-  return x_ND @ w_DM.astype(x_ND.dtype)
-
-
-def _product_fwd(x_ND: jax.Array, w_DM: jax.Array) -> tuple[jax.Array, tuple]:
-  return _product(x_ND, w_DM), (x_ND, w_DM)
-
-
-def _product_bwd(saved: tuple, dy_NM: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_ND, w_DM = saved
-  # JAX's own gradient would be rounded to the activations' dtype before devices add it up.
-  dw_DM = jnp.matmul(x_ND.T, dy_NM, preferred_element_type=jnp.float32)
-  return dy_NM @ w_DM.astype(x_ND.dtype).T, dw_DM.astype(w_DM.dtype)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-class _Linear(NamedTuple):
-  """x -> xW + scale·(xA)B, with matrices folded to [inputs, outputs...]; A and B are an adapter."""
-  weight: jax.Array
-  a: jax.Array | None = None
-  b: jax.Array | None = None
-  scale: float = 0.0
-
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T, outputs...]."""
-    y = project(x_BTD, self.weight)
-    if self.a is None:
-      return y
-    # (xA)B and not x(AB): the rank is small, and AB is as large as the weight.
-    return y + self.scale * project(project(x_BTD, self.a), self.b)
-
-
-def _linear(module: nn.Module, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...],
-            fan_in: int) -> _Linear:
-  """The _Linear of a module's parameter `name`, with an adapter if config.lora has one for it.
-
-  Args:
-    module: has the Config as `config`.
-    name: of W, whose shape is inputs + outputs. A is `name`_a of shape inputs + (r,), and B is
-      `name`_b of shape (r,) + outputs.
-    inputs: the axes that the product sums over.
-    outputs: the axes of the result.
-    fan_in: 1 over the variance of W's initial values.
-  """
-  D = math.prod(inputs)
-  lora = module.config.lora
-  w = module.param(name, _normal(fan_in), inputs + outputs).reshape(D, *outputs)
-  if lora is None or name not in lora.targets:
-    return _Linear(w)
-  r = lora.rank
-  a = module.param(f"{name}_a", _normal(D), (*inputs, r)).reshape(D, r)
-  # B starts at zero, so a new adapter changes nothing that the model computes.
-  b = module.param(f"{name}_b", nn.initializers.zeros, (r, *outputs))
-  return _Linear(w, a, b, lora.alpha / r)
-
-
 class Attention(nn.Module):
   """Grouped-query self-attention, with its layer of the cache if there is one."""
   config: Config
@@ -189,11 +109,11 @@ class Attention(nn.Module):
     """
     c = self.config
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_width
-    q = _linear(self, "q", (D,), (N, H), D)
-    k = _linear(self, "k", (D,), (K, H), D)
-    v = _linear(self, "v", (D,), (K, H), D)
+    q = linear.make(self, "q", (D,), (N, H), D)
+    k = linear.make(self, "k", (D,), (K, H), D)
+    v = linear.make(self, "v", (D,), (K, H), D)
     # The residual is a sum of 2L terms, so each starts smaller by √(2L), as in GPT-2.
-    o = _linear(self, "o", (N, H), (D,), N * H * 2 * c.layers)
+    o = linear.make(self, "o", (N, H), (D,), N * H * 2 * c.layers)
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(f(x_BTD), STORED) for f in (q, k, v))
     # Before RoPE, as in Qwen3: scales of single channels do not commute with a rotation.
     if c.qk_norm:
@@ -227,12 +147,39 @@ class MLP(nn.Module):
     """[B, T, D] -> [B, T, D]."""
     c = self.config
     D, F = c.width, c.mlp
-    gate = _linear(self, "gate", (D,), (F,), D)
-    up = _linear(self, "up", (D,), (F,), D)
-    down = _linear(self, "down", (F,), (D,), F * 2 * c.layers)
+    gate = linear.make(self, "gate", (D,), (F,), D)
+    up = linear.make(self, "up", (D,), (F,), D)
+    down = linear.make(self, "down", (F,), (D,), F * 2 * c.layers)
     gate_BTF, up_BTF = (checkpoint_name(f(x_BTD), STORED) for f in (gate, up))
     hidden_BTF = sharding.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "time", "mlp")
     return down(hidden_BTF)
+
+
+def _as_it_is(x_BTD: jax.Array) -> jax.Array:
+  return x_BTD
+
+
+def _all_times(x_BTD: jax.Array) -> jax.Array:
+  """Features of all times on each device, gathered from those that have a part each."""
+  # XLA for GPUs would move a norm's rounding behind the gather, which then sends float32.
+  x_BTD = jax.lax.optimization_barrier(_own_times(x_BTD))
+  return sharding.constrain(x_BTD, "batch", "time", "embed")
+
+
+def _own_times(x_BTD: jax.Array) -> jax.Array:
+  """Features of a part of the times on each of the devices that split the heads."""
+  return sharding.constrain(x_BTD, "batch", "context", "embed")
+
+
+# Sequence parallelism (https://arxiv.org/abs/2205.05198): a layer's first products read all times,
+# and the sum of its last products' parts is a reduce-scatter. Gradients go the other way. Together
+# they send what an all-reduce does, and each device stores and norms its own times alone.
+_gathered = jax.custom_vjp(_all_times)
+_gathered.defvjp(lambda x_BTD: (_all_times(x_BTD), None),
+                 lambda _, dx_BTD: (_own_times(dx_BTD),))
+_scattered = jax.custom_vjp(_own_times)
+_scattered.defvjp(lambda x_BTD: (_own_times(x_BTD), None),
+                  lambda _, dx_BTD: (_all_times(dx_BTD),))
 
 
 class Block(nn.Module):
@@ -247,27 +194,42 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, caches.KV | caches.Pages | None]:
     """(features after the layer, its part of the cache); arguments as `Attention`."""
     c = self.config
+    # With a cache a row is short, or a prompt of which nothing is stored.
+    is_split = kv is None and sharding.shards("context", x_BTD.shape[1]) > 1
+    gathered, scattered = (_gathered, _scattered) if is_split else (_as_it_is, _as_it_is)
+    time = "context" if is_split else "time"
     scale_D = self.param("attn_norm", nn.initializers.ones, (c.width,))
     if kv is None and sharding.platform() == "gpu":
       # All layers have these angles, so JAX takes their cosines out of the loop, one for each head,
       # and each layer reads arrays as large as its queries. Tied to a value of the layer they stay.
       angle_BTH2, scale_D = jax.lax.optimization_barrier((angle_BTH2, scale_D))
     y_BTD, kv = Attention(c, self.implementation, name="attn")(
-        rms_norm(x_BTD, scale_D, c.norm_eps), angle_BTH2, reads, position_B, kv)
+        gathered(rms_norm(x_BTD, scale_D, c.norm_eps)), angle_BTH2, reads, position_B, kv)
     x_BTD = checkpoint_name(
-        sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed"), STORED)
+        sharding.constrain(x_BTD + scattered(y_BTD), "batch", time, "embed"), STORED)
     scale_D = self.param("mlp_norm", nn.initializers.ones, (c.width,))
-    y_BTD = MLP(c, name="mlp")(rms_norm(x_BTD, scale_D, c.norm_eps))
-    x_BTD = sharding.constrain(x_BTD + y_BTD, "batch", "time", "embed")
+    y_BTD = MLP(c, name="mlp")(gathered(rms_norm(x_BTD, scale_D, c.norm_eps)))
+    x_BTD = sharding.constrain(x_BTD + scattered(y_BTD), "batch", time, "embed")
     return x_BTD, kv
 
 
-def embedded(config: Config, embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """The tokens' vectors in the activations' type, [B, T, D]."""
-  # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
-  table_VD = sharding.constrain(embed_VD, "vocab", "embed")
-  x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(DTYPES[config.dtype])
-  return sharding.constrain(x_BTD, "batch", "time", "embed")
+def embedded(config: Config, embed_VD: jax.Array, tokens_BT: jax.Array,
+             is_split: bool = False) -> jax.Array:
+  """The tokens' vectors in the activations' type, [B, T, D].
+
+  Args:
+    config: of the model.
+    embed_VD: the table, which no device gathers if `is_split` and the sizes divide the mesh.
+    tokens_BT: ids.
+    is_split: whether the table is split over devices as weights in training are.
+  """
+  dtype = DTYPES[config.dtype]
+  x_BTD = sharding.look_up(embed_VD, tokens_BT, dtype) if is_split else None
+  if x_BTD is None:
+    # Whole vectors before the look-up, or XLA would replicate its result to split it by rows.
+    table_VD = sharding.constrain(embed_VD, "vocab", "embed")
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+  return sharding.constrain(x_BTD, "batch", "context" if is_split else "time", "embed")
 
 
 def angles(config: Config, positions_BT: jax.Array) -> jax.Array:
@@ -320,11 +282,12 @@ class Decoder(nn.Module):
                cache: caches.Cache | None = None) -> tuple[jax.Array, caches.Cache | None]:
     """(features_BTD, cache); see `models.Model.apply`."""
     c = self.config
-    embed_VD = self.param("embed", _normal(c.width), (c.vocab_size, c.width))
+    embed_VD = self.param("embed", linear.normal(c.width), (c.vocab_size, c.width))
     if not c.tied:
       # Not read here, but `init` must create it for `Model.unembed`.
-      self.param("unembed", _normal(c.width), (c.vocab_size, c.width))
-    x_BTD = embedded(c, embed_VD, tokens_BT)
+      self.param("unembed", linear.normal(c.width), (c.vocab_size, c.width))
+    # Programs with a cache have weights that are whole over the devices that share the rows.
+    x_BTD = embedded(c, embed_VD, tokens_BT, is_split=cache is None)
     angle_BTH2 = angles(c, positions_BT)
     if cache is None:
       implementation = attention.choose(c.attention, c.dtype, c.head_width)

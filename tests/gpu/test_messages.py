@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from s2d_jax import models, sharding
-from s2d_jax.preflight import hlo, overlap, topologies
+from s2d_jax.preflight import costs, hlo, overlap, topologies
 from s2d_jax.sampler import capacity, programs
 from s2d_jax.sampler.sampling import Sampling
 from tests.gpu.test_preflight import lowered_update
@@ -28,6 +28,41 @@ def test_weights_are_gathered_while_products_run():
   assert 2 * 2 * once < sum(one.bytes for one in gathers) < 2 * 3 * once
   # Those of keys and queries are waited for: nothing of their layer can run before.
   assert overlap.share(gathers) > 0.8
+
+
+def test_words_are_looked_up_without_gathering_their_table():
+  text = lowered_update("qwen3-8b", 8, 4096, "h100:8", num_hidden_layers=2).compile().as_text()
+  found = [one for one in overlap.messages(text) if not one.looped]
+  # Of 151,936 × 4,096 numbers a card sends its eighth to seven others.
+  table = 151_936 * 4096 * 7 / 8
+  gathers = [one.bytes for one in found if one.opcode == "all-gather"]
+  # Of the unembedding in bfloat16. The table of words would be as large in float32.
+  assert max(gathers) == 2 * table
+  # The unembedding and its gradient in float32, features of 4,096 tokens and their gradients in
+  # bfloat16, and little else: ids, and gradients of norms.
+  features = 2 * 4096 * 4096 * 7 / 8
+  assert sum(one.bytes for one in found) < 1.001 * ((2 + 4) * table + 2 * features)
+
+
+def test_features_between_layers_are_split_over_cards_that_split_heads():
+  # A row of 16,383 tokens, which is padded to a multiple of the eight cards.
+  width, features = 16_383, 2 * 16_384 * 4096
+  temporaries, found = {}, []
+  for layers in (2, 4):
+    compiled = lowered_update("qwen3-8b", 1, width, "h100:8", mesh=(1, 1, 8),
+                              num_hidden_layers=layers).compile()
+    temporaries[layers] = costs.account(compiled).temporaries
+    found.append([one for one in overlap.messages(compiled.as_text()) if one.looped])
+  # Of each layer a card stores its eighth of the input and of the gradient in float32. Whole
+  # inputs would be seven eighths of 134 MB more.
+  layer = (features + 4 * 192_946_432) / 8
+  assert temporaries[4] - temporaries[2] < 1.05 * 2 * layer
+  # Two gathers and two sums of a layer forward, and backward; two gathers and a sum where the block
+  # is recomputed. An all-reduce of features would send as much as one of each.
+  assert not [one for one in found[0] if one.opcode == "all-reduce" and one.bytes > features]
+  sent = [sum(one.bytes for one in messages if one.opcode in ("all-gather", "reduce-scatter"))
+          for messages in found]
+  assert sent[1] - sent[0] == pytest.approx(2 * (6 + 5) * features * 7 / 8, rel=0.01)
 
 
 def in_each_step(mesh_shape, rows=64, layers=2):

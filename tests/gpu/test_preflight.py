@@ -32,10 +32,13 @@ def folder(tmp_path_factory):
                            num_hidden_layers=LAYERS)
 
 
-def lowered_update(name, rows, width, topology="h100", remat="block", **changes):
-  """An update by negative log-likelihood and AdamW of a published model, lowered for cards."""
+def lowered_update(name, rows, width, topology="h100", remat="block", mesh=None, **changes):
+  """An update by negative log-likelihood and AdamW of a published model, lowered for cards.
+
+  Without a mesh the weights are split over all cards, and the rows.
+  """
   devices = topologies.devices(topology)
-  where = sharding.make_mesh((1, len(devices), 1), devices)
+  where = sharding.make_mesh(mesh or (1, len(devices), 1), devices)
   model = models.get(models.PUBLISHED[name] | changes, dtype="bfloat16", remat=remat)
   axes = models.axes(model.config)
   params = models.laid_out(model.config, where)

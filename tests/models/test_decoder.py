@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from s2d_jax import models, sharding
-from s2d_jax.models import attention, decoder
+from s2d_jax.models import attention, decoder, linear
 from s2d_jax.models.config import RopeScaling
 
 T = 12
@@ -205,7 +205,7 @@ def test_a_projection_and_its_gradients_in_float64(narrow):
   rng = np.random.default_rng(0)
   x, w, dy = (np.asarray(jnp.asarray(rng.normal(size=s), jnp.bfloat16), np.float64)
               for s in ((2, 50, 6), (6, 4, 3), (2, 50, 4, 3)))
-  y, back = jax.vjp(decoder.project, jnp.asarray(x, narrow), jnp.asarray(w, jnp.float32))
+  y, back = jax.vjp(linear.project, jnp.asarray(x, narrow), jnp.asarray(w, jnp.float32))
   dx, dw = back(jnp.asarray(dy, narrow))
   assert (y.dtype, dx.dtype, dw.dtype) == (narrow, narrow, jnp.float32)
   close = 2e-2 if narrow == jnp.bfloat16 else 1e-5

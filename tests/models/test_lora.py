@@ -117,8 +117,8 @@ def test_an_update_moves_the_adapters_alone(shape, base):
     hp = types.SimpleNamespace(microbatches=2)
     step = training.jit_update(adapted_model, None, objective, optimizer, hp,
                                training.shardings(state))
-    rows = np.zeros((8, 5), np.int32)
-    batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(5, dtype=np.int32), rows + 1), mesh)
+    rows = np.zeros((8, 6), np.int32)
+    batch = sharding.put_batch(Rows(rows + 3, rows + np.arange(6, dtype=np.int32), rows + 1), mesh)
     for _ in range(2):
       state, metrics = step(state, None, batch, frozen)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), jax.device_get(params))

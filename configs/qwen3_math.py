@@ -3,7 +3,8 @@
   s2d-jax run --config=configs/qwen3_math.py:teacher=8b,models=/models,data=/data --workdir=...
 
 Needs the folders Qwen3-1.7B and the teacher's under `models`, and the sets of docs/data.md, which
-are downloaded to `data`. Not yet run at this size; `s2d-jax preflight` says what it needs.
+are downloaded to `data`. Not yet run at this size; `s2d-jax preflight` says what it needs, and
+docs/sizes.md has a command for one H200.
 
   teacher=8b    the default; or 14b; or 1.7b, the same size, with the three arms that the paper has
   all_arms      every arm of the paper's tables, beyond the five that show its claim

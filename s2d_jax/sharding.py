@@ -204,8 +204,13 @@ def per_device(
 
 def splits_heads() -> bool:
   """Whether the mesh splits the heads of activations over devices."""
+  return shards("heads", None) > 1
+
+
+def splits_weights() -> bool:
+  """Whether each device has a part of the weights, and gathers the whole for a product."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape[_ACTIVATION_RULES["heads"]] > 1
+  return not mesh.empty and mesh.shape[_WEIGHT_RULES["embed"]] > 1
 
 
 def max_over_devices(x: jax.Array) -> jax.Array:
@@ -283,9 +288,7 @@ def batch_sharding(mesh: Mesh, shape: _Shape, names: _Names = ("batch",)) -> Nam
 
 def shard_count(mesh: Mesh | jax.sharding.AbstractMesh, name: str, size: int | None) -> int:
   """Number of shards of an activation's axis `name` of `size`; None is a size that all divide."""
-  axes = _ACTIVATION_RULES[name]
-  if size is not None:
-    axes = _fits(size, axes, mesh.shape)
+  axes = _fits(size or 0, _ACTIVATION_RULES[name], mesh.shape)  # all of them divide 0
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return int(np.prod([mesh.shape[a] for a in axes]))
 

@@ -20,6 +20,9 @@ from s2d_jax.models import attention, caches, linear, one_token, paged
 from s2d_jax.models.config import DTYPES, POLICIES, STORED, Config, RopeScaling
 from s2d_jax.sharding import Params
 
+# Of a device in a microbatch. CHANGELOG.md has the memory and the messages of 4,096 and of more.
+_FEW_TOKENS = 4096
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / √(mean(x²) + eps) · scale over the last axis (https://arxiv.org/abs/1910.07467)."""
@@ -273,6 +276,17 @@ def _layer(layers: Params, index: int) -> Params:
   return jax.tree.map(lambda w: w[index], layers)
 
 
+def _layers_at_once(rows: int, tokens: int) -> int:
+  """The layers in one trip of the loop over them, for rows of `tokens` tokens."""
+  # XLA for GPUs moves a message within a trip alone. With two layers in it, weights of the second
+  # are gathered beside products of the first, and gradients of the first are added up beside
+  # products of the second. A device then holds activations of two layers in the backward pass. Of
+  # many tokens those are large, and their products hide the messages of one layer too.
+  of_a_device = rows * tokens // sharding.shards("batch", rows)
+  is_short = sharding.splits_weights() and of_a_device <= _FEW_TOKENS
+  return 2 if is_short and sharding.platform() == "gpu" else 1
+
+
 class Decoder(nn.Module):
   """Tokens to the features after the final norm; their product with `unembed` is the logits."""
   config: Config
@@ -296,13 +310,14 @@ class Decoder(nn.Module):
       if implementation == "cudnn":
         x_BTD = jnp.where(attention.one_sequence(segments_BT)[:, None, None], x_BTD, jnp.nan)
       # In a scan XLA cannot merge the recomputation with the forward pass, so `prevent_cse` and
-      # its barriers are off. The scan itself compiles one layer, however many there are.
+      # its barriers are off. The scan itself compiles one trip, however many layers there are.
       block = Block
       if c.remat != "none":
         policy = POLICIES["block" if c.remat == "auto" else c.remat]
         block = nn.remat(Block, prevent_cse=False, policy=policy)
       layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                       length=c.layers, in_axes=(nn.broadcast, nn.broadcast))
+                       length=c.layers, in_axes=(nn.broadcast, nn.broadcast),
+                       unroll=_layers_at_once(*tokens_BT.shape))
       x_BTD, _ = layers(c, implementation, name="layers")(x_BTD, angle_BTH2, reads)
     elif one_token.applies(c, tokens_BT.shape[1], cache):
       return self._one_token(x_BTD[:, 0], positions_BT[:, 0], cache)

@@ -1,5 +1,6 @@
 """The decoder's parts against NumPy, and its paths against each other."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -279,6 +280,44 @@ def test_gradients_on_eight_devices_equal_those_on_one(tiny_json, randomized):
       model, randomized(model), jax.grad(loss), tokens(8, 150), counted(8, 150), ones(8, 150))
   for other in others:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, one)
+
+
+@pytest.mark.medium
+def test_two_layers_in_a_trip_have_the_gradients_of_one(tiny_json, randomized, monkeypatch):
+  # Of three layers the last one is a trip by itself.
+  model = models.get(tiny_json("qwen3", num_hidden_layers=3), remat="block")
+  params = randomized(model)
+  def loss(params, *args):
+    return jnp.mean(model.apply(params, *args)[0] ** 3)
+
+  def gradient():
+    mesh = sharding.make_mesh((1, 2, 1))
+    with jax.set_mesh(mesh):
+      where = sharding.weight_shardings(mesh, models.axes(model.config),
+                                        models.shapes(model.config))
+      placed = jax.tree.map(jax.device_put, jax.device_get(params), where)
+      args = sharding.put_batch((tokens(4), counted(4), ones(4)), mesh)
+      traced = jax.jit(jax.grad(loss)).trace(placed, *args)
+      gradient = jax.device_get(traced.lower().compile()(placed, *args))
+      return gradient, str(traced.jaxpr).count("unroll=2")
+
+  want, loops = gradient()
+  assert loops == 0
+  monkeypatch.setattr(decoder, "_layers_at_once", lambda rows, tokens: 2)
+  got, loops = gradient()
+  assert loops == 2  # forward and backward
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize("mesh, platform, T, layers", [
+    ((1, 2, 1), "gpu", 1024, 2), ((2, 2, 1), "gpu", 2048, 2),
+    ((1, 2, 1), "gpu", 1025, 1),  # activations of two layers would be large
+    ((2, 1, 1), "gpu", 1, 1), ((1, 1, 2), "gpu", 1, 1),  # no weights are gathered
+    ((1, 2, 1), "cpu", 1, 1), ((1, 2, 1), "tpu", 1, 1), (None, "gpu", 1, 1)])
+def test_layers_in_a_trip(mesh, platform, T, layers, monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(sharding.make_mesh(mesh)):
+    assert decoder._layers_at_once(8, T) == layers
 
 
 def test_decoding_repeats_no_key_heads_of_the_cache(tiny_json):

@@ -126,7 +126,7 @@ def run(policy, workdir):
 def test_a_run_with_auto_is_one_with_the_policy_that_fits(tmp_path, monkeypatch, capsys, memory,
                                                           policy):
   expected = run(policy, tmp_path / "named")
-  monkeypatch.setattr(hosts, "device_memory", lambda: memory)
+  monkeypatch.setattr(hosts, "local_memory", lambda: memory)
   capsys.readouterr()
   found = run("auto", tmp_path / "auto")
   assert f"config.remat is auto: {policy}\n" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
   python -m benchmarks.sizes                 every entry that this environment compiles for
   python -m benchmarks.sizes --only=h100:8   those of one topology
-  python -m benchmarks.sizes --refused       those that did not fit
+  python -m benchmarks.sizes --refused       all but the stored ones that fit
   python -m benchmarks.sizes --render        the page again, from the stored entries
 
 An entry is one stage on one topology, with the first of `settings` that fits. It is stored when it
@@ -151,7 +151,7 @@ def missing(stored: Sequence[Json], only: str, again: bool,
 
   Args:
     again: finished ones of this revision too.
-    refused: of the stored ones those alone that do not fit.
+    refused: leaves out the stored ones that fit.
   """
   revision = manifest.revision()
   names = ("student", "teacher", "topology", "stage")
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument("--only", default="", help="a topology, or a regular expression of several")
   flags.add_argument("--again", action="store_true", help="compile stored entries too")
-  flags.add_argument("--refused", action="store_true", help="compile those that did not fit")
+  flags.add_argument("--refused", action="store_true", help="leave out stored entries that fit")
   flags.add_argument("--render", action="store_true", help="compile nothing")
   args = flags.parse_args(argv)
   stored = json.loads(RESULT.read_text()) if RESULT.exists() else []

@@ -211,8 +211,7 @@ def check_workdir(path: str | os.PathLike) -> None:
                      "folder.") from error
 
 
-# JAX reads these when it starts its devices: the share of a GPU's memory, and GiB of the host's.
-_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory; read when JAX starts its devices
 
 
 def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
@@ -220,8 +219,8 @@ def call(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
 
   With --debug the traceback of an unexpected error, or of a sentence's cause, is printed too.
 
-  JAX then takes `chips.GPU_SHARE` of a GPU, and pins as much of the host's memory as a config lets
-  wait there, unless the environment has other values.
+  JAX then takes `chips.GPU_SHARE` of a GPU, and may pin nine tenths of the host's memory for GPUs,
+  unless the environment has other values.
   """
   # JAX refuses an environment that has both of its names.
   if "XLA_CLIENT_MEM_FRACTION" not in os.environ:

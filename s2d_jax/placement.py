@@ -189,10 +189,11 @@ class Mover:
     Args:
       apply: as `training.jit_apply`; totals: as it takes them.
     """
-    if "optimizer" in self._waiting:
-      # The programs before this one may need the memory that the slots will take.
-      jax.block_until_ready(totals)
-      state = state._replace(opt_state=self._counted(to_devices, state.opt_state, True))
+    if "optimizer" not in self._waiting:
+      return apply(state, totals)
+    # The programs before this one may need the memory that the slots will take.
+    jax.block_until_ready(totals)
+    state = state._replace(opt_state=self._counted(to_devices, state.opt_state, True))
     state, values = apply(state, totals)
     jax.block_until_ready(state.step)  # or the moves' seconds would have the program's in them
     return self.slots_away(state), values

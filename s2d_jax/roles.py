@@ -1,5 +1,6 @@
 """A stage's models: which part each plays, and the bytes that the stage holds for them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import optax
@@ -36,6 +37,17 @@ class StageModels(NamedTuple):
     return self.guide if self.on_policy or self.actor is None else self.actor
 
 
+_SEARCHES = "anchors and candidate"  # a name of `resident`
+# At the end of a search that moved the weights: the old anchor and the new one, and the new weights
+# beside the old ones.
+_COPIES = 3
+
+
+def anchor_bytes(held: Mapping[str, int]) -> int:
+  """Bytes of the state's anchor on each device, by `resident`; 0 for a stage without searches."""
+  return held.get(_SEARCHES, 0) // _COPIES
+
+
 def resident(stage_models: StageModels, optimizer: optax.GradientTransformation) -> dict[str, int]:
   """Bytes on each device of what a stage holds from its start to its end, by name."""
   learner = stage_models.learner
@@ -44,9 +56,7 @@ def resident(stage_models: StageModels, optimizer: optax.GradientTransformation)
   found = {"learner": sharding.device_bytes((state.params, stage_models.non_trainable)),
            "optimizer": sharding.device_bytes(state.opt_state)}
   if stage_models.anchored:
-    # At the end of a search that moved the weights: the old anchor and the new one, and the new
-    # weights beside the old ones.
-    found["anchors and candidate"] = 3 * sharding.device_bytes(state.anchor)
+    found[_SEARCHES] = _COPIES * sharding.device_bytes(state.anchor)
   # An on-policy actor is the learner, and an actor that is the guide too is loaded once.
   guide = stage_models.guide
   if stage_models.guides is not None:

@@ -33,7 +33,7 @@ from s2d_jax.losses.agreement import agreement
 from s2d_jax.models import Config, caches, hf
 from s2d_jax.preflight.costs import Cost, DoesNotFit, Moved
 from s2d_jax.preflight.pool import Progress, Request
-from s2d_jax.roles import Role, StageModels, resident
+from s2d_jax.roles import Role, StageModels, anchor_bytes, resident
 from s2d_jax.sampler import decode
 from s2d_jax.sharding import Params
 
@@ -168,7 +168,7 @@ def _stage(name: str, hp: ConfigDict, stage_models: StageModels, programs: Progr
     return
   # The gradients of an update in parts do not take the state's slots and its anchor, and their
   # application takes no guide and no weights that stand still.
-  state = held.get("anchors and candidate", 0) // 3
+  state = anchor_bytes(held)
   state += 0 if "optimizer" in stage_models.away else held["optimizer"]
   still = sharding.device_bytes(stage_models.non_trainable)
   if programs.split is not None:
@@ -202,8 +202,7 @@ def _options(name: str, hp: ConfigDict, stage_models: StageModels, programs: Pro
     scored = searches * (1 + ahead.candidates) * foresee.scores(ahead)
     for request in _sampling(name, "search", programs.search.sampler, rows, everything):
       yield request._replace(runs=request.runs * scored)
-    # Three of its size are held: the anchor, the next one, and the candidate.
-    params = held["anchors and candidate"] // 3
+    params = anchor_bytes(held)
     # The candidates, the one that was accepted once more, and the copy that is the next anchor.
     yield Request(name, "search jump", programs.search.jump, everything - 2 * params,
                   searches * (ahead.candidates + 2))
@@ -370,7 +369,7 @@ def least_bytes(config: ConfigDict) -> int:
         sharding.abstract(stage_models.learner.params))
     held = resident(stage_models, optimizer)
     # An update takes the anchor of searches alone; a candidate is made between updates.
-    held["anchors and candidate"] = held.get("anchors and candidate", 0) // 3
+    held["anchors and candidate"] = anchor_bytes(held)
     waits = stage_models.guides is not None or "guide" in stage_models.away
     if "optimizer" in stage_models.away and waits:
       # The slots and the guide are not on the devices together.

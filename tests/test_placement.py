@@ -205,6 +205,18 @@ def test_no_value_renames_a_stage():
   assert names(config) == names(config_of("optimizer,guide")) == names(without)
 
 
+def live_bytes():
+  """{kind of memory: bytes of all live arrays}, of the first device and its host."""
+  # By address, because an array and its shards are several arrays of one buffer.
+  buffers = {"device": {}, "pinned_host": {}}
+  for x in jax.live_arrays():
+    for shard in x.addressable_shards:
+      if shard.device.id == 0:
+        address = shard.data.unsafe_buffer_pointer()
+        buffers[x.sharding.memory_kind][address] = shard.data.nbytes
+  return {kind: sum(sizes.values()) for kind, sizes in buffers.items()}
+
+
 class Memory:
   """Bytes of live arrays while a stage samples, on the first device and in its host's memory."""
 
@@ -213,14 +225,7 @@ class Memory:
     sample_step = loop.rollouts.sample_step
 
     def recorded(*args):
-      # By address, because an array and its shards are several arrays of one buffer.
-      buffers = {"device": {}, "pinned_host": {}}
-      for x in jax.live_arrays():
-        for shard in x.addressable_shards:
-          if shard.device.id == 0:
-            address = shard.data.unsafe_buffer_pointer()
-            buffers[x.sharding.memory_kind][address] = shard.data.nbytes
-      self.found.append({kind: sum(sizes.values()) for kind, sizes in buffers.items()})
+      self.found.append(live_bytes())
       return sample_step(*args)
 
     monkeypatch.setattr(loop.rollouts, "sample_step", recorded)
@@ -307,7 +312,7 @@ def test_a_stage_with_an_option_and_all_on_the_host(tmp_path, monkeypatch, optio
 
   def recorded(params, frees=False):
     if frees:  # the slots, and nothing but the slots
-      live.append(device_bytes())
+      live.append(live_bytes()["device"])
     return to_devices(params, frees)
 
   monkeypatch.setattr(placement, "to_devices", recorded)
@@ -322,13 +327,3 @@ def test_a_stage_with_an_option_and_all_on_the_host(tmp_path, monkeypatch, optio
   assert len(live) == 8
   for size in live:
     assert abs(size - (held["learner"] + trained + anchor)) < SLACK
-
-
-def device_bytes():
-  """Bytes of all live arrays in the first device's memory."""
-  buffers = {}
-  for x in jax.live_arrays():
-    for shard in x.addressable_shards:
-      if shard.device.id == 0 and x.sharding.memory_kind == "device":
-        buffers[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
-  return sum(buffers.values())

@@ -7,15 +7,18 @@ import functools
 import importlib.util
 import re
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from configs import common
 from s2d_jax import command, compiling, models, objectives, optim, preflight, sharding, training
 from s2d_jax.preflight import costs, hlo, topologies
 from s2d_jax.preflight import programs as preflight_programs
+from s2d_jax.rollouts import Batch
 from s2d_jax.sampler import capacity, decode, programs
 from tests.preflight import folders, options
 
@@ -32,23 +35,43 @@ def folder(tmp_path_factory):
                            num_hidden_layers=LAYERS)
 
 
-def lowered_update(name, rows, width, topology="h100", remat="block", mesh=None, **changes):
-  """An update by negative log-likelihood and AdamW of a published model, lowered for cards.
-
-  Without a mesh the weights are split over all cards, and the rows.
+class AnUpdate(NamedTuple):
+  """An update by negative log-likelihood and AdamW of a published model, to be compiled for cards.
   """
+  mesh: jax.sharding.Mesh
+  model: models.Model
+  hp: types.SimpleNamespace
+  optimizer: optax.GradientTransformation
+  state: training.TrainState
+  batch: Batch
+
+  def lowered(self):
+    """The update in one program, lowered on the current mesh."""
+    step = training.jit_update(self.model, None, objectives.NEGATIVE_LOG_LIKELIHOOD,
+                               self.optimizer, self.hp, training.shardings(self.state))
+    return step.lower(self.state, None, self.batch)
+
+
+def an_update(name, rows, width, topology="h100", remat="block", mesh=None, microbatches=1,
+              **changes):
+  """An AnUpdate; without a mesh the weights are split over all cards, and the rows."""
   devices = topologies.devices(topology)
   where = sharding.make_mesh(mesh or (1, len(devices), 1), devices)
   model = models.get(models.PUBLISHED[name] | changes, dtype="bfloat16", remat=remat)
-  axes = models.axes(model.config)
-  params = models.laid_out(model.config, where)
-  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=1, block=1024, mean="token")
+  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=microbatches, block=1024,
+                             mean="token")
   with jax.set_mesh(where):
-    optimizer = optim.make(hp, 10, axes)
-    state = training.abstract(optimizer, where, params)
-    step = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
-                               training.shardings(state))
-    return step.lower(state, None, compiling.abstract_batch(rows, width, where))
+    optimizer = optim.make(hp, 10, models.axes(model.config))
+    state = training.abstract(optimizer, where, models.laid_out(model.config, where))
+    batch = compiling.abstract_batch(rows, width, where)
+  return AnUpdate(where, model, hp, optimizer, state, batch)
+
+
+def lowered_update(*args, **settings):
+  """`AnUpdate.lowered` of `an_update`."""
+  update = an_update(*args, **settings)
+  with jax.set_mesh(update.mesh):
+    return update.lowered()
 
 
 def test_the_programs_of_options_are_compiled():

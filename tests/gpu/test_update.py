@@ -4,16 +4,14 @@ Rates are those that an H200 reached, as in `test_attention`.
 """
 
 import importlib.util
-import types
 
 import jax
 import pytest
 
-from configs import common
-from s2d_jax import compiling, models, objectives, optim, sharding, training
+from s2d_jax import objectives, sharding, training
 from s2d_jax.preflight import costs, hlo, topologies
 from tests.gpu.test_attention import RATES, T
-from tests.gpu.test_preflight import lowered_update
+from tests.gpu.test_preflight import an_update, lowered_update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,24 +52,19 @@ def test_an_update_of_a_long_row():
 def test_an_update_of_8b_fits_one_h200_in_two_parts():
   # Two microbatches of one row; 8,190,735,360 weights, of four bytes in each of their copies.
   weights = 4 * 8_190_735_360
-  devices = topologies.devices("h200")
-  where = sharding.make_mesh((1, 1, 1), devices)
-  model = models.get(models.PUBLISHED["qwen3-8b"], dtype="bfloat16", remat="block")
-  hp = types.SimpleNamespace(**common.adamw(lr=1e-6), microbatches=2, block=1024, mean="token")
-  with jax.set_mesh(where):
-    optimizer = optim.make(hp, 10, models.axes(model.config))
-    state = training.abstract(optimizer, where, models.laid_out(model.config, where))
-    layout = training.shardings(state)
-    totals = training.jit_totals(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, hp, layout)
-    arguments = (state.params, None, None, compiling.abstract_batch(2, T, where))
+  update = an_update("qwen3-8b", 2, T, "h200", microbatches=2)
+  with jax.set_mesh(update.mesh):
+    layout = training.shardings(update.state)
+    totals = training.jit_totals(update.model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, update.hp,
+                                 layout)
+    arguments = (update.state.params, None, None, update.batch)
     gradients = costs.account(totals.lower(*arguments).compile())
     grads, sums = jax.eval_shape(totals, *arguments)
     found = (sharding.laid_out(grads, layout.params),
              sharding.laid_out(sums, jax.tree.map(lambda _: layout.step, sums)))
-    applied = costs.account(training.jit_apply(optimizer, layout).lower(state, found).compile())
-    update = training.jit_update(model, None, objectives.NEGATIVE_LOG_LIKELIHOOD, optimizer, hp,
-                                 layout)
-    whole = costs.account(update.lower(state, None, arguments[-1]).compile())
+    apply = training.jit_apply(update.optimizer, layout)
+    applied = costs.account(apply.lower(update.state, found).compile())
+    whole = costs.account(update.lowered().compile())
   limit = topologies.chip("h200").usable
   # Weights, the sum of gradients, and those of one microbatch with what it stores.
   assert 3 * weights < gradients.total < 3.25 * weights < limit

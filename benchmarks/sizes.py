@@ -43,6 +43,7 @@ PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
 # weighted_fkl sample the teacher, as forward_kl does; the latter holds the student's start too.
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
 KEY_HEADS = 8  # of all models here: at most as many devices split the heads
+RANK = 32  # of adapters, as in configs/qwen3_math.py:one_gpu
 
 
 class Pair(NamedTuple):
@@ -82,19 +83,22 @@ class Setting(NamedTuple):
   """How a stage is placed on a topology."""
   mesh: tuple[int, int, int]
   offload: str  # config.offload
+  adapters: bool = False  # the stage trains adapters in place of its model's weights
 
 
 def settings(pair: Pair, devices: int) -> Iterator[Setting]:
   """The settings of a stage in the order in which they are tried, cheap ones first.
 
   All on the devices, then optimizer and guide on the host. Then heads over twice as many devices:
-  each token's step adds up features over those.
+  each token's step adds up features over those. Adapters come last, because they learn otherwise
+  than whole weights do.
   """
-  tensor = pair.tensor
-  while tensor <= KEY_HEADS and devices % tensor == 0:
-    for offload in ("", "optimizer,guide"):
-      yield Setting((1, devices // tensor, tensor), offload)
-    tensor *= 2
+  for adapters in (False, True):
+    tensor = pair.tensor
+    while tensor <= KEY_HEADS and devices % tensor == 0:
+      for offload in ("", "optimizer,guide"):
+        yield Setting((1, devices // tensor, tensor), offload, adapters)
+      tensor *= 2
 
 
 def fitting(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
@@ -126,8 +130,10 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
     # One row of a microbatch for each shard, or as many as there are.
     rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.microbatches = max(rows // shards, 1)
+  if setting.adapters:
+    config.stages[stage].lora.rank = RANK
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
-           "mesh": list(config.mesh), "offload": setting.offload,
+           "mesh": list(config.mesh), "offload": setting.offload, "adapters": setting.adapters,
            "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(),
            "jax": jax.__version__, "memory": chip.usable}
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
@@ -192,6 +198,8 @@ def table(stored: Sequence[Json]) -> str:
       mesh = " × ".join(map(str, entry["mesh"]))
       if entry.get("offload"):
         mesh += f", offload {entry['offload']}"
+      if entry.get("adapters"):
+        mesh += f", adapters of rank {RANK}"
       lines.append(f"| {entry['topology']} | {mesh} | {entry['stage']} | {entry['verdict']} | "
                    f"{_step(entry)} | {entry['revision'][:7]}, {entry['jax']} |")
     lines.append("")

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import pytest
 
 from benchmarks import sizes
@@ -61,7 +62,8 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
   (pair, *_) = sizes.PAIRS
   monkeypatch.setattr(sizes.topologies, "devices", lambda name: [None] * 4)
   meshes = [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
-  ordered = [(mesh, offload) for mesh in meshes for offload in ("", "optimizer,guide")]
+  ordered = [(mesh, offload, adapters) for adapters in (False, True) for mesh in meshes
+             for offload in ("", "optimizer,guide")]
   assert list(sizes.settings(pair, 4)) == ordered
 
   def taken(fits):
@@ -70,12 +72,32 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
     return sizes.fitting(pair, "four", "student_grpo", tmp_path, None)["setting"]
 
   assert taken(lambda setting: setting.mesh[2] == 2) == ordered[2]
+  assert taken(lambda setting: setting.adapters) == ordered[6]
   assert taken(lambda setting: False) == ordered[0]
 
 
-def test_a_setting_that_uses_the_host_is_shown():
-  text = sizes.table([entry(verdict="fits", bytes=1, step={}, offload="optimizer,guide")])
-  assert "| h100:8 | 1 × 8 × 1, offload optimizer,guide | reverse_kl | fits |" in text
+@pytest.mark.parametrize(("facts", "shown"), [
+    ({"offload": "optimizer,guide", "adapters": False}, "1 × 8 × 1, offload optimizer,guide"),
+    ({"offload": "", "adapters": True}, "1 × 8 × 1, adapters of rank 32")])
+def test_a_setting_beyond_the_mesh_is_shown(facts, shown):
+  text = sizes.table([entry(verdict="fits", bytes=1, step={}, **facts)])
+  assert f"| h100:8 | {shown} | reverse_kl | fits |" in text
+
+
+def test_a_setting_with_adapters_compiles_the_stage_with_them(monkeypatch, tmp_path):
+  ranks = {}
+  def costs_of(config, target, progress):
+    ranks.update({name: hp.lora.rank for name, hp in config.stages.items()})
+    return [costs.Cost("student_grpo", "update", costs.Account(6, 3, 0, 0), 1, 2.0, hlo.total(()),
+                       costs.Least(3.0, 0.0, 0.0, 4.0))]
+  monkeypatch.setattr(sizes.preflight, "costs_of", costs_of)
+  monkeypatch.setattr(sizes.topologies, "devices", lambda name: jax.devices()[:1])
+  monkeypatch.setattr(sizes.topologies, "chip", lambda name: chips.CHIPS["h100"])
+  (pair, *_) = sizes.PAIRS
+  setting = sizes.Setting((1, 1, 1), "", adapters=True)
+  found = sizes.compiled(pair, "one", "student_grpo", setting, tmp_path, None)
+  assert found["adapters"] and ranks["student_grpo"] == 32
+  assert {rank for name, rank in ranks.items() if name != "student_grpo"} == {0}
 
 
 def test_a_new_entry_replaces_the_older_one_in_the_order_of_the_table():

@@ -159,7 +159,7 @@ def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys
 
 
 @pytest.mark.parametrize("error, code, said", [
-    (KeyboardInterrupt(), 130, "stopped by Ctrl-C: the same command goes on from what was f"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C. What was saved holds: start the same comma"),
     (OSError(errno.ENOSPC, "No space left on device", "w/a.json"), 1,
      "w/a.json cannot be written (No space left on device): free space or mend the disk, an"),
     (OSError(errno.EFBIG, "File too large", "w/a.json"), 1,

@@ -89,7 +89,7 @@ CONSOLE = ("-c", "from s2d_jax import cli; cli.main()")
     (("-m", "s2d_jax.main", "--distributed"), signal.SIGTERM, 75, "SIGTERM: nothing is unsaved"),
     ((*CONSOLE, "run"), signal.SIGINT, 75, "SIGINT: nothing is unsaved, and the same command"),
     ((*CONSOLE, "run", "--distributed"), signal.SIGHUP, 75, "SIGHUP: nothing is unsaved, and"),
-    ((*CONSOLE, "doctor"), signal.SIGINT, 130, "stopped by Ctrl-C: the same command goes on"),
+    ((*CONSOLE, "doctor"), signal.SIGINT, 130, "stopped by Ctrl-C. What was saved holds"),
 ])
 def test_a_signal_during_the_imports_is_a_sentence(words, number, code, sentence, slow_jax):
   env, imports = slow_jax

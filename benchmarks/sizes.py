@@ -44,6 +44,8 @@ PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
 KEY_HEADS = 8  # of all models here: at most as many devices split the heads
 RANK = 32  # of adapters, as in configs/qwen3_math.py:one_gpu
+# The programs that most settings fail by: the sampler's cache follows from the memory.
+UPDATES = frozenset({"update", "gradients", "apply"})
 
 
 class Pair(NamedTuple):
@@ -103,20 +105,30 @@ def settings(pair: Pair, devices: int) -> Iterator[Setting]:
 
 def fitting(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
             progress: Progress) -> Json:
-  """One entry: of the first setting that fits, or of the first where none does."""
-  first = None
-  for setting in settings(pair, len(topologies.devices(topology))):
-    entry = compiled(pair, topology, stage, setting, folder, progress)
+  """One entry: of the first setting that fits, or of the first where none does.
+
+  The programs of updates are compiled before the others: where they do not fit, nothing else of the
+  setting is compiled.
+  """
+  tried = list(settings(pair, len(topologies.devices(topology))))
+  for setting in tried:
+    entry = compiled(pair, topology, stage, setting, folder, progress, UPDATES)
+    if entry["fits"]:
+      entry = compiled(pair, topology, stage, setting, folder, progress)
     print(f"  {setting}: {entry['verdict']}", file=sys.stderr, flush=True)
     if entry["fits"]:
       return entry
-    first = first or entry
-  return first
+  return compiled(pair, topology, stage, tried[0], folder, progress)
 
 
 def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pathlib.Path,
-             progress: Progress) -> Json:
-  """A stage's programs in one setting, as preflight compiles them; `progress` has earlier ones."""
+             progress: Progress, names: frozenset[str] | None = None) -> Json:
+  """A stage's programs in one setting, as preflight compiles them.
+
+  Args:
+    progress: has earlier programs.
+    names: of the programs to compile; None: all.
+  """
   start = time.monotonic()
   config = pair.config(folder)
   devices = topologies.devices(topology)
@@ -136,8 +148,9 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
            "mesh": list(config.mesh), "offload": setting.offload, "adapters": setting.adapters,
            "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(),
            "jax": jax.__version__, "memory": chip.usable}
+  target = programs.Target(chip, scores=False, programs=names)
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
-    found = list(preflight.costs_of(config, programs.Target(chip, scores=False), progress))
+    found = list(preflight.costs_of(config, target, progress))
   return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
 
 

@@ -43,6 +43,8 @@ class Target(NamedTuple):
   chip: Chip | None = None   # None: this machine's devices, whose rates are unknown
   fast: bool = False         # the stages alone, and a sampler's two largest programs
   scores: bool = True        # evaluations and the probe too, unless fast
+  # Names of those programs that are compiled; None: all. A sampler without memory is yielded too.
+  programs: frozenset[str] | None = None
 
   @property
   def scored(self) -> bool:
@@ -102,6 +104,9 @@ def costs_of(config: ConfigDict, target: Target = LOCAL,
       requests += _between_steps(config, row, stage_models, of_stage)
   if target.scored:
     requests += _scoring(config, mesh, samplers)
+  if target.programs is not None:
+    requests = [request for request in requests if request.program in target.programs
+                or isinstance(request.lowered, DoesNotFit)]
   progress = progress or Progress()
   yield from progress.costs(requests, target.chip)
 

@@ -67,13 +67,26 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
   assert list(sizes.settings(pair, 4)) == ordered
 
   def taken(fits):
-    monkeypatch.setattr(sizes, "compiled", lambda pair, topology, stage, setting, *_: {
-        "setting": setting, "fits": fits(setting), "verdict": "-"})
-    return sizes.fitting(pair, "four", "student_grpo", tmp_path, None)["setting"]
+    compiled = []
+    def entry(pair, topology, stage, setting, folder, progress, names=None):
+      compiled.append((setting, names))
+      return {"setting": setting, "fits": fits(setting, names), "verdict": "-", "names": names}
+    monkeypatch.setattr(sizes, "compiled", entry)
+    found = sizes.fitting(pair, "four", "student_grpo", tmp_path, None)
+    assert found["names"] is None and compiled[-1] == (found["setting"], None)
+    return found["setting"], compiled
 
-  assert taken(lambda setting: setting.mesh[2] == 2) == ordered[2]
-  assert taken(lambda setting: setting.adapters) == ordered[6]
-  assert taken(lambda setting: False) == ordered[0]
+  found, compiled = taken(lambda setting, names: setting.mesh[2] == 2)
+  assert found == ordered[2]
+  # Updates come first, and where they do not fit nothing else is compiled.
+  assert compiled == [*((setting, sizes.UPDATES) for setting in ordered[:3]), (ordered[2], None)]
+  found, _ = taken(lambda setting, names: setting.adapters)
+  assert found == ordered[6]
+  # Another program than the update may be what does not fit.
+  found, _ = taken(lambda setting, names: names is not None or setting.mesh[2] == 4)
+  assert found == ordered[4]
+  found, compiled = taken(lambda setting, names: False)
+  assert found == ordered[0] and len(compiled) == len(ordered) + 1
 
 
 @pytest.mark.parametrize(("facts", "shown"), [

@@ -275,6 +275,19 @@ def test_fast_has_the_programs_with_all_the_work_of_the_stages(quick_compiles, c
                    ("forward_kl", "token_logps"), ("forward_kl", "update")]
 
 
+@pytest.mark.parametrize(("memory", "expected"), [
+    (2**40, {("student_grpo", "update")}), (2**20, {("student_grpo", "sample")})])
+def test_programs_are_chosen_by_name_and_a_sampler_without_memory_is_refused(config, memory, expected):
+  with config.unlocked():
+    config.stages = {"student_grpo": config.stages.student_grpo}
+  target = programs.Target(topologies.chip("h100")._replace(memory=memory),
+                           scores=False, programs=frozenset({"update"}))
+  with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
+    found = {(request.stage, request.program)
+             for request in preflight.costs_of(config, target, Uncompiled())}
+  assert found == expected
+
+
 @pytest.mark.medium
 def test_adapters_have_a_smaller_update_and_equal_pass_rate_programs(quick_compiles, config):
   # A row that asks its start for pass rates: that model has no adapters, the learner has.

@@ -277,7 +277,8 @@ def test_fast_has_the_programs_with_all_the_work_of_the_stages(quick_compiles, c
 
 @pytest.mark.parametrize(("memory", "expected"), [
     (2**40, {("student_grpo", "update")}), (2**20, {("student_grpo", "sample")})])
-def test_programs_are_chosen_by_name_and_a_sampler_without_memory_is_refused(config, memory, expected):
+def test_programs_are_chosen_by_name_and_samplers_without_memory_are_refused(
+    config, memory, expected):
   with config.unlocked():
     config.stages = {"student_grpo": config.stages.student_grpo}
   target = programs.Target(topologies.chip("h100")._replace(memory=memory),

@@ -43,6 +43,7 @@ from s2d_jax import (
   tasks,
   walk,
 )
+from s2d_jax.errors import InputError
 from s2d_jax.planning import Plan
 
 
@@ -165,6 +166,10 @@ def diagnosis(config: ConfigDict) -> str:
   lines += [_set_line(split, facts) for split, facts in plan.sets.items()]
   for arm, names in plan.arms.items():
     lines.append(f"{arm}: {' -> '.join(names) or 'nothing to train'}")
+  try:
+    recipe.check_devices(config)
+  except InputError as error:  # no mistake: the run may start on another machine
+    lines.append(f"on this machine s2d-jax run would stop: {error}")
   return "\n".join(lines)
 
 

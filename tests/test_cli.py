@@ -82,6 +82,14 @@ def test_diagnosis_lists_models_problems_and_chains(config):
       "half_bridge_grpo_2h: teacher_grpo -> forward_kl -> reverse_kl -> student_grpo"]
 
 
+@pytest.mark.medium
+def test_diagnosis_says_what_a_run_on_this_machine_would_refuse(config):
+  assert "would stop" not in main.diagnosis(config)
+  config.remat = "auto"  # a CPU tells no limit of its memory
+  assert ("\non this machine s2d-jax run would stop: config.remat is auto, and the memory of a cpu "
+          "is unknown: choose it from") in main.diagnosis(config)
+
+
 def test_every_run_of_a_sweep_is_checked(config):
   with config.unlocked():
     config.sweep = ({"seed": 1}, {"arms": "nope"})

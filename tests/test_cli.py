@@ -83,7 +83,7 @@ def test_diagnosis_lists_models_problems_and_chains(config):
 
 
 @pytest.mark.medium
-def test_diagnosis_says_what_a_run_on_this_machine_would_refuse(config):
+def test_diagnosis_names_the_settings_that_these_devices_lack(config):
   assert "would stop" not in main.diagnosis(config)
   config.remat = "auto"  # a CPU tells no limit of its memory
   assert ("\non this machine s2d-jax run would stop: config.remat is auto, and the memory of a cpu "

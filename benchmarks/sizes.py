@@ -37,15 +37,15 @@ from s2d_jax.preflight.pool import Progress
 
 RESULT = measure.RESULTS / "sizes.json"
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sizes.md"
-MARKS = ("<!-- entries of benchmarks/results/sizes.json -->\n", "<!-- end -->\n")
+SUMMARY = "<!-- summary of benchmarks/results/sizes.json -->\n"
+ENTRIES = "<!-- entries of benchmarks/results/sizes.json -->\n"
+END = "<!-- end -->\n"
 PROMPT_TOKENS = 2048  # an answer has at most 16,384, as in the configs
 # The stages with the largest programs, one of each kind. teacher_sft samples nothing. sft and
 # weighted_fkl sample the teacher, as forward_kl does; the latter holds the student's start too.
 STAGES = ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")
 KEY_HEADS = 8  # of all models here: at most as many devices split the heads
 RANK = 32  # of adapters, as in configs/qwen3_math.py:one_gpu
-# The programs that most settings fail by: the sampler's cache follows from the memory.
-UPDATES = frozenset({"update", "gradients", "apply"})
 
 
 class Pair(NamedTuple):
@@ -85,17 +85,17 @@ class Setting(NamedTuple):
   """How a stage is placed on a topology."""
   mesh: tuple[int, int, int]
   offload: str  # config.offload
-  adapters: bool = False  # the stage trains adapters in place of its model's weights
+  adapters: int = 0  # the rank of adapters that the stage trains; 0: the model's weights
 
 
 def settings(pair: Pair, devices: int) -> Iterator[Setting]:
-  """The settings of a stage in the order in which they are tried, cheap ones first.
+  """The settings of a stage in the order in which they are tried.
 
-  All on the devices, then optimizer and guide on the host. Then heads over twice as many devices:
-  each token's step adds up features over those. Adapters come last, because they learn otherwise
-  than whole weights do.
+  All on the devices, then optimizer and guide on the host. Then both again with heads over twice as
+  many devices: each token's step adds up features over those. Adapters come last, because they are
+  another experiment.
   """
-  for adapters in (False, True):
+  for adapters in (0, RANK):
     tensor = pair.tensor
     while tensor <= KEY_HEADS and devices % tensor == 0:
       for offload in ("", "optimizer,guide"):
@@ -107,18 +107,23 @@ def fitting(pair: Pair, topology: str, stage: str, folder: pathlib.Path,
             progress: Progress) -> Json:
   """One entry: of the first setting that fits, or of the first where none does.
 
-  The programs of updates are compiled before the others: where they do not fit, nothing else of the
-  setting is compiled.
+  The programs of updates are compiled before the others. A sampler without memory for its cache is
+  refused without compilation, and one that has memory takes what is free, so an update is what may
+  still fail. Where no setting fits, all programs of the first are compiled, and its verdict names
+  the largest.
   """
+  start = time.monotonic()
   tried = list(settings(pair, len(topologies.devices(topology))))
   for setting in tried:
-    entry = compiled(pair, topology, stage, setting, folder, progress, UPDATES)
+    entry = compiled(pair, topology, stage, setting, folder, progress, programs.UPDATES)
     if entry["fits"]:
       entry = compiled(pair, topology, stage, setting, folder, progress)
     print(f"  {setting}: {entry['verdict']}", file=sys.stderr, flush=True)
     if entry["fits"]:
-      return entry
-  return compiled(pair, topology, stage, tried[0], folder, progress)
+      break
+  else:
+    entry = compiled(pair, topology, stage, tried[0], folder, progress)
+  return entry | {"tried": tried.index(setting) + 1, "seconds": time.monotonic() - start}
 
 
 def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pathlib.Path,
@@ -129,7 +134,6 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
     progress: has earlier programs.
     names: of the programs to compile; None: all.
   """
-  start = time.monotonic()
   config = pair.config(folder)
   devices = topologies.devices(topology)
   chip = topologies.chip(topology)
@@ -142,8 +146,7 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
     # One row of a microbatch for each shard, or as many as there are.
     rows = hp.prompts * hp.sampling.samples_per_prompt // hp.minibatches
     hp.microbatches = max(rows // shards, 1)
-  if setting.adapters:
-    config.stages[stage].lora.rank = RANK
+  config.stages[stage].lora.rank = setting.adapters
   entry = {"student": pair.student, "teacher": pair.teacher, "topology": topology, "stage": stage,
            "mesh": list(config.mesh), "offload": setting.offload, "adapters": setting.adapters,
            "microbatches": config.stages[stage].microbatches, "revision": manifest.revision(),
@@ -151,7 +154,7 @@ def compiled(pair: Pair, topology: str, stage: str, setting: Setting, folder: pa
   target = programs.Target(chip, scores=False, programs=names)
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     found = list(preflight.costs_of(config, target, progress))
-  return entry | {"seconds": time.monotonic() - start, **facts(found, chip)}
+  return entry | facts(found, chip)
 
 
 def facts(found: Sequence[Cost], chip: chips.Chip) -> Json:
@@ -208,15 +211,57 @@ def table(stored: Sequence[Json]) -> str:
               "| chips | setting | stage | verdict | least seconds of a step | revision, jax |",
               "|---|---|---|---|---|---|"]
     for entry in found:
-      mesh = " × ".join(map(str, entry["mesh"]))
-      if entry.get("offload"):
-        mesh += f", offload {entry['offload']}"
-      if entry.get("adapters"):
-        mesh += f", adapters of rank {RANK}"
-      lines.append(f"| {entry['topology']} | {mesh} | {entry['stage']} | {entry['verdict']} | "
-                   f"{_step(entry)} | {entry['revision'][:7]}, {entry['jax']} |")
+      lines.append(f"| {entry['topology']} | {_setting(entry)} | {entry['stage']} | "
+                   f"{_verdict(entry)} | {_step(entry)} | {_revision(entry)}, {entry['jax']} |")
     lines.append("")
   return "\n".join(lines)
+
+
+def _setting(entry: Json) -> str:
+  """A setting in words."""
+  words = [" × ".join(map(str, entry["mesh"]))]
+  if entry.get("offload"):
+    words.append(f"offload {entry['offload']}")
+  if entry.get("adapters"):
+    words.append(f"adapters of rank {entry['adapters']}")
+  return ", ".join(words)
+
+
+def _verdict(entry: Json) -> str:
+  """The verdict; where it is that of the first of several settings, their number too."""
+  if entry["fits"]:
+    return entry["verdict"]
+  return f"none of {entry['tried']} settings fits. The first {entry['verdict']}"
+
+
+def _revision(entry: Json) -> str:
+  """The first digits of a revision, with the mark of an edited checkout."""
+  return entry["revision"][:7] + "+" * entry["revision"].endswith("+")
+
+
+def summary(stored: Sequence[Json]) -> str:
+  """A Markdown table of chips and pairs: the setting of each stage, in one where they agree."""
+  cells = collections.defaultdict(list)
+  for entry in stored:
+    cells[entry["topology"], entry["student"], entry["teacher"]].append(entry)
+  found = {topology for topology, _, _ in cells}
+  names = [name for name in dict.fromkeys(name for pair in PAIRS for name in pair.topologies)
+           if name in found]
+  lines = ["| chips | " + " | ".join(f"{pair.student} from {pair.teacher}" for pair in PAIRS)
+           + " |", "|---" * (1 + len(PAIRS)) + "|"]
+  for topology in names:
+    row = [_cell(cells[topology, pair.student, pair.teacher]) for pair in PAIRS]
+    lines.append(f"| {topology} | " + " | ".join(row) + " |")
+  return "\n".join(lines)
+
+
+def _cell(entries: Sequence[Json]) -> str:
+  """Stages by their setting, such as "all: 1 × 8 × 1"; a dash where nothing was compiled."""
+  stages = collections.defaultdict(list)
+  for entry in entries:
+    stages[_setting(entry) if entry["fits"] else "**no setting**"].append(entry["stage"])
+  return "<br>".join(f"{'all' if len(names) == len(STAGES) else ', '.join(names)}: {setting}"
+                     for setting, names in stages.items()) or "–"
 
 
 def _step(entry: Json) -> str:
@@ -232,10 +277,11 @@ def _step(entry: Json) -> str:
 
 
 def page(text: str, stored: Sequence[Json]) -> str:
-  """The page with the table of the entries between its marks."""
-  before, old = text.split(MARKS[0])
-  _, after = old.split(MARKS[1])
-  return f"{before}{MARKS[0]}\n{table(stored)}{MARKS[1]}{after}"
+  """The page with the summary and the table of the entries, each between its mark and an end."""
+  for mark, new in ((SUMMARY, summary(stored) + "\n\n"), (ENTRIES, table(stored))):
+    before, old = text.split(mark)
+    text = f"{before}{mark}\n{new}{END}{old.split(END, 1)[1]}"
+  return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

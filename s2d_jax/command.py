@@ -252,7 +252,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
     case FloatingPointError() | WriteError():
       return FAILED, str(error)
     case KeyboardInterrupt():
-      return _INTERRUPTED, "stopped by Ctrl-C. What was saved holds: start the same command again."
+      return _INTERRUPTED, "stopped by Ctrl-C. What was saved holds."
     case OSError() if error.errno in _DISK:
       return FAILED, (f"{error.filename or 'a file'} cannot be read or written ({error.strerror}): "
                       "permit it or mend the disk, and the same command goes on from what was "

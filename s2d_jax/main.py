@@ -156,7 +156,8 @@ def diagnosis(config: ConfigDict) -> str:
     InputError: a run is wrong; the message names the first mistake.
   """
   # Planning a run checks it, so every run of a sweep is planned and the first one printed.
-  plan = [recipe.plan(one, tasks.get(one)) for one in sweep.expand(config)][0]
+  configs = sweep.expand(config)
+  plan = [recipe.plan(one, tasks.get(one)) for one in configs][0]
   lines = [f"{role}: {base['folder']} ({base['identity'][:12]})"
            for role, base in plan.bases.items()]
   for split, prompts in plan.prompts.items():
@@ -167,7 +168,9 @@ def diagnosis(config: ConfigDict) -> str:
   for arm, names in plan.arms.items():
     lines.append(f"{arm}: {' -> '.join(names) or 'nothing to train'}")
   try:
-    recipe.check_devices(config)
+    with keys.prefixed("config."):
+      sharding.make_mesh(configs[0].mesh)
+    recipe.check_devices(configs[0])
   except InputError as error:  # no mistake: the run may start on another machine
     lines.append(f"on this machine s2d-jax run would stop: {error}")
   return "\n".join(lines)

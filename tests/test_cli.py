@@ -83,11 +83,16 @@ def test_diagnosis_lists_models_problems_and_chains(config):
 
 
 @pytest.mark.medium
-def test_diagnosis_names_the_settings_that_these_devices_lack(config):
+@pytest.mark.parametrize(("key", "value", "sentence"), [
+    # A CPU tells no limit of its memory.
+    ("remat", "auto", "config.remat is auto, and the memory of a cpu is unknown: choose it from"),
+    ("mesh", (1, 64, 1), "config.mesh "),
+    ("sweep", ({"remat": "auto"},), "config.remat is auto, and the memory of a cpu is unknown")])
+def test_diagnosis_names_a_setting_that_these_devices_lack(config, key, value, sentence):
   assert "would stop" not in main.diagnosis(config)
-  config.remat = "auto"  # a CPU tells no limit of its memory
-  assert ("\non this machine s2d-jax run would stop: config.remat is auto, and the memory of a cpu "
-          "is unknown: choose it from") in main.diagnosis(config)
+  with config.ignore_type(), config.unlocked():
+    config[key] = value
+  assert f"\non this machine s2d-jax run would stop: {sentence}" in main.diagnosis(config)
 
 
 def test_every_run_of_a_sweep_is_checked(config):
@@ -167,7 +172,7 @@ def test_an_unexpected_error_is_one_sentence_with_a_file_of_its_traceback(capsys
 
 
 @pytest.mark.parametrize("error, code, said", [
-    (KeyboardInterrupt(), 130, "stopped by Ctrl-C. What was saved holds: start the same comma"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C. What was saved holds."),
     (OSError(errno.ENOSPC, "No space left on device", "w/a.json"), 1,
      "w/a.json cannot be written (No space left on device): free space or mend the disk, an"),
     (OSError(errno.EFBIG, "File too large", "w/a.json"), 1,

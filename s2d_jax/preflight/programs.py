@@ -43,7 +43,8 @@ class Target(NamedTuple):
   chip: Chip | None = None   # None: this machine's devices, whose rates are unknown
   fast: bool = False         # the stages alone, and a sampler's two largest programs
   scores: bool = True        # evaluations and the probe too, unless fast
-  # Names of those programs that are compiled; None: all. A sampler without memory is yielded too.
+  # Names of the programs to compile, such as those of UPDATES; None: all. A stage whose sampler has
+  # no memory yields its refusal all the same.
   programs: frozenset[str] | None = None
 
   @property
@@ -53,6 +54,7 @@ class Target(NamedTuple):
 
 
 LOCAL = Target()
+UPDATES = frozenset({"update", "gradients", "apply"})  # in one program, or in parts
 
 
 def abstract_role(config: ConfigDict, role: str, mesh: Mesh,

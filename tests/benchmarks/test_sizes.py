@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import sizes
 from s2d_jax import chips, manifest
-from s2d_jax.preflight import costs, hlo
+from s2d_jax.preflight import costs, hlo, programs
 
 
 def entry(topology="h100:8", stage="reverse_kl", revision="0123456789", **facts):
@@ -22,7 +22,7 @@ def test_the_page_is_the_rendering_of_the_stored_entries():
   assert stored and text == sizes.page(text, stored)
   for found in stored:
     assert re.search(rf"^\| {found['topology']} \|.*\| {found['stage']} \| "
-                     rf"{re.escape(found['verdict'])} \|", text, re.M)
+                     rf"[^|]*{re.escape(found['verdict'])} \|", text, re.M)
     # A verdict is about the chip's memory, or says why not one row fits.
     assert f"{found['memory'] / 1e9:,.2f} GB" in found["verdict"] or not found["fits"]
 
@@ -33,8 +33,9 @@ def test_an_entry_has_the_verdict_and_the_least_seconds_of_a_step():
   found = sizes.facts([program], chips.CHIPS["h100"]._replace(memory=100))
   assert not found["fits"] and found["bytes"] == 110 and found["program"] == "update"
   assert found["step"] == {"update": {"seconds": 8.0, "bound": "network"}}
-  (line,) = [line for line in sizes.table([entry(**found)]).splitlines() if "h100:8" in line]
-  assert "does not fit: reverse_kl update needs" in line
+  text = sizes.table([entry(tried=4, **found)])
+  (line,) = [line for line in text.splitlines() if "h100:8" in line]
+  assert "| none of 4 settings fits. The first does not fit: reverse_kl update needs" in line
   assert "| 8: update 8 (network) | 0123456, 0.12.0 |" in line
 
 
@@ -62,7 +63,7 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
   (pair, *_) = sizes.PAIRS
   monkeypatch.setattr(sizes.topologies, "devices", lambda name: [None] * 4)
   meshes = [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
-  ordered = [(mesh, offload, adapters) for adapters in (False, True) for mesh in meshes
+  ordered = [(mesh, offload, adapters) for adapters in (0, 32) for mesh in meshes
              for offload in ("", "optimizer,guide")]
   assert list(sizes.settings(pair, 4)) == ordered
 
@@ -74,12 +75,13 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(sizes, "compiled", entry)
     found = sizes.fitting(pair, "four", "student_grpo", tmp_path, None)
     assert found["names"] is None and compiled[-1] == (found["setting"], None)
+    assert found["tried"] == len({setting for setting, _ in compiled}) and found["seconds"] >= 0
     return found["setting"], compiled
 
   found, compiled = taken(lambda setting, names: setting.mesh[2] == 2)
   assert found == ordered[2]
   # Updates come first, and where they do not fit nothing else is compiled.
-  assert compiled == [*((setting, sizes.UPDATES) for setting in ordered[:3]), (ordered[2], None)]
+  assert compiled == [*((setting, programs.UPDATES) for setting in ordered[:3]), (ordered[2], None)]
   found, _ = taken(lambda setting, names: setting.adapters)
   assert found == ordered[6]
   # Another program than the update may be what does not fit.
@@ -90,16 +92,35 @@ def test_the_first_setting_that_fits_is_taken(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("facts", "shown"), [
-    ({"offload": "optimizer,guide", "adapters": False}, "1 × 8 × 1, offload optimizer,guide"),
-    ({"offload": "", "adapters": True}, "1 × 8 × 1, adapters of rank 32")])
+    ({"offload": "optimizer,guide", "adapters": 0}, "1 × 8 × 1, offload optimizer,guide"),
+    ({"offload": "", "adapters": 16}, "1 × 8 × 1, adapters of rank 16")])
 def test_a_setting_beyond_the_mesh_is_shown(facts, shown):
   text = sizes.table([entry(verdict="fits", bytes=1, step={}, **facts)])
   assert f"| h100:8 | {shown} | reverse_kl | fits |" in text
 
 
+def test_the_summary_has_the_setting_of_each_stage():
+  entries = [entry(stage=stage) for stage in sizes.STAGES]
+  lines = sizes.summary(entries).splitlines()
+  assert lines[2:] == ["| h100:8 | all: 1 × 8 × 1 | – | – |"]
+  entries[0] |= {"offload": "optimizer,guide"}
+  entries[1] |= {"fits": False}
+  lines = sizes.summary([*entries, entry("h100")]).splitlines()
+  assert lines[2:] == [
+      "| h100:8 | teacher_grpo: 1 × 8 × 1, offload optimizer,guide<br>forward_kl: **no setting**"
+      "<br>reverse_kl, student_grpo: 1 × 8 × 1 | – | – |",
+      "| h100 | reverse_kl: 1 × 8 × 1 | – | – |"]
+
+
+def test_the_revision_of_an_edited_checkout_is_marked():
+  text = sizes.table([entry(verdict="fits", bytes=1, step={}, revision="0123456789+")])
+  assert "| 0123456+, 0.12.0 |" in text
+
+
 def test_a_setting_with_adapters_compiles_the_stage_with_them(monkeypatch, tmp_path):
   ranks = {}
   def costs_of(config, target, progress):
+    assert target.programs == programs.UPDATES and not target.scores
     ranks.update({name: hp.lora.rank for name, hp in config.stages.items()})
     return [costs.Cost("student_grpo", "update", costs.Account(6, 3, 0, 0), 1, 2.0, hlo.total(()),
                        costs.Least(3.0, 0.0, 0.0, 4.0))]
@@ -107,9 +128,9 @@ def test_a_setting_with_adapters_compiles_the_stage_with_them(monkeypatch, tmp_p
   monkeypatch.setattr(sizes.topologies, "devices", lambda name: jax.devices()[:1])
   monkeypatch.setattr(sizes.topologies, "chip", lambda name: chips.CHIPS["h100"])
   (pair, *_) = sizes.PAIRS
-  setting = sizes.Setting((1, 1, 1), "", adapters=True)
-  found = sizes.compiled(pair, "one", "student_grpo", setting, tmp_path, None)
-  assert found["adapters"] and ranks["student_grpo"] == 32
+  setting = sizes.Setting((1, 1, 1), "", adapters=32)
+  found = sizes.compiled(pair, "one", "student_grpo", setting, tmp_path, None, programs.UPDATES)
+  assert found["adapters"] == 32 and ranks["student_grpo"] == 32
   assert {rank for name, rank in ranks.items() if name != "student_grpo"} == {0}
 
 

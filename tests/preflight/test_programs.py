@@ -275,17 +275,18 @@ def test_fast_has_the_programs_with_all_the_work_of_the_stages(quick_compiles, c
                    ("forward_kl", "token_logps"), ("forward_kl", "update")]
 
 
-@pytest.mark.parametrize(("memory", "expected"), [
-    (2**40, {("student_grpo", "update")}), (2**20, {("student_grpo", "sample")})])
-def test_programs_are_chosen_by_name_and_samplers_without_memory_are_refused(
-    config, memory, expected):
+@pytest.mark.parametrize(("memory", "offload", "rank", "expected"), [
+    (2**40, "", 0, {"update"}), (2**40, "optimizer", 1, {"gradients", "apply"}),
+    (2**20, "", 0, {"sample"})])  # without memory for the sampler's cache
+def test_programs_of_updates_alone_are_compiled(config, memory, offload, rank, expected):
   with config.unlocked():
     config.stages = {"student_grpo": config.stages.student_grpo}
-  target = programs.Target(topologies.chip("h100")._replace(memory=memory),
-                           scores=False, programs=frozenset({"update"}))
+  config.offload = offload
+  config.stages.student_grpo.lora.rank = rank
+  target = programs.Target(topologies.chip("h100")._replace(memory=memory), scores=False,
+                           programs=programs.UPDATES)
   with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
-    found = {(request.stage, request.program)
-             for request in preflight.costs_of(config, target, Uncompiled())}
+    found = {request.program for request in preflight.costs_of(config, target, Uncompiled())}
   assert found == expected
 
 

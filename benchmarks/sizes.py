@@ -240,7 +240,7 @@ def _revision(entry: Json) -> str:
 
 
 def summary(stored: Sequence[Json]) -> str:
-  """A Markdown table of chips and pairs: the setting of each stage, in one where they agree."""
+  """A Markdown table of chips and pairs: the setting and least seconds of each stage."""
   cells = collections.defaultdict(list)
   for entry in stored:
     cells[entry["topology"], entry["student"], entry["teacher"]].append(entry)
@@ -256,12 +256,19 @@ def summary(stored: Sequence[Json]) -> str:
 
 
 def _cell(entries: Sequence[Json]) -> str:
-  """Stages by their setting, such as "all: 1 × 8 × 1"; a dash where nothing was compiled."""
+  """Stages with their least seconds by setting; a dash where nothing was compiled."""
   stages = collections.defaultdict(list)
   for entry in entries:
-    stages[_setting(entry) if entry["fits"] else "**no setting**"].append(entry["stage"])
-  return "<br>".join(f"{'all' if len(names) == len(STAGES) else ', '.join(names)}: {setting}"
-                     for setting, names in stages.items()) or "–"
+    if entry["fits"]:
+      stages[_setting(entry)].append(f"{entry['stage']} ({_seconds(entry):,.0f})")
+    else:
+      stages["**no setting**"].append(entry["stage"])
+  return "<br>".join(f"{', '.join(names)}: {setting}" for setting, names in stages.items()) or "–"
+
+
+def _seconds(entry: Json) -> float:
+  """The least seconds of a step."""
+  return sum(part["seconds"] for part in entry["step"].values())
 
 
 def _step(entry: Json) -> str:
@@ -270,10 +277,9 @@ def _step(entry: Json) -> str:
   # Without a program that the compiler refused the sum would be too short.
   if not parts or entry["bytes"] is None:
     return "–"
-  total = sum(part["seconds"] for part in parts.values())
   each = ", ".join(f"{name} {part['seconds']:,.0f} ({part['bound']})"
                    for name, part in parts.items())
-  return f"{total:,.0f}: {each}"
+  return f"{_seconds(entry):,.0f}: {each}"
 
 
 def page(text: str, stored: Sequence[Json]) -> str:

@@ -172,7 +172,7 @@ def diagnosis(config: ConfigDict) -> str:
       sharding.make_mesh(configs[0].mesh)
     recipe.check_devices(configs[0])
   except InputError as error:  # no mistake: the run may start on another machine
-    lines.append(f"on this machine s2d-jax run would stop: {error}")
+    lines.append(f"s2d-jax run would stop on this machine: {error}")
   return "\n".join(lines)
 
 

@@ -28,8 +28,9 @@ def check_memory(policy: str, memory: int | None) -> None:
     InputError: names the key and the other choices.
   """
   if policy == "auto" and memory is None:
-    raise InputError(f"config.remat is auto, and the memory of a {sharding.platform()} is unknown: "
-                     f"choose it from {', '.join(CANDIDATES)}, of which the last needs least.")
+    raise InputError(f"config.remat is auto, and a {sharding.platform()} does not tell how much "
+                     f"memory it has: set it to one of {', '.join(CANDIDATES)}, of which the last "
+                     "needs least.")
 
 
 def fitting(model: Model, compiled_for: Callable[[Model], _Program], memory: int | None,

@@ -84,15 +84,14 @@ def test_diagnosis_lists_models_problems_and_chains(config):
 
 @pytest.mark.medium
 @pytest.mark.parametrize(("key", "value", "sentence"), [
-    # A CPU tells no limit of its memory.
-    ("remat", "auto", "config.remat is auto, and the memory of a cpu is unknown: choose it from"),
+    ("remat", "auto", "config.remat is auto, and a cpu does not tell how much memory it has: "),
     ("mesh", (1, 64, 1), "config.mesh "),
-    ("sweep", ({"remat": "auto"},), "config.remat is auto, and the memory of a cpu is unknown")])
+    ("sweep", ({"remat": "auto"},), "config.remat is auto, and a cpu does not tell ")])
 def test_diagnosis_names_a_setting_that_these_devices_lack(config, key, value, sentence):
   assert "would stop" not in main.diagnosis(config)
   with config.ignore_type(), config.unlocked():
     config[key] = value
-  assert f"\non this machine s2d-jax run would stop: {sentence}" in main.diagnosis(config)
+  assert f"\ns2d-jax run would stop on this machine: {sentence}" in main.diagnosis(config)
 
 
 def test_every_run_of_a_sweep_is_checked(config):

@@ -44,8 +44,8 @@ def test_a_named_policy_is_taken_without_a_look_at_the_memory():
 
 
 def test_an_unknown_memory_is_refused_with_the_choices():
-  sentence = ("config.remat is auto, and the memory of a cpu is unknown: choose it from named, "
-              "attention, block, of which the last needs least.")
+  sentence = ("config.remat is auto, and a cpu does not tell how much memory it has: set it to one "
+              "of named, attention, block, of which the last needs least.")
   with pytest.raises(InputError) as error:
     taken(None)
   assert str(error.value) == sentence
@@ -137,6 +137,6 @@ def test_a_run_with_auto_is_one_with_the_policy_that_fits(tmp_path, monkeypatch,
 
 
 def test_a_run_with_auto_where_the_memory_is_unknown_is_refused(tmp_path):
-  with pytest.raises(InputError, match="config.remat is auto, and the memory of a cpu is unknown"):
+  with pytest.raises(InputError, match="config.remat is auto, and a cpu does not tell"):
     run("auto", tmp_path / "run")
   assert not (tmp_path / "run").exists()

@@ -100,16 +100,16 @@ def test_a_setting_beyond_the_mesh_is_shown(facts, shown):
 
 
 def test_the_summary_has_the_setting_of_each_stage():
-  entries = [entry(stage=stage) for stage in sizes.STAGES]
-  lines = sizes.summary(entries).splitlines()
-  assert lines[2:] == ["| h100:8 | all: 1 × 8 × 1 | – | – |"]
+  step = {"sample": {"seconds": 1200.0}, "update": {"seconds": 34.4}}
+  entries = [entry(stage=stage, step=step)
+             for stage in ("teacher_grpo", "forward_kl", "reverse_kl", "student_grpo")]
   entries[0] |= {"offload": "optimizer,guide"}
   entries[1] |= {"fits": False}
-  lines = sizes.summary([*entries, entry("h100")]).splitlines()
+  lines = sizes.summary([*entries, entry("h100", step=step)]).splitlines()
   assert lines[2:] == [
-      "| h100:8 | teacher_grpo: 1 × 8 × 1, offload optimizer,guide<br>forward_kl: **no setting**"
-      "<br>reverse_kl, student_grpo: 1 × 8 × 1 | – | – |",
-      "| h100 | reverse_kl: 1 × 8 × 1 | – | – |"]
+      "| h100:8 | teacher_grpo (1,234): 1 × 8 × 1, offload optimizer,guide<br>forward_kl: "
+      "**no setting**<br>reverse_kl (1,234), student_grpo (1,234): 1 × 8 × 1 | – | – |",
+      "| h100 | reverse_kl (1,234): 1 × 8 × 1 | – | – |"]
 
 
 def test_the_revision_of_an_edited_checkout_is_marked():

@@ -14,6 +14,11 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 # Whole files, in the order of tests/conftest.py, which puts the longest first.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Compilation takes most of a longer test's time. With these settings XLA optimizes little and compiles
+# up to four times as fast. The quick tests are compiled as a user's run is, and so are others by
+# `make test-medium QUICK=`.
+COMPILE :=
+QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false" JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
@@ -38,18 +43,18 @@ ladder: $(VENV)/.installed
 chaos: $(VENV)/.installed-test
 	$(BIN)/python -m tests.end_to_end.chaos --kills=50 --seed=0 --out=results
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow and not tpu and not gpu" $(SPREAD)
+test: test-fast
+	$(QUICK) $(BIN)/python -m pytest -m "medium and not slow and not tpu and not gpu" $(SPREAD)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
+	$(COMPILE) $(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
 
 # What `make test` has beside `make test-fast`, and what compares with torch, which Python 3.12 may lack.
 test-medium: lint
-	$(BIN)/python -m pytest -m "(medium or torch) and not slow and not tpu and not gpu" $(SPREAD)
+	$(QUICK) $(BIN)/python -m pytest -m "(medium or torch) and not slow and not tpu and not gpu" $(SPREAD)
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow $(SPREAD) --durations 10
+	$(QUICK) $(BIN)/python -m pytest -m slow $(SPREAD) --durations 10
 
 # The mathematics configs, tiny, from folders to tables; `make test-slow` has it too. The published
 # tokenizers are used where tokenizers/ of the folder S2D_REAL_MODELS has them.

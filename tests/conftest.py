@@ -7,6 +7,7 @@ place from the environment. It keeps a program however short its compilation was
 
 import collections
 import contextlib
+import importlib.util
 import os
 import pathlib
 import signal
@@ -33,6 +34,13 @@ for number in (signal.SIGINT, signal.SIGHUP):
     with contextlib.suppress(ValueError):  # only the main thread may
       signal.signal(number, signal.default_int_handler)
 
+# From this time of the epoch on, in seconds, no test begins. `.ci/run` sets it, because a run that
+# takes too long is stopped and lost as a whole.
+TESTS_END = float(os.environ.get("S2D_TESTS_END", "inf"))
+
+# A compiler of each kind of program for accelerators is in an environment of its own.
+COMPILERS = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}
+
 SECONDS = {"slow": 60, "medium": 8}  # of a test with this mark, roughly; 0.3 of one without
 
 
@@ -44,6 +52,16 @@ def pytest_collection_modifyitems(items):
     seconds[item.path] += max((SECONDS.get(mark.name, 0.3) for mark in item.iter_markers()),
                               default=0.3)
   items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)  # before the test's fixtures are made
+def pytest_runtest_setup(item):
+  """Leaves out a test that comes after S2D_TESTS_END, or whose compiler is absent."""
+  if time.time() > TESTS_END:
+    pytest.skip("NOT RUN: the time of S2D_TESTS_END has passed")
+  for kind, module in COMPILERS.items():
+    if item.get_closest_marker(kind) and importlib.util.find_spec(module) is None:
+      pytest.skip(f"make test-{kind} has {module}")
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 import ast
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -229,3 +232,13 @@ def test_the_makefile_has_the_commands_of_the_readme():
   assert {"run", "test", "test-fast", "test-slow", "clean"} <= targets
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   assert set(re.findall(r"\bmake ([a-z][\w-]+)$", readme, re.M)) <= targets
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("end, status", [("0", "skipped"), (str(2**40), "passed")])
+def test_no_test_begins_after_the_end_of_the_time_for_tests(end, status):
+  name = "tests/test_repository.py::test_torch_is_for_python_311_alone"
+  done = subprocess.run(
+      [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name], cwd=ROOT, text=True,
+      capture_output=True, check=False, env=os.environ | {"S2D_TESTS_END": end})
+  assert f"1 {status}" in done.stdout, done.stdout + done.stderr

@@ -24,8 +24,10 @@ def run(workdir, mesh, processes=1, devices=1, flags=((),)):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
+  # As the Makefile sets them: they shorten compilation.
+  flags_of_xla = os.environ.get("XLA_FLAGS", "")
   environment = os.environ | {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+      "XLA_FLAGS": f"{flags_of_xla} --xla_force_host_platform_device_count={devices}"}
   words = ["-m", "tests.end_to_end.job", workdir, workdir.parent / "bases", "--arm", "one_row",
            "--unprobed", "--mesh", mesh]
   joined = [()] if processes == 1 else [

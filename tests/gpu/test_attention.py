@@ -1,6 +1,5 @@
 """Attention in programs for a GPU that is not here: cuDNN's kernels, and what they spare."""
 
-import importlib.util
 import re
 
 import jax
@@ -12,8 +11,7 @@ from s2d_jax.preflight import costs, hlo, topologies
 from s2d_jax.sampler import capacity, programs
 from tests.gpu.test_preflight import LAYERS, lowered_update
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+pytestmark = pytest.mark.gpu
 
 T = 18_432  # a prompt of 2,048 tokens and a response of 16,384
 

@@ -1,6 +1,5 @@
 """The README's preflight line for cards, and Llama's: published models with all their layers."""
 
-import importlib.util
 import re
 
 import jax
@@ -14,8 +13,6 @@ from tests.preflight import folders
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None,
-                       reason="make test-gpu has the plugin"),
     # ml_collections loads config files by importlib's old name.
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")]
 

@@ -1,6 +1,5 @@
 """Messages between eight cards: beside which products, and how many a token in decoding."""
 
-import importlib.util
 
 import jax
 import pytest
@@ -11,8 +10,7 @@ from s2d_jax.sampler import capacity, programs
 from s2d_jax.sampler.sampling import Sampling
 from tests.gpu.test_preflight import lowered_update
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+pytestmark = pytest.mark.gpu
 
 TOKENS = 32  # of one dispatch
 

@@ -4,7 +4,6 @@ Run by `make test-gpu`, in an environment of its own that has CUDA's plugin; els
 """
 
 import functools
-import importlib.util
 import re
 import types
 from typing import NamedTuple
@@ -22,8 +21,7 @@ from s2d_jax.rollouts import Batch
 from s2d_jax.sampler import capacity, decode, programs
 from tests.preflight import folders, options
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="make test-gpu has the plugin")]
+pytestmark = pytest.mark.gpu
 
 LAYERS = 2  # of the published models' 36 and 28: a layer's programs are those of the whole model
 

@@ -3,7 +3,6 @@
 Rates are those that an H200 reached, as in `test_attention`.
 """
 
-import importlib.util
 
 import jax
 import pytest
@@ -15,8 +14,6 @@ from tests.gpu.test_preflight import an_update, lowered_update
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None,
-                       reason="make test-gpu has the plugin"),
     pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="measured with jax 0.12")]
 
 FORWARD = 'custom_call_target="__cudnn$fmhaSoftmax"'  # attention's forward kernel

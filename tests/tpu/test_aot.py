@@ -4,7 +4,6 @@ Run by `make test-tpu`, in an environment of its own that has libtpu; elsewhere 
 """
 
 import dataclasses
-import importlib.util
 import re
 import types
 
@@ -22,8 +21,7 @@ from s2d_jax.sampler import capacity, programs
 from tests.losses import test_blockwise as hlo
 from tests.tpu import cycles
 
-pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="make test-tpu has libtpu")]
+pytestmark = pytest.mark.tpu
 
 
 def mesh(topology, shape):

@@ -1,6 +1,5 @@
 """The README's preflight line: published models with all of their layers, for a slice of TPUs."""
 
-import importlib.util
 import re
 
 import pytest
@@ -10,8 +9,6 @@ from tests.preflight import folders
 
 pytestmark = [
     pytest.mark.tpu,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                       reason="make test-tpu has libtpu"),
     # ml_collections loads config files by importlib's old name.
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")]
 

@@ -1,6 +1,5 @@
 """`s2d-jax preflight --topology`: a recipe's programs compiled for TPUs that are not here."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,8 +16,7 @@ from s2d_jax.preflight import hlo, programs, topologies
 from tests.preflight import options
 from tests.tpu import test_aot
 
-pytestmark = [pytest.mark.tpu, pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="make test-tpu has libtpu")]
+pytestmark = pytest.mark.tpu
 
 
 def test_every_program_of_a_tiny_config_is_compiled(capsys):

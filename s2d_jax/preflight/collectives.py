@@ -31,8 +31,12 @@ def _group_size(operation: Operation) -> int:
                    for axis, part in re.findall(r"('[^']*')(?::\(\d+\)(\d+))?", named[2]))
 
 
-def sent(operation: Operation, operands: Sequence[str]) -> float:
-  """Bytes that a device sends in a collective with operands of these types, in a ring."""
+def sent(operation: Operation, operands: Sequence[str], part: float | None = None) -> float:
+  """Bytes that a device sends in a collective with operands of these types, in a ring.
+
+  Args:
+    part: bytes of an all-reduce's result that a device keeps, where it is not the whole result.
+  """
   opcode = operation.opcode.removesuffix("-start")
   size = sum(map(type_bytes, operands))
   if opcode == "collective-permute":
@@ -40,6 +44,8 @@ def sent(operation: Operation, operands: Sequence[str]) -> float:
   n = _group_size(operation)
   if opcode == "all-gather":  # each device passes on every part but one
     return size * (n - 1)
-  if opcode == "all-reduce":  # a reduce-scatter and an all-gather
-    return 2 * size * (n - 1) / n
+  if opcode == "all-reduce":
+    # A reduce-scatter leaves 1 / n of the sum on each device. What a device lacks of its part is
+    # then gathered.
+    return size * (n - 1) / n + max((size if part is None else part) - size / n, 0)
   return size * (n - 1) / n

@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 from s2d_jax.preflight import collectives, products, traffic
 from s2d_jax.preflight.loops import Loops
-from s2d_jax.preflight.operations import Computations, Operation, attribute, called, parse
+from s2d_jax.preflight.operations import (
+  Computations,
+  Operation,
+  attribute,
+  called,
+  parse,
+  type_bytes,
+)
 
 # Operations that neither compute nor copy.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all",
@@ -139,7 +146,8 @@ class Program:
   def messages(self, computation: str, channels: set[str]) -> Iterator[tuple[float, float]]:
     """Yields the bytes (sent, moved) of each collective that begins in a fused computation.
 
-    A TPU lists a collective again in each fusion that it runs beside, on one channel.
+    A TPU lists a collective again in each fusion that it runs beside, on one channel. Its
+    reduce-scatter is a fusion of an all-reduce with the slice that a device keeps.
     """
     for operation in self.computations[computation]:
       if operation.opcode == "fusion":
@@ -151,4 +159,12 @@ class Program:
         if channel not in channels:
           channels.add(channel)
           operands = self.operand_types(computation, operation)
-          yield collectives.sent(operation, operands), traffic.of_collective(operation, operands)
+          yield (collectives.sent(operation, operands, self.part(computation, operation)),
+                 traffic.of_collective(operation, operands))
+
+  def part(self, computation: str, operation: Operation) -> float | None:
+    """Bytes of an operation's result that are used, where that is one slice of it."""
+    uses = [other for other in self.computations[computation] if operation.name in other.operands]
+    if len(uses) == 1 and uses[0].opcode == "dynamic-slice":
+      return type_bytes(uses[0].type)
+    return None

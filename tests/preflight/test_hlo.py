@@ -311,6 +311,37 @@ def test_a_collective_inside_fusions_is_counted_once():
   assert done.collective_bytes == 0 and done.bytes == 0
 
 
+# A TPU's reduce-scatter.
+SCATTERED = """HloModule jit_f
+
+%all-reduce-scatter (input: bf16[1024,64], i: s32[], j: s32[]) -> bf16[PART,64] {
+  %input = bf16[1024,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %j = s32[] parameter(2)
+  %all-reduce.2 = bf16[1024,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=4,\
+    replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %slice.3 = bf16[PART,64]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.2, %i, %j),\
+    dynamic_slice_sizes={PART,64}
+}
+
+ENTRY %main (a: bf16[1024,64], i: s32[], j: s32[]) -> bf16[PART,64] {
+  %a = bf16[1024,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %fusion = bf16[PART,64]{1,0:T(8,128)(2,1)} fusion(%a, %i, %j), kind=kCustom,\
+    calls=%all-reduce-scatter
+}
+"""
+
+
+@pytest.mark.parametrize("rows, gathered", [(128, 0), (256, 128), (512, 384), (1024, 896)])
+def test_a_sum_of_which_a_device_keeps_a_slice_is_scattered(rows, gathered):
+  # A ring of 8 devices passes 7 of 8 parts of 128 rows on once. Where a device keeps more than one
+  # part, the parts that it lacks are sent besides.
+  (kernel,) = hlo.kernels(SCATTERED.replace("PART", str(rows)))
+  assert kernel.collective_bytes == 2 * 64 * (7 * 128 + gathered)
+
+
 def test_a_collective_inside_a_fusion_counts_the_trips_of_its_loop():
   fused = """%gathered (g.0: f32[16,16]) -> f32[64,16] {
   %g.0 = f32[16,16]{1,0} parameter(0)

@@ -14,11 +14,11 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 # Whole files, in the order of tests/conftest.py, which puts the longest first.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Compilation takes most of a longer test's time. With these settings XLA optimizes little and compiles
-# up to four times as fast. The quick tests are compiled as a user's run is, and so are others by
-# `make test-medium QUICK=`.
+# Compilation takes most of a longer test's time. With this setting XLA optimizes little and compiles in
+# less than half of the time (tests/conftest.py). The quick tests are compiled as a user's run is, and so
+# are others by `make test-medium QUICK=`.
 COMPILE :=
-QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false" JAX_DISABLE_MOST_OPTIMIZATIONS=1
+QUICK := S2D_QUICK_COMPILES=1
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \

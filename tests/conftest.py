@@ -22,6 +22,15 @@ import jax  # noqa: E402 - it reads the environment when it is imported
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
+if os.environ.get("S2D_QUICK_COMPILES") == "1":  # as the Makefile has it for the longer tests
+  # Of these settings the processes that tests start have the ones in the environment.
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+  jax.config.update("jax_disable_most_optimizations", True)
+  # XLA's older code for fused kernels compiles in less time. Newer JAX has lost that option.
+  older, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+  if jax.__version_info__ < (0, 11) and older not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {older}"
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -102,6 +111,7 @@ def quick_compiles():
 
   Only for tests of what surrounds the arithmetic: which programs run, when, on which devices.
   """
+  before = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  jax.config.update("jax_disable_most_optimizations", before)

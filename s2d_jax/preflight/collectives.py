@@ -45,7 +45,7 @@ def sent(operation: Operation, operands: Sequence[str], part: float | None = Non
   if opcode == "all-gather":  # each device passes on every part but one
     return size * (n - 1)
   if opcode == "all-reduce":
-    # A reduce-scatter leaves 1 / n of the sum on each device. What a device lacks of its part is
-    # then gathered.
+    # A reduce-scatter, which leaves 1 / n of the sum on each device, and an all-gather of the other
+    # parts that the device needs.
     return size * (n - 1) / n + max((size if part is None else part) - size / n, 0)
   return size * (n - 1) / n

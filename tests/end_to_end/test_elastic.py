@@ -24,7 +24,7 @@ def run(workdir, mesh, processes=1, devices=1, flags=((),)):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  # As the Makefile sets them: they shorten compilation.
+  # Those that shorten compilation stay (tests/conftest.py).
   flags_of_xla = os.environ.get("XLA_FLAGS", "")
   environment = os.environ | {
       "XLA_FLAGS": f"{flags_of_xla} --xla_force_host_platform_device_count={devices}"}

@@ -14,10 +14,9 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 # Whole files, in the order of tests/conftest.py, which puts the longest first.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Compilation takes most of a longer test's time. With this setting XLA optimizes little and compiles in
-# less than half of the time (tests/conftest.py). The quick tests are compiled as a user's run is, and so
-# are others by `make test-medium QUICK=`.
-COMPILE :=
+# Stands before pytest for the longer tests, whose time is mostly compilation: XLA optimizes little and
+# compiles in less than half of the time (tests/conftest.py). `make test-medium QUICK=` and `make
+# test-slow QUICK=` compile as a user's run does, and so does `make test-fast`.
 QUICK := S2D_QUICK_COMPILES=1
 
 BIN := $(VENV)/bin
@@ -47,7 +46,7 @@ test: test-fast
 	$(QUICK) $(BIN)/python -m pytest -m "medium and not slow and not tpu and not gpu" $(SPREAD)
 
 test-fast: lint
-	$(COMPILE) $(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
+	$(BIN)/python -m pytest -m "not slow and not medium and not tpu and not gpu" $(SPREAD)
 
 # What `make test` has beside `make test-fast`, and what compares with torch, which Python 3.12 may lack.
 test-medium: lint
@@ -63,13 +62,13 @@ math-smoke: $(VENV)/.installed-test
 
 # libtpu in .venv would claim the machine's accelerator, so it has a separate environment.
 test-tpu: .venv-tpu/.installed
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
+	S2D_QUICK_COMPILES= JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 	  JAX_ENABLE_COMPILATION_CACHE=false \
 	  .venv-tpu/bin/python -m pytest -m tpu tests/tpu -n $(WORKERS)
 
 # The plugin would look for a driver in .venv. Here it compiles for cards that are absent.
 test-gpu: .venv-gpu/.installed
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
+	S2D_QUICK_COMPILES= JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false \
 	  .venv-gpu/bin/python -m pytest -m gpu tests/gpu -n $(WORKERS)
 
 lint: $(VENV)/.installed-test

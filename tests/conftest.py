@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
 if os.environ.get("S2D_QUICK_COMPILES") == "1":  # as the Makefile has it for the longer tests
-  # Of these settings the processes that tests start have the ones in the environment.
+  # Also in the environment, for the processes that tests start.
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   jax.config.update("jax_disable_most_optimizations", True)
   # XLA's older code for fused kernels compiles in less time. Newer JAX has lost that option.
@@ -111,7 +111,7 @@ def quick_compiles():
 
   Only for tests of what surrounds the arithmetic: which programs run, when, on which devices.
   """
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)

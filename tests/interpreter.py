@@ -23,7 +23,6 @@ LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint.experimental.v1", "
              "ml_collections.config_flags", "scipy.special", "matplotlib.figure")
 # JAX reads the environment when it is imported, so a process sets these again.
 JAX_SETTINGS = {"JAX_PLATFORMS": str, "JAX_COMPILATION_CACHE_DIR": str,
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": lambda text: text == "1",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": float,
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": int}
 
@@ -96,6 +95,9 @@ def _run(words: tuple[str, ...], cwd: str, environment: dict[str, str], folder: 
   for name, read in JAX_SETTINGS.items():
     if name in environment:
       jax.config.update(name.lower(), read(environment[name]))
+  # Where this program's environment has none, the server may have pytest's.
+  jax.config.update("jax_disable_most_optimizations",
+                    environment.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
   # As Python fills the path: the folder of the command, and those that the environment names.
   sys.path[:0] = [cwd, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
   kind, program, *arguments = words

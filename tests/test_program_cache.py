@@ -256,6 +256,7 @@ print(json.dumps([hashlib.sha256(b"".join([weights, *logs])).hexdigest(),
 @pytest.mark.slow
 def test_programs_from_the_disk_give_the_numbers_of_new_ones_bit_for_bit(tmp_path):
   found = []
+  # Without what shortens compilation elsewhere: as a user's run.
   environment = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"],
                  "PYTHONPATH": str(Path(__file__).parents[1])}
   for index, cache in enumerate(("", tmp_path / "xla", tmp_path / "xla")):

@@ -165,6 +165,7 @@ class Program:
   def part(self, computation: str, operation: Operation) -> float | None:
     """Bytes of an operation's result that are used, where that is one slice of it."""
     uses = [other for other in self.computations[computation] if operation.name in other.operands]
-    if len(uses) == 1 and uses[0].opcode == "dynamic-slice":
+    if (len(uses) == 1 and uses[0].opcode == "dynamic-slice"
+        and uses[0].operands.index(operation.name) == 0):  # else it is an index of the slice
       return type_bytes(uses[0].type)
     return None

@@ -1,6 +1,5 @@
 """Messages between eight cards: beside which products, and how many a token in decoding."""
 
-
 import jax
 import pytest
 

@@ -3,7 +3,6 @@
 Rates are those that an H200 reached, as in `test_attention`.
 """
 
-
 import jax
 import pytest
 

@@ -342,6 +342,14 @@ def test_a_sum_of_which_a_device_keeps_a_slice_is_scattered(rows, gathered):
   assert kernel.collective_bytes == 2 * 64 * (7 * 128 + gathered)
 
 
+def test_a_sum_that_is_the_index_of_a_slice_is_sent_whole():
+  text = SCATTERED.replace("PART", "128").replace(
+      "(%all-reduce.2, %i, %j)", "(%input, %all-reduce.2, %j)").replace(
+      "bf16[1024,64]{1,0:T(8,128)(2,1)} all-reduce(%input)", "s32[] all-reduce(%i)")
+  (kernel,) = hlo.kernels(text)
+  assert kernel.collective_bytes == 2 * 4 * 7 / 8
+
+
 def test_a_collective_inside_a_fusion_counts_the_trips_of_its_loop():
   fused = """%gathered (g.0: f32[16,16]) -> f32[64,16] {
   %g.0 = f32[16,16]{1,0} parameter(0)

@@ -20,7 +20,7 @@ SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 7
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)

@@ -8,6 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import arithmetic, qwen3_math
 from s2d_jax import compiling, loop, models, objectives, optim, preflight, sharding, training
@@ -143,6 +144,19 @@ def test_products_during_the_gathering_of_weights_by_hand():
   # Parts of a weight go both ways round the ring: the 15 of the others, and two in vain.
   sent = sum(kernel.collective_bytes for kernel in layers if "permute" in kernel.opcode)
   assert sent == 2 * weights_of_two_layers(config) * 17 / 16
+
+
+def test_a_gradient_that_is_scattered_is_sent_once_by_hand():
+  where = test_aot.mesh("v5e:2x4", (1, 8, 1))
+  split = NamedSharding(where, PartitionSpec("fsdp"))
+  def gradient(x_ND, w_DF):
+    return jax.grad(lambda w: jnp.tanh(x_ND @ w.astype(jnp.bfloat16)).sum())(w_DF)
+  shapes = (jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=split),
+            jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=split))
+  text = jax.jit(gradient, out_shardings=split).lower(*shapes).compile().as_text()
+  assert "%all-reduce-scatter" in text and "to_apply" in text
+  # Weights are gathered and gradients scattered in bfloat16: 7 of 8 parts of each.
+  assert hlo.total(hlo.kernels(text)).collective_bytes == 2 * 2 * 1024 * 2048 * 7 / 8
 
 
 def test_weights_gathered_during_other_kernels_by_hand():

@@ -104,6 +104,7 @@ def test_the_transfer_model_beats_uniform_and_the_largest_gap_where_families_hel
   assert mean["transfer"] > mean["largest_gap"] + 0.1 > mean["uniform"] + 0.2
 
 
+@pytest.mark.medium
 def test_the_ensemble_beats_uniform_where_a_family_harms():
   transfer_FF = np.eye(4)
   transfer_FF[0, 1] = -1.0
@@ -168,6 +169,7 @@ def test_without_transfer_shares_follow_requirement_times_gap():
     assert np.corrcoef(share_NF[5:].mean(axis=0), target_F)[0, 1] > 0.9
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rule", ["transfer", "ensemble"])
 def test_a_history_gives_the_same_decisions_again(rule):
   _, history = run(np.eye(4), 3, rule=rule)

@@ -86,6 +86,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path, capsys):
   assert not path.exists()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_two_writers_that_start_at_once_one_is_refused(tmp_path, stale):
   if stale:

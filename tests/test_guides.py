@@ -83,12 +83,13 @@ def close(a, b, atol=2e-6):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=atol), a, b)
 
 
-@pytest.fixture(params=[(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.medium)])
+@pytest.fixture(params=[(1, 1, 1), (2, 2, 1)])
 def mesh(request):
   with jax.set_mesh(sharding.make_mesh(request.param)):
     yield sharding.current_mesh()
 
 
+@pytest.mark.medium
 def test_equal_guides_give_the_update_of_one(mesh):
   guide = Role(models.get(TINY), params_of(models.get(TINY), 1, mesh))
   batch = a_batch()
@@ -100,6 +101,7 @@ def test_equal_guides_give_the_update_of_one(mesh):
   close({k: values[k] for k in values}, {k: want_values[k] for k in values}, 1e-5)
 
 
+@pytest.mark.medium
 def test_unlike_guides_give_the_weighted_sum_of_their_updates(mesh):
   # Guides of two sizes. A gradient is a mean over tokens, so each part counts by its tokens.
   one = Role(models.get(TINY), params_of(models.get(TINY), 1, mesh))
@@ -240,6 +242,7 @@ def test_a_killed_run_under_several_guides_ends_in_the_same_bytes(tmp_path, monk
           == (whole / "hf" / "model.safetensors").read_bytes())
 
 
+@pytest.mark.medium
 def test_a_stage_is_named_by_its_guides_and_not_by_their_folders(tmp_path):
   def name(**folders):
     config = config_of(tmp_path, **folders)
@@ -325,6 +328,7 @@ def forward_by_hand(folder, length, headed):
           + 2 * c["vocab_size"] * width * headed)
 
 
+@pytest.mark.medium
 def test_preflight_compiles_the_update_of_the_largest_guide(tmp_path):
   student = composition.get_config().student
   config = config_of(tmp_path, left=student)

@@ -135,6 +135,7 @@ def test_a_gap_over_seeds_is_the_t_interval_where_problems_do_not_vary():
   np.testing.assert_allclose(got[1:], want)
 
 
+@pytest.mark.medium
 def test_a_plain_bootstrap_of_three_seeds_covers_too_little():
   # The usual way, in the same worlds: resampled seeds and problems, and percentiles.
   rng, held = np.random.default_rng(0), 0

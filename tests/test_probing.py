@@ -122,6 +122,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
     run(config, tmp_path / "run")
 
 
+@pytest.mark.medium
 def test_shares_rename_their_stage_alone_and_those_that_go_on_from_it():
   def renamed(row):
     """Whether a block of `row` renames (forward_kl, reverse_kl), which goes on from it."""

@@ -30,6 +30,7 @@ def test_a_variant_is_locked_and_passes_the_doctor(variant):
     assert config.task == "composition"
 
 
+@pytest.mark.medium
 def test_variants_of_a_study_differ_and_share_the_stages_before():
   names = {name: set(plan_of(name).nodes) for name, one in variants.VARIANTS.items()
            if one.study == "search"}

@@ -56,6 +56,7 @@ def test_layers_inputs_are_stored_in_parts_and_gradients_are_those_of_one_device
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
+@pytest.mark.medium
 def test_times_that_do_not_divide_the_mesh_are_whole(tiny_json, randomized):
   model = models.get(tiny_json("qwen3", num_hidden_layers=LAYERS), remat="block")
   params = randomized(model)

@@ -60,6 +60,7 @@ def test_it_is_committed_with_the_outputs_of_one_whole_run():
   check(cells)
 
 
+@pytest.mark.medium
 def test_the_first_cell_clones_where_there_is_no_checkout(tmp_path, monkeypatch):
   first = next(cell.source for cell in read().cells if cell.cell_type == "code")
   monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ def test_a_program_without_tokens_has_a_dash():
   assert verdicts.line(cost).split()[-1] == "-"
 
 
+@pytest.mark.medium
 def test_decoding_over_rows_adds_nothing_up_and_over_heads_every_layer(config):
   hp = config.stages.reverse_kl
   rows = hp.prompts * hp.sampling.samples_per_prompt

@@ -210,6 +210,7 @@ def test_an_evaluation_between_steps_has_the_stages_models_in_memory(config):
     assert held <= found[key] < held + SLACK, key
 
 
+@pytest.mark.medium
 def test_searches_and_probes_by_family_have_their_programs():
   with jax.set_mesh(sharding.make_mesh((1, 1, 1))):
     found = {(request.stage, request.program): request for request in preflight.costs_of(
@@ -231,6 +232,7 @@ def test_searches_and_probes_by_family_have_their_programs():
   assert found["forward_kl", "probe"].runs * 4 == int(found["forward_kl", "probe"].runs * 4) > 0
 
 
+@pytest.mark.medium
 def test_arrays_on_the_host_are_moved_and_not_resident():
   def requests(offload, target=programs.LOCAL):
     config = options.config(signal="kl")
@@ -326,6 +328,7 @@ def test_the_cache_has_the_memory_of_the_chip_and_not_of_this_machine(config):
                   "stay free, and one row", problem)
 
 
+@pytest.mark.medium
 def test_a_stage_without_memory_for_its_cache_does_not_hide_the_others(quick_compiles, config):
   with config.unlocked():
     config.stages = {name: config.stages[name] for name in ("student_grpo", "teacher_sft")}

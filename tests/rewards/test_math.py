@@ -223,6 +223,7 @@ def test_every_pattern_takes_linear_time(name):
         assert_linear(search, prefix, filler, "\x00", 2000)
 
 
+@pytest.mark.medium
 def test_the_control_of_linear_time_is_quadratic():
   with limited(60), pytest.raises(AssertionError):
     assert_linear(re.compile(r"0*(\d+)").fullmatch, "", "0", "x", 2000)

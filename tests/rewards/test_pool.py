@@ -149,6 +149,7 @@ def test_a_checker_that_cannot_start_is_an_error():
         score({"answer": "a"}, "a")
 
 
+@pytest.mark.medium
 def test_hostile_answers_hold_up_no_others(check):
   # 10 of 1,024 never end: two processes spend half of the limits each, beside the honest time.
   limit, workers, hostile = 1.0, 2, 10

@@ -123,6 +123,7 @@ def test_the_output_is_an_input_of_teacher_sft(prompts, tmp_path):
       assert loaded.encode_response(row["solution"]) == finished[0]["tokens"]
 
 
+@pytest.mark.medium
 def test_a_stop_string_ends_a_response(prompts, tmp_path):
   out = tmp_path / "out.jsonl"
   offline.main(command(prompts, out, n=1, stop="=4"))

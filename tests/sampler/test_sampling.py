@@ -133,6 +133,7 @@ def test_the_last_possible_token_is_sampled_and_no_later_one():
     np.testing.assert_allclose(logp, np.log(0.5), atol=1e-6)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", [{"top_k": 20}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8}])
 def test_an_excluded_token_is_never_sampled(case):
   # Running sums over 151,936 tokens stand still between the few that are left, but for rounding,

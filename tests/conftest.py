@@ -115,3 +115,16 @@ def quick_compiles():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def full_compiles():
+  """XLA optimizes as in a user's run, whatever S2D_QUICK_COMPILES says.
+
+  For tests that compare the numbers of unequal programs bit for bit, which are equal where XLA
+  fuses the arithmetic of both in one way; and for those that compute longer than they compile.
+  """
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

@@ -238,7 +238,7 @@ class Memory:
 @pytest.mark.medium
 @pytest.mark.parametrize("mesh", [
     (1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
-def test_a_killed_run_with_all_on_the_host(tmp_path, monkeypatch, mesh):
+def test_a_killed_run_with_all_on_the_host(tmp_path, monkeypatch, mesh, full_compiles):
   memory = Memory(monkeypatch)
   held = {}
   resident = stage.resident

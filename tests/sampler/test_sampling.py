@@ -135,7 +135,7 @@ def test_the_last_possible_token_is_sampled_and_no_later_one():
 
 @pytest.mark.medium
 @pytest.mark.parametrize("case", [{"top_k": 20}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8}])
-def test_an_excluded_token_is_never_sampled(case):
+def test_an_excluded_token_is_never_sampled(case, full_compiles):
   # Running sums over 151,936 tokens stand still between the few that are left, but for rounding,
   # which may move them either way: uniforms on every step of them, and beside it.
   logits = np.random.default_rng(7).normal(size=(1, 151_936)).astype(np.float32)

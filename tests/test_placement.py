@@ -27,6 +27,9 @@ from s2d_jax.errors import InputError
 from s2d_jax.timing import Clock
 from tests.preflight import options
 
+# Runs with and without a placement have unequal programs, whose results are compared bit for bit.
+pytestmark = pytest.mark.usefixtures("full_compiles")
+
 SLACK = 4096  # bytes of counters, sums and keys
 
 
@@ -238,7 +241,7 @@ class Memory:
 @pytest.mark.medium
 @pytest.mark.parametrize("mesh", [
     (1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
-def test_a_killed_run_with_all_on_the_host(tmp_path, monkeypatch, mesh, full_compiles):
+def test_a_killed_run_with_all_on_the_host(tmp_path, monkeypatch, mesh):
   memory = Memory(monkeypatch)
   held = {}
   resident = stage.resident

@@ -105,16 +105,23 @@ def failing_disk(monkeypatch):
   return fail
 
 
+@contextlib.contextmanager
+def _few_optimizations(chosen):
+  """Whether XLA skips most optimizations meanwhile."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", chosen)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
   """XLA skips most optimizations: for files of tests that spend nearly all of their time compiling.
 
   Only for tests of what surrounds the arithmetic: which programs run, when, on which devices.
   """
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  with _few_optimizations(True):
+    yield
 
 
 @pytest.fixture
@@ -124,7 +131,5 @@ def full_compiles():
   For tests that compare the numbers of unequal programs bit for bit, which are equal where XLA
   fuses the arithmetic of both in one way; and for those that compute longer than they compile.
   """
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  with _few_optimizations(False):
+    yield

@@ -18,14 +18,6 @@ from tests.preflight import options
 SLACK = 100_000  # bytes of a batch, a key and counters; the smaller model has 749,000
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def config(tmp_path):
   """The tiny config on folders that have no weights, and no data anywhere."""
